@@ -1,0 +1,81 @@
+"""``vgg-transfer VERB``: reads flags, runs the verb, turns errors into one line and an exit status.
+
+Exit status: 0 done, 1 an error (one line on standard error; ``--debug`` shows where), 2 wrong
+usage. Nothing here imports TensorFlow, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import App, Parameter
+
+VERBS = ("finetune", "evaluate", "pretrain")
+
+app = App(
+    name="vgg-transfer",
+    help="Transfer learning with pretrained VGG networks that come as TensorFlow meta graphs.",
+    version=lambda: version("vgg-transfer"),
+    result_action="return_value",
+    default_parameter=Parameter(negative_iterable=()),
+)
+app.meta.default_parameter = Parameter(negative=())
+for verb in VERBS:
+    app.command(f"recipes.{verb}:{verb}")
+
+
+@app.meta.default
+def _launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Path | None = None,
+    debug: bool = False,
+) -> Any:
+    """Transfer learning with pretrained VGG networks that come as TensorFlow meta graphs.
+
+    Args:
+        config: a YAML file with flags, such as a run's config.yaml; flags given beside it win.
+        debug: show the traceback of an error.
+    """
+    del debug  # read in main, where errors are caught
+    app.config = (
+        ()
+        if config is None
+        else (cyclopts.config.Yaml(config, must_exist=True, use_commands_as_keys=False),)
+    )
+    return app(tokens, exit_on_error=False, print_error=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        return app.meta(arguments, exit_on_error=False, print_error=False) or 0
+    except cyclopts.CycloptsError as error:
+        print(f"error: {_one_line(error)} (see --help)", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        return 1
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    # What the project raises on purpose speaks for itself; anything else needs its type.
+    expected = (ValueError, ArithmeticError, OSError, cyclopts.CycloptsError)
+    return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Evaluate a run on its own held-out images, or on any split or dataset with the same classes.
+
+    vgg-transfer evaluate RUN
+    vgg-transfer evaluate RUN --eval-split test --assert-accuracy-at-least 0.9
+
+Without flags it gives exactly the accuracy that training reported. Writes evaluation.json,
+predictions.csv and confusion.csv to the run's folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from cyclopts import Parameter
+
+from recipes.startup import import_tensorflow
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Flags of ``vgg-transfer evaluate``, with their defaults."""
+
+    dataset: str | None = None
+    """Name of a tfds dataset. [default: the run's]"""
+    data_dir: str | None = None
+    """Where tfds datasets are, or the directory of one. [default: the run's]"""
+    image_folder: str | None = None
+    """A folder of images per class, or of splits with such folders, instead of a dataset."""
+    eval_split: str = "auto"
+    """Split to evaluate on. auto: the one that the run was evaluated on; of another dataset,
+    validation or test, else all of it."""
+    batch_size: int | None = None
+    """Images per step. [default: the run's]"""
+    assert_accuracy_at_least: float | None = None
+    """Exit with status 1 if the accuracy, 0 to 1, is lower."""
+
+
+def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
+    """Evaluate a run's classifier.
+
+    Args:
+        run: run folder of finetune.
+    """
+    import_tensorflow()
+    from recipes.evaluate_job import run as evaluate_run
+
+    figures = evaluate_run(run, config)
+    low, high = figures["accuracy_ci95"]
+    print(
+        f"accuracy {figures['accuracy']:.4f} on {figures['num_examples']} images "
+        f"(95 % interval {low:.4f} to {high:.4f})"
+    )
+    print(f"top-5    {figures['top5']:.4f}")
+    print(f"loss     {figures['loss']:.4f}")
+    wanted = config.assert_accuracy_at_least
+    if wanted is not None and figures["accuracy"] < wanted:
+        raise ValueError(f"accuracy {figures['accuracy']:.4f} is below {wanted}")
+    return 0
+
+
+if __name__ == "__main__":
+    from recipes.cli import main
+
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -1,0 +1,107 @@
+"""What ``vgg-transfer evaluate`` does; its flags are in ``recipes.evaluate``."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes import measure, run_folder
+from recipes.evaluate import EvaluateConfig
+from transfer import Classifier
+from transfer.data import Source, Split, open_source, train_and_eval_splits, whole_eval_split
+from transfer.evaluation import confusion_matrix, predict, probabilities, summarize
+from transfer.features import stream
+
+
+def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
+    """Evaluate, write the results to the folder, and return the figures.
+
+    Raises:
+        FileNotFoundError: if the folder holds no finished run.
+        ValueError: if the dataset has other classes than the run.
+    """
+    settings = run_folder.read_config(folder)
+    classifier = Classifier.load(folder / run_folder.MODEL)
+    split = _split(config, settings)
+    to_logit = _class_order(split.source, classifier.labels)
+    cut = None if settings["freeze_until"] == "none" else settings["freeze_until"]
+    batch_size = config.batch_size or settings["batch_size"]
+    frozen, trained = classifier.split(cut)
+    batches: Iterable = split.batches(classifier.preprocess, batch_size)
+    batches = measure.progress(batches, "evaluation")
+    if frozen is not None:
+        # In two steps, as in training, so that not a bit is different.
+        batches = stream(frozen, batches)
+    logits, labels = predict(trained, batches)
+    labels = to_logit[labels]
+
+    figures = summarize(logits, labels)
+    described = {"dataset": split.source.name, "splits": [name for name, _ in split.parts]}
+    run_folder.write_json(folder / run_folder.EVALUATION, described | figures)
+    _write_predictions(folder / run_folder.PREDICTIONS, split, classifier.labels, logits, labels)
+    _write_confusion(folder / run_folder.CONFUSION, classifier.labels, logits, labels)
+    return figures
+
+
+def _split(config: EvaluateConfig, settings: dict[str, Any]) -> Split:
+    given = {
+        "dataset": config.dataset,
+        "data_dir": config.data_dir,
+        "image_folder": config.image_folder,
+    }
+    theirs = {name: settings.get(name) for name in given}
+    is_other = any(given.values())
+    if config.dataset and not config.data_dir:
+        given["data_dir"] = theirs["data_dir"]
+    chosen = given if is_other else theirs
+    source = open_source(
+        chosen["dataset"] or "", data_dir=chosen["data_dir"], image_folder=chosen["image_folder"]
+    )
+    if config.eval_split != "auto":
+        return source.split(config.eval_split)
+    if is_other:
+        return whole_eval_split(source)
+    return train_and_eval_splits(source, settings["train_split"], settings["eval_split"])[1]
+
+
+def _class_order(source: Source, labels: list[str]) -> np.ndarray:
+    """The number of the logit for each class number of the dataset."""
+    missing = sorted(set(labels) - set(source.class_names))
+    extra = sorted(set(source.class_names) - set(labels))
+    if missing or extra:
+        raise ValueError(
+            f"{source.name!r} has other classes than the run: {len(extra)} are new "
+            f"({', '.join(extra[:5]) or 'none'}), {len(missing)} are missing "
+            f"({', '.join(missing[:5]) or 'none'})"
+        )
+    return np.array([labels.index(name) for name in source.class_names])
+
+
+def _write_predictions(
+    path: Path, split: Split, classes: list[str], logits: np.ndarray, labels: np.ndarray
+) -> None:
+    rows = io.StringIO(newline="")
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow(["image", "label", "prediction", *(f"p({name})" for name in classes)])
+    predictions = logits.argmax(-1)
+    for name, label, prediction, p in zip(
+        split.names, labels, predictions, probabilities(logits), strict=True
+    ):
+        writer.writerow([name, classes[label], classes[prediction], *(f"{x:.6g}" for x in p)])
+    run_folder.write_text(path, rows.getvalue())
+
+
+def _write_confusion(
+    path: Path, classes: list[str], logits: np.ndarray, labels: np.ndarray
+) -> None:
+    rows = io.StringIO(newline="")
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow(["label \\ prediction", *classes])
+    for name, counts in zip(classes, confusion_matrix(logits, labels), strict=True):
+        writer.writerow([name, *counts])
+    run_folder.write_text(path, rows.getvalue())

@@ -1,0 +1,67 @@
+"""Time, memory, versions and progress of a run."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+
+class Clock:
+    """Wall time by stage: ``with clock("train_s"): ...``; ``seconds["total_s"]`` is all of it."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[stage] = time.perf_counter() - start
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        total = time.perf_counter() - self._start
+        return {k: round(v, 3) for k, v in (self._seconds | {"total_s": total}).items()}
+
+
+def rate(count: float, seconds: float) -> float:
+    """Per second."""
+    return round(count / seconds, 1) if seconds else 0.0
+
+
+def peak_rss_mb() -> float:
+    """The most memory that this process has had resident, in MB of 1e6 bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
+def versions() -> dict[str, str]:
+    packages = (
+        "vgg-transfer",
+        "tensorflow",
+        "keras",
+        "tensorflow-datasets",
+        "numpy",
+        "scikit-learn",
+    )
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def progress(batches: Iterable, what: str) -> Iterable:
+    """The same batches, with a progress bar on standard error."""
+    from tqdm import tqdm
+
+    return tqdm(batches, desc=what, unit="batch", file=sys.stderr, mininterval=1.0, leave=False)
+
+
+def verbosity() -> int:
+    """For Keras: a bar for a person, a line an epoch for a log file."""
+    return 1 if sys.stderr.isatty() else 2

@@ -1,0 +1,73 @@
+"""The card beside a model: what it expects, where it comes from, how good it is.
+``<prefix>.json``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What does not stand in a meta graph but must be known to use it. All fields are optional."""
+
+    input: str | None = None
+    """Tensor that takes the preprocessed images, e.g. ``images:0``."""
+    tap: str | None = None
+    """Tensor with the features, e.g. ``fc7:0``."""
+    image_size: int | None = None
+    """Height and width of the input in pixels."""
+    preprocess: str | None = None
+    """Input convention: a key of ``transfer.preprocess.CONVENTIONS``."""
+    labels: str | None = None
+    """File with one class name a line, in the order of the logits; relative to the card."""
+    feeds: dict[str, float | bool] = field(default_factory=dict)
+    """Placeholders other than the input, with their value for inference."""
+    outputs: dict[str, str] = field(default_factory=dict)
+    """Named results: ``logits``, ``probabilities``."""
+    source: str | None = None
+    licence: str | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
+    """File name to the hash of the file, for the files of the model."""
+    trained_on: str | None = None
+    eval: dict[str, Any] = field(default_factory=dict)
+    """Figures on held-out images, as in ``metrics.json``."""
+
+    def to_json(self) -> str:
+        values = {
+            key: value for key, value in dataclasses.asdict(self).items() if value not in (None, {})
+        }
+        return json.dumps(values, indent=2) + "\n"
+
+
+def write_card(path: Path, card: Card) -> None:
+    """Write a card, at once."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(card.to_json(), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_card(path: Path) -> Card:
+    """Read a card; keys that are not known are left out.
+
+    Raises:
+        ValueError: if the file is not a card.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not a card: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} is not a card: expected a JSON object")
+    kinds: dict[str, type] = {"image_size": int, "feeds": dict, "outputs": dict}
+    kinds |= {"sha256": dict, "eval": dict}
+    known = {f.name: values[f.name] for f in dataclasses.fields(Card) if f.name in values}
+    for key, value in known.items():
+        kind = kinds.get(key, str)
+        if not isinstance(value, kind):
+            raise ValueError(f"{str(path)!r}: {key} is {value!r}; expected a {kind.__name__}")
+    return Card(**known)

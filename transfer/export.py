@@ -1,0 +1,115 @@
+"""A classifier as files for others: the meta graph of a fine-tuned model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from transfer.backbone import GraphLayer
+from transfer.card import Card
+from transfer.classifier import Classifier
+from transfer.head import Head, build_head
+from transfer.metagraph import save_meta_graph
+from transfer.preprocess import Preprocess
+from transfer.surgery import canonical, split_tensor_name
+
+tf1 = tf.compat.v1
+
+
+def save_classifier(classifier: Classifier, prefix: str | Path, card: Card) -> None:
+    """Write a classifier as meta graph, checkpoint, card and ``labels.txt``.
+
+    The graph has the names of the pretrained one up to the tap, then ``head/logits:0`` and
+    ``head/probabilities:0``. It takes preprocessed images and has no dropout. Variables are
+    reference variables, which programs of all TensorFlow versions restore.
+
+    Args:
+        classifier: with a ``Head``, and a backbone made from a meta graph.
+        prefix: path without ``.meta``.
+        card: what to say about it; inputs, outputs and preprocessing are filled in.
+
+    Raises:
+        TypeError: if the classifier's head is no ``Head``.
+    """
+    if not isinstance(classifier.head, Head):
+        raise TypeError(
+            f"can save a classifier with a Head, got a {type(classifier.head).__name__}; "
+            "a classifier that was loaded is on disk already"
+        )
+    prefix = Path(prefix)
+    graph, tensors, values = _to_graph(classifier)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    labels = prefix.with_name("labels.txt")
+    labels.write_text("".join(f"{name}\n" for name in classifier.labels), encoding="utf-8")
+    card = replace(
+        card,
+        input=tensors["input"],
+        tap=tensors["tap"],
+        feeds={},
+        outputs={name: tensors[name] for name in ("logits", "probabilities")},
+        image_size=classifier.preprocess.size,
+        preprocess=classifier.preprocess.mode,
+        labels=labels.name,
+    )
+    save_meta_graph(graph, prefix, values, card)
+
+
+def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[str, Any]]:
+    """The classifier as a TF1 graph; names of its tensors; values of its variables."""
+    backbone, head = classifier.backbone, classifier.head
+    graph = tf.Graph()
+    with graph.as_default():
+        input_name = _import_backbone(backbone, classifier.preprocess)
+        tap_name = backbone.network.output
+        if tap_name == backbone.network.input:
+            tap_name = input_name
+        logits, probabilities = build_head(
+            graph.get_tensor_by_name(tap_name),
+            head.num_classes,
+            hidden=head.hidden,
+            return_probabilities=True,
+        )
+    names = {"input": input_name, "tap": tap_name}
+    names |= {"logits": logits.name, "probabilities": probabilities.name}
+    scope = logits.name.rpartition("/")[0]
+    values = backbone.values() | {f"{scope}/{name}": v for name, v in head.values().items()}
+    return graph, names, values
+
+
+def _import_backbone(backbone: GraphLayer, preprocess: Preprocess) -> str:
+    """Bring a backbone into the default graph, under its own names; returns the input's.
+
+    In one import with its variables: names such as ``fc7`` beside ``fc7/weights`` are kept only
+    where neither is in the graph before the other.
+    """
+    network = backbone.network
+    operation, index = split_tensor_name(network.input)
+    with tf.Graph().as_default() as leaves:
+        images = tf1.placeholder(
+            network.input_dtype or tf.float32,
+            [None, preprocess.size, preprocess.size, preprocess.channels],
+            name=operation if index == 0 else "images",
+        )
+        values = {network.input: images.name}
+        for name, variable in zip(backbone.variable_names, backbone.graph_variables, strict=True):
+            reference = tf1.get_variable(
+                name,
+                variable.shape,
+                tf.as_dtype(variable.dtype),
+                tf1.zeros_initializer(),
+                trainable=variable.trainable,
+                use_resource=False,
+            )
+            values[canonical(name)] = tf.convert_to_tensor(reference).name
+        meta = tf1.train.export_meta_graph(graph=leaves)
+    for node in network.graph_def.node:
+        copy = meta.graph_def.node.add()
+        copy.CopyFrom(node)
+        copy.input[:] = [values.get(canonical(edge), edge) for edge in node.input]
+    meta.graph_def.library.MergeFrom(network.graph_def.library)
+    meta.graph_def.versions.CopyFrom(network.graph_def.versions)
+    tf1.train.import_meta_graph(meta)
+    return images.name

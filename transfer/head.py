@@ -1,0 +1,272 @@
+"""A new classifier on top of features, for any kind of tensor.
+
+``build_head`` is the short form. ``Head`` is the Keras layer behind it: use it where the weights
+are to be reused after the call, above all with eager tensors. In a TF1 graph the head is made of
+``tf.compat.v1`` variables and named tensors instead, as programs of that style expect.
+
+Data contract: features ``[batch, width]``, or ``[batch, height, width, channels]``, which are
+averaged over space (for 1x1 that is flattening). Logits are float32 ``[batch, num_classes]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+tf1 = tf.compat.v1
+
+
+@keras.saving.register_keras_serializable("vgg_transfer")
+class Head(keras.layers.Layer):
+    """A softmax classifier as a Keras layer: features to logits.
+
+    Args:
+        num_classes: width of the logits, at least 1.
+        stop_gradient: let no gradient through to the features.
+        hidden: widths of ReLU layers before the classifier (He-normal weights, biases 0).
+        dropout: share of the features, and of each hidden layer's output, dropped while training.
+        weights_stddev: deviation of the truncated normal distribution of the classifier's weights.
+        bias: initial value of its biases. 0.05 for both is customary for this recipe.
+        seed: for weights and dropout that can be repeated.
+
+    Raises:
+        ValueError: if a width, a share or a deviation is out of range.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        stop_gradient: bool = False,
+        hidden: Sequence[int] = (),
+        dropout: float = 0.0,
+        weights_stddev: float = 0.05,
+        bias: float = 0.05,
+        seed: int | None = None,
+        name: str = "head",
+        **kwargs: Any,
+    ):
+        super().__init__(name=name, **kwargs)
+        _check(num_classes, hidden, dropout, weights_stddev)
+        self.num_classes = num_classes
+        self.stop_gradient = stop_gradient
+        self.hidden = tuple(hidden)
+        self.dropout = dropout
+        self.weights_stddev = weights_stddev
+        self.bias = bias
+        self.seed = seed
+        seeds = _seeds(seed)
+        self.hidden_layers = [
+            keras.layers.Dense(
+                width,
+                "relu",
+                kernel_initializer=keras.initializers.HeNormal(next(seeds)),
+                name=f"hidden_{number}",
+            )
+            for number, width in enumerate(self.hidden, 1)
+        ]
+        self.dropout_layers = [
+            keras.layers.Dropout(dropout, seed=next(seeds)) for _ in range(len(self.hidden) + 1)
+        ]
+        self.classifier = keras.layers.Dense(
+            num_classes,
+            kernel_initializer=keras.initializers.TruncatedNormal(0.0, weights_stddev, next(seeds)),
+            bias_initializer=keras.initializers.Constant(bias),
+            name="classifier",
+        )
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        width = _feature_width(input_shape)
+        for layer in (*self.hidden_layers, self.classifier):
+            layer.build((None, width))
+            width = layer.units
+        super().build(input_shape)
+
+    def call(self, features: tf.Tensor, training: bool = False) -> tf.Tensor:
+        net = tf.stop_gradient(features) if self.stop_gradient else features
+        net = average_over_space(net)
+        for dropout, layer in zip(
+            self.dropout_layers, [*self.hidden_layers, self.classifier], strict=True
+        ):
+            net = layer(dropout(net, training=training))
+        return net
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, int]:
+        return (input_shape[0], self.num_classes)
+
+    def values(self) -> dict[str, Any]:
+        """Name of a variable in a TF1 graph, below the head's own name, to its value."""
+        layers = {"": self.classifier} | {f"{layer.name}/": layer for layer in self.hidden_layers}
+        return {
+            prefix + name: variable.value
+            for prefix, layer in layers.items()
+            for name, variable in (("weights", layer.kernel), ("biases", layer.bias))
+        }
+
+    def get_config(self) -> dict[str, Any]:
+        names = (
+            "num_classes",
+            "stop_gradient",
+            "hidden",
+            "dropout",
+            "weights_stddev",
+            "bias",
+            "seed",
+        )
+        return super().get_config() | {name: getattr(self, name) for name in names}
+
+
+def build_head(
+    features: Any,
+    num_classes: int,
+    stop_gradient: bool = False,
+    hidden: Sequence[int] = (),
+    dropout: float = 0.0,
+    weights_stddev: float = 0.05,
+    bias: float = 0.05,
+    *,
+    seed: int | None = None,
+    name: str = "head",
+    return_probabilities: bool = False,
+) -> Any:
+    """Append a new softmax classifier to features.
+
+    Args:
+        features: a tensor of a TF1 graph, a Keras tensor or an eager tensor, float ``[batch,
+            width]`` or ``[batch, height, width, channels]``.
+        num_classes, stop_gradient, hidden, dropout, weights_stddev, bias, seed: see ``Head``.
+        name: of the Keras layer, or of the scope in a TF1 graph. There the tensors are
+            ``<name>/logits:0`` and ``<name>/probabilities:0``, the variables ``<name>/weights``,
+            ``<name>/biases`` and ``<name>/hidden_1/weights`` ..., and with dropout
+            ``<name>/keep_prob:0`` is 1.0 unless it is fed. A name that is taken gets ``_1``.
+        return_probabilities: return the softmax of the logits as well.
+
+    Returns:
+        Logits ``[batch, num_classes]``; or ``(logits, probabilities)``.
+
+    Raises:
+        ValueError: if the features have another rank or no static width, or an argument is out of
+            range.
+
+    Example:
+        >>> graph = tf.Graph()
+        >>> with graph.as_default():
+        ...     fc7 = tf.compat.v1.placeholder(tf.float32, [None, 4096], name="fc7")
+        >>> build_head(graph.get_tensor_by_name("fc7:0"), num_classes=2, stop_gradient=True).name
+        'head/logits:0'
+    """
+    options: dict[str, Any] = {
+        "stop_gradient": stop_gradient,
+        "hidden": hidden,
+        "dropout": dropout,
+        "weights_stddev": weights_stddev,
+        "bias": bias,
+        "seed": seed,
+    }
+    if _in_plain_graph(features):
+        with features.graph.as_default():
+            logits, probabilities = _build_in_graph(features, num_classes, name=name, **options)
+        return (logits, probabilities) if return_probabilities else logits
+    logits = Head(num_classes, name=name, **options)(features)
+    return (logits, keras.ops.softmax(logits)) if return_probabilities else logits
+
+
+def average_over_space(features: Any) -> Any:
+    """``[batch, height, width, channels]`` to ``[batch, channels]``; 2-D features stay as they are.
+
+    Raises:
+        ValueError: for any other rank.
+    """
+    _feature_width(features.shape)
+    return tf.reduce_mean(features, axis=[1, 2]) if len(features.shape) == 4 else features
+
+
+def _in_plain_graph(features: Any) -> bool:
+    """Whether a tensor lives in a graph that is run by sessions, rather than in a
+    ``tf.function``."""
+    return (
+        tf.is_tensor(features)
+        and not isinstance(features, keras.KerasTensor)
+        and not hasattr(features, "numpy")
+        and not getattr(features.graph, "building_function", False)
+    )
+
+
+def _build_in_graph(
+    features: tf.Tensor,
+    num_classes: int,
+    *,
+    name: str,
+    stop_gradient: bool,
+    hidden: Sequence[int],
+    dropout: float,
+    weights_stddev: float,
+    bias: float,
+    seed: int | None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    _check(num_classes, hidden, dropout, weights_stddev)
+    _feature_width(features.shape)
+    seeds = _seeds(seed)
+
+    def dense(net: tf.Tensor, units: int, weights: Any, biases: Any) -> tf.Tensor:
+        kernel = tf1.get_variable("weights", [net.shape[-1], units], net.dtype, weights)
+        offset = tf1.get_variable("biases", [units], net.dtype, biases)
+        return tf.nn.bias_add(tf.matmul(net, kernel), offset)
+
+    with tf1.variable_scope(_free_scope(features.graph, name), reuse=False):
+        net = tf.stop_gradient(features) if stop_gradient else features
+        net = average_over_space(net)
+        rate = 1 - tf1.placeholder_with_default(1.0, [], name="keep_prob") if dropout else None
+        for number, units in enumerate(hidden, 1):
+            net = net if rate is None else tf.nn.dropout(net, rate)
+            with tf1.variable_scope(f"hidden_{number}"):
+                he_normal = tf1.variance_scaling_initializer(2.0, "fan_in", seed=next(seeds))
+                net = tf.nn.relu(dense(net, units, he_normal, tf1.zeros_initializer()))
+        net = net if rate is None else tf.nn.dropout(net, rate)
+        normal = tf1.truncated_normal_initializer(0.0, weights_stddev, seed=next(seeds))
+        net = dense(net, num_classes, normal, tf1.constant_initializer(bias))
+        logits = tf.identity(net, name="logits")
+        return logits, tf.nn.softmax(logits, name="probabilities")
+
+
+def _free_scope(graph: tf.Graph, name: str) -> str:
+    """``name``, or ``name_1`` ... where operations of that name are in the graph already."""
+    taken = {op.name.split("/")[0] for op in graph.get_operations()}
+    number = 0
+    free = name
+    while free in taken:
+        number += 1
+        free = f"{name}_{number}"
+    return free
+
+
+def _feature_width(shape: Sequence[int | None]) -> int:
+    rank = None if getattr(shape, "rank", 0) is None else len(shape)
+    if rank not in (2, 4) or shape[-1] is None:
+        shown = tuple(shape) if rank is not None else "unknown"
+        raise ValueError(
+            f"features have shape {shown}; expected [batch, width] or [batch, height, width, "
+            "channels] with a known last dimension"
+        )
+    return int(shape[-1])
+
+
+def _check(num_classes: int, hidden: Sequence[int], dropout: float, weights_stddev: float) -> None:
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if any(width < 1 for width in hidden):
+        raise ValueError(f"hidden widths must be at least 1, got {tuple(hidden)}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and less than 1, got {dropout}")
+    if weights_stddev < 0:
+        raise ValueError(f"weights_stddev must not be negative, got {weights_stddev}")
+
+
+def _seeds(seed: int | None) -> Any:
+    """One seed per initializer and dropout: the same one for all would repeat the same numbers."""
+    import itertools
+
+    return itertools.repeat(None) if seed is None else itertools.count(seed)

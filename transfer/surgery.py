@@ -1,0 +1,308 @@
+"""GraphDef to GraphDef: what a tap needs, as a pure function of an input and of weights.
+
+Pure functions throughout: nothing is imported, run or changed in place. A tensor's name is
+``operation:index`` everywhere; a bare operation's name means its output 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import tensorflow as tf
+from tensorflow.core.framework.function_pb2 import FunctionDef
+from tensorflow.core.framework.graph_pb2 import GraphDef
+from tensorflow.core.framework.node_def_pb2 import NodeDef
+
+from transfer import policy
+
+REFERENCE_VARIABLES = frozenset({"Variable", "VariableV2", "AutoReloadVariable"})
+VARIABLES = REFERENCE_VARIABLES | {"VarHandleOp"}
+_READS = frozenset({"Identity", "ReadVariableOp"})
+# What refers to nodes or places that a pruned graph does not have.
+_STALE_ATTRIBUTES = ("_class", "_output_shapes")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable that a network reads. ``shape`` is ``None`` where the graph does not say."""
+
+    name: str
+    dtype: tf.DType
+    shape: tuple[int, ...] | None
+    trainable: bool = True
+
+
+@dataclass(frozen=True)
+class Network:
+    """Arithmetic from one input to one output.
+
+    ``graph_def`` holds operations only. The tensors ``input`` and ``<variable>:0`` are named by
+    them but are not in it: who imports the graph supplies them.
+
+    Raises:
+        ForbiddenOpError: if there is anything but arithmetic in it.
+    """
+
+    graph_def: GraphDef
+    input: str
+    input_dtype: tf.DType | None
+    output: str
+    variables: tuple[Variable, ...]
+
+    def __post_init__(self) -> None:
+        policy.check_ops(self.graph_def)
+
+
+def split_tensor_name(name: str) -> tuple[str, int]:
+    """``"a/b:1"`` to ``("a/b", 1)``; ``"a/b"`` to ``("a/b", 0)``."""
+    operation, colon, index = name.rpartition(":")
+    return (operation, int(index)) if colon and index.isdigit() else (name, 0)
+
+
+def canonical(name: str) -> str:
+    """``"a"`` and ``"a:0"`` to ``"a:0"``; the control dependency ``"^a"`` stays what it is."""
+    if name.startswith("^"):
+        return name
+    return "{}:{}".format(*split_tensor_name(name))
+
+
+def ancestors(graph_def: GraphDef, output: str, stop_at: Iterable[str] = ()) -> list[NodeDef]:
+    """The nodes that a tensor depends on, without passing ``stop_at``, in the graph's order.
+
+    Control dependencies order side effects, of which there are none here; only those that say in
+    which branch of a conditional a node lives are followed.
+
+    Raises:
+        ValueError: if a node refers to one that is not there.
+    """
+    nodes = {node.name: node for node in graph_def.node}
+    stops = {canonical(name) for name in stop_at}
+    follow_control = any(node.op == "Switch" for node in graph_def.node)
+    reached: set[str] = set()
+    pending = [canonical(output)] if canonical(output) not in stops else []
+    while pending:
+        name, _ = split_tensor_name(pending.pop())
+        if name in reached:
+            continue
+        if name not in nodes:
+            raise ValueError(f"the graph is damaged: it refers to {name!r}, which it does not have")
+        reached.add(name)
+        for edge in nodes[name].input:
+            if edge.startswith("^"):
+                if follow_control and _is_branch_pivot(nodes.get(edge[1:])):
+                    pending.append(edge[1:])
+            elif canonical(edge) not in stops:
+                pending.append(edge)
+    return [node for node in graph_def.node if node.name in reached]
+
+
+def extract(
+    graph_def: GraphDef,
+    output: str,
+    input: str,
+    input_dtype: tf.DType | None = None,
+    feeds: Mapping[str, float | bool] | None = None,
+) -> Network:
+    """The part of a graph between two tensors, with its variables as inputs.
+
+    Args:
+        graph_def: any TF1 graph; it is not changed.
+        output: tensor to compute.
+        input: tensor that is fed; what lies before it is left out.
+        input_dtype: of that tensor; inputs of other types are cast to it.
+        feeds: values of other placeholders.
+
+    Raises:
+        ValueError: if a placeholder has no value, or the output does not depend on the input.
+        ForbiddenOpError: if there is anything but arithmetic in between.
+    """
+    fed = _with_constants(graph_def, feeds or {})
+    nodes = ancestors(fed, output, stop_at=[input])
+    _check_depends(nodes, output, input)
+    variables = tuple(_variable(node) for node in nodes if node.op in VARIABLES)
+    names = {variable.name for variable in variables}
+    nodes = [node for node in nodes if node.name not in names]
+    aliases = _reads_of(nodes, names)
+    nodes = [node for node in nodes if f"{node.name}:0" not in aliases]
+    _check_placeholders(nodes)
+    kept = {node.name for node in nodes}
+    return Network(
+        graph_def=_graph_of([_clean(node, aliases, kept) for node in nodes], fed),
+        input=canonical(input),
+        input_dtype=input_dtype,
+        output=aliases.get(canonical(output), canonical(output)),
+        variables=variables,
+    )
+
+
+def cut(network: Network, at: str) -> tuple[Network, Network]:
+    """Cut a network in two at a tensor: the second part applied to the first is the whole.
+
+    Raises:
+        ValueError: if the tensor is not in the network, or a branch goes round it.
+    """
+    at = canonical(at)
+    if at != network.input and split_tensor_name(at)[0] not in {
+        node.name for node in network.graph_def.node
+    }:
+        raise ValueError(f"cannot cut at {at!r}: it is not between the input and the tap")
+    variables = {variable.name: variable for variable in network.variables}
+
+    def part(output: str, input: str, input_dtype: tf.DType | None) -> Network:
+        leaves = [network.input, input, *variables]
+        nodes = ancestors(network.graph_def, output, stop_at=leaves)
+        read = {split_tensor_name(edge)[0] for node in nodes for edge in node.input}
+        return Network(
+            graph_def=_graph_of(nodes, network.graph_def),
+            input=input,
+            input_dtype=input_dtype,
+            output=output,
+            variables=tuple(v for name, v in variables.items() if name in read),
+        )
+
+    suffix = part(network.output, at, None)
+    if at != network.input:
+        bypass = [node.name for node in suffix.graph_def.node if _reads(node, network.input)]
+        if bypass:
+            raise ValueError(
+                f"cannot cut at {at!r}: it does not separate the input from the tap; a branch goes "
+                f"round it, from {network.input!r} through {bypass[0]!r}"
+            )
+    return part(at, network.input, network.input_dtype), suffix
+
+
+def placeholders(nodes: Iterable[NodeDef]) -> list[NodeDef]:
+    """The nodes that must be fed."""
+    return [node for node in nodes if node.op in ("Placeholder", "PlaceholderV2")]
+
+
+def static_shape(node: NodeDef) -> tuple[int | None, ...] | None:
+    """The shape that a node states for its output 0; ``None`` if it states none.
+
+    TF 1.1 and older leave ``shape`` empty and write the truth to ``_output_shapes``.
+    """
+    stated = node.attr["_output_shapes"].list.shape if "_output_shapes" in node.attr else []
+    shape = stated[0] if stated else node.attr["shape"].shape if "shape" in node.attr else None
+    if shape is None or shape.unknown_rank or (not stated and not shape.dim and node.op != "Const"):
+        return None
+    return tuple(dim.size if dim.size >= 0 else None for dim in shape.dim)
+
+
+def dtype_of(node: NodeDef) -> tf.DType:
+    """The element type that a variable or placeholder states."""
+    return tf.as_dtype(node.attr["dtype"].type)
+
+
+def _variable(node: NodeDef) -> Variable:
+    shape = node.attr["shape"].shape
+    known = not shape.unknown_rank and all(dim.size >= 0 for dim in shape.dim)
+    return Variable(
+        node.name, dtype_of(node), tuple(dim.size for dim in shape.dim) if known else None
+    )
+
+
+def _with_constants(graph_def: GraphDef, feeds: Mapping[str, float | bool]) -> GraphDef:
+    """The graph with constants in the place of the placeholders that are fed."""
+    values = {split_tensor_name(name)[0]: value for name, value in feeds.items()}
+    unknown = values.keys() - {node.name for node in graph_def.node}
+    if unknown:
+        raise ValueError(f"cannot feed {sorted(unknown)}: the graph has no such tensor")
+    fed = GraphDef(library=graph_def.library, versions=graph_def.versions)
+    for node in graph_def.node:
+        if node.name in values:
+            fed.node.append(_constant(node, values[node.name]))
+        else:
+            fed.node.append(node)
+    return fed
+
+
+def _constant(node: NodeDef, value: float | bool) -> NodeDef:
+    if not node.op.startswith("Placeholder"):
+        raise ValueError(f"cannot feed {node.name!r}: it is a {node.op}, not a placeholder")
+    constant = NodeDef(name=node.name, op="Const")
+    constant.attr["dtype"].CopyFrom(node.attr["dtype"])
+    constant.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value, dtype_of(node)))
+    return constant
+
+
+def _reads_of(nodes: Sequence[NodeDef], variables: set[str]) -> dict[str, str]:
+    """Tensors that are a variable's value as it is, and ``<variable>:0`` for each.
+
+    Two kinds of variables, one form: after the reads are gone every user names the variable itself.
+    """
+    aliases: dict[str, str] = {}
+    for _ in range(2):  # nodes need not be sorted; a handle may pass through an Identity first
+        for node in nodes:
+            if node.op in _READS and node.input:
+                source = canonical(node.input[0])
+                source = aliases.get(source, source)
+                if split_tensor_name(source)[0] in variables:
+                    aliases[f"{node.name}:0"] = source
+    return aliases
+
+
+def _clean(node: NodeDef, aliases: Mapping[str, str], kept: set[str]) -> NodeDef:
+    """A copy without devices, stale attributes and edges to what is gone."""
+    copy = NodeDef()
+    copy.CopyFrom(node)
+    copy.device = ""
+    for attribute in _STALE_ATTRIBUTES:
+        copy.attr.pop(attribute, None)
+    del copy.input[:]
+    for edge in node.input:
+        if not edge.startswith("^"):
+            copy.input.append(aliases.get(canonical(edge), edge))
+        elif edge[1:] in kept:
+            copy.input.append(edge)
+    return copy
+
+
+def _graph_of(nodes: Sequence[NodeDef], source: GraphDef) -> GraphDef:
+    """A graph of these nodes, with the functions of ``source`` that they call, directly or not."""
+    graph_def = GraphDef(node=nodes, versions=source.versions)
+    graph_def.library.function.extend(_functions_used(source, nodes))
+    return graph_def
+
+
+def _functions_used(graph_def: GraphDef, nodes: Iterable[NodeDef]) -> list[FunctionDef]:
+    library = {function.signature.name: function for function in graph_def.library.function}
+    used: dict[str, FunctionDef] = {}
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        called = [node.op, *(attr.func.name for attr in node.attr.values())]
+        called += [f.name for attr in node.attr.values() for f in attr.list.func]
+        for name in called:
+            if name in library and name not in used:
+                used[name] = library[name]
+                pending.extend(library[name].node_def)
+    return list(used.values())
+
+
+def _reads(node: NodeDef, tensor: str) -> bool:
+    return any(canonical(edge) == tensor for edge in node.input if not edge.startswith("^"))
+
+
+def _is_branch_pivot(node: NodeDef | None) -> bool:
+    """Branches of a conditional begin with an Identity of a Switch of the predicate."""
+    return node is not None and (
+        node.op == "Switch" or (node.op == "Identity" and "Switch" in (node.input or [""])[0])
+    )
+
+
+def _check_depends(nodes: Sequence[NodeDef], output: str, input: str) -> None:
+    if canonical(output) != canonical(input) and not any(
+        _reads(n, canonical(input)) for n in nodes
+    ):
+        raise ValueError(f"{output!r} does not depend on the input {input!r}")
+
+
+def _check_placeholders(nodes: Iterable[NodeDef]) -> None:
+    unfed = [f"{node.name}:0" for node in placeholders(nodes)]
+    if unfed:
+        example = f"{unfed[0]}=1.0"
+        raise ValueError(
+            f"the tap also depends on {', '.join(unfed)}; give each a value, e.g. --feed {example} "
+            "(1.0 for a keep_prob, False for an is_training)"
+        )

@@ -1,0 +1,199 @@
+"""One training loop for every case: a head on cached features, a part of the network, all of it.
+
+Data contract: a model maps inputs to logits ``[batch, num_classes]``; ``batches(epoch)`` gives an
+iterable of ``(inputs, labels)`` for an epoch, in an order that depends on nothing but the epoch, so
+that a run that is resumed continues as if it had never stopped. Optimizers, metrics and callbacks
+are Keras' own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+Batch = tuple[Any, Any]
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became infinite or not a number."""
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Variables that one optimizer updates."""
+
+    optimizer: keras.optimizers.Optimizer
+    variables: Sequence[keras.Variable]
+
+    def __post_init__(self) -> None:
+        self.optimizer.build(self.variables)
+
+
+@dataclass
+class Trainer:
+    """A model with what updates it; ``fit`` may be called again to go on.
+
+    Args:
+        model: inputs to logits; called with ``training=True`` while it is trained.
+        groups: which optimizer updates which variables; variables in no group stay as they are.
+        label_smoothing: 0..1, the share of the target that is spread over all classes.
+        frozen: applied to the inputs first, in inference mode and without a gradient.
+    """
+
+    model: keras.Model
+    groups: Sequence[ParameterGroup]
+    label_smoothing: float = 0.0
+    frozen: Callable[[Any], Any] | None = None
+    step: int = 0
+    epoch: int = 0
+    _loss: keras.metrics.Mean = field(default_factory=lambda: keras.metrics.Mean("loss"))
+    _accuracy: keras.metrics.Metric = field(
+        default_factory=lambda: keras.metrics.SparseCategoricalAccuracy("accuracy")
+    )
+
+    def __post_init__(self) -> None:
+        # Callbacks (EarlyStopping, ReduceLROnPlateau, TensorBoard) look for these on the model.
+        self.model.optimizer = self.groups[0].optimizer
+        self.model.stop_training = False
+        self._train_step = tf.function(self._step, autograph=False, reduce_retracing=True)
+
+    def _step(self, inputs: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        """One update; returns the loss, a float32 scalar."""
+        if self.frozen is not None:
+            inputs = tf.stop_gradient(self.frozen(inputs))
+        with tf.GradientTape() as tape:
+            logits = self.model(inputs, training=True)
+            loss = self._mean_loss(labels, logits)
+        gradients = iter(tape.gradient(loss, [v.value for g in self.groups for v in g.variables]))
+        for group in self.groups:
+            group.optimizer.apply([next(gradients) for _ in group.variables], group.variables)
+        self._loss.update_state(loss, sample_weight=tf.shape(labels)[0])
+        self._accuracy.update_state(labels, logits)
+        return loss
+
+    def _mean_loss(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+        """Softmax cross-entropy, with the targets smoothed as in arXiv 1512.00567, section 7."""
+        targets = tf.one_hot(labels, logits.shape[-1])
+        targets = targets * (1 - self.label_smoothing) + self.label_smoothing / logits.shape[-1]
+        return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
+
+    def train_epoch(self, batches: Iterable[Batch], callbacks: Any) -> dict[str, float]:
+        """One pass over the batches; the epoch's mean loss and accuracy while training.
+
+        Raises:
+            NonFiniteLossError: names the step and the learning rate.
+        """
+        self._loss.reset_state()
+        self._accuracy.reset_state()
+        for index, (inputs, labels) in enumerate(batches):
+            callbacks.on_train_batch_begin(index)
+            loss = float(self._train_step(inputs, labels))
+            self.step += 1
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(self._describe_divergence(loss))
+            callbacks.on_train_batch_end(index, self._logs())
+        return self._logs()
+
+    def fit(
+        self,
+        batches: Callable[[int], Iterable[Batch]],
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        validate: Callable[[], dict[str, float]] | None = None,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        verbose: int = 0,
+        checkpoint: RunCheckpoint | None = None,
+    ) -> None:
+        """Train until ``self.epoch == epochs``, or until a callback stops it.
+
+        Args:
+            batches: the epoch's number, from 0, to its batches.
+            epochs: in all, those of earlier calls included.
+            steps_per_epoch: for the progress bar.
+            validate: after each epoch; its figures join the logs with a ``val_`` before their
+                names.
+            callbacks: Keras callbacks.
+            verbose: Keras' progress bar, on standard output: 0 none, 1 a bar, 2 a line an epoch.
+            checkpoint: saved after each epoch.
+        """
+        callback_list = keras.callbacks.CallbackList(
+            list(callbacks),
+            add_progbar=verbose > 0,
+            model=self.model,
+            verbose=verbose,
+            epochs=epochs,
+            steps=steps_per_epoch,
+        )
+        callback_list.on_train_begin()
+        while self.epoch < epochs and not self.model.stop_training:
+            callback_list.on_epoch_begin(self.epoch)
+            logs = self.train_epoch(batches(self.epoch), callback_list)
+            if validate is not None:
+                logs |= {f"val_{name}": value for name, value in validate().items()}
+            callback_list.on_epoch_end(self.epoch, logs)
+            self.epoch += 1
+            if checkpoint is not None:
+                checkpoint.save(self)
+        callback_list.on_train_end()
+
+    @property
+    def trainable_variables(self) -> list[keras.Variable]:
+        return [variable for group in self.groups for variable in group.variables]
+
+    def _logs(self) -> dict[str, float]:
+        return {"loss": float(self._loss.result()), "accuracy": float(self._accuracy.result())}
+
+    def _describe_divergence(self, loss: float) -> str:
+        rates = sorted({float(g.optimizer.learning_rate) for g in self.groups}, reverse=True)
+        shown = " and ".join(f"{rate:g}" for rate in rates)
+        return (
+            f"the loss is {loss} at step {self.step} (epoch {self.epoch + 1}) with learning rate "
+            f"{shown}; start again with a learning rate ten times smaller, and check that the "
+            "preprocessing is the one that the weights expect"
+        )
+
+
+class RunCheckpoint:
+    """What a training run needs to go on: weights, optimizer and random states, epoch and step."""
+
+    def __init__(self, directory: Path, *, keep: int = 2):
+        self.directory = directory
+        self._keep = keep
+
+    def save(self, trainer: Trainer) -> None:
+        self._manager(trainer).save(checkpoint_number=trainer.epoch)
+
+    def restore(self, trainer: Trainer) -> bool:
+        """Bring a trainer to the last checkpoint; false if there is none."""
+        manager = self._manager(trainer)
+        if manager.latest_checkpoint is None:
+            return False
+        manager.checkpoint.restore(manager.latest_checkpoint).assert_consumed()
+        trainer.epoch = int(manager.checkpoint.epoch)
+        trainer.step = int(manager.checkpoint.step)
+        return True
+
+    def _manager(self, trainer: Trainer) -> tf.train.CheckpointManager:
+        # A flat list, by position: the names of Keras variables differ between two sessions.
+        variables = [*trainer.model.variables]
+        for group in trainer.groups:
+            variables += group.optimizer.variables
+        checkpoint = tf.train.Checkpoint(
+            variables=[variable.value for variable in variables],
+            epoch=tf.Variable(trainer.epoch, dtype=tf.int64),
+            step=tf.Variable(trainer.step, dtype=tf.int64),
+        )
+        return tf.train.CheckpointManager(checkpoint, str(self.directory), self._keep)
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A seed for the order and the augmentation of an epoch, the same in a run that is resumed."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])

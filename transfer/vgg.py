@@ -1,0 +1,166 @@
+"""VGG networks as TF1-style graphs with the standard names, from one table of blocks.
+
+The graph takes ``images:0`` float32 ``[batch, size, size, 3]``, preprocessed, and has a tensor for
+every layer: ``conv1_1:0`` ... ``pool5:0``, ``fc6:0``, ``fc7:0``, ``fc8:0`` (the logits) and
+``prob:0``. ``keep_prob:0`` is the share that dropout keeps after fc6 and fc7, 1.0 unless it is fed.
+All but fc8 come after their ReLU. Variables are named ``<layer>/weights`` and ``<layer>/biases``.
+
+Source of the architectures: table 1 of arXiv 1409.1556 (A = vgg11, B = vgg13, D = vgg16, E =
+vgg19).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+tf1 = tf.compat.v1
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """``blocks``: the widths of each block's 3x3 convolutions; a 2x2 max-pooling ends each
+    block."""
+
+    blocks: tuple[tuple[int, ...], ...]
+    fc: int = 4096
+    image_size: int = 224
+
+    def __post_init__(self) -> None:
+        if self.image_size < 2 ** len(self.blocks):
+            raise ValueError(
+                f"image size {self.image_size} is too small for {len(self.blocks)} poolings; "
+                f"expected at least {2 ** len(self.blocks)} pixels"
+            )
+
+    @property
+    def pooled_size(self) -> int:
+        """Height and width after the last pooling, in pixels ("SAME" pooling rounds up)."""
+        size = self.image_size
+        for _ in self.blocks:
+            size = -(-size // 2)
+        return size
+
+    @property
+    def convolutions(self) -> list[list[tuple[str, int]]]:
+        """Per block, the name and width of each convolution."""
+        return [
+            [(f"conv{block}_{index}", width) for index, width in enumerate(widths, 1)]
+            for block, widths in enumerate(self.blocks, 1)
+        ]
+
+
+ARCHITECTURES = {
+    "vgg_small": Architecture(((24,), (48,), (96,) * 2, (192,) * 2, (256,) * 2), 512, 64),
+    "vgg11": Architecture(((64,), (128,), (256,) * 2, (512,) * 2, (512,) * 2)),
+    "vgg13": Architecture(((64,) * 2, (128,) * 2, (256,) * 2, (512,) * 2, (512,) * 2)),
+    "vgg16": Architecture(((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)),
+    "vgg19": Architecture(((64,) * 2, (128,) * 2, (256,) * 4, (512,) * 4, (512,) * 4)),
+}
+
+
+def kernel_shapes(
+    architecture: Architecture, num_classes: int, *, convolutional: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Layer to the shape of its weights; the biases have the last of its dimensions.
+
+    ``convolutional`` gives fc6 to fc8 as convolutions (``[7, 7, 512, 4096]`` for VGG16), so that
+    fc7 is ``[batch, h, w, 4096]``; otherwise they are matrices (``[25088, 4096]``), rows in the
+    order height, width, channel. The two have the same values in the same order.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    channels = 3
+    for block in architecture.convolutions:
+        for name, width in block:
+            shapes[name] = (3, 3, channels, width)
+            channels = width
+    window = (architecture.pooled_size,) * 2
+    for name, inputs, outputs, size in (
+        ("fc6", channels, architecture.fc, window),
+        ("fc7", architecture.fc, architecture.fc, (1, 1)),
+        ("fc8", architecture.fc, num_classes, (1, 1)),
+    ):
+        shapes[name] = (
+            (*size, inputs, outputs) if convolutional else (size[0] ** 2 * inputs, outputs)
+        )
+    return shapes
+
+
+def num_parameters(architecture: Architecture, num_classes: int) -> int:
+    """Weights and biases of all layers."""
+    shapes = kernel_shapes(architecture, num_classes).values()
+    return sum(int(np.prod(shape)) + shape[-1] for shape in shapes)
+
+
+def random_weights(
+    architecture: Architecture, num_classes: int, *, seed: int = 0, convolutional: bool = False
+) -> dict[str, np.ndarray]:
+    """Variable name to float32 values: He-normal weights (arXiv 1502.01852), small random
+    biases."""
+    generator = np.random.default_rng(seed)
+    values = {}
+    for name, shape in kernel_shapes(
+        architecture, num_classes, convolutional=convolutional
+    ).items():
+        scale = np.float32(np.sqrt(2 / np.prod(shape[:-1])))
+        values[f"{name}/weights"] = generator.standard_normal(shape, np.float32) * scale
+        values[f"{name}/biases"] = generator.standard_normal(shape[-1], np.float32) * np.float32(
+            0.01
+        )
+    return values
+
+
+def build_graph(
+    architecture: Architecture,
+    num_classes: int,
+    *,
+    convolutional: bool = False,
+    use_resource: bool = False,
+) -> tf.Graph:
+    """The network as a graph of its own; see the module's docstring for its tensors.
+
+    Args:
+        architecture: from ``ARCHITECTURES``, or one's own.
+        num_classes: width of fc8.
+        convolutional: fc layers as convolutions; then any image size from ``image_size`` up works.
+        use_resource: resource variables, as TensorFlow 2 makes them, rather than reference ones.
+    """
+    shapes = kernel_shapes(architecture, num_classes, convolutional=convolutional)
+    size = None if convolutional else architecture.image_size
+    graph = tf.Graph()
+    with graph.as_default():
+        net = tf1.placeholder(tf.float32, [None, size, size, 3], name="images")
+        keep_prob = tf1.placeholder_with_default(1.0, [], name="keep_prob")
+
+        def layer(name: str, inputs: tf.Tensor, *, relu: bool = True) -> tf.Tensor:
+            shape = shapes[name]
+            with tf1.variable_scope(name):
+                weights = tf1.get_variable("weights", shape, use_resource=use_resource)
+                biases = tf1.get_variable(
+                    "biases",
+                    shape[-1:],
+                    initializer=tf1.zeros_initializer,
+                    use_resource=use_resource,
+                )
+                if len(shape) == 4:
+                    padding = "SAME" if name.startswith("conv") else "VALID"
+                    outputs = tf.nn.conv2d(inputs, weights, strides=1, padding=padding)
+                else:
+                    outputs = tf.matmul(inputs, weights)
+                outputs = tf.nn.bias_add(outputs, biases)
+                outputs = tf.nn.relu(outputs) if relu else outputs
+            # The slash makes the name exact: the scope has taken it already.
+            return tf.identity(outputs, name=f"{name}/")
+
+        for number, block in enumerate(architecture.convolutions, 1):
+            for name, _ in block:
+                net = layer(name, net)
+            net = tf.nn.max_pool2d(net, 2, 2, "SAME", name=f"pool{number}")
+        if not convolutional:
+            net = tf.reshape(net, [-1, shapes["fc6"][0]], name="flatten")
+        for name in ("fc6", "fc7"):
+            net = tf1.nn.dropout(layer(name, net), rate=1 - keep_prob, name=f"{name}_dropout")
+        tf.nn.softmax(layer("fc8", net, relu=False), name="prob")
+    return graph
