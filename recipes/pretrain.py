@@ -16,7 +16,7 @@ from pathlib import Path
 
 from cyclopts import Parameter
 
-from recipes import run_folder
+from recipes import measure, run_folder
 from recipes.startup import import_tensorflow
 
 
@@ -67,8 +67,16 @@ def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
     import_tensorflow()
     import keras
 
-    from transfer import data, evaluation, pretraining, training, vgg
-    from transfer.preprocess import Preprocess
+    from transfer import (
+        Card,
+        Preprocess,
+        data,
+        evaluation,
+        pretraining,
+        save_meta_graph,
+        training,
+        vgg,
+    )
 
     if config.arch not in vgg.ARCHITECTURES:
         raise ValueError(f"--arch {config.arch}: choose from {', '.join(vgg.ARCHITECTURES)}")
@@ -115,12 +123,9 @@ def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
             steps_per_epoch=steps_per_epoch,
             validate=lambda: {k: v for k, v in figures().items() if isinstance(v, float)},
             callbacks=[keras.callbacks.CSVLogger(out / run_folder.HISTORY, append=config.resume)],
-            progress=True,
+            verbose=measure.verbosity(),
             checkpoint=checkpoint,
         )
-
-    from transfer.card import Card
-    from transfer.metagraph import save_meta_graph
 
     result = figures()
     card = Card(

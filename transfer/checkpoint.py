@@ -49,8 +49,8 @@ class Checkpoint:
     """
 
     def __init__(self, prefix: str | Path):
-        self.prefix = str(prefix)
         _check_files(Path(prefix))
+        self.prefix = _to_open(Path(prefix))
         try:
             reader = tf.train.load_checkpoint(self.prefix)
             self._shapes = reader.get_variable_to_shape_map()
@@ -201,6 +201,12 @@ def _check_files(prefix: Path) -> None:
             f"no checkpoint {str(prefix)!r}: expected {prefix.name}.index with its data files, or "
             f"a V1 checkpoint named {prefix.name}"
         )
+
+
+def _to_open(prefix: Path) -> str:
+    """What TensorFlow opens: the prefix, or a pattern for the files of a sharded V1 checkpoint."""
+    is_v2 = prefix.with_name(prefix.name + ".index").is_file()
+    return str(prefix) if is_v2 or prefix.is_file() else f"{prefix}-?????-of-?????"
 
 
 def _glob_escape(name: str) -> str:

@@ -394,6 +394,7 @@ def _open_image_folder(folder: Path) -> Source:
 
 
 def _open_tfds(name: str, data_dir: str | None) -> Source:
+    import transfer.digits  # noqa: F401 - registers the embedded dataset with tfds
 
     try:
         builder = tfds.builder(name, data_dir=data_dir)
@@ -418,7 +419,7 @@ def _unknown_dataset(name: str) -> str:
     return f"tfds knows no dataset {name!r}{hint} (for images of your own use an image folder)"
 
 
-def _require_network(name: str, data_dir: str, timeout_s: float = 6.0) -> None:
+def _require_network(name: str, data_dir: str, timeout_s: float = 3.0) -> None:
     """Fail at once where tfds would retry for minutes."""
     reached: list[bool] = []
 

@@ -66,12 +66,13 @@ def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[st
         tap_name = backbone.network.output
         if tap_name == backbone.network.input:
             tap_name = input_name
-        logits, probabilities = build_head(
-            graph.get_tensor_by_name(tap_name),
-            head.num_classes,
-            hidden=head.hidden,
-            return_probabilities=True,
-        )
+        with tf1.variable_scope("", use_resource=False):
+            logits, probabilities = build_head(
+                graph.get_tensor_by_name(tap_name),
+                head.num_classes,
+                hidden=head.hidden,
+                return_probabilities=True,
+            )
     names = {"input": input_name, "tap": tap_name}
     names |= {"logits": logits.name, "probabilities": probabilities.name}
     scope = logits.name.rpartition("/")[0]

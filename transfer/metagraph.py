@@ -241,9 +241,12 @@ def save_meta_graph(
         _check_values(variables, values)
         saver = tf1.train.Saver(variables, write_version=tf1.train.SaverDef.V2)
         meta = tf1.train.export_meta_graph(graph=graph, saver_def=saver.as_saver_def())
+    tensors = {
+        v.op.name: tf.convert_to_tensor(values[v.op.name], v.dtype.base_dtype) for v in variables
+    }
     with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=".saving-") as temporary:
         draft = Path(temporary, prefix.name)
-        checkpoint.write(draft, {v.op.name: values[v.op.name] for v in variables})
+        checkpoint.write(draft, tensors)
         draft.with_name(prefix.name + ".meta").write_bytes(meta.SerializeToString())
         names = sorted(path.name for path in Path(temporary).iterdir())
         if card is not None:

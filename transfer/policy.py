@@ -23,7 +23,7 @@ _ELEMENTWISE = """
 _LINEAR = """
     AvgPool AvgPool3D BatchMatMul BatchMatMulV2 BatchMatMulV3 BatchNormWithGlobalNormalization
     Conv2D Conv2DBackpropInput Conv3D DepthwiseConv2dNative Dilation2D Einsum FractionalAvgPool
-    FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 L2Normalize LRN MatMul MaxPool MaxPool3D
+    FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 LRN MatMul MaxPool MaxPool3D
     MaxPoolV2 MaxPoolWithArgmax
 """
 _REDUCTIONS = """

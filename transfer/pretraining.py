@@ -58,16 +58,14 @@ def folded(model: keras.Model) -> dict[str, np.ndarray]:
     for layer in model.layers:
         if not isinstance(layer, keras.layers.Conv2D | keras.layers.Dense):
             continue
-        kernel = np.asarray(layer.kernel)
+        kernel = layer.kernel.numpy()
         if layer.use_bias:
-            biases = np.asarray(layer.bias)
+            biases = layer.bias.numpy()
         else:
             norm = model.get_layer(f"{layer.name}_norm")
-            scale = np.asarray(norm.gamma) / np.sqrt(
-                np.asarray(norm.moving_variance) + norm.epsilon
-            )
+            scale = norm.gamma.numpy() / np.sqrt(norm.moving_variance.numpy() + norm.epsilon)
             kernel = kernel * scale
-            biases = np.asarray(norm.beta) - np.asarray(norm.moving_mean) * scale
+            biases = norm.beta.numpy() - norm.moving_mean.numpy() * scale
         values[f"{layer.name}/weights"] = kernel
         values[f"{layer.name}/biases"] = biases
     return values

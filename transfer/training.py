@@ -133,16 +133,18 @@ class Trainer:
             steps=steps_per_epoch,
         )
         callback_list.on_train_begin()
-        while self.epoch < epochs and not self.model.stop_training:
-            callback_list.on_epoch_begin(self.epoch)
-            logs = self.train_epoch(batches(self.epoch), callback_list)
-            if validate is not None:
-                logs |= {f"val_{name}": value for name, value in validate().items()}
-            callback_list.on_epoch_end(self.epoch, logs)
-            self.epoch += 1
-            if checkpoint is not None:
-                checkpoint.save(self)
-        callback_list.on_train_end()
+        try:
+            while self.epoch < epochs and not self.model.stop_training:
+                callback_list.on_epoch_begin(self.epoch)
+                logs = self.train_epoch(batches(self.epoch), callback_list)
+                if validate is not None:
+                    logs |= {f"val_{name}": value for name, value in validate().items()}
+                callback_list.on_epoch_end(self.epoch, logs)
+                self.epoch += 1
+                if checkpoint is not None:
+                    checkpoint.save(self)
+        finally:
+            callback_list.on_train_end()  # callbacks close their files
 
     @property
     def trainable_variables(self) -> list[keras.Variable]:

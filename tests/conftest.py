@@ -1,0 +1,138 @@
+"""Small networks and small images, made here; nothing is downloaded.
+
+Real data and meta graphs are used where they lie beside the project, in ``../shared``; tests that
+need them are skipped where they do not.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from transfer import Card, save_meta_graph, vgg
+
+tf1 = tf.compat.v1
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+TINY = vgg.Architecture(blocks=((8,), (8, 16)), fc=32, image_size=16)
+NUM_CLASSES = 10
+VARIANTS = {
+    "dense-reference": {"convolutional": False, "use_resource": False},
+    "dense-resource": {"convolutional": False, "use_resource": True},
+    "conv-reference": {"convolutional": True, "use_resource": False},
+    "conv-resource": {"convolutional": True, "use_resource": True},
+}
+
+
+def save_vgg(
+    prefix: Path,
+    architecture: vgg.Architecture = TINY,
+    *,
+    convolutional: bool = False,
+    use_resource: bool = False,
+    num_classes: int = NUM_CLASSES,
+    card: Card | None = None,
+) -> Path:
+    graph = vgg.build_graph(
+        architecture, num_classes, convolutional=convolutional, use_resource=use_resource
+    )
+    values = vgg.random_weights(architecture, num_classes, convolutional=convolutional)
+    save_meta_graph(graph, prefix, values, card)
+    return prefix
+
+
+@pytest.fixture(params=VARIANTS)
+def tiny_vgg(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Prefix of a small VGG with random weights; fc layers and variables of both kinds."""
+    return save_vgg(tmp_path / "vgg" / "tiny", **VARIANTS[request.param])
+
+
+@pytest.fixture
+def tiny_card() -> Card:
+    return Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
+
+
+@pytest.fixture
+def model(tmp_path: Path, tiny_card: Card) -> Path:
+    """Prefix of a small VGG with a card: what a recipe needs."""
+    return save_vgg(tmp_path / "model" / "tiny", card=tiny_card)
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    return np.random.default_rng(0).random((5, 16, 16, 3), np.float32)
+
+
+class StockSession:
+    """What a TF1 program does: ``import_meta_graph``, ``Saver.restore``, ``Session.run``."""
+
+    def __init__(self, prefix: Path):
+        self.graph = tf.Graph()
+        with self.graph.as_default():
+            saver = tf1.train.import_meta_graph(f"{prefix}.meta")
+            self.session = tf1.Session(graph=self.graph)
+            saver.restore(self.session, str(prefix))
+
+    def run(self, fetches: Any, feeds: dict[str, Any] | None = None) -> Any:
+        return self.session.run(fetches, feeds)
+
+
+@pytest.fixture
+def stock_session() -> Callable[[Path], StockSession]:
+    return StockSession
+
+
+def make_image_folder(root: Path, images_per_class: int = 12, size: int = 20) -> Path:
+    """Two classes that can be told apart by colour, in all the kinds of files that people have."""
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(("blue", "red")):
+        folder = root / name
+        folder.mkdir(parents=True)
+        for number in range(images_per_class):
+            pixels = generator.integers(0, 80, (size, size + number, 3)).astype(np.uint8)
+            pixels[..., 0 if label else 2] += 150
+            image = Image.fromarray(pixels)
+            suffix = ".png" if number % 2 else ".jpg"
+            (image.convert("RGBA") if number % 4 == 1 else image).save(
+                folder / f"{number:02d}{suffix}"
+            )
+    return root
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    return make_image_folder(tmp_path / "photos")
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data dir for the embedded digits, prepared once."""
+    from transfer.data import open_source
+
+    directory = tmp_path_factory.mktemp("tfds")
+    open_source("digits", data_dir=str(directory))
+    return directory
+
+
+@pytest.fixture
+def shared_tfds() -> str:
+    if not (SHARED / "tfds").is_dir():
+        pytest.skip("needs prepared datasets in ../shared/tfds")
+    return str(SHARED / "tfds")
+
+
+@pytest.fixture
+def shared_wild() -> Path:
+    if not (SHARED / "wild").is_dir():
+        pytest.skip("needs meta graphs in ../shared/wild")
+    return SHARED / "wild"

@@ -1,0 +1,175 @@
+"""The layer against a stock TF1 session on the same files."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import save_vgg
+
+from transfer import Backbone, load_meta_graph, vgg
+
+tf1 = tf.compat.v1
+RTOL = 1e-5  # of the largest value
+
+
+def assert_close(found, reference):
+    reference = np.asarray(reference)
+    np.testing.assert_allclose(found, reference, rtol=0, atol=RTOL * np.abs(reference).max())
+
+
+def test_features_equal_a_stock_session(tiny_vgg, stock_session, images):
+    expected = stock_session(tiny_vgg).run("fc7:0", {"images:0": images})
+    backbone = Backbone(load_meta_graph(tiny_vgg))
+    assert_close(backbone(images), expected.reshape(len(images), -1))
+    raw = Backbone(load_meta_graph(tiny_vgg), tap="fc7:0", pooling=None)
+    assert_close(raw(images), expected)
+
+
+def test_four_dimensions_are_averaged_over_space(tmp_path, stock_session):
+    prefix = save_vgg(tmp_path / "m", convolutional=True)
+    images = np.random.default_rng(1).random((2, 24, 28, 3), np.float32)
+    expected = stock_session(prefix).run("fc7:0", {"images:0": images})
+    assert expected.shape == (2, 3, 4, 32)
+    assert_close(Backbone(load_meta_graph(prefix))(images), expected.mean((1, 2)))
+
+
+def test_gradients_equal_tf_gradients(tiny_vgg, stock_session, images):
+    backbone = Backbone(load_meta_graph(tiny_vgg))
+    inputs = tf.constant(images)
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        loss = tf.reduce_sum(tf.square(backbone(inputs)))
+    sources = [inputs, *(v.value for v in backbone.graph_variables)]
+    found = tape.gradient(loss, sources)
+
+    stock = stock_session(tiny_vgg)
+    with stock.graph.as_default():
+        variables = {v.op.name: v for v in tf1.global_variables()}
+        loss = tf.reduce_sum(tf.square(stock.graph.get_tensor_by_name("fc7:0")))
+        sources = [
+            stock.graph.get_tensor_by_name("images:0"),
+            *(variables[name] for name in backbone.variable_names),
+        ]
+        expected = stock.run(tf1.gradients(loss, sources), {"images:0": images})
+    for name, ours, theirs in zip(
+        ["images", *backbone.variable_names], found, expected, strict=True
+    ):
+        assert np.abs(theirs).max() > 0, name
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("at", ["images", "conv1_1", "pool1", "conv2_2", "fc6", "fc7"])
+def test_split_composes_to_the_whole(tiny_vgg, images, at):
+    backbone = Backbone(load_meta_graph(tiny_vgg))
+    prefix, suffix = backbone.split(at=at)
+    np.testing.assert_array_equal(suffix(prefix(images)), backbone(images))
+    assert len(prefix.weights) + len(suffix.weights) == len(backbone.weights)
+
+
+def test_split_shares_the_weights(model, images):
+    backbone = Backbone(load_meta_graph(model))
+    before = backbone(images)
+    _, suffix = backbone.split(at="pool2")
+    for variable in suffix.trainable_variables:
+        variable.assign(variable * 2)
+    assert np.abs(backbone(images) - before).max() > 0.01
+
+
+def test_only_what_the_tap_needs_is_read(model):
+    backbone = Backbone(load_meta_graph(model), tap="pool1")
+    assert backbone.variable_names == ["conv1_1/weights", "conv1_1/biases"]
+
+
+def test_tap_is_input(model, images):
+    backbone = Backbone(load_meta_graph(model), tap="images", pooling=None)
+    np.testing.assert_array_equal(backbone(images), images)
+
+
+def test_unknown_tap_suggests_near_ones(model):
+    with pytest.raises(ValueError, match="no tensor 'fc_7'; did you mean fc7"):
+        Backbone(load_meta_graph(model), tap="fc_7")
+
+
+def test_random_weights_have_the_variance_of_he(tmp_path):
+    architecture = vgg.Architecture(((64, 64),), fc=256, image_size=16)
+    backbone = Backbone(load_meta_graph(save_vgg(tmp_path / "m", architecture)))
+    backbone.randomize(seed=1)
+    values = {name: value.numpy() for name, value in backbone.values().items()}
+    assert values["conv1_2/weights"].std() == pytest.approx(np.sqrt(2 / (9 * 64)), rel=0.05)
+    assert not values["conv1_2/biases"].any()
+
+
+def test_statistics_are_not_trained(tmp_path, images):
+    from transfer import save_meta_graph
+
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf1.placeholder(tf.float32, [None, 16, 16, 3], name="x")
+        gamma = tf1.get_variable("gamma", [3])
+        mean = tf1.get_variable("moving_mean", [3], trainable=False)
+        tf.multiply(x - mean, gamma, name="tap")
+    save_meta_graph(graph, tmp_path / "m", {"gamma": np.ones(3), "moving_mean": np.zeros(3)})
+    backbone = Backbone(load_meta_graph(tmp_path / "m"), tap="tap")
+    assert [v.name for v in backbone.trainable_variables] == ["gamma"]
+    assert [v.name for v in backbone.non_trainable_variables] == ["moving_mean"]
+
+
+def test_it_is_an_ordinary_keras_layer(model, images, tmp_path):
+    model = keras.Sequential(
+        [keras.Input((16, 16, 3)), Backbone(load_meta_graph(model)), keras.layers.Dense(2)]
+    )
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    before = [w.numpy() for w in model.weights]
+    model.fit(images, np.array([0, 1, 0, 1, 0]), verbose=0)
+    assert all((w.numpy() != b).any() for w, b in zip(model.weights, before, strict=True))
+
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    np.testing.assert_array_equal(loaded(images), model(images))
+    model.export(tmp_path / "saved_model", verbose=False)
+    served = tf.saved_model.load(str(tmp_path / "saved_model"))
+    np.testing.assert_allclose(
+        served.serve(tf.constant(images)), model(images), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("convolutional", [False, True], ids=["dense", "conv"])
+def test_full_size_vgg16_equals_a_stock_session(tmp_path, stock_session, convolutional):
+    architecture = vgg.ARCHITECTURES["vgg16"]
+    prefix = save_vgg(tmp_path / "vgg16", architecture, convolutional=convolutional)
+    images = np.random.default_rng(0).random((2, 224, 224, 3), np.float32)
+    expected = stock_session(prefix).run("fc7:0", {"images:0": images})
+    features = Backbone(load_meta_graph(prefix))(images)
+    assert features.shape == (2, 4096)
+    assert_close(features, expected.reshape(2, 4096))
+
+
+def test_meta_graphs_from_the_wild(shared_wild, stock_session):
+    """Every one that has its weights: TF 0.10 to 1.14, V1 and V2, queues, devices, dropout."""
+    cases = [c for c in json.loads((shared_wild / "cases.json").read_text()) if c["weights"]]
+    assert cases
+    for case in cases:
+        graph = load_meta_graph(shared_wild / case["case"] / case["prefix"])
+        shape = _some_shape(graph.node(case["input"]))
+        images = np.random.default_rng(0).random(shape, np.float32)
+        backbone = Backbone(
+            graph, case["tap"], input=case["input"], feeds=case["feeds"], pooling=None
+        )
+        with tf.Graph().as_default(), tf1.Session() as session:
+            meta = tf1.MetaGraphDef()
+            meta.ParseFromString(graph.prefix.with_name(graph.prefix.name + ".meta").read_bytes())
+            meta.collection_def.clear()  # one names an operation that is not there
+            saver = tf1.train.import_meta_graph(meta, clear_devices=True)
+            saver.restore(session, str(graph.prefix))
+            expected = session.run(case["tap"], {case["input"]: images, **case["feeds"]})
+        assert expected.shape[-1] == case["feature_width"], case["case"]
+        assert_close(backbone(images), expected)
+
+
+def _some_shape(node):
+    from transfer.surgery import static_shape
+
+    return [dim or 4 for dim in static_shape(node)]

@@ -1,0 +1,30 @@
+import pytest
+
+from transfer.card import Card, read_card, write_card
+
+
+def test_a_card_survives_writing_and_reading(tmp_path):
+    card = Card(input="x:0", image_size=64, feeds={"keep_prob:0": 1.0}, eval={"accuracy": 0.5})
+    write_card(tmp_path / "m.json", card)
+    assert read_card(tmp_path / "m.json") == card
+    assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
+
+
+def test_keys_that_are_not_known_are_left_out(tmp_path):
+    (tmp_path / "m.json").write_text('{"tap": "fc7:0", "colour": "blue"}')
+    assert read_card(tmp_path / "m.json") == Card(tap="fc7:0")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not a card"),
+        ("[]", "expected a JSON object"),
+        ('{"image_size": "big"}', "image_size is 'big'; expected a int"),
+        ('{"tap": 7}', "tap is 7; expected a str"),
+    ],
+)
+def test_what_is_no_card_is_refused(tmp_path, text, message):
+    (tmp_path / "m.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_card(tmp_path / "m.json")

@@ -1,0 +1,92 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import VARIANTS, save_vgg
+
+from transfer import Backbone, Card, Classifier, Head, Preprocess, load_meta_graph
+from transfer.export import save_classifier
+
+PHOTOS = np.random.default_rng(0).integers(0, 256, (4, 20, 30, 3)).astype(np.uint8)
+
+
+def new_classifier(prefix, **head):
+    backbone = Backbone(load_meta_graph(prefix), name="backbone")
+    classifier = Classifier(
+        backbone, Head(3, seed=0, **head), Preprocess("caffe", 16), ["a", "b", "c"]
+    )
+    classifier.build_from_size()
+    return classifier
+
+
+def test_images_of_any_size_to_probabilities(model):
+    probabilities = new_classifier(model).probabilities(PHOTOS)
+    assert probabilities.shape == (4, 3)
+    np.testing.assert_allclose(probabilities.numpy().sum(-1), 1, rtol=1e-5)
+
+
+def test_it_is_preprocess_backbone_head(model):
+    classifier = new_classifier(model)
+    expected = classifier.head(classifier.backbone(Preprocess("caffe", 16)(PHOTOS)))
+    np.testing.assert_array_equal(classifier(PHOTOS), expected)
+
+
+@pytest.mark.parametrize("at", [None, "images", "conv1_1", "pool2", "fc7"])
+def test_split(model, at):
+    classifier = new_classifier(model)
+    frozen, trained = classifier.split(at)
+    images = classifier.preprocess(PHOTOS)
+    np.testing.assert_allclose(
+        trained(images if frozen is None else frozen(images)), classifier(PHOTOS), rtol=1e-5
+    )
+    assert (frozen is None) == (at is None)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("hidden", [(), (8, 4)], ids=["softmax", "hidden"])
+def test_saved_classifier_runs_in_a_stock_session(tmp_path, stock_session, variant, hidden):
+    classifier = new_classifier(save_vgg(tmp_path / "vgg", **VARIANTS[variant]), hidden=hidden)
+    expected = classifier(PHOTOS).numpy()
+    save_classifier(classifier, tmp_path / "run" / "model", Card(source="a test"))
+
+    stock = stock_session(tmp_path / "run" / "model")
+    images = classifier.preprocess(PHOTOS).numpy()
+    logits, probabilities = stock.run(
+        ["head/logits:0", "head/probabilities:0"], {"images:0": images}
+    )
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(probabilities, tf.nn.softmax(expected), rtol=1e-4, atol=1e-5)
+    assert {v.op.type for v in _variables(stock)} == {"VariableV2"}
+
+    loaded = Classifier.load(tmp_path / "run")
+    np.testing.assert_allclose(loaded(PHOTOS), expected, rtol=1e-4, atol=1e-5)
+    assert loaded.labels == ["a", "b", "c"]
+    assert loaded.preprocess == classifier.preprocess
+
+
+def _variables(stock):
+    with stock.graph.as_default():
+        return tf.compat.v1.global_variables()
+
+
+def test_a_fine_tuned_model_is_a_pretrained_model(tmp_path, model):
+    save_classifier(new_classifier(model), tmp_path / "first" / "model", Card())
+    graph = load_meta_graph(tmp_path / "first")
+    assert graph.card.tap == "fc7:0"
+    second = new_classifier(graph.prefix)
+    save_classifier(second, tmp_path / "second" / "model", Card())
+    np.testing.assert_allclose(
+        Classifier.load(tmp_path / "second")(PHOTOS), second(PHOTOS), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_load_refuses_what_is_no_classifier(model):
+    with pytest.raises(ValueError, match="is not a fine-tuned model: its card must name"):
+        Classifier.load(model)
+
+
+def test_save_refuses_other_heads(model, tmp_path):
+    backbone = Backbone(load_meta_graph(model))
+    classifier = Classifier(backbone, keras.layers.Dense(2), Preprocess("tf", 16), ["a", "b"])
+    with pytest.raises(TypeError, match="with a Head, got a Dense"):
+        save_classifier(classifier, tmp_path / "m", Card())

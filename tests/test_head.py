@@ -1,0 +1,189 @@
+"""The head in somebody else's project: a TF1 graph, a Keras model, eager tensors."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from transfer import Backbone, Head, build_head, load_meta_graph
+
+tf1 = tf.compat.v1
+FEATURES = np.random.default_rng(0).random((6, 4096), np.float32)
+
+
+def fc7_graph(shape=(None, 4096)):
+    """As after ``import_meta_graph``: a graph with a tensor ``fc7:0``."""
+    graph = tf.Graph()
+    with graph.as_default():
+        tf1.placeholder(tf.float32, shape, name="fc7")
+    return graph, graph.get_tensor_by_name("fc7:0")
+
+
+def test_tf1_graph_names_and_initial_values():
+    graph, fc7 = fc7_graph()
+    logits, probabilities = build_head(fc7, num_classes=2, return_probabilities=True)
+    assert (logits.name, probabilities.name) == ("head/logits:0", "head/probabilities:0")
+    with graph.as_default(), tf1.Session() as session:
+        variables = tf1.trainable_variables()
+        assert [v.op.name for v in variables] == ["head/weights", "head/biases"]
+        session.run(tf1.global_variables_initializer())
+        weights, biases = session.run(variables)
+        found = session.run([logits, probabilities], {fc7: FEATURES})
+    np.testing.assert_allclose(biases, 0.05)
+    assert np.abs(weights).max() <= 0.1  # truncated at two deviations
+    assert weights.std() == pytest.approx(0.05 * 0.8796, rel=0.05)  # of a normal cut at 2 sigma
+    np.testing.assert_allclose(found[0], FEATURES @ weights + biases, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found[1].sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stop_gradient", [True, False])
+def test_stop_gradient_in_all_three(stop_gradient):
+    graph, fc7 = fc7_graph()
+    logits = build_head(fc7, 2, stop_gradient=stop_gradient)
+    with graph.as_default():
+        assert (tf1.gradients(logits, fc7)[0] is None) == stop_gradient
+
+    features = tf.constant(FEATURES)
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        logits = build_head(features, 2, stop_gradient=stop_gradient)
+    assert (tape.gradient(logits, features) is None) == stop_gradient
+
+    inputs = keras.Input([4096])
+    model = keras.Model(inputs, build_head(inputs, 2, stop_gradient=stop_gradient))
+    with tf.GradientTape() as tape:
+        tape.watch(features)
+        logits = model(features)
+    assert (tape.gradient(logits, features) is None) == stop_gradient
+
+
+def test_tf1_program_trains_and_saves_it(model, stock_session, images, tmp_path):
+    """The whole of a stranger's TF1 program: import, tap fc7, stop, new softmax, train, save."""
+    stock = stock_session(model)
+    with stock.graph.as_default(), stock.session as session:
+        fc7 = stock.graph.get_tensor_by_name("fc7:0")
+        logits = build_head(fc7, num_classes=2, stop_gradient=True, seed=0)
+        loss = tf1.losses.sparse_softmax_cross_entropy(np.array([0, 1, 0, 1, 1]), logits)
+        train = tf1.train.AdamOptimizer(0.05).minimize(loss)
+        new = [v for v in tf1.global_variables() if not v.op.name.startswith(("conv", "fc"))]
+        session.run(tf1.variables_initializer(new))
+        frozen = session.run("conv1_1/weights:0")
+        before = session.run(loss, {"images:0": images})
+        for _ in range(30):
+            session.run(train, {"images:0": images})
+        assert session.run(loss, {"images:0": images}) < 0.7 * before
+        np.testing.assert_array_equal(session.run("conv1_1/weights:0"), frozen)
+        tf1.train.Saver().save(session, str(tmp_path / "tuned"))
+        expected = session.run(logits, {"images:0": images})
+    ours = Backbone(load_meta_graph(tmp_path / "tuned"), tap="head/logits")
+    np.testing.assert_allclose(ours(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tf1_hidden_and_dropout():
+    graph, fc7 = fc7_graph()
+    logits = build_head(fc7, 3, hidden=(16, 8), dropout=0.5, seed=1)
+    with graph.as_default(), tf1.Session() as session:
+        names = {v.op.name: v.shape.as_list() for v in tf1.global_variables()}
+        session.run(tf1.global_variables_initializer())
+        same = [session.run(logits, {fc7: FEATURES}) for _ in range(2)]
+        feeds = {fc7: FEATURES, "head/keep_prob:0": 0.5}
+        different = [session.run(logits, feeds) for _ in range(2)]
+    assert names["head/hidden_1/weights"] == [4096, 16]
+    assert names["head/hidden_2/weights"] == [16, 8]
+    assert names["head/weights"] == [8, 3]
+    np.testing.assert_array_equal(*same)
+    assert (different[0] != different[1]).any()
+
+
+def test_tf1_second_head_gets_a_name_of_its_own():
+    _, fc7 = fc7_graph()
+    assert build_head(fc7, 2).name == "head/logits:0"
+    assert build_head(fc7, 5).name == "head_1/logits:0"
+
+
+@pytest.mark.parametrize("shape", [(None, 4096), (None, 1, 1, 4096), (None, None, None, 4096)])
+def test_width_of_logits_for_2d_and_4d_features(shape):
+    _, fc7 = fc7_graph(shape)
+    assert build_head(fc7, 7).shape.as_list() == [None, 7]
+    assert build_head(keras.Input(shape[1:]), 7).shape == (None, 7)
+    features = FEATURES if len(shape) == 2 else FEATURES[:, None, None, :]
+    assert build_head(tf.constant(features), 7).shape == (6, 7)
+
+
+def test_4d_features_are_averaged_over_space():
+    features = np.random.default_rng(0).random((2, 3, 4, 8), np.float32)
+    head = Head(5)
+    np.testing.assert_allclose(head(features), head(features.mean((1, 2))), rtol=1e-5)
+
+
+def test_keras_model_trains_and_is_saved(tmp_path):
+    inputs = keras.Input([4096])
+    logits, probabilities = build_head(inputs, 2, hidden=(8,), return_probabilities=True)
+    np.testing.assert_allclose(
+        keras.Model(inputs, probabilities)(FEATURES).numpy().sum(-1), 1, 1e-5
+    )
+    model = keras.Model(inputs, logits)
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    losses = model.fit(FEATURES, np.arange(6) % 2, epochs=5, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    model.save(tmp_path / "m.keras")
+    np.testing.assert_array_equal(
+        keras.models.load_model(tmp_path / "m.keras")(FEATURES), model(FEATURES)
+    )
+
+
+def test_eager_head_trains_in_a_loop_of_ones_own():
+    head = Head(2, stop_gradient=True, seed=0)
+    labels = np.arange(6) % 2
+    optimizer = keras.optimizers.Adam(0.01)
+    losses = []
+    for _ in range(10):
+        with tf.GradientTape() as tape:
+            logits = head(tf.constant(FEATURES), training=True)
+            losses.append(
+                tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+            )
+        variables = [v.value for v in head.trainable_variables]
+        optimizer.apply(tape.gradient(losses[-1], variables), head.trainable_variables)
+    assert losses[-1] < losses[0] / 2
+
+
+def test_head_equals_keras_dense_with_the_same_weights():
+    head = Head(3)
+    logits = head(FEATURES)
+    dense = keras.layers.Dense(3)
+    dense.build((None, 4096))
+    dense.set_weights(head.get_weights())
+    np.testing.assert_array_equal(logits, dense(FEATURES))
+
+
+def test_same_seed_same_head_and_other_layers_other_weights():
+    first, second = (build_head(tf.constant(FEATURES), 3, hidden=(3,), seed=5) for _ in range(2))
+    np.testing.assert_array_equal(first, second)
+    head = Head(4096, hidden=(4096,), seed=5)
+    head.build((None, 4096))
+    hidden, classifier = head.values()["hidden_1/weights"], head.values()["weights"]
+    assert abs(np.corrcoef(hidden.numpy()[0], classifier.numpy()[0])[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": 0}, "num_classes must be at least 1, got 0"),
+        ({"num_classes": 2, "dropout": 1.0}, "dropout must be at least 0 and less than 1, got 1.0"),
+        ({"num_classes": 2, "hidden": (0,)}, r"hidden widths must be at least 1, got \(0,\)"),
+        ({"num_classes": 2, "weights_stddev": -1}, "weights_stddev must not be negative"),
+    ],
+)
+def test_arguments_out_of_range(arguments, message):
+    _, fc7 = fc7_graph()
+    for features in (fc7, tf.constant(FEATURES), keras.Input([4096])):
+        with pytest.raises(ValueError, match=message):
+            build_head(features, **arguments)
+
+
+@pytest.mark.parametrize("shape", [(None, 3, 4096), (None, None), None])
+def test_features_of_another_rank_or_unknown_width(shape):
+    _, fc7 = fc7_graph(shape)
+    with pytest.raises(ValueError, match=r"features have shape .*; expected \[batch, width\] or"):
+        build_head(fc7, 2)

@@ -1,0 +1,147 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import NUM_CLASSES, TINY, save_vgg
+
+from transfer import Card, load_meta_graph, save_meta_graph, vgg
+
+tf1 = tf.compat.v1
+
+
+@pytest.mark.parametrize(
+    "path", ["vgg/tiny", "vgg/tiny.meta", "vgg/tiny.index", "vgg/tiny.data-00000-of-00001", "vgg"]
+)
+def test_load_takes_any_path_of_the_model(tmp_path, path):
+    prefix = save_vgg(tmp_path / "vgg" / "tiny")
+    graph = load_meta_graph(tmp_path / path)
+    assert graph.prefix == prefix
+    assert graph.checkpoint_prefix == prefix
+    assert graph.tensorflow_version == tf.__version__
+
+
+def test_load_finds_the_checkpoint_of_a_later_step(tmp_path):
+    save_vgg(tmp_path / "tiny")
+    for path in tmp_path.glob("tiny.*"):
+        if path.suffix != ".meta":
+            path.rename(path.with_name(path.name.replace("tiny.", "tiny-1000.")))
+    assert load_meta_graph(tmp_path / "tiny.meta").checkpoint_prefix == tmp_path / "tiny-1000"
+
+
+@pytest.mark.parametrize("state", ["tiny-2000", "/gone/with/tiny-2000", r"C:\\models\\tiny-2000"])
+def test_load_believes_the_state_file_where_it_fits(tmp_path, state):
+    save_vgg(tmp_path / "tiny")
+    for step in (1000, 2000):
+        for suffix in ("index", "data-00000-of-00001"):
+            shutil.copy(tmp_path / f"tiny.{suffix}", tmp_path / f"tiny-{step}.{suffix}")
+    (tmp_path / "tiny.index").unlink()
+    (tmp_path / "tiny.data-00000-of-00001").unlink()
+    (tmp_path / "checkpoint").write_text(f'model_checkpoint_path: "{state}"\n')
+    assert load_meta_graph(tmp_path / "tiny").checkpoint_prefix == tmp_path / "tiny-2000"
+    (tmp_path / "checkpoint").write_text('model_checkpoint_path: "inception_v1"\n')
+    assert load_meta_graph(tmp_path / "tiny").checkpoint_prefix is None
+
+
+def test_load_names_what_there_is_in_place_of_what_there_is_not(tmp_path):
+    save_vgg(tmp_path / "tiny")
+    with pytest.raises(FileNotFoundError, match="meta graphs in that folder: tiny"):
+        load_meta_graph(tmp_path / "vgg16")
+    with pytest.raises(FileNotFoundError, match="holds 0 meta graphs"):
+        (tmp_path / "empty").mkdir()
+        load_meta_graph(tmp_path / "empty")
+
+
+def test_load_does_not_guess_among_several(tmp_path):
+    for name in ("one", "two"):
+        save_vgg(tmp_path / name)
+    with pytest.raises(ValueError, match=r"holds 2 meta graphs \(one.meta, two.meta\)"):
+        load_meta_graph(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"version https://git-lfs"])
+def test_load_refuses_what_is_no_meta_graph(tmp_path, content):
+    (tmp_path / "x.meta").write_bytes(content)
+    with pytest.raises(ValueError, match="x.meta' is not a meta graph"):
+        load_meta_graph(tmp_path / "x")
+
+
+def test_a_truncated_meta_graph_is_refused(tmp_path):
+    save_vgg(tmp_path / "tiny")
+    meta = tmp_path / "tiny.meta"
+    meta.write_bytes(meta.read_bytes()[: meta.stat().st_size // 2])
+    with pytest.raises(ValueError, match="is not a meta graph, or it is damaged"):
+        load_meta_graph(meta)
+
+
+def test_tensor_suggests_near_names(tmp_path):
+    graph = load_meta_graph(save_vgg(tmp_path / "tiny"))
+    assert graph.tensor("fc7") == graph.tensor("fc7:0") == "fc7:0"
+    with pytest.raises(ValueError, match="has no tensor 'fc77'; did you mean fc7"):
+        graph.tensor("fc77")
+
+
+def test_input_is_found_or_asked_for(tmp_path):
+    graph = tf.Graph()
+    with graph.as_default():
+        a = tf1.placeholder(tf.float32, [None, 4], name="a")
+        b = tf1.placeholder(tf.float32, [None, 4], name="b")
+        tf.add(a, b, name="tap")
+    save_meta_graph_without_variables(graph, tmp_path / "two")
+    with pytest.raises(ValueError, match=r"2 placeholders might be it \(a, b\)"):
+        load_meta_graph(tmp_path / "two").network("tap")
+    network = load_meta_graph(tmp_path / "two").network("tap", "a", {"b": 1.0})
+    assert network.input == "a:0"
+
+
+def save_meta_graph_without_variables(graph, prefix):
+    with graph.as_default():
+        tf1.train.export_meta_graph(str(prefix) + ".meta", graph=graph)
+
+
+def test_preprocess_is_refused_where_nothing_says_it(tmp_path):
+    graph = load_meta_graph(save_vgg(tmp_path / "tiny"))
+    with pytest.raises(ValueError, match=r"no card \(tiny.json\) says how .* --preprocess: caffe"):
+        graph.preprocess("images:0")
+    assert graph.preprocess("images:0", "caffe").size == 16
+    with pytest.raises(ValueError, match="takes images of 16x16 pixels, not 32x32"):
+        graph.preprocess("images:0", "caffe", 32)
+
+
+def test_preprocess_of_a_convolutional_network_takes_any_size(tmp_path):
+    graph = load_meta_graph(save_vgg(tmp_path / "tiny", convolutional=True))
+    with pytest.raises(ValueError, match="takes any image size; give one"):
+        graph.preprocess("images:0", "caffe")
+    assert graph.preprocess("images:0", "caffe", 48).size == 48
+
+
+def test_save_and_stock_restore(tmp_path, stock_session, images):
+    values = vgg.random_weights(TINY, NUM_CLASSES)
+    save_meta_graph(vgg.build_graph(TINY, NUM_CLASSES), tmp_path / "m", values)
+    stock = stock_session(tmp_path / "m")
+    np.testing.assert_array_equal(stock.run("fc7/weights:0"), values["fc7/weights"])
+    assert tf.train.latest_checkpoint(str(tmp_path)) == str(tmp_path / "m")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint", "m.data-00000-of-00001", "m.index", "m.meta",
+    ]  # fmt: skip
+
+
+def test_save_records_the_hashes(tmp_path):
+    import hashlib
+
+    save_vgg(tmp_path / "m", card=Card(preprocess="unit"))
+    card = json.loads((tmp_path / "m.json").read_text())
+    assert card["preprocess"] == "unit"
+    for name, digest in card["sha256"].items():
+        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
+    assert len(card["sha256"]) == 3
+
+
+def test_save_refuses_values_that_do_not_fit(tmp_path):
+    values = vgg.random_weights(TINY, NUM_CLASSES)
+    del values["fc6/biases"]
+    values["fc7/biases"] = np.zeros(3, np.float32)
+    with pytest.raises(ValueError, match=r"no value for fc6/biases; .* fc7/biases \(graph \(32,\)"):
+        save_meta_graph(vgg.build_graph(TINY, NUM_CLASSES), tmp_path / "m", values)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,86 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras.applications.imagenet_utils import preprocess_input
+
+from transfer.preprocess import CONVENTIONS, Preprocess
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 3)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["caffe", "torch", "tf"])
+def test_normalize_equals_keras_applications(mode):
+    expected = preprocess_input(IMAGES.astype(np.float32), mode=mode)
+    np.testing.assert_allclose(Preprocess(mode, 9).normalize(IMAGES), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("mode", "red"),  # of a pixel of pure red: hand-worked
+    [
+        ("caffe", (-103.939, -116.779, 131.32)),
+        ("slim", (131.32, -116.78, -103.94)),
+        ("unit", (1, 0, 0)),
+        ("none", (255, 0, 0)),
+    ],
+)
+def test_normalize_by_hand(mode, red):
+    pixel = np.array([[[255, 0, 0]]], np.uint8)
+    np.testing.assert_allclose(Preprocess(mode, 1)(pixel)[0, 0], red, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", CONVENTIONS)
+def test_the_same_for_one_image_a_batch_and_in_a_dataset(mode):
+    preprocess = Preprocess(mode, 6)
+    batch = preprocess(tf.constant(IMAGES))
+    assert (batch.shape, batch.dtype) == ((2, 6, 6, 3), tf.float32)
+    np.testing.assert_allclose(preprocess(tf.constant(IMAGES[0])), batch[0], atol=1e-5)
+    dataset = tf.data.Dataset.from_tensor_slices(IMAGES).map(preprocess)
+    np.testing.assert_allclose(np.stack(list(dataset)), batch, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(10, 30), (30, 10), (3, 9), (17, 23)])
+def test_the_centre_is_cropped_and_the_aspect_ratio_kept(shape):
+    """A square in the middle of a black border stays square and in the middle."""
+    height, width = shape
+    image = np.zeros((height, width, 1), np.uint8)
+    side = min(shape)
+    top, left = (height - side) // 2, (width - side) // 2
+    image[top : top + side, left : left + side] = 200
+    result = Preprocess("none", 8)(image).numpy()
+    assert result.shape == (8, 8, 3)
+    assert result[1:-1, 1:-1].min() > 199
+
+
+def test_resize_equals_pillow():
+    from PIL import Image
+
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8)
+    expected = np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR))
+    np.testing.assert_allclose(Preprocess("none", 16)(image), expected, atol=1.0)  # it rounds
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(1, 3), (3, 3), (4, 3), (3, 1), (4, 1), (1, 1)])
+def test_gray_colour_and_alpha(given, wanted):
+    image = np.full((5, 5, given), 100, np.uint8)
+    result = Preprocess("none", 5, wanted)(image)
+    assert result.shape == (5, 5, wanted)
+    np.testing.assert_allclose(result, 100, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("vgg", 8), "preprocess='vgg' is not known; choose from: caffe, slim"),
+        (("tf", 0), "at least 1 pixel, got 0"),
+        (("tf", 8, 2), "channels must be 1 or 3, got 2"),
+        (("caffe", 8, 1), "'caffe' is for colour images but the network takes gray ones"),
+    ],
+)
+def test_what_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Preprocess(*arguments)
+
+
+def test_images_with_two_channels_are_refused():
+    with pytest.raises(ValueError, match="images have 2 channels"):
+        Preprocess("tf", 8)(np.zeros((4, 4, 2)))

@@ -1,0 +1,59 @@
+import keras
+import numpy as np
+import pytest
+from conftest import NUM_CLASSES, TINY
+
+from transfer import Backbone, load_meta_graph, pretraining, save_meta_graph, vgg
+
+
+def trained_model():
+    keras.utils.set_random_seed(0)
+    model = pretraining.trainable_model(TINY, NUM_CLASSES, dropout=0.1)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    images = np.random.default_rng(0).random((64, 16, 16, 3), np.float32)
+    model.fit(images, np.arange(64) % NUM_CLASSES, epochs=2, verbose=0)
+    return model
+
+
+def test_what_is_saved_computes_what_was_trained(tmp_path, images):
+    model = trained_model()
+    graph = vgg.build_graph(TINY, NUM_CLASSES)
+    save_meta_graph(graph, tmp_path / "m", pretraining.folded(model))
+    plain = Backbone(load_meta_graph(tmp_path / "m"), tap="fc8")
+    np.testing.assert_allclose(plain(images), model(images, training=False), rtol=1e-4, atol=1e-5)
+
+
+def test_fused_batch_norm_equals_keras():
+    ours = pretraining.FusedBatchNormalization(momentum=0.5)
+    theirs = keras.layers.BatchNormalization(momentum=0.5)
+    for shape in ((8, 5, 5, 3), (8, 3)):
+        inputs = np.random.default_rng(0).normal(2, 3, shape).astype(np.float32)
+        for layer in (ours, theirs):
+            layer.build(shape)
+        np.testing.assert_allclose(
+            ours(inputs, training=True), theirs(inputs, training=True), atol=1e-4
+        )
+        np.testing.assert_allclose(ours.moving_mean.numpy(), theirs.moving_mean.numpy(), rtol=1e-5)
+        count = inputs.size // 3  # ours has the unbiased variance: n / (n - 1)
+        np.testing.assert_allclose(
+            ours.moving_variance.numpy() - 0.5,
+            (theirs.moving_variance.numpy() - 0.5) * count / (count - 1),
+            rtol=1e-4,
+        )
+        ours = pretraining.FusedBatchNormalization(momentum=0.5)
+        theirs = keras.layers.BatchNormalization(momentum=0.5)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    rate = pretraining.optimizer(0.1, 5e-4, steps_per_epoch=10, epochs=4)._learning_rate
+    assert float(rate(0)) == 0
+    assert float(rate(5)) == pytest.approx(0.1)
+    assert float(rate(40)) == pytest.approx(0, abs=1e-6)
+
+
+def test_only_kernels_decay():
+    model = trained_model()
+    sgd = pretraining.optimizer(0.1, 0.5, 10, 4)
+    sgd.build(model.trainable_variables)
+    decaying = [v for v in model.trainable_variables if sgd._use_weight_decay(v)]
+    assert {variable.name for variable in decaying} == {"kernel"}

@@ -1,0 +1,310 @@
+"""The command line from end to end, on small networks and generated photos."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import yaml
+from conftest import make_image_folder, save_vgg
+
+from recipes.cli import VERBS, main
+from transfer import Backbone, Classifier, load_meta_graph
+
+tf1 = tf.compat.v1
+
+
+@pytest.fixture(autouse=True)
+def _own_session():
+    keras.backend.clear_session()
+
+
+def finetune(out, model, folder, *flags):
+    arguments = {"--model": model, "--image-folder": folder, "--out": out}
+    arguments |= {"--epochs": 3, "--batch-size": 6}
+    for default in arguments.keys() & set(flags):
+        del arguments[default]
+    flags = [*(item for pair in arguments.items() for item in pair), *flags]
+    return main(["finetune", *map(str, flags)])
+
+
+def metrics(out):
+    return json.loads((out / "metrics.json").read_text())
+
+
+def saved_values(prefix, names):
+    reader = tf.train.load_checkpoint(str(prefix))
+    return {name: reader.get_tensor(name) for name in names}
+
+
+def test_finetune_writes_the_run_folder(tmp_path, model, image_folder, capsys):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder) == 0
+    stdout = capsys.readouterr().out.splitlines()
+    assert stdout[0].startswith("accuracy ")
+    assert stdout[1] == str(out)
+    assert {path.name for path in out.iterdir()} == {
+        "config.yaml", "labels.txt", "metrics.json", "history.csv", "events", "checkpoints",
+        "model.meta", "model.index", "model.data-00000-of-00001", "checkpoint", "model.json",
+    }  # fmt: skip
+    assert (out / "labels.txt").read_text() == "blue\nred\n"
+
+    found = metrics(out)
+    assert found["eval"].keys() == {"accuracy", "top5", "loss", "num_examples", "accuracy_ci95"}
+    assert found["eval"]["num_examples"] == 4
+    assert found["train"]["epochs"] == 3
+    assert found["train"]["steps"] == 12
+    assert found["time"].keys() == {"load_s", "extract_s", "train_s", "eval_s", "total_s"}
+    assert found["throughput"].keys() == {"extract_images_per_s", "train_images_per_s"}
+    assert found["memory"]["peak_rss_mb"] > 10
+    assert found["params"]["trainable"] == 32 * 2 + 2
+    assert (found["cut"], found["seed"]) == ("fc7", 0)
+    assert "tensorflow" in found["versions"]
+
+    card = json.loads((out / "model.json").read_text())
+    assert card["eval"] == found["eval"]
+    assert (card["preprocess"], card["image_size"], card["tap"]) == ("unit", 16, "fc7:0")
+    with (out / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    assert float(rows[-1]["val_accuracy"]) == found["eval"]["accuracy"]
+
+
+def test_frozen_leaves_the_backbone_bit_identical(tmp_path, model, image_folder):
+    assert finetune(tmp_path / "run", model, image_folder) == 0
+    names = Backbone(load_meta_graph(model)).variable_names
+    before, after = (saved_values(p, names) for p in (model, tmp_path / "run" / "model"))
+    for name in names:
+        np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_full_changes_every_weight(tmp_path, model, image_folder, optimizer):
+    flags = ["--freeze-until", "none", "--optimizer", optimizer, "--learning-rate", 0.01]
+    assert finetune(tmp_path / "run", model, image_folder, *flags) == 0
+    names = Backbone(load_meta_graph(model)).variable_names
+    before, after = (saved_values(p, names) for p in (model, tmp_path / "run" / "model"))
+    unchanged = [name for name in names if np.array_equal(before[name], after[name])]
+    assert unchanged == []
+
+
+def test_partial_changes_what_comes_after_the_cut(tmp_path, model, image_folder):
+    flags = ["--freeze-until", "pool2", "--learning-rate", 0.01]
+    assert finetune(tmp_path / "run", model, image_folder, *flags) == 0
+    names = Backbone(load_meta_graph(model)).variable_names
+    before, after = (saved_values(p, names) for p in (model, tmp_path / "run" / "model"))
+    unchanged = [name for name in names if np.array_equal(before[name], after[name])]
+    assert unchanged == [name for name in names if name.startswith("conv")]
+    assert metrics(tmp_path / "run")["cut"] == "pool2"
+
+
+@pytest.mark.parametrize("cut", ["tap", "pool1", "none"])
+def test_evaluate_reproduces_the_reported_figures(tmp_path, model, image_folder, cut, capsys):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder, "--freeze-until", cut) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(out)]) == 0
+    figures = json.loads((out / "evaluation.json").read_text())
+    reported = metrics(out)["eval"]
+    assert {name: figures[name] for name in reported} == reported
+    assert f"accuracy {reported['accuracy']:.4f} on 4 images" in capsys.readouterr().out
+
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len({row["image"] for row in rows}) == 4
+    assert np.mean([r["label"] == r["prediction"] for r in rows]) == reported["accuracy"]
+    assert all(float(r["p(blue)"]) + float(r["p(red)"]) == pytest.approx(1, abs=1e-5) for r in rows)
+    with (out / "confusion.csv").open() as file:
+        counts = np.array([row[1:] for row in csv.reader(file)][1:], int)
+    assert counts.sum() == 4
+    assert counts.trace() / 4 == reported["accuracy"]
+
+
+def test_evaluate_on_other_splits_and_folders(tmp_path, model, image_folder, capsys):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder, "--epochs", 30) == 0
+    assert main(["evaluate", str(out), "--eval-split", "train[:7]"]) == 0
+    assert "on 7 images" in capsys.readouterr().out
+    other = make_image_folder(tmp_path / "other", 5)
+    assert main(["evaluate", str(out), "--image-folder", str(other)]) == 0
+    assert "on 10 images" in capsys.readouterr().out
+    (other / "red").rename(other / "crimson")
+    assert main(["evaluate", str(out), "--image-folder", str(other)]) == 1
+    error = capsys.readouterr().err
+    assert "1 are new (crimson), 1 are missing (red)" in error
+
+
+def test_evaluate_can_assert(tmp_path, model, image_folder, capsys):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder) == 0
+    assert main(["evaluate", str(out), "--assert-accuracy-at-least", "0"]) == 0
+    assert main(["evaluate", str(out), "--assert-accuracy-at-least", "1.01"]) == 1
+    assert "is below 1.01" in capsys.readouterr().err
+
+
+def test_the_saved_model_opens_in_a_stock_session(tmp_path, model, image_folder, stock_session):
+    assert finetune(tmp_path / "run", model, image_folder, "--hidden", 5, "--dropout", 0.1) == 0
+    loaded = Classifier.load(tmp_path / "run")
+    photos = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
+    images = loaded.preprocess(photos).numpy()
+    found = stock_session(tmp_path / "run" / "model").run(
+        "head/probabilities:0", {"images:0": images}
+    )
+    np.testing.assert_allclose(found, loaded.probabilities(photos), rtol=1e-4, atol=1e-6)
+
+
+def test_a_fine_tuned_model_can_be_fine_tuned(tmp_path, model, image_folder):
+    assert finetune(tmp_path / "first", model, image_folder) == 0
+    assert finetune(tmp_path / "second", tmp_path / "first", image_folder) == 0
+
+
+def test_the_same_seed_gives_the_same_model(tmp_path, model, image_folder):
+    for name in ("a", "b"):
+        flags = ["--augment", "--dropout", 0.2, "--freeze-until", "pool2"]
+        assert finetune(tmp_path / name, model, image_folder, *flags) == 0
+    data = "model.data-00000-of-00001"
+    assert (tmp_path / "a" / data).read_bytes() == (tmp_path / "b" / data).read_bytes()
+
+
+def test_resume_ends_where_an_uninterrupted_run_ends(tmp_path, model, image_folder):
+    flags = ["--freeze-until", "pool2", "--dropout", 0.2]
+    assert finetune(tmp_path / "whole", model, image_folder, *flags, "--epochs", 4) == 0
+    assert finetune(tmp_path / "parts", model, image_folder, *flags, "--epochs", 2) == 0
+    assert finetune(tmp_path / "parts", model, image_folder, *flags, "--epochs", 4, "--resume") == 0
+    data = "model.data-00000-of-00001"
+    assert (tmp_path / "whole" / data).read_bytes() == (tmp_path / "parts" / data).read_bytes()
+    assert metrics(tmp_path / "whole")["eval"] == metrics(tmp_path / "parts")["eval"]
+    assert len((tmp_path / "parts" / "history.csv").read_text().splitlines()) == 5
+
+
+def test_config_of_a_run_repeats_it(tmp_path, model, image_folder):
+    assert finetune(tmp_path / "a", model, image_folder, "--dropout", 0.1, "--hidden", 4) == 0
+    config = tmp_path / "a" / "config.yaml"
+    assert yaml.safe_load(config.read_text())["learning_rate"] == 0.001
+    again = ["finetune", "--config", str(config), "--out", str(tmp_path / "b")]
+    assert main(again) == 0
+    data = "model.data-00000-of-00001"
+    assert (tmp_path / "a" / data).read_bytes() == (tmp_path / "b" / data).read_bytes()
+
+
+def test_few_shots(tmp_path, model, image_folder):
+    flags = ["--shots-per-class", 3, "--batch-size", 4]
+    assert finetune(tmp_path / "run", model, image_folder, *flags) == 0
+    assert metrics(tmp_path / "run")["train"]["steps"] == 3 * 2
+
+
+def test_a_graph_without_card_or_names(tmp_path, image_folder):
+    """A stranger's: no card, another name for all, a keep_prob that must be fed."""
+    prefix = tmp_path / "wild" / "model.ckpt-7"
+    prefix.parent.mkdir()
+    with tf.Graph().as_default(), tf1.Session() as session:
+        x = tf1.placeholder(tf.float32, [None, 12, 12, 3])
+        keep = tf1.placeholder(tf.float32)
+        kernel = tf1.get_variable("w", [3, 3, 3, 4], use_resource=False)
+        net = tf.reduce_mean(tf.nn.relu(tf.nn.conv2d(x, kernel, 1, "SAME")), [1, 2])
+        tf.multiply(net, keep, name="features")
+        session.run(tf1.global_variables_initializer())
+        tf1.train.Saver().save(session, str(prefix))
+    flags = ["--tap", "features", "--feed", "Placeholder_1:0=1.0", "--preprocess", "tf"]
+    assert finetune(tmp_path / "run", prefix.parent, image_folder, *flags) == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (config["input"], config["image_size"]) == ("Placeholder:0", 12)
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+
+
+ERRORS = {
+    "batch size": (["--batch-size", "21"], "batch size 21 does not fit 20 training images"),
+    "tap": (["--tap", "fc_7"], "no tensor 'fc_7'; did you mean fc7"),
+    "cut": (["--freeze-until", "fc8"], "cannot cut at 'fc8:0'"),
+    "input": (["--input", "image"], "no tensor 'image'; did you mean images"),
+    "feed": (["--feed", "keep_prob"], "expected NAME=VALUE"),
+    "preprocess": (["--preprocess", "vgg"], "choose from: caffe"),
+    "image size": (["--image-size", "32"], "takes images of 16x16 pixels, not 32x32"),
+    "model": (["--model", "nowhere/vgg"], "no meta graph 'nowhere/vgg.meta'"),
+    "epochs": (["--epochs", "0"], "epochs must be at least 1"),
+    "split": (["--eval-split", "test"], "its splits are ['train']"),
+    "both": (["--dataset", "digits"], "either an image folder or a dataset"),
+    "diverges": (["--learning-rate", "1e38", "--optimizer", "sgd"], "with learning rate 1e+38"),
+    "resume": (["--resume"], "holds no run to resume"),
+}
+
+
+@pytest.mark.parametrize("flags, message", ERRORS.values(), ids=ERRORS)
+def test_errors_are_one_line_and_status_1(tmp_path, model, image_folder, capfd, flags, message):
+    assert finetune(tmp_path / "run", model, image_folder, *flags) == 1
+    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert message in error[0]
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path, model, image_folder, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    assert finetune(tmp_path / "run", model, image_folder) == 1
+    assert "is not empty; choose another --out" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_an_unreadable_image_is_named(tmp_path, model, image_folder, capsys):
+    (image_folder / "red" / "03.png").write_bytes(b"\x89PNG nonsense")
+    assert finetune(tmp_path / "run", model, image_folder) == 1
+    assert "red/03.png" in capsys.readouterr().err
+
+
+def test_no_preprocessing_is_guessed(tmp_path, image_folder, capsys):
+    prefix = save_vgg(tmp_path / "bare" / "vgg")
+    assert finetune(tmp_path / "run", prefix, image_folder) == 1
+    assert "say which with --preprocess: caffe" in capsys.readouterr().err
+
+
+def test_wrong_usage_is_status_2(capsys):
+    for arguments in (["finetune", "--epoch", "3"], ["finetune", "--epochs", "many"], ["evaluate"]):
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+    assert main(["conquer"]) == 2
+
+
+def test_evaluate_a_folder_that_is_no_run(tmp_path, capsys):
+    assert main(["evaluate", str(tmp_path)]) == 1
+    assert "is no run folder: it has no config.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in VERBS)])
+def test_help_does_not_import_tensorflow(arguments):
+    code = f"import sys, recipes.cli as cli; cli.main({arguments}); print('tensorflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Usage: vgg-transfer" in done.stdout
+    assert done.stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_is_a_module(verb):
+    command = [sys.executable, "-m", f"recipes.{verb}", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert f"Usage: vgg-transfer {verb}" in done.stdout
+
+
+def test_pretrain_makes_a_model_that_finetune_takes(tmp_path, image_folder, capsys):
+    out = tmp_path / "pretrained"
+    flags = ["--image-folder", image_folder, "--epochs", 1, "--batch-size", 10, "--out", out]
+    assert main(["pretrain", *map(str, flags)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+    graph = load_meta_graph(out)
+    assert graph.card.preprocess == "torch"
+    assert graph.card.eval["num_examples"] == 4
+    assert finetune(tmp_path / "run", out, image_folder) == 0
+
+
+def test_pretrain_resumes(tmp_path, image_folder):
+    def run(out, epochs, *flags):
+        shared = ["--image-folder", image_folder, "--batch-size", 10, "--out", out]
+        return main(["pretrain", *map(str, [*shared, "--epochs", epochs, *flags])])
+
+    assert run(tmp_path / "a", 1) == 0
+    assert run(tmp_path / "a", 2, "--resume") == 0
+    assert len((tmp_path / "a" / "history.csv").read_text().splitlines()) == 3
+    assert run(tmp_path / "b", 1, "--arch", "resnet") == 1

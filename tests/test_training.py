@@ -1,0 +1,164 @@
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from transfer.training import (
+    NonFiniteLossError,
+    ParameterGroup,
+    RunCheckpoint,
+    Trainer,
+    epoch_seed,
+)
+
+GENERATOR = np.random.default_rng(0)
+INPUTS = GENERATOR.random((50, 8), np.float32)
+LABELS = (INPUTS.sum(-1) > 4).astype(np.int64)
+
+
+def new_model(dropout=0.0):
+    keras.utils.set_random_seed(1)
+    return keras.Sequential(
+        [
+            keras.Input([8]),
+            keras.layers.Dense(16, "relu"),
+            keras.layers.Dropout(dropout),
+            keras.layers.Dense(2),
+        ]
+    )
+
+
+def new_trainer(model=None, rate=0.05, **arguments):
+    model = model or new_model()
+    group = ParameterGroup(keras.optimizers.Adam(rate), model.trainable_variables)
+    return Trainer(model, [group], **arguments)
+
+
+def batches(epoch, size=16):
+    order = np.random.default_rng(epoch_seed(0, epoch)).permutation(len(INPUTS))
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        yield INPUTS[chosen], LABELS[chosen]
+
+
+def fit(trainer, epochs, **arguments):
+    trainer.fit(batches, epochs=epochs, steps_per_epoch=4, **arguments)
+    return trainer
+
+
+def weights(model):
+    return [w.numpy() for w in model.weights]
+
+
+def assert_same(first, second, **tolerance):
+    for a, b in zip(first, second, strict=True):
+        np.testing.assert_allclose(a, b, **(tolerance or {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_equals_keras_fit(smoothing):
+    ours = fit(new_trainer(label_smoothing=smoothing), epochs=3)
+    theirs = new_model()
+    theirs.compile(
+        keras.optimizers.Adam(0.05),
+        keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing),
+    )
+    for epoch in range(3):
+        for inputs, labels in batches(epoch):
+            theirs.train_on_batch(inputs, keras.ops.one_hot(labels, 2))
+    assert_same(weights(ours.model), weights(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_it_learns_and_counts():
+    trainer = new_trainer()
+    before = weights(trainer.model)
+    history = keras.callbacks.History()
+    fit(trainer, epochs=60, callbacks=[history])
+    assert (trainer.epoch, trainer.step) == (60, 240)
+    assert history.history["accuracy"][-1] > 0.9
+    assert history.history["loss"][-1] < history.history["loss"][0] / 2
+    assert all((a != b).any() for a, b in zip(before, weights(trainer.model), strict=True))
+
+
+def test_mean_loss_counts_the_partial_batch_by_its_size():
+    trainer = new_trainer(rate=0.0)
+    logs = trainer.train_epoch(batches(0), keras.callbacks.CallbackList())
+    logits = trainer.model(INPUTS)
+    expected = tf.nn.sparse_softmax_cross_entropy_with_logits(LABELS, logits).numpy().mean()
+    assert logs["loss"] == pytest.approx(expected, rel=1e-5)
+    assert logs["accuracy"] == pytest.approx((logits.numpy().argmax(-1) == LABELS).mean())
+
+
+def test_validation_joins_the_logs():
+    history = keras.callbacks.History()
+    fit(new_trainer(), epochs=2, callbacks=[history], validate=lambda: {"accuracy": 0.25})
+    assert history.history["val_accuracy"] == [0.25, 0.25]
+
+
+def test_a_callback_can_stop_it():
+    stop = keras.callbacks.EarlyStopping("val_loss", patience=2)
+    trainer = fit(new_trainer(), 50, callbacks=[stop], validate=lambda: {"loss": 1.0})
+    assert trainer.epoch == 3
+
+
+def test_variables_in_no_group_stay_as_they_are():
+    model = new_model()
+    before = weights(model)
+    head = ParameterGroup(keras.optimizers.Adam(0.05), model.layers[-1].trainable_variables)
+    fit(Trainer(model, [head]), epochs=2)
+    after = weights(model)
+    assert_same(before[:2], after[:2])
+    assert (before[2] != after[2]).any()
+
+
+def test_each_group_has_its_own_learning_rate():
+    model = new_model()
+    before = weights(model)
+    groups = [
+        ParameterGroup(keras.optimizers.SGD(rate), layer.trainable_variables)
+        for rate, layer in ((0.1, model.layers[-1]), (0.0, model.layers[0]))
+    ]
+    fit(Trainer(model, groups), epochs=1)
+    assert_same(before[:2], weights(model)[:2])
+    assert (before[2] != weights(model)[2]).any()
+
+
+def test_frozen_inputs_equal_precomputed_ones():
+    prefix = keras.layers.Dense(8, "relu")
+    prefix.build((None, 8))
+    ours = fit(new_trainer(frozen=prefix), epochs=2)
+    cached = new_trainer()
+    cached.fit(
+        lambda epoch: ((prefix(x), y) for x, y in batches(epoch)), epochs=2, steps_per_epoch=4
+    )
+    assert_same(weights(ours.model), weights(cached.model), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_names_step_and_learning_rate(value):
+    def bad(epoch):
+        for step, (inputs, labels) in enumerate(batches(epoch)):
+            yield (inputs * value if step == 2 else inputs), labels
+
+    linear = keras.Sequential([keras.Input([8]), keras.layers.Dense(2)])
+    with pytest.raises(NonFiniteLossError, match=r"at step 3 \(epoch 1\) with learning rate 0.05"):
+        new_trainer(linear).fit(bad, epochs=1, steps_per_epoch=4)
+
+
+def test_a_resumed_run_ends_bit_identical(tmp_path):
+    whole = fit(new_trainer(new_model(dropout=0.5)), epochs=5)
+    fit(new_trainer(new_model(dropout=0.5)), epochs=2, checkpoint=RunCheckpoint(tmp_path))
+    resumed = new_trainer(new_model(dropout=0.5))
+    assert RunCheckpoint(tmp_path).restore(resumed)
+    assert (resumed.epoch, resumed.step) == (2, 8)
+    fit(resumed, epochs=5, checkpoint=RunCheckpoint(tmp_path))
+    assert_same(weights(whole.model), weights(resumed.model))
+    assert len(list(tmp_path.glob("*.index"))) == 2
+
+
+def test_nothing_to_restore(tmp_path):
+    assert not RunCheckpoint(tmp_path).restore(new_trainer())
+
+
+def test_epoch_seeds_differ():
+    assert len({epoch_seed(seed, epoch) for seed in range(5) for epoch in range(20)}) == 100

@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from transfer import vgg
+
+PARAMETERS = {  # with 1000 classes; source: Keras Applications and torchvision, vgg_small by hand
+    "vgg11": 132_863_336,
+    "vgg13": 133_047_848,
+    "vgg16": 138_357_544,
+    "vgg19": 143_667_240,
+    "vgg_small": 2_556_504 + 800 * 513,  # 200 classes are embedded; 800 more columns and biases
+}
+
+
+def test_every_architecture_is_in_the_table():
+    assert PARAMETERS.keys() == vgg.ARCHITECTURES.keys()
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_num_parameters(name):
+    assert vgg.num_parameters(vgg.ARCHITECTURES[name], 1000) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("convolutional", [False, True])
+def test_build_graph_has_the_standard_names(convolutional):
+    graph = vgg.build_graph(vgg.ARCHITECTURES["vgg16"], 1000, convolutional=convolutional)
+    names = ["images", "conv1_1", "conv3_3", "conv5_3", "pool1", "pool5", "fc6", "fc7", "fc8"]
+    for name in [*names, "prob", "keep_prob"]:
+        assert graph.get_tensor_by_name(f"{name}:0").name == f"{name}:0"
+    with graph.as_default():
+        variables = tf.compat.v1.global_variables()
+    assert sum(int(np.prod(v.shape)) for v in variables) == PARAMETERS["vgg16"]
+    fc7 = graph.get_tensor_by_name("fc7:0").shape.as_list()
+    assert fc7 == ([None, None, None, 4096] if convolutional else [None, 4096])
+
+
+def test_an_image_that_is_too_small_is_refused():
+    with pytest.raises(ValueError, match="image size 16 is too small for 5 poolings"):
+        vgg.Architecture(((8,),) * 5, 32, image_size=16)
