@@ -73,7 +73,7 @@ class FinetuneConfig:
     dropout: float = 0.0
     """Share of the features dropped while training."""
     augment: bool = False
-    """Train on random crops and flips. Frozen features are then computed anew in each epoch."""
+    """Train on random shifts and flips. Frozen features are then computed anew in each epoch."""
     seed: int = 0
     """Seed of the head, the order, the few shots and the augmentation."""
     out: Path | None = None

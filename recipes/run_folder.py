@@ -63,7 +63,7 @@ def write_config(run: Path, config: Any) -> None:
     values = {
         key: plain.get(type(value), lambda same: same)(value)
         for key, value in dataclasses.asdict(config).items()
-        if value is not None and key != "resume"
+        if value not in (None, ()) and key != "resume"
     }
     write_text(run / CONFIG, yaml.safe_dump(values, sort_keys=False))
 

@@ -275,7 +275,9 @@ def test_evaluate_a_folder_that_is_no_run(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in VERBS)])
 def test_help_does_not_import_tensorflow(arguments):
-    code = f"import sys, recipes.cli as cli; cli.main({arguments}); print('tensorflow' in sys.modules)"
+    code = (
+        f"import sys, recipes.cli as cli; cli.main({arguments}); print('tensorflow' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "Usage: vgg-transfer" in done.stdout
     assert done.stdout.endswith("False\n")
@@ -292,10 +294,11 @@ def test_pretrain_makes_a_model_that_finetune_takes(tmp_path, image_folder, caps
     out = tmp_path / "pretrained"
     flags = ["--image-folder", image_folder, "--epochs", 1, "--batch-size", 10, "--out", out]
     assert main(["pretrain", *map(str, flags)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == str(out)
+    assert capsys.readouterr().out.splitlines()[-1] == str(out / "vgg_small")
     graph = load_meta_graph(out)
     assert graph.card.preprocess == "torch"
     assert graph.card.eval["num_examples"] == 4
+    assert graph.card.source.startswith("vgg-transfer pretrain --arch vgg_small ")
     assert finetune(tmp_path / "run", out, image_folder) == 0
 
 

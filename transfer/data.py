@@ -188,7 +188,7 @@ class Split:
             preprocess: applied to every image.
             batch_size: images per batch.
             shuffle_seed: gives the order, and the random views; ``None`` keeps the split's order.
-            augment: show a random view (crop, flip) of each image; needs a ``shuffle_seed``.
+            augment: show a random view (shift, flip) of each image; needs a ``shuffle_seed``.
         """
         return Batches(self, preprocess, batch_size, shuffle_seed, augment)
 

@@ -1,0 +1,112 @@
+"""What ``vgg-transfer pretrain`` does; its flags are in ``recipes.pretrain``."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from recipes import measure, run_folder
+from recipes.pretrain import PretrainConfig
+from transfer import Backbone, Card, Preprocess, load_meta_graph, pretraining, save_meta_graph, vgg
+from transfer.card import write_card
+from transfer.data import open_source, train_and_eval_splits
+from transfer.evaluation import predict, summarize
+from transfer.training import ParameterGroup, RunCheckpoint, Trainer, epoch_seed
+
+
+def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
+    """Train, save and evaluate; returns the figures on held-out images, and the model's prefix.
+
+    Raises:
+        ValueError, OSError: see the library functions.
+        NonFiniteLossError: if training diverges.
+    """
+    if config.arch not in vgg.ARCHITECTURES:
+        raise ValueError(f"--arch {config.arch}: choose from {', '.join(vgg.ARCHITECTURES)}")
+    keras.utils.set_random_seed(config.seed)
+    architecture = vgg.ARCHITECTURES[config.arch]
+    source = open_source(
+        "" if config.image_folder else config.dataset,
+        data_dir=config.data_dir,
+        image_folder=config.image_folder,
+    )
+    train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
+    preprocess = Preprocess(config.preprocess, architecture.image_size)
+    out = config.out or run_folder.default_out(source.name, config.arch)
+    out = run_folder.create(out, resume=config.resume)
+    run_folder.write_config(out, replace(config, out=out))
+
+    num_classes = len(source.class_names)
+    model = pretraining.trainable_model(architecture, num_classes, dropout=config.dropout)
+    steps_per_epoch = -(-len(train) // config.batch_size)
+    optimizer = pretraining.optimizer(
+        config.learning_rate, config.weight_decay, steps_per_epoch, config.epochs
+    )
+    trainer = Trainer(
+        model,
+        [ParameterGroup(optimizer, model.trainable_variables)],
+        label_smoothing=config.label_smoothing,
+    )
+    checkpoint = RunCheckpoint(out / run_folder.CHECKPOINTS)
+    if config.resume:
+        checkpoint.restore(trainer)
+
+    def figures(network: keras.layers.Layer) -> dict[str, Any]:
+        return summarize(*predict(network, held_out.batches(preprocess, config.batch_size)))
+
+    with contextlib.redirect_stdout(sys.stderr):  # Keras' progress bar
+        trainer.fit(
+            lambda epoch: train.batches(
+                preprocess,
+                config.batch_size,
+                shuffle_seed=epoch_seed(config.seed, epoch),
+                augment=config.augment,
+            ),
+            epochs=config.epochs,
+            steps_per_epoch=steps_per_epoch,
+            validate=lambda: {k: v for k, v in figures(model).items() if isinstance(v, float)},
+            callbacks=[keras.callbacks.CSVLogger(out / run_folder.HISTORY, append=config.resume)],
+            verbose=measure.verbosity(),
+            checkpoint=checkpoint,
+        )
+
+    prefix = out / config.arch
+    labels = out / f"{config.arch}.labels.txt"
+    run_folder.write_text(labels, "".join(f"{name}\n" for name in source.class_names))
+    card = Card(
+        input="images:0",
+        tap="fc7:0",
+        image_size=architecture.image_size,
+        preprocess=config.preprocess,
+        labels=labels.name,
+        outputs={"logits": "fc8:0", "probabilities": "prob:0"},
+        source=_command(config),
+        licence=config.licence,
+        trained_on=f"{source.name}, {len(train)} images, {trainer.epoch} epochs",
+    )
+    graph = vgg.build_graph(architecture, num_classes)
+    save_meta_graph(graph, prefix, pretraining.folded(model), card)
+    # What is reported is what was written.
+    saved = load_meta_graph(prefix)
+    result = figures(Backbone(saved, tap="fc8"))
+    write_card(prefix.with_name(f"{prefix.name}.json"), replace(saved.card, eval=result))
+    run_folder.write_json(out / run_folder.METRICS, {"eval": result, "seed": config.seed})
+    return result, prefix
+
+
+def _command(config: PretrainConfig) -> str:
+    """The command that makes the same model, but for where things lie."""
+    places = ("data_dir", "image_folder", "out", "resume", "licence")
+    words = ["vgg-transfer", "pretrain"]
+    for name, value in vars(config).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [] if name in places else [f"--{flag}" if value else f"--no-{flag}"]
+        elif name not in places:
+            words += [f"--{flag}", str(value)]
+    return " ".join(words)
