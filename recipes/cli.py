@@ -25,7 +25,6 @@ app = App(
     result_action="return_value",
     default_parameter=Parameter(negative_iterable=()),
 )
-app.meta.default_parameter = Parameter(negative=())
 for verb in VERBS:
     app.command(f"recipes.{verb}:{verb}")
 
@@ -34,7 +33,7 @@ for verb in VERBS:
 def _launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
     config: Path | None = None,
-    debug: bool = False,
+    debug: Annotated[bool, Parameter(negative=())] = False,
 ) -> Any:
     """Transfer learning with pretrained VGG networks that come as TensorFlow meta graphs.
 

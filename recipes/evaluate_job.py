@@ -13,9 +13,9 @@ import numpy as np
 from recipes import measure, run_folder
 from recipes.evaluate import EvaluateConfig
 from transfer import Classifier
-from transfer.data import Source, Split, open_source, train_and_eval_splits, whole_eval_split
+from transfer.data import Source, Split, open_source, whole_eval_split
 from transfer.evaluation import confusion_matrix, predict, probabilities, summarize
-from transfer.features import stream
+from transfer.features import compiled, stream
 
 
 def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
@@ -27,17 +27,19 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     """
     settings = run_folder.read_config(folder)
     classifier = Classifier.load(folder / run_folder.MODEL)
-    split = _split(config, settings)
+    split = _split(folder, config, settings)
     to_logit = _class_order(split.source, classifier.labels)
     cut = None if settings["freeze_until"] == "none" else settings["freeze_until"]
-    batch_size = config.batch_size or settings["batch_size"]
+    batch_size = settings["batch_size"] if config.batch_size is None else config.batch_size
+    if batch_size < 1:
+        raise ValueError(f"batch size must be at least 1, got {batch_size}")
     frozen, trained = classifier.split(cut)
     batches: Iterable = split.batches(classifier.preprocess, batch_size)
     batches = measure.progress(batches, "evaluation")
     if frozen is not None:
         # In two steps, as in training, so that not a bit is different.
-        batches = stream(frozen, batches)
-    logits, labels = predict(trained, batches)
+        batches = stream(compiled(frozen), batches)
+    logits, labels = predict(compiled(trained), batches)
     labels = to_logit[labels]
 
     figures = summarize(logits, labels)
@@ -48,25 +50,39 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     return figures
 
 
-def _split(config: EvaluateConfig, settings: dict[str, Any]) -> Split:
-    given = {
-        "dataset": config.dataset,
-        "data_dir": config.data_dir,
-        "image_folder": config.image_folder,
-    }
-    theirs = {name: settings.get(name) for name in given}
-    is_other = any(given.values())
-    if config.dataset and not config.data_dir:
-        given["data_dir"] = theirs["data_dir"]
-    chosen = given if is_other else theirs
+def _split(folder: Path, config: EvaluateConfig, settings: dict[str, Any]) -> Split:
+    """The images to evaluate on; those that the run held out, if it is about the run's own data."""
+    theirs = {name: settings.get(name) for name in ("dataset", "data_dir", "image_folder")}
+    ours = dict(theirs)
+    if config.image_folder:
+        ours = {"dataset": None, "data_dir": None}
+        ours["image_folder"] = str(Path(config.image_folder).expanduser().resolve())
+    elif config.dataset or config.data_dir:
+        ours["image_folder"] = None
+        ours |= {k: v for k in ("dataset", "data_dir") if (v := getattr(config, k))}
     source = open_source(
-        chosen["dataset"] or "", data_dir=chosen["data_dir"], image_folder=chosen["image_folder"]
+        ours["dataset"] or "", data_dir=ours["data_dir"], image_folder=ours["image_folder"]
     )
     if config.eval_split != "auto":
         return source.split(config.eval_split)
-    if is_other:
-        return whole_eval_split(source)
-    return train_and_eval_splits(source, settings["train_split"], settings["eval_split"])[1]
+    # A dataset may have moved; a folder is another one in another place.
+    same = all(ours[name] == theirs[name] for name in ("dataset", "image_folder"))
+    return _held_out(folder, source) if same else whole_eval_split(source)
+
+
+def _held_out(folder: Path, source: Source) -> Split:
+    """The images whose names the run wrote down, whatever has come or gone since."""
+    text = (folder / run_folder.HELD_OUT).read_text(encoding="utf-8")
+    names = set(text.removesuffix("\n").split("\n"))
+    everything = source.split("+".join(source.split_names))
+    split = everything.where(np.array([name in names for name in everything.names]))
+    missing = sorted(names - set(split.names))
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the {len(names)} images that the run held out are gone from "
+            f"{source.name!r}, such as {missing[0]!r}; name a split or a dataset to evaluate on"
+        )
+    return split
 
 
 def _class_order(source: Source, labels: list[str]) -> np.ndarray:

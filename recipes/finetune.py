@@ -1,10 +1,10 @@
 """The main job: from a pretrained network and labelled images to a fine-tuned classifier.
 
-    vgg-transfer finetune                                  # the embedded model on the embedded
-    digits vgg-transfer finetune --model vgg16 --preprocess caffe --image-folder photos
+    vgg-transfer finetune
+    vgg-transfer finetune --model vgg16 --preprocess caffe --image-folder photos
     vgg-transfer finetune --dataset tf_flowers --freeze-until none
 
-See the README for what to expect of these.
+The first fine-tunes the embedded model on the embedded digits. The README says what to expect.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class FinetuneConfig:
     freeze_until: str = "tap"
     """Everything up to this tensor stays as it is: 'tap' (a new head on frozen features), any
     tensor between input and tap such as pool4, or 'none' (all is trained)."""
-    epochs: int = 20
-    """Passes over the training images."""
+    epochs: int | None = None
+    """Passes over the training images. [default: 50 where only the head is trained, else 10]"""
     batch_size: int = 32
     """Images per step."""
     image_size: int | None = None

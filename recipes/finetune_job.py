@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
-import yaml
+import numpy as np
 
 from recipes import measure, run_folder
 from recipes.finetune import EMBEDDED, FinetuneConfig
@@ -21,37 +21,41 @@ from transfer.card import read_card, write_card
 from transfer.data import Split, few_shot, open_source, train_and_eval_splits
 from transfer.evaluation import predict, summarize
 from transfer.export import save_classifier
-from transfer.features import extract
+from transfer.features import compiled, extract, stream
 from transfer.training import ParameterGroup, RunCheckpoint, Trainer, epoch_seed
 
 EMBEDDED_MODEL = str(files("pretrained") / "vgg_small")
-HEAD_LEARNING_RATE = 1e-3  # Keras' default for Adam; a head on fixed features takes it well
-BACKBONE_LEARNING_RATE = 1e-4  # a VGG without batch norm diverges or stalls at 1e-3
+# A head on kept features takes Keras' default rate for Adam, and its epochs cost next to nothing.
+HEAD_LEARNING_RATE, HEAD_EPOCHS = 1e-3, 50
+# A VGG without batch norm diverges or stalls at 1e-3.
+BACKBONE_LEARNING_RATE, BACKBONE_EPOCHS = 1e-4, 10
 
 
 def run(config: FinetuneConfig) -> tuple[dict[str, Any], Path]:
     """Fine-tune and evaluate; returns what is in ``metrics.json``, and the run folder.
 
     Raises:
-        ValueError, OSError: see the library functions; all before any slow work.
+        ValueError, OSError: see the library functions; nearly all before any slow work.
         NonFiniteLossError: if training diverges.
     """
+    _check(config)
     keras.utils.set_random_seed(config.seed)
     clock = measure.Clock()
     with clock("load_s"):
-        if config.out is not None:
-            run_folder.check(config.out, resume=config.resume)
         graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
         train, held_out = _splits(config)
         classifier, config = _classifier(config, graph, train.source.class_names)
         cut = None if config.freeze_until == "none" else config.freeze_until
         frozen, trained = classifier.split(cut)
-        out = run_folder.create(
-            config.out or run_folder.default_out(train.source.name, config.freeze_until),
-            resume=config.resume,
-        )
+        groups = _parameter_groups(config, classifier, trained)
+        _check_repeatable(classifier, held_out)
+        out = config.out or run_folder.default_out(train.source.name, config.freeze_until)
+        if config.resume:
+            run_folder.check_resumed(out, config)
+        out = run_folder.create(out, resume=config.resume)
         config = replace(config, out=out)
         run_folder.write_config(out, config)
+        run_folder.write_text(out / run_folder.HELD_OUT, "".join(f"{n}\n" for n in held_out.names))
 
     def images(split: Split, seed: int | None = None) -> Iterable:
         return split.batches(
@@ -63,19 +67,24 @@ def run(config: FinetuneConfig) -> tuple[dict[str, Any], Path]:
 
     def cached(split: Split, name: str) -> Callable[[int | None], Iterable]:
         batches = measure.progress(images(split), f"features of the {name} images")
-        activations = extract(frozen, batches, len(split))
+        activations = extract(compiled(frozen), batches, len(split))
         return lambda seed=None: activations.batches(config.batch_size, seed)
 
+    is_kept = frozen is not None and _fits_in_memory(frozen, classifier, len(train) + len(held_out))
+    is_train_kept = is_kept and not config.augment
     with clock("extract_s"):
-        eval_batches = cached(held_out, "held-out") if frozen else lambda: images(held_out)
-        is_cached = frozen is not None and not config.augment
-        train_batches = cached(train, "training") if is_cached else lambda seed: images(train, seed)
+        eval_batches = cached(held_out, "held-out") if is_kept else lambda: images(held_out)
+        train_batches = cached(train, "training") if is_train_kept else lambda s: images(train, s)
+    prefix = compiled(frozen) if frozen is not None else None
 
-    trainer = Trainer(
-        trained,
-        _parameter_groups(config, classifier, trained),
-        frozen=None if is_cached else frozen,
-    )
+    def evaluate(model: keras.Model) -> Callable[[], dict[str, Any]]:
+        forward = compiled(model)
+        if is_kept or prefix is None:
+            return lambda: summarize(*predict(forward, eval_batches()))
+        return lambda: summarize(*predict(forward, stream(prefix, eval_batches())))
+
+    validate = evaluate(trained)
+    trainer = Trainer(trained, groups, frozen=None if is_train_kept else frozen)
     checkpoint = RunCheckpoint(out / run_folder.CHECKPOINTS)
     if config.resume:
         checkpoint.restore(trainer)
@@ -85,7 +94,7 @@ def run(config: FinetuneConfig) -> tuple[dict[str, Any], Path]:
             lambda epoch: train_batches(epoch_seed(config.seed, epoch)),
             epochs=config.epochs,
             steps_per_epoch=-(-len(train) // config.batch_size),
-            validate=lambda: _scalars(summarize(*predict(trained, eval_batches()))),
+            validate=lambda: _scalars(validate()),
             callbacks=[
                 keras.callbacks.CSVLogger(out / run_folder.HISTORY, append=config.resume),
                 keras.callbacks.TensorBoard(out / run_folder.EVENTS, write_graph=False),
@@ -103,7 +112,7 @@ def run(config: FinetuneConfig) -> tuple[dict[str, Any], Path]:
         save_classifier(classifier, out / run_folder.MODEL, card)
         # What is reported is what was written: the files are read back and evaluated.
         _, saved = Classifier.load(out / run_folder.MODEL).split(cut)
-        evaluation = summarize(*predict(saved, eval_batches()))
+        evaluation = evaluate(saved)()
         card_path = out / f"{run_folder.MODEL}.json"
         write_card(card_path, replace(read_card(card_path), eval=evaluation))
 
@@ -118,7 +127,7 @@ def run(config: FinetuneConfig) -> tuple[dict[str, Any], Path]:
         "time": clock.seconds,
         "throughput": {
             "extract_images_per_s": measure.rate(
-                (len(held_out) + is_cached * len(train)) * (frozen is not None),
+                is_kept * len(held_out) + is_train_kept * len(train),
                 clock.seconds["extract_s"],
             ),
             "train_images_per_s": measure.rate(
@@ -140,6 +149,23 @@ def run(config: FinetuneConfig) -> tuple[dict[str, Any], Path]:
     return metrics, out
 
 
+def _check(config: FinetuneConfig) -> None:
+    """What can be said of the flags alone."""
+    limits = {
+        "epochs": (config.epochs, 1),
+        "batch size": (config.batch_size, 1),
+        "image size": (config.image_size, 1),
+        "shots per class": (config.shots_per_class, 1),
+        "learning rate": (config.learning_rate, 0),
+        "backbone lr scale": (config.backbone_lr_scale, 0),
+    }
+    for name, (value, least) in limits.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if config.out is not None or config.resume:
+        run_folder.check(config.out, resume=config.resume)
+
+
 def _splits(config: FinetuneConfig) -> tuple[Split, Split]:
     source = open_source(
         config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
@@ -147,14 +173,43 @@ def _splits(config: FinetuneConfig) -> tuple[Split, Split]:
     train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
     if config.shots_per_class is not None:
         train = few_shot(train, config.shots_per_class, config.seed)
-    if config.batch_size < 1 or config.batch_size > len(train):
+    if config.batch_size > len(train):
         raise ValueError(
             f"batch size {config.batch_size} does not fit {len(train)} training images; "
             f"choose 1 to {len(train)}"
         )
-    if config.epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {config.epochs}")
     return train, held_out
+
+
+def _check_repeatable(classifier: Classifier, split: Split) -> None:
+    """Refuse features that differ from run to run: no two evaluations would agree."""
+    backbone = classifier.backbone
+    if not backbone.random_nodes:
+        return
+    images, _ = next(iter(split.batches(classifier.preprocess, 4)))
+    if np.array_equal(backbone(images), backbone(images)):
+        return
+    raise ValueError(
+        "the features of one image differ from run to run: dropout or noise lies before the tap "
+        f"({', '.join(backbone.random_nodes[:3])}); turn it off with --feed, e.g. keep_prob:0=1.0, "
+        "or choose a tap before it"
+    )
+
+
+def _fits_in_memory(frozen: keras.layers.Layer, classifier: Classifier, num_images: int) -> bool:
+    """Whether the activations of all images may be kept: in half of the memory that is free."""
+    size, channels = classifier.preprocess.size, classifier.preprocess.channels
+    one = frozen(np.zeros([1, size, size, channels], np.float32))
+    needed_mb = num_images * np.asarray(one).nbytes / 1e6
+    free_mb = measure.available_memory_mb()
+    if needed_mb <= free_mb / 2:
+        return True
+    print(
+        f"the activations would take {needed_mb:,.0f} MB and {free_mb:,.0f} MB are free: they are "
+        "computed anew in each epoch; a later --freeze-until needs less",
+        file=sys.stderr,
+    )
+    return False
 
 
 def _classifier(
@@ -177,7 +232,9 @@ def _classifier(
     classifier = Classifier(backbone, head, preprocess, labels)
     classifier.build_from_size()
     only_head = freeze_until != "none" and not backbone.split(freeze_until)[1].graph_variables
-    default_rate = HEAD_LEARNING_RATE if only_head else BACKBONE_LEARNING_RATE
+    rate, epochs = BACKBONE_LEARNING_RATE, BACKBONE_EPOCHS
+    if only_head:
+        rate, epochs = HEAD_LEARNING_RATE, HEAD_EPOCHS
     return classifier, replace(
         config,
         model=config.model if config.model == EMBEDDED else str(graph.prefix.resolve()),
@@ -189,18 +246,24 @@ def _classifier(
         freeze_until=freeze_until,
         preprocess=preprocess.mode,
         image_size=preprocess.size,
-        learning_rate=config.learning_rate or default_rate,
+        learning_rate=rate if config.learning_rate is None else config.learning_rate,
+        epochs=epochs if config.epochs is None else config.epochs,
     )
 
 
 def _parameter_groups(
     config: FinetuneConfig, classifier: Classifier, trained: keras.Model
 ) -> list[ParameterGroup]:
-    rate = config.learning_rate or HEAD_LEARNING_RATE
+    rate = config.learning_rate
     head = classifier.head.trainable_variables
     ours = {id(variable) for variable in head}
     backbone = [v for v in trained.trainable_variables if id(v) not in ours]
     groups = [ParameterGroup(_optimizer(config, rate), head)]
+    if config.freeze_until == "none" and not backbone:
+        raise ValueError(
+            "nothing in the backbone can be trained: its weights are constants of the graph; "
+            "leave --freeze-until out to train a head only"
+        )
     if backbone:
         optimizer = _optimizer(config, rate * config.backbone_lr_scale)
         groups.append(ParameterGroup(optimizer, backbone))
@@ -214,11 +277,12 @@ def _optimizer(config: FinetuneConfig, learning_rate: float) -> keras.optimizers
 
 
 def _feed(assignment: str) -> tuple[str, float | bool]:
-    name, equals, value = assignment.rpartition("=")
-    parsed = yaml.safe_load(value) if equals else None
-    if not name or not isinstance(parsed, int | float | bool):
-        raise ValueError(f"--feed {assignment!r}: expected NAME=VALUE with a number, true or false")
-    return name, parsed
+    name, _, value = assignment.rpartition("=")
+    with contextlib.suppress(ValueError):
+        if name:
+            switches = {"true": True, "false": False}
+            return name, switches[value.lower()] if value.lower() in switches else float(value)
+    raise ValueError(f"--feed {assignment!r}: expected NAME=VALUE with a number, true or false")
 
 
 def _scalars(figures: dict[str, Any]) -> dict[str, float]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+
+import psutil
 
 
 class Clock:
@@ -39,8 +40,18 @@ def rate(count: float, seconds: float) -> float:
 
 def peak_rss_mb() -> float:
     """The most memory that this process has had resident, in MB of 1e6 bytes."""
+    process = psutil.Process().memory_info()
+    if hasattr(process, "peak_wset"):  # Windows
+        return round(process.peak_wset / 1e6, 1)
+    import resource  # Unix only
+
     unit = 1 if sys.platform == "darwin" else 1024
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
+def available_memory_mb() -> float:
+    """Memory that is free for use, in MB of 1e6 bytes."""
+    return psutil.virtual_memory().available / 1e6
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from transfer import Backbone, Card, Preprocess, load_meta_graph, pretraining, s
 from transfer.card import write_card
 from transfer.data import open_source, train_and_eval_splits
 from transfer.evaluation import predict, summarize
+from transfer.features import compiled
 from transfer.training import ParameterGroup, RunCheckpoint, Trainer, epoch_seed
 
 
@@ -28,6 +29,11 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
     """
     if config.arch not in vgg.ARCHITECTURES:
         raise ValueError(f"--arch {config.arch}: choose from {', '.join(vgg.ARCHITECTURES)}")
+    for name in ("epochs", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name.replace('_', ' ')} must be at least 1")
+    if config.out is not None or config.resume:
+        run_folder.check(config.out, resume=config.resume)
     keras.utils.set_random_seed(config.seed)
     architecture = vgg.ARCHITECTURES[config.arch]
     source = open_source(
@@ -38,6 +44,8 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
     train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
     preprocess = Preprocess(config.preprocess, architecture.image_size)
     out = config.out or run_folder.default_out(source.name, config.arch)
+    if config.resume:
+        run_folder.check_resumed(out, config)
     out = run_folder.create(out, resume=config.resume)
     run_folder.write_config(out, replace(config, out=out))
 
@@ -57,7 +65,9 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
         checkpoint.restore(trainer)
 
     def figures(network: keras.layers.Layer) -> dict[str, Any]:
-        return summarize(*predict(network, held_out.batches(preprocess, config.batch_size)))
+        return summarize(
+            *predict(compiled(network), held_out.batches(preprocess, config.batch_size))
+        )
 
     with contextlib.redirect_stdout(sys.stderr):  # Keras' progress bar
         trainer.fit(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from pathlib import Path, PosixPath, WindowsPath
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -13,6 +13,7 @@ import yaml
 CONFIG = "config.yaml"
 LABELS = "labels.txt"
 METRICS = "metrics.json"
+HELD_OUT = "held_out.txt"
 HISTORY = "history.csv"
 EVENTS = "events"
 CHECKPOINTS = "checkpoints"
@@ -22,13 +23,18 @@ PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
 
 
-def check(out: Path, *, resume: bool) -> None:
+def check(out: Path | None, *, resume: bool) -> None:
     """Whether a run may go there.
 
     Raises:
         FileExistsError: if there is something in it, and ``resume`` is not set.
         FileNotFoundError: if there is no run to resume.
     """
+    if out is None:
+        raise ValueError("--resume needs the folder of the run: give --out")
+    from transfer.checkpoint import check_path
+
+    check_path(out.resolve())
     if resume and not (out / CONFIG).is_file():
         raise FileNotFoundError(f"{str(out)!r} holds no run to resume: it has no {CONFIG}")
     if out.exists() and not out.is_dir():
@@ -54,18 +60,46 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_config(run: Path, config: Any) -> None:
     """Write a config dataclass as YAML that ``--config`` reads."""
-    plain = {tuple: list, PosixPath: str, WindowsPath: str}
+    write_text(run / CONFIG, yaml.safe_dump(_plain(config), sort_keys=False))
+
+
+def check_resumed(run: Path, config: Any) -> None:
+    """Whether a run that is resumed has the flags that it began with; only epochs may differ.
+
+    Raises:
+        ValueError: names all that differ.
+    """
+    began, now = read_config(run), _plain(config)
+    different = [
+        f"--{name.replace('_', '-')} was {began.get(name)!r} and is {now.get(name)!r}"
+        for name in sorted(began.keys() | now.keys())
+        if name not in ("epochs", "out") and began.get(name) != now.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"cannot resume the run in {str(run)!r} with other flags: {', '.join(different)}; "
+            f"give --config {run / CONFIG} with --resume"
+        )
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """What a config says, in YAML's own types."""
     values = {
-        key: plain.get(type(value), lambda same: same)(value)
+        key: value
         for key, value in dataclasses.asdict(config).items()
         if value not in (None, ()) and key != "resume"
     }
-    write_text(run / CONFIG, yaml.safe_dump(values, sort_keys=False))
+    kinds = {tuple: list, Path: str}
+    for key, value in values.items():
+        for kind, convert in kinds.items():
+            if isinstance(value, kind):
+                values[key] = convert(value)
+    return values
 
 
 def read_config(run: Path) -> dict[str, Any]:

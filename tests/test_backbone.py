@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from conftest import save_vgg
 
-from transfer import Backbone, load_meta_graph, vgg
+from transfer import Backbone, load_meta_graph, save_meta_graph, vgg
 
 tf1 = tf.compat.v1
 RTOL = 1e-5  # of the largest value
@@ -101,9 +101,48 @@ def test_random_weights_have_the_variance_of_he(tmp_path):
     assert not values["conv1_2/biases"].any()
 
 
-def test_statistics_are_not_trained(tmp_path, images):
-    from transfer import save_meta_graph
+def test_weights_are_trained_though_their_program_did_not(tmp_path, images):
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf1.placeholder(tf.float32, [None, 16, 16, 3], name="x")
+        kernel = tf1.get_variable("kernel", [3, 3, 3, 2], trainable=False)
+        tf1.get_variable("new_head", [3])
+        net = tf.nn.conv2d(x, kernel, 1, "SAME")
+        statistics = [tf1.get_variable(name, [2]) for name in ("scale", "offset", "m", "v")]
+        net, _, _ = tf1.nn.fused_batch_norm(net, *statistics, is_training=False)
+        tf.identity(net, name="tap")
+        shapes = {v.op.name: v.shape for v in tf1.global_variables()}
+    save_meta_graph(graph, tmp_path / "m", {name: np.ones(s) for name, s in shapes.items()})
+    backbone = Backbone(load_meta_graph(tmp_path / "m"), tap="tap")
+    assert {v.name for v in backbone.trainable_variables} == {"kernel", "scale", "offset"}
+    assert {v.name for v in backbone.non_trainable_variables} == {"m", "v"}
 
+
+def test_whole_numbers_are_rounded_and_clipped(tmp_path):
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf1.placeholder(tf.uint8, [None, 2, 2, 3], name="x")
+        tf.cast(x, tf.float32, name="tap")
+        tf1.get_variable("w", [1])
+    save_meta_graph(graph, tmp_path / "m", {"w": np.ones(1)})
+    graph = load_meta_graph(tmp_path / "m")
+    photos = np.full([1, 2, 2, 3], [-3.0, 0.6, 300.0], np.float32)
+    assert Backbone(graph, tap="tap")(photos).numpy().tolist() == [[0, 1, 255]]
+    with pytest.raises(ValueError, match="'caffe' does not fit, use none"):
+        graph.preprocess("x:0", "caffe")
+
+
+def test_a_mixed_precision_policy_changes_nothing(model, images):
+    expected = Backbone(load_meta_graph(model))(images)
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        prefix, suffix = Backbone(load_meta_graph(model)).split("pool1")
+        np.testing.assert_array_equal(suffix(prefix(images)), expected)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_statistics_are_not_trained(tmp_path):
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 16, 16, 3], name="x")

@@ -92,6 +92,13 @@ def test_no_checkpoint_at_all(tmp_path):
         checkpoint.Checkpoint(tmp_path / "m")
 
 
+@pytest.mark.parametrize("name", ["run [1]", "what?", "a*"])
+def test_a_path_that_tensorflow_takes_for_a_pattern_is_refused(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"it takes \* \? \[ \] in a path for a pattern"):
+        checkpoint.Checkpoint(tmp_path / name / "m")
+
+
 def test_a_truncated_data_file_is_reported(tmp_path):
     save(tmp_path / "m")
     data = tmp_path / "m.data-00000-of-00001"

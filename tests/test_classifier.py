@@ -80,6 +80,27 @@ def test_a_fine_tuned_model_is_a_pretrained_model(tmp_path, model):
     )
 
 
+def test_it_is_saved_as_a_keras_model_too(tmp_path, model):
+    classifier = new_classifier(model, hidden=(4,))
+    classifier.save(tmp_path / "c.keras")
+    loaded = keras.models.load_model(tmp_path / "c.keras")
+    np.testing.assert_array_equal(loaded(PHOTOS), classifier(PHOTOS))
+    assert loaded.labels == classifier.labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [("../labels.txt", "expected a file beside the card"), ("two.txt", "3 logits but 2 labels")],
+)
+def test_load_checks_the_labels(tmp_path, model, labels, message):
+    save_classifier(new_classifier(model), tmp_path / "m", Card())
+    (tmp_path / "two.txt").write_text("a\nb\n")
+    card = (tmp_path / "m.json").read_text().replace("labels.txt", labels)
+    (tmp_path / "m.json").write_text(card)
+    with pytest.raises(ValueError, match=message):
+        Classifier.load(tmp_path / "m")
+
+
 def test_load_refuses_what_is_no_classifier(model):
     with pytest.raises(ValueError, match="is not a fine-tuned model: its card must name"):
         Classifier.load(model)

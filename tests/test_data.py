@@ -1,3 +1,4 @@
+import threading
 import time
 
 import numpy as np
@@ -113,9 +114,11 @@ def test_eval_images_are_never_trained_on(digits_dir):
 
 def test_stratified_holdout():
     labels = np.repeat([0, 1, 2, 3], [100, 10, 2, 1])
-    held_out = data.stratified_holdout(labels, 0.2)
+    names = [f"{index}.jpg" for index in range(len(labels))]
+    held_out = data.stratified_holdout(labels, names, 0.2)
     assert np.bincount(labels[held_out], minlength=4).tolist() == [20, 2, 1, 0]
-    np.testing.assert_array_equal(held_out, data.stratified_holdout(labels, 0.2))
+    backwards = data.stratified_holdout(labels[::-1], names[::-1], 0.2)
+    np.testing.assert_array_equal(held_out, backwards[::-1])
 
 
 def test_few_shot(digits_dir):
@@ -181,6 +184,51 @@ def test_unreadable_images_are_named(image_folder):
     assert "red/02.jpg" in str(error.value)
 
 
+def test_litter_in_a_folder_is_no_class_and_no_image(tmp_path):
+    make_image_folder(tmp_path / "train", 4)
+    train = tmp_path / "train"
+    for name in (".ipynb_checkpoints", "__MACOSX", "empty"):
+        (train / name).mkdir()
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        (train / name / "x.jpg").write_bytes((train / "red" / "00.jpg").read_bytes())
+    (train / "red" / "._00.jpg").write_bytes(b"litter")
+    (train / "red" / "notes.txt").write_text("nothing to see")
+    (train / "red" / "folder.jpg").mkdir()
+    (tmp_path / "notes" / "drafts").mkdir(parents=True)
+    (tmp_path / "test").write_text("a file")
+    source = data.open_source(image_folder=str(tmp_path))
+    assert (source.class_names, source.split_names) == (["blue", "red"], ["train"])
+    assert len(source.split("train")) == 8
+
+
+def test_all_kinds_of_files_below_a_class_are_found(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "2024").mkdir(parents=True)
+        for file in ("x.JPG", "x.bmp", "x.gif", "2024/y.jpeg", "2024/y.PNG"):
+            kind = {"jpg": "jpeg"}.get(file[-3:].lower(), file.rpartition(".")[2])
+            Image.new("RGB", (7, 5)).save(tmp_path / name / file, format=kind)
+    split = data.open_source(image_folder=str(tmp_path)).split("train")
+    assert sum(len(labels) for _, labels in split.batches(PREPROCESS, 3)) == len(split) == 10
+
+
+def test_images_that_come_later_leave_the_held_out_ones_as_they_are(image_folder):
+    def held_out():
+        source = data.open_source(image_folder=str(image_folder))
+        return set(data.train_and_eval_splits(source)[1].names)
+
+    before = held_out()
+    Image.new("RGB", (9, 9)).save(image_folder / "red" / "new.png")
+    assert len(before & held_out()) >= len(before) - 1
+
+
+def test_a_name_that_is_not_that_of_the_directory_is_refused(digits_dir):
+    for directory in (digits_dir / "digits" / "1.0.0", digits_dir / "digits"):
+        assert data.open_source(data_dir=str(directory)).name == "digits"
+        assert data.open_source("digits", data_dir=str(directory)).name == "digits"
+        with pytest.raises(ValueError, match="is that of the dataset 'digits', not of 'mnist'"):
+            data.open_source("mnist", data_dir=str(directory))
+
+
 def test_an_empty_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no images; expected one folder per class"):
         data.open_source(image_folder=str(tmp_path))
@@ -200,7 +248,7 @@ def test_one_class_is_refused(tmp_path):
 def test_a_label_out_of_range_is_named(tmp_path):
     builder = Unlabelled(data_dir=tmp_path)
     builder.download_and_prepare(file_format="tfrecord")
-    source = data.Source(builder, name="unlabelled")
+    source = data.open_source(data_dir=str(builder.data_dir))
     assert len(source.split("train")) == 4
     with pytest.raises(ValueError, match=r"2 labels .* image test/. has label -1; expected 0 to 1"):
         source.split("test")
@@ -233,8 +281,10 @@ def test_random_views_differ_between_epochs_and_repeat_with_the_seed(image_folde
 def test_a_dataset_that_cannot_be_had_fails_fast(tmp_path, monkeypatch):
     """As on a machine without network: nothing answers."""
 
+    answer = threading.Event()
+
     def hang(*_, **__):
-        time.sleep(12)
+        answer.wait()
         raise OSError
 
     monkeypatch.setattr("urllib.request.urlopen", hang)
@@ -242,6 +292,7 @@ def test_a_dataset_that_cannot_be_had_fails_fast(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="'beans' is not prepared in .* no network .* `tfds build"):
         data.open_source("beans", data_dir=str(tmp_path))
     assert time.monotonic() - start < 10
+    answer.set()
 
 
 def test_an_unknown_dataset_suggests_near_ones(tmp_path):

@@ -23,10 +23,9 @@ def test_stream_gives_the_same():
 
 
 def test_extract_counts():
-    with pytest.raises(ValueError, match="expected 9 examples, the dataset gave 10|broadcast"):
-        extract(lambda x: x, batches(), 9)
-    with pytest.raises(ValueError, match="expected 11 examples, the dataset gave 10"):
-        extract(lambda x: x, batches(), 11)
+    for wrong in (9, 11):
+        with pytest.raises(ValueError, match=f"expected {wrong} examples, the dataset gave "):
+            extract(lambda x: x, batches(), wrong)
 
 
 def test_batches_shuffle_perfectly_and_repeatably():

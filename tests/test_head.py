@@ -101,6 +101,24 @@ def test_tf1_second_head_gets_a_name_of_its_own():
     assert build_head(fc7, 5).name == "head_1/logits:0"
 
 
+def test_a_head_in_a_scope_of_ones_own_and_two_in_a_keras_model():
+    graph, fc7 = fc7_graph()
+    with graph.as_default(), tf1.variable_scope("mine"):
+        names = [build_head(fc7, 2, name="my/head").name for _ in range(2)]
+    assert names == ["mine/my/head/logits:0", "mine/my/head_1/logits:0"]
+    inputs = keras.Input([4096])
+    model = keras.Model(inputs, [build_head(inputs, 2), build_head(inputs, 3)])
+    assert [output.shape for output in model.outputs] == [(None, 2), (None, 3)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "bfloat16"])
+def test_logits_are_float32_whatever_the_features_are(dtype):
+    features = tf.cast(FEATURES, dtype)
+    assert build_head(features, 2).dtype == tf.float32
+    with tf.Graph().as_default():
+        assert build_head(tf1.placeholder(dtype, [None, 8]), 2).dtype == tf.float32
+
+
 @pytest.mark.parametrize("shape", [(None, 4096), (None, 1, 1, 4096), (None, None, None, 4096)])
 def test_width_of_logits_for_2d_and_4d_features(shape):
     _, fc7 = fc7_graph(shape)

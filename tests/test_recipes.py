@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import yaml
 from conftest import make_image_folder, save_vgg
 
 from recipes.cli import VERBS, main
-from transfer import Backbone, Classifier, load_meta_graph
+from transfer import Backbone, Classifier, load_meta_graph, save_meta_graph
 
 tf1 = tf.compat.v1
 
@@ -48,8 +49,8 @@ def test_finetune_writes_the_run_folder(tmp_path, model, image_folder, capsys):
     assert stdout[0].startswith("accuracy ")
     assert stdout[1] == str(out)
     assert {path.name for path in out.iterdir()} == {
-        "config.yaml", "labels.txt", "metrics.json", "history.csv", "events", "checkpoints",
-        "model.meta", "model.index", "model.data-00000-of-00001", "checkpoint", "model.json",
+        "config.yaml", "labels.txt", "held_out.txt", "metrics.json", "history.csv", "events",
+        "checkpoints", "model.meta", "model.index", "model.data-00000-of-00001", "checkpoint", "model.json",
     }  # fmt: skip
     assert (out / "labels.txt").read_text() == "blue\nred\n"
 
@@ -138,6 +139,30 @@ def test_evaluate_on_other_splits_and_folders(tmp_path, model, image_folder, cap
     assert "1 are new (crimson), 1 are missing (red)" in error
 
 
+def test_evaluate_does_not_count_images_that_were_trained_on(tmp_path, model, image_folder, capsys):
+    """Naming the run's own data, or adding to them, leaves the held-out images what they were."""
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder) == 0
+    shutil.copy(image_folder / "red" / "00.jpg", image_folder / "red" / "99.jpg")
+    assert main(["evaluate", str(out), "--image-folder", str(image_folder)]) == 0
+    assert "on 4 images" in capsys.readouterr().out
+    with (out / "predictions.csv").open() as file:
+        found = {row["image"] for row in csv.DictReader(file)}
+    assert found == set((out / "held_out.txt").read_text().split())
+    (image_folder / min(found)).unlink()
+    assert main(["evaluate", str(out)]) == 1
+    assert "1 of the 4 images that the run held out are gone" in capsys.readouterr().err
+
+
+def test_evaluate_in_a_process_of_its_own(tmp_path, model, image_folder):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder, "--freeze-until", "pool1") == 0
+    command = [sys.executable, "-m", "recipes.evaluate", str(out)]
+    subprocess.run(command, capture_output=True, check=True)
+    figures = json.loads((out / "evaluation.json").read_text())
+    assert figures["loss"] == metrics(out)["eval"]["loss"]
+
+
 def test_evaluate_can_assert(tmp_path, model, image_folder, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder) == 0
@@ -179,6 +204,46 @@ def test_resume_ends_where_an_uninterrupted_run_ends(tmp_path, model, image_fold
     assert (tmp_path / "whole" / data).read_bytes() == (tmp_path / "parts" / data).read_bytes()
     assert metrics(tmp_path / "whole")["eval"] == metrics(tmp_path / "parts")["eval"]
     assert len((tmp_path / "parts" / "history.csv").read_text().splitlines()) == 5
+
+
+def test_resume_with_other_flags_is_refused(tmp_path, model, image_folder, capsys):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder, "--epochs", 1) == 0
+    config = (out / "config.yaml").read_text()
+    flags = ["--resume", "--epochs", 2, "--learning-rate", 0.5, "--hidden", 4]
+    assert finetune(out, model, image_folder, *flags) == 1
+    error = capsys.readouterr().err
+    assert "--hidden was None and is [4], --learning-rate was 0.001 and is 0.5" in error
+    assert (out / "config.yaml").read_text() == config
+    assert main(["finetune", "--resume"]) == 1
+    assert "--resume needs the folder of the run" in capsys.readouterr().err
+
+
+def test_activations_that_do_not_fit_are_computed_anew(
+    tmp_path, model, image_folder, monkeypatch, capsys
+):
+    assert finetune(tmp_path / "kept", model, image_folder, "--freeze-until", "pool1") == 0
+    monkeypatch.setattr("recipes.measure.available_memory_mb", lambda: 0.001)
+    assert finetune(tmp_path / "anew", model, image_folder, "--freeze-until", "pool1") == 0
+    assert "computed anew in each epoch" in capsys.readouterr().err
+    kept, anew = (metrics(tmp_path / name)["eval"] for name in ("kept", "anew"))
+    assert kept["num_examples"] == anew["num_examples"] == 4
+    assert main(["evaluate", str(tmp_path / "anew")]) == 0
+
+
+def test_features_that_differ_from_run_to_run_are_refused(tmp_path, image_folder, capsys):
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
+        keep = tf1.placeholder_with_default(0.5, [], name="keep_prob")
+        tf.identity(tf1.nn.dropout(tf.reduce_mean(x, [1, 2]), rate=1 - keep), name="tap")
+        tf1.get_variable("unused", [1])
+    save_meta_graph(graph, tmp_path / "noisy" / "m", {"unused": np.zeros(1)})
+    flags = ["--tap", "tap", "--preprocess", "unit"]
+    assert finetune(tmp_path / "a", tmp_path / "noisy", image_folder, *flags) == 1
+    assert "differ from run to run: dropout or noise" in capsys.readouterr().err
+    flags += ["--feed", "keep_prob=1.0"]
+    assert finetune(tmp_path / "b", tmp_path / "noisy", image_folder, *flags) == 0
 
 
 def test_config_of_a_run_repeats_it(tmp_path, model, image_folder):
@@ -230,15 +295,30 @@ ERRORS = {
     "both": (["--dataset", "digits"], "either an image folder or a dataset"),
     "diverges": (["--learning-rate", "1e38", "--optimizer", "sgd"], "with learning rate 1e+38"),
     "resume": (["--resume"], "holds no run to resume"),
+    "rate": (["--learning-rate", "-1"], "learning rate must be at least 0, got -1"),
+    "shots": (["--shots-per-class", "0"], "shots per class must be at least 1"),
+    "last step": (
+        ["--learning-rate", "1e38", "--optimizer", "sgd", "--epochs", "1", "--batch-size", "20"],
+        "the loss is nan at step 1",
+    ),
 }
 
 
 @pytest.mark.parametrize("flags, message", ERRORS.values(), ids=ERRORS)
 def test_errors_are_one_line_and_status_1(tmp_path, model, image_folder, capfd, flags, message):
     assert finetune(tmp_path / "run", model, image_folder, *flags) == 1
-    error = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(error) == 1
-    assert message in error[0]
+    lines = capfd.readouterr().err.splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert message in lines[-1]
+    assert "Traceback" not in "".join(lines)
+
+
+def test_a_run_is_not_begun_where_its_model_could_not_be_read(
+    tmp_path, model, image_folder, capsys
+):
+    assert finetune(tmp_path / "run [1]", model, image_folder) == 1
+    assert "takes * ? [ ] in a path for a pattern" in capsys.readouterr().err
+    assert not (tmp_path / "run [1]").exists()
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path, model, image_folder, capsys):

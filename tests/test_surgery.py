@@ -115,6 +115,30 @@ def test_cut_refuses_a_tensor_that_is_not_in_between():
         surgery.cut(network, "aside")
 
 
+def test_control_dependencies_do_not_hinder_a_cut():
+    def build():
+        x = tf1.placeholder(tf.float32, [None, 4], name="x")
+        early = tf.nn.relu(x, name="early")
+        middle = tf.tanh(early, name="middle")
+        with tf.control_dependencies([early]):
+            tf.sigmoid(middle, name="tap")
+
+    network = surgery.extract(graph_def_of(build), "tap", "x")
+    first, second = surgery.cut(network, "middle")
+    edges = [e for part in (first, second) for n in part.graph_def.node for e in n.input]
+    assert not any(edge.startswith("^") for edge in edges)
+
+
+def test_shape_and_type_of_a_later_output():
+    def build():
+        queue = tf1.FIFOQueue(1, [tf.int64, tf.float32], [[], [8, 8, 3]])
+        queue.dequeue_many(4, name="batch")
+
+    node = next(n for n in graph_def_of(build).node if n.name == "batch")
+    assert surgery.static_shape(node, 1) == (4, 8, 8, 3)
+    assert [surgery.dtype_of(node, index) for index in (0, 1)] == [tf.int64, tf.float32]
+
+
 def test_static_shape_of_old_placeholders_comes_from_output_shapes():
     graph_def = graph_def_of(lambda: tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x"))
     node = graph_def.node[0]

@@ -13,6 +13,7 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from transfer.head import average_over_space
 from transfer.metagraph import MetaGraph
+from transfer.policy import RANDOM_OPS
 from transfer.surgery import Network, Variable, canonical, cut
 
 Pooling = Literal["avg", None]
@@ -36,7 +37,8 @@ class GraphLayer(keras.layers.Layer):
         pooling: Pooling = None,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
+        # The graph says which types it computes in; a mixed-precision policy must not change them.
+        super().__init__(autocast=False, **kwargs)
         self.network = network
         self.pooling = pooling
         self.graph_variables = [
@@ -52,7 +54,7 @@ class GraphLayer(keras.layers.Layer):
             shape=value.shape,
             dtype=variable.dtype.name,
             initializer=lambda shape, dtype: value,
-            trainable=variable.trainable and variable.dtype.is_floating,
+            trainable=variable.trainable,
             autocast=False,
             name=variable.name.replace("/", "."),  # Keras allows no slash
         )
@@ -116,6 +118,11 @@ class GraphLayer(keras.layers.Layer):
             ],
             "pooling": self.pooling,
         }
+
+    @property
+    def random_nodes(self) -> list[str]:
+        """Nodes that draw random numbers; with a ``keep_prob`` of 1.0 they change nothing."""
+        return [node.name for node in self.network.graph_def.node if node.op in RANDOM_OPS]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GraphLayer:
@@ -186,7 +193,9 @@ def as_function(network: Network) -> Any:
 
     def run(inputs: tf.Tensor, weights: list[tf.Tensor]) -> tf.Tensor:
         if network.input_dtype is not None:
-            inputs = tf.cast(inputs, network.input_dtype)
+            if network.input_dtype.is_integer:
+                inputs = tf.round(tf.cast(inputs, tf.float32))
+            inputs = tf.saturate_cast(inputs, network.input_dtype)
         names = [canonical(variable.name) for variable in network.variables]
         tensors = {network.input: inputs, **dict(zip(names, weights, strict=True))}
         if network.output in tensors:

@@ -6,6 +6,7 @@ A checkpoint is named by its prefix. V2 has ``prefix.index`` and ``prefix.data-?
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Checkpoint:
     """
 
     def __init__(self, prefix: str | Path):
+        check_path(prefix)
         _check_files(Path(prefix))
         self.prefix = _to_open(Path(prefix))
         try:
@@ -126,6 +128,19 @@ def write(prefix: str | Path, values: Mapping[str, np.ndarray | tf.Tensor]) -> N
         shape_and_slices=[""] * len(values),
         tensors=list(values.values()),
     )
+
+
+def check_path(path: str | Path) -> None:
+    """Refuse a path that TensorFlow takes for a pattern; it could be written to but not read from.
+
+    Raises:
+        ValueError: if there is one of ``* ? [ ]`` in it.
+    """
+    if set("*?[]") & set(str(path)):
+        raise ValueError(
+            f"TensorFlow reads no checkpoint at {str(path)!r}: it takes * ? [ ] in a path for a "
+            "pattern; rename the folder or the file"
+        )
 
 
 def exists(prefix: Path) -> bool:
@@ -210,6 +225,4 @@ def _to_open(prefix: Path) -> str:
 
 
 def _glob_escape(name: str) -> str:
-    import glob
-
     return glob.escape(name)

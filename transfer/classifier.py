@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transfer.metagraph import load_meta_graph
 from transfer.preprocess import Preprocess
 
 
+@keras.saving.register_keras_serializable("vgg_transfer")
 class Classifier(keras.Model):
     """Images to logits.
 
@@ -43,10 +45,36 @@ class Classifier(keras.Model):
         any size, ``[batch, height, width, channels]``."""
         return self.head(self.backbone(self.preprocess(images)), training=training)
 
-    def build_from_size(self) -> None:
-        """Make the head's weights, for images of the size that the backbone takes."""
+    def build_from_size(self) -> int:
+        """Make the head's weights, for images of the size that the backbone takes.
+
+        Returns:
+            The number of logits.
+        """
         size, channels = self.preprocess.size, self.preprocess.channels
-        self(tf.zeros([1, size, size, channels]))
+        return int(self(tf.zeros([1, size, size, channels])).shape[-1])
+
+    def get_config(self) -> dict[str, Any]:
+        """All parts, so that ``save`` and ``keras.models.load_model`` work."""
+        parts = {"backbone": self.backbone, "head": self.head}
+        config = {k: keras.saving.serialize_keras_object(v) for k, v in parts.items()}
+        return config | {
+            "preprocess": dataclasses.asdict(self.preprocess),
+            "labels": self.labels,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Classifier:
+        config = dict(config)
+        parts = {
+            name: keras.saving.deserialize_keras_object(config.pop(name))
+            for name in ("backbone", "head")
+        }
+        preprocess = Preprocess(**config.pop("preprocess"))
+        classifier = cls(**parts, preprocess=preprocess, **config)
+        classifier.build_from_size()
+        return classifier
 
     def probabilities(self, images: tf.Tensor) -> tf.Tensor:
         """float32 ``[batch, num_classes]``; each row adds up to 1."""
@@ -85,7 +113,21 @@ class Classifier(keras.Model):
                 f"{str(graph.prefix)!r} is not a fine-tuned model: its card must name input, tap, "
                 "labels and outputs.logits"
             )
-        labels = (graph.prefix.parent / card.labels).read_text(encoding="utf-8").splitlines()
+        if Path(card.labels).name != card.labels:
+            raise ValueError(
+                f"the card of {str(graph.prefix)!r} has its labels in {card.labels!r}; "
+                "expected a file beside the card"
+            )
+        # Not splitlines: that also breaks lines at characters that a class name may have.
+        text = (graph.prefix.parent / card.labels).read_text(encoding="utf-8")
+        labels = text.removesuffix("\n").split("\n")
         network = Backbone(graph, card.outputs["logits"], pooling=None, name="network")
         backbone, head = network.split(card.tap)
-        return cls(backbone, head, graph.preprocess(card.input), labels)
+        classifier = cls(backbone, head, graph.preprocess(card.input), labels)
+        num_classes = classifier.build_from_size()
+        if num_classes != len(labels):
+            raise ValueError(
+                f"{str(graph.prefix)!r} has {num_classes} logits but {len(labels)} labels in "
+                f"{card.labels}"
+            )
+        return classifier

@@ -8,13 +8,14 @@ examples in a fixed order, with the labels in memory and the images still encode
 
 from __future__ import annotations
 
+import difflib
 import functools
-import tempfile
+import hashlib
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,33 +28,44 @@ from transfer.preprocess import Preprocess
 HELD_OUT_SHARE = 0.2  # of a dataset that comes with nothing but a training split
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "val", "valid", "dev", "test", "testing")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 SHUFFLE_BUFFER = 16_384  # encoded images; up to this many, a shuffle is perfect
 _AUTO = "auto"
 # Examples in the order of the shards, so that position i is the one that tfds calls split[i].
 _IN_ORDER = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
 
 
+@dataclass(frozen=True)
 class Source:
-    """One dataset: where its examples are read from, its class names and its splits."""
+    """One dataset.
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, *, name: str, root: Path | None = None):
-        self._builder = builder
-        self._root = root  # of a folder of images: file names are given relative to it
-        self.name = name
-        self._labels_read: dict[str, np.ndarray] = {}
-        features = builder.info.features
-        self._image_key = _only_feature(features, tfds.features.Image, name)
-        self._label_key = _only_feature(features, tfds.features.ClassLabel, name)
-        self.class_names: list[str] = list(features[self._label_key].names or ())
+    Args:
+        name: for people.
+        class_names: in the order of the labels.
+        sizes: split's name to the number of its examples.
+        read: split's name to its examples in a fixed order: ``{"image": encoded bytes, "label":
+            int64, "name": str}``.
+
+    Raises:
+        ValueError: if there are fewer than two classes.
+    """
+
+    name: str
+    class_names: list[str]
+    sizes: Mapping[str, int]
+    read: Callable[[str], tf.data.Dataset]
+    _labels: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
         if len(self.class_names) < 2:
             raise ValueError(
-                f"dataset {name!r} has {len(self.class_names)} class {self.class_names}; "
+                f"dataset {self.name!r} has {len(self.class_names)} class {self.class_names}; "
                 "a classifier needs at least 2"
             )
 
     @property
     def split_names(self) -> list[str]:
-        return list(self._builder.info.splits)
+        return list(self.sizes)
 
     def split(self, expression: str) -> Split:
         """The examples that a tfds split expression names: ``train``, ``train[:80%]``, ``a+b``.
@@ -62,64 +74,46 @@ class Source:
             ValueError: if the expression or the split is unknown, selects nothing, or has a label
                 that is not the number of a class.
         """
+        infos = tfds.core.SplitDict(
+            [
+                tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0)
+                for name, size in self.sizes.items()
+            ]
+        )
         try:
-            parts = tfds.core.ReadInstruction.from_spec(expression).to_absolute(
-                self._builder.info.splits
-            )
+            parts = tfds.core.ReadInstruction.from_spec(expression).to_absolute(infos)
         except (ValueError, KeyError, AssertionError) as error:
             raise ValueError(
                 f"cannot take split {expression!r} of {self.name!r} ({_one_line(error)}); "
                 f"its splits are {self.split_names}; slices are written like 'train[:80%]'"
             ) from error
-        selected = []
-        for part in parts:
-            size = self._builder.info.splits[part.splitname].num_examples
-            selected.append((part.splitname, np.arange(size)[part.from_ : part.to]))
-        split = Split(self, tuple(selected))
+        split = Split(
+            self,
+            tuple(
+                (part.splitname, np.arange(self.sizes[part.splitname])[part.from_ : part.to])
+                for part in parts
+            ),
+        )
         if not len(split):
             raise ValueError(f"split {expression!r} of {self.name!r} has no images")
         _check_labels(split)
         return split
 
-    def _labels(self, split_name: str) -> np.ndarray:
-        if split_name not in self._labels_read:
-            labels = self._read(split_name).map(lambda example: example[self._label_key])
-            self._labels_read[split_name] = np.fromiter(labels.as_numpy_iterator(), np.int64)
-        return self._labels_read[split_name]
+    def labels(self, split_name: str) -> np.ndarray:
+        """int64, one per example of a split; read once."""
+        if split_name not in self._labels:
+            labels = self.read(split_name).map(lambda example: example["label"])
+            self._labels[split_name] = np.fromiter(labels.as_numpy_iterator(), np.int64)
+        return self._labels[split_name]
 
-    def _read(self, split_name: str) -> tf.data.Dataset:
-        return self._builder.as_dataset(
-            split=split_name,
-            decoders={self._image_key: tfds.decode.SkipDecoding()},
-            read_config=_IN_ORDER,
-            shuffle_files=False,
-        )
-
-    def _encoded(self, split_name: str, indices: np.ndarray) -> tf.data.Dataset:
-        """``{"image": encoded bytes, "label", "name"}`` of the examples at sorted indices."""
+    def examples(self, split_name: str, indices: np.ndarray) -> tf.data.Dataset:
+        """The examples of a split at sorted positions, still encoded."""
         first, last = int(indices[0]), int(indices[-1])
         wanted = np.zeros(last - first + 1, bool)
         wanted[indices - first] = True
         wanted = tf.constant(wanted)
-
-        def to_example(index: tf.Tensor, example: dict) -> dict:
-            if self._root is not None:
-                name = example["image/filename"]
-            else:
-                name = tf.strings.join([split_name, tf.strings.as_string(index + first)], "/")
-            return {
-                "image": example[self._image_key],
-                "label": example[self._label_key],
-                "name": name,
-            }
-
-        examples = self._read(split_name).skip(first).take(last - first + 1).enumerate()
-        return examples.filter(lambda index, _: wanted[index]).map(to_example)
-
-    def display_name(self, name: bytes) -> str:
-        """An example's name for people: its file below the folder, or ``split/index``."""
-        text = name.decode()
-        return str(Path(text).relative_to(self._root)) if self._root is not None else text
+        examples = self.read(split_name).skip(first).take(last - first + 1).enumerate()
+        return examples.filter(lambda index, _: wanted[index]).map(lambda _, example: example)
 
 
 @dataclass(frozen=True)
@@ -139,7 +133,7 @@ class Split:
     def labels(self) -> np.ndarray:
         """int64 ``[len(self)]``."""
         return np.concatenate(
-            [self.source._labels(name)[indices] for name, indices in self.parts if len(indices)]
+            [self.source.labels(name)[indices] for name, indices in self.parts if len(indices)]
             or [np.zeros(0, np.int64)]
         )
 
@@ -147,7 +141,7 @@ class Split:
     def names(self) -> list[str]:
         """A name per example: its file, or ``split/index``."""
         names = self.encoded().map(lambda example: example["name"]).as_numpy_iterator()
-        return [self.source.display_name(name) for name in names]
+        return [name.decode() for name in names]
 
     def where(self, keep: np.ndarray) -> Split:
         """The examples at which the boolean array ``keep`` ``[len(self)]`` is true."""
@@ -171,7 +165,7 @@ class Split:
 
     def encoded(self) -> tf.data.Dataset:
         """``{"image": encoded bytes, "label": int64, "name": bytes}`` in order."""
-        datasets = [self.source._encoded(name, idx) for name, idx in self.parts if len(idx)]
+        datasets = [self.source.examples(name, idx) for name, idx in self.parts if len(idx)]
         return functools.reduce(lambda first, second: first.concatenate(second), datasets)
 
     def batches(
@@ -258,7 +252,7 @@ def find_unreadable(split: Split) -> list[str]:
         try:
             decode(example["image"])
         except tf.errors.InvalidArgumentError:
-            unreadable.append(split.source.display_name(example["name"].numpy()))
+            unreadable.append(example["name"].numpy().decode())
     return unreadable
 
 
@@ -287,9 +281,14 @@ def open_source(
         directory = Path(data_dir).expanduser()
         if not directory.is_dir() and dataset != "digits":
             raise FileNotFoundError(f"data dir {str(directory)!r} does not exist")
-        if (directory / "features.json").is_file():
-            builder = tfds.builder_from_directory(directory)
-            return Source(builder, name=builder.name)
+        if prepared := _prepared_directory(directory):
+            builder = tfds.builder_from_directory(prepared)
+            if dataset.split("/")[0].split(":")[0] not in ("", builder.name):
+                raise ValueError(
+                    f"data dir {str(directory)!r} is that of the dataset {builder.name!r}, "
+                    f"not of {dataset!r}"
+                )
+            return _from_builder(builder, dataset or builder.name)
         data_dir = str(directory)
         dataset = dataset or _only_dataset_in(directory)
     return _open_tfds(dataset or "digits", data_dir)
@@ -313,7 +312,7 @@ def train_and_eval_splits(
     elif candidates:
         evaluation = source.split(candidates[0])
     else:
-        evaluation = train.where(stratified_holdout(train.labels, HELD_OUT_SHARE))
+        evaluation = train.where(stratified_holdout(train.labels, train.names, HELD_OUT_SHARE))
         if not len(evaluation):
             raise ValueError(
                 f"{source.name!r} has too few images to hold some out for evaluation: "
@@ -337,16 +336,17 @@ def whole_eval_split(source: Source) -> Split:
     return source.split(_first(source, EVAL_SPLITS + TRAIN_SPLITS))
 
 
-def stratified_holdout(labels: np.ndarray, share: float) -> np.ndarray:
-    """Boolean ``[len(labels)]``: true for ``share`` of each class, always the same for the same
-    labels.
+def stratified_holdout(labels: np.ndarray, names: Sequence[str], share: float) -> np.ndarray:
+    """Boolean ``[len(labels)]``: true for ``share`` of each class.
 
+    Which ones follows from a hash of their names, so that a few images more or less change little.
     At least one example of each class that has two or more, none of a class that has only one.
     """
-    generator = np.random.default_rng(0)
+    digests = np.array([hashlib.sha256(name.encode()).hexdigest() for name in names])
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
-        members = generator.permutation(np.flatnonzero(labels == label))
+        members = np.flatnonzero(labels == label)
+        members = members[np.argsort(digests[members])]
         count = min(max(1, round(share * len(members))), len(members) - 1)
         held_out[members[:count]] = True
     return held_out
@@ -356,8 +356,10 @@ def few_shot(split: Split, shots_per_class: int, seed: int) -> Split:
     """``shots_per_class`` examples of each class, chosen by the seed.
 
     Raises:
-        ValueError: if a class has fewer.
+        ValueError: if a class has fewer, or none are asked for.
     """
+    if shots_per_class < 1:
+        raise ValueError(f"shots per class must be at least 1, got {shots_per_class}")
     generator = np.random.default_rng(seed)
     keep = np.zeros(len(split), bool)
     for label, name in enumerate(split.source.class_names):
@@ -375,22 +377,68 @@ def _open_image_folder(folder: Path) -> Source:
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {str(folder)!r} does not exist")
     folder = folder.resolve()
-    splits = [path for path in folder.iterdir() if path.name in TRAIN_SPLITS + EVAL_SPLITS]
-    if splits and any(child.is_dir() for path in splits for child in path.iterdir()):
-        root, keep = folder, None
-    else:
-        # tfds wants root/split/class/image: show it the classes under a split named train.
-        keep = tempfile.TemporaryDirectory(prefix="image-folder-")
-        (Path(keep.name) / "train").symlink_to(folder, target_is_directory=True)
-        root = Path(keep.name)
-    builder = tfds.ImageFolder(str(root))
-    builder.keep_alive = keep  # the link lives as long as the builder that reads through it
-    if not sum(info.num_examples for info in builder.info.splits.values()):
+    splits = [child for child in _folders(folder) if child.name in TRAIN_SPLITS + EVAL_SPLITS]
+    splits = [child for child in splits if any(_images(c) for c in _folders(child))] or [folder]
+    by_class = {
+        split: {child.name: images for child in _folders(split) if (images := _images(child))}
+        for split in splits
+    }
+    class_names = sorted({name for classes in by_class.values() for name in classes})
+    if not class_names:
         raise ValueError(
-            f"image folder {str(folder)!r} has no images; expected one folder per class with .jpg, "
-            ".jpeg or .png files: class/image.jpg, or train/class/image.jpg"
+            f"image folder {str(folder)!r} has no images; expected one folder per class with "
+            f"{', '.join(IMAGE_SUFFIXES)} files: class/image.jpg, or train/class/image.jpg"
         )
-    return Source(builder, name=folder.name, root=root if keep is None else root / "train")
+    files = {
+        "train" if split == folder else split.name: [
+            (path, class_names.index(name)) for name, paths in classes.items() for path in paths
+        ]
+        for split, classes in by_class.items()
+    }
+
+    def read(split_name: str) -> tf.data.Dataset:
+        paths = [str(path) for path, _ in files[split_name]]
+        names = [str(path.relative_to(folder)) for path, _ in files[split_name]]
+        labels = np.array([label for _, label in files[split_name]], np.int64)
+        return tf.data.Dataset.from_tensor_slices((paths, names, labels)).map(
+            lambda path, name, label: {
+                "image": tf.io.read_file(path),
+                "label": label,
+                "name": name,
+            },
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    source = Source(
+        folder.name, class_names, {name: len(examples) for name, examples in files.items()}, read
+    )
+    for split_name, examples in files.items():
+        source._labels[split_name] = np.array([label for _, label in examples], np.int64)
+    return source
+
+
+def _folders(folder: Path) -> list[Path]:
+    """The folders in a folder, but for hidden ones and the litter of macOS."""
+    return sorted(
+        child
+        for child in folder.iterdir()
+        if child.is_dir() and not child.name.startswith(".") and child.name != "__MACOSX"
+    )
+
+
+def _images(folder: Path) -> list[Path]:
+    """The images in a folder and below, by their suffix, shuffled the same way each time.
+
+    Not in the order of their names: neighbours there are often alike (frames of a film).
+    """
+    images = [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
+    return sorted(images, key=lambda path: hashlib.sha256(path.name.encode()).digest())
 
 
 def _open_tfds(name: str, data_dir: str | None) -> Source:
@@ -404,7 +452,31 @@ def _open_tfds(name: str, data_dir: str | None) -> Source:
         if builder.name != "digits":
             _require_network(name, str(builder.data_dir))
         builder.download_and_prepare(file_format="tfrecord")
-    return Source(builder, name=name)
+    return _from_builder(builder, name)
+
+
+def _from_builder(builder: tfds.core.DatasetBuilder, name: str) -> Source:
+    features = builder.info.features
+    image_key = _only_feature(features, tfds.features.Image, name)
+    label_key = _only_feature(features, tfds.features.ClassLabel, name)
+
+    def read(split_name: str) -> tf.data.Dataset:
+        examples = builder.as_dataset(
+            split=split_name,
+            decoders={image_key: tfds.decode.SkipDecoding()},
+            read_config=_IN_ORDER,
+            shuffle_files=False,
+        )
+        return examples.enumerate().map(
+            lambda index, example: {
+                "image": example[image_key],
+                "label": example[label_key],
+                "name": tf.strings.join([split_name, tf.strings.as_string(index)], "/"),
+            }
+        )
+
+    sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
+    return Source(name, list(features[label_key].names or ()), sizes, read)
 
 
 def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
@@ -412,8 +484,6 @@ def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
 
 
 def _unknown_dataset(name: str) -> str:
-    import difflib
-
     near = difflib.get_close_matches(name.split("/")[0], tfds.list_builders())
     hint = f"; did you mean {', '.join(near)}?" if near else ""
     return f"tfds knows no dataset {name!r}{hint} (for images of your own use an image folder)"
@@ -442,6 +512,13 @@ def _require_network(name: str, data_dir: str, timeout_s: float = 3.0) -> None:
             f"it; run `tfds build {name}` where there is one, copy the directory and pass it as "
             "the data dir, or use an image folder"
         )
+
+
+def _prepared_directory(directory: Path) -> Path | None:
+    """The directory itself, or its newest version, if it is that of one prepared dataset."""
+    found = [p.parent for p in directory.glob("features.json")]
+    found += sorted(p.parent for p in directory.glob("*/features.json"))
+    return found[-1] if found else None
 
 
 def _only_dataset_in(directory: Path) -> str:

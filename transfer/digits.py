@@ -41,7 +41,8 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
         digits = load_digits()
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-        held_out = stratified_holdout(digits.target, TEST_SHARE)
+        names = [str(index) for index in range(len(images))]
+        held_out = stratified_holdout(digits.target, names, TEST_SHARE)
         return {
             "train": self._generate_examples(images, digits.target, np.flatnonzero(~held_out)),
             "test": self._generate_examples(images, digits.target, np.flatnonzero(held_out)),

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 
 def predict(
@@ -15,14 +14,13 @@ def predict(
     """Logits and labels of all batches, in their order.
 
     Args:
-        model: inputs to logits ``[batch, num_classes]``; run in inference mode.
+        model: inputs to logits ``[batch, num_classes]``, e.g. from ``features.compiled``.
         batches: ``(inputs, labels)``.
 
     Returns:
         float32 ``[num_examples, num_classes]`` and int64 ``[num_examples]``.
     """
-    step = tf.function(lambda inputs: model(inputs), autograph=False, reduce_retracing=True)
-    outputs = [(step(inputs).numpy(), np.asarray(labels)) for inputs, labels in batches]
+    outputs = [(np.asarray(model(inputs)), np.asarray(labels)) for inputs, labels in batches]
     return np.concatenate([o[0] for o in outputs]), np.concatenate([o[1] for o in outputs])
 
 
@@ -50,7 +48,8 @@ def summarize(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
     num_examples, num_classes = logits.shape
     correct = int(accuracy_score(labels, logits.argmax(-1), normalize=False))
-    log_probabilities = log_softmax(logits.astype(np.float64), axis=-1)
+    with np.errstate(invalid="ignore"):  # the loss says it where the logits are not finite
+        log_probabilities = log_softmax(logits.astype(np.float64), axis=-1)
     interval = binomtest(correct, num_examples).proportion_ci(0.95, method="wilson")
     return {
         "accuracy": correct / num_examples,

@@ -110,7 +110,6 @@ def _import_backbone(backbone: GraphLayer, preprocess: Preprocess) -> str:
         copy = meta.graph_def.node.add()
         copy.CopyFrom(node)
         copy.input[:] = [values.get(canonical(edge), edge) for edge in node.input]
-    meta.graph_def.library.MergeFrom(network.graph_def.library)
     meta.graph_def.versions.CopyFrom(network.graph_def.versions)
     tf1.train.import_meta_graph(meta)
     return images.name

@@ -48,7 +48,7 @@ def extract(
     """Run a prefix over all batches, in inference mode.
 
     Args:
-        prefix: preprocessed images to activations.
+        prefix: preprocessed images to activations, e.g. from ``compiled``.
         batches: ``(images, labels)``.
         num_examples: in all batches together.
 
@@ -64,6 +64,8 @@ def extract(
     for outputs, batch_labels in stream(prefix, batches):
         if not done:
             inputs = np.empty((num_examples, *outputs.shape[1:]), outputs.dtype)
+        if done + len(outputs) > num_examples:
+            raise ValueError(f"expected {num_examples} examples, the dataset gave more")
         inputs[done : done + len(outputs)] = outputs
         labels[done : done + len(outputs)] = batch_labels
         done += len(outputs)
@@ -77,6 +79,10 @@ def stream(
 ) -> Iterator[tuple[np.ndarray, Any]]:
     """``(activations, labels)`` of each batch, keeping none: the same values that ``extract``
     keeps."""
-    step = tf.function(lambda images: prefix(images), autograph=False, reduce_retracing=True)
     for images, labels in batches:
-        yield step(images).numpy(), labels
+        yield np.asarray(prefix(images)), labels
+
+
+def compiled(layer: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A layer in inference mode as one ``tf.function``; make it once, call it for every batch."""
+    return tf.function(lambda inputs: layer(inputs), autograph=False, reduce_retracing=True)

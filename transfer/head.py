@@ -10,6 +10,7 @@ averaged over space (for 1x1 that is flattening). Logits are float32 ``[batch, n
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,10 +47,9 @@ class Head(keras.layers.Layer):
         weights_stddev: float = 0.05,
         bias: float = 0.05,
         seed: int | None = None,
-        name: str = "head",
         **kwargs: Any,
     ):
-        super().__init__(name=name, **kwargs)
+        super().__init__(**kwargs)
         _check(num_classes, hidden, dropout, weights_stddev)
         self.num_classes = num_classes
         self.stop_gradient = stop_gradient
@@ -86,8 +86,8 @@ class Head(keras.layers.Layer):
         super().build(input_shape)
 
     def call(self, features: tf.Tensor, training: bool = False) -> tf.Tensor:
-        net = tf.stop_gradient(features) if self.stop_gradient else features
-        net = average_over_space(net)
+        net = average_over_space(tf.cast(features, tf.float32))
+        net = tf.stop_gradient(net) if self.stop_gradient else net
         for dropout, layer in zip(
             self.dropout_layers, [*self.hidden_layers, self.classifier], strict=True
         ):
@@ -129,7 +129,7 @@ def build_head(
     bias: float = 0.05,
     *,
     seed: int | None = None,
-    name: str = "head",
+    name: str | None = None,
     return_probabilities: bool = False,
 ) -> Any:
     """Append a new softmax classifier to features.
@@ -138,9 +138,9 @@ def build_head(
         features: a tensor of a TF1 graph, a Keras tensor or an eager tensor, float ``[batch,
             width]`` or ``[batch, height, width, channels]``.
         num_classes, stop_gradient, hidden, dropout, weights_stddev, bias, seed: see ``Head``.
-        name: of the Keras layer, or of the scope in a TF1 graph. There the tensors are
-            ``<name>/logits:0`` and ``<name>/probabilities:0``, the variables ``<name>/weights``,
-            ``<name>/biases`` and ``<name>/hidden_1/weights`` ..., and with dropout
+        name: of the Keras layer, or of the scope in a TF1 graph; "head" by default. There the
+            tensors are ``<name>/logits:0`` and ``<name>/probabilities:0``, the variables
+            ``<name>/weights``, ``<name>/biases``, ``<name>/hidden_1/weights`` ..., and with dropout
             ``<name>/keep_prob:0`` is 1.0 unless it is fed. A name that is taken gets ``_1``.
         return_probabilities: return the softmax of the logits as well.
 
@@ -168,7 +168,9 @@ def build_head(
     }
     if _in_plain_graph(features):
         with features.graph.as_default():
-            logits, probabilities = _build_in_graph(features, num_classes, name=name, **options)
+            logits, probabilities = _build_in_graph(
+                features, num_classes, name=name or "head", **options
+            )
         return (logits, probabilities) if return_probabilities else logits
     logits = Head(num_classes, name=name, **options)(features)
     return (logits, keras.ops.softmax(logits)) if return_probabilities else logits
@@ -217,8 +219,8 @@ def _build_in_graph(
         return tf.nn.bias_add(tf.matmul(net, kernel), offset)
 
     with tf1.variable_scope(_free_scope(features.graph, name), reuse=False):
-        net = tf.stop_gradient(features) if stop_gradient else features
-        net = average_over_space(net)
+        net = average_over_space(tf.cast(features, tf.float32))
+        net = tf.stop_gradient(net) if stop_gradient else net
         rate = 1 - tf1.placeholder_with_default(1.0, [], name="keep_prob") if dropout else None
         for number, units in enumerate(hidden, 1):
             net = net if rate is None else tf.nn.dropout(net, rate)
@@ -233,13 +235,13 @@ def _build_in_graph(
 
 
 def _free_scope(graph: tf.Graph, name: str) -> str:
-    """``name``, or ``name_1`` ... where operations of that name are in the graph already."""
-    taken = {op.name.split("/")[0] for op in graph.get_operations()}
-    number = 0
-    free = name
-    while free in taken:
-        number += 1
-        free = f"{name}_{number}"
+    """``name``, or ``name_1`` ... where the present scope has operations of that name already."""
+    outer = tf1.get_variable_scope().name
+    prefix = f"{outer}/" if outer else ""
+    names = [op.name for op in graph.get_operations()]
+    free, numbers = name, itertools.count(1)
+    while any(f"{taken}/".startswith(f"{prefix}{free}/") for taken in names):
+        free = f"{name}_{next(numbers)}"
     return free
 
 
@@ -267,6 +269,4 @@ def _check(num_classes: int, hidden: Sequence[int], dropout: float, weights_stdd
 
 def _seeds(seed: int | None) -> Any:
     """One seed per initializer and dropout: the same one for all would repeat the same numbers."""
-    import itertools
-
     return itertools.repeat(None) if seed is None else itertools.count(seed)

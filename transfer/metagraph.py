@@ -21,7 +21,6 @@ import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
-from tensorflow.core.framework.variable_pb2 import VariableDef
 from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 from tensorflow.core.protobuf.saver_pb2 import SaverDef
 
@@ -44,7 +43,6 @@ class MetaGraph:
         saver_def: its saver; which checkpoint key feeds which variable is read off its operations.
         checkpoint_prefix: the checkpoint that belongs to it, ``None`` if there is none.
         card: what is known beside the graph; empty if there is no card.
-        trainable: names of the variables that its authors trained; the others are statistics.
         tensorflow_version: of the TensorFlow that wrote it, ``""`` if unknown.
     """
 
@@ -53,7 +51,6 @@ class MetaGraph:
     saver_def: SaverDef = field(repr=False)
     checkpoint_prefix: Path | None
     card: Card
-    trainable: frozenset[str]
     tensorflow_version: str
 
     def tensor(self, name: str) -> str:
@@ -96,16 +93,8 @@ class MetaGraph:
         card_feeds = {self.tensor(name): value for name, value in self.card.feeds.items()}
         feeds = card_feeds | feeds
         name = self.tensor(input or self.card.input or self._find_input(output, feeds))
-        node = self.node(name)
-        input_dtype = surgery.dtype_of(node) if "dtype" in node.attr else None
-        network = surgery.extract(self.graph_def, output, name, input_dtype, feeds)
-        if not self.trainable:  # a graph without the collection says nothing about it
-            return network
-        variables = tuple(
-            replace(variable, trainable=variable.name in self.trainable)
-            for variable in network.variables
-        )
-        return replace(network, variables=variables)
+        input_dtype = surgery.dtype_of(self.node(name), surgery.split_tensor_name(name)[1])
+        return surgery.extract(self.graph_def, output, name, input_dtype, feeds)
 
     def node(self, tensor: str) -> NodeDef:
         """The operation that a tensor is an output of."""
@@ -146,7 +135,14 @@ class MetaGraph:
                 f"{str(self.prefix)!r}, and the wrong convention costs accuracy without any error; "
                 f"say which with --preprocess: {', '.join(CONVENTIONS)}"
             )
-        shape = surgery.static_shape(self.node(input)) or (None, None, None, None)
+        node, index = self.node(input), surgery.split_tensor_name(input)[1]
+        shape = surgery.static_shape(node, index) or (None, None, None, None)
+        dtype = surgery.dtype_of(node, index)
+        if dtype is not None and dtype.is_integer and mode != "none":
+            raise ValueError(
+                f"input {input!r} takes whole numbers ({dtype.name}), so the network prepares its "
+                f"images itself; preprocess={mode!r} does not fit, use none"
+            )
         if len(shape) != 4:
             raise ValueError(
                 f"input {input!r} has shape {shape}; expected images: "
@@ -209,7 +205,6 @@ def load_meta_graph(path: str | Path) -> MetaGraph:
         saver_def=meta.saver_def,
         checkpoint_prefix=_find_checkpoint(prefix),
         card=read_card(card_path) if card_path.is_file() else Card(),
-        trainable=_trainable(meta),
         tensorflow_version=meta.meta_info_def.tensorflow_version,
     )
 
@@ -302,18 +297,6 @@ def _find_checkpoint(prefix: Path) -> Path | None:
         newest = re.split(r"[/\\]", match[1])[-1] if match else ""
         return next((path for path in beside if path.name == newest), None)
     return None
-
-
-def _trainable(meta: MetaGraphDef) -> frozenset[str]:
-    """Names of the variables in the collection of that name; entries that do not parse are left
-    out."""
-    names = set()
-    for entry in meta.collection_def["trainable_variables"].bytes_list.value:
-        try:
-            names.add(surgery.split_tensor_name(VariableDef.FromString(entry).variable_name)[0])
-        except DecodeError:
-            continue
-    return frozenset(names)
 
 
 def _check_values(variables: list, values: Mapping[str, np.ndarray | tf.Tensor]) -> None:

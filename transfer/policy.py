@@ -6,8 +6,6 @@ refused. Files, network, Python, printing, queues, variables' own assignments: n
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
@@ -18,7 +16,7 @@ _ELEMENTWISE = """
     Log1p LogicalAnd LogicalNot LogicalOr LogSoftmax Maximum Minimum Mod Mul MulNoNan Neg NotEqual
     Pow RealDiv Reciprocal Relu Relu6 Rint Round Rsqrt Select SelectV2 Selu Sigmoid Sign Sin Sinh
     Softmax Softplus Softsign Sqrt Square SquaredDifference Sub Tan Tanh TruncateDiv TruncateMod
-    Xdivy Xlogy
+    Xdivy Xlogy FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel
 """
 _LINEAR = """
     AvgPool AvgPool3D BatchMatMul BatchMatMulV2 BatchMatMulV3 BatchNormWithGlobalNormalization
@@ -27,8 +25,8 @@ _LINEAR = """
     MaxPoolV2 MaxPoolWithArgmax
 """
 _REDUCTIONS = """
-    All Any ArgMax ArgMin Bincount Cumprod Cumsum InTopK InTopKV2 Max Mean Min Prod SegmentMean
-    SegmentSum Sum TopK TopKV2 UnsortedSegmentSum
+    All Any ArgMax ArgMin Bincount CheckNumerics Cumprod Cumsum InTopK InTopKV2 Max Mean Min Prod
+    SegmentMean SegmentSum Sum TopK TopKV2 UnsortedSegmentSum
 """
 _SHAPES = """
     BatchToSpace BatchToSpaceND BroadcastArgs BroadcastTo Concat ConcatV2 Const DepthToSpace
@@ -48,12 +46,14 @@ _RANDOM = """
     Multinomial RandomShuffle RandomStandardNormal RandomUniform RandomUniformInt
     StatelessRandomNormal StatelessRandomUniform StatelessRandomUniformV2 TruncatedNormal
 """
-# Conditionals; the functions that they call are checked like the graph itself.
-_CONTROL = "If Merge PartitionedCall StatefulPartitionedCall StatelessIf Switch"
+# Conditionals of TensorFlow 1. Calls of functions (If, PartitionedCall) are not on the list:
+# TensorFlow looks a function up by name among all that the process knows, not in this graph alone.
+_CONTROL = "Merge Switch"
 
 ALLOWED_OPS = frozenset(
     " ".join((_ELEMENTWISE, _LINEAR, _REDUCTIONS, _SHAPES, _IMAGES, _RANDOM, _CONTROL)).split()
 )
+RANDOM_OPS = frozenset(_RANDOM.split())
 
 
 class ForbiddenOpError(ValueError):
@@ -61,26 +61,20 @@ class ForbiddenOpError(ValueError):
 
 
 def check_ops(graph_def: GraphDef) -> None:
-    """Refuse a graph with an operation that is not on the list, in itself or in its functions.
+    """Refuse a graph with an operation that is not on the list, or that calls a function.
 
     Raises:
         ForbiddenOpError: names every such operation with a node that uses it.
     """
-    functions = {function.signature.name for function in graph_def.library.function}
-    refused = _refused(graph_def.node, functions, where="")
-    for function in graph_def.library.function:
-        refused |= _refused(function.node_def, functions, where=f"{function.signature.name}: ")
+    refused = {node.op: node.name for node in graph_def.node if not _is_arithmetic(node)}
     if refused:
-        found = ", ".join(f"{op} (node {node!r})" for op, node in sorted(refused.items()))
+        found = ", ".join(f"{op} (node {name!r})" for op, name in sorted(refused.items()))
         raise ForbiddenOpError(
-            f"the graph uses {found}; a loaded model may only do arithmetic. Choose a tap, or an "
-            "input, so that what lies between does without"
+            f"the graph uses {found}; a loaded model may only do arithmetic, and call no "
+            "functions. Choose a tap, or an input, so that what lies between does without"
         )
 
 
-def _refused(nodes: Iterable[NodeDef], functions: set[str], where: str) -> dict[str, str]:
-    return {
-        node.op: where + node.name
-        for node in nodes
-        if node.op not in ALLOWED_OPS and node.op not in functions
-    }
+def _is_arithmetic(node: NodeDef) -> bool:
+    calls = any(attr.HasField("func") or attr.list.func for attr in node.attr.values())
+    return node.op in ALLOWED_OPS and not calls

@@ -6,11 +6,11 @@ Pure functions throughout: nothing is imported, run or changed in place. A tenso
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tensorflow as tf
-from tensorflow.core.framework.function_pb2 import FunctionDef
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
@@ -19,13 +19,20 @@ from transfer import policy
 REFERENCE_VARIABLES = frozenset({"Variable", "VariableV2", "AutoReloadVariable"})
 VARIABLES = REFERENCE_VARIABLES | {"VarHandleOp"}
 _READS = frozenset({"Identity", "ReadVariableOp"})
-# What refers to nodes or places that a pruned graph does not have.
-_STALE_ATTRIBUTES = ("_class", "_output_shapes")
+# What refers to nodes, shapes or gradient functions that a pruned graph does not have.
+_STALE_ATTRIBUTES = ("_class", "_output_shapes", "_gradient_op_type")
+_BATCH_NORMS = frozenset({"FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3"})
+_STATISTICS = re.compile(r"(moving|running)_(mean|variance|var)\b")
 
 
 @dataclass(frozen=True)
 class Variable:
-    """A variable that a network reads. ``shape`` is ``None`` where the graph does not say."""
+    """A variable that a network reads.
+
+    ``shape`` is ``None`` where the graph does not say. Not trainable are what are no floats, and
+    the statistics of batch norm. The graph's own collection of trainable variables is not asked:
+    programs for transfer learning leave their pretrained network out of it.
+    """
 
     name: str
     dtype: tf.DType
@@ -126,9 +133,14 @@ def extract(
     aliases = _reads_of(nodes, names)
     nodes = [node for node in nodes if f"{node.name}:0" not in aliases]
     _check_placeholders(nodes)
-    kept = {node.name for node in nodes}
+    pivots = {node.name for node in nodes if _is_branch_pivot(node)}
+    nodes = [_clean(node, aliases, pivots) for node in nodes]
+    statistics = _statistics(nodes)
+    variables = tuple(
+        replace(v, trainable=v.trainable and v.name not in statistics) for v in variables
+    )
     return Network(
-        graph_def=_graph_of([_clean(node, aliases, kept) for node in nodes], fed),
+        graph_def=GraphDef(node=nodes, versions=fed.versions),
         input=canonical(input),
         input_dtype=input_dtype,
         output=aliases.get(canonical(output), canonical(output)),
@@ -154,7 +166,7 @@ def cut(network: Network, at: str) -> tuple[Network, Network]:
         nodes = ancestors(network.graph_def, output, stop_at=leaves)
         read = {split_tensor_name(edge)[0] for node in nodes for edge in node.input}
         return Network(
-            graph_def=_graph_of(nodes, network.graph_def),
+            graph_def=GraphDef(node=nodes, versions=network.graph_def.versions),
             input=input,
             input_dtype=input_dtype,
             output=output,
@@ -177,29 +189,52 @@ def placeholders(nodes: Iterable[NodeDef]) -> list[NodeDef]:
     return [node for node in nodes if node.op in ("Placeholder", "PlaceholderV2")]
 
 
-def static_shape(node: NodeDef) -> tuple[int | None, ...] | None:
-    """The shape that a node states for its output 0; ``None`` if it states none.
+def static_shape(node: NodeDef, index: int = 0) -> tuple[int | None, ...] | None:
+    """The shape that a node states for one of its outputs; ``None`` if it states none.
 
     TF 1.1 and older leave ``shape`` empty and write the truth to ``_output_shapes``.
     """
-    stated = node.attr["_output_shapes"].list.shape if "_output_shapes" in node.attr else []
-    shape = stated[0] if stated else node.attr["shape"].shape if "shape" in node.attr else None
-    if shape is None or shape.unknown_rank or (not stated and not shape.dim and node.op != "Const"):
+    shapes = node.attr["_output_shapes"].list.shape if "_output_shapes" in node.attr else []
+    if index < len(shapes):
+        shape = shapes[index]
+    elif "shape" in node.attr and node.attr["shape"].shape.dim:
+        shape = node.attr["shape"].shape
+    else:
+        return None
+    if shape.unknown_rank:
         return None
     return tuple(dim.size if dim.size >= 0 else None for dim in shape.dim)
 
 
-def dtype_of(node: NodeDef) -> tf.DType:
-    """The element type that a variable or placeholder states."""
-    return tf.as_dtype(node.attr["dtype"].type)
+def dtype_of(node: NodeDef, index: int = 0) -> tf.DType | None:
+    """The element type that a node states for one of its outputs; ``None`` if it states none."""
+    for name in ("dtype", "T"):
+        if name in node.attr:
+            return tf.as_dtype(node.attr[name].type)
+    for name in ("component_types", "output_types"):
+        if name in node.attr and index < len(node.attr[name].list.type):
+            return tf.as_dtype(node.attr[name].list.type[index])
+    return None
 
 
 def _variable(node: NodeDef) -> Variable:
     shape = node.attr["shape"].shape
     known = not shape.unknown_rank and all(dim.size >= 0 for dim in shape.dim)
-    return Variable(
-        node.name, dtype_of(node), tuple(dim.size for dim in shape.dim) if known else None
-    )
+    dtype = tf.as_dtype(node.attr["dtype"].type)
+    sizes = tuple(dim.size for dim in shape.dim) if known else None
+    return Variable(node.name, dtype, sizes, trainable=dtype.is_floating)
+
+
+def _statistics(nodes: Sequence[NodeDef]) -> set[str]:
+    """Variables that are a batch norm's mean or variance, by their role or by their usual names."""
+    roles = {
+        split_tensor_name(edge)[0]
+        for node in nodes
+        if node.op in _BATCH_NORMS
+        for edge in node.input[3:5]
+    }
+    names = {split_tensor_name(edge)[0] for node in nodes for edge in node.input}
+    return roles | {name for name in names if _STATISTICS.search(name)}
 
 
 def _with_constants(graph_def: GraphDef, feeds: Mapping[str, float | bool]) -> GraphDef:
@@ -208,7 +243,7 @@ def _with_constants(graph_def: GraphDef, feeds: Mapping[str, float | bool]) -> G
     unknown = values.keys() - {node.name for node in graph_def.node}
     if unknown:
         raise ValueError(f"cannot feed {sorted(unknown)}: the graph has no such tensor")
-    fed = GraphDef(library=graph_def.library, versions=graph_def.versions)
+    fed = GraphDef(versions=graph_def.versions)
     for node in graph_def.node:
         if node.name in values:
             fed.node.append(_constant(node, values[node.name]))
@@ -242,8 +277,8 @@ def _reads_of(nodes: Sequence[NodeDef], variables: set[str]) -> dict[str, str]:
     return aliases
 
 
-def _clean(node: NodeDef, aliases: Mapping[str, str], kept: set[str]) -> NodeDef:
-    """A copy without devices, stale attributes and edges to what is gone."""
+def _clean(node: NodeDef, aliases: Mapping[str, str], pivots: set[str]) -> NodeDef:
+    """A copy without devices, stale attributes, and control dependencies but on branch pivots."""
     copy = NodeDef()
     copy.CopyFrom(node)
     copy.device = ""
@@ -253,31 +288,9 @@ def _clean(node: NodeDef, aliases: Mapping[str, str], kept: set[str]) -> NodeDef
     for edge in node.input:
         if not edge.startswith("^"):
             copy.input.append(aliases.get(canonical(edge), edge))
-        elif edge[1:] in kept:
+        elif edge[1:] in pivots:
             copy.input.append(edge)
     return copy
-
-
-def _graph_of(nodes: Sequence[NodeDef], source: GraphDef) -> GraphDef:
-    """A graph of these nodes, with the functions of ``source`` that they call, directly or not."""
-    graph_def = GraphDef(node=nodes, versions=source.versions)
-    graph_def.library.function.extend(_functions_used(source, nodes))
-    return graph_def
-
-
-def _functions_used(graph_def: GraphDef, nodes: Iterable[NodeDef]) -> list[FunctionDef]:
-    library = {function.signature.name: function for function in graph_def.library.function}
-    used: dict[str, FunctionDef] = {}
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        called = [node.op, *(attr.func.name for attr in node.attr.values())]
-        called += [f.name for attr in node.attr.values() for f in attr.list.func]
-        for name in called:
-            if name in library and name not in used:
-                used[name] = library[name]
-                pending.extend(library[name].node_def)
-    return list(used.values())
 
 
 def _reads(node: NodeDef, tensor: str) -> bool:

@@ -36,7 +36,7 @@ class ParameterGroup:
         self.optimizer.build(self.variables)
 
 
-@dataclass
+@dataclass(repr=False)
 class Trainer:
     """A model with what updates it; ``fit`` may be called again to go on.
 
@@ -96,8 +96,7 @@ class Trainer:
             callbacks.on_train_batch_begin(index)
             loss = float(self._train_step(inputs, labels))
             self.step += 1
-            if not math.isfinite(loss):
-                raise NonFiniteLossError(self._describe_divergence(loss))
+            self._check_finite(loss)
             callbacks.on_train_batch_end(index, self._logs())
         return self._logs()
 
@@ -139,6 +138,8 @@ class Trainer:
                 logs = self.train_epoch(batches(self.epoch), callback_list)
                 if validate is not None:
                     logs |= {f"val_{name}": value for name, value in validate().items()}
+                    # The last step may have spoilt the weights after its own loss was taken.
+                    self._check_finite(logs.get("val_loss", 0.0))
                 callback_list.on_epoch_end(self.epoch, logs)
                 self.epoch += 1
                 if checkpoint is not None:
@@ -153,10 +154,12 @@ class Trainer:
     def _logs(self) -> dict[str, float]:
         return {"loss": float(self._loss.result()), "accuracy": float(self._accuracy.result())}
 
-    def _describe_divergence(self, loss: float) -> str:
+    def _check_finite(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
         rates = sorted({float(g.optimizer.learning_rate) for g in self.groups}, reverse=True)
         shown = " and ".join(f"{rate:g}" for rate in rates)
-        return (
+        raise NonFiniteLossError(
             f"the loss is {loss} at step {self.step} (epoch {self.epoch + 1}) with learning rate "
             f"{shown}; start again with a learning rate ten times smaller, and check that the "
             "preprocessing is the one that the weights expect"
