@@ -13,9 +13,10 @@ import numpy as np
 from recipes import measure, run_folder
 from recipes.evaluate import EvaluateConfig
 from transfer import Classifier
-from transfer.data import Source, Split, open_source, whole_eval_split
+from transfer.data import Source, Split, whole_eval_split
 from transfer.evaluation import confusion_matrix, predict, probabilities, summarize
 from transfer.features import compiled, stream
+from transfer.sources import open_source
 
 
 def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:

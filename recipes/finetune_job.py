@@ -18,10 +18,11 @@ from recipes import measure, run_folder
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from transfer import Backbone, Card, Classifier, Head, MetaGraph, load_meta_graph
 from transfer.card import read_card, write_card
-from transfer.data import Split, few_shot, open_source, train_and_eval_splits
+from transfer.data import Split, few_shot, train_and_eval_splits
 from transfer.evaluation import predict, summarize
 from transfer.export import save_classifier
 from transfer.features import compiled, extract, stream
+from transfer.sources import open_source
 from transfer.training import ParameterGroup, RunCheckpoint, Trainer, epoch_seed
 
 EMBEDDED_MODEL = str(files("pretrained") / "vgg_small")

@@ -14,9 +14,10 @@ from recipes import measure, run_folder
 from recipes.pretrain import PretrainConfig
 from transfer import Backbone, Card, Preprocess, load_meta_graph, pretraining, save_meta_graph, vgg
 from transfer.card import write_card
-from transfer.data import open_source, train_and_eval_splits
+from transfer.data import train_and_eval_splits
 from transfer.evaluation import predict, summarize
 from transfer.features import compiled
+from transfer.sources import open_source
 from transfer.training import ParameterGroup, RunCheckpoint, Trainer, epoch_seed
 
 

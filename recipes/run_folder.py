@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from transfer.checkpoint import check_path
+
 CONFIG = "config.yaml"
 LABELS = "labels.txt"
 METRICS = "metrics.json"
@@ -32,8 +34,6 @@ def check(out: Path | None, *, resume: bool) -> None:
     """
     if out is None:
         raise ValueError("--resume needs the folder of the run: give --out")
-    from transfer.checkpoint import check_path
-
     check_path(out.resolve())
     if resume and not (out / CONFIG).is_file():
         raise FileNotFoundError(f"{str(out)!r} holds no run to resume: it has no {CONFIG}")

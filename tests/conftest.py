@@ -117,7 +117,7 @@ def image_folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data dir for the embedded digits, prepared once."""
-    from transfer.data import open_source
+    from transfer.sources import open_source
 
     directory = tmp_path_factory.mktemp("tfds")
     open_source("digits", data_dir=str(directory))

@@ -50,7 +50,8 @@ def test_finetune_writes_the_run_folder(tmp_path, model, image_folder, capsys):
     assert stdout[1] == str(out)
     assert {path.name for path in out.iterdir()} == {
         "config.yaml", "labels.txt", "held_out.txt", "metrics.json", "history.csv", "events",
-        "checkpoints", "model.meta", "model.index", "model.data-00000-of-00001", "checkpoint", "model.json",
+        "checkpoints", "checkpoint", "model.meta", "model.index", "model.data-00000-of-00001",
+        "model.json",
     }  # fmt: skip
     assert (out / "labels.txt").read_text() == "blue\nred\n"
 
