@@ -6,7 +6,7 @@ import contextlib
 import csv
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transfer.card import read_card, write_card
 from transfer.data import Split, few_shot, train_and_eval_splits
 from transfer.evaluation import predict, summarize
 from transfer.export import save_classifier
-from transfer.features import compiled, extract, stream
+from transfer.features import Activations, compiled, extract, stream
 from transfer.sources import open_source
 from transfer.training import ParameterGroup, RunCheckpoint, Trainer, epoch_seed
 
@@ -43,111 +43,176 @@ def run(config: FinetuneConfig) -> tuple[dict[str, Any], Path]:
     keras.utils.set_random_seed(config.seed)
     clock = measure.Clock()
     with clock("load_s"):
-        graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
-        train, held_out = _splits(config)
-        classifier, config = _classifier(config, graph, train.source.class_names)
-        cut = None if config.freeze_until == "none" else config.freeze_until
-        frozen, trained = classifier.split(cut)
-        groups = _parameter_groups(config, classifier, trained)
-        _check_repeatable(classifier, held_out)
-        out = config.out or run_folder.default_out(train.source.name, config.freeze_until)
-        if config.resume:
-            run_folder.check_resumed(out, config)
-        out = run_folder.create(out, resume=config.resume)
-        config = replace(config, out=out)
-        run_folder.write_config(out, config)
-        run_folder.write_text(out / run_folder.HELD_OUT, "".join(f"{n}\n" for n in held_out.names))
+        job = _prepare(config)
+    with clock("extract_s"):
+        inputs = Inputs(job)
+    with clock("train_s"), contextlib.redirect_stdout(sys.stderr):  # Keras' progress bar
+        trainer, num_steps = _train(job, inputs)
+    with clock("eval_s"):
+        figures = _save_and_evaluate(job, inputs, trainer)
+    metrics = _metrics(job, trainer, figures)
+    metrics["time"] = seconds = clock.seconds
+    metrics["throughput"] = {
+        "extract_images_per_s": measure.rate(inputs.num_extracted, seconds["extract_s"]),
+        "train_images_per_s": measure.rate(
+            num_steps / job.steps_per_epoch * len(job.train), seconds["train_s"]
+        ),
+    }
+    run_folder.write_json(job.out / run_folder.METRICS, metrics)
+    return metrics, job.out
 
-    def images(split: Split, seed: int | None = None) -> Iterable:
-        return split.batches(
-            classifier.preprocess,
-            config.batch_size,
-            shuffle_seed=seed,
-            augment=config.augment and seed is not None,
+
+@dataclass(frozen=True)
+class Job:
+    """All that is found out before the work begins."""
+
+    config: FinetuneConfig
+    """With nothing left to default."""
+    out: Path
+    graph: MetaGraph
+    classifier: Classifier
+    frozen: keras.layers.Layer | None
+    trained: keras.Model
+    groups: list[ParameterGroup]
+    train: Split
+    held_out: Split
+
+    @property
+    def cut(self) -> str | None:
+        return None if self.config.freeze_until == "none" else self.config.freeze_until
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.train) // self.config.batch_size)
+
+
+class Inputs:
+    """What the trained part of the classifier is fed with: kept activations, or else images.
+
+    Activations are kept where there is a frozen part, they fit in memory, and no random views are
+    asked for; what is evaluated on has none.
+    """
+
+    def __init__(self, job: Job):
+        self._job = job
+        self._frozen = None if job.frozen is None else compiled(job.frozen)
+        keep = self._frozen is not None and _fits_in_memory(job)
+        self._held_out = self._extract(job.held_out, "held-out") if keep else None
+        self._train = (
+            self._extract(job.train, "training") if keep and not job.config.augment else None
         )
 
-    def cached(split: Split, name: str) -> Callable[[int | None], Iterable]:
-        batches = measure.progress(images(split), f"features of the {name} images")
-        activations = extract(compiled(frozen), batches, len(split))
-        return lambda seed=None: activations.batches(config.batch_size, seed)
+    @property
+    def frozen(self) -> keras.layers.Layer | None:
+        """What is still to be applied to the training inputs."""
+        return self._job.frozen if self._train is None else None
 
-    is_kept = frozen is not None and _fits_in_memory(frozen, classifier, len(train) + len(held_out))
-    is_train_kept = is_kept and not config.augment
-    with clock("extract_s"):
-        eval_batches = cached(held_out, "held-out") if is_kept else lambda: images(held_out)
-        train_batches = cached(train, "training") if is_train_kept else lambda s: images(train, s)
-    prefix = compiled(frozen) if frozen is not None else None
+    @property
+    def num_extracted(self) -> int:
+        return sum(len(kept) for kept in (self._held_out, self._train) if kept is not None)
 
-    def evaluate(model: keras.Model) -> Callable[[], dict[str, Any]]:
+    def train(self, epoch: int) -> Iterable:
+        config = self._job.config
+        seed = epoch_seed(config.seed, epoch)
+        if self._train is not None:
+            return self._train.batches(config.batch_size, seed)
+        return self._images(self._job.train, shuffle_seed=seed, augment=config.augment)
+
+    def evaluator(self, model: keras.Model) -> Callable[[], dict[str, Any]]:
+        """A function that evaluates a model on what was held out, with its weights at that time."""
         forward = compiled(model)
-        if is_kept or prefix is None:
-            return lambda: summarize(*predict(forward, eval_batches()))
-        return lambda: summarize(*predict(forward, stream(prefix, eval_batches())))
+        return lambda: summarize(*predict(forward, self._evaluation_batches()))
 
-    validate = evaluate(trained)
-    trainer = Trainer(trained, groups, frozen=None if is_train_kept else frozen)
-    checkpoint = RunCheckpoint(out / run_folder.CHECKPOINTS)
+    def _evaluation_batches(self) -> Iterable:
+        if self._held_out is not None:
+            return self._held_out.batches(self._job.config.batch_size)
+        images = self._images(self._job.held_out)
+        return images if self._frozen is None else stream(self._frozen, images)
+
+    def _images(self, split: Split, **options: Any) -> Iterable:
+        return split.batches(
+            self._job.classifier.preprocess, self._job.config.batch_size, **options
+        )
+
+    def _extract(self, split: Split, name: str) -> Activations:
+        batches = measure.progress(self._images(split), f"features of the {name} images")
+        return extract(self._frozen, batches, len(split))
+
+
+def _prepare(config: FinetuneConfig) -> Job:
+    graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
+    train, held_out = _splits(config)
+    classifier, config = _classifier(config, graph, train.source.class_names)
+    _check_repeatable(classifier, held_out)
+    frozen, trained = classifier.split(
+        None if config.freeze_until == "none" else config.freeze_until
+    )
+    groups = _parameter_groups(config, classifier, trained)
+    out = config.out or run_folder.default_out(train.source.name, config.freeze_until)
     if config.resume:
+        run_folder.check_resumed(out, config)
+    out = run_folder.create(out, resume=config.resume)
+    config = replace(config, out=out)
+    run_folder.write_config(out, config)
+    run_folder.write_text(out / run_folder.HELD_OUT, "".join(f"{n}\n" for n in held_out.names))
+    return Job(config, out, graph, classifier, frozen, trained, groups, train, held_out)
+
+
+def _train(job: Job, inputs: Inputs) -> tuple[Trainer, int]:
+    """Train, or go on training; returns the trainer and the number of steps taken now."""
+    trainer = Trainer(job.trained, job.groups, frozen=inputs.frozen)
+    checkpoint = RunCheckpoint(job.out / run_folder.CHECKPOINTS)
+    if job.config.resume:
         checkpoint.restore(trainer)
     first_step = trainer.step
-    with clock("train_s"), contextlib.redirect_stdout(sys.stderr):  # Keras' progress bar
-        trainer.fit(
-            lambda epoch: train_batches(epoch_seed(config.seed, epoch)),
-            epochs=config.epochs,
-            steps_per_epoch=-(-len(train) // config.batch_size),
-            validate=lambda: _scalars(validate()),
-            callbacks=[
-                keras.callbacks.CSVLogger(out / run_folder.HISTORY, append=config.resume),
-                keras.callbacks.TensorBoard(out / run_folder.EVENTS, write_graph=False),
-            ],
-            verbose=measure.verbosity(),
-            checkpoint=checkpoint,
-        )
+    validate = inputs.evaluator(job.trained)
+    trainer.fit(
+        inputs.train,
+        epochs=job.config.epochs,
+        steps_per_epoch=job.steps_per_epoch,
+        validate=lambda: {k: v for k, v in validate().items() if isinstance(v, float)},
+        callbacks=[
+            keras.callbacks.CSVLogger(job.out / run_folder.HISTORY, append=job.config.resume),
+            keras.callbacks.TensorBoard(job.out / run_folder.EVENTS, write_graph=False),
+        ],
+        verbose=measure.verbosity(),
+        checkpoint=checkpoint,
+    )
+    return trainer, trainer.step - first_step
 
-    with clock("eval_s"):
-        card = Card(
-            source=f"fine-tuned from {graph.prefix.name}, frozen until {config.freeze_until}",
-            licence=graph.card.licence,
-            trained_on=f"{train.source.name}, {len(train)} images, {trainer.epoch} epochs",
-        )
-        save_classifier(classifier, out / run_folder.MODEL, card)
-        # What is reported is what was written: the files are read back and evaluated.
-        _, saved = Classifier.load(out / run_folder.MODEL).split(cut)
-        evaluation = evaluate(saved)()
-        card_path = out / f"{run_folder.MODEL}.json"
-        write_card(card_path, replace(read_card(card_path), eval=evaluation))
 
-    steps = trainer.step - first_step
-    metrics = {
-        "eval": evaluation,
-        "train": {
-            "epochs": trainer.epoch,
-            "steps": trainer.step,
-            "final_loss": _last_loss(out / run_folder.HISTORY),
-        },
-        "time": clock.seconds,
-        "throughput": {
-            "extract_images_per_s": measure.rate(
-                is_kept * len(held_out) + is_train_kept * len(train),
-                clock.seconds["extract_s"],
-            ),
-            "train_images_per_s": measure.rate(
-                steps / -(-len(train) // config.batch_size) * len(train), clock.seconds["train_s"]
-            ),
-        },
+def _save_and_evaluate(job: Job, inputs: Inputs, trainer: Trainer) -> dict[str, Any]:
+    """What is reported is what was written: the files are read back and evaluated."""
+    prefix = job.out / run_folder.MODEL
+    card = Card(
+        source=f"fine-tuned from {job.graph.prefix.name}, frozen until {job.config.freeze_until}",
+        licence=job.graph.card.licence,
+        trained_on=f"{job.train.source.name}, {len(job.train)} images, {trainer.epoch} epochs",
+    )
+    save_classifier(job.classifier, prefix, card)
+    _, saved = Classifier.load(prefix).split(job.cut)
+    figures = inputs.evaluator(saved)()
+    card_path = prefix.with_name(f"{prefix.name}.json")
+    write_card(card_path, replace(read_card(card_path), eval=figures))
+    return figures
+
+
+def _metrics(job: Job, trainer: Trainer, figures: dict[str, Any]) -> dict[str, Any]:
+    """``metrics.json``, but for times."""
+    with (job.out / run_folder.HISTORY).open(newline="", encoding="utf-8") as file:
+        final_loss = float(list(csv.DictReader(file))[-1]["loss"])
+    trainable = sum(int(v.value.shape.num_elements()) for v in trainer.trainable_variables)
+    return {
+        "eval": figures,
+        "train": {"epochs": trainer.epoch, "steps": trainer.step, "final_loss": final_loss},
+        "time": {},
+        "throughput": {},
         "memory": {"peak_rss_mb": measure.peak_rss_mb()},
-        "params": {
-            "total": classifier.count_params(),
-            "trainable": sum(
-                int(v.value.shape.num_elements()) for v in trainer.trainable_variables
-            ),
-        },
-        "cut": config.freeze_until,
-        "seed": config.seed,
+        "params": {"total": job.classifier.count_params(), "trainable": trainable},
+        "cut": job.config.freeze_until,
+        "seed": job.config.seed,
         "versions": measure.versions(),
     }
-    run_folder.write_json(out / run_folder.METRICS, metrics)
-    return metrics, out
 
 
 def _check(config: FinetuneConfig) -> None:
@@ -197,11 +262,12 @@ def _check_repeatable(classifier: Classifier, split: Split) -> None:
     )
 
 
-def _fits_in_memory(frozen: keras.layers.Layer, classifier: Classifier, num_images: int) -> bool:
+def _fits_in_memory(job: Job) -> bool:
     """Whether the activations of all images may be kept: in half of the memory that is free."""
-    size, channels = classifier.preprocess.size, classifier.preprocess.channels
-    one = frozen(np.zeros([1, size, size, channels], np.float32))
-    needed_mb = num_images * np.asarray(one).nbytes / 1e6
+    preprocess = job.classifier.preprocess
+    image = np.zeros([1, preprocess.size, preprocess.size, preprocess.channels], np.float32)
+    num_images = len(job.train) + len(job.held_out)
+    needed_mb = num_images * np.asarray(job.frozen(image)).nbytes / 1e6
     free_mb = measure.available_memory_mb()
     if needed_mb <= free_mb / 2:
         return True
@@ -284,12 +350,3 @@ def _feed(assignment: str) -> tuple[str, float | bool]:
             switches = {"true": True, "false": False}
             return name, switches[value.lower()] if value.lower() in switches else float(value)
     raise ValueError(f"--feed {assignment!r}: expected NAME=VALUE with a number, true or false")
-
-
-def _scalars(figures: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in figures.items() if isinstance(value, float)}
-
-
-def _last_loss(history: Path) -> float:
-    with history.open(newline="", encoding="utf-8") as file:
-        return float(list(csv.DictReader(file))[-1]["loss"])
