@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cyclopts import Parameter
 
-from recipes.startup import import_tensorflow
+from recipes.startup import job
 
 
 @Parameter(name="*")
@@ -44,10 +44,10 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
     Args:
         run: run folder of finetune.
     """
-    import_tensorflow()
-    from recipes.evaluate_job import run as evaluate_run
+    with job():
+        from recipes.evaluate_job import run as evaluate_run
 
-    figures = evaluate_run(run, config)
+        figures = evaluate_run(run, config)
     low, high = figures["accuracy_ci95"]
     print(
         f"accuracy {figures['accuracy']:.4f} on {figures['num_examples']} images "

@@ -26,8 +26,9 @@ from transfer.sources import open_source
 from transfer.training import ParameterGroup, RunCheckpoint, Trainer, epoch_seed
 
 EMBEDDED_MODEL = str(files("pretrained") / "vgg_small")
-# A head on kept features takes Keras' default rate for Adam, and its epochs cost next to nothing.
-HEAD_LEARNING_RATE, HEAD_EPOCHS = 1e-3, 50
+# A head on kept features: its epochs cost next to nothing. The rate is for features with a root
+# mean square of 1; Adam's steps are of one size, so that smaller features need larger ones.
+HEAD_LEARNING_RATE, HEAD_EPOCHS = 6e-3, 50
 # A VGG without batch norm diverges or stalls at 1e-3.
 BACKBONE_LEARNING_RATE, BACKBONE_EPOCHS = 1e-4, 10
 
@@ -46,7 +47,7 @@ def run(config: FinetuneConfig) -> tuple[dict[str, Any], Path]:
         job = _prepare(config)
     with clock("extract_s"):
         inputs = Inputs(job)
-    with clock("train_s"), contextlib.redirect_stdout(sys.stderr):  # Keras' progress bar
+    with clock("train_s"):
         trainer, num_steps = _train(job, inputs)
     with clock("eval_s"):
         figures = _save_and_evaluate(job, inputs, trainer)
@@ -142,7 +143,7 @@ class Inputs:
 def _prepare(config: FinetuneConfig) -> Job:
     graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
     train, held_out = _splits(config)
-    classifier, config = _classifier(config, graph, train.source.class_names)
+    classifier, config = _classifier(config, graph, train)
     _check_repeatable(classifier, held_out)
     frozen, trained = classifier.split(
         None if config.freeze_until == "none" else config.freeze_until
@@ -247,6 +248,12 @@ def _splits(config: FinetuneConfig) -> tuple[Split, Split]:
     return train, held_out
 
 
+def _feature_scale(classifier: Classifier, split: Split) -> float:
+    """Root mean square of the features of the first images, which come in a random order."""
+    images, _ = next(iter(split.batches(classifier.preprocess, 64)))
+    return float(np.sqrt(np.mean(np.square(classifier.backbone(images))))) or 1.0
+
+
 def _check_repeatable(classifier: Classifier, split: Split) -> None:
     """Refuse features that differ from run to run: no two evaluations would agree."""
     backbone = classifier.backbone
@@ -280,12 +287,13 @@ def _fits_in_memory(job: Job) -> bool:
 
 
 def _classifier(
-    config: FinetuneConfig, graph: MetaGraph, labels: list[str]
+    config: FinetuneConfig, graph: MetaGraph, train: Split
 ) -> tuple[Classifier, FinetuneConfig]:
     """The classifier before training, and the config with what was found out."""
     tap = graph.tensor(config.tap or graph.card.tap or "fc7")
     feeds = dict(_feed(assignment) for assignment in config.feed)
     network = graph.network(tap, config.input, feeds)
+    labels = train.source.class_names
     preprocess = graph.preprocess(network.input, config.preprocess, config.image_size)
     backbone = Backbone(graph, tap, input=network.input, feeds=feeds, name="backbone")
     if config.random_weights:
@@ -301,7 +309,8 @@ def _classifier(
     only_head = freeze_until != "none" and not backbone.split(freeze_until)[1].graph_variables
     rate, epochs = BACKBONE_LEARNING_RATE, BACKBONE_EPOCHS
     if only_head:
-        rate, epochs = HEAD_LEARNING_RATE, HEAD_EPOCHS
+        scale = _feature_scale(classifier, train) if config.learning_rate is None else 1.0
+        rate, epochs = float(f"{HEAD_LEARNING_RATE / scale:.2g}"), HEAD_EPOCHS
     return classifier, replace(
         config,
         model=config.model if config.model == EMBEDDED else str(graph.prefix.resolve()),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cyclopts import Parameter
 
-from recipes.startup import import_tensorflow
+from recipes.startup import job
 
 
 @Parameter(name="*")
@@ -66,10 +66,10 @@ class PretrainConfig:
 
 def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
     """Train a VGG from scratch and save it as a meta graph."""
-    import_tensorflow()
-    from recipes.pretrain_job import run
+    with job():
+        from recipes.pretrain_job import run
 
-    figures, prefix = run(config)
+        figures, prefix = run(config)
     low, high = figures["accuracy_ci95"]
     print(
         f"accuracy {figures['accuracy']:.4f} on {figures['num_examples']} held-out images "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,21 +68,20 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
             *predict(compiled(network), held_out.batches(preprocess, config.batch_size))
         )
 
-    with contextlib.redirect_stdout(sys.stderr):  # Keras' progress bar
-        trainer.fit(
-            lambda epoch: train.batches(
-                preprocess,
-                config.batch_size,
-                shuffle_seed=epoch_seed(config.seed, epoch),
-                augment=config.augment,
-            ),
-            epochs=config.epochs,
-            steps_per_epoch=steps_per_epoch,
-            validate=lambda: {k: v for k, v in figures(model).items() if isinstance(v, float)},
-            callbacks=[keras.callbacks.CSVLogger(out / run_folder.HISTORY, append=config.resume)],
-            verbose=measure.verbosity(),
-            checkpoint=checkpoint,
-        )
+    trainer.fit(
+        lambda epoch: train.batches(
+            preprocess,
+            config.batch_size,
+            shuffle_seed=epoch_seed(config.seed, epoch),
+            augment=config.augment,
+        ),
+        epochs=config.epochs,
+        steps_per_epoch=steps_per_epoch,
+        validate=lambda: {k: v for k, v in figures(model).items() if isinstance(v, float)},
+        callbacks=[keras.callbacks.CSVLogger(out / run_folder.HISTORY, append=config.resume)],
+        verbose=measure.verbosity(),
+        checkpoint=checkpoint,
+    )
 
     prefix = out / config.arch
     labels = out / f"{config.arch}.labels.txt"

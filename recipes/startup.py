@@ -1,16 +1,20 @@
-"""Import TensorFlow for a command: late, and without its chatter."""
+"""What every job begins with: TensorFlow without its chatter, standard output for results only."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
 
-def import_tensorflow() -> None:
-    """Import TensorFlow and make it look for devices, with standard error closed meanwhile.
+@contextlib.contextmanager
+def job() -> Iterator[None]:
+    """Import TensorFlow; what it, Keras and tfds print within goes to standard error.
 
-    Its C++ parts write lines there (oneDNN is on, there is no GPU) that no setting turns off and
-    that would bury a one-line error.
+    While it is imported and looks for devices, standard error is closed: its C++ parts write lines
+    there (oneDNN is on, there is no GPU) that no setting turns off and that would bury a one-line
+    error.
     """
     sys.stderr.flush()
     saved = os.dup(2)
@@ -24,3 +28,5 @@ def import_tensorflow() -> None:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
