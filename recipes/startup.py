@@ -23,6 +23,7 @@ def job() -> Iterator[None]:
         try:
             import tensorflow as tf
 
+            tf.get_logger().setLevel("ERROR")  # warnings about retracing are for developers
             tf.config.list_logical_devices()
             tf.zeros([])
         finally:
