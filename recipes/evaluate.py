@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cyclopts import Parameter
 
+from recipes import measure
 from recipes.startup import job
 
 
@@ -48,11 +49,7 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
         from recipes.evaluate_job import run as evaluate_run
 
         figures = evaluate_run(run, config)
-    low, high = figures["accuracy_ci95"]
-    print(
-        f"accuracy {figures['accuracy']:.4f} on {figures['num_examples']} images "
-        f"(95 % interval {low:.4f} to {high:.4f})"
-    )
+    print(measure.describe_accuracy(figures, "images"))
     print(f"top-5    {figures['top5']:.4f}")
     print(f"loss     {figures['loss']:.4f}")
     wanted = config.assert_accuracy_at_least

@@ -16,6 +16,7 @@ from typing import Literal
 
 from cyclopts import Parameter
 
+from recipes import measure
 from recipes.startup import job
 
 EMBEDDED = "embedded"
@@ -89,12 +90,7 @@ def finetune(config: FinetuneConfig = FinetuneConfig()) -> int:
         from recipes.finetune_job import run
 
         metrics, out = run(config)
-    evaluation = metrics["eval"]
-    low, high = evaluation["accuracy_ci95"]
-    print(
-        f"accuracy {evaluation['accuracy']:.4f} on {evaluation['num_examples']} held-out images "
-        f"(95 % interval {low:.4f} to {high:.4f})"
-    )
+    print(measure.describe_accuracy(metrics["eval"], "held-out images"))
     print(out)
     return 0
 

@@ -66,6 +66,15 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
+def describe_accuracy(figures: dict, what: str) -> str:
+    """The accuracy with its interval, for a person."""
+    low, high = figures["accuracy_ci95"]
+    return (
+        f"accuracy {figures['accuracy']:.4f} on {figures['num_examples']} {what} "
+        f"(95 % interval {low:.4f} to {high:.4f})"
+    )
+
+
 def progress(batches: Iterable, what: str) -> Iterable:
     """The same batches, with a progress bar on standard error."""
     from tqdm import tqdm

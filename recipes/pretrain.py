@@ -15,6 +15,7 @@ from pathlib import Path
 
 from cyclopts import Parameter
 
+from recipes import measure
 from recipes.startup import job
 
 
@@ -70,11 +71,7 @@ def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
         from recipes.pretrain_job import run
 
         figures, prefix = run(config)
-    low, high = figures["accuracy_ci95"]
-    print(
-        f"accuracy {figures['accuracy']:.4f} on {figures['num_examples']} held-out images "
-        f"(95 % interval {low:.4f} to {high:.4f})"
-    )
+    print(measure.describe_accuracy(figures, "held-out images"))
     print(prefix)
     return 0
 

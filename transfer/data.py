@@ -37,6 +37,7 @@ class Source:
         sizes: split's name to the number of its examples.
         read: split's name to its examples in a fixed order: ``{"image": encoded bytes, "label":
             int64, "name": str}``.
+        names: split's name to the names of its examples, in that order, without reading an image.
 
     Raises:
         ValueError: if there are fewer than two classes.
@@ -46,6 +47,7 @@ class Source:
     class_names: list[str]
     sizes: Mapping[str, int]
     read: Callable[[str], tf.data.Dataset]
+    names: Callable[[str], list[str]]
     _labels: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -132,8 +134,8 @@ class Split:
     @functools.cached_property
     def names(self) -> list[str]:
         """A name per example: its file, or ``split/index``."""
-        names = self.encoded().map(lambda example: example["name"]).as_numpy_iterator()
-        return [name.decode() for name in names]
+        by_part = {part: self.source.names(part) for part, _ in self.parts}
+        return [by_part[part][index] for part, indices in self.parts for index in indices]
 
     def where(self, keep: np.ndarray) -> Split:
         """The examples at which the boolean array ``keep`` ``[len(self)]`` is true."""

@@ -81,11 +81,13 @@ def _open_image_folder(folder: Path) -> Source:
         for split, classes in by_class.items()
     }
 
+    def names(split_name: str) -> list[str]:
+        return [str(path.relative_to(folder)) for path, _ in files[split_name]]
+
     def read(split_name: str) -> tf.data.Dataset:
         paths = [str(path) for path, _ in files[split_name]]
-        names = [str(path.relative_to(folder)) for path, _ in files[split_name]]
         labels = np.array([label for _, label in files[split_name]], np.int64)
-        return tf.data.Dataset.from_tensor_slices((paths, names, labels)).map(
+        return tf.data.Dataset.from_tensor_slices((paths, names(split_name), labels)).map(
             lambda path, name, label: {
                 "image": tf.io.read_file(path),
                 "label": label,
@@ -94,9 +96,8 @@ def _open_image_folder(folder: Path) -> Source:
             num_parallel_calls=tf.data.AUTOTUNE,
         )
 
-    source = Source(
-        folder.name, class_names, {name: len(examples) for name, examples in files.items()}, read
-    )
+    sizes = {name: len(examples) for name, examples in files.items()}
+    source = Source(folder.name, class_names, sizes, read, names)
     for split_name, examples in files.items():
         source._labels[split_name] = np.array([label for _, label in examples], np.int64)
     return source
@@ -161,7 +162,13 @@ def _from_builder(builder: tfds.core.DatasetBuilder, name: str) -> Source:
         )
 
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
-    return Source(name, list(features[label_key].names or ()), sizes, read)
+    return Source(
+        name,
+        list(features[label_key].names or ()),
+        sizes,
+        read,
+        names=lambda split_name: [f"{split_name}/{index}" for index in range(sizes[split_name])],
+    )
 
 
 def _is_prepared(builder: tfds.core.DatasetBuilder) -> bool:
