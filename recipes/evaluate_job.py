@@ -12,6 +12,7 @@ import numpy as np
 
 from recipes import measure, run_folder
 from recipes.evaluate import EvaluateConfig
+from recipes.finetune import cut_of
 from transfer import Classifier
 from transfer.data import Source, Split, whole_eval_split
 from transfer.evaluation import confusion_matrix, predict, probabilities, summarize
@@ -30,11 +31,10 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     classifier = Classifier.load(folder / run_folder.MODEL)
     split = _split(folder, config, settings)
     to_logit = _class_order(split.source, classifier.labels)
-    cut = None if settings["freeze_until"] == "none" else settings["freeze_until"]
     batch_size = settings["batch_size"] if config.batch_size is None else config.batch_size
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, got {batch_size}")
-    frozen, trained = classifier.split(cut)
+    frozen, trained = classifier.split(cut_of(settings["freeze_until"]))
     batches: Iterable = split.batches(classifier.preprocess, batch_size)
     batches = measure.progress(batches, "evaluation")
     if frozen is not None:

@@ -84,6 +84,11 @@ class FinetuneConfig:
     """Continue the run in --out after its last complete epoch."""
 
 
+def cut_of(freeze_until: str) -> str | None:
+    """The tensor to cut at; ``None`` where nothing is frozen."""
+    return None if freeze_until == "none" else freeze_until
+
+
 def finetune(config: FinetuneConfig = FinetuneConfig()) -> int:
     """Fine-tune a pretrained network on labelled images, and evaluate it."""
     with job():

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 
 from recipes import measure, run_folder
-from recipes.finetune import EMBEDDED, FinetuneConfig
+from recipes.finetune import EMBEDDED, FinetuneConfig, cut_of
 from transfer import Backbone, Card, Classifier, Head, MetaGraph, load_meta_graph
 from transfer.card import read_card, write_card
 from transfer.data import Split, few_shot, train_and_eval_splits
@@ -77,10 +77,6 @@ class Job:
     groups: list[ParameterGroup]
     train: Split
     held_out: Split
-
-    @property
-    def cut(self) -> str | None:
-        return None if self.config.freeze_until == "none" else self.config.freeze_until
 
     @property
     def steps_per_epoch(self) -> int:
@@ -145,9 +141,7 @@ def _prepare(config: FinetuneConfig) -> Job:
     train, held_out = _splits(config)
     classifier, config = _classifier(config, graph, train)
     _check_repeatable(classifier, held_out)
-    frozen, trained = classifier.split(
-        None if config.freeze_until == "none" else config.freeze_until
-    )
+    frozen, trained = classifier.split(cut_of(config.freeze_until))
     groups = _parameter_groups(config, classifier, trained)
     out = config.out or run_folder.default_out(train.source.name, config.freeze_until)
     if config.resume:
@@ -191,7 +185,7 @@ def _save_and_evaluate(job: Job, inputs: Inputs, trainer: Trainer) -> dict[str, 
         trained_on=f"{job.train.source.name}, {len(job.train)} images, {trainer.epoch} epochs",
     )
     save_classifier(job.classifier, prefix, card)
-    _, saved = Classifier.load(prefix).split(job.cut)
+    _, saved = Classifier.load(prefix).split(cut_of(job.config.freeze_until))
     figures = inputs.evaluator(saved)()
     card_path = prefix.with_name(f"{prefix.name}.json")
     write_card(card_path, replace(read_card(card_path), eval=figures))
@@ -335,7 +329,7 @@ def _parameter_groups(
     ours = {id(variable) for variable in head}
     backbone = [v for v in trained.trainable_variables if id(v) not in ours]
     groups = [ParameterGroup(_optimizer(config, rate), head)]
-    if config.freeze_until == "none" and not backbone:
+    if cut_of(config.freeze_until) is None and not backbone:
         raise ValueError(
             "nothing in the backbone can be trained: its weights are constants of the graph; "
             "leave --freeze-until out to train a head only"
