@@ -73,6 +73,21 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).random((5, 16, 16, 3), np.float32)
 
 
+def graph_def_of(build) -> tf1.GraphDef:
+    graph = tf.Graph()
+    with graph.as_default():
+        build()
+    return graph.as_graph_def(add_shapes=True)
+
+
+def branched() -> None:
+    x = tf1.placeholder(tf.float32, [None, 4], name="x")
+    a = tf.nn.relu(x, name="a")
+    b = tf.tanh(a, name="b")
+    tf.add(b, a, name="tap")
+    tf.sigmoid(b, name="aside")
+
+
 class StockSession:
     """What a TF1 program does: ``import_meta_graph``, ``Saver.restore``, ``Session.run``."""
 

@@ -15,9 +15,10 @@ from transfer.backbone import Backbone
 from transfer.card import Card
 from transfer.classifier import Classifier
 from transfer.head import Head, build_head
-from transfer.metagraph import MetaGraph, load_meta_graph, save_meta_graph
+from transfer.metagraph import MetaGraph, load_meta_graph
 from transfer.policy import ForbiddenOpError
 from transfer.preprocess import Preprocess
+from transfer.saver import save_meta_graph
 
 __all__ = [
     "Backbone",

@@ -12,8 +12,8 @@ from transfer.backbone import GraphLayer
 from transfer.card import Card
 from transfer.classifier import Classifier
 from transfer.head import Head, build_head
-from transfer.metagraph import save_meta_graph
 from transfer.preprocess import Preprocess
+from transfer.saver import save_meta_graph
 from transfer.surgery import canonical, split_tensor_name
 
 tf1 = tf.compat.v1

@@ -15,6 +15,14 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from transfer import policy
+from transfer.surgery.graphs import (
+    ancestors,
+    canonical,
+    dtype_of,
+    is_branch_pivot,
+    placeholders,
+    split_tensor_name,
+)
 
 REFERENCE_VARIABLES = frozenset({"Variable", "VariableV2", "AutoReloadVariable"})
 VARIABLES = REFERENCE_VARIABLES | {"VarHandleOp"}
@@ -61,49 +69,6 @@ class Network:
         policy.check_ops(self.graph_def)
 
 
-def split_tensor_name(name: str) -> tuple[str, int]:
-    """``"a/b:1"`` to ``("a/b", 1)``; ``"a/b"`` to ``("a/b", 0)``."""
-    operation, colon, index = name.rpartition(":")
-    return (operation, int(index)) if colon and index.isdigit() else (name, 0)
-
-
-def canonical(name: str) -> str:
-    """``"a"`` and ``"a:0"`` to ``"a:0"``; the control dependency ``"^a"`` stays what it is."""
-    if name.startswith("^"):
-        return name
-    return "{}:{}".format(*split_tensor_name(name))
-
-
-def ancestors(graph_def: GraphDef, output: str, stop_at: Iterable[str] = ()) -> list[NodeDef]:
-    """The nodes that a tensor depends on, without passing ``stop_at``, in the graph's order.
-
-    Control dependencies order side effects, of which there are none here; only those that say in
-    which branch of a conditional a node lives are followed.
-
-    Raises:
-        ValueError: if a node refers to one that is not there.
-    """
-    nodes = {node.name: node for node in graph_def.node}
-    stops = {canonical(name) for name in stop_at}
-    follow_control = any(node.op == "Switch" for node in graph_def.node)
-    reached: set[str] = set()
-    pending = [canonical(output)] if canonical(output) not in stops else []
-    while pending:
-        name, _ = split_tensor_name(pending.pop())
-        if name in reached:
-            continue
-        if name not in nodes:
-            raise ValueError(f"the graph is damaged: it refers to {name!r}, which it does not have")
-        reached.add(name)
-        for edge in nodes[name].input:
-            if edge.startswith("^"):
-                if follow_control and _is_branch_pivot(nodes.get(edge[1:])):
-                    pending.append(edge[1:])
-            elif canonical(edge) not in stops:
-                pending.append(edge)
-    return [node for node in graph_def.node if node.name in reached]
-
-
 def extract(
     graph_def: GraphDef,
     output: str,
@@ -133,7 +98,7 @@ def extract(
     aliases = _reads_of(nodes, names)
     nodes = [node for node in nodes if f"{node.name}:0" not in aliases]
     _check_placeholders(nodes)
-    pivots = {node.name for node in nodes if _is_branch_pivot(node)}
+    pivots = {node.name for node in nodes if is_branch_pivot(node)}
     nodes = [_clean(node, aliases, pivots) for node in nodes]
     statistics = _statistics(nodes)
     variables = tuple(
@@ -182,39 +147,6 @@ def cut(network: Network, at: str) -> tuple[Network, Network]:
                 f"round it, from {network.input!r} through {bypass[0]!r}"
             )
     return part(at, network.input, network.input_dtype), suffix
-
-
-def placeholders(nodes: Iterable[NodeDef]) -> list[NodeDef]:
-    """The nodes that must be fed."""
-    return [node for node in nodes if node.op in ("Placeholder", "PlaceholderV2")]
-
-
-def static_shape(node: NodeDef, index: int = 0) -> tuple[int | None, ...] | None:
-    """The shape that a node states for one of its outputs; ``None`` if it states none.
-
-    TF 1.1 and older leave ``shape`` empty and write the truth to ``_output_shapes``.
-    """
-    shapes = node.attr["_output_shapes"].list.shape if "_output_shapes" in node.attr else []
-    if index < len(shapes):
-        shape = shapes[index]
-    elif "shape" in node.attr and node.attr["shape"].shape.dim:
-        shape = node.attr["shape"].shape
-    else:
-        return None
-    if shape.unknown_rank:
-        return None
-    return tuple(dim.size if dim.size >= 0 else None for dim in shape.dim)
-
-
-def dtype_of(node: NodeDef, index: int = 0) -> tf.DType | None:
-    """The element type that a node states for one of its outputs; ``None`` if it states none."""
-    for name in ("dtype", "T"):
-        if name in node.attr:
-            return tf.as_dtype(node.attr[name].type)
-    for name in ("component_types", "output_types"):
-        if name in node.attr and index < len(node.attr[name].list.type):
-            return tf.as_dtype(node.attr[name].list.type[index])
-    return None
 
 
 def _variable(node: NodeDef) -> Variable:
@@ -295,13 +227,6 @@ def _clean(node: NodeDef, aliases: Mapping[str, str], pivots: set[str]) -> NodeD
 
 def _reads(node: NodeDef, tensor: str) -> bool:
     return any(canonical(edge) == tensor for edge in node.input if not edge.startswith("^"))
-
-
-def _is_branch_pivot(node: NodeDef | None) -> bool:
-    """Branches of a conditional begin with an Identity of a Switch of the predicate."""
-    return node is not None and (
-        node.op == "Switch" or (node.op == "Identity" and "Switch" in (node.input or [""])[0])
-    )
 
 
 def _check_depends(nodes: Sequence[NodeDef], output: str, input: str) -> None:
