@@ -28,15 +28,19 @@ class FinetuneConfig:
     """Flags of ``vgg-transfer finetune``, with their defaults."""
 
     model: str = EMBEDDED
-    """Meta graph: prefix, .meta, .index or .data file, or a folder with one. 'embedded' is the
-    small VGG that comes with the project."""
+    """Meta graph: prefix, .meta, .index or .data file, V1 checkpoint, or a folder with one; or a
+    frozen .pb, or a SavedModel. 'embedded' is the small VGG that comes with the project."""
     tap: str | None = None
-    """Tensor with the features. [default: the card's, else fc7]"""
+    """Tensor with the features; a short name will do. [default: the card's, else fc7]"""
     input: str | None = None
     """Tensor that takes the images. [default: the card's, else the one that fits]"""
     feed: tuple[str, ...] = ()
-    """NAME=VALUE for any other placeholder, e.g. Placeholder_2:0=1.0. May be given several
-    times."""
+    """NAME=VALUE for any other placeholder, e.g. Placeholder_2:0=1.0; those for dropout and
+    training are found and set. May be given several times."""
+    keep_dropout: bool = False
+    """Leave dropout on that the graph has always on. By default it is on in training only."""
+    use_ema: bool = False
+    """Start from the moving averages of the weights."""
     random_weights: bool = False
     """Start from random weights instead of the pretrained ones, to see what these are worth."""
     dataset: str | None = None

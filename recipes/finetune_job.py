@@ -23,6 +23,7 @@ from transfer.evaluation import predict, summarize
 from transfer.export import save_classifier
 from transfer.features import Activations, compiled, extract, stream
 from transfer.sources import open_source
+from transfer.surgery import Network
 from transfer.training import ParameterGroup, RunCheckpoint, Trainer, epoch_seed
 
 EMBEDDED_MODEL = str(files("pretrained") / "vgg_small")
@@ -140,7 +141,7 @@ def _prepare(config: FinetuneConfig) -> Job:
     graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
     train, held_out = _splits(config)
     classifier, config = _classifier(config, graph, train)
-    _check_repeatable(classifier, held_out)
+    _check_repeatable(classifier, held_out, config.keep_dropout)
     frozen, trained = classifier.split(cut_of(config.freeze_until))
     groups = _parameter_groups(config, classifier, trained)
     out = config.out or run_folder.default_out(train.source.name, config.freeze_until)
@@ -248,18 +249,18 @@ def _feature_scale(classifier: Classifier, split: Split) -> float:
     return float(np.sqrt(np.mean(np.square(classifier.backbone(images))))) or 1.0
 
 
-def _check_repeatable(classifier: Classifier, split: Split) -> None:
+def _check_repeatable(classifier: Classifier, split: Split, keep_dropout: bool) -> None:
     """Refuse features that differ from run to run: no two evaluations would agree."""
     backbone = classifier.backbone
-    if not backbone.random_nodes:
+    if not backbone.random_nodes or keep_dropout:
         return
     images, _ = next(iter(split.batches(classifier.preprocess, 4)))
     if np.array_equal(backbone(images), backbone(images)):
         return
     raise ValueError(
-        "the features of one image differ from run to run: dropout or noise lies before the tap "
-        f"({', '.join(backbone.random_nodes[:3])}); turn it off with --feed, e.g. keep_prob:0=1.0, "
-        "or choose a tap before it"
+        "the features of one image differ from run to run: noise lies before the tap "
+        f"({', '.join(backbone.random_nodes[:3])}); choose an --input after it, a tap before it, "
+        "or turn it off with --feed"
     )
 
 
@@ -286,15 +287,26 @@ def _classifier(
     """The classifier before training, and the config with what was found out."""
     tap = graph.tensor(config.tap or graph.card.tap or "fc7")
     feeds = dict(_feed(assignment) for assignment in config.feed)
-    network = graph.network(tap, config.input, feeds)
+    network = graph.network(tap, config.input, feeds, config.keep_dropout)
+    _report(config, tap, network)
     labels = train.source.class_names
     preprocess = graph.preprocess(network.input, config.preprocess, config.image_size)
-    backbone = Backbone(graph, tap, input=network.input, feeds=feeds, name="backbone")
+    backbone = Backbone(
+        graph,
+        tap,
+        input=network.input,
+        feeds=feeds,
+        keep_dropout=config.keep_dropout,
+        use_ema=config.use_ema,
+        name="backbone",
+    )
     if config.random_weights:
         backbone.randomize(config.seed)
     freeze_until = config.freeze_until
     if freeze_until == "tap":
         freeze_until = tap.removesuffix(":0")
+    elif freeze_until != "none":
+        freeze_until = backbone.tensor(freeze_until).removesuffix(":0")
     head = Head(
         len(labels), hidden=config.hidden, dropout=config.dropout, seed=config.seed, name="head"
     )
@@ -319,6 +331,20 @@ def _classifier(
         learning_rate=rate if config.learning_rate is None else config.learning_rate,
         epochs=epochs if config.epochs is None else config.epochs,
     )
+
+
+def _report(config: FinetuneConfig, tap: str, network: Network) -> None:
+    """What was found in the graph and not said by the user."""
+    found = {"tap": (config.tap, tap), "input": (config.input, network.input)}
+    lines = [f"{what}: {name}" for what, (asked, name) in found.items() if asked != name]
+    lines += [
+        f"{mode.kind}: {mode.tensor} is {mode.inference}, {mode.training} while training "
+        f"(found by {mode.why})"
+        for mode in network.modes
+    ]
+    if network.batch_size is not None:
+        lines.append(f"the graph takes batches of {network.batch_size} only; others are filled up")
+    print("\n".join(lines), file=sys.stderr)
 
 
 def _parameter_groups(

@@ -44,9 +44,9 @@ def test_load_believes_the_state_file_where_it_fits(tmp_path, state):
 
 def test_load_names_what_there_is_in_place_of_what_there_is_not(tmp_path):
     save_vgg(tmp_path / "tiny")
-    with pytest.raises(FileNotFoundError, match="meta graphs in that folder: tiny"):
+    with pytest.raises(FileNotFoundError, match="graphs in that folder: tiny.meta"):
         load_meta_graph(tmp_path / "vgg16")
-    with pytest.raises(FileNotFoundError, match="holds 0 meta graphs"):
+    with pytest.raises(FileNotFoundError, match="holds 0 graphs"):
         (tmp_path / "empty").mkdir()
         load_meta_graph(tmp_path / "empty")
 
@@ -54,15 +54,8 @@ def test_load_names_what_there_is_in_place_of_what_there_is_not(tmp_path):
 def test_load_does_not_guess_among_several(tmp_path):
     for name in ("one", "two"):
         save_vgg(tmp_path / name)
-    with pytest.raises(ValueError, match=r"holds 2 meta graphs \(one.meta, two.meta\)"):
+    with pytest.raises(ValueError, match=r"holds 2 graphs \(one.meta, two.meta\)"):
         load_meta_graph(tmp_path)
-
-
-@pytest.mark.parametrize("content", [b"", b"\xff" * 100, b"version https://git-lfs"])
-def test_load_refuses_what_is_no_meta_graph(tmp_path, content):
-    (tmp_path / "x.meta").write_bytes(content)
-    with pytest.raises(ValueError, match="x.meta' is not a meta graph"):
-        load_meta_graph(tmp_path / "x")
 
 
 def test_a_truncated_meta_graph_is_refused(tmp_path):
@@ -87,7 +80,7 @@ def test_input_is_found_or_asked_for(tmp_path):
         b = tf1.placeholder(tf.float32, [None, 4], name="b")
         tf.add(a, b, name="tap")
     save_meta_graph_without_variables(graph, tmp_path / "two")
-    with pytest.raises(ValueError, match=r"2 placeholders might be it \(a, b\)"):
+    with pytest.raises(ValueError, match=r"2 tensors might be it \(a:0, b:0\)"):
         load_meta_graph(tmp_path / "two").network("tap")
     network = load_meta_graph(tmp_path / "two").network("tap", "a", {"b": 1.0})
     assert network.input == "a:0"

@@ -236,14 +236,15 @@ def test_features_that_differ_from_run_to_run_are_refused(tmp_path, image_folder
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
-        keep = tf1.placeholder_with_default(0.5, [], name="keep_prob")
-        tf.identity(tf1.nn.dropout(tf.reduce_mean(x, [1, 2]), rate=1 - keep), name="tap")
+        noise = tf1.placeholder_with_default(0.5, [], name="noise")
+        mean = tf.reduce_mean(x, [1, 2])
+        tf.add(mean, noise * tf1.random.normal(tf.shape(mean)), name="tap")
         tf1.get_variable("unused", [1])
     save_meta_graph(graph, tmp_path / "noisy" / "m", {"unused": np.zeros(1)})
     flags = ["--tap", "tap", "--preprocess", "unit"]
     assert finetune(tmp_path / "a", tmp_path / "noisy", image_folder, *flags) == 1
-    assert "differ from run to run: dropout or noise" in capsys.readouterr().err
-    flags += ["--feed", "keep_prob=1.0"]
+    assert "differ from run to run: noise lies before" in capsys.readouterr().err
+    flags += ["--feed", "noise=0.0"]
     assert finetune(tmp_path / "b", tmp_path / "noisy", image_folder, *flags) == 0
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import keras
@@ -11,10 +13,11 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
+from transfer import taps
 from transfer.head import average_over_space
 from transfer.metagraph import MetaGraph
 from transfer.policy import RANDOM_OPS
-from transfer.surgery import Network, Variable, canonical, cut
+from transfer.surgery import SEED, Network, Variable, canonical, cut, is_seeded
 
 Pooling = Literal["avg", None]
 
@@ -44,7 +47,12 @@ class GraphLayer(keras.layers.Layer):
         self.graph_variables = [
             self._variable(variable, values[variable.name]) for variable in network.variables
         ]
-        self._function = as_function(network)
+        self._inference = as_function(network)
+        self._training = self._inference
+        if network.training is not None:
+            self._training = as_function(replace(network, graph_def=network.training))
+        if self.random_nodes:
+            self._seeds = keras.random.SeedGenerator()
         self.built = True
 
     def _variable(self, variable: Variable, value: Any) -> keras.Variable:
@@ -59,26 +67,44 @@ class GraphLayer(keras.layers.Layer):
             name=variable.name.replace("/", "."),  # Keras allows no slash
         )
 
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        outputs = self._function(inputs, [variable.value for variable in self.graph_variables])
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """The network's output; with ``training``, dropout of the graph is on."""
+        run = self._training if training else self._inference
+        seed = tf.cast(self._seeds.next(), tf.int32) if self.random_nodes else None
+        outputs = run(inputs, [variable.value for variable in self.graph_variables], seed)
         return average_over_space(outputs) if self.pooling == "avg" else outputs
 
     def split(self, at: str) -> tuple[GraphLayer, GraphLayer]:
         """Cut in two: ``suffix(prefix(x))`` is ``self(x)``. The weights are shared, not copied.
 
         Args:
-            at: tensor or operation that separates the input from the tap. The prefix gives it as it
-                is, the suffix takes it.
+            at: tensor or operation that separates the input from the tap, or a short name of it
+                (``pool4`` for ``vgg_16/pool4/MaxPool:0``). The prefix gives it as it is, the
+                suffix takes it.
 
         Raises:
-            ValueError: if it is not in between, or a branch goes round it.
+            ValueError: if it is not in between, a branch goes round it, or there are several.
         """
         shared = dict(zip(self.variable_names, self.graph_variables, strict=True))
-        first, second = cut(self.network, at)
+        first, second = cut(self.network, self.tensor(at))
         return (
             GraphLayer(first, shared, name=f"{self.name}_prefix"),
             GraphLayer(second, shared, pooling=self.pooling, name=f"{self.name}_suffix"),
         )
+
+    def tensor(self, name: str) -> str:
+        """The full name of a tensor of the network, by a name that may be short.
+
+        Raises:
+            ValueError: if there are several; lists them.
+        """
+        network = self.network
+        if canonical(name) == network.input:
+            return network.input
+        found = taps.find(network.graph_def.node, name, [network.input])
+        if len(found) > 1:
+            raise ValueError(f"{name!r} may be {', '.join(found[:8])}; name the one that you mean")
+        return found[0] if found else canonical(name)
 
     @property
     def variable_names(self) -> list[str]:
@@ -108,7 +134,12 @@ class GraphLayer(keras.layers.Layer):
         """All of the network, so that a Keras model with this layer can be saved and loaded."""
         network = self.network
         return super().get_config() | {
-            "graph_def": base64.b64encode(network.graph_def.SerializeToString()).decode("ascii"),
+            "graph_defs": [
+                base64.b64encode(graph_def.SerializeToString()).decode("ascii")
+                for graph_def in network.graphs
+            ],
+            "batch_size": network.batch_size,
+            "input_shape": network.input_shape,
             "input": network.input,
             "input_dtype": network.input_dtype.name if network.input_dtype else None,
             "output": network.output,
@@ -121,15 +152,20 @@ class GraphLayer(keras.layers.Layer):
 
     @property
     def random_nodes(self) -> list[str]:
-        """Nodes that draw random numbers; with a ``keep_prob`` of 1.0 they change nothing."""
-        return [node.name for node in self.network.graph_def.node if node.op in RANDOM_OPS]
+        """Nodes that draw random numbers, in inference or in training."""
+        nodes = [node for graph_def in self.network.graphs for node in graph_def.node]
+        return list(dict.fromkeys(node.name for node in nodes if node.op in RANDOM_OPS))
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GraphLayer:
         config = dict(config)
         input_dtype = config.pop("input_dtype")
+        graphs = [GraphDef.FromString(base64.b64decode(g)) for g in config.pop("graph_defs")]
         network = Network(
-            graph_def=GraphDef.FromString(base64.b64decode(config.pop("graph_def"))),
+            graph_def=graphs[0],
+            training=graphs[1] if graphs[1:] else None,
+            batch_size=config.pop("batch_size"),
+            input_shape=(shape := config.pop("input_shape")) and tuple(shape),
             input=config.pop("input"),
             input_dtype=tf.as_dtype(input_dtype) if input_dtype else None,
             output=config.pop("output"),
@@ -157,7 +193,10 @@ class Backbone(GraphLayer):
         graph: from ``load_meta_graph``. Only the weights that the tap needs are read.
         tap: tensor or operation with the features.
         input: tensor or operation that takes the images; found by itself where there is but one.
-        feeds: values of other placeholders, e.g. ``{"Placeholder_2:0": 1.0}`` for a ``keep_prob``.
+        feeds: values of other placeholders, e.g. ``{"Placeholder_2:0": 0.8}``. A ``keep_prob`` and
+            an ``is_training`` are found by what they feed and need no value.
+        keep_dropout: leave dropout on in inference where the graph has it always on.
+        use_ema: take the moving averages of the weights, where the checkpoint has them.
         pooling: ``None`` gives the tap as it is.
 
     Raises:
@@ -177,29 +216,31 @@ class Backbone(GraphLayer):
         *,
         input: str | None = None,
         feeds: Mapping[str, float | bool] | None = None,
+        keep_dropout: bool = False,
+        use_ema: bool = False,
         pooling: Pooling = "avg",
         **kwargs: Any,
     ):
-        network = graph.network(tap, input, feeds)
-        super().__init__(network, graph.read(network.variables), pooling=pooling, **kwargs)
+        network = graph.network(tap, input, feeds, keep_dropout)
+        values = graph.read(network.variables, use_ema)
+        super().__init__(network, values, pooling=pooling, **kwargs)
 
 
 def as_function(network: Network) -> Any:
-    """``(inputs, list of weights) -> output`` as a ``tf.function`` of its own.
+    """``(inputs, list of weights, seed) -> output`` as a ``tf.function`` of its own.
 
     A function of its own, because a gradient tape does not see operations that are imported into
-    the function in which it was opened.
+    the function in which it was opened. The seed, int32 ``[2]``, may be ``None`` where no random
+    numbers are drawn.
     """
+    names = [canonical(variable.name) for variable in network.variables]
 
-    def run(inputs: tf.Tensor, weights: list[tf.Tensor]) -> tf.Tensor:
-        if network.input_dtype is not None:
-            if network.input_dtype.is_integer:
-                inputs = tf.round(tf.cast(inputs, tf.float32))
-            inputs = tf.saturate_cast(inputs, network.input_dtype)
-        names = [canonical(variable.name) for variable in network.variables]
+    def apply(inputs: tf.Tensor, weights: list[tf.Tensor], seed: tf.Tensor | None) -> tf.Tensor:
         tensors = {network.input: inputs, **dict(zip(names, weights, strict=True))}
         if network.output in tensors:
             return tf.identity(tensors[network.output])
+        if is_seeded(network.graph_def):
+            tensors[SEED] = tf.zeros([2], tf.int32) if seed is None else seed
         return tf.graph_util.import_graph_def(
             network.graph_def,
             input_map=tensors,
@@ -207,4 +248,30 @@ def as_function(network: Network) -> Any:
             name="network",
         )[0]
 
+    def run(inputs: tf.Tensor, weights: list[tf.Tensor], seed: tf.Tensor | None) -> tf.Tensor:
+        if network.input_shape is not None and (len(network.input_shape), inputs.ndim) == (2, 4):
+            inputs = tf.reshape(inputs, [-1, math.prod(inputs.shape[1:])])  # images as vectors
+        if network.input_dtype is not None:
+            if network.input_dtype.is_integer:
+                inputs = tf.round(tf.cast(inputs, tf.float32))
+            inputs = tf.saturate_cast(inputs, network.input_dtype)
+        if network.batch_size is None:
+            return apply(inputs, weights, seed)
+        return _in_batches(lambda batch: apply(batch, weights, seed), inputs, network.batch_size)
+
     return tf.function(run, autograph=False, reduce_retracing=True)
+
+
+def _in_batches(function: Any, inputs: tf.Tensor, size: int) -> tf.Tensor:
+    """Apply a function that takes just ``size`` examples to any number of them; the last are filled
+    up with the first ones, and what comes of those is dropped."""
+    count = tf.shape(inputs)[0]
+    num_batches = -(-count // size)
+    filled = tf.gather(inputs, tf.range(num_batches * size) % tf.maximum(count, 1))
+    batches = tf.reshape(filled, tf.concat([[num_batches, size], tf.shape(inputs)[1:]], 0))
+    batches = tf.ensure_shape(batches, [None, size, *inputs.shape[1:]])
+    spec = tf.function(function).get_concrete_function(
+        tf.TensorSpec([size, *inputs.shape[1:]], inputs.dtype)
+    )
+    outputs = tf.map_fn(function, batches, fn_output_signature=spec.structured_outputs)
+    return tf.reshape(outputs, tf.concat([[-1], tf.shape(outputs)[2:]], 0))[:count]

@@ -7,6 +7,7 @@ A checkpoint is named by its prefix. V2 has ``prefix.index`` and ``prefix.data-?
 from __future__ import annotations
 
 import glob
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
+from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.protobuf.saver_pb2 import SaverDef
 
 from transfer.surgery import Variable, split_tensor_name
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+_PART = re.compile(r"/part_(\d+)$")
+_AVERAGE = re.compile(r"average|\bema\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -44,20 +48,25 @@ class Entry:
 class Checkpoint:
     """A checkpoint on disk, opened to look at and to read from.
 
+    Args:
+        prefix: of its files.
+        index_only: do without the data; ``read`` will fail.
+
     Raises:
         FileNotFoundError: if a file of it is missing; names it.
         ValueError: if it is damaged.
     """
 
-    def __init__(self, prefix: str | Path):
+    def __init__(self, prefix: str | Path, *, index_only: bool = False):
         check_path(prefix)
-        _check_files(Path(prefix))
+        if not (index_only and _index(Path(prefix)).is_file()):
+            check_files(Path(prefix))
         self.prefix = _to_open(Path(prefix))
         try:
             reader = tf.train.load_checkpoint(self.prefix)
             self._shapes = reader.get_variable_to_shape_map()
             self._dtypes = reader.get_variable_to_dtype_map()
-        except (tf.errors.OpError, ValueError, RuntimeError) as error:
+        except (tf.errors.OpError, ValueError, RuntimeError, TypeError) as error:
             raise ValueError(f"checkpoint {self.prefix!r} cannot be read: {error}") from error
 
     @property
@@ -65,18 +74,19 @@ class Checkpoint:
         """Key to shape."""
         return self._shapes
 
-    def match(
+    def compare(
         self, variables: Sequence[Variable], entries: Mapping[str, Entry]
-    ) -> dict[str, Entry]:
-        """The entry of each variable, all names, shapes and types checked.
+    ) -> tuple[dict[str, Entry], list[str], list[str]]:
+        """What of the checkpoint belongs to which variable.
 
         Args:
             variables: those that need a value.
-            entries: variable's name to entry where the graph's saver says so; any other variable is
-                looked up by its own name.
+            entries: variable's name to entry where that is known; any other variable is looked up
+                by its own name.
 
-        Raises:
-            ValueError: lists all that is missing or different.
+        Returns:
+            The entry of each variable that has one; the names of those that have none; and
+            descriptions of those whose shape or type is another one.
         """
         matched, missing, different = {}, [], []
         for variable in variables:
@@ -84,40 +94,72 @@ class Checkpoint:
             if entry.key not in self._shapes:
                 missing.append(variable.name)
                 continue
-            matched[variable.name] = entry
             found = (entry.shape(self._shapes[entry.key]), self._dtypes[entry.key])
             wanted = (found[0] if variable.shape is None else variable.shape, variable.dtype)
-            if found != wanted:
+            if found == wanted:
+                matched[variable.name] = entry
+            else:
                 different.append(
                     f"{variable.name} (graph {wanted[0]} {wanted[1].name}, "
                     f"checkpoint {found[0]} {found[1].name})"
                 )
+        return matched, missing, different
+
+    def match(
+        self, variables: Sequence[Variable], entries: Mapping[str, Entry]
+    ) -> dict[str, Entry]:
+        """The entry of each variable, all names, shapes and types checked; see ``compare``.
+
+        Raises:
+            ValueError: lists all that is missing or different, and what the checkpoint has instead.
+        """
+        matched, missing, different = self.compare(variables, entries)
         if missing or different:
+            taken = {entry.key for entry in matched.values()}
+            extra = sorted(key for key in self._shapes if key not in taken)
             raise ValueError(
                 f"checkpoint {self.prefix!r} does not fit the graph: {len(missing)} of "
                 f"{len(variables)} variables missing ({', '.join(missing) or 'none'}), "
-                f"{len(different)} different ({', '.join(different) or 'none'}); "
-                f"it holds {', '.join(sorted(self._shapes)[:8])}{' ...' * (len(self._shapes) > 8)}"
+                f"{len(different)} different ({', '.join(different) or 'none'}), "
+                f"{len(extra)} that the tap does not need ({', '.join(extra[:8]) or 'none'}"
+                f"{', ...' * (len(extra) > 8)}); look for the checkpoint that was saved with this "
+                "graph"
             )
         return matched
 
-    def read(self, entry: Entry) -> tf.Tensor:
-        """The value of one entry.
+    def read(self, entries: Mapping[str, Entry]) -> dict[str, tf.Tensor]:
+        """The values of some entries, all in one pass over the file.
 
         Raises:
             ValueError: if the data are damaged.
         """
+        self._check_size(entries)
         try:
-            return tf.raw_ops.RestoreV2(
+            values = tf.raw_ops.RestoreV2(
                 prefix=self.prefix,
-                tensor_names=[entry.key],
-                shape_and_slices=[entry.slice],
-                dtypes=[self._dtypes[entry.key]],
-            )[0]
+                tensor_names=[entry.key for entry in entries.values()],
+                shape_and_slices=[entry.slice for entry in entries.values()],
+                dtypes=[self._dtypes[entry.key] for entry in entries.values()],
+            )
         except tf.errors.OpError as error:
+            raise ValueError(f"checkpoint {self.prefix!r} is damaged: {error.message}") from error
+        return dict(zip(entries, values, strict=True))
+
+    def _check_size(self, entries: Mapping[str, Entry]) -> None:
+        """A file that is cut short is told from one that is damaged, before memory is asked for."""
+        if not _index(Path(self.prefix)).is_file():
+            return
+        shards = Path(self.prefix).parent.glob(
+            f"{glob.escape(Path(self.prefix).name)}.data-?????-of-?????"
+        )
+        found = sum(path.stat().st_size for path in shards)
+        keys = {entry.key for entry in entries.values()}
+        needed = sum(math.prod(self._shapes[key]) * self._dtypes[key].size for key in keys)
+        if found < needed:
             raise ValueError(
-                f"checkpoint {self.prefix!r} is damaged at {entry.key!r}: {error.message}"
-            ) from error
+                f"checkpoint {self.prefix!r} is damaged: its data have {found:,} bytes, and what "
+                f"is to be read needs {needed:,}; it was cut short, get it again"
+            )
 
 
 def write(prefix: str | Path, values: Mapping[str, np.ndarray | tf.Tensor]) -> None:
@@ -146,9 +188,9 @@ def check_path(path: str | Path) -> None:
 def exists(prefix: Path) -> bool:
     """Whether there is a checkpoint of this prefix, complete or not."""
     return (
-        prefix.with_name(prefix.name + ".index").is_file()
+        _index(prefix).is_file()
         or prefix.is_file()
-        or any(prefix.parent.glob(f"{_glob_escape(prefix.name)}-?????-of-?????"))
+        or any(prefix.parent.glob(f"{glob.escape(prefix.name)}-?????-of-?????"))
     )
 
 
@@ -193,11 +235,83 @@ def saver_entries(graph_def: GraphDef, saver_def: SaverDef) -> dict[str, Entry]:
     return entries
 
 
-def _check_files(prefix: Path) -> None:
-    if prefix.with_name(prefix.name + ".index").is_file():
+def partition_entries(
+    variables: Sequence[NodeDef], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Entry]:
+    """For the parts of partitioned variables, the slices of the whole that a checkpoint has.
+
+    A saver stores ``w/part_0``, ``w/part_1``, ... as slices of ``w``. Where its operations are not
+    in the graph, the shapes say which: the parts follow one another along the axis on which they
+    add up to the whole.
+
+    Args:
+        variables: the variables of a graph.
+        shapes: of the checkpoint's entries.
+    """
+    parts: dict[str, dict[int, NodeDef]] = {}
+    for node in variables:
+        if (match := _PART.search(node.name)) and node.name[: match.start()] in shapes:
+            parts.setdefault(node.name[: match.start()], {})[int(match[1])] = node
+    entries = {}
+    for whole, numbered in parts.items():
+        full = tuple(shapes[whole])
+        nodes = [numbered[number] for number in sorted(numbered)]
+        sizes = [tuple(dim.size for dim in node.attr["shape"].shape.dim) for node in nodes]
+        for axis in range(len(full)):
+            rests = {size[:axis] + size[axis + 1 :] for size in sizes if len(size) == len(full)}
+            total = sum(size[axis] for size in sizes if len(size) == len(full))
+            if rests != {full[:axis] + full[axis + 1 :]} or total != full[axis]:
+                continue
+            start = 0
+            for node, size in zip(nodes, sizes, strict=True):
+                extents = ["-"] * len(full)
+                extents[axis] = f"{start},{size[axis]}"
+                start += size[axis]
+                shape = " ".join(map(str, full))
+                entries[node.name] = Entry(whole, f"{shape} {':'.join(extents)}")
+            break
+    return entries
+
+
+def average_entries(names: Sequence[str], source: Checkpoint) -> dict[str, Entry]:
+    """For each variable that has a moving average in the checkpoint, where that is.
+
+    ``tf.train.ExponentialMovingAverage`` keeps the average of ``w`` in
+    ``w/ExponentialMovingAverage``, maybe under a scope; its name can be chosen.
+
+    Raises:
+        ValueError: if there is none at all.
+    """
+    averages: dict[str, str] = {}
+    for key in sorted(source.shapes, key=len, reverse=True):  # the shortest, without a scope, wins
+        name, _, last = key.rpartition("/")
+        if _AVERAGE.search(last):
+            averages[name] = key
+    by_end = {
+        name.split("/", depth)[depth]: key
+        for name, key in averages.items()
+        for depth in range(name.count("/") + 1)
+    }
+    known = by_end | averages
+    found = {name: Entry(known[name]) for name in names if name in known}
+    if not found:
+        raise ValueError(
+            f"checkpoint {source.prefix!r} has no moving averages: no entry is named like "
+            "<variable>/ExponentialMovingAverage; read the weights themselves"
+        )
+    return found
+
+
+def check_files(prefix: Path) -> None:
+    """Look whether all files of a checkpoint are there.
+
+    Raises:
+        FileNotFoundError: names those that are missing.
+    """
+    if _index(prefix).is_file():
         shards = [
             _SHARD.search(path.name)
-            for path in prefix.parent.glob(f"{_glob_escape(prefix.name)}.data-?????-of-?????")
+            for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.data-?????-of-?????")
         ]
         found = {(int(match[1]), int(match[2])) for match in shards if match}
         count = max((total for _, total in found), default=1)
@@ -214,15 +328,17 @@ def _check_files(prefix: Path) -> None:
     elif not exists(prefix):
         raise FileNotFoundError(
             f"no checkpoint {str(prefix)!r}: expected {prefix.name}.index with its data files, or "
-            f"a V1 checkpoint named {prefix.name}"
+            f"a V1 checkpoint named {prefix.name}; checkpoints in that folder: "
+            f"{', '.join(sorted(p.stem for p in prefix.parent.glob('*.index'))) or 'none'}"
         )
 
 
 def _to_open(prefix: Path) -> str:
     """What TensorFlow opens: the prefix, or a pattern for the files of a sharded V1 checkpoint."""
-    is_v2 = prefix.with_name(prefix.name + ".index").is_file()
-    return str(prefix) if is_v2 or prefix.is_file() else f"{prefix}-?????-of-?????"
+    return (
+        str(prefix) if _index(prefix).is_file() or prefix.is_file() else f"{prefix}-?????-of-?????"
+    )
 
 
-def _glob_escape(name: str) -> str:
-    return glob.escape(name)
+def _index(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".index")

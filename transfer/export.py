@@ -14,7 +14,7 @@ from transfer.classifier import Classifier
 from transfer.head import Head, build_head
 from transfer.preprocess import Preprocess
 from transfer.saver import save_meta_graph
-from transfer.surgery import canonical, split_tensor_name
+from transfer.surgery import SEED, canonical, is_seeded, split_tensor_name
 
 tf1 = tf.compat.v1
 
@@ -89,12 +89,18 @@ def _import_backbone(backbone: GraphLayer, preprocess: Preprocess) -> str:
     network = backbone.network
     operation, index = split_tensor_name(network.input)
     with tf.Graph().as_default() as leaves:
+        shape: tuple[int | None, ...] = (preprocess.size, preprocess.size, preprocess.channels)
+        if network.input_shape is not None and len(network.input_shape) == 2:
+            shape = network.input_shape[1:]
         images = tf1.placeholder(
             network.input_dtype or tf.float32,
-            [None, preprocess.size, preprocess.size, preprocess.channels],
+            [network.batch_size, *shape],
             name=operation if index == 0 else "images",
         )
         values = {network.input: images.name}
+        if is_seeded(network.graph_def):  # kept dropout: another seed in each run of a session
+            seed = tf1.random.uniform([2], maxval=2**31 - 1, dtype=tf.int32, name="dropout_seed")
+            values[SEED] = seed.name
         for name, variable in zip(backbone.variable_names, backbone.graph_variables, strict=True):
             reference = tf1.get_variable(
                 name,

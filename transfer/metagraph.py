@@ -1,42 +1,43 @@
-"""Meta graphs on disk: find the files, parse them, say what is in them.
+"""A model on disk as a ``MetaGraph``: its tensors, its checkpoint, its card.
 
-Loading runs nothing: a ``.meta`` is read as data. See ``transfer.backbone`` for what makes it a
-layer.
+Loading runs nothing: a graph is read as data. See ``transfer.backbone`` for what makes it a layer.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import tensorflow as tf
-from google.protobuf.message import DecodeError
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
-from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 from tensorflow.core.protobuf.saver_pb2 import SaverDef
 
-from transfer import checkpoint, surgery
+from transfer import checkpoint, formats, objects, surgery, taps
 from transfer.card import Card, read_card
+from transfer.objects import KEY
 from transfer.preprocess import CONVENTIONS, Preprocess
-
-_SUFFIX = re.compile(r"\.(meta|index|json|data-\d{5}-of-\d{5})$")
 
 
 @dataclass(frozen=True)
 class MetaGraph:
-    """A parsed meta graph; ``load_meta_graph`` makes them.
+    """A parsed model; ``load_meta_graph`` makes them.
 
     Attributes:
-        prefix: path of the model without ``.meta``.
-        graph_def: all of its graph.
+        prefix: path of the model without ``.meta``; of a SavedModel, its folder.
+        graph_def: all of its graph, calls of functions inlined.
         saver_def: its saver; which checkpoint key feeds which variable is read off its operations.
         checkpoint_prefix: the checkpoint that belongs to it, ``None`` if there is none.
         card: what is known beside the graph; empty if there is no card.
         tensorflow_version: of the TensorFlow that wrote it, ``""`` if unknown.
+        format: "meta graph", "frozen graph" or "SavedModel".
+        outputs: tensors that a SavedModel serves.
+        objects: of a SavedModel of TensorFlow 2, variable to the path of its object.
     """
 
     prefix: Path
@@ -45,68 +46,129 @@ class MetaGraph:
     checkpoint_prefix: Path | None
     card: Card
     tensorflow_version: str
+    format: str = "meta graph"
+    outputs: tuple[str, ...] = ()
+    objects: Mapping[str, objects.Path] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def nodes(self) -> dict[str, NodeDef]:
+        """Operation to node."""
+        return {node.name: node for node in self.graph_def.node}
 
     def tensor(self, name: str) -> str:
-        """The full name of a tensor that is named by itself or by its operation.
+        """The full name of a tensor that is named by itself, by its operation, or in short.
+
+        ``fc7`` may be ``vgg_16/fc7/Relu:0``: what a scope of that name gives to the rest of the
+        network.
 
         Raises:
-            ValueError: if there is none; suggests near ones.
+            ValueError: if there is none (suggests near ones), or there are several (lists them).
         """
-        operation, index = surgery.split_tensor_name(name)
-        names = [node.name for node in self.graph_def.node]
-        if operation in set(names):
-            return f"{operation}:{index}"
-        part_of = [n for n in names if operation in n.split("/") and "/Assign" not in n]
-        near = difflib.get_close_matches(operation, names, n=5, cutoff=0.5)
-        near += [n for n in part_of if n not in near][-3:]
-        hint = f"did you mean {', '.join(near)}?" if near else f"it has {len(names)} operations"
-        raise ValueError(f"{str(self.prefix)!r} has no tensor {name!r}; {hint}")
+        nodes = list(self.nodes.values())
+        found = taps.find(nodes, name)
+        if len(found) > 1 and self.outputs:
+            # A SavedModel may hold a copy of its network for each of its signatures.
+            served = {n.name for out in self.outputs for n in surgery.ancestors(nodes, out)}
+            found = [t for t in found if surgery.operation_of(t) in served] or found
+        if len(found) == 1:
+            return found[0]
+        where = f"{str(self.prefix)!r} has {'several tensors' if found else 'no tensor'} {name!r}"
+        if found:
+            raise ValueError(f"{where}: {', '.join(found[:8])}; name the one that you mean")
+        operation, _ = surgery.split_tensor_name(name)
+        near = difflib.get_close_matches(operation, self.nodes, n=5, cutoff=0.5)
+        hint = (
+            f"did you mean {', '.join(near)}?" if near else f"it has {len(self.nodes)} operations"
+        )
+        raise ValueError(f"{where}; {hint} (vgg-transfer inspect lists what may be tapped)")
 
     def network(
         self,
         tap: str,
         input: str | None = None,
         feeds: Mapping[str, float | bool] | None = None,
+        keep_dropout: bool = False,
     ) -> surgery.Network:
         """The arithmetic from the input to the tap.
 
         Args:
-            tap: tensor or operation with the features.
+            tap: tensor or operation with the features, or a short name (see ``tensor``).
             input: tensor or operation that takes the images; by default the card's, or else the one
-                placeholder that the tap depends on and that is not a scalar.
-            feeds: values of other placeholders, over those of the card.
+                that the tap depends on and that may be it.
+            feeds: values of other placeholders, over those of the card. What tells training from
+                inference is found by itself.
+            keep_dropout: leave dropout that is always on in the graph on.
 
         Raises:
-            ValueError: if a tensor is unknown, several placeholders might be the input, or one has
-                no value.
+            ValueError: if a tensor is unknown, several placeholders might be the input, one has no
+                value, or the tap is inside a while loop.
             ForbiddenOpError: if it needs more than arithmetic.
         """
         output = self.tensor(tap)
         feeds = {self.tensor(name): value for name, value in (feeds or {}).items()}
         card_feeds = {self.tensor(name): value for name, value in self.card.feeds.items()}
         feeds = card_feeds | feeds
-        name = self.tensor(input or self.card.input or self._find_input(output, feeds))
-        input_dtype = surgery.dtype_of(self.node(name), surgery.split_tensor_name(name)[1])
-        return surgery.extract(self.graph_def, output, name, input_dtype, feeds)
+        name = self.tensor(input or self.card.input or self.find_input(output, feeds))
+        node, index = self.node(name), surgery.split_tensor_name(name)[1]
+        network = surgery.extract(
+            self.graph_def,
+            output,
+            name,
+            surgery.dtype_of(node, index),
+            feeds,
+            keep_dropout,
+            surgery.static_shape(node, index),
+        )
+        return surgery.free_batch(network)
 
     def node(self, tensor: str) -> NodeDef:
         """The operation that a tensor is an output of."""
-        operation, _ = surgery.split_tensor_name(self.tensor(tensor))
-        return next(node for node in self.graph_def.node if node.name == operation)
+        return self.nodes[surgery.operation_of(self.tensor(tensor))]
 
-    def read(self, variables: tuple[surgery.Variable, ...]) -> dict[str, tf.Tensor]:
+    def read(
+        self, variables: Sequence[surgery.Variable], use_ema: bool = False
+    ) -> dict[str, tf.Tensor]:
         """The values of variables, from the checkpoint; nothing else is read.
+
+        Args:
+            variables: of a network of this graph; weights that are constants are read off the
+                graph.
+            use_ema: read the moving averages of those that have one.
 
         Raises:
             FileNotFoundError: if there is no checkpoint, or a file of it is missing.
-            ValueError: if it does not fit; lists all that is missing or different.
+            ValueError: if it does not fit; lists all that is missing or different. With
+                ``use_ema``, if there are no moving averages.
         """
-        if not variables:
-            return {}
-        source = checkpoint.Checkpoint(self.checkpoint_prefix or self.prefix)
-        entries = checkpoint.saver_entries(self.graph_def, self.saver_def)
-        matched = source.match(variables, entries)
-        return {name: source.read(entry) for name, entry in matched.items()}
+        constants = {v.name: n for v in variables if (n := self.nodes[v.name]).op == "Const"}
+        stored = [variable for variable in variables if variable.name not in constants]
+        values = {
+            name: tf.constant(tf.make_ndarray(node.attr["value"].tensor))
+            for name, node in constants.items()
+        }
+        if stored:
+            source = checkpoint.Checkpoint(self.checkpoint_prefix or self.prefix)
+            values |= source.read(source.match(stored, self.entries(source, use_ema)))
+        return values
+
+    def entries(
+        self, source: checkpoint.Checkpoint, use_ema: bool = False
+    ) -> dict[str, checkpoint.Entry]:
+        """Where a checkpoint has the value of each variable that is not stored under its name.
+
+        Raises:
+            ValueError: with ``use_ema``, if the checkpoint has no moving averages.
+        """
+        variables = [node for node in self.nodes.values() if node.op in surgery.VARIABLES]
+        entries = checkpoint.partition_entries(variables, source.shapes)
+        entries |= checkpoint.saver_entries(self.graph_def, self.saver_def)
+        if self.objects:
+            graph = source.read({KEY: checkpoint.Entry(KEY)})[KEY] if KEY in source.shapes else b""
+            keys = objects.checkpoint_keys(self.objects, np.asarray(graph).item())
+            entries |= {name: checkpoint.Entry(key) for name, key in keys.items()}
+        if use_ema:
+            entries |= checkpoint.average_entries([n.name for n in variables], source)
+        return entries
 
     def preprocess(
         self, input: str, mode: str | None = None, image_size: int | None = None
@@ -136,10 +198,12 @@ class MetaGraph:
                 f"input {input!r} takes whole numbers ({dtype.name}), so the network prepares its "
                 f"images itself; preprocess={mode!r} does not fit, use none"
             )
+        if len(shape) == 2:
+            shape = _as_image(shape[1]) or shape
         if len(shape) != 4:
             raise ValueError(
                 f"input {input!r} has shape {shape}; expected images: "
-                "[batch, height, width, channels]"
+                "[batch, height, width, channels], or square ones as vectors"
             )
         _, height, width, channels = shape
         size = image_size or height or self.card.image_size
@@ -151,96 +215,73 @@ class MetaGraph:
             )
         return Preprocess(mode, size, channels or 3)
 
-    def _find_input(self, output: str, feeds: Mapping[str, float | bool]) -> str:
-        upstream = surgery.ancestors(self.graph_def, output, stop_at=feeds)
-        shapes = {n.name: surgery.static_shape(n) for n in surgery.placeholders(upstream)}
-        candidates = [
-            name
-            for name, shape in shapes.items()
-            if f"{name}:0" not in feeds and (shape is None or len(shape) > 1)
-        ]
-        images = [name for name in candidates if len(shapes[name] or ()) == 4]
-        if len(images) == 1 or len(candidates) == 1:
-            return (images or candidates)[0]
-        found = f"{len(candidates)} placeholders might be it ({', '.join(candidates)})"
+    def find_input(self, output: str, feeds: Mapping[str, float | bool] | None = None) -> str:
+        """The tensor that takes the images on the way to an output.
+
+        Raises:
+            ValueError: if there is none, or more than one that might be it.
+        """
+        upstream = surgery.ancestors(self.nodes.values(), output, stop_at=feeds or {})
+        read = {surgery.canonical(e) for n in upstream for e in surgery.data_inputs(n)}
+        read.add(surgery.canonical(output))
+        candidates = {}
+        for node in upstream:
+            for tensor in sorted(t for t in read if surgery.operation_of(t) == node.name):
+                shape = surgery.static_shape(node, surgery.split_tensor_name(tensor)[1])
+                is_batch = shape is None or len(shape) > 1
+                if node.op in taps.SOURCES and tensor not in (feeds or {}) and is_batch:
+                    candidates[tensor] = shape
+        modes = {mode.tensor for mode in surgery.find_modes(upstream, None)}
+        names = [name for name in candidates if name not in modes]
+        images = [name for name in names if len(candidates[name] or ()) == 4]
+        known = [name for name in names if candidates[name] is not None]
+        for found in (images, known, names):
+            if len(found) == 1:
+                return found[0]
+        shown = f"{len(names)} tensors might be it ({', '.join(names)})"
         raise ValueError(
             f"cannot tell which tensor of {str(self.prefix)!r} takes the images: "
-            f"{found if candidates else 'the tap depends on no placeholder'}; name it as the input"
+            f"{shown if names else 'the tap depends on no placeholder'}; name it as the input"
         )
+
+
+def _as_image(length: int | None) -> tuple[None, int, int, int] | None:
+    """The square image, gray or in colour, that a vector of this length may be."""
+    for channels in (1, 3):
+        size = math.isqrt((length or 0) // channels)
+        if size > 1 and size * size * channels == length:
+            return None, size, size, channels
+    return None
 
 
 def load_meta_graph(path: str | Path) -> MetaGraph:
-    """Parse a meta graph and find its checkpoint and card. Runs nothing, reads no weights.
+    """Parse a model and find its checkpoint and card. Runs nothing, reads no weights.
 
     Args:
-        path: a prefix (``pretrained/vgg16``), the ``.meta``, ``.index`` or ``.data-...`` file, or a
-            folder with one meta graph in it.
+        path: a prefix (``pretrained/vgg16``), the ``.meta``, ``.index`` or ``.data-...`` file, a V1
+            checkpoint with its ``.meta``, a frozen graph (``.pb`` or ``.pbtxt``), a SavedModel, or
+            a folder with one of these in it.
 
     Raises:
-        FileNotFoundError: if there is no such meta graph.
-        ValueError: if the file is no meta graph, or the folder holds several.
+        FileNotFoundError: if there is no such model.
+        ValueError: if the file is no graph, is damaged, or the folder holds several.
     """
-    prefix = _find_prefix(Path(path).expanduser())
-    meta_path = prefix.with_name(prefix.name + ".meta")
-    meta = MetaGraphDef()
-    try:
-        meta.ParseFromString(meta_path.read_bytes())
-    except DecodeError as error:
-        raise ValueError(
-            f"{str(meta_path)!r} is not a meta graph, or it is damaged: {error}"
-        ) from error
-    if not meta.graph_def.node:
-        raise ValueError(f"{str(meta_path)!r} is not a meta graph: it holds no graph")
-    card_path = prefix.with_name(prefix.name + ".json")
+    files = formats.open_model(Path(path).expanduser())
+    surgery.check_names(files.meta.graph_def.node)
+    card_path = files.prefix.with_name(files.prefix.name + ".json")
     return MetaGraph(
-        prefix=prefix,
-        graph_def=meta.graph_def,
-        saver_def=meta.saver_def,
-        checkpoint_prefix=_find_checkpoint(prefix),
+        prefix=files.prefix,
+        graph_def=surgery.inline(files.meta.graph_def),
+        saver_def=files.meta.saver_def,
+        checkpoint_prefix=files.checkpoint_prefix,
         card=read_card(card_path) if card_path.is_file() else Card(),
-        tensorflow_version=meta.meta_info_def.tensorflow_version,
+        tensorflow_version=files.meta.meta_info_def.tensorflow_version,
+        format=files.format,
+        outputs=tuple(
+            info.name
+            for name, signature in sorted(files.meta.signature_def.items())
+            if name == "serving_default"
+            for info in signature.outputs.values()
+        ),
+        objects=objects.variable_paths(files.meta),
     )
-
-
-def _find_prefix(path: Path) -> Path:
-    if path.is_dir():
-        found = sorted(path.glob("*.meta"))
-        if len(found) == 1:
-            return found[0].with_suffix("")
-        names = ", ".join(p.name for p in found) or "none"
-        raise (ValueError if found else FileNotFoundError)(
-            f"folder {str(path)!r} holds {len(found)} meta graphs ({names}); "
-            "expected one, or the path of one"
-        )
-    prefix = path.with_name(_SUFFIX.sub("", path.name))
-    if not prefix.with_name(prefix.name + ".meta").is_file():
-        siblings = [p.stem for p in prefix.parent.glob("*.meta")] if prefix.parent.is_dir() else []
-        near = ", ".join(sorted(siblings)) or "none"
-        raise FileNotFoundError(
-            f"no meta graph {str(prefix) + '.meta'!r}; meta graphs in that folder: {near}"
-        )
-    return prefix
-
-
-def _find_checkpoint(prefix: Path) -> Path | None:
-    """The graph's own checkpoint, else the one that lies beside it, if it is one only.
-
-    Programs that write the graph once save ``model.meta`` beside ``model-1000.index``. The state
-    file names the newest of several; it is believed where that exists.
-    """
-    if checkpoint.exists(prefix):
-        return prefix
-    stem = re.sub(r"-\d+$", "", prefix.name)
-    beside = [
-        path.with_suffix("")
-        for path in sorted(prefix.parent.glob("*.index"))
-        if re.fullmatch(re.escape(stem) + r"(-\d+)?", path.stem)
-    ]
-    if len(beside) == 1:
-        return beside[0]
-    state_path = prefix.parent / "checkpoint"
-    if beside and state_path.is_file():
-        match = re.search(r'^model_checkpoint_path: "(.*)"', state_path.read_text(), re.MULTILINE)
-        newest = re.split(r"[/\\]", match[1])[-1] if match else ""
-        return next((path for path in beside if path.name == newest), None)
-    return None

@@ -6,6 +6,10 @@ refused. Files, network, Python, printing, queues, variables' own assignments: n
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
+import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
@@ -44,27 +48,32 @@ _IMAGES = """
 # Dropout and noise. They draw numbers and touch nothing else.
 _RANDOM = """
     Multinomial RandomShuffle RandomStandardNormal RandomUniform RandomUniformInt
-    StatelessRandomNormal StatelessRandomUniform StatelessRandomUniformV2 TruncatedNormal
+    StatelessRandomNormal StatelessRandomNormalV2 StatelessRandomUniform StatelessRandomUniformInt
+    StatelessRandomUniformV2 StatelessTruncatedNormal TruncatedNormal
 """
-# Conditionals of TensorFlow 1. Calls of functions (If, PartitionedCall) are not on the list:
-# TensorFlow looks a function up by name among all that the process knows, not in this graph alone.
-_CONTROL = "Merge Switch"
 
+# Calls of functions (PartitionedCall, If) are not on the list: TensorFlow looks a function up by
+# name among all that the process knows, not in this graph alone. Nor are Switch and Merge. The
+# surgery turns both into arithmetic.
 ALLOWED_OPS = frozenset(
-    " ".join((_ELEMENTWISE, _LINEAR, _REDUCTIONS, _SHAPES, _IMAGES, _RANDOM, _CONTROL)).split()
+    " ".join((_ELEMENTWISE, _LINEAR, _REDUCTIONS, _SHAPES, _IMAGES, _RANDOM)).split()
 )
 RANDOM_OPS = frozenset(_RANDOM.split())
+MAX_SPLAT_BYTES = 2**28
+"""Of all constants of a graph that are written as one number and a shape: 256 MB."""
 
 
 class ForbiddenOpError(ValueError):
     """A graph holds an operation that a loaded model may not run."""
 
 
-def check_ops(graph_def: GraphDef) -> None:
-    """Refuse a graph with an operation that is not on the list, or that calls a function.
+def check(graph_def: GraphDef) -> None:
+    """Refuse a graph with an operation that is not on the list, or that calls a function; and one
+    with constants that are small in the file and huge in memory.
 
     Raises:
         ForbiddenOpError: names every such operation with a node that uses it.
+        ValueError: if the constants are too large, or not what they say.
     """
     refused = {node.op: node.name for node in graph_def.node if not _is_arithmetic(node)}
     if refused:
@@ -73,8 +82,44 @@ def check_ops(graph_def: GraphDef) -> None:
             f"the graph uses {found}; a loaded model may only do arithmetic, and call no "
             "functions. Choose a tap, or an input, so that what lies between does without"
         )
+    check_constants(graph_def.node)
 
 
 def _is_arithmetic(node: NodeDef) -> bool:
     calls = any(attr.HasField("func") or attr.list.func for attr in node.attr.values())
     return node.op in ALLOWED_OPS and not calls
+
+
+def check_constants(nodes: Iterable[NodeDef]) -> None:
+    """Refuse constants that are small in the file and huge in memory.
+
+    Raises:
+        ValueError: if they are too large, or one is not what it says.
+    """
+    splat_bytes = 0
+    for node in nodes:
+        if node.op != "Const":
+            continue
+        tensor = node.attr["value"].tensor
+        sizes = [dim.size for dim in tensor.tensor_shape.dim]
+        try:
+            item_bytes = tf.as_dtype(tensor.dtype).size
+        except TypeError:
+            item_bytes = 0
+        if tensor.dtype != node.attr["dtype"].type or min(sizes, default=0) < 0 or not item_bytes:
+            raise ValueError(
+                f"the graph is damaged: its constant {node.name!r} has shape {sizes} and elements "
+                f"of type {tensor.dtype}"
+            )
+        num_bytes = math.prod(sizes) * item_bytes
+        if tensor.tensor_content and len(tensor.tensor_content) != num_bytes:
+            raise ValueError(
+                f"the graph is damaged: its constant {node.name!r} has "
+                f"{len(tensor.tensor_content)} bytes; its shape {sizes} needs {num_bytes}"
+            )
+        splat_bytes += 0 if tensor.tensor_content else num_bytes
+    if splat_bytes > MAX_SPLAT_BYTES:
+        raise ValueError(
+            f"the constants of the graph would take {splat_bytes:,} bytes of memory, more than "
+            f"{MAX_SPLAT_BYTES:,}, though the file is small; it is damaged, or made to harm"
+        )

@@ -100,4 +100,4 @@ def test_conditionals_keep_the_dependencies_that_choose_the_branch():
 
     run = as_function(surgery.extract(graph_def_of(build), "tap", "x"))
     for value in (2.0, -3.0):
-        assert run(tf.fill([1, 4], value), []).numpy().tolist() == [[abs(value)] * 4]
+        assert run(tf.fill([1, 4], value), [], None).numpy().tolist() == [[abs(value)] * 4]

@@ -5,17 +5,25 @@ A tensor's name is ``operation:index`` everywhere; a bare operation's name means
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
+REFERENCE_VARIABLES = frozenset({"Variable", "VariableV2", "AutoReloadVariable"})
+VARIABLES = REFERENCE_VARIABLES | {"VarHandleOp"}
+SWITCHES = frozenset({"Switch", "RefSwitch"})
+_LOOPS = frozenset({"Enter", "Exit", "LoopCond", "NextIteration", "RefEnter", "RefExit"})
+_LOOP_CALLS = frozenset({"StatelessWhile", "While"})
+
 
 def split_tensor_name(name: str) -> tuple[str, int]:
     """``"a/b:1"`` to ``("a/b", 1)``; ``"a/b"`` to ``("a/b", 0)``."""
     operation, colon, index = name.rpartition(":")
-    return (operation, int(index)) if colon and index.isdigit() else (name, 0)
+    return (operation, int(index)) if colon and index.isdecimal() else (name, 0)
 
 
 def canonical(name: str) -> str:
@@ -25,34 +33,86 @@ def canonical(name: str) -> str:
     return "{}:{}".format(*split_tensor_name(name))
 
 
-def ancestors(graph_def: GraphDef, output: str, stop_at: Iterable[str] = ()) -> list[NodeDef]:
-    """The nodes that a tensor depends on, without passing ``stop_at``, in the graph's order.
+def operation_of(tensor: str) -> str:
+    """The name of the operation that a tensor, or a control dependency, comes from."""
+    return split_tensor_name(tensor.removeprefix("^"))[0]
+
+
+def data_inputs(node: NodeDef) -> list[str]:
+    """The inputs of a node that are tensors, not control dependencies."""
+    return [edge for edge in node.input if not edge.startswith("^")]
+
+
+def check_names(nodes: Iterable[NodeDef]) -> None:
+    """Refuse a graph in which a name means nothing, or two things.
+
+    Raises:
+        ValueError: names the first.
+    """
+    seen: set[str] = set()
+    for node in nodes:
+        if not node.name or node.name in seen:
+            raise ValueError(f"the graph is damaged: two nodes are named {node.name!r}")
+        seen.add(node.name)
+
+
+def ancestors(nodes: Iterable[NodeDef], output: str, stop_at: Iterable[str] = ()) -> list[NodeDef]:
+    """The nodes that a tensor depends on, without passing ``stop_at``; inputs before their users.
 
     Control dependencies order side effects, of which there are none here; only those that say in
     which branch of a conditional a node lives are followed.
 
     Raises:
-        ValueError: if a node refers to one that is not there.
+        ValueError: if a node refers to one that is not there, the graph goes in circles, or the
+            tensor depends on a while loop.
     """
-    nodes = {node.name: node for node in graph_def.node}
+    by_name = {node.name: node for node in nodes}
     stops = {canonical(name) for name in stop_at}
-    follow_control = any(node.op == "Switch" for node in graph_def.node)
-    reached: set[str] = set()
+    edges: dict[str, list[str]] = {}
     pending = [canonical(output)] if canonical(output) not in stops else []
     while pending:
-        name, _ = split_tensor_name(pending.pop())
-        if name in reached:
+        name = operation_of(pending.pop())
+        if name in edges:
             continue
-        if name not in nodes:
+        if name not in by_name:
             raise ValueError(f"the graph is damaged: it refers to {name!r}, which it does not have")
-        reached.add(name)
-        for edge in nodes[name].input:
-            if edge.startswith("^"):
-                if follow_control and is_branch_pivot(nodes.get(edge[1:])):
-                    pending.append(edge[1:])
-            elif canonical(edge) not in stops:
-                pending.append(edge)
-    return [node for node in graph_def.node if node.name in reached]
+        _check_no_loop(by_name[name], output)
+        followed = [
+            edge
+            for edge in by_name[name].input
+            if (
+                _is_branch_pivot(by_name.get(edge[1:]))
+                if edge.startswith("^")
+                else canonical(edge) not in stops
+            )
+        ]
+        edges[name] = [operation_of(edge) for edge in followed]
+        pending += followed
+    try:
+        return [by_name[name] for name in TopologicalSorter(edges).static_order()]
+    except CycleError as error:
+        raise ValueError(
+            f"the graph is damaged: {', '.join(error.args[1][:4])} depend on each other in a circle"
+        ) from None
+
+
+def consumers(nodes: Iterable[NodeDef]) -> dict[str, list[NodeDef]]:
+    """Operation to the nodes that read one of its tensors."""
+    users: dict[str, list[NodeDef]] = {}
+    for node in nodes:
+        for edge in data_inputs(node):
+            users.setdefault(operation_of(edge), []).append(node)
+    return users
+
+
+def downstream(nodes: Sequence[NodeDef], tensors: Iterable[str]) -> set[str]:
+    """The operations among ``nodes`` (inputs before users) that depend on one of some tensors."""
+    sources = {canonical(tensor) for tensor in tensors}
+    found: set[str] = set()
+    for node in nodes:
+        if any(canonical(e) in sources or operation_of(e) in found for e in data_inputs(node)):
+            found.add(node.name)
+    return found
 
 
 def placeholders(nodes: Iterable[NodeDef]) -> list[NodeDef]:
@@ -68,6 +128,8 @@ def static_shape(node: NodeDef, index: int = 0) -> tuple[int | None, ...] | None
     shapes = node.attr["_output_shapes"].list.shape if "_output_shapes" in node.attr else []
     if index < len(shapes):
         shape = shapes[index]
+    elif "output_shapes" in node.attr and index < len(node.attr["output_shapes"].list.shape):
+        shape = node.attr["output_shapes"].list.shape[index]
     elif "shape" in node.attr and node.attr["shape"].shape.dim:
         shape = node.attr["shape"].shape
     else:
@@ -78,18 +140,66 @@ def static_shape(node: NodeDef, index: int = 0) -> tuple[int | None, ...] | None
 
 
 def dtype_of(node: NodeDef, index: int = 0) -> tf.DType | None:
-    """The element type that a node states for one of its outputs; ``None`` if it states none."""
-    for name in ("dtype", "T"):
-        if name in node.attr:
-            return tf.as_dtype(node.attr[name].type)
+    """The element type that a node states for one of its outputs; ``None`` if it states none.
+
+    Raises:
+        ValueError: if there is no such type.
+    """
+    kind: int | None = None
+    for name in ("dtype", "DstT", "T"):
+        if kind is None and name in node.attr:
+            listed = node.attr[name].list.type
+            kind = listed[index] if index < len(listed) else node.attr[name].type
     for name in ("component_types", "output_types"):
-        if name in node.attr and index < len(node.attr[name].list.type):
-            return tf.as_dtype(node.attr[name].list.type[index])
-    return None
+        if kind is None and name in node.attr and index < len(node.attr[name].list.type):
+            kind = node.attr[name].list.type[index]
+    try:
+        return None if kind is None else tf.as_dtype(kind)
+    except TypeError:
+        raise ValueError(
+            f"the graph is damaged: {node.name!r} has elements of type {kind}, which there is not"
+        ) from None
 
 
-def is_branch_pivot(node: NodeDef | None) -> bool:
+def num_elements(node: NodeDef) -> int:
+    """How many elements a constant claims to have."""
+    return math.prod(max(dim.size, 0) for dim in node.attr["value"].tensor.tensor_shape.dim)
+
+
+def trace(nodes: Mapping[str, NodeDef], tensor: str, through: Iterable[str]) -> Iterator[NodeDef]:
+    """The nodes that a tensor comes from, backwards along first inputs, while their operation is
+    one of ``through``; the last is the first that is not."""
+    node = nodes.get(operation_of(tensor))
+    while node is not None:
+        yield node
+        if node.op not in through or not data_inputs(node):
+            return
+        node = nodes.get(operation_of(node.input[0]))
+
+
+def origin(nodes: Mapping[str, NodeDef], tensor: str, through: Iterable[str]) -> NodeDef | None:
+    """The last of ``trace``; ``None`` if the tensor is not of these nodes or comes from outside."""
+    passed = list(trace(nodes, tensor, through))
+    if not passed or (passed[-1].op in through and data_inputs(passed[-1])):
+        return None
+    return passed[-1]
+
+
+def with_nodes(graph_def: GraphDef, nodes: Iterable[NodeDef]) -> GraphDef:
+    """A graph of these nodes, for the same version of TensorFlow."""
+    return GraphDef(node=nodes, versions=graph_def.versions)
+
+
+def _check_no_loop(node: NodeDef, output: str) -> None:
+    if node.op in _LOOPS or node.op in _LOOP_CALLS:
+        raise ValueError(
+            f"{output!r} is inside of, or depends on, a while loop (node {node.name!r}): it has a "
+            "value for each turn of the loop, and a layer has one; choose a tap before the loop"
+        )
+
+
+def _is_branch_pivot(node: NodeDef | None) -> bool:
     """Branches of a conditional begin with an Identity of a Switch of the predicate."""
     return node is not None and (
-        node.op == "Switch" or (node.op == "Identity" and "Switch" in (node.input or [""])[0])
+        node.op in SWITCHES or (node.op == "Identity" and "Switch" in (node.input or [""])[0])
     )

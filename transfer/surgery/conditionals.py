@@ -1,0 +1,188 @@
+"""Conditionals, as arithmetic: a branch is chosen now where its predicate is known, or else both
+are computed and one is selected.
+
+``tf.cond`` of TensorFlow 1 sends tensors through a ``Switch`` into one of two branches, of which a
+``Merge`` takes what arrives. Gradients of these cannot be taken outside of the program that wrote
+them; a selection's can. Nothing here has side effects, so that computing both branches is harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.framework.node_def_pb2 import NodeDef
+from tensorflow.core.framework.types_pb2 import DT_BOOL, DT_INT32
+
+from transfer.surgery.graphs import (
+    SWITCHES,
+    VARIABLES,
+    canonical,
+    data_inputs,
+    operation_of,
+    origin,
+    split_tensor_name,
+)
+
+MERGES = frozenset({"Merge", "RefMerge"})
+_ALIASES = frozenset({"Identity", "RefIdentity"})
+_PASS = _ALIASES | SWITCHES
+NORMS = frozenset({"FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3"})
+_FOLDED = {
+    "LogicalNot": np.logical_not,
+    "LogicalAnd": np.logical_and,
+    "LogicalOr": np.logical_or,
+    "Equal": np.equal,
+    "NotEqual": np.not_equal,
+    "Greater": np.greater,
+    "GreaterEqual": np.greater_equal,
+    "Less": np.less,
+    "LessEqual": np.less_equal,
+}
+
+Branches = dict[str, int]
+"""Predicate to the side (0 or 1) on which a node lives."""
+
+
+def branches(nodes: Sequence[NodeDef]) -> dict[str, Branches]:
+    """Operation to the branches that it lives in; nodes come with their inputs before them."""
+    by_name = {node.name: node for node in nodes}
+    found: dict[str, Branches] = {}
+    for node in nodes:
+        lives: Branches = {}
+        for edge in node.input:
+            lives |= _branches_of(edge, by_name, found)
+        if node.op in MERGES:
+            lives.pop(predicate_of(node, by_name, found) or "", None)
+        found[node.name] = lives
+    return found
+
+
+def predicate_of(
+    merge: NodeDef, by_name: Mapping[str, NodeDef], found: Mapping[str, Branches]
+) -> str | None:
+    """The predicate of a ``Merge``; its inputs are what comes of false and of true, in this order.
+
+    ``None`` where it is no conditional's.
+    """
+    if len(data_inputs(merge)) != 2:
+        return None
+    sides = [_branches_of(edge, by_name, found) for edge in data_inputs(merge)]
+    both = [p for p in sides[0] if sides[1].get(p, sides[0][p]) != sides[0][p]]
+    # A constant may have lost the dependency that says where it lives; then the other side tells.
+    either = [p for s, other in (sides, sides[::-1]) for p in s if p not in other]
+    return next(iter((*both, *either[::-1])), None)
+
+
+def _branches_of(
+    edge: str, by_name: Mapping[str, NodeDef], found: Mapping[str, Branches]
+) -> Branches:
+    node = by_name.get(operation_of(edge))
+    if node is None:
+        return {}
+    lives = dict(found.get(node.name, {}))
+    if node.op in SWITCHES and not edge.startswith("^"):
+        lives[root(by_name, node.input[1])] = split_tensor_name(edge)[1]
+    return lives
+
+
+def root(by_name: Mapping[str, NodeDef], tensor: str) -> str:
+    """The tensor that another one is a copy of."""
+    name = canonical(tensor)
+    node = by_name.get(operation_of(name))
+    while node is not None and node.op in _ALIASES and node.input:
+        name = canonical(node.input[0])
+        node = by_name.get(operation_of(name))
+    return name
+
+
+def resolve(
+    nodes: Sequence[NodeDef], output: str, inference: Mapping[str, NodeDef] | None = None
+) -> tuple[list[NodeDef], str]:
+    """The nodes without ``Switch`` and ``Merge``, and the name of the output among them.
+
+    Args:
+        nodes: inputs before their users.
+        output: the tensor that they are for.
+        inference: constants that stand for switches in inference, by their names. Where a branch
+            chooses between the statistics of the batch and those that were learnt, these decide:
+            the statistics of a network in use are the learnt ones, and nothing here updates them.
+    """
+    by_name = {node.name: node for node in nodes}
+    lives = branches(nodes)
+    renamed: dict[str, str] = {}
+    resolved = []
+
+    def new_name(edge: str) -> str:
+        return renamed.get(canonical(edge), edge)
+
+    for node in nodes:
+        edges = [new_name(edge) for edge in data_inputs(node)]
+        predicate = predicate_of(node, by_name, lives) if node.op in MERGES else None
+        if node.op in SWITCHES:
+            renamed |= {f"{node.name}:{side}": edges[0] for side in (0, 1)}
+        elif predicate is not None:
+            side = known_value(by_name, predicate)
+            if side is not None and inference:
+                in_use = known_value({**by_name, **inference}, predicate)
+                if in_use is not None and _is_statistics(by_name, node.input[int(in_use)]):
+                    side = in_use
+            resolved += _merged(node, edges, new_name(predicate), side)
+            renamed[f"{node.name}:1"] = f"{node.name}/value_index:0"
+        elif edges == list(node.input):
+            resolved.append(node)
+        else:
+            copy = NodeDef()
+            copy.CopyFrom(node)
+            copy.input[:] = edges
+            resolved.append(copy)
+    return resolved, new_name(output)
+
+
+def known_value(nodes: Mapping[str, NodeDef], tensor: str) -> bool | None:
+    """The value of a predicate if it follows from constants."""
+    value = _value(nodes, tensor, depth=0)
+    return None if value is None or value.size != 1 else bool(value.ravel()[0])
+
+
+def _value(nodes: Mapping[str, NodeDef], tensor: str, depth: int) -> np.ndarray | None:
+    node = nodes.get(operation_of(tensor))
+    if node is None or depth > 20:
+        return None
+    if node.op == "Const":
+        value = node.attr["value"].tensor
+        is_scalar = not any(dim.size != 1 for dim in value.tensor_shape.dim)
+        return np.asarray(tf.make_ndarray(value)) if is_scalar else None
+    if node.op in _PASS | {"Cast", "Reshape", "Squeeze"}:
+        return _value(nodes, node.input[0], depth + 1)
+    if node.op in _FOLDED:
+        operands = [_value(nodes, edge, depth + 1) for edge in data_inputs(node)]
+        if all(operand is not None for operand in operands):
+            return np.asarray(_FOLDED[node.op](*operands))
+    return None
+
+
+def _is_statistics(by_name: Mapping[str, NodeDef], tensor: str) -> bool:
+    node = origin(by_name, tensor, _PASS | {"ReadVariableOp"})
+    return node is not None and (node.op in VARIABLES or node.op in NORMS)
+
+
+def _merged(
+    merge: NodeDef, edges: Sequence[str], predicate: str, side: bool | None
+) -> list[NodeDef]:
+    """What stands in the place of a ``Merge``: its two outputs."""
+    dtype = merge.attr["T"].type
+    index = NodeDef(name=f"{merge.name}/value_index")
+    if side is None:
+        chosen = NodeDef(name=merge.name, op="SelectV2", input=[predicate, edges[1], edges[0]])
+        index.op = "Cast"
+        index.input.append(predicate)
+        index.attr["SrcT"].type, index.attr["DstT"].type = DT_BOOL, DT_INT32
+    else:
+        chosen = NodeDef(name=merge.name, op="Identity", input=[edges[int(side)]])
+        index.op = "Const"
+        index.attr["dtype"].type = DT_INT32
+        index.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(int(side), tf.int32))
+    chosen.attr["T"].type = dtype
+    return [chosen, index]

@@ -1,0 +1,160 @@
+"""Shapes of tensors, and networks whose batch size is baked in, freed of it where that is exact.
+
+TensorFlow's own shape functions do the inference: the graph is imported, and not run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.framework.graph_pb2 import GraphDef
+from tensorflow.core.framework.node_def_pb2 import NodeDef
+from tensorflow.core.framework.types_pb2 import DT_INT64
+
+from transfer.surgery import dropout
+from transfer.surgery.graphs import canonical, downstream, operation_of, with_nodes
+from transfer.surgery.network import Network
+from transfer.surgery.randomness import SEED
+
+tf1 = tf.compat.v1
+
+Shape = tuple[int | None, ...] | None
+MAX_ELEMENTS = 2**31
+"""Of one tensor for a handful of examples; VGG16's largest has 3e6 an example."""
+_PROBES = (3, 5)
+
+
+def infer(network: Network) -> dict[str, Shape]:
+    """Tensor to shape, for all tensors of a network and for its input.
+
+    Raises:
+        ValueError: if the graph is no valid one for its input, or a tensor would have over
+            ``MAX_ELEMENTS`` elements.
+    """
+    return _infer(network, network.graph_def, network.input_shape)
+
+
+def free_batch(network: Network) -> Network:
+    """A network that takes batches of any size, or says which it takes.
+
+    Where a reshape states the batch size, it is left open instead; the result is the same. Where
+    that does not help (a constant of one batch is added, say), ``batch_size`` is set.
+
+    Raises:
+        ValueError: if the graph is no valid one for its own input.
+    """
+    input_shape = network.input_shape
+    if not input_shape or network.output == network.input:
+        return network
+    if all(_takes_any_batch(network, graph_def, input_shape) for graph_def in network.graphs):
+        return network
+    batch_size = input_shape[0]
+    if batch_size is None:
+        # The placeholder leaves the batch open, and something after it does not.
+        batch_size = (infer(network)[network.output] or (None,))[0]
+    if batch_size is None:
+        return network
+    fixed = (batch_size, *input_shape[1:])
+    freed = [_open_batch(network, g, _infer(network, g, fixed)) for g in network.graphs]
+    if all(_takes_any_batch(network, graph_def, input_shape) for graph_def in freed):
+        return replace(network, graph_def=freed[0], training=freed[1] if freed[1:] else None)
+    shape = _infer(network, network.graph_def, fixed)[network.output]
+    if shape is not None and (not shape or shape[0] not in (None, batch_size)):
+        return network  # no value per example: a loss, a mean
+    return replace(network, batch_size=batch_size)
+
+
+def _takes_any_batch(network: Network, graph_def: GraphDef, input_shape: Sequence) -> bool:
+    """Whether the shapes fit for other batches, and the output has one row, or more, for each."""
+    first_dims = []
+    for batch in _PROBES:
+        try:
+            shape = _infer(network, graph_def, (batch, *input_shape[1:]))[network.output]
+        except ValueError:
+            return False
+        first_dims.append(shape[0] if shape else None)
+    return None in first_dims or first_dims[0] != first_dims[1]
+
+
+def _open_batch(network: Network, graph_def: GraphDef, shapes: Mapping[str, Shape]) -> GraphDef:
+    """The graph with the batch left open in each reshape that keeps it, and in dropout's masks."""
+    batch = (shapes[network.input] or (None,))[0]
+    live = downstream(graph_def.node, [network.input]) | {operation_of(network.input)}
+    states_batch = {
+        node.name
+        for node in graph_def.node
+        if node.op == "Const" and np.ravel(_array(node))[:1].tolist() == [batch]
+    }
+    masks = {place.uniform: place.source for place in dropout.find(graph_def.node, live)}
+    nodes: list[NodeDef] = []
+    for node in graph_def.node:
+        copy = NodeDef()
+        copy.CopyFrom(node)
+        target = None
+        if node.op == "Reshape" and operation_of(node.input[1]) in states_batch:
+            target = _open_target(shapes, node, batch)
+        elif node.name in masks and operation_of(node.input[0]) in states_batch:
+            target = NodeDef(name=f"{node.name}/open_batch", op="Shape", input=[masks[node.name]])
+            target.attr["T"].type = node.attr["dtype"].type  # a mask has the type of its values
+            target.attr["out_type"].type = DT_INT64
+        if target is not None:
+            nodes.append(target)
+            copy.input[1 if node.op == "Reshape" else 0] = target.name
+            copy.attr["Tshape" if node.op == "Reshape" else "T"].type = DT_INT64
+        nodes.append(copy)
+    return with_nodes(graph_def, nodes)
+
+
+def _open_target(
+    shapes: Mapping[str, Shape], reshape: NodeDef, batch: int | None
+) -> NodeDef | None:
+    """The target of a reshape that keeps the batch, with the batch left open."""
+    before, after = shapes.get(canonical(reshape.input[0])), shapes.get(f"{reshape.name}:0")
+    if not before or not after or not before[0] == after[0] == batch or None in after:
+        return None
+    target = NodeDef(name=f"{reshape.name}/open_batch", op="Const")
+    target.attr["dtype"].type = DT_INT64
+    target.attr["value"].tensor.CopyFrom(tf.make_tensor_proto([-1, *after[1:]], tf.int64))
+    return target
+
+
+def _infer(network: Network, graph_def: GraphDef, input_shape: Shape) -> dict[str, Shape]:
+    with tf.Graph().as_default() as graph:
+        leaves = {network.input: tf1.placeholder(network.input_dtype or tf.float32, input_shape)}
+        for variable in network.variables:
+            leaves[canonical(variable.name)] = tf1.placeholder(variable.dtype, variable.shape)
+        leaves[SEED] = tf1.placeholder(tf.int32, [2])
+        used = {canonical(edge) for node in graph_def.node for edge in node.input}
+        given = {name: leaf for name, leaf in leaves.items() if name in used}
+        try:
+            tf.graph_util.import_graph_def(graph_def, input_map=given, name="n")
+        except (ValueError, TypeError, KeyError, tf.errors.OpError) as error:
+            raise ValueError(f"the graph is damaged: {error}") from error
+        shapes = {
+            tensor.name.removeprefix("n/"): _sizes(tensor)
+            for operation in graph.get_operations()
+            for tensor in operation.outputs
+        }
+    for name, shape in shapes.items():
+        num_elements = math.prod(size or 1 for size in shape or ())
+        if num_elements > MAX_ELEMENTS:
+            raise ValueError(
+                f"tensor {name!r} would have {num_elements:,} elements, more than "
+                f"{MAX_ELEMENTS:,}; the graph is damaged, or made to harm"
+            )
+    return shapes | {name: _sizes(leaf) for name, leaf in leaves.items()}
+
+
+def _sizes(tensor: tf.Tensor) -> Shape:
+    with contextlib.suppress(ValueError):
+        return tuple(tensor.shape.as_list())
+    return None
+
+
+def _array(node: NodeDef) -> np.ndarray:
+    return tf.make_ndarray(node.attr["value"].tensor)
