@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
-VERBS = ("finetune", "evaluate", "pretrain")
+VERBS = ("inspect", "finetune", "evaluate", "pretrain")
 
 app = App(
     name="vgg-transfer",

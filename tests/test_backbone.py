@@ -212,3 +212,22 @@ def _some_shape(node):
     from transfer.surgery import static_shape
 
     return [dim or 4 for dim in static_shape(node)]
+
+
+def test_meta_graphs_from_the_wild_can_be_trained(shared_wild):
+    """Full gradients, with dropout on: every weight before the tap moves."""
+    cases = [c for c in json.loads((shared_wild / "cases.json").read_text()) if c["weights"]]
+    for case in cases:
+        graph = load_meta_graph(shared_wild / case["case"])
+        backbone = Backbone(graph, case["tap"])
+        shape = backbone.network.input_shape
+        images = np.random.default_rng(0).random([6, *shape[1:]], np.float32)
+        model = keras.Sequential([backbone, keras.layers.Dense(2)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(1e-3), loss)
+        model.build(images.shape)
+        before = [v.numpy() for v in backbone.trainable_variables]
+        history = model.fit(images, np.arange(6) % 2, epochs=3, batch_size=3, verbose=0)
+        assert np.isfinite(history.history["loss"]).all(), case["case"]
+        for variable, old in zip(backbone.trainable_variables, before, strict=True):
+            assert (variable.numpy() != old).any(), f"{case['case']}: {variable.name}"

@@ -393,3 +393,53 @@ def test_pretrain_resumes(tmp_path, image_folder):
     assert run(tmp_path / "a", 2, "--resume") == 0
     assert len((tmp_path / "a" / "history.csv").read_text().splitlines()) == 3
     assert run(tmp_path / "b", 1, "--arch", "resnet") == 1
+
+
+def test_inspect_prints_one_screen_for_a_person(model, capsys):
+    assert main(["inspect", str(model)]) == 0
+    out = capsys.readouterr().out
+    for part in ("images:0", "takes the images", "fc7", "12 of the graph's 12 variables matched"):
+        assert part in out
+    assert "keep_prob: 1.0, 0.5 while training" in out
+    assert f"vgg-transfer finetune --model {model}" in out
+    assert len(out.splitlines()) < 50
+
+
+def test_inspect_prints_json_for_a_program(model, capsys):
+    model.with_name("tiny.data-00000-of-00001").unlink()
+    assert main(["inspect", str(model.with_name("tiny.meta")), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["taps"][0]["shape"] == [None, 32]
+    assert found["checkpoint"]["matched"] == 12
+    assert "lacks its data" in found["checkpoint"]["problem"]
+
+
+def test_what_inspect_says_to_try_first_works(tmp_path, model, capsys):
+    assert main(["inspect", str(model), "--json"]) == 0
+    command = json.loads(capsys.readouterr().out)["command"]
+    flags = ["--epochs", "1", "--out", str(tmp_path / "run"), "--shots-per-class", "4"]
+    assert main([*command.split()[1:], *flags]) == 0
+
+
+def test_a_network_for_vectors_takes_square_images(tmp_path, image_folder):
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf1.placeholder(tf.float32, [50, 64], name="x")
+        w = tf1.get_variable("w", [64, 8])
+        tf.nn.relu(tf.matmul(x, w), name="tap")
+    w = np.random.default_rng(0).standard_normal([64, 8])
+    save_meta_graph(graph, tmp_path / "mlp" / "m", {"w": w})
+    flags = ["--tap", "tap", "--preprocess", "unit", "--freeze-until", "none", "--epochs", "2"]
+    assert finetune(tmp_path / "run", tmp_path / "mlp", image_folder, *flags) == 0
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert Classifier.load(tmp_path / "run").preprocess.size == 8
+
+
+def test_dropout_of_the_graph_is_on_in_training_only(tmp_path, model, image_folder, capsys):
+    flags = ["--freeze-until", "none", "--epochs", "1"]
+    assert finetune(tmp_path / "a", model, image_folder, *flags) == 0
+    assert "keep_prob: keep_prob:0 is 1.0, 0.5 while training" in capsys.readouterr().err
+    assert finetune(tmp_path / "b", model, image_folder, *flags, "--feed", "keep_prob=1.0") == 0
+    data = "model.data-00000-of-00001"
+    assert (tmp_path / "a" / data).read_bytes() != (tmp_path / "b" / data).read_bytes()
+    assert main(["evaluate", str(tmp_path / "a")]) == 0

@@ -162,7 +162,7 @@ def _only_model(folder: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if len({_STEP.sub("", path.stem) for path in found}) == 1:
-        newest = next((path for path in found if path.stem == _state(folder)), None)
+        newest = next((path for path in found if path.stem == state(folder)), None)
         if newest is not None:
             return newest
     names = ", ".join(path.name for path in found) or "none"
@@ -200,11 +200,11 @@ def _find_checkpoint(prefix: Path) -> Path | None:
     ]
     if len(beside) == 1:
         return beside[0]
-    newest = _state(prefix.parent) if beside else None
+    newest = state(prefix.parent) if beside else None
     return next((path for path in beside if path.name == newest), None)
 
 
-def _state(folder: Path) -> str | None:
+def state(folder: Path) -> str | None:
     """The name of the newest checkpoint by the state file, whatever folder that says it is in."""
     path = folder / "checkpoint"
     if not path.is_file() or path.stat().st_size > 2**20:

@@ -16,9 +16,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
-from tensorflow.core.protobuf.saver_pb2 import SaverDef
+from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 
-from transfer import checkpoint, formats, objects, surgery, taps
+from transfer import checkpoint, formats, objects, repair, surgery, taps
 from transfer.card import Card, read_card
 from transfer.objects import KEY
 from transfer.preprocess import CONVENTIONS, Preprocess
@@ -30,8 +30,9 @@ class MetaGraph:
 
     Attributes:
         prefix: path of the model without ``.meta``; of a SavedModel, its folder.
+        meta: as it was read. Which checkpoint key feeds which variable is read off the operations
+            of its saver.
         graph_def: all of its graph, calls of functions inlined.
-        saver_def: its saver; which checkpoint key feeds which variable is read off its operations.
         checkpoint_prefix: the checkpoint that belongs to it, ``None`` if there is none.
         card: what is known beside the graph; empty if there is no card.
         tensorflow_version: of the TensorFlow that wrote it, ``""`` if unknown.
@@ -41,8 +42,8 @@ class MetaGraph:
     """
 
     prefix: Path
+    meta: MetaGraphDef = field(repr=False)
     graph_def: GraphDef = field(repr=False)
-    saver_def: SaverDef = field(repr=False)
     checkpoint_prefix: Path | None
     card: Card
     tensorflow_version: str
@@ -121,6 +122,17 @@ class MetaGraph:
         )
         return surgery.free_batch(network)
 
+    @property
+    def local_variables(self) -> set[str]:
+        """Variables that savers leave out: counters of metrics and of input pipelines."""
+        return repair.variables_of(self.meta, ("local_variables", "metric_variables"))
+
+    def repaired(self) -> MetaGraphDef:
+        """For ``tf.compat.v1.train.import_meta_graph`` in a program of your own: without devices,
+        and without collections that do not resolve. Unlike the rest of this library, what is
+        imported so is the whole program."""
+        return repair.repaired(self.meta)
+
     def node(self, tensor: str) -> NodeDef:
         """The operation that a tensor is an output of."""
         return self.nodes[surgery.operation_of(self.tensor(tensor))]
@@ -161,7 +173,7 @@ class MetaGraph:
         """
         variables = [node for node in self.nodes.values() if node.op in surgery.VARIABLES]
         entries = checkpoint.partition_entries(variables, source.shapes)
-        entries |= checkpoint.saver_entries(self.graph_def, self.saver_def)
+        entries |= checkpoint.saver_entries(self.graph_def, self.meta.saver_def)
         if self.objects:
             graph = source.read({KEY: checkpoint.Entry(KEY)})[KEY] if KEY in source.shapes else b""
             keys = objects.checkpoint_keys(self.objects, np.asarray(graph).item())
@@ -271,8 +283,8 @@ def load_meta_graph(path: str | Path) -> MetaGraph:
     card_path = files.prefix.with_name(files.prefix.name + ".json")
     return MetaGraph(
         prefix=files.prefix,
+        meta=files.meta,
         graph_def=surgery.inline(files.meta.graph_def),
-        saver_def=files.meta.saver_def,
         checkpoint_prefix=files.checkpoint_prefix,
         card=read_card(card_path) if card_path.is_file() else Card(),
         tensorflow_version=files.meta.meta_info_def.tensorflow_version,

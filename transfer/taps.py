@@ -97,13 +97,17 @@ def _scope(name: str, pattern: str) -> str | None:
 
 
 def rank(
-    nodes: Sequence[NodeDef], is_covered: Callable[[Collection[str]], bool], limit: int = 8
+    nodes: Sequence[NodeDef],
+    is_covered: Callable[[Collection[str]], bool],
+    outputs: Iterable[str] = (),
+    limit: int = 8,
 ) -> list[Tap]:
     """Tensors with features, the most promising first: what the last layers read.
 
     Args:
         nodes: all of a graph.
         is_covered: whether the checkpoint has all of some variables, given by name.
+        outputs: tensors that are known to be results.
         limit: how many to give at most.
     """
     forward = _forward(nodes)
@@ -112,7 +116,8 @@ def rank(
     order = _sorted(forward)
     layers = [n for n in order if n.op in _LAYERS and _has_weights(n, by_name, alive)]
     after = _layers_after(order, {layer.name for layer in layers})
-    heads = _leading_to(order, {n.name for n in order if n.op in _HEADS})
+    ends = {n.name for n in order if n.op in _HEADS} | set(map(operation_of, outputs))
+    heads = _leading_to(order, ends)
     before = _upstream_facts(order, by_name, {layer.name for layer in layers})
     readers: dict[str, list[NodeDef]] = {}
     for layer in layers:
@@ -130,10 +135,10 @@ def rank(
         variables, depth, is_training = before.get(operation_of(tensor), (frozenset(), 0, False))
         mine = set().union(*(before[layer.name][0] for layer in reading)) | variables
         return (
+            depth == 0,
             not is_covered(mine),
             not any(layer.name in heads for layer in reading),
             is_training,
-            depth == 0,
             is_narrow,
             distance,
             -depth,
@@ -148,20 +153,18 @@ def rank(
 
 
 def _why(reading: Sequence[NodeDef], facts: tuple, after: Mapping[str, int]) -> str:
-    uncovered, headless, is_training, is_input, is_narrow, distance, depth, _ = facts
-    position = "the last layer" if distance == 0 else f"a layer with {distance} after it"
-    words = [f"read by {position}, {reading[0].name!r}"]
-    if is_input:
-        words.append("it is the input itself")
-    else:
-        words.append(f"{-depth} layer{'s' * (depth != -1)} before it")
-    words.append("leads to no softmax, argmax or loss" if headless else "leads to the output")
+    is_input, uncovered, headless, is_training, is_narrow, distance, depth, _ = facts
+    position = "the last layer" if distance == 0 else f"{distance} before the last layer"
+    words = [f"read by {reading[0].name!r}, {position}"]
+    words.append("it is the input itself" if is_input else f"{-depth} deep")
+    if headless:
+        words.append("leads to no softmax, argmax or loss")
     if is_narrow:
         words.append("as narrow as the output")
     if is_training:
         words.append("of a copy for training")
     if uncovered:
-        words.append("not all of its variables are in the checkpoint")
+        words.append("the checkpoint lacks some of its variables")
     return "; ".join(words)
 
 
@@ -265,7 +268,7 @@ def _upstream_facts(
         return facts[name]
 
     lives = branches(order)
-    masks = {d.uniform: d for d in dropout.find(order, by_name)}
+    masks = {d.uniform: d for d in dropout.find(order, {n.name for n in order})}
 
     def trains(node: NodeDef) -> bool:
         if lives[node.name]:

@@ -3,6 +3,8 @@
 Pure functions throughout: nothing is imported, run or changed in place.
 """
 
+from transfer.surgery.conditionals import NORMS
+from transfer.surgery.dropout import find as find_dropout
 from transfer.surgery.functions import inline
 from transfer.surgery.graphs import (
     VARIABLES,
@@ -10,6 +12,7 @@ from transfer.surgery.graphs import (
     canonical,
     check_names,
     data_inputs,
+    downstream,
     dtype_of,
     operation_of,
     placeholders,
@@ -18,11 +21,12 @@ from transfer.surgery.graphs import (
 )
 from transfer.surgery.modes import Mode
 from transfer.surgery.modes import find as find_modes
-from transfer.surgery.network import Network, Variable, cut, extract
+from transfer.surgery.network import Network, Variable, cut, extract, variable
 from transfer.surgery.randomness import SEED, is_seeded
 from transfer.surgery.shapes import free_batch, infer
 
 __all__ = [
+    "NORMS",
     "SEED",
     "VARIABLES",
     "Mode",
@@ -33,8 +37,10 @@ __all__ = [
     "check_names",
     "cut",
     "data_inputs",
+    "downstream",
     "dtype_of",
     "extract",
+    "find_dropout",
     "find_modes",
     "free_batch",
     "infer",
@@ -44,4 +50,5 @@ __all__ = [
     "placeholders",
     "split_tensor_name",
     "static_shape",
+    "variable",
 ]

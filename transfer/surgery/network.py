@@ -179,7 +179,7 @@ def _lift_variables(
         if node.name not in names and f"{node.name}:0" not in aliases
     ]
     statistics = _statistics(rest)
-    variables = [_variable(node) for node in nodes if node.name in names]
+    variables = [variable(node) for node in nodes if node.name in names]
     return (
         [replace(v, trainable=v.trainable and v.name not in statistics) for v in variables],
         rest,
@@ -231,7 +231,8 @@ def _between(graph_def: GraphDef, output: str, leaves: Iterable[str]) -> GraphDe
     return with_nodes(graph_def, ancestors(graph_def.node, output, stop_at=leaves))
 
 
-def _variable(node: NodeDef) -> Variable:
+def variable(node: NodeDef) -> Variable:
+    """A node that is a variable, or a weight, as a ``Variable``."""
     dtype = dtype_of(node) or tf.float32
     if node.op == "Const":
         dims = node.attr["value"].tensor.tensor_shape.dim

@@ -1,0 +1,48 @@
+"""Look into a model before using it: inputs, taps, variables, checkpoint, hazards.
+
+    vgg-transfer inspect vgg.meta
+    vgg-transfer inspect saved_model --json
+
+Works without the weights, and runs nothing of the model.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from recipes.startup import job
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Flags of ``vgg-transfer inspect``, with their defaults."""
+
+    json: Annotated[bool, Parameter(negative=())] = False
+    """Print JSON, for programs."""
+
+
+def inspect(model: Path, /, config: InspectConfig = InspectConfig()) -> int:
+    """Say what is in a model: inputs, taps, variables, checkpoint, hazards; and what to try first.
+
+    Args:
+        model: meta graph (prefix, .meta, .index or .data file, V1 checkpoint, or a folder with
+            one), frozen .pb, or SavedModel.
+    """
+    with job():
+        from recipes.inspect_job import run
+
+        text = run(model, as_json=config.json)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    from recipes.cli import main
+
+    sys.exit(main(["inspect", *sys.argv[1:]]))

@@ -1,0 +1,95 @@
+"""What ``vgg-transfer inspect`` does; its flags are in ``recipes.inspect``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from transfer import load_meta_graph
+from transfer.inspection import Coverage, Inspection, Tensor, Variables, inspect
+
+MAX_ROWS = 8
+
+
+def run(model: Path, *, as_json: bool) -> str:
+    """Inspect a model; returns what to print.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no graph to look at.
+    """
+    found = inspect(load_meta_graph(model))
+    if as_json:
+        return json.dumps(dataclasses.asdict(found), indent=2)
+    return "\n".join(_lines(found))
+
+
+def _lines(found: Inspection) -> Iterable[str]:
+    wrote = f"TensorFlow {found.tensorflow_version}" if found.tensorflow_version else "unknown"
+    yield f"{found.model}: {found.format}, written by {wrote}, {found.operations} operations"
+    yield from _section("inputs", _tensors(found.inputs))
+    yield from _section("taps, best first", _tensors(found.taps))
+    yield from _section(
+        "variables",
+        [f"{_amount(found.variables)}; {_amount(found.tap_variables)} for the first tap"],
+    )
+    yield from _section("checkpoint", _coverage(found.checkpoint))
+    feeds = [
+        f"{mode.tensor}  {mode.kind}: {mode.inference}, {mode.training} while training "
+        f"(found by {mode.why})"
+        for mode in found.feeds
+    ]
+    feeds += [
+        f"{name}  unknown: needs a value, --feed {name}=VALUE" for name in found.unknown_feeds
+    ]
+    yield from _section("feeds", feeds)
+    yield from _section("hazards", found.hazards)
+    tried = [found.command, "with your own images: --image-folder DIR"] if found.command else []
+    yield from _section("try first", tried)
+
+
+def _section(title: str, lines: Sequence[str]) -> Iterable[str]:
+    yield ""
+    yield title
+    shown = list(lines[:MAX_ROWS]) or ["none"]
+    if len(lines) > MAX_ROWS:
+        shown.append(f"and {len(lines) - MAX_ROWS} more (--json has all)")
+    yield from (f"  {line}" for line in shown)
+
+
+def _tensors(tensors: Sequence[Tensor]) -> list[str]:
+    names = [tensor.name for tensor in tensors]
+    shapes = [_shape(tensor) for tensor in tensors]
+    widths = [max(map(len, column), default=0) for column in (names[:MAX_ROWS], shapes[:MAX_ROWS])]
+    return [
+        f"{name:{widths[0]}}  {shape:{widths[1]}}  {tensor.about}"
+        for name, shape, tensor in zip(names, shapes, tensors, strict=True)
+    ]
+
+
+def _shape(tensor: Tensor) -> str:
+    if tensor.shape is None:
+        return f"{tensor.dtype} of unknown shape"
+    return f"{tensor.dtype} [{', '.join('?' if n is None else str(n) for n in tensor.shape)}]"
+
+
+def _amount(variables: Variables) -> str:
+    return f"{variables.count} ({variables.parameters:,} parameters, {variables.megabytes:,} MB)"
+
+
+def _coverage(coverage: Coverage) -> list[str]:
+    if coverage.prefix is None:
+        return ["not needed: the graph has no variables"]
+    lines = [coverage.prefix]
+    total = coverage.matched + len(coverage.missing) + len(coverage.different)
+    if total:
+        lines.append(
+            f"{coverage.matched} of the graph's {total} variables matched, "
+            f"{len(coverage.missing)} missing, {len(coverage.different)} different, "
+            f"{len(coverage.extra)} extra entries"
+        )
+    for title in ("missing", "different", "extra"):
+        if names := getattr(coverage, title):
+            lines.append(f"{title}: {', '.join(names[:4])}{', ...' if names[4:] else ''}")
+    return lines

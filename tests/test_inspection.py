@@ -1,0 +1,144 @@
+"""What is said about a model, against what is known of it."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import NUM_CLASSES, TINY, save_vgg
+
+from transfer import Card, load_meta_graph, save_meta_graph, vgg
+from transfer.inspection import inspect
+
+tf1 = tf.compat.v1
+
+
+def test_a_vgg(model):
+    found = inspect(load_meta_graph(model))
+    assert (found.format, found.tensorflow_version) == ("meta graph", tf.__version__)
+    assert (found.inputs[0].name, found.inputs[0].shape) == ("images:0", (None, 16, 16, 3))
+    assert (found.taps[0].name, found.taps[0].shape) == ("fc7_dropout/SelectV2:0", (None, TINY.fc))
+    parameters = vgg.num_parameters(TINY, NUM_CLASSES)
+    assert (found.variables.parameters, found.variables.count) == (parameters, 12)
+    assert found.checkpoint.matched == 12
+    assert (found.checkpoint.missing, found.checkpoint.extra) == ([], [])
+    assert [(feed.tensor, feed.kind, feed.inference) for feed in found.feeds] == [
+        ("keep_prob:0", "keep_prob", 1.0)
+    ]
+    assert found.hazards == []
+
+
+def test_it_works_without_the_weights(model):
+    for path in model.parent.glob("tiny.data*"):
+        path.unlink()
+    found = inspect(load_meta_graph(model))
+    assert found.checkpoint.matched == 12
+    assert "lacks its data: tiny.data-00000-of-00001" in found.hazards[0]
+    model.with_name("tiny.index").unlink()
+    found = inspect(load_meta_graph(model))
+    assert "no checkpoint" in found.checkpoint.problem
+    assert found.taps[0].shape == (None, TINY.fc)
+
+
+def test_what_the_checkpoint_lacks_is_listed(tmp_path):
+    graph = vgg.build_graph(TINY, NUM_CLASSES)
+    values = vgg.random_weights(TINY, NUM_CLASSES)
+    save_meta_graph(graph, tmp_path / "whole", values)
+    with tf.Graph().as_default(), tf1.Session() as session:
+        for name in values:
+            if name != "conv1_1/biases":
+                tf1.get_variable(name, initializer=values[name])
+        tf1.get_variable("step", initializer=np.float32(1))
+        session.run(tf1.global_variables_initializer())
+        tf1.train.Saver().save(session, str(tmp_path / "whole"), write_meta_graph=False)
+    found = inspect(load_meta_graph(tmp_path / "whole"))
+    assert found.checkpoint.matched == 11
+    assert found.checkpoint.missing == ["conv1_1/biases"]
+    assert found.checkpoint.extra == ["step"]
+    assert any(
+        "lacks 1 of the tap's variables: conv1_1/biases" in hazard for hazard in found.hazards
+    )
+
+
+def test_it_says_what_is_awkward(tmp_path):
+    graph = tf.Graph()
+    with graph.as_default(), tf1.device("/gpu:3"):
+        x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
+        strength = tf1.placeholder(tf.float32, [], name="strength")
+        net = x * strength + tf1.random.normal([8, 8, 3])
+        net = tf1.nn.dropout(tf.reshape(net, [-1, 192]), rate=0.5, name="dropped")
+        for name in ("train", "eval"):
+            w = tf1.get_variable(f"{name}/w", [192, 4])
+            tf.nn.softmax(tf.matmul(net, w), name=name)
+        tf1.add_to_collection("gone", x)
+    values = {"train/w": np.ones([192, 4]), "eval/w": np.ones([192, 4])}
+    save_meta_graph(graph, tmp_path / "m", values)
+    found = inspect(load_meta_graph(tmp_path / "m"))
+    hazards = "; ".join(found.hazards)
+    assert found.unknown_feeds == ["strength:0"]
+    assert "--feed strength:0=1.0" in found.command
+    assert "pinned to devices (/device:GPU:3)" in hazards
+    assert "random numbers before the tap" in hazards
+    assert "nothing says how images are to be prepared" in hazards
+
+
+def test_a_forbidden_operation_is_said(tmp_path):
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf1.placeholder(tf.float32, [None, 4], name="x")
+        net = tf.numpy_function(lambda v: v, [x], tf.float32)
+        net = tf.nn.relu(tf.matmul(tf.ensure_shape(net, [None, 4]), tf1.get_variable("v", [4, 3])))
+        tf.nn.softmax(tf.matmul(net, tf1.get_variable("w", [3, 2])))
+    save_meta_graph(graph, tmp_path / "m", {"v": np.ones([4, 3]), "w": np.ones([3, 2])})
+    found = inspect(load_meta_graph(tmp_path / "m"))
+    assert "PyFunc" in found.tap_error
+    assert found.command is None
+
+
+def test_moving_averages_are_said(tmp_path):
+    with tf.Graph().as_default(), tf1.Session() as session:
+        x = tf1.placeholder(tf.float32, [None, 4], name="x")
+        w = tf1.get_variable("w", [4, 2])
+        tf.nn.softmax(tf.matmul(x, w))
+        tf1.train.ExponentialMovingAverage(0.9).apply([w])
+        session.run(tf1.global_variables_initializer())
+        tf1.train.Saver().save(session, str(tmp_path / "m"))
+    found = inspect(load_meta_graph(tmp_path / "m"))
+    assert any("--use-ema" in hazard for hazard in found.hazards)
+
+
+@pytest.mark.parametrize("case", range(26))
+def test_meta_graphs_from_the_wild(shared_wild, case):
+    """Inputs, feeds and best tap are those that somebody found by hand."""
+    expected = json.loads((shared_wild / "cases.json").read_text())[case]
+    found = inspect(load_meta_graph(shared_wild / expected["case"] / expected["prefix"]))
+    assert found.taps[0].name == expected["tap"]
+    assert found.input == expected["input"]
+    width = expected["feature_width"]
+    assert width is None or found.taps[0].shape[-1] == width
+    recognised = {feed.tensor: feed.inference for feed in found.feeds}
+    assert {name: recognised.get(name) for name in expected["feeds"]} == expected["feeds"]
+    assert found.unknown_feeds == []
+    assert found.checkpoint.matched > 0
+    assert found.checkpoint.missing == found.checkpoint.different == []
+    assert (found.checkpoint.problem is None) == expected["weights"]
+    is_loop = "while" in expected["hazard"]
+    assert ("while loop" in (found.tap_error or "")) == is_loop
+
+
+def test_a_frozen_graph_needs_no_checkpoint(tmp_path):
+    prefix = save_vgg(tmp_path / "tiny", card=Card(preprocess="unit"))
+    with tf.Graph().as_default() as graph, tf1.Session() as session:
+        saver = tf1.train.import_meta_graph(f"{prefix}.meta")
+        saver.restore(session, str(prefix))
+        from tensorflow.python.framework.convert_to_constants import (
+            convert_variables_to_constants_from_session_graph as freeze,
+        )
+
+        frozen = freeze(session, graph.as_graph_def(), ["prob"])
+    (tmp_path / "frozen.pb").write_bytes(frozen.SerializeToString())
+    found = inspect(load_meta_graph(tmp_path / "frozen.pb"))
+    assert found.format == "frozen graph"
+    assert found.checkpoint.prefix is None
+    assert found.taps[0].shape == (None, TINY.fc)
+    assert found.tap_variables.count == 10
