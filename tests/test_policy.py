@@ -4,6 +4,7 @@ import pytest
 import tensorflow as tf
 
 from transfer import ForbiddenOpError, policy, surgery
+from transfer.backbone import as_function
 
 tf1 = tf.compat.v1
 
@@ -18,11 +19,27 @@ def harmful(kind: str, x: tf.Tensor, path: Path) -> tf.Tensor:
     if kind == "MatchingFiles":
         return x + tf.cast(tf.size(tf.raw_ops.MatchingFiles(pattern="/*")), tf.float32)
     if kind == "PyFunc":
-        return tf.numpy_function(lambda v: v, [x], tf.float32)
+        return tf.ensure_shape(tf.numpy_function(lambda v: v, [x], tf.float32), [None, 4])
     if kind == "Print":
         return tf1.Print(x, [x])
     if kind == "Assign":
         return tf1.assign(tf1.get_variable("v", [], use_resource=False), 1.0) + x
+    if kind == "QueueDequeue":
+        with tf1.device("/job:elsewhere/task:7"):
+            queue = tf.raw_ops.FIFOQueueV2(component_types=[tf.float32], shared_name="theirs")
+            return x + tf.raw_ops.QueueDequeueV2(handle=queue, component_types=[tf.float32])[0]
+    if kind == "DataService":
+        dataset = tf.raw_ops.RangeDataset(
+            start=tf.constant(0, tf.int64),
+            stop=tf.constant(1, tf.int64),
+            step=tf.constant(1, tf.int64),
+            output_types=[tf.int64],
+            output_shapes=[[]],
+        )
+        value = tf.raw_ops.DatasetToSingleElement(
+            dataset=dataset, output_types=[tf.int64], output_shapes=[[]]
+        )
+        return x + tf.cast(value[0], tf.float32)
     if kind == "DecodeRaw":
         return x + tf.io.decode_raw(tf.constant("aaaa"), tf.float32)[0]
     raise AssertionError(kind)
@@ -33,29 +50,68 @@ def graph_with(kind: str, path: Path, where: str) -> tf1.GraphDef:
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         if where == "upstream":
-            tf.nn.relu(harmful(kind, x, path), name="tap")
+            net = harmful(kind, x, path)
         elif where == "aside":
             harmful(kind, x, path)
-            tf.nn.relu(x, name="tap")
+            net = x
+        elif where == "function":
+            inner = tf.function(lambda y: harmful(kind, y, path), autograph=False)
+            outer = tf.function(lambda y: inner(y) + 1.0, autograph=False)
+            net = outer(x)
         else:
-            body = tf.function(lambda y: harmful(kind, y, path), autograph=False)
-            tf.nn.relu(body(x), name="tap")
-    return graph.as_graph_def()
+            predicate = {
+                "branch": tf.reduce_sum(x) > 0,
+                "branch taken": tf.constant(True),
+                "branch not taken": tf.constant(False),
+            }[where.removeprefix("v1 ")]
+            if where.startswith("v1"):
+                tf1.disable_control_flow_v2()
+            try:
+                net = tf1.cond(predicate, lambda: harmful(kind, x, path), lambda: x * 1.0)
+            finally:
+                tf1.enable_control_flow_v2()
+        tf.nn.relu(net, name="tap")
+    return surgery.inline(graph.as_graph_def())
 
 
-KINDS = ["ReadFile", "MatchingFiles", "PyFunc", "Print", "DecodeRaw"]
+KINDS = ["ReadFile", "MatchingFiles", "PyFunc", "Print", "DecodeRaw", "QueueDequeue", "DataService"]
+REACHED = ["upstream", "function", "branch", "branch taken", "v1 branch", "v1 branch taken"]
 
 
+@pytest.mark.parametrize("where", REACHED)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_arithmetic_is_refused_by_name(kind, tmp_path):
-    with pytest.raises(ForbiddenOpError, match=rf"{kind} \(node "):
-        surgery.extract(graph_with(kind, tmp_path, "upstream"), "tap", "x")
+def test_what_is_not_arithmetic_is_refused_by_name(kind, where, tmp_path):
+    op = {"DataService": "DatasetToSingleElement"}.get(kind, kind)
+    with pytest.raises(ForbiddenOpError, match=rf"{op}\w* \(node "):
+        surgery.extract(graph_with(kind, tmp_path, where), "tap", "x")
 
 
+@pytest.mark.parametrize("where", ["aside", "branch not taken", "v1 branch not taken"])
 @pytest.mark.parametrize("kind", [*KINDS, "WriteFile"])
-def test_calls_of_functions_are_refused(kind, tmp_path):
+def test_what_the_tap_does_not_need_is_left_out(kind, where, tmp_path):
+    network = surgery.extract(graph_with(kind, tmp_path, where), "tap", "x")
+    ops = {node.op for node in network.graph_def.node}
+    assert ops <= {"Relu", "Mul", "Const", "Identity", "IdentityN"}
+
+
+@pytest.mark.parametrize("where", ["upstream", "aside", "function", "branch", "v1 branch"])
+def test_a_side_effect_that_the_tap_waits_for_does_not_happen(where, tmp_path):
+    network = surgery.extract(graph_with("WriteFile", tmp_path, where), "tap", "x")
+    assert "WriteFile" not in {node.op for node in network.graph_def.node}
+    as_function(network)(tf.ones([1, 4]), [], None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_calls_of_functions_that_are_not_the_graphs_own_are_refused(tmp_path):
+    """TensorFlow would look them up among all functions that the process knows."""
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf1.placeholder(tf.float32, [None, 4], name="x")
+        tf.nn.relu(tf.function(lambda y: harmful("Print", y, tmp_path))(x), name="tap")
+    graph_def = graph.as_graph_def()
+    del graph_def.library.function[:]
     with pytest.raises(ForbiddenOpError, match=r"PartitionedCall \(node .* call no functions"):
-        surgery.extract(graph_with(kind, tmp_path, "function"), "tap", "x")
+        surgery.extract(surgery.inline(graph_def), "tap", "x")
 
 
 def test_a_function_in_an_attribute_is_refused(tmp_path):
@@ -65,17 +121,6 @@ def test_a_function_in_an_attribute_is_refused(tmp_path):
     node.attr["f"].func.name = "somebody_elses"
     with pytest.raises(ForbiddenOpError, match=r"Relu \(node 'tap'\)"):
         surgery.extract(graph_def, "tap", "x")
-
-
-def test_a_side_effect_that_the_tap_waits_for_is_left_out(tmp_path):
-    network = surgery.extract(graph_with("WriteFile", tmp_path, "upstream"), "tap", "x")
-    assert {node.op for node in network.graph_def.node} == {"Identity", "Relu"}
-
-
-@pytest.mark.parametrize("kind", ["ReadFile", "PyFunc", "Print"])
-def test_what_the_tap_does_not_need_is_left_out(kind, tmp_path):
-    network = surgery.extract(graph_with(kind, tmp_path, "aside"), "tap", "x")
-    assert [node.op for node in network.graph_def.node] == ["Relu"]
 
 
 def test_an_operation_that_nobody_knows_is_refused(tmp_path):
