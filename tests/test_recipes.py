@@ -443,3 +443,56 @@ def test_dropout_of_the_graph_is_on_in_training_only(tmp_path, model, image_fold
     data = "model.data-00000-of-00001"
     assert (tmp_path / "a" / data).read_bytes() != (tmp_path / "b" / data).read_bytes()
     assert main(["evaluate", str(tmp_path / "a")]) == 0
+
+
+def test_dropout_that_is_always_on_can_be_kept(tmp_path, image_folder, capsys):
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
+        net = tf.matmul(tf.reshape(x, [-1, 192]), tf1.get_variable("w", [192, 40]))
+        tf.identity(tf1.nn.dropout(net, rate=0.5), name="tap")
+    values = {"w": np.random.default_rng(0).standard_normal([192, 40])}
+    save_meta_graph(graph, tmp_path / "always" / "m", values)
+    flags = ["--tap", "tap", "--preprocess", "unit", "--epochs", "1"]
+    images = np.ones([2, 8, 8, 3], np.float32)
+    for kept, flag in ((False, []), (True, ["--keep-dropout"])):
+        out = tmp_path / f"kept-{kept}"
+        assert finetune(out, tmp_path / "always", image_folder, *flags, *flag) == 0
+        backbone = Classifier.load(out).backbone
+        assert (np.asarray(backbone(images)) == 0).any() == kept
+        assert main(["evaluate", str(out)]) == 0
+
+
+def test_weights_that_are_constants_are_fine_tuned(tmp_path, model, image_folder):
+    from tensorflow.python.framework.convert_to_constants import (
+        convert_variables_to_constants_from_session_graph as freeze,
+    )
+
+    with tf.Graph().as_default() as graph, tf1.Session() as session:
+        tf1.train.import_meta_graph(f"{model}.meta").restore(session, str(model))
+        frozen = freeze(session, graph.as_graph_def(), ["fc7"])
+    (tmp_path / "frozen.pb").write_bytes(frozen.SerializeToString())
+    flags = ["--preprocess", "unit", "--freeze-until", "none", "--epochs", "2"]
+    assert finetune(tmp_path / "run", tmp_path / "frozen.pb", image_folder, *flags) == 0
+    before, after = (Backbone(load_meta_graph(p)) for p in (model, tmp_path / "run"))
+    assert set(after.variable_names) == set(before.variable_names)
+    for name, value in before.values().items():
+        assert (after.values()[name].numpy() != value.numpy()).any(), name
+
+
+def test_a_saved_model_of_keras_is_fine_tuned(tmp_path, image_folder):
+    network = keras.Sequential(
+        [
+            keras.Input((16, 16, 3)),
+            keras.layers.Conv2D(4, 3, activation="relu", name="conv1"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Flatten(),
+            keras.layers.Dense(8, "relu", name="fc7"),
+            keras.layers.Dense(3),
+        ]
+    )
+    network.export(tmp_path / "saved", verbose=False)
+    flags = ["--preprocess", "unit", "--freeze-until", "conv1", "--epochs", "2"]
+    assert finetune(tmp_path / "run", tmp_path / "saved", image_folder, *flags) == 0
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+    assert finetune(tmp_path / "again", tmp_path / "run", image_folder) == 0

@@ -27,6 +27,8 @@ class Card:
     """File with one class name a line, in the order of the logits; relative to the card."""
     feeds: dict[str, float | bool] = field(default_factory=dict)
     """Placeholders other than the input, with their value for inference."""
+    keep_dropout: bool = False
+    """Whether dropout that is always on in the graph is meant to be on."""
     outputs: dict[str, str] = field(default_factory=dict)
     """Named results: ``logits``, ``probabilities``."""
     source: str | None = None
@@ -39,7 +41,9 @@ class Card:
 
     def to_json(self) -> str:
         values = {
-            key: value for key, value in dataclasses.asdict(self).items() if value not in (None, {})
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if value not in (None, {}, False)
         }
         return json.dumps(values, indent=2) + "\n"
 
@@ -63,7 +67,12 @@ def read_card(path: Path) -> Card:
         raise ValueError(f"{str(path)!r} is not a card: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} is not a card: expected a JSON object")
-    kinds: dict[str, type] = {"image_size": int, "feeds": dict, "outputs": dict}
+    kinds: dict[str, type] = {
+        "image_size": int,
+        "keep_dropout": bool,
+        "feeds": dict,
+        "outputs": dict,
+    }
     kinds |= {"sha256": dict, "eval": dict}
     known = {f.name: values[f.name] for f in dataclasses.fields(Card) if f.name in values}
     for key, value in known.items():

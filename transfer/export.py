@@ -49,6 +49,7 @@ def save_classifier(classifier: Classifier, prefix: str | Path, card: Card) -> N
         input=tensors["input"],
         tap=tensors["tap"],
         feeds={},
+        keep_dropout=is_seeded(classifier.backbone.network.graph_def),
         outputs={name: tensors[name] for name in ("logits", "probabilities")},
         image_size=classifier.preprocess.size,
         preprocess=classifier.preprocess.mode,

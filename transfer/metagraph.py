@@ -117,7 +117,7 @@ class MetaGraph:
             name,
             surgery.dtype_of(node, index),
             feeds,
-            keep_dropout,
+            keep_dropout or self.card.keep_dropout,
             surgery.static_shape(node, index),
         )
         return surgery.free_batch(network)
