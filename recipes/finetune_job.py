@@ -338,13 +338,14 @@ def _report(config: FinetuneConfig, tap: str, network: Network) -> None:
     found = {"tap": (config.tap, tap), "input": (config.input, network.input)}
     lines = [f"{what}: {name}" for what, (asked, name) in found.items() if asked != name]
     lines += [
-        f"{mode.kind}: {mode.tensor} is {mode.inference}, {mode.training} while training "
+        f"{mode.kind}: {mode.tensor} is {mode.inference}, and {mode.training} in what is trained "
         f"(found by {mode.why})"
         for mode in network.modes
     ]
     if network.batch_size is not None:
         lines.append(f"the graph takes batches of {network.batch_size} only; others are filled up")
-    print("\n".join(lines), file=sys.stderr)
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def _parameter_groups(

@@ -438,7 +438,7 @@ def test_a_network_for_vectors_takes_square_images(tmp_path, image_folder):
 def test_dropout_of_the_graph_is_on_in_training_only(tmp_path, model, image_folder, capsys):
     flags = ["--freeze-until", "none", "--epochs", "1"]
     assert finetune(tmp_path / "a", model, image_folder, *flags) == 0
-    assert "keep_prob: keep_prob:0 is 1.0, 0.5 while training" in capsys.readouterr().err
+    assert "keep_prob: keep_prob:0 is 1.0, and 0.5 in what is trained" in capsys.readouterr().err
     assert finetune(tmp_path / "b", model, image_folder, *flags, "--feed", "keep_prob=1.0") == 0
     data = "model.data-00000-of-00001"
     assert (tmp_path / "a" / data).read_bytes() != (tmp_path / "b" / data).read_bytes()

@@ -49,7 +49,10 @@ def free_batch(network: Network) -> Network:
         ValueError: if the graph is no valid one for its own input.
     """
     input_shape = network.input_shape
-    if not input_shape or network.output == network.input:
+    if network.output == network.input:
+        return network
+    if not input_shape:
+        infer(network)
         return network
     if all(_takes_any_batch(network, graph_def, input_shape) for graph_def in network.graphs):
         return network
