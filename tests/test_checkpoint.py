@@ -115,7 +115,8 @@ def test_a_damaged_index_is_reported(tmp_path):
 
 
 def test_write_is_read_by_tensorflow(tmp_path):
-    checkpoint.write(tmp_path / "w", {"x/y": A, "z": tf.constant(B)})
+    values = {"x/y": (A, tf.float32), "z": (tf.constant(B), tf.float32)}
+    checkpoint.write(tmp_path / "w", values)
     reader = tf.train.load_checkpoint(str(tmp_path / "w"))
     np.testing.assert_array_equal(reader.get_tensor("x/y"), A)
     np.testing.assert_array_equal(reader.get_tensor("z"), B)

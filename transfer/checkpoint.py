@@ -21,6 +21,8 @@ from tensorflow.core.protobuf.saver_pb2 import SaverDef
 
 from transfer.surgery import Variable, split_tensor_name
 
+tf1 = tf.compat.v1
+
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _PART = re.compile(r"/part_(\d+)$")
 _AVERAGE = re.compile(r"average|\bema\b", re.IGNORECASE)
@@ -162,14 +164,26 @@ class Checkpoint:
             )
 
 
-def write(prefix: str | Path, values: Mapping[str, np.ndarray | tf.Tensor]) -> None:
-    """Write a V2 checkpoint with these keys."""
-    tf.raw_ops.SaveV2(
-        prefix=str(prefix),
-        tensor_names=list(values),
-        shape_and_slices=[""] * len(values),
-        tensors=list(values.values()),
-    )
+def write(
+    prefix: str | Path, values: Mapping[str, tuple[np.ndarray | tf.Tensor, tf.DType]]
+) -> None:
+    """Write a V2 checkpoint: key to a value and the type to store it as.
+
+    Also while a graph is being built, and in programs that have turned eager execution off.
+    """
+    options = {
+        "prefix": str(prefix),
+        "tensor_names": list(values),
+        "shape_and_slices": [""] * len(values),
+    }
+    with tf.init_scope():
+        if tf.executing_eagerly():
+            tensors = [tf.convert_to_tensor(value, dtype) for value, dtype in values.values()]
+            tf.raw_ops.SaveV2(tensors=tensors, **options)
+            return
+    with tf.Graph().as_default(), tf1.Session() as session:
+        fed = {tf1.placeholder(dtype): value for value, dtype in values.values()}
+        session.run(tf.raw_ops.SaveV2(tensors=list(fed), **options), fed)
 
 
 def check_path(path: str | Path) -> None:
