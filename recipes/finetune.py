@@ -80,6 +80,10 @@ class FinetuneConfig:
     """Share of the features dropped while training."""
     augment: bool = False
     """Train on random shifts and flips. Frozen features are then computed anew in each epoch."""
+    max_to_keep: int = 0
+    """Write the model after each epoch, too, as model-STEP, and keep so many of these."""
+    keep_checkpoint_every_n_hours: float | None = None
+    """With --max-to-keep: of those that would go, keep one for so many hours."""
     seed: int = 0
     """Seed of the head, the order, the few shots and the augmentation."""
     out: Path | None = None

@@ -170,6 +170,7 @@ def _train(job: Job, inputs: Inputs) -> tuple[Trainer, int]:
         callbacks=[
             keras.callbacks.CSVLogger(job.out / run_folder.HISTORY, append=job.config.resume),
             keras.callbacks.TensorBoard(job.out / run_folder.EVENTS, write_graph=False),
+            *_model_of_each_epoch(job, trainer),
         ],
         verbose=measure.verbosity(),
         checkpoint=checkpoint,
@@ -177,15 +178,33 @@ def _train(job: Job, inputs: Inputs) -> tuple[Trainer, int]:
     return trainer, trainer.step - first_step
 
 
-def _save_and_evaluate(job: Job, inputs: Inputs, trainer: Trainer) -> dict[str, Any]:
-    """What is reported is what was written: the files are read back and evaluated."""
+def _model_of_each_epoch(job: Job, trainer: Trainer) -> list[keras.callbacks.Callback]:
+    kept = job.config.max_to_keep
+    hours = job.config.keep_checkpoint_every_n_hours
+    if not kept:
+        return []
+
+    def save(epoch: int, logs: dict[str, float]) -> None:
+        options = {"max_to_keep": kept, "keep_checkpoint_every_n_hours": hours}
+        _save(job, epoch + 1, step=trainer.step, **options)
+
+    return [keras.callbacks.LambdaCallback(on_epoch_end=save)]
+
+
+def _save(job: Job, epochs: int, **options: Any) -> Path:
     prefix = job.out / run_folder.MODEL
     card = Card(
         source=f"fine-tuned from {job.graph.prefix.name}, frozen until {job.config.freeze_until}",
         licence=job.graph.card.licence,
-        trained_on=f"{job.train.source.name}, {len(job.train)} images, {trainer.epoch} epochs",
+        trained_on=f"{job.train.source.name}, {len(job.train)} images, {epochs} epochs",
     )
-    save_classifier(job.classifier, prefix, card)
+    save_classifier(job.classifier, prefix, card, **options)
+    return prefix
+
+
+def _save_and_evaluate(job: Job, inputs: Inputs, trainer: Trainer) -> dict[str, Any]:
+    """What is reported is what was written: the files are read back and evaluated."""
+    prefix = _save(job, trainer.epoch)
     _, saved = Classifier.load(prefix).split(cut_of(job.config.freeze_until))
     figures = inputs.evaluator(saved)()
     card_path = prefix.with_name(f"{prefix.name}.json")
@@ -218,6 +237,7 @@ def _check(config: FinetuneConfig) -> None:
         "batch size": (config.batch_size, 1),
         "image size": (config.image_size, 1),
         "shots per class": (config.shots_per_class, 1),
+        "max to keep": (config.max_to_keep, 0),
         "learning rate": (config.learning_rate, 0),
         "backbone lr scale": (config.backbone_lr_scale, 0),
     }

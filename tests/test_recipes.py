@@ -496,3 +496,21 @@ def test_a_saved_model_of_keras_is_fine_tuned(tmp_path, image_folder):
     assert finetune(tmp_path / "run", tmp_path / "saved", image_folder, *flags) == 0
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert finetune(tmp_path / "again", tmp_path / "run", image_folder) == 0
+
+
+def test_the_models_of_the_last_epochs_are_kept(tmp_path, model, image_folder):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder, "--epochs", 5, "--max-to-keep", 2) == 0
+    kept = sorted(path.name for path in out.glob("model*.index"))
+    steps = yaml.safe_load((out / "metrics.json").read_text())["train"]["steps"]
+    per_epoch = steps // 5
+    assert kept == sorted(["model.index", f"model-{4 * per_epoch}.index", f"model-{steps}.index"])
+    assert [path.name for path in out.glob("*.meta")] == ["model.meta"]
+    with tf.Graph().as_default(), tf1.Session() as session:
+        saver = tf1.train.import_meta_graph(str(out / "model.meta"))
+        saver.restore(session, str(out / f"model-{steps}"))
+        restored = session.run("head/weights:0")
+    last = Classifier.load(out)
+    features = np.ones([1, 32], np.float32)
+    bias = last.head(np.zeros([1, 32], np.float32))
+    np.testing.assert_allclose(features @ restored, last.head(features) - bias, atol=1e-5)

@@ -19,7 +19,7 @@ from transfer.surgery import SEED, canonical, is_seeded, split_tensor_name
 tf1 = tf.compat.v1
 
 
-def save_classifier(classifier: Classifier, prefix: str | Path, card: Card) -> None:
+def save_classifier(classifier: Classifier, prefix: str | Path, card: Card, **options: Any) -> None:
     """Write a classifier as meta graph, checkpoint, card and ``labels.txt``.
 
     The graph has the names of the pretrained one up to the tap, then ``head/logits:0`` and
@@ -30,6 +30,7 @@ def save_classifier(classifier: Classifier, prefix: str | Path, card: Card) -> N
         classifier: with a ``Head``, and a backbone made from a meta graph.
         prefix: path without ``.meta``.
         card: what to say about it; inputs, outputs and preprocessing are filled in.
+        **options: steps and what is kept of them; see ``save_meta_graph``.
 
     Raises:
         TypeError: if the classifier's head is no ``Head``.
@@ -55,7 +56,7 @@ def save_classifier(classifier: Classifier, prefix: str | Path, card: Card) -> N
         preprocess=classifier.preprocess.mode,
         labels=labels.name,
     )
-    save_meta_graph(graph, prefix, values, card)
+    save_meta_graph(graph, prefix, values, card, **options)
 
 
 def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[str, Any]]:
