@@ -165,7 +165,7 @@ class Checkpoint:
 
 
 def write(
-    prefix: str | Path, values: Mapping[str, tuple[np.ndarray | tf.Tensor, tf.DType]]
+    prefix: str | Path, values: Mapping[str, tuple[np.ndarray | tf.Tensor | float, tf.DType]]
 ) -> None:
     """Write a V2 checkpoint: key to a value and the type to store it as.
 

@@ -35,7 +35,7 @@ STATE = "checkpoint"
 def save_meta_graph(
     graph: tf.Graph,
     prefix: str | Path,
-    values: Mapping[str, np.ndarray | tf.Tensor],
+    values: Mapping[str, np.ndarray | tf.Tensor | float],
     card: Card | None = None,
     *,
     step: int | None = None,
@@ -177,13 +177,13 @@ def _read_state(prefix: Path) -> tuple[dict[str, float], float]:
 
 
 def _check_values(
-    variables: list[tf.Variable], values: Mapping[str, np.ndarray | tf.Tensor]
+    variables: list[tf.Variable], values: Mapping[str, np.ndarray | tf.Tensor | float]
 ) -> None:
     missing = [v.op.name for v in variables if v.op.name not in values]
     different = [
-        f"{v.op.name} (graph {tuple(v.shape)}, value {tuple(values[v.op.name].shape)})"
+        f"{v.op.name} (graph {tuple(v.shape)}, value {tuple(np.shape(values[v.op.name]))})"
         for v in variables
-        if v.op.name in values and tuple(v.shape) != tuple(values[v.op.name].shape)
+        if v.op.name in values and tuple(v.shape) != tuple(np.shape(values[v.op.name]))
     ]
     if missing or different:
         raise ValueError(

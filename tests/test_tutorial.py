@@ -1,0 +1,32 @@
+"""The tutorial runs, block after block, and prints what stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = (ROOT / "docs" / "tutorial.md").read_text()
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+def test_every_block_prints_what_stands_below_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    namespace: dict = {}
+    blocks = BLOCK.findall(TEXT)
+    assert len(blocks) > 10
+    for code, expected in blocks:
+        line = TEXT[: TEXT.index(code)].count("\n")
+        exec(compile("\n" * line + code, "docs/tutorial.md", "exec"), namespace)
+        assert capsys.readouterr().out == expected, f"the block at line {line + 1}"
+
+
+def test_every_print_has_its_result():
+    for code, expected in BLOCK.findall(TEXT):
+        assert code.count("print(") == len(expected.splitlines()), code
+
+
+def test_all_results_belong_to_a_block():
+    assert TEXT.count("```text") == sum(bool(expected) for _, expected in BLOCK.findall(TEXT))
