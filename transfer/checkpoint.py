@@ -19,6 +19,7 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.protobuf.saver_pb2 import SaverDef
 
+from transfer.index import Stored, read_v1, read_v2
 from transfer.surgery import Variable, split_tensor_name
 
 tf1 = tf.compat.v1
@@ -65,14 +66,14 @@ class Checkpoint:
             check_files(Path(prefix))
         self.prefix = _to_open(Path(prefix))
         try:
-            reader = tf.train.load_checkpoint(self.prefix)
-            self._shapes = reader.get_variable_to_shape_map()
-            self._dtypes = reader.get_variable_to_dtype_map()
-        except (tf.errors.OpError, ValueError, RuntimeError, TypeError) as error:
+            stored = _stored(Path(prefix))
+        except (ValueError, OSError) as error:
             raise ValueError(f"checkpoint {self.prefix!r} cannot be read: {error}") from error
+        self._shapes = {key: entry.shape for key, entry in stored.items()}
+        self._dtypes = {key: entry.dtype for key, entry in stored.items()}
 
     @property
-    def shapes(self) -> dict[str, list[int]]:
+    def shapes(self) -> dict[str, tuple[int, ...]]:
         """Key to shape."""
         return self._shapes
 
@@ -345,6 +346,14 @@ def check_files(prefix: Path) -> None:
             f"a V1 checkpoint named {prefix.name}; checkpoints in that folder: "
             f"{', '.join(sorted(p.stem for p in prefix.parent.glob('*.index'))) or 'none'}"
         )
+
+
+def _stored(prefix: Path) -> dict[str, Stored]:
+    if _index(prefix).is_file():
+        return read_v2(_index(prefix))
+    if prefix.is_file():
+        return read_v1([prefix])
+    return read_v1(sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}-?????-of-?????")))
 
 
 def _to_open(prefix: Path) -> str:

@@ -183,13 +183,12 @@ def _upstream(graph: MetaGraph, tap: str | None, input: str | None) -> list[Node
 
 def _inputs(graph: MetaGraph, chosen: str | None) -> list[Tensor]:
     """Where data come in: all placeholders, and what is dequeued and used."""
-    used = {surgery.canonical(e) for n in graph.nodes.values() for e in surgery.data_inputs(n)}
+    used = surgery.outputs(graph.nodes.values())
     found = []
     for node in graph.nodes.values():
         if node.op not in taps.SOURCES:
             continue
-        outputs = sorted(t for t in used if surgery.operation_of(t) == node.name)
-        for tensor in outputs or [f"{node.name}:0"]:
+        for tensor in used.get(node.name) or [f"{node.name}:0"]:
             index = surgery.split_tensor_name(tensor)[1]
             about = "takes the images" if tensor == chosen else node.op
             found.append(_tensor(node, tensor, index, about))

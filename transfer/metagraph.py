@@ -111,11 +111,17 @@ class MetaGraph:
         feeds = card_feeds | feeds
         name = self.tensor(input or self.card.input or self.find_input(output, feeds))
         node, index = self.node(name), surgery.split_tensor_name(name)[1]
+        dtype = surgery.dtype_of(node, index)
+        if dtype is not None and not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
+            raise ValueError(
+                f"input {name!r} takes elements of type {dtype.name}, not pixels; name the tensor "
+                "after the images are decoded as the input"
+            )
         network = surgery.extract(
             self.graph_def,
             output,
             name,
-            surgery.dtype_of(node, index),
+            dtype,
             feeds,
             keep_dropout or self.card.keep_dropout,
             surgery.static_shape(node, index),
@@ -234,14 +240,14 @@ class MetaGraph:
             ValueError: if there is none, or more than one that might be it.
         """
         upstream = surgery.ancestors(self.nodes.values(), output, stop_at=feeds or {})
-        read = {surgery.canonical(e) for n in upstream for e in surgery.data_inputs(n)}
-        read.add(surgery.canonical(output))
+        read = surgery.outputs(upstream)
+        read.setdefault(surgery.operation_of(output), [surgery.canonical(output)])
         candidates = {}
         for node in upstream:
-            for tensor in sorted(t for t in read if surgery.operation_of(t) == node.name):
+            for tensor in read.get(node.name, ()) if node.op in taps.SOURCES else ():
                 shape = surgery.static_shape(node, surgery.split_tensor_name(tensor)[1])
                 is_batch = shape is None or len(shape) > 1
-                if node.op in taps.SOURCES and tensor not in (feeds or {}) and is_batch:
+                if tensor not in (feeds or {}) and is_batch:
                     candidates[tensor] = shape
         modes = {mode.tensor for mode in surgery.find_modes(upstream, None)}
         names = [name for name in candidates if name not in modes]
@@ -279,12 +285,14 @@ def load_meta_graph(path: str | Path) -> MetaGraph:
         ValueError: if the file is no graph, is damaged, or the folder holds several.
     """
     files = formats.open_model(Path(path).expanduser())
-    surgery.check_names(files.meta.graph_def.node)
+    surgery.check(files.meta.graph_def.node)
+    graph_def = surgery.inline(files.meta.graph_def)
+    surgery.check(graph_def.node)
     card_path = files.prefix.with_name(files.prefix.name + ".json")
     return MetaGraph(
         prefix=files.prefix,
         meta=files.meta,
-        graph_def=surgery.inline(files.meta.graph_def),
+        graph_def=graph_def,
         checkpoint_prefix=files.checkpoint_prefix,
         card=read_card(card_path) if card_path.is_file() else Card(),
         tensorflow_version=files.meta.meta_info_def.tensorflow_version,

@@ -18,6 +18,9 @@ from transfer.surgery import VARIABLES, data_inputs, operation_of
 KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 """The checkpoint's entry with its graph of objects."""
 
+MAX_DEPTH = 100
+"""Of objects in objects; paths are as long."""
+
 Path = tuple[str, ...]
 
 
@@ -30,7 +33,8 @@ def variable_paths(meta: MetaGraphDef) -> dict[str, Path]:
     pending = [0]
     for number in pending:  # breadth first: it grows as it goes
         for child in objects.nodes[number].children:
-            if child.node_id not in paths and 0 <= child.node_id < len(objects.nodes):
+            is_known = child.node_id in paths or not 0 <= child.node_id < len(objects.nodes)
+            if not is_known and len(paths[number]) < MAX_DEPTH:
                 paths[child.node_id] = (*paths[number], child.local_name)
                 pending.append(child.node_id)
     handles = {node.name for node in meta.graph_def.node if node.op in VARIABLES}

@@ -20,8 +20,8 @@ from transfer.surgery.graphs import split_tensor_name
 _CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 _IFS = frozenset({"If", "StatelessIf"})
 # A function that calls another one twice, which calls another one twice, ...: 40 deep it would be
-# 10^12 nodes. Inception v4 with all that trains it has 5e4.
-MAX_NODES = 500_000
+# 10^12 nodes.
+MAX_NODES, MAX_BYTES = 50_000, 2**26
 
 
 def inline(graph_def: GraphDef) -> GraphDef:
@@ -32,7 +32,8 @@ def inline(graph_def: GraphDef) -> GraphDef:
     that cannot be resolved stay what they are (and are refused where a tap needs them).
 
     Raises:
-        ValueError: if a function calls itself, or the result would have over ``MAX_NODES`` nodes.
+        ValueError: if a function calls itself, or all bodies together are over ``MAX_NODES`` or
+            over ``MAX_BYTES`` and twice the size of the graph.
     """
     library = {function.signature.name: function for function in graph_def.library.function}
     if not library:
@@ -40,6 +41,8 @@ def inline(graph_def: GraphDef) -> GraphDef:
     inlined = GraphDef(versions=graph_def.versions)
     # Each with the functions it came through.
     pending: list[tuple[NodeDef, tuple[str, ...]]] = [(n, ()) for n in reversed(graph_def.node)]
+    num_nodes = num_bytes = 0
+    max_bytes = MAX_BYTES + 2 * graph_def.ByteSize()
     while pending:
         node, callers = pending.pop()
         called = _called(node, library)
@@ -56,10 +59,14 @@ def inline(graph_def: GraphDef) -> GraphDef:
             expand = _inline_if if node.op in _IFS else _inline_call
             copies = list(expand(node, bodies, library))
             pending += [(copy, callers) for copy in reversed(copies)]
-        if len(inlined.node) + len(pending) > MAX_NODES:
-            raise ValueError(
-                f"the graph is too large: over {MAX_NODES} nodes with the bodies of its functions"
-            )
+            num_nodes += len(copies)
+            num_bytes += sum(copy.ByteSize() for copy in copies)
+            if num_nodes > MAX_NODES or num_bytes > max_bytes:
+                raise ValueError(
+                    f"the graph is too large: the bodies of its functions come to {num_nodes:,} "
+                    f"nodes and {num_bytes:,} bytes or more, of which at most {MAX_NODES:,} and "
+                    f"{max_bytes:,} are taken; it is damaged, or made to harm"
+                )
     return inlined
 
 

@@ -12,11 +12,13 @@ from graphlib import CycleError, TopologicalSorter
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
+from tensorflow.python.framework import op_def_registry
 
 REFERENCE_VARIABLES = frozenset({"Variable", "VariableV2", "AutoReloadVariable"})
 VARIABLES = REFERENCE_VARIABLES | {"VarHandleOp"}
 SWITCHES = frozenset({"Switch", "RefSwitch"})
 _LOOPS = frozenset({"Enter", "Exit", "LoopCond", "NextIteration", "RefEnter", "RefExit"})
+MAX_OUTPUTS = 10_000
 _LOOP_CALLS = frozenset({"StatelessWhile", "While"})
 
 
@@ -43,8 +45,8 @@ def data_inputs(node: NodeDef) -> list[str]:
     return [edge for edge in node.input if not edge.startswith("^")]
 
 
-def check_names(nodes: Iterable[NodeDef]) -> None:
-    """Refuse a graph in which a name means nothing, or two things.
+def check(nodes: Iterable[NodeDef]) -> None:
+    """Refuse a graph in which a name means nothing, or two things, or a node lacks an input.
 
     Raises:
         ValueError: names the first.
@@ -54,6 +56,21 @@ def check_names(nodes: Iterable[NodeDef]) -> None:
         if not node.name or node.name in seen:
             raise ValueError(f"the graph is damaged: two nodes are named {node.name!r}")
         seen.add(node.name)
+        op_def = op_def_registry.get(node.op)
+        for argument in () if op_def is None else op_def.output_arg:
+            if argument.number_attr and node.attr[argument.number_attr].i > MAX_OUTPUTS:
+                raise ValueError(
+                    f"the graph is damaged: {node.name!r} has {node.attr[argument.number_attr].i} "
+                    f"outputs; at most {MAX_OUTPUTS:,} are taken"
+                )
+        needed = 0 if op_def is None else len(op_def.input_arg)
+        if needed and any(arg.number_attr or arg.type_list_attr for arg in op_def.input_arg):
+            needed = 1
+        if len(data_inputs(node)) < needed:
+            raise ValueError(
+                f"the graph is damaged: {node.name!r} is a {node.op}, which takes {needed} inputs, "
+                f"and has {len(data_inputs(node))}"
+            )
 
 
 def ancestors(nodes: Iterable[NodeDef], output: str, stop_at: Iterable[str] = ()) -> list[NodeDef]:
@@ -103,6 +120,16 @@ def consumers(nodes: Iterable[NodeDef]) -> dict[str, list[NodeDef]]:
         for edge in data_inputs(node):
             users.setdefault(operation_of(edge), []).append(node)
     return users
+
+
+def outputs(nodes: Iterable[NodeDef]) -> dict[str, list[str]]:
+    """Operation to those of its tensors that are read, by their numbers."""
+    read: dict[str, set[int]] = {}
+    for node in nodes:
+        for edge in data_inputs(node):
+            operation, index = split_tensor_name(edge)
+            read.setdefault(operation, set()).add(index)
+    return {name: [f"{name}:{i}" for i in sorted(indices)] for name, indices in read.items()}
 
 
 def downstream(nodes: Sequence[NodeDef], tensors: Iterable[str]) -> set[str]:
