@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 
+MAX_BYTES = 2**20
+
+
 @dataclass(frozen=True, kw_only=True)
 class Card:
     """What does not stand in a meta graph but must be known to use it. All fields are optional."""
@@ -61,9 +64,11 @@ def read_card(path: Path) -> Card:
     Raises:
         ValueError: if the file is not a card.
     """
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{str(path)!r} is not a card: it has over {MAX_BYTES:,} bytes")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a card: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} is not a card: expected a JSON object")

@@ -25,6 +25,7 @@ from transfer.surgery import Variable, split_tensor_name
 tf1 = tf.compat.v1
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+_SLICE = re.compile(r"(\d{1,18} )*((-|\d{1,18},\d{1,18}):)*(-|\d{1,18},\d{1,18})")
 _PART = re.compile(r"/part_(\d+)$")
 _AVERAGE = re.compile(r"average|\bema\b", re.IGNORECASE)
 
@@ -38,9 +39,15 @@ class Entry:
     slice: str = ""
 
     def shape(self, full_shape: Sequence[int]) -> tuple[int, ...]:
-        """The shape of the slice of a tensor of shape ``full_shape``."""
+        """The shape of the slice of a tensor of shape ``full_shape``.
+
+        Raises:
+            ValueError: if the slice is not written as Saver writes it, or of another rank.
+        """
         if not self.slice:
             return tuple(full_shape)
+        if not _SLICE.fullmatch(self.slice):
+            raise ValueError(f"the graph is damaged: its saver reads the slice {self.slice[:80]!r}")
         extents = self.slice.split(" ")[-1].split(":")
         return tuple(
             size if extent == "-" else int(extent.split(",")[1])
