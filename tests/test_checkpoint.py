@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow as tf
+from stock import control_flow_v1
 
 from transfer import checkpoint, load_meta_graph
 from transfer.surgery import Variable
@@ -128,3 +129,168 @@ def test_write_is_read_by_tensorflow(tmp_path):
 )
 def test_shape_of_a_slice(written, full, expected):
     assert checkpoint.Entry("k", written).shape(full) == expected
+
+
+def save_averages(prefix: Path, scope: str = "", name: str = "ExponentialMovingAverage") -> None:
+    """``w`` is 1 and its average 0.5; ``b`` is 2 and has none."""
+    with tf.Graph().as_default(), tf1.Session() as session:
+        w = tf1.get_variable("layer/w", initializer=np.ones(3, np.float32), use_resource=False)
+        tf1.get_variable("layer/b", initializer=np.full(3, 2, np.float32), use_resource=False)
+        x = tf1.placeholder(tf.float32, [None, 3], name="x")
+        tf.add(x * w, tf1.global_variables()[1], name="tap")
+        with tf1.variable_scope(scope), control_flow_v1():
+            average = tf1.train.ExponentialMovingAverage(0.5, zero_debias=False, name=name)
+            update = average.apply([w])
+        session.run(tf1.global_variables_initializer())
+        session.run(tf1.assign(average.average(w), np.zeros(3)))
+        session.run(update)
+        tf1.train.Saver().save(session, str(prefix))
+
+
+@pytest.mark.parametrize("scope", ["", "tower_0"])
+@pytest.mark.parametrize("name", ["ExponentialMovingAverage", "moving_average", "ema"])
+def test_moving_averages_are_read_where_there_are_some(tmp_path, scope, name):
+    save_averages(tmp_path / "m", scope, name)
+    graph = load_meta_graph(tmp_path / "m")
+    variables = graph.network("tap").variables
+    plain, averaged = (graph.read(variables, use_ema) for use_ema in (False, True))
+    assert {k: v.numpy().tolist() for k, v in plain.items()} == {
+        "layer/w": [1.0] * 3,
+        "layer/b": [2.0] * 3,
+    }
+    assert {k: v.numpy().tolist() for k, v in averaged.items()} == {
+        "layer/w": [0.5] * 3,
+        "layer/b": [2.0] * 3,
+    }
+
+
+def test_moving_averages_are_what_variables_to_restore_says(tmp_path):
+    with tf.Graph().as_default(), tf1.Session() as session:
+        w = tf1.get_variable("w", initializer=A, use_resource=False)
+        average = tf1.train.ExponentialMovingAverage(0.9)
+        with control_flow_v1():
+            update = average.apply([w])
+        session.run(tf1.global_variables_initializer())
+        session.run(tf1.assign(w, A + 1.0))
+        session.run(update)
+        expected = session.run(average.average(w))
+        tf1.train.Saver().save(session, str(tmp_path / "m"))
+        (key,) = (k for k, v in average.variables_to_restore([w]).items() if v is w)
+    graph = load_meta_graph(tmp_path / "m")
+    source = checkpoint.Checkpoint(tmp_path / "m")
+    assert checkpoint.average_entries(["w"], source) == {"w": checkpoint.Entry(key)}
+    variables = [Variable("w", tf.float32, (4, 3))]
+    np.testing.assert_array_equal(graph.read(variables, use_ema=True)["w"], expected)
+
+
+def test_no_moving_averages_at_all(tmp_path):
+    graph = load_meta_graph(save(tmp_path / "m"))
+    with pytest.raises(ValueError, match="has no moving averages: no entry is named like"):
+        graph.read(VARIABLES, use_ema=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts", "axis"),
+    [([4, 3], 2, 0), ([5, 3], 2, 0), ([4, 6], 3, 1), ([2, 2], 2, 1), ([7], 4, 0), ([3, 2], 1, 0)],
+)
+def test_parts_of_a_variable_without_the_savers_operations(tmp_path, shape, parts, axis):
+    with tf.Graph().as_default(), tf1.Session() as session:
+        x = tf1.placeholder(tf.float32, shape, name="x")
+        partitioner = tf1.fixed_size_partitioner(parts, axis)
+        w = tf1.get_variable("s/w", shape, partitioner=partitioner, use_resource=False)
+        tf.add(x, tf.convert_to_tensor(w), name="tap")
+        session.run(tf1.global_variables_initializer())
+        tf1.train.export_meta_graph(str(tmp_path / "m.meta"))
+        tf1.train.Saver().save(session, str(tmp_path / "m"), write_meta_graph=False)
+        expected = session.run(tf.convert_to_tensor(w))
+    graph = load_meta_graph(tmp_path / "m")
+    assert not [name for name in graph.nodes if name.startswith("save")]
+    values = graph.read(graph.network("tap", "x").variables)
+    assert list(values) == [f"s/w/part_{i}" for i in range(parts)]
+    found = list(values.values())
+    np.testing.assert_array_equal(np.concatenate(found, axis), expected)
+
+
+def test_parts_that_do_not_add_up_are_missing(tmp_path):
+    variables = tuple(Variable(f"a/part_{i}", tf.float32, (2, 3)) for i in range(3))
+    nodes = []
+    for variable in variables:
+        node = tf1.NodeDef(name=variable.name, op="VariableV2")
+        node.attr["shape"].shape.CopyFrom(tf.TensorShape(variable.shape).as_proto())
+        nodes.append(node)
+    source = checkpoint.Checkpoint(save(tmp_path / "m"))
+    assert len(checkpoint.partition_entries(nodes[:2], source.shapes)) == 2
+    assert checkpoint.partition_entries(nodes, source.shapes) == {}
+    _, missing, _ = source.compare(variables, {})
+    assert missing == [variable.name for variable in variables]
+
+
+def write(prefix: Path, values: dict[str, np.ndarray]) -> None:
+    tf.raw_ops.SaveV2(
+        prefix=str(prefix),
+        tensor_names=list(values),
+        shape_and_slices=[""] * len(values),
+        tensors=list(values.values()),
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_data_that_were_cut_short_are_told_from_damaged_ones(tmp_path, share):
+    prefix = tmp_path / "m"
+    write(prefix, {"a": np.zeros(1000, np.float32), "b": np.zeros(8, np.float32)})
+    data = tmp_path / "m.data-00000-of-00001"
+    content = data.read_bytes()
+    data.write_bytes(content[: int(share * len(content))])
+    source = checkpoint.Checkpoint(prefix)
+    with pytest.raises(ValueError, match="needs 4,032; it was cut short, get it again"):
+        source.read({name: checkpoint.Entry(name) for name in ("a", "b")})
+
+
+def test_a_huge_tensor_that_is_not_there_takes_no_memory(tmp_path):
+    """The index promises it; the data are one byte."""
+    prefix = tmp_path / "m"
+    write(prefix, {"a": np.zeros(10**7, np.float32)})
+    (tmp_path / "m.data-00000-of-00001").write_bytes(b"x")
+    with pytest.raises(ValueError, match="have 1 bytes, and what is to be read needs 40,000,000"):
+        checkpoint.Checkpoint(prefix).read({"a": checkpoint.Entry("a")})
+
+
+def test_data_with_other_bytes_are_reported(tmp_path):
+    prefix = save(tmp_path / "m")
+    data = tmp_path / "m.data-00000-of-00001"
+    data.write_bytes(bytes(byte ^ 1 for byte in data.read_bytes()))
+    with pytest.raises(ValueError, match="is damaged: .*[Cc]hecksum"):
+        checkpoint.Checkpoint(prefix).read({"a": checkpoint.Entry("a")})
+
+
+def test_what_the_tap_does_not_need_is_listed_beside_what_is_missing(tmp_path):
+    source = checkpoint.Checkpoint(save(tmp_path / "m"))
+    with pytest.raises(ValueError) as error:
+        source.match([Variable("A", tf.float32, (4, 3)), VARIABLES[1]], {})
+    for part in (
+        "1 of 2 variables missing (A)",
+        "0 different (none)",
+        "2 that the tap does not need (a, global_step)",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_long_list_of_other_entries_is_cut(tmp_path):
+    write(tmp_path / "m", {f"v{i:02}": B for i in range(20)})
+    with pytest.raises(ValueError, match=r"20 that the tap does not need \(v00, .*, v07, ...\)"):
+        checkpoint.Checkpoint(tmp_path / "m").match(VARIABLES, {})
+
+
+def test_compare_sorts_into_matched_missing_and_different(tmp_path):
+    source = checkpoint.Checkpoint(save(tmp_path / "m"))
+    wanted = [*VARIABLES, Variable("gone", tf.float32, ()), Variable("a", tf.float32, (3, 4))]
+    matched, missing, different = source.compare(wanted[:3], {})
+    assert (list(matched), missing, different) == (["a", "b"], ["gone"], [])
+    _, _, different = source.compare(wanted[3:], {})
+    assert different == ["a (graph (3, 4) float32, checkpoint (4, 3) float32)"]
+
+
+def test_a_variable_of_unknown_shape_takes_what_there_is(tmp_path):
+    source = checkpoint.Checkpoint(save(tmp_path / "m"))
+    matched, _, _ = source.compare([Variable("a", tf.float32, None)], {})
+    assert list(matched) == ["a"]

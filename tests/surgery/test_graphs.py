@@ -1,8 +1,10 @@
 import pytest
 import tensorflow as tf
 from conftest import branched, graph_def_of
+from stock import control_flow_v1
 
 from transfer import surgery
+from transfer.surgery import graphs
 
 tf1 = tf.compat.v1
 
@@ -55,3 +57,147 @@ def test_static_shape_of_old_placeholders_comes_from_output_shapes():
     assert surgery.static_shape(node) == (None, 8, 8, 3)
     del node.attr["_output_shapes"]
     assert surgery.static_shape(node) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("a", "a:0"), ("a:0", "a:0"), ("s/a:2", "s/a:2"), ("^a", "^a")]
+)
+def test_canonical_names(name, expected):
+    assert surgery.canonical(name) == expected
+
+
+@pytest.mark.parametrize("edge", ["s/a", "s/a:2", "^s/a"])
+def test_operation_of_any_edge(edge):
+    assert surgery.operation_of(edge) == "s/a"
+
+
+def test_data_inputs_leave_out_control_dependencies():
+    node = tf1.NodeDef(name="n", input=["a", "b:1", "^c"])
+    assert surgery.data_inputs(node) == ["a", "b:1"]
+
+
+def two_outputs():
+    x = tf1.placeholder(tf.float32, [None, 4], name="x")
+    first, second = tf.split(x, 2, axis=1, name="halves")
+    tf.add(tf.nn.relu(first, name="left"), tf.tanh(second, name="right"), name="tap")
+
+
+def test_ancestors_stop_at_one_output_of_several():
+    nodes = surgery.ancestors(graph_def_of(two_outputs).node, "tap", stop_at=["halves:1"])
+    assert {node.name for node in nodes} >= {"x", "halves", "left", "right", "tap"}
+    nodes = surgery.ancestors(graph_def_of(two_outputs).node, "tap", stop_at=["halves", "halves:1"])
+    assert {node.name for node in nodes} == {"left", "right", "tap"}
+
+
+def test_ancestors_of_the_input_are_none():
+    assert surgery.ancestors(graph_def_of(branched).node, "a", stop_at=["a:0"]) == []
+
+
+def test_downstream_is_what_depends_on_a_tensor():
+    nodes = surgery.ancestors(graph_def_of(two_outputs).node, "tap")
+    assert surgery.downstream(nodes, ["halves"]) == {"left", "tap"}
+    assert surgery.downstream(nodes, ["halves:1"]) == {"right", "tap"}
+    assert surgery.downstream(nodes, ["x"]) == {"halves", "left", "right", "tap"}
+    assert surgery.downstream(nodes, ["tap"]) == set()
+
+
+def test_placeholders_with_a_default_need_not_be_fed():
+    def build():
+        tf1.placeholder(tf.float32, name="must")
+        tf1.placeholder_with_default(1.0, [], name="may")
+
+    assert [node.name for node in surgery.placeholders(graph_def_of(build).node)] == ["must"]
+
+
+def test_a_loop_is_named():
+    def build():
+        x = tf1.placeholder(tf.float32, [], name="x")
+        tf.identity(tf1.while_loop(lambda v: v < 9, lambda v: v * 2, [x]), name="tap")
+
+    with control_flow_v1(), pytest.raises(ValueError, match=r"while loop \(node 'while/"):
+        surgery.ancestors(graph_def_of(build).node, "tap")
+
+
+@pytest.mark.parametrize("shape", [None, [], [3], [None, 3]])
+@pytest.mark.parametrize("add_shapes", [True, False])
+def test_static_shape_is_what_the_program_said(shape, add_shapes):
+    with tf.Graph().as_default() as graph:
+        tf1.placeholder(tf.float32, shape, name="x")
+    (node,) = graph.as_graph_def(add_shapes=add_shapes).node
+    expected = None if shape is None else tuple(shape)
+    # An attribute of no dimensions may be a scalar's, or of TensorFlow 1.1 and without meaning.
+    assert surgery.static_shape(node) == (None if shape == [] and not add_shapes else expected)
+
+
+def test_shape_and_type_of_an_iterators_outputs():
+    def build():
+        dataset = tf.data.Dataset.from_tensors((tf.zeros([8, 8, 3]), tf.zeros([], tf.int64)))
+        tf1.data.make_one_shot_iterator(dataset.batch(4, drop_remainder=True)).get_next("batch")
+
+    node = next(n for n in graph_def_of(build).node if n.name == "batch")
+    assert [surgery.static_shape(node, index) for index in (0, 1)] == [(4, 8, 8, 3), (4,)]
+    assert [surgery.dtype_of(node, index) for index in (0, 1)] == [tf.float32, tf.int64]
+
+
+def test_a_type_that_there_is_not_is_damage():
+    node = tf1.NodeDef(name="n", op="Placeholder")
+    node.attr["dtype"].type = 12345
+    with pytest.raises(ValueError, match="damaged: 'n' has elements of type 12345"):
+        surgery.dtype_of(node)
+
+
+def test_a_node_that_states_no_type():
+    assert surgery.dtype_of(tf1.NodeDef(name="n", op="NoOp")) is None
+    assert surgery.static_shape(tf1.NodeDef(name="n", op="NoOp")) is None
+
+
+@pytest.mark.parametrize("name", ["a", ""])
+def test_names_that_mean_nothing_or_two_things_are_damage(name):
+    nodes = [tf1.NodeDef(name="a", op="NoOp"), tf1.NodeDef(name=name, op="NoOp")]
+    with pytest.raises(ValueError, match=f"damaged: two nodes are named '{name}'"):
+        surgery.check(nodes)
+
+
+def test_a_node_that_lacks_an_input_is_damage():
+    graph_def = graph_def_of(branched)
+    surgery.check(graph_def.node)
+    node = next(node for node in graph_def.node if node.name == "tap")
+    node.input[1] = "^a"
+    with pytest.raises(ValueError, match=r"'tap' is a AddV2, which takes 2 inputs, and has 1"):
+        surgery.check(graph_def.node)
+
+
+def test_a_node_of_too_many_outputs_is_damage():
+    graph_def = graph_def_of(two_outputs)
+    surgery.check(graph_def.node)
+    next(node for node in graph_def.node if node.name == "halves").attr["num_split"].i = 10**9
+    with pytest.raises(ValueError, match="'halves' has 1000000000 outputs; at most"):
+        surgery.check(graph_def.node)
+
+
+def test_origin_goes_back_along_first_inputs():
+    def build():
+        x = tf1.placeholder(tf.float32, [None, 4], name="x")
+        h = tf.identity(tf.reshape(tf.exp(x, name="exp"), [-1]), name="copy")
+        tf.add(h, 1.0, name="tap")
+
+    nodes = {node.name: node for node in graph_def_of(build).node}
+    through = {"Identity", "Reshape"}
+    assert graphs.origin(nodes, "copy:0", through).name == "exp"
+    assert graphs.origin(nodes, "tap", through).name == "tap"
+    assert graphs.origin(nodes, "gone", through) is None
+    del nodes["exp"]
+    assert graphs.origin(nodes, "copy:0", through) is None
+
+
+def test_consumers_are_those_that_read_a_tensor():
+    users = graphs.consumers(graph_def_of(branched).node)
+    assert [node.name for node in users["a"]] == ["b", "tap"]
+    assert "tap" not in users
+
+
+def test_the_elements_that_a_constant_claims_to_have():
+    (node,) = graph_def_of(lambda: tf.constant(1.0, shape=[3, 4])).node
+    assert graphs.num_elements(node) == 12
+    node.attr["value"].tensor.tensor_shape.dim[0].size = -1
+    assert graphs.num_elements(node) == 0
