@@ -17,7 +17,7 @@ from transfer import taps
 from transfer.head import average_over_space
 from transfer.metagraph import MetaGraph
 from transfer.policy import RANDOM_OPS
-from transfer.surgery import SEED, Network, Variable, canonical, cut, is_seeded
+from transfer.surgery import SEED, Network, Variable, canonical, cut
 
 Pooling = Literal["avg", None]
 
@@ -239,11 +239,13 @@ def as_function(network: Network) -> Any:
         tensors = {network.input: inputs, **dict(zip(names, weights, strict=True))}
         if network.output in tensors:
             return tf.identity(tensors[network.output])
-        if is_seeded(network.graph_def):
-            tensors[SEED] = tf.zeros([2], tf.int32) if seed is None else seed
+        tensors[SEED] = tf.zeros([2], tf.int32) if seed is None else seed
+        # Each graph has its own part of the weights. The identity brings a tensor of an outer
+        # function into this one, which the import does not.
+        used = {canonical(edge) for node in network.graph_def.node for edge in node.input}
         return tf.graph_util.import_graph_def(
             network.graph_def,
-            input_map=tensors,
+            input_map={name: tf.identity(t) for name, t in tensors.items() if name in used},
             return_elements=[network.output],
             name="network",
         )[0]
@@ -257,7 +259,12 @@ def as_function(network: Network) -> Any:
             inputs = tf.saturate_cast(inputs, network.input_dtype)
         if network.batch_size is None:
             return apply(inputs, weights, seed)
-        return _in_batches(lambda batch: apply(batch, weights, seed), inputs, network.batch_size)
+
+        def one(batch: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+            own = None if seed is None else tf.random.fold_in(seed, number)
+            return apply(batch, weights, own)
+
+        return _in_batches(one, inputs, network.batch_size)
 
     return tf.function(run, autograph=False, reduce_retracing=True)
 
@@ -270,8 +277,12 @@ def _in_batches(function: Any, inputs: tf.Tensor, size: int) -> tf.Tensor:
     filled = tf.gather(inputs, tf.range(num_batches * size) % tf.maximum(count, 1))
     batches = tf.reshape(filled, tf.concat([[num_batches, size], tf.shape(inputs)[1:]], 0))
     batches = tf.ensure_shape(batches, [None, size, *inputs.shape[1:]])
-    spec = tf.function(function).get_concrete_function(
-        tf.TensorSpec([size, *inputs.shape[1:]], inputs.dtype)
+    one_batch = tf.TensorSpec([size, *inputs.shape[1:]], inputs.dtype)
+    number = tf.TensorSpec([], tf.int32)
+    (output,) = tf.function(function).get_concrete_function(one_batch, number).outputs
+    outputs = tf.map_fn(
+        lambda batch: function(*batch),
+        (batches, tf.range(num_batches)),
+        fn_output_signature=tf.TensorSpec(output.shape, output.dtype),
     )
-    outputs = tf.map_fn(function, batches, fn_output_signature=spec.structured_outputs)
     return tf.reshape(outputs, tf.concat([[-1], tf.shape(outputs)[2:]], 0))[:count]

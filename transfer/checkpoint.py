@@ -27,7 +27,7 @@ tf1 = tf.compat.v1
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _SLICE = re.compile(r"(\d{1,18} )*((-|\d{1,18},\d{1,18}):)*(-|\d{1,18},\d{1,18})")
 _PART = re.compile(r"/part_(\d+)$")
-_AVERAGE = re.compile(r"average|\bema\b", re.IGNORECASE)
+_AVERAGE = re.compile(r"average|(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -312,6 +312,7 @@ def average_entries(names: Sequence[str], source: Checkpoint) -> dict[str, Entry
     by_end = {
         name.split("/", depth)[depth]: key
         for name, key in averages.items()
+        if name not in names  # else it is that variable's, whatever scope another one is in
         for depth in range(name.count("/") + 1)
     }
     known = by_end | averages

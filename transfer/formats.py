@@ -35,7 +35,7 @@ M = TypeVar("M", bound=Message)
 class ModelFiles:
     """A parsed graph and where the rest of the model is.
 
-    ``checkpoint_prefix`` is ``None`` where there is no checkpoint, ``format`` one of "meta graph",
+    ``checkpoint_prefix`` is ``None`` where no checkpoint was found, ``format`` one of "meta graph",
     "frozen graph", "SavedModel".
     """
 
@@ -101,9 +101,7 @@ def _open_saved_model(folder: Path) -> ModelFiles:
         )
     if not meta.graph_def.node:
         raise ValueError(f"{str(found[0])!r} is not a SavedModel: its graph is empty")
-    variables = folder / "variables" / "variables"
-    has_variables = checkpoint.exists(variables)
-    return ModelFiles("SavedModel", folder, meta, variables if has_variables else None)
+    return ModelFiles("SavedModel", folder, meta, folder / "variables" / "variables")
 
 
 def _parse(path: Path, kind: type[M], name: str) -> M:

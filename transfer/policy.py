@@ -35,7 +35,8 @@ _REDUCTIONS = """
 _SHAPES = """
     BatchToSpace BatchToSpaceND BroadcastArgs BroadcastTo Concat ConcatV2 Const DepthToSpace
     DynamicPartition DynamicStitch EnsureShape ExpandDims Fill Gather GatherNd GatherV2 Identity
-    IdentityN InvertPermutation LinSpace MatrixBandPart MirrorPad NoOp OneHot OnesLike Pack Pad
+    IdentityN InvertPermutation LinSpace MatrixBandPart MatrixDiag MatrixDiagV2 MatrixDiagV3
+    MirrorPad NoOp OneHot OnesLike Pack Pad
     PadV2 ParallelConcat PlaceholderWithDefault PreventGradient Range Rank Reshape Reverse ReverseV2
     ScatterNd Shape ShapeN Size Slice Snapshot SpaceToBatch SpaceToBatchND SpaceToDepth Split SplitV
     Squeeze StopGradient StridedSlice Tile Transpose Unpack Where ZerosLike
@@ -48,6 +49,7 @@ _IMAGES = """
 # Dropout and noise. They draw numbers and touch nothing else.
 _RANDOM = """
     Multinomial RandomShuffle RandomStandardNormal RandomUniform RandomUniformInt
+    StatelessRandomGetAlg StatelessRandomGetKeyCounter
     StatelessRandomNormal StatelessRandomNormalV2 StatelessRandomUniform StatelessRandomUniformInt
     StatelessRandomUniformV2 StatelessTruncatedNormal TruncatedNormal
 """

@@ -1,35 +1,33 @@
-"""Meta graphs to disk, with what ``tf.compat.v1.train.Saver`` does: steps, and which are kept.
+"""Graphs and the values of their variables to disk, as ``tf.compat.v1.train.Saver`` does it.
 
 ``<prefix>.meta`` holds the graph, ``<prefix>-<step>.index`` and ``.data-...`` the values, and the
-state file ``checkpoint`` which of them are there. All that is remembered from one call to the next
-is in that file, so that a program that is started again goes on.
+state file ``checkpoint`` which of them are there; ``transfer.retention`` says which are kept.
 """
 
 from __future__ import annotations
 
-import glob
+import contextlib
+import difflib
 import hashlib
-import math
+import operator
 import os
-import re
 import tempfile
-import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import tensorflow as tf
-from google.protobuf import text_format
-from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
-from tensorflow.python.training.checkpoint_state_pb2 import CheckpointState
 
-from transfer import checkpoint
+from transfer import checkpoint, retention
 from transfer.card import Card, write_card
+from transfer.checkpoint import Entry
 
 tf1 = tf.compat.v1
 
-STATE = "checkpoint"
+_BIG = 2**20
+"""Bytes from which on the values of an array are not copied to be saved."""
 
 
 def save_meta_graph(
@@ -38,7 +36,7 @@ def save_meta_graph(
     values: Mapping[str, np.ndarray | tf.Tensor | float],
     card: Card | None = None,
     *,
-    step: int | None = None,
+    step: SupportsIndex | None = None,
     variables: Iterable[str] | None = None,
     write_meta_graph: bool | None = None,
     max_to_keep: int | None = None,
@@ -54,136 +52,112 @@ def save_meta_graph(
         graph: with variables in its collections, made by ``tf.compat.v1``.
         prefix: path without ``.meta``; its folder is made if need be.
         values: variable's name (``fc7/weights``) to value, for every variable that is saved.
-        card: written beside it, with the hashes of the files.
-        step: saves to ``<prefix>-<step>``. The graph is in ``<prefix>.meta`` for all steps.
-        variables: names of those to save; by default all global variables of the graph.
-        write_meta_graph: by default the graph is written where there is no ``<prefix>.meta`` yet,
-            and always without a step.
-        max_to_keep: how many checkpoints of this prefix to keep; older ones are deleted, and those
-            that the state file does not list are never touched. ``None`` or 0 deletes none.
+        card: written beside the meta graph, with the hashes of the files.
+        step: saves the values to ``<prefix>-<step>``.
+        variables: names of those to save; by default all global variables of the graph. The saver
+            in the meta graph restores the same ones.
+        write_meta_graph: by default one ``<prefix>.meta`` serves all steps, and is written where
+            this graph does not stand there yet. ``True`` writes ``<prefix>-<step>.meta`` for each
+            step, which is deleted with it, as ``Saver`` does. ``False`` writes neither a meta graph
+            nor a card; it saves time with large graphs.
+        max_to_keep: how many checkpoints of this prefix to keep; older ones are deleted. Only those
+            that the state file lists, and that are named ``<prefix>-<step>``, are ever deleted.
+            ``None`` or 0 deletes none.
         keep_checkpoint_every_n_hours: of those to be deleted, keep one for so many hours.
 
     Returns:
         The prefix of the checkpoint: ``prefix``, or ``<prefix>-<step>``.
 
     Raises:
-        ValueError: if a variable has no value, or one of another shape; or if there is no variable
-            of a name in ``variables``.
+        TypeError: if ``step`` is no whole number, or ``variables`` a name instead of several.
+        ValueError: if a variable has no value, or one of another shape; if there is no variable of
+            a name in ``variables``, or none at all to save; or if a number is negative.
+
+    Example:
+        >>> for step in range(0, 10_000, 1000):
+        ...     values = train(1000)
+        ...     save_meta_graph(graph, "run/model", values, step=step, max_to_keep=4)
     """
     prefix = Path(prefix)
     checkpoint.check_path(prefix)
+    if prefix.name == retention.STATE:
+        raise ValueError(
+            f"cannot save to {str(prefix)!r}: {retention.STATE} is the file that lists the "
+            "checkpoints of a folder; give the prefix another name"
+        )
+    retention.check(max_to_keep, keep_checkpoint_every_n_hours)
+    saved = prefix if step is None else prefix.with_name(f"{prefix.name}-{_whole(step)}")
     chosen = _choose(graph, variables)
     _check_values(chosen, values)
-    if write_meta_graph is None:
-        write_meta_graph = step is None or not _meta_path(prefix).is_file()
-    saved = prefix if step is None else prefix.with_name(f"{prefix.name}-{step}")
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=".saving-") as temporary:
         draft = Path(temporary)
-        checkpoint.write(
-            draft / saved.name,
-            {v.op.name: (values[v.op.name], v.dtype.base_dtype) for v in chosen},
+        _write_values(draft / saved.name, chosen, values)
+        if write_meta_graph is not False:
+            model = saved.name if write_meta_graph else prefix.name
+            (draft / f"{model}.meta").write_bytes(
+                _with_saver(graph, chosen, max_to_keep, keep_checkpoint_every_n_hours)
+            )
+            if card is not None:
+                hashes = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
+                write_card(draft / f"{model}.json", replace(card, sha256=hashes))
+        for path in sorted(draft.iterdir()):
+            if path.suffix != ".meta" or not _same(path, prefix.with_name(path.name)):
+                os.replace(path, prefix.with_name(path.name))
+        state, deleted = retention.plan(
+            prefix, saved.name, max_to_keep, keep_checkpoint_every_n_hours
         )
-        if write_meta_graph:
-            meta = _with_saver(graph, [v.op.name for v in chosen], max_to_keep)
-            _meta_path(draft / prefix.name).write_bytes(meta.SerializeToString())
-        names = sorted(path.name for path in draft.iterdir())
-        if card is not None:
-            hashes = {name: _sha256(draft / name) for name in names}
-            names.append(f"{prefix.name}.json")
-            write_card(draft / names[-1], replace(card, sha256=hashes))
-        for name in names:
-            os.replace(draft / name, prefix.parent / name)
-    _keep(prefix, saved.name, max_to_keep, keep_checkpoint_every_n_hours)
+        (draft / retention.STATE).write_text(state, encoding="utf-8")
+        os.replace(draft / retention.STATE, prefix.with_name(retention.STATE))
+    for name in deleted:
+        retention.delete(prefix.with_name(name))
     return saved
 
 
+def _whole(step: SupportsIndex) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError as error:
+        raise TypeError(
+            f"step is {step!r}; expected a whole number: of a tensor, give the value that "
+            "Session.run returns"
+        ) from error
+    if number < 0:
+        raise ValueError(f"step is {number}; expected a whole number from 0 on: count from there")
+    return number
+
+
 def _choose(graph: tf.Graph, names: Iterable[str] | None) -> list[tf.Variable]:
+    if isinstance(names, str):
+        raise TypeError(
+            f"variables is the string {names!r}; expected several names: write [{names!r}]"
+        )
     known = {v.op.name: v for v in graph.get_collection(tf1.GraphKeys.GLOBAL_VARIABLES)}
-    if names is None:
-        return list(known.values())
-    wanted = list(names)
+    wanted = list(known if names is None else dict.fromkeys(names))
     unknown = [name for name in wanted if name not in known]
     if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=8, cutoff=0.3) or list(known)
+        shown = list(known) if len(known) <= 8 else [*near[:8], f"... ({len(known)} in all)"]
         raise ValueError(
-            f"cannot save {', '.join(unknown)}: the graph's variables are {', '.join(known)}"
+            f"cannot save {', '.join(unknown)}: the graph's variables are "
+            f"{', '.join(shown) or 'none'}; name some of these"
+        )
+    if not wanted:
+        raise ValueError(
+            f"cannot save: of {len(known)} variables in the graph none is to be saved, and a "
+            "checkpoint has at least one; name some, or make one (tf.compat.v1.get_variable)"
         )
     return [known[name] for name in wanted]
 
 
-def _with_saver(graph: tf.Graph, names: Iterable[str], max_to_keep: int | None) -> MetaGraphDef:
-    """A graph as a meta graph with a saver for some variables. The saver's operations are added to
-    a copy: in a loop that saves, the graph must not grow."""
-    with graph.as_default():
-        meta = tf1.train.export_meta_graph()
-    with tf.Graph().as_default() as copy:
-        tf1.train.import_meta_graph(meta)
-        copies = {v.op.name: v for v in tf1.global_variables()}
-        saver = tf1.train.Saver(
-            [copies[name] for name in names],
-            max_to_keep=max_to_keep,
-            write_version=tf1.train.SaverDef.V2,
-            save_relative_paths=True,
-        )
-        return tf1.train.export_meta_graph(graph=copy, saver_def=saver.as_saver_def())
-
-
-def _keep(prefix: Path, name: str, max_to_keep: int | None, hours: float | None) -> None:
-    """Write the state file, and delete what is not to be kept; the rule is that of TensorFlow's
-    ``Saver``, whose clock starts with the first checkpoint."""
-    now = time.time()
-    known, preserved = _read_state(prefix)
-    known = {n: t for n, t in known.items() if n != name} | {name: now}
-    preserved = preserved or now
-    deleted = []
-    names = list(known)
-    while max_to_keep and len(names) > max_to_keep:
-        oldest = names.pop(0)
-        if known[oldest] > preserved + (math.inf if hours is None else hours * 3600):
-            preserved += (hours or 0) * 3600
-        else:
-            deleted.append(oldest)
-    if not max_to_keep:
-        names = [name]  # as TensorFlow does: nothing is deleted, and only the last is listed
-    state = CheckpointState(
-        model_checkpoint_path=name,
-        all_model_checkpoint_paths=names,
-        all_model_checkpoint_timestamps=[known[n] for n in names],
-        last_preserved_timestamp=preserved,
-    )
-    path = prefix.with_name(STATE)
-    draft = path.with_name(f".{STATE}.tmp")
-    draft.write_text(text_format.MessageToString(state))
-    os.replace(draft, path)
-    for old in deleted:
-        for path in prefix.parent.glob(f"{glob.escape(old)}.*"):
-            if re.fullmatch(r"index|meta|data-\d{5}-of-\d{5}", path.name[len(old) + 1 :]):
-                path.unlink()
-
-
-def _read_state(prefix: Path) -> tuple[dict[str, float], float]:
-    """The checkpoints of a prefix that the state file lists, oldest first, with their times; and
-    the time from which on the next one to be kept for ever is looked for."""
-    path = prefix.with_name(STATE)
-    try:
-        state = text_format.Parse(path.read_bytes(), CheckpointState())
-    except (OSError, text_format.ParseError):
-        return {}, 0.0
-    names = list(state.all_model_checkpoint_paths)
-    times = [*state.all_model_checkpoint_timestamps, *[0.0] * len(names)]
-    steps = re.compile(rf"{re.escape(prefix.name)}-\d+")
-    mine = {n: t for n, t in zip(names, times, strict=False) if steps.fullmatch(n)}
-    return mine, state.last_preserved_timestamp
-
-
 def _check_values(
-    variables: list[tf.Variable], values: Mapping[str, np.ndarray | tf.Tensor | float]
+    variables: Sequence[tf.Variable], values: Mapping[str, np.ndarray | tf.Tensor | float]
 ) -> None:
     missing = [v.op.name for v in variables if v.op.name not in values]
     different = [
-        f"{v.op.name} (graph {tuple(v.shape)}, value {tuple(np.shape(values[v.op.name]))})"
+        f"{v.op.name} (graph {_shown(v.shape)}, value {tuple(np.shape(values[v.op.name]))})"
         for v in variables
-        if v.op.name in values and tuple(v.shape) != tuple(np.shape(values[v.op.name]))
+        if v.op.name in values and not v.shape.is_compatible_with(np.shape(values[v.op.name]))
     ]
     if missing or different:
         raise ValueError(
@@ -193,8 +167,81 @@ def _check_values(
         )
 
 
-def _meta_path(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".meta")
+def _shown(shape: tf.TensorShape) -> str:
+    return str(tuple(shape)) if shape.rank is not None else "of any shape"
+
+
+def _with_saver(
+    graph: tf.Graph,
+    variables: Sequence[tf.Variable],
+    max_to_keep: int | None,
+    hours: float | None,
+) -> bytes:
+    """A graph as a meta graph with a saver for some variables; the same bytes for the same graph.
+
+    The saver's operations are added to a copy: in a loop that saves, the graph must not grow.
+    """
+    with graph.as_default():
+        meta = tf1.train.export_meta_graph()
+    options = {} if hours is None else {"keep_checkpoint_every_n_hours": hours}
+    with tf.Graph().as_default() as copy:
+        tf1.train.import_meta_graph(meta)
+        copies = {v.op.name: v for v in tf1.global_variables()}
+        saver = tf1.train.Saver(
+            [copies[v.op.name] for v in variables],
+            max_to_keep=max_to_keep,
+            write_version=tf1.train.SaverDef.V2,
+            save_relative_paths=True,
+            **options,
+        )
+        meta = tf1.train.export_meta_graph(graph=copy, saver_def=saver.as_saver_def())
+    return meta.SerializeToString(deterministic=True)
+
+
+def _write_values(
+    prefix: Path,
+    variables: Sequence[tf.Variable],
+    values: Mapping[str, np.ndarray | tf.Tensor | float],
+) -> None:
+    """Write a V2 checkpoint, also in programs that have turned eager execution off."""
+    entries = [_entry(v) for v in variables]
+    options = {
+        "prefix": str(prefix),
+        "tensor_names": [entry.key for entry in entries],
+        "shape_and_slices": [entry.slice for entry in entries],
+    }
+    pairs = [(values[v.op.name], v.dtype.base_dtype) for v in variables]
+    with tf.init_scope():
+        if tf.executing_eagerly():
+            tf.raw_ops.SaveV2(tensors=[_to_tensor(*pair) for pair in pairs], **options)
+            return
+    with tf.Graph().as_default(), tf1.Session() as session:
+        fed = {tf1.placeholder(dtype): value for value, dtype in pairs}
+        session.run(tf.raw_ops.SaveV2(tensors=list(fed), **options), fed)
+
+
+def _entry(variable: tf.Variable) -> Entry:
+    """Where a saver looks for a variable: under its name, or as a slice of a partitioned one."""
+    info = variable.to_proto().save_slice_info_def
+    if not info.full_name:
+        return Entry(variable.op.name)
+    return Entry(info.full_name, tf1.Variable.SaveSliceInfo(save_slice_info_def=info).spec)
+
+
+def _to_tensor(value: np.ndarray | tf.Tensor | float, dtype: tf.DType) -> tf.Tensor:
+    """A value as a tensor; a big array and its tensor share their memory.
+
+    ``tf.convert_to_tensor`` copies an array, and needs twice its memory to do so.
+    """
+    if isinstance(value, np.ndarray) and value.nbytes >= _BIG and dtype != tf.string:
+        value = value.astype(dtype.as_numpy_dtype, "C", "same_kind", copy=False)
+        with contextlib.suppress(BufferError):  # a type that is TensorFlow's own, or read-only
+            return tf.experimental.dlpack.from_dlpack(value.__dlpack__())
+    return tf.convert_to_tensor(value, dtype)
+
+
+def _same(draft: Path, path: Path) -> bool:
+    return path.is_file() and path.read_bytes() == draft.read_bytes()
 
 
 def _sha256(path: Path) -> str:

@@ -66,7 +66,7 @@ def find(nodes: Sequence[NodeDef], name: str, inputs: Iterable[str] = ()) -> lis
         inputs: tensors where data come in, beside the graph's own sources.
     """
     operation, index = split_tensor_name(name)
-    if any(node.name == operation for node in nodes):
+    if any(node.name == operation and "Summary" not in node.op for node in nodes):
         return [f"{operation}:{index}"]
     forward = _forward(nodes, inputs)
     inner: list[tuple[NodeDef, str]] = []
@@ -268,7 +268,7 @@ def _upstream_facts(
         return facts[name]
 
     lives = branches(order)
-    masks = {d.uniform: d for d in dropout.find(order, {n.name for n in order})}
+    masks = {d.uniform: d for d in dropout.find(list(by_name.values()), {n.name for n in order})}
 
     def trains(node: NodeDef) -> bool:
         if lives[node.name]:

@@ -3,7 +3,9 @@ are computed and one is selected.
 
 ``tf.cond`` of TensorFlow 1 sends tensors through a ``Switch`` into one of two branches, of which a
 ``Merge`` takes what arrives. Gradients of these cannot be taken outside of the program that wrote
-them; a selection's can. Nothing here has side effects, so that computing both branches is harmless.
+them; a selection's can. Nothing here has side effects, so that both branches may be computed; two
+things are not as they were: a branch that is not taken still fails where it divides integers by
+zero, and branches of different shapes are broadcast to one.
 """
 
 from __future__ import annotations
@@ -15,16 +17,20 @@ import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.framework.types_pb2 import DT_BOOL, DT_INT32
 
+from transfer.policy import RANDOM_OPS
 from transfer.surgery.graphs import (
+    MAX_TRACE,
     SWITCHES,
     VARIABLES,
     canonical,
     data_inputs,
+    dtype_of,
     operation_of,
     origin,
     split_tensor_name,
 )
 
+_HAVE_GRADIENTS = frozenset({tf.float16, tf.bfloat16, tf.float32, tf.float64})
 MERGES = frozenset({"Merge", "RefMerge"})
 _ALIASES = frozenset({"Identity", "RefIdentity"})
 _PASS = _ALIASES | SWITCHES
@@ -91,7 +97,9 @@ def root(by_name: Mapping[str, NodeDef], tensor: str) -> str:
     """The tensor that another one is a copy of."""
     name = canonical(tensor)
     node = by_name.get(operation_of(name))
-    while node is not None and node.op in _ALIASES and node.input:
+    for _ in range(MAX_TRACE):
+        if node is None or node.op not in _ALIASES or not node.input:
+            break
         name = canonical(node.input[0])
         node = by_name.get(operation_of(name))
     return name
@@ -122,11 +130,19 @@ def resolve(
         predicate = predicate_of(node, by_name, lives) if node.op in MERGES else None
         if node.op in SWITCHES:
             renamed |= {f"{node.name}:{side}": edges[0] for side in (0, 1)}
+            chooser = root(by_name, node.input[1])
+            if known_value(by_name, chooser) is None and dtype_of(node) in _HAVE_GRADIENTS:
+                gates = _gates(node, edges[0], new_name(chooser))
+                resolved += gates
+                renamed |= {f"{node.name}:{side}": gates[1 + side].name for side in (0, 1)}
         elif predicate is not None:
             side = known_value(by_name, predicate)
             if side is not None and inference:
                 in_use = known_value({**by_name, **inference}, predicate)
-                if in_use is not None and _is_statistics(by_name, node.input[int(in_use)]):
+                if in_use not in (None, side) and (
+                    _is_statistics(by_name, node.input[int(in_use)])
+                    or _is_norm(by_name, lives, node.input[int(side)], predicate)
+                ):
                     side = in_use
             resolved += _merged(node, edges, new_name(predicate), side)
             renamed[f"{node.name}:1"] = f"{node.name}/value_index:0"
@@ -140,32 +156,123 @@ def resolve(
     return resolved, new_name(output)
 
 
+def _gates(switch: NodeDef, value: str, predicate: str) -> list[NodeDef]:
+    """What stands in the place of an undecided ``Switch``: its input without a gradient, then its
+    two outputs. The gradient comes back from the branch that is taken only; in the other one it may
+    be no number."""
+    stopped = NodeDef(name=f"{switch.name}/stopped", op="StopGradient", input=[value])
+    gates = [stopped]
+    for side, pair in enumerate(((stopped.name, value), (value, stopped.name))):
+        name = f"{switch.name}/side_{side}"
+        gates.append(NodeDef(name=name, op="SelectV2", input=[predicate, *pair]))
+    for node in gates:
+        node.attr["T"].CopyFrom(switch.attr["T"])
+    return gates
+
+
 def known_value(nodes: Mapping[str, NodeDef], tensor: str) -> bool | None:
     """The value of a predicate if it follows from constants."""
-    value = _value(nodes, tensor, depth=0)
+    value = _value(nodes, tensor, {})
     return None if value is None or value.size != 1 else bool(value.ravel()[0])
 
 
-def _value(nodes: Mapping[str, NodeDef], tensor: str, depth: int) -> np.ndarray | None:
-    node = nodes.get(operation_of(tensor))
-    if node is None or depth > 20:
-        return None
+def _value(
+    nodes: Mapping[str, NodeDef], tensor: str, known: dict[str, np.ndarray | None], depth: int = 0
+) -> np.ndarray | None:
+    name = operation_of(tensor)
+    if name not in known:
+        known[name] = None
+        if name in nodes and depth <= 20:
+            known[name] = _evaluated(nodes, nodes[name], known, depth)
+    return known[name]
+
+
+def _evaluated(
+    nodes: Mapping[str, NodeDef], node: NodeDef, known: dict[str, np.ndarray | None], depth: int
+) -> np.ndarray | None:
     if node.op == "Const":
         value = node.attr["value"].tensor
         is_scalar = not any(dim.size != 1 for dim in value.tensor_shape.dim)
         return np.asarray(tf.make_ndarray(value)) if is_scalar else None
-    if node.op in _PASS | {"Cast", "Reshape", "Squeeze"}:
-        return _value(nodes, node.input[0], depth + 1)
+    if node.op in _PASS | {"Cast", "ReadVariableOp", "Reshape", "Squeeze"}:
+        return _value(nodes, node.input[0], known, depth + 1)
     if node.op in _FOLDED:
-        operands = [_value(nodes, edge, depth + 1) for edge in data_inputs(node)]
+        operands = [_value(nodes, edge, known, depth + 1) for edge in data_inputs(node)]
         if all(operand is not None for operand in operands):
             return np.asarray(_FOLDED[node.op](*operands))
     return None
 
 
+def stored(nodes: Sequence[NodeDef]) -> set[str]:
+    """Variables that stand for what is computed from the data where a switch says so: the averages
+    of a batch norm's means and variances.
+
+    Args:
+        nodes: inputs before their users, with constants for the switches.
+    """
+    by_name = {node.name: node for node in nodes}
+    lives = branches(nodes)
+    found = set()
+    for node in nodes:
+        predicate = predicate_of(node, by_name, lives) if node.op in MERGES else None
+        if predicate is None or known_value(by_name, predicate) is None:
+            continue
+        first, second = data_inputs(node)
+        for kept, computed in ((first, second), (second, first)):
+            source = origin(by_name, kept, _PASS | {"ReadVariableOp"})
+            if source is None or source.op not in VARIABLES:
+                continue
+            is_norm = _is_norm(by_name, lives, computed, None)
+            if is_norm and source.name not in _upstream(by_name, computed):
+                found.add(source.name)
+    return found
+
+
+def _upstream(by_name: Mapping[str, NodeDef], tensor: str) -> set[str]:
+    pending, seen = [operation_of(tensor)], set[str]()
+    while pending:
+        name = pending.pop()
+        if name in by_name and name not in seen:
+            seen.add(name)
+            pending += [operation_of(edge) for edge in data_inputs(by_name[name])]
+    return seen
+
+
 def _is_statistics(by_name: Mapping[str, NodeDef], tensor: str) -> bool:
     node = origin(by_name, tensor, _PASS | {"ReadVariableOp"})
     return node is not None and (node.op in VARIABLES or node.op in NORMS)
+
+
+def _is_norm(
+    by_name: Mapping[str, NodeDef],
+    lives: Mapping[str, Branches],
+    tensor: str,
+    predicate: str | None,
+) -> bool:
+    """Whether a branch takes statistics of the batch, and draws no random numbers."""
+    pending, seen, found = [operation_of(tensor)], set[str](), False
+    while pending:
+        node = by_name.get(pending.pop())
+        if (
+            node is None
+            or node.name in seen
+            or (predicate is not None and predicate not in lives[node.name])
+        ):
+            continue
+        seen.add(node.name)
+        if node.op in RANDOM_OPS:
+            return False
+        if node.op in NORMS:
+            found |= node.attr["is_training"].b
+        elif node.op == "Mean":
+            axes = by_name.get(operation_of(node.input[1]))
+            found |= (
+                axes is not None
+                and axes.op == "Const"
+                and 0 in np.ravel(tf.make_ndarray(axes.attr["value"].tensor))
+            )
+        pending += [operation_of(edge) for edge in data_inputs(node)]
+    return found
 
 
 def _merged(

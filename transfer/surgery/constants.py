@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from transfer.surgery.graphs import data_inputs, dtype_of, num_elements, operation_of
 
 _CONVOLUTIONS = frozenset({"Conv2D", "Conv2DBackpropInput", "Conv3D", "DepthwiseConv2dNative"})
 _PRODUCTS = frozenset({"BatchMatMul", "BatchMatMulV2", "BatchMatMulV3", "MatMul"})
+_SELECTIONS = frozenset({"Select", "SelectV2"})
 _KERNELS = _CONVOLUTIONS | _PRODUCTS
 
 
@@ -40,6 +40,8 @@ def find_weights(nodes: Sequence[NodeDef], live: Collection[str], input: str) ->
         if not is_kernel and not any(edge in deep for edge in edges):
             continue
         deep.add(node.name)
+        if node.op in _SELECTIONS:  # the zeros of dropout, the edge of a step
+            continue
         pending = [edge for edge in edges if edge not in alive]
         while pending:
             name = pending.pop()
@@ -57,4 +59,4 @@ def _is_weight(node: NodeDef) -> bool:
     if node.op != "Const":
         return False
     dtype = dtype_of(node)
-    return dtype in (tf.float32, tf.float64) and num_elements(node) > 1
+    return dtype is not None and dtype.is_floating and num_elements(node) > 1

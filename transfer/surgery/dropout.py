@@ -9,10 +9,12 @@ All are a product (or a selection) of scaled values and a mask that is 0 or 1 at
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from transfer.surgery.graphs import (
@@ -34,6 +36,13 @@ _ADDITIONS = frozenset({"Add", "AddV2"})
 _SELECTIONS = frozenset({"Select", "SelectV2"})
 _ABOVE = frozenset({"Greater", "GreaterEqual"})
 _BELOW = frozenset({"Less", "LessEqual"})
+_ARITHMETIC: dict[str, Callable[..., float]] = {
+    "Sub": operator.sub,
+    "Div": operator.truediv,
+    "RealDiv": operator.truediv,
+    "Inv": lambda a: 1 / a,
+    "Reciprocal": lambda a: 1 / a,
+}
 
 
 @dataclass(frozen=True)
@@ -65,13 +74,19 @@ def find(nodes: Sequence[NodeDef], live: Collection[str]) -> list[Dropout]:
         if node.op == "Mul":
             pairs = [(edges[0], edges[1]), (edges[1], edges[0])] if len(edges) == 2 else []
         elif node.op in _SELECTIONS and len(edges) == 3:
-            pairs = [(edges[1], edges[0])] if operation_of(edges[2]) not in live else []
+            # where(mask, x, 0) or where(mask, 0, x)
+            pairs = [
+                (values, edges[0])
+                for values, other in (edges[1:], edges[:0:-1])
+                if _is_zero(by_name, other)
+            ]
         else:
             pairs = []
         for values, mask in pairs:
             threshold = _threshold(by_name, mask)
             if threshold is not None:
-                found.append(Dropout(node.name, _unscaled(by_name, values, live), *threshold))
+                source = _unscaled(by_name, values, live, threshold[1])
+                found.append(Dropout(node.name, source, *threshold))
                 break
     return found
 
@@ -134,17 +149,75 @@ def _uniform(by_name: Mapping[str, NodeDef], tensor: str) -> str | None:
     return None
 
 
-def _unscaled(by_name: Mapping[str, NodeDef], tensor: str, live: Collection[str]) -> str:
+def _is_zero(by_name: Mapping[str, NodeDef], tensor: str) -> bool:
+    """Whether a tensor is zeros, whatever its shape is."""
+    node = origin(by_name, tensor, _PASS)
+    if node is None:
+        return False
+    if node.op in ("Fill", "BroadcastTo"):
+        return _is_zero(by_name, node.input[1 if node.op == "Fill" else 0])
+    if node.op == "Const":
+        value = node.attr["value"].tensor
+        return num_elements(node) < 2**20 and not tf.make_ndarray(value).any()
+    return node.op == "ZerosLike"
+
+
+def _leaves(by_name: Mapping[str, NodeDef], tensor: str) -> set[str]:
+    """The placeholders, variables and constants that a number follows from."""
+    pending, seen, leaves = [operation_of(tensor)], set[str](), set[str]()
+    while pending and len(seen) < 50:
+        name = pending.pop()
+        node = by_name.get(name)
+        if name in seen:
+            continue
+        seen.add(name)
+        edges = [] if node is None else data_inputs(node)
+        pending += [operation_of(edge) for edge in edges]
+        leaves |= set() if edges else {name}
+    return leaves
+
+
+def _number(by_name: Mapping[str, NodeDef], tensor: str, depth: int = 0) -> float | None:
+    """A number that follows from constants."""
+    node = origin(by_name, tensor, _PASS)
+    if node is None or depth > 10:
+        return None
+    if node.op == "Const":
+        value = node.attr["value"].tensor
+        is_one = num_elements(node) == 1 and tf.as_dtype(value.dtype).is_floating
+        return float(tf.make_ndarray(value).item()) if is_one else None
+    operands = [_number(by_name, edge, depth + 1) for edge in data_inputs(node)]
+    if None in operands or node.op not in _ARITHMETIC:
+        return None
+    try:
+        return _ARITHMETIC[node.op](*operands)
+    except (TypeError, ZeroDivisionError):
+        return None
+
+
+def _is_share(by_name: Mapping[str, NodeDef], scale: str, amount: str, inverse: bool) -> bool:
+    """Whether a scale belongs to a mask: one over the share that is kept."""
+    numbers = _number(by_name, scale), _number(by_name, amount)
+    if numbers[0] is None or numbers[1] is None:
+        return bool(_leaves(by_name, scale) & _leaves(by_name, amount))
+    kept = 1 / (numbers[0] or 1) if inverse else numbers[0]
+    return any(abs(kept - share) < 1e-3 for share in (numbers[1], 1 - numbers[1]))
+
+
+def _unscaled(
+    by_name: Mapping[str, NodeDef], tensor: str, live: Collection[str], amount: str
+) -> str:
     """A tensor before it was divided by the share that is kept."""
     node = by_name.get(operation_of(tensor))
     if node is None or split_tensor_name(tensor)[1]:
         return tensor
     edges = data_inputs(node)
     if node.op in _DIVISIONS and len(edges) == 2 and _is_number(by_name, edges[1]):
-        return edges[0]
+        return edges[0] if _is_share(by_name, edges[1], amount, False) else tensor
     if node.op == "Mul" and len(edges) == 2:
         for scaled, scale in (edges, edges[::-1]):
-            if operation_of(scaled) in live and _is_number(by_name, scale):
+            is_number = operation_of(scaled) in live and _is_number(by_name, scale)
+            if is_number and _is_share(by_name, scale, amount, True):
                 return scaled
     return tensor
 

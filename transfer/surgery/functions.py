@@ -15,13 +15,16 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.framework.types_pb2 import DT_BOOL
 from tensorflow.python.framework import op_def_registry
 
-from transfer.surgery.graphs import split_tensor_name
+from transfer.surgery.graphs import data_inputs, split_tensor_name
 
 _CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 _IFS = frozenset({"If", "StatelessIf"})
 # A function that calls another one twice, which calls another one twice, ...: 40 deep it would be
 # 10^12 nodes.
-MAX_NODES, MAX_BYTES = 50_000, 2**26
+MAX_NODES, MAX_EDGES, MAX_BYTES = 50_000, 500_000, 2**26
+
+Copy = tuple[NodeDef, tuple[str, ...]]
+"""A node that takes part in a call's place, and the function that it is of."""
 
 
 def inline(graph_def: GraphDef) -> GraphDef:
@@ -41,7 +44,7 @@ def inline(graph_def: GraphDef) -> GraphDef:
     inlined = GraphDef(versions=graph_def.versions)
     # Each with the functions it came through.
     pending: list[tuple[NodeDef, tuple[str, ...]]] = [(n, ()) for n in reversed(graph_def.node)]
-    num_nodes = num_bytes = 0
+    num_nodes = num_bytes = num_edges = 0
     max_bytes = MAX_BYTES + 2 * graph_def.ByteSize()
     while pending:
         node, callers = pending.pop()
@@ -54,14 +57,15 @@ def inline(graph_def: GraphDef) -> GraphDef:
                     raise ValueError(
                         f"the graph is damaged: its function {function!r} calls itself"
                     )
-            callers = (*callers, *called)
             bodies = [library[function] for function in called]
             expand = _inline_if if node.op in _IFS else _inline_call
-            copies = list(expand(node, bodies, library))
-            pending += [(copy, callers) for copy in reversed(copies)]
+            expanded = list(expand(node, bodies, library))
+            pending += [(copy, (*callers, *via)) for copy, via in reversed(expanded)]
+            copies = [copy for copy, _ in expanded]
             num_nodes += len(copies)
             num_bytes += sum(copy.ByteSize() for copy in copies)
-            if num_nodes > MAX_NODES or num_bytes > max_bytes:
+            num_edges += sum(len(copy.input) for copy in copies)
+            if num_nodes > MAX_NODES or num_bytes > max_bytes or num_edges > MAX_EDGES:
                 raise ValueError(
                     f"the graph is too large: the bodies of its functions come to {num_nodes:,} "
                     f"nodes and {num_bytes:,} bytes or more, of which at most {MAX_NODES:,} and "
@@ -85,20 +89,25 @@ def _called(node: NodeDef, library: dict[str, FunctionDef]) -> tuple[str, ...]:
 
 def _inline_call(
     node: NodeDef, bodies: Sequence[FunctionDef], library: dict[str, FunctionDef]
-) -> Iterator[NodeDef]:
+) -> Iterator[Copy]:
     (body,) = bodies
     arguments = [edge for edge in node.input if not edge.startswith("^")]
     nodes, results = _instantiate(body, node.name, arguments, node, library)
-    yield from nodes
+    # Says in which branch a constant lives.
+    controls = [edge for edge in node.input if edge.startswith("^")]
+    for copy in nodes:
+        if controls and not data_inputs(copy):
+            copy.input.extend(controls)
+        yield copy, (body.signature.name,)
     # A SavedModel restores its variables in a function; which one from which key is read off it.
     effects = [f"^{n.name}" for n in nodes if n.op == "AssignVariableOp" or _called(n, library)]
     types = [argument.type for argument in body.signature.output_arg]
-    yield _identity(node.name, results, types, effects)
+    yield _identity(node.name, results, types, effects), ()
 
 
 def _inline_if(
     node: NodeDef, bodies: Sequence[FunctionDef], library: dict[str, FunctionDef]
-) -> Iterator[NodeDef]:
+) -> Iterator[Copy]:
     """As TensorFlow itself lowers it, and as ``tf.cond`` of TensorFlow 1 wrote it."""
     predicate, *arguments = (edge for edge in node.input if not edge.startswith("^"))
     types = node.attr["Tin"].list.type
@@ -106,7 +115,7 @@ def _inline_if(
     for number, (edge, dtype) in enumerate(switches):
         switch = NodeDef(name=f"{node.name}/Switch_{number}", op="Switch", input=[edge, predicate])
         switch.attr["T"].type = dtype
-        yield switch
+        yield switch, ()
     outcomes = []
     for side, (body, branch) in enumerate(zip(bodies, ("else", "then"), strict=True)):
         pivot = NodeDef(
@@ -115,13 +124,13 @@ def _inline_if(
             input=[f"{node.name}/Switch_0:{side}"],
         )
         pivot.attr["T"].type = DT_BOOL
-        yield pivot
+        yield pivot, ()
         chosen = [f"{node.name}/Switch_{i + 1}:{side}" for i in range(len(arguments))]
         copies, results = _instantiate(body, f"{node.name}/{branch}", chosen, node, library)
         for copy in copies:
             if not any(not edge.startswith("^") for edge in copy.input):
                 copy.input.append(f"^{pivot.name}")  # says in which branch a constant lives
-            yield copy
+            yield copy, (body.signature.name,)
         outcomes.append(results)
     types = [argument.type for argument in bodies[0].signature.output_arg]
     merged = []
@@ -130,8 +139,8 @@ def _inline_if(
         merge.attr["T"].type = dtype
         merge.attr["N"].i = 2
         merged.append(merge.name)
-        yield merge
-    yield _identity(node.name, merged, types, ())
+        yield merge, ()
+    yield _identity(node.name, merged, types, ()), ()
 
 
 def _instantiate(

@@ -19,6 +19,7 @@ VARIABLES = REFERENCE_VARIABLES | {"VarHandleOp"}
 SWITCHES = frozenset({"Switch", "RefSwitch"})
 _LOOPS = frozenset({"Enter", "Exit", "LoopCond", "NextIteration", "RefEnter", "RefExit"})
 MAX_OUTPUTS = 10_000
+MAX_TRACE = 100
 _LOOP_CALLS = frozenset({"StatelessWhile", "While"})
 
 
@@ -197,7 +198,9 @@ def trace(nodes: Mapping[str, NodeDef], tensor: str, through: Iterable[str]) -> 
     """The nodes that a tensor comes from, backwards along first inputs, while their operation is
     one of ``through``; the last is the first that is not."""
     node = nodes.get(operation_of(tensor))
-    while node is not None:
+    for _ in range(MAX_TRACE):  # a damaged graph may go in circles
+        if node is None:
+            return
         yield node
         if node.op not in through or not data_inputs(node):
             return

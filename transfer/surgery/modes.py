@@ -56,7 +56,7 @@ def find(nodes: Sequence[NodeDef], input: str | None) -> list[Mode]:
         input: the tensor that takes the images; it is none of them.
     """
     by_name = {node.name: node for node in nodes}
-    live = downstream(nodes, [input]) if input else set(by_name)
+    live = {operation_of(input), *downstream(nodes, [input])} if input else set(by_name)
     modes: dict[str, Mode] = {}
     for place in dropout.find(nodes, live):
         for leaf, kind in _controls(by_name, place):
@@ -90,7 +90,8 @@ def _controls(
         if node is None:
             continue
         edges = data_inputs(node)
-        if node.op in _PLACEHOLDERS:
+        is_number = node.op in VARIABLES and not node.attr["shape"].shape.dim
+        if node.op in _PLACEHOLDERS or is_number:
             found.append((node, control))
         elif node.op == "Sub" and len(edges) == 2:  # 1 - keep_prob
             flipped: dropout.Control = "rate" if control == "keep_prob" else "keep_prob"

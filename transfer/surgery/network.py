@@ -127,9 +127,11 @@ def extract(
 
     variables: dict[str, Variable] = {}
     lifted = []
+    fixed = conditionals.stored(in_use)
     for part, name in parts:
         _check_placeholders(part)
         mine, rest, alias = _lift_variables(part, input)
+        mine = [replace(v, trainable=v.trainable and v.name not in fixed) for v in mine]
         variables = {v.name: v for v in mine} | variables
         lifted.append((with_nodes(graph_def, rest), alias.get(name, name)))
     (with_dropout_off, result), (with_dropout_on, training_result) = lifted
@@ -159,7 +161,8 @@ def _arithmetic(
     resolved, output = conditionals.resolve(nodes, canonical(output), inference)
     resolved = ancestors(resolved, output, stop_at=[input])
     if not drop:
-        resolved = dropout.bypass(resolved, downstream(resolved, [input]))
+        live = {operation_of(input), *downstream(resolved, [input])}
+        resolved = dropout.bypass(resolved, live)
         resolved = ancestors(resolved, output, stop_at=[input])
     return seeded(resolved), output
 
@@ -265,12 +268,27 @@ def _check_feeds(graph_def: GraphDef, feeds: Feeds) -> dict[str, float | bool]:
 def _with_constants(nodes: Iterable[NodeDef], feeds: Feeds) -> list[NodeDef]:
     """The nodes with constants in the place of those that are fed."""
     values = {operation_of(name): value for name, value in feeds.items()}
-    return [_constant(n, values[n.name]) if n.name in values else n for n in nodes]
+    return [
+        _constant(node, values[node.name])
+        if node.name in values
+        else _copy_of(node.input[0], node)
+        if node.op == "ReadVariableOp" and operation_of(node.input[0]) in values
+        else node
+        for node in nodes
+    ]
+
+
+def _copy_of(tensor: str, read: NodeDef) -> NodeDef:
+    """An identity in the place of the read of a variable that is a constant now."""
+    copy = NodeDef(name=read.name, op="Identity", input=[tensor])
+    copy.attr["T"].CopyFrom(read.attr["dtype"])
+    return copy
 
 
 def _constant(node: NodeDef, value: float | bool) -> NodeDef:
     dtype = dtype_of(node)
-    if not node.op.startswith("Placeholder") and (node.op not in VARIABLES or dtype != tf.bool):
+    is_number = node.op in VARIABLES and not node.attr["shape"].shape.dim
+    if not node.op.startswith("Placeholder") and not is_number:
         raise ValueError(f"cannot feed {node.name!r}: it is a {node.op}, not a placeholder")
     try:
         tensor = tf.make_tensor_proto(value, dtype)

@@ -1,0 +1,378 @@
+"""Calls of functions, inlined, against the session that calls them."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from stock import Program, assert_close, assert_equals_stock, images
+from tensorflow.core.framework.types_pb2 import DT_FLOAT
+from tensorflow.python.framework import function as legacy
+
+from transfer import ForbiddenOpError, surgery
+
+tf1 = tf.compat.v1
+
+
+def function(python, **options):
+    return tf.function(python, autograph=False, **options)
+
+
+def x_of(width=4):
+    return tf1.placeholder(tf.float32, [None, width], name="x")
+
+
+def calls(graph_def):
+    names = {f.signature.name for f in graph_def.library.function}
+    return [n.op for n in graph_def.node if n.op in names or "Call" in n.op or "If" in n.op]
+
+
+def test_calls_within_calls():
+    def build():
+        w = tf1.get_variable("w", [4, 3], use_resource=True)
+        innermost = function(lambda y: tf.tanh(y) * 2.0)
+        inner = function(lambda y: tf.matmul(innermost(y), w) + 1.0)
+        outer = function(lambda y: tf.nn.relu(inner(y)))
+        tf.identity(outer(x_of()), name="tap")
+
+    program = Program(build)
+    assert {n.op for n in program.graph.as_graph_def().node} & {"StatefulPartitionedCall"}
+    assert calls(program.graph_def) == []
+    assert_equals_stock(program, images(3, 4))
+
+
+def test_calls_without_variables():
+    def build():
+        inner = function(lambda y: tf.exp(-y))
+        tf.identity(function(lambda y: inner(y) + inner(2.0 * y))(x_of()), name="tap")
+
+    program = Program(build)
+    assert {n.op for n in program.graph.as_graph_def().node} & {"PartitionedCall"}
+    assert_equals_stock(program, images(3, 4))
+
+
+def test_one_function_called_twice():
+    def build():
+        w = tf1.get_variable("w", [4, 4], use_resource=True)
+        layer = function(lambda y: tf.nn.relu(tf.matmul(y, w)))
+        tf.identity(layer(layer(x_of())), name="tap")
+
+    assert_equals_stock(Program(build), images(3, 4))
+
+
+def test_an_operation_named_like_a_function_is_a_call():
+    @legacy.Defun(tf.float32, tf.float32, func_name="ScaledSum")
+    def scaled_sum(a, b):
+        return 3.0 * a + b, a - b
+
+    def build():
+        x = x_of()
+        left, right = scaled_sum(x, tf.square(x))
+        tf.multiply(left, right, name="tap")
+
+    program = Program(build)
+    assert "ScaledSum" in {n.op for n in program.graph.as_graph_def().node}
+    assert calls(program.graph_def) == []
+    assert_equals_stock(program, images(3, 4))
+
+
+def test_the_second_result_of_a_call():
+    def build():
+        both = function(lambda y: (tf.nn.relu(y), tf.tanh(y)))
+        tf.identity(both(x_of())[1], name="tap")
+
+    assert_equals_stock(Program(build), images(3, 4))
+
+
+def test_lists_of_outputs_within_a_function():
+    def build():
+        def body(y):
+            first, second, third = tf.split(y, 3, axis=1)
+            top, indices = tf.math.top_k(second, 2)
+            pieces = tf.unstack(third, axis=1)
+            return first * tf.cast(indices, tf.float32), top + pieces[1][:, None]
+
+        first, second = function(body)(x_of(6))
+        tf.concat([second, first], axis=1, name="tap")
+
+    assert_equals_stock(Program(build), images(3, 6))
+
+
+def test_an_argument_that_is_returned_as_it_is():
+    def build():
+        swapped = function(lambda a, b: (b, a))
+        x = x_of()
+        first, second = swapped(x, tf.exp(x))
+        tf.subtract(first, second, name="tap")
+
+    assert_equals_stock(Program(build), images(3, 4))
+
+
+def test_a_tap_within_a_function():
+    def build():
+        inner = function(lambda y: tf.exp(tf.tanh(y, name="deep"), name="deeper"))
+        tf.identity(function(lambda y: inner(y))(x_of()), name="tap")
+
+    program = Program(build)
+    (tap,) = [n.name for n in program.graph_def.node if n.name.endswith("/deep")]
+    layer = program.layer(tap=tap)
+    x = images(3, 4)
+    assert_close(layer(x), np.tanh(x))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("kind", ["If", "StatelessIf"])
+def test_a_choice_that_depends_on_the_data(kind, sign):
+    def build():
+        x = x_of()
+        stateful = kind == "If"
+        w = tf1.get_variable("w", [4, 4], use_resource=True)
+        v = tf1.get_variable("v", [4, 4], use_resource=True) if stateful else tf.fill([4, 4], 2.0)
+        weights = w if stateful else tf.convert_to_tensor(w)
+        y = tf1.cond(
+            tf.reduce_sum(x) > 0,
+            lambda: tf.matmul(x, weights),
+            lambda: tf.nn.relu(tf.matmul(x, v) + 1.0),
+        )
+        tf.identity(y, name="tap")
+
+    program = Program(build, conds="v2")
+    assert kind in {n.op for n in program.graph.as_graph_def().node}
+    assert calls(program.graph_def) == []
+    assert_equals_stock(program, sign * np.abs(images(3, 4)))
+
+
+@pytest.mark.parametrize("predicate", [True, False])
+def test_a_choice_that_is_known_leaves_one_branch(predicate):
+    def build():
+        x = x_of()
+        known = tf1.placeholder_with_default(predicate, [], name="known")
+        tf.identity(tf1.cond(known, lambda: tf.exp(x), lambda: tf.tanh(x)), name="tap")
+
+    program = Program(build, conds="v2")
+    network = program.network(feeds={"known": predicate})
+    ops = {n.op for n in network.graph_def.node}
+    assert ops & {"Exp", "Tanh", "SelectV2"} == {"Exp" if predicate else "Tanh"}
+    assert_equals_stock(program, images(3, 4), {"known:0": predicate}, network)
+
+
+@pytest.mark.parametrize("shift", [-5.0, 0.0, 5.0])
+def test_choices_within_choices(shift):
+    def build():
+        x = x_of()
+        total = tf.reduce_sum(x)
+
+        def inner():
+            return tf1.cond(total > 10, lambda: (x * 2.0, tf.exp(-x)), lambda: (x, tf.tanh(x)))
+
+        first, second = tf1.cond(total > 0, inner, lambda: (-x, tf.zeros_like(x)))
+        tf.add(first, 2.0 * second, name="tap")
+
+    assert_equals_stock(Program(build, conds="v2"), images(3, 4) + shift)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_choice_within_a_function(sign):
+    def build():
+        w = tf1.get_variable("w", [4, 4], use_resource=True)
+
+        def body(y):
+            return tf1.cond(tf.reduce_sum(y) > 0, lambda: tf.matmul(y, w), lambda: y)
+
+        tf.identity(function(body)(x_of()), name="tap")
+
+    assert_equals_stock(Program(build, conds="v2"), sign * np.abs(images(3, 4)))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_call_within_a_branch_of_tensorflow_1(sign):
+    def build():
+        x = x_of()
+        double = function(lambda y: 2.0 * y)
+        y = tf1.cond(tf.reduce_sum(x) > 0, lambda: double(x), lambda: tf.constant(1.0) - x)
+        tf.identity(y, name="tap")
+
+    assert_equals_stock(Program(build), sign * np.abs(images(3, 4)))
+
+
+def test_a_case_over_indices_is_refused_by_name():
+    def build():
+        x = x_of()
+        index = tf.cast(tf.reduce_sum(x), tf.int32)
+        y = tf.switch_case(index, [lambda: x, lambda: 2.0 * x, lambda: 3.0 * x])
+        tf.identity(y, name="tap")
+
+    with pytest.raises(ForbiddenOpError, match="Case"):
+        Program(build, conds="v2").network()
+
+
+def test_a_loop_within_a_function_is_refused():
+    def build():
+        def body(y):
+            return tf.while_loop(
+                lambda v: tf.reduce_sum(v) < 100, lambda v: (v * 2.0,), (tf.abs(y) + 1.0,)
+            )[0]
+
+        tf.identity(function(body)(x_of()), name="tap")
+
+    with pytest.raises(ValueError, match="inside of, or depends on, a while loop"):
+        Program(build, conds="v2").network()
+
+
+def test_a_graph_without_functions_stays_what_it_is():
+    graph_def = Program(lambda: tf.nn.relu(x_of(), name="tap")).graph.as_graph_def()
+    assert surgery.inline(graph_def) == graph_def
+
+
+def test_the_given_graph_is_not_changed():
+    def build():
+        tf.identity(function(lambda y: y + 1.0)(x_of()), name="tap")
+
+    graph_def = Program(build).graph.as_graph_def()
+    before = graph_def.SerializeToString(deterministic=True)
+    surgery.inline(graph_def)
+    assert graph_def.SerializeToString(deterministic=True) == before
+
+
+def test_a_function_that_the_tap_does_not_need_may_do_anything(tmp_path):
+    def build():
+        def body(y):
+            secret = tf.strings.length(tf.io.read_file(str(tmp_path / "secret")))
+            return tf.tanh(y), y + tf.cast(secret, tf.float32)
+
+        harmless, _ = function(body)(x_of())
+        tf.identity(harmless, name="tap")
+
+    program = Program(build)
+    tanh = next(n.name for n in program.graph_def.node if n.op == "Tanh")
+    network = program.network(tap=tanh)
+    assert {n.op for n in network.graph_def.node} == {"Tanh"}
+
+
+@pytest.mark.parametrize("conds", ["v1", "v2"])
+def test_what_is_harmful_is_found_in_a_branch_of_a_function(conds, tmp_path):
+    def build():
+        x = x_of()
+
+        def body(y):
+            return tf1.cond(
+                tf.reduce_sum(y) > 0,
+                lambda: tf.numpy_function(lambda v: v, [y], tf.float32),
+                lambda: y,
+            )
+
+        tf.identity(function(body)(x), name="tap")
+
+    with pytest.raises(ForbiddenOpError, match="PyFunc"):
+        Program(build, conds=conds).network()
+
+
+# Graphs that no program writes.
+
+
+def graph_of(*calls_in_graph):
+    graph_def = tf1.GraphDef()
+    node = graph_def.node.add(name="x", op="Placeholder")
+    node.attr["dtype"].type = DT_FLOAT
+    for name, called, arguments in calls_in_graph:
+        add_call(graph_def.node, name, called, arguments)
+    return graph_def
+
+
+def add_call(nodes, name, called, arguments):
+    node = nodes.add(name=name, op="PartitionedCall", input=arguments)
+    node.attr["f"].func.name = called
+    node.attr["Tin"].list.type.extend([DT_FLOAT] * len(arguments))
+    node.attr["Tout"].list.type.append(DT_FLOAT)
+
+
+def add_function(graph_def, name, *calls_in_body, arguments=("a",), returns=None):
+    """A function of one result, by default that of its last call."""
+    added = graph_def.library.function.add()
+    added.signature.name = name
+    for argument in arguments:
+        added.signature.input_arg.add(name=argument, type=DT_FLOAT)
+    added.signature.output_arg.add(name="r", type=DT_FLOAT)
+    for number, (called, inputs) in enumerate(calls_in_body):
+        add_call(added.node_def, f"c{number}", called, inputs)
+    added.ret["r"] = returns or f"c{len(calls_in_body) - 1}:output:0"
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_functions_that_call_one_another_in_a_circle_are_refused(length):
+    graph_def = graph_of(("tap", "f0", ["x"]))
+    for number in range(length):
+        add_function(graph_def, f"f{number}", (f"f{(number + 1) % length}", ["a"]))
+    with pytest.raises(ValueError, match="damaged: its function 'f0' calls itself"):
+        surgery.inline(graph_def)
+
+
+@pytest.mark.parametrize("arguments", [[], ["x", "x"]])
+def test_a_wrong_number_of_arguments_is_refused(arguments):
+    graph_def = graph_of(("tap", "f", arguments))
+    add_function(graph_def, "f", returns="a")
+    with pytest.raises(
+        ValueError, match=rf"'tap' calls 'f' with {len(arguments)} arguments; it takes 1"
+    ):
+        surgery.inline(graph_def)
+
+
+@pytest.mark.parametrize("reference", ["gone", "gone:output:0", "c0:nothing:0", "a:output:0"])
+def test_a_body_that_refers_to_nothing_is_refused(reference):
+    graph_def = graph_of(("tap", "f", ["x"]))
+    add_function(graph_def, "f", ("g", ["a"]), ("g", [reference]))
+    add_function(graph_def, "g", returns="a")
+    with pytest.raises(ValueError, match=f"damaged: function 'f' refers to '{reference}'"):
+        surgery.inline(graph_def)
+
+
+def test_a_result_that_refers_to_nothing_is_refused():
+    graph_def = graph_of(("tap", "f", ["x"]))
+    add_function(graph_def, "f", returns="gone:output:0")
+    with pytest.raises(ValueError, match="damaged: function 'f' refers to 'gone:output:0'"):
+        surgery.inline(graph_def)
+
+
+def test_a_long_chain_of_calls():
+    graph_def = graph_of(("tap", "f0", ["x"]))
+    for number in range(100):
+        add_function(graph_def, f"f{number}", (f"f{number + 1}", ["a"]))
+    add_function(graph_def, "f100", returns="a")
+    network = surgery.extract(surgery.inline(graph_def), "tap", "x")
+    assert {n.op for n in network.graph_def.node} == {"IdentityN"}
+
+
+def test_functions_of_other_graphs_are_never_called():
+    """TensorFlow would find it: the process knows a function of that name."""
+
+    def build():
+        tf.identity(function(lambda y: y + 1.0)(x_of()), name="tap")
+
+    graph_def = Program(build).graph.as_graph_def()
+    del graph_def.library.function[:]
+    add_function(graph_def, "unused", returns="a")
+    with pytest.raises(ForbiddenOpError, match="PartitionedCall"):
+        surgery.extract(surgery.inline(graph_def), "tap", "x")
+
+
+@pytest.mark.timeout(30)
+def test_functions_that_double_at_every_call_are_refused_at_once():
+    """2 to the power of 40 calls, of a file of 8 KB."""
+    graph_def = graph_of(("tap", "f0", ["x"]))
+    for number in range(40):
+        name = f"f{number + 1}"
+        add_function(graph_def, f"f{number}", (name, ["a"]), (name, ["c0:output:0"]))
+    add_function(graph_def, "f40", returns="a")
+    with pytest.raises(ValueError, match="the graph is too large"):
+        surgery.inline(graph_def)
+
+
+@pytest.mark.timeout(30)
+def test_a_function_of_many_results_that_is_called_often_is_refused():
+    """10^8 edges, of a file of 1 MB."""
+    graph_def = graph_of(*((f"c{number}", "f", ["x"]) for number in range(10**4)))
+    add_function(graph_def, "f", returns="a")
+    signature = graph_def.library.function[0]
+    for number in range(10**4):
+        signature.signature.output_arg.add(name=f"r{number}", type=DT_FLOAT)
+        signature.ret[f"r{number}"] = "a"
+    with pytest.raises(ValueError, match="the graph is too large"):
+        surgery.inline(graph_def)

@@ -1,0 +1,137 @@
+"""Which checkpoint key feeds which variable of a SavedModel of TensorFlow 2."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
+from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
+
+from transfer import load_meta_graph, objects, surgery
+
+KEY = objects.KEY
+
+
+def variable(value, name="same"):
+    return tf.Variable(np.float32(value), name=name)
+
+
+class Model(tf.Module):
+    """Every variable has another value, and all have the same name."""
+
+    def __init__(self):
+        super().__init__()
+        self.listed = [variable(1.0), [variable(2.0)]]
+        self.keyed = {"a/b": variable(3.0), "a.b": variable(4.0), "": variable(5.0)}
+        self.inner = tf.Module()
+        self.inner.inner = tf.Module()
+        self.inner.inner.v = variable(6.0)
+        self.first = self.second = variable(7.0)
+        self.unused = variable(8.0)
+
+    def used(self):
+        listed, keyed = self.listed, self.keyed
+        return [
+            *(listed[0], listed[1][0], keyed["a/b"], keyed["a.b"], keyed[""]),
+            *(self.inner.inner.v, self.first),
+        ]
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 1])])
+    def serve(self, x):
+        return tf.add_n([x * v for v in self.used()])
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A SavedModel, and the value of each of its checkpoint's keys."""
+    model = Model()
+    tf.saved_model.save(model, str(tmp_path / "m"), signatures=model.serve)
+    reader = tf.train.load_checkpoint(str(tmp_path / "m" / "variables" / "variables"))
+    return load_meta_graph(tmp_path / "m"), reader
+
+
+def test_paths_go_from_the_root_to_the_variable(saved):
+    graph, _ = saved
+    assert sorted(objects.variable_paths(graph.meta).values()) == [
+        ("first",),
+        ("inner", "inner", "v"),
+        ("keyed", ""),
+        ("keyed", "a.b"),
+        ("keyed", "a/b"),
+        ("listed", "0"),
+        ("listed", "1", "0"),
+    ]
+
+
+def test_every_variable_gets_its_own_key(saved):
+    graph, reader = saved
+    paths = objects.variable_paths(graph.meta)
+    keys = objects.checkpoint_keys(paths, reader.get_tensor(KEY))
+    values = {paths[name]: float(reader.get_tensor(key)) for name, key in keys.items()}
+    assert values == {
+        ("listed", "0"): 1.0,
+        ("listed", "1", "0"): 2.0,
+        ("keyed", "a/b"): 3.0,
+        ("keyed", "a.b"): 4.0,
+        ("keyed", ""): 5.0,
+        ("inner", "inner", "v"): 6.0,
+        ("first",): 7.0,
+    }
+
+
+def test_values_are_read_through_them(saved):
+    graph, _ = saved
+    network = graph.network(graph.outputs[0])
+    values = graph.read(network.variables)
+    assert sorted(float(value) for value in values.values()) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_graph_of_tensorflow_1_has_no_objects():
+    assert objects.variable_paths(MetaGraphDef()) == {}
+
+
+def test_children_that_are_not_there_are_passed_over(saved):
+    graph, _ = saved
+    meta = MetaGraphDef()
+    meta.CopyFrom(graph.meta)
+    for number in (-1, 10**6):
+        meta.object_graph_def.nodes[0].children.add(node_id=number, local_name="gone")
+    assert objects.variable_paths(meta) == objects.variable_paths(graph.meta)
+
+
+def test_objects_that_hold_one_another(saved):
+    graph, _ = saved
+    meta = MetaGraphDef()
+    meta.CopyFrom(graph.meta)
+    for number, node in enumerate(meta.object_graph_def.nodes):
+        node.children.add(node_id=0, local_name="root")
+        node.children.add(node_id=number, local_name="self")
+    assert objects.variable_paths(meta) == objects.variable_paths(graph.meta)
+
+
+def test_a_variable_that_the_checkpoint_does_not_have(saved):
+    graph, reader = saved
+    paths = objects.variable_paths(graph.meta)
+    gone = {name: (*path, "gone") for name, path in paths.items()}
+    assert objects.checkpoint_keys(gone, reader.get_tensor(KEY)) == {}
+
+
+def test_objects_of_the_checkpoint_that_are_not_there(saved):
+    graph, reader = saved
+    damaged = TrackableObjectGraph.FromString(reader.get_tensor(KEY))
+    for node in damaged.nodes:
+        for child in node.children:
+            child.node_id = 10**6
+    paths = objects.variable_paths(graph.meta)
+    assert objects.checkpoint_keys(paths, damaged.SerializeToString()) == {}
+
+
+def test_an_entry_that_is_no_graph_of_objects():
+    with pytest.raises(ValueError, match=f"the checkpoint is damaged at {KEY}"):
+        objects.checkpoint_keys({"v": ("v",)}, b"\xff\xff\xff")
+
+
+def test_variables_keep_the_graphs_names(saved):
+    graph, _ = saved
+    nodes = [node.name for node in graph.meta.graph_def.node if node.op in surgery.VARIABLES]
+    assert set(graph.objects) <= set(nodes)
+    assert len(nodes) == 8
