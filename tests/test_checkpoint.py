@@ -115,14 +115,6 @@ def test_a_damaged_index_is_reported(tmp_path):
         checkpoint.Checkpoint(tmp_path / "m")
 
 
-def test_write_is_read_by_tensorflow(tmp_path):
-    values = {"x/y": (A, tf.float32), "z": (tf.constant(B), tf.float32)}
-    checkpoint.write(tmp_path / "w", values)
-    reader = tf.train.load_checkpoint(str(tmp_path / "w"))
-    np.testing.assert_array_equal(reader.get_tensor("x/y"), A)
-    np.testing.assert_array_equal(reader.get_tensor("z"), B)
-
-
 @pytest.mark.parametrize(
     ("written", "full", "expected"),
     [("", (4, 3), (4, 3)), ("4 3 0,2:-", (4, 3), (2, 3)), ("4 3 2,2:0,3", (4, 3), (2, 3))],

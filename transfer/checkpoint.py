@@ -13,16 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.protobuf.saver_pb2 import SaverDef
 
 from transfer.index import Stored, read_v1, read_v2
-from transfer.surgery import Variable, split_tensor_name
-
-tf1 = tf.compat.v1
+from transfer.surgery import Variable, constant, split_tensor_name
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _SLICE = re.compile(r"(\d{1,18} )*((-|\d{1,18},\d{1,18}):)*(-|\d{1,18},\d{1,18})")
@@ -172,28 +169,6 @@ class Checkpoint:
             )
 
 
-def write(
-    prefix: str | Path, values: Mapping[str, tuple[np.ndarray | tf.Tensor | float, tf.DType]]
-) -> None:
-    """Write a V2 checkpoint: key to a value and the type to store it as.
-
-    Also while a graph is being built, and in programs that have turned eager execution off.
-    """
-    options = {
-        "prefix": str(prefix),
-        "tensor_names": list(values),
-        "shape_and_slices": [""] * len(values),
-    }
-    with tf.init_scope():
-        if tf.executing_eagerly():
-            tensors = [tf.convert_to_tensor(value, dtype) for value, dtype in values.values()]
-            tf.raw_ops.SaveV2(tensors=tensors, **options)
-            return
-    with tf.Graph().as_default(), tf1.Session() as session:
-        fed = {tf1.placeholder(dtype): value for value, dtype in values.values()}
-        session.run(tf.raw_ops.SaveV2(tensors=list(fed), **options), fed)
-
-
 def check_path(path: str | Path) -> None:
     """Refuse a path that TensorFlow takes for a pattern; it could be written to but not read from.
 
@@ -227,11 +202,9 @@ def saver_entries(graph_def: GraphDef, saver_def: SaverDef) -> dict[str, Entry]:
     if restore_all not in nodes:
         return {}
 
-    def constant(name: str) -> list[str]:
-        node = nodes.get(split_tensor_name(name)[0])
-        if node is None or node.op != "Const":
-            return []
-        return [v.decode() for v in tf.make_ndarray(node.attr["value"].tensor).ravel()]
+    def strings(name: str) -> list[str]:
+        value = constant(nodes.get(split_tensor_name(name)[0]))
+        return [v.decode() for v in (() if value is None else value.ravel()) if type(v) is bytes]
 
     entries = {}
     assigned = (node[1:] for node in nodes[restore_all].input if node.startswith("^"))
@@ -250,8 +223,8 @@ def saver_entries(graph_def: GraphDef, saver_def: SaverDef) -> dict[str, Entry]:
         restore = nodes.get(value[0])
         if restore is None or restore.op not in ("RestoreV2", "RestoreSlice", "Restore"):
             continue
-        keys = constant(restore.input[1])
-        slices = constant(restore.input[2]) if restore.op != "Restore" else [""]
+        keys = strings(restore.input[1])
+        slices = strings(restore.input[2]) if restore.op != "Restore" else [""]
         if value[1] < min(len(keys), len(slices)):
             entries[variable] = Entry(keys[value[1]], slices[value[1]])
     return entries
@@ -335,6 +308,7 @@ def check_files(prefix: Path) -> None:
         shards = [
             _SHARD.search(path.name)
             for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.data-?????-of-?????")
+            if path.is_file()  # a pipe would be read for ever
         ]
         found = {(int(match[1]), int(match[2])) for match in shards if match}
         count = max((total for _, total in found), default=1)

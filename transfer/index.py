@@ -46,7 +46,7 @@ def read_v2(path: Path) -> dict[str, Stored]:
         raise ValueError(f"it has over {MAX_INDEX_BYTES:,} bytes, too many for an index")
     entries: dict[str, Stored] = {}
     num_shards = None
-    for key, value in _table(path.read_bytes()):
+    for key, value in table(path.read_bytes()):
         if not key:
             num_shards = _parse(BundleHeaderProto, value, key).num_shards
             continue
@@ -80,7 +80,7 @@ def read_v1(paths: Sequence[Path]) -> dict[str, Stored]:
     for path in paths:
         if path.stat().st_size > 2**31 - 1:
             raise ValueError("it has over 2 GB, too many for a V1 checkpoint")
-        first = next(_table(path.read_bytes()), None)
+        first = next(table(path.read_bytes()), None)
         if first is None or first[0]:
             raise ValueError(f"{path.name} does not begin with a list of what is in it")
         for tensor in _parse(SavedTensorSlices, first[1], b"").meta.tensor:
@@ -92,7 +92,7 @@ def read_v1(paths: Sequence[Path]) -> dict[str, Stored]:
     return entries
 
 
-def _table(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+def table(content: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Keys and values of a table, in order."""
     if len(content) < _FOOTER_BYTES or content[-8:] != struct.pack("<Q", _MAGIC):
         raise ValueError("it is no table of TensorFlow, or it was cut short")

@@ -222,7 +222,8 @@ def _write_values(
 
 def _entry(variable: tf.Variable) -> Entry:
     """Where a saver looks for a variable: under its name, or as a slice of a partitioned one."""
-    info = variable.to_proto().save_slice_info_def
+    with variable.graph.as_default():  # a resource variable gives its proto in a graph only
+        info = variable.to_proto().save_slice_info_def
     if not info.full_name:
         return Entry(variable.op.name)
     return Entry(info.full_name, tf1.Variable.SaveSliceInfo(save_slice_info_def=info).spec)

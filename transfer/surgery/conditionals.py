@@ -23,8 +23,10 @@ from transfer.surgery.graphs import (
     SWITCHES,
     VARIABLES,
     canonical,
+    constant,
     data_inputs,
     dtype_of,
+    num_elements,
     operation_of,
     origin,
     split_tensor_name,
@@ -191,9 +193,7 @@ def _evaluated(
     nodes: Mapping[str, NodeDef], node: NodeDef, known: dict[str, np.ndarray | None], depth: int
 ) -> np.ndarray | None:
     if node.op == "Const":
-        value = node.attr["value"].tensor
-        is_scalar = not any(dim.size != 1 for dim in value.tensor_shape.dim)
-        return np.asarray(tf.make_ndarray(value)) if is_scalar else None
+        return constant(node) if num_elements(node) == 1 else None
     if node.op in _PASS | {"Cast", "ReadVariableOp", "Reshape", "Squeeze"}:
         return _value(nodes, node.input[0], known, depth + 1)
     if node.op in _FOLDED:
@@ -265,12 +265,8 @@ def _is_norm(
         if node.op in NORMS:
             found |= node.attr["is_training"].b
         elif node.op == "Mean":
-            axes = by_name.get(operation_of(node.input[1]))
-            found |= (
-                axes is not None
-                and axes.op == "Const"
-                and 0 in np.ravel(tf.make_ndarray(axes.attr["value"].tensor))
-            )
+            axes = constant(by_name.get(operation_of(node.input[1])))
+            found |= axes is not None and 0 in np.ravel(axes)
         pending += [operation_of(edge) for edge in data_inputs(node)]
     return found
 

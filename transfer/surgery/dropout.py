@@ -14,12 +14,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from transfer.surgery.graphs import (
     SWITCHES,
     VARIABLES,
+    constant,
     data_inputs,
     num_elements,
     operation_of,
@@ -157,8 +157,8 @@ def _is_zero(by_name: Mapping[str, NodeDef], tensor: str) -> bool:
     if node.op in ("Fill", "BroadcastTo"):
         return _is_zero(by_name, node.input[1 if node.op == "Fill" else 0])
     if node.op == "Const":
-        value = node.attr["value"].tensor
-        return num_elements(node) < 2**20 and not tf.make_ndarray(value).any()
+        value = constant(node)
+        return value is not None and not value.any()
     return node.op == "ZerosLike"
 
 
@@ -183,9 +183,8 @@ def _number(by_name: Mapping[str, NodeDef], tensor: str, depth: int = 0) -> floa
     if node is None or depth > 10:
         return None
     if node.op == "Const":
-        value = node.attr["value"].tensor
-        is_one = num_elements(node) == 1 and tf.as_dtype(value.dtype).is_floating
-        return float(tf.make_ndarray(value).item()) if is_one else None
+        value = constant(node) if num_elements(node) == 1 else None
+        return float(value.item()) if value is not None and value.dtype.kind in "fV" else None
     operands = [_number(by_name, edge, depth + 1) for edge in data_inputs(node)]
     if None in operands or node.op not in _ARITHMETIC:
         return None

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
@@ -18,6 +19,7 @@ REFERENCE_VARIABLES = frozenset({"Variable", "VariableV2", "AutoReloadVariable"}
 VARIABLES = REFERENCE_VARIABLES | {"VarHandleOp"}
 SWITCHES = frozenset({"Switch", "RefSwitch"})
 _LOOPS = frozenset({"Enter", "Exit", "LoopCond", "NextIteration", "RefEnter", "RefExit"})
+MAX_CONSTANT_ELEMENTS = 2**20
 MAX_OUTPUTS = 10_000
 MAX_TRACE = 100
 _LOOP_CALLS = frozenset({"StatelessWhile", "While"})
@@ -192,6 +194,16 @@ def dtype_of(node: NodeDef, index: int = 0) -> tf.DType | None:
 def num_elements(node: NodeDef) -> int:
     """How many elements a constant claims to have."""
     return math.prod(max(dim.size, 0) for dim in node.attr["value"].tensor.tensor_shape.dim)
+
+
+def constant(node: NodeDef | None) -> np.ndarray | None:
+    """The value of a constant; ``None`` where a node is none, is large, or makes no sense."""
+    if node is None or node.op != "Const" or num_elements(node) > MAX_CONSTANT_ELEMENTS:
+        return None
+    try:
+        return np.asarray(tf.make_ndarray(node.attr["value"].tensor))
+    except (ValueError, TypeError, LookupError):  # numpy's, for sizes and types that do not fit
+        return None
 
 
 def trace(nodes: Mapping[str, NodeDef], tensor: str, through: Iterable[str]) -> Iterator[NodeDef]:

@@ -18,10 +18,10 @@ from transfer.surgery import conditionals, dropout
 from transfer.surgery.graphs import (
     SWITCHES,
     VARIABLES,
+    constant,
     data_inputs,
     downstream,
     dtype_of,
-    num_elements,
     operation_of,
     origin,
     static_shape,
@@ -104,10 +104,9 @@ def _controls(
 def _training_value(by_name: Mapping[str, NodeDef], leaf: NodeDef, kind: dropout.Control) -> float:
     """The placeholder's default, if it drops something; else what is customary."""
     default = by_name.get(operation_of(leaf.input[0])) if leaf.input else None
-    if default is not None and default.op == "Const" and num_elements(default) == 1:
-        value = tf.make_ndarray(default.attr["value"].tensor)
-        if value.dtype.kind == "f" and 0 < float(value.item()) < 1:
-            return float(value.item())
+    value = constant(default)
+    if value is not None and value.size == 1 and value.dtype.kind == "f" and 0 < value.item() < 1:
+        return float(value.item())
     return TRAINING_KEEP_PROB if kind == "keep_prob" else 1 - TRAINING_KEEP_PROB
 
 

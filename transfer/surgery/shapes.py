@@ -17,7 +17,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.framework.types_pb2 import DT_INT64
 
 from transfer.surgery import dropout
-from transfer.surgery.graphs import canonical, downstream, operation_of, with_nodes
+from transfer.surgery.graphs import canonical, constant, downstream, operation_of, with_nodes
 from transfer.surgery.network import Network
 from transfer.surgery.randomness import SEED
 
@@ -91,7 +91,7 @@ def _open_batch(network: Network, graph_def: GraphDef, shapes: Mapping[str, Shap
     states_batch = {
         node.name
         for node in graph_def.node
-        if node.op == "Const" and np.ravel(_array(node))[:1].tolist() == [batch]
+        if (value := constant(node)) is not None and np.ravel(value)[:1].tolist() == [batch]
     }
     masks = {place.uniform: place.source for place in dropout.find(graph_def.node, live)}
     nodes: list[NodeDef] = []
@@ -157,7 +157,3 @@ def _sizes(tensor: tf.Tensor) -> Shape:
     with contextlib.suppress(ValueError):
         return tuple(tensor.shape.as_list())
     return None
-
-
-def _array(node: NodeDef) -> np.ndarray:
-    return tf.make_ndarray(node.attr["value"].tensor)

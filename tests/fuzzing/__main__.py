@@ -1,0 +1,173 @@
+"""Damage real models in every way, and see that loading them gives a number or a clean error.
+
+    python tests/fuzzing --count 3000
+    python tests/fuzzing --only meta:123        one input again, with its traceback
+
+An input is a model of which one file is changed: bits, bytes and lengths of any file; and, with
+all checksums right, what protobufs, checkpoint tables and JSON say. Each follows from its kind and
+its number alone. It is loaded, inspected, made a ``Backbone`` and called, in a worker process.
+Right is a result, a ``ValueError`` or an ``OSError``; in the call itself, also what TensorFlow says
+of shapes that do not fit (``InvalidArgumentError``) or of too large a result
+(``ResourceExhaustedError``). Wrong is any other exception, the end of the process, over 20 seconds,
+or over 2 GB of memory.
+
+Models are made here, and those in ``../shared/wild`` are used where they are. Nothing is left
+behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from common import KINDS, OUTCOMES, WILD, WORKERS, Base, Result
+from supervisor import Supervisor
+
+
+def shares(count: int, kinds: Sequence[str]) -> dict[str, int]:
+    """How many inputs of each kind."""
+    total = sum(KINDS[kind] for kind in kinds)
+    return {kind: max(1, count * KINDS[kind] // total) for kind in kinds}
+
+
+def interleaved(numbers: dict[str, range]) -> list[tuple[str, int]]:
+    """All kinds from the beginning on, each at its own pace."""
+    placed = [
+        ((place + 0.5) / len(span), kind, number)
+        for kind, span in numbers.items()
+        for place, number in enumerate(span)
+    ]
+    return [(kind, number) for _, kind, number in sorted(placed)]
+
+
+def table(results: Sequence[Result]) -> str:
+    head = ["kind", "tried", *OUTCOMES, "peak MB", "slowest s"]
+    rows = [head]
+    kinds = [kind for kind in KINDS if any(result.kind == kind for result in results)]
+    for kind in [*kinds, "all"]:
+        of_kind = [r for r in results if kind in (r.kind, "all")]
+        counts = collections.Counter(result.outcome for result in of_kind)
+        slowest = max(of_kind, key=lambda result: result.seconds)
+        largest = max(of_kind, key=lambda result: result.growth)
+        rows.append(
+            [
+                kind,
+                str(len(of_kind)),
+                *(str(counts[outcome]) for outcome in OUTCOMES),
+                f"{largest.growth / 2**20:.0f} ({largest.kind}:{largest.number})",
+                f"{slowest.seconds:.1f} ({slowest.kind}:{slowest.number})",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+
+
+def grouped(results: Iterable[Result]) -> list[list[Result]]:
+    """Those that failed in the same way and place, the most frequent first."""
+    groups = collections.defaultdict(list)
+    for result in results:
+        groups[result.outcome, result.stage, result.error, result.where].append(result)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+def show_groups(results: Iterable[Result], command: str, traces: bool) -> None:
+    for group in grouped(results):
+        first = group[0]
+        numbers = ", ".join(f"{result.kind}:{result.number}" for result in group[:8])
+        more = " ..." if len(group) > 8 else ""
+        print(
+            f"\n{first.outcome} in {first.stage}: {first.error} {first.where} "
+            f"({len(group)} inputs: {numbers}{more})"
+        )
+        print(f"  {first.base or '?'}, {first.mutation or '?'}: {first.message[:300]}")
+        if traces:
+            if first.number >= 0:
+                print(f"  again: {command} --only {first.kind}:{first.number}")
+            print("  " + first.trace.strip().replace("\n", "\n  "))
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=3000, help="inputs over all kinds")
+    parser.add_argument("--seed", type=int, default=0, help="number of the first input of a kind")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="separated by commas")
+    parser.add_argument("--only", metavar="KIND:NUMBER", help="try this input, and say all of it")
+    parser.add_argument("--wild", type=Path, default=WILD, help="folder with cases.json, or none")
+    parser.add_argument("--limit", type=float, default=20.0, help="seconds for an input")
+    parser.add_argument("--memory", type=int, default=2048, help="megabytes for an input")
+    parser.add_argument(
+        "--verbose", action="store_true", help="also list what was refused, and how"
+    )
+    options = parser.parse_args(arguments)
+    options.kinds = options.kinds.split(",")
+    if options.only:
+        kind, _, number = options.only.partition(":")
+        options.kinds, options.only = [kind], int(number)
+    unknown = set(options.kinds) - set(KINDS)
+    if unknown:
+        parser.error(f"no kinds {sorted(unknown)}; there are {', '.join(KINDS)}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    wild = options.wild if (options.wild / "cases.json").is_file() else None
+    command = "python tests/fuzzing" + ("" if wild == WILD else f" --wild {wild or 'none'}")
+    with tempfile.TemporaryDirectory(prefix="fuzz-", ignore_cleanup_errors=True) as temporary:
+        root = Path(temporary)
+        workers = 1 if options.only is not None else WORKERS
+        supervisor = Supervisor(root, workers, options.limit, options.memory)
+        try:
+            made = root / "bases"
+            made.mkdir()
+            bases: dict[str, list[Base]] = collections.defaultdict(list)
+            for base in supervisor.bases(made, wild):
+                bases[base.kind].append(base)
+            if options.only is not None:
+                jobs = [(options.kinds[0], options.only)]
+            else:
+                controls = [
+                    (kind, -1 - position)
+                    for kind in options.kinds
+                    for position, base in enumerate(bases[kind])
+                    if base.complete
+                ]
+                counts = shares(options.count, options.kinds)
+                numbers = {k: range(options.seed, options.seed + counts[k]) for k in counts}
+                jobs = [*controls, *interleaved(numbers)]
+            results = []
+            for result in supervisor.run(jobs, bases):
+                results.append(result)
+                if result.failed:
+                    print(f"{result.kind}:{result.number} {result.outcome}", flush=True)
+        finally:
+            supervisor.stop()
+    controls_failed = [r for r in results if r.number < 0 and r.failed]
+    if controls_failed:
+        print(f"\n{len(controls_failed)} models do not load as they are:")
+        show_groups(controls_failed, command, traces=True)
+    tried = [result for result in results if result.number >= 0]
+    failed = [result for result in tried if result.failed]
+    show_groups(failed, command, traces=True)
+    if options.verbose or options.only is not None:
+        show_groups(
+            [result for result in tried if not result.failed],
+            command,
+            traces=options.only is not None,
+        )
+    if tried:
+        print(f"\n{table(tried)}")
+    return 1 if failed or controls_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
