@@ -68,7 +68,7 @@ class Checkpoint:
         check_path(prefix)
         if not (index_only and _index(Path(prefix)).is_file()):
             check_files(Path(prefix))
-        self.prefix = _to_open(Path(prefix))
+        self.prefix, self._files = _to_open(Path(prefix)), Path(prefix)
         try:
             stored = _stored(Path(prefix))
         except (ValueError, OSError) as error:
@@ -138,8 +138,10 @@ class Checkpoint:
         """The values of some entries, all in one pass over the file.
 
         Raises:
+            FileNotFoundError: if a data file is missing.
             ValueError: if the data are damaged.
         """
+        check_files(self._files)
         self._check_size(entries)
         try:
             values = tf.raw_ops.RestoreV2(
