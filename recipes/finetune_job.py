@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import sys
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ import numpy as np
 
 from recipes import measure, run_folder
 from recipes.finetune import EMBEDDED, FinetuneConfig, cut_of
+from recipes.network_flags import parse_feed, report
 from transfer import Backbone, Card, Classifier, Head, MetaGraph, load_meta_graph
 from transfer.card import read_card, write_card
 from transfer.data import Split, few_shot, train_and_eval_splits
@@ -23,7 +23,6 @@ from transfer.evaluation import predict, summarize
 from transfer.export import save_classifier
 from transfer.features import Activations, compiled, extract, stream
 from transfer.sources import open_source
-from transfer.surgery import Network
 from transfer.training import ParameterGroup, RunCheckpoint, Trainer, epoch_seed
 
 EMBEDDED_MODEL = str(files("pretrained") / "vgg_small")
@@ -306,9 +305,9 @@ def _classifier(
 ) -> tuple[Classifier, FinetuneConfig]:
     """The classifier before training, and the config with what was found out."""
     tap = graph.tensor(config.tap or graph.card.tap or "fc7")
-    feeds = dict(_feed(assignment) for assignment in config.feed)
+    feeds = dict(parse_feed(assignment) for assignment in config.feed)
     network = graph.network(tap, config.input, feeds, config.keep_dropout)
-    _report(config, tap, network)
+    report(config, tap, network)
     labels = train.source.class_names
     preprocess = graph.preprocess(network.input, config.preprocess, config.image_size)
     backbone = Backbone(
@@ -353,21 +352,6 @@ def _classifier(
     )
 
 
-def _report(config: FinetuneConfig, tap: str, network: Network) -> None:
-    """What was found in the graph and not said by the user."""
-    found = {"tap": (config.tap, tap), "input": (config.input, network.input)}
-    lines = [f"{what}: {name}" for what, (asked, name) in found.items() if asked != name]
-    lines += [
-        f"{mode.kind}: {mode.tensor} is {mode.inference}, and {mode.training} in what is trained "
-        f"(found by {mode.why})"
-        for mode in network.modes
-    ]
-    if network.batch_size is not None:
-        lines.append(f"the graph takes batches of {network.batch_size} only; others are filled up")
-    for line in lines:
-        print(line, file=sys.stderr)
-
-
 def _parameter_groups(
     config: FinetuneConfig, classifier: Classifier, trained: keras.Model
 ) -> list[ParameterGroup]:
@@ -391,12 +375,3 @@ def _optimizer(config: FinetuneConfig, learning_rate: float) -> keras.optimizers
     if config.optimizer == "sgd":
         return keras.optimizers.SGD(learning_rate, momentum=0.9)
     return keras.optimizers.Adam(learning_rate)
-
-
-def _feed(assignment: str) -> tuple[str, float | bool]:
-    name, _, value = assignment.rpartition("=")
-    with contextlib.suppress(ValueError):
-        if name:
-            switches = {"true": True, "false": False}
-            return name, switches[value.lower()] if value.lower() in switches else float(value)
-    raise ValueError(f"--feed {assignment!r}: expected NAME=VALUE with a number, true or false")
