@@ -6,6 +6,7 @@ A checkpoint is named by its prefix. V2 has ``prefix.index`` and ``prefix.data-?
 
 from __future__ import annotations
 
+import functools
 import glob
 import math
 import re
@@ -19,7 +20,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.protobuf.saver_pb2 import SaverDef
 
 from transfer.index import Stored, read_v1, read_v2
-from transfer.surgery import Variable, constant, split_tensor_name
+from transfer.surgery import MAX_TRACE, Variable, constant, split_tensor_name
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _SLICE = re.compile(r"(\d{1,18} )*((-|\d{1,18},\d{1,18}):)*(-|\d{1,18},\d{1,18})")
@@ -204,6 +205,7 @@ def saver_entries(graph_def: GraphDef, saver_def: SaverDef) -> dict[str, Entry]:
     if restore_all not in nodes:
         return {}
 
+    @functools.cache
     def strings(name: str) -> list[str]:
         value = constant(nodes.get(split_tensor_name(name)[0]))
         return [v.decode() for v in (() if value is None else value.ravel()) if type(v) is bytes]
@@ -220,9 +222,11 @@ def saver_entries(graph_def: GraphDef, saver_def: SaverDef) -> dict[str, Entry]:
         if node.op not in ("Assign", "AssignVariableOp"):
             continue
         variable, value = split_tensor_name(node.input[0])[0], split_tensor_name(node.input[1])
-        while value[0] in nodes and nodes[value[0]].op in ("Identity", "Reshape"):
-            value = split_tensor_name(nodes[value[0]].input[0])
-        restore = nodes.get(value[0])
+        for _ in range(MAX_TRACE):
+            restore = nodes.get(value[0])
+            if restore is None or restore.op not in ("Identity", "Reshape"):
+                break
+            value = split_tensor_name(restore.input[0])
         if restore is None or restore.op not in ("RestoreV2", "RestoreSlice", "Restore"):
             continue
         keys = strings(restore.input[1])

@@ -25,7 +25,7 @@ _GRAPHS = (".pb", ".pbtxt")
 _SAVED_MODELS = ("saved_model.pb", "saved_model.pbtxt")
 MAX_BYTES = 2**31 - 1
 """Of a file; protobuf's own limit."""
-MAX_TEXT_BYTES = 2**26
+MAX_TEXT_BYTES = 2**24
 """Of a file in text form, which takes a second and 50 MB of memory for each MB."""
 
 M = TypeVar("M", bound=Message)

@@ -182,7 +182,8 @@ class MetaGraph:
         entries |= checkpoint.saver_entries(self.graph_def, self.meta.saver_def)
         if self.objects:
             graph = source.read({KEY: checkpoint.Entry(KEY)})[KEY] if KEY in source.shapes else b""
-            keys = objects.checkpoint_keys(self.objects, np.asarray(graph).item())
+            serialized = np.asarray(graph).ravel()[:1].tolist()
+            keys = objects.checkpoint_keys(self.objects, *serialized)
             entries |= {name: checkpoint.Entry(key) for name, key in keys.items()}
         if use_ema:
             entries |= checkpoint.average_entries([n.name for n in variables], source)

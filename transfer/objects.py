@@ -52,7 +52,7 @@ def variable_paths(meta: MetaGraphDef) -> dict[str, Path]:
     return found
 
 
-def checkpoint_keys(paths: Mapping[str, Path], serialized: bytes) -> dict[str, str]:
+def checkpoint_keys(paths: Mapping[str, Path], serialized: bytes = b"") -> dict[str, str]:
     """Variable to checkpoint key.
 
     Args:
@@ -64,7 +64,7 @@ def checkpoint_keys(paths: Mapping[str, Path], serialized: bytes) -> dict[str, s
     """
     try:
         nodes = TrackableObjectGraph.FromString(serialized).nodes
-    except DecodeError as error:
+    except (DecodeError, TypeError) as error:
         raise ValueError(f"the checkpoint is damaged at {KEY}: {error}") from error
     found = {}
     for name, path in paths.items():

@@ -7,6 +7,7 @@ from transfer.surgery.conditionals import NORMS
 from transfer.surgery.dropout import find as find_dropout
 from transfer.surgery.functions import inline
 from transfer.surgery.graphs import (
+    MAX_TRACE,
     VARIABLES,
     ancestors,
     canonical,
@@ -28,6 +29,7 @@ from transfer.surgery.randomness import SEED, is_seeded
 from transfer.surgery.shapes import free_batch, infer
 
 __all__ = [
+    "MAX_TRACE",
     "NORMS",
     "SEED",
     "VARIABLES",

@@ -66,6 +66,9 @@ def check(nodes: Iterable[NodeDef]) -> None:
                     f"the graph is damaged: {node.name!r} has {node.attr[argument.number_attr].i} "
                     f"outputs; at most {MAX_OUTPUTS:,} are taken"
                 )
+        beyond = [e for e in data_inputs(node) if split_tensor_name(e)[1] > MAX_OUTPUTS]
+        if beyond:
+            raise ValueError(f"the graph is damaged: {node.name!r} reads {beyond[0][:80]!r}")
         needed = 0 if op_def is None else len(op_def.input_arg)
         if needed and any(arg.number_attr or arg.type_list_attr for arg in op_def.input_arg):
             needed = 1
