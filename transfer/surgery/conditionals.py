@@ -10,6 +10,7 @@ zero, and branches of different shapes are broadcast to one.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -37,6 +38,8 @@ MERGES = frozenset({"Merge", "RefMerge"})
 _ALIASES = frozenset({"Identity", "RefIdentity"})
 _PASS = _ALIASES | SWITCHES
 NORMS = frozenset({"FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3"})
+_NEAR = 200
+"""So many nodes before a switch of statistics are looked at; the moments of a batch are twenty."""
 _FOLDED = {
     "LogicalNot": np.logical_not,
     "LogicalAnd": np.logical_and,
@@ -229,9 +232,9 @@ def stored(nodes: Sequence[NodeDef]) -> set[str]:
 
 
 def _upstream(by_name: Mapping[str, NodeDef], tensor: str) -> set[str]:
-    pending, seen = [operation_of(tensor)], set[str]()
-    while pending:
-        name = pending.pop()
+    pending, seen = deque([operation_of(tensor)]), set[str]()
+    while pending and len(seen) < _NEAR:
+        name = pending.popleft()
         if name in by_name and name not in seen:
             seen.add(name)
             pending += [operation_of(edge) for edge in data_inputs(by_name[name])]
@@ -250,9 +253,9 @@ def _is_norm(
     predicate: str | None,
 ) -> bool:
     """Whether a branch takes statistics of the batch, and draws no random numbers."""
-    pending, seen, found = [operation_of(tensor)], set[str](), False
-    while pending:
-        node = by_name.get(pending.pop())
+    pending, seen, found = deque([operation_of(tensor)]), set[str](), False
+    while pending and len(seen) < _NEAR:
+        node = by_name.get(pending.popleft())
         if (
             node is None
             or node.name in seen
