@@ -203,21 +203,16 @@ def _write_values(
     variables: Sequence[tf.Variable],
     values: Mapping[str, np.ndarray | tf.Tensor | float],
 ) -> None:
-    """Write a V2 checkpoint, also in programs that have turned eager execution off."""
+    """Write a V2 checkpoint; also while a graph is built, and in programs that have turned eager
+    execution off. A session would copy what it is fed."""
     entries = [_entry(v) for v in variables]
-    options = {
-        "prefix": str(prefix),
-        "tensor_names": [entry.key for entry in entries],
-        "shape_and_slices": [entry.slice for entry in entries],
-    }
-    pairs = [(values[v.op.name], v.dtype.base_dtype) for v in variables]
-    with tf.init_scope():
-        if tf.executing_eagerly():
-            tf.raw_ops.SaveV2(tensors=[_to_tensor(*pair) for pair in pairs], **options)
-            return
-    with tf.Graph().as_default(), tf1.Session() as session:
-        fed = {tf1.placeholder(dtype): value for value, dtype in pairs}
-        session.run(tf.raw_ops.SaveV2(tensors=list(fed), **options), fed)
+    with tf.__internal__.eager_context.eager_mode():
+        tf.raw_ops.SaveV2(
+            prefix=str(prefix),
+            tensor_names=[entry.key for entry in entries],
+            shape_and_slices=[entry.slice for entry in entries],
+            tensors=[_to_tensor(values[v.op.name], v.dtype.base_dtype) for v in variables],
+        )
 
 
 def _entry(variable: tf.Variable) -> Entry:
