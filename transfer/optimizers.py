@@ -1,0 +1,113 @@
+"""Keras' optimizers with the update of a variable as one operation.
+
+Keras computes Adam's update in a dozen passes over the memory of a variable; TensorFlow has a
+kernel that makes one. A network with 134 million parameters shows the difference on a CPU. All else
+is Keras': schedules, clipping, accumulation, checkpoints.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import keras
+import tensorflow as tf
+
+Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
+
+
+class _KernelsDecay:
+    """Weight decay for what has two dimensions or more. On biases and on the scales of norms it
+    does harm (arXiv 1812.01187, section 3.1), and the names of a stranger's variables do not tell.
+    """
+
+    def _use_weight_decay(self, variable: Any) -> bool:
+        return len(variable.shape) > 1
+
+
+@keras.saving.register_keras_serializable("vgg_transfer")
+class FusedAdam(_KernelsDecay, keras.optimizers.Adam):
+    """``keras.optimizers.Adam``; the same results, the same variables."""
+
+    def update_step(self, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
+        if self.amsgrad or not _is_fusable(gradient, variable):
+            super().update_step(gradient, variable, learning_rate)
+            return
+        index = self._get_variable_index(variable)
+        step = tf.cast(self.iterations + 1, variable.dtype)
+        tf.raw_ops.ResourceApplyAdam(
+            var=variable.handle,
+            m=self._momentums[index].value.handle,
+            v=self._velocities[index].value.handle,
+            beta1_power=tf.pow(tf.cast(self.beta_1, variable.dtype), step),
+            beta2_power=tf.pow(tf.cast(self.beta_2, variable.dtype), step),
+            lr=tf.cast(learning_rate, variable.dtype),
+            beta1=tf.cast(self.beta_1, variable.dtype),
+            beta2=tf.cast(self.beta_2, variable.dtype),
+            epsilon=tf.cast(self.epsilon, variable.dtype),
+            grad=tf.cast(gradient, variable.dtype),
+        )
+
+
+@keras.saving.register_keras_serializable("vgg_transfer")
+class FusedSGD(_KernelsDecay, keras.optimizers.SGD):
+    """``keras.optimizers.SGD``; the same results, the same variables."""
+
+    def update_step(self, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
+        if not self.momentum or not _is_fusable(gradient, variable):
+            super().update_step(gradient, variable, learning_rate)
+            return
+        momentum = self.momentums[self._get_variable_index(variable)]
+        tf.raw_ops.ResourceApplyKerasMomentum(
+            var=variable.handle,
+            accum=momentum.value.handle,
+            lr=tf.cast(learning_rate, variable.dtype),
+            grad=tf.cast(gradient, variable.dtype),
+            momentum=tf.cast(self.momentum, variable.dtype),
+            use_nesterov=self.nesterov,
+        )
+
+
+def make_optimizer(
+    kind: Literal["adam", "sgd"],
+    learning_rate: float | Schedule,
+    *,
+    weight_decay: float = 0.0,
+    accumulate: int = 1,
+) -> keras.optimizers.Optimizer:
+    """An optimizer for fine-tuning.
+
+    Args:
+        kind: ``adam``, or ``sgd`` with momentum 0.9.
+        learning_rate: a number, or a schedule over calls of ``apply``.
+        weight_decay: of kernels, decoupled: each step takes so much times the learning rate.
+        accumulate: calls of ``apply`` whose gradients are averaged for one update.
+    """
+    options: dict[str, Any] = {"weight_decay": weight_decay or None}
+    if accumulate > 1:
+        options["gradient_accumulation_steps"] = accumulate
+    if kind == "sgd":
+        return FusedSGD(learning_rate, momentum=0.9, **options)
+    return FusedAdam(learning_rate, **options)
+
+
+def cosine(learning_rate: float, total_steps: int, warmup_steps: int) -> Schedule:
+    """From zero to the learning rate in a line, and back to zero along a cosine (arXiv 1608.03983).
+
+    Args:
+        learning_rate: the highest.
+        total_steps: warm-up included, at least 1.
+        warmup_steps: 0 begins with the highest.
+    """
+    if not warmup_steps:
+        return keras.optimizers.schedules.CosineDecay(learning_rate, max(1, total_steps))
+    return keras.optimizers.schedules.CosineDecay(
+        0.0,
+        decay_steps=max(1, total_steps - warmup_steps),
+        warmup_target=learning_rate,
+        warmup_steps=warmup_steps,
+    )
+
+
+def _is_fusable(gradient: Any, variable: Any) -> bool:
+    is_dense = not isinstance(gradient, tf.IndexedSlices)
+    return is_dense and hasattr(variable, "handle") and variable.dtype == tf.float32
