@@ -1,0 +1,86 @@
+import warnings
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from transfer import linear
+from transfer.linear import fit_logistic_regression
+
+DIGITS = load_digits()
+FEATURES = DIGITS.data.astype(np.float32)  # has constant columns
+LABELS = DIGITS.target
+
+
+def probabilities(solution, features):
+    return softmax(features.astype(np.float64) @ solution.kernel + solution.bias, axis=-1)
+
+
+@pytest.mark.parametrize("num_classes", [2, 10])
+@pytest.mark.parametrize("class_weight", [None, "balanced"])
+def test_equals_scikit_learn(num_classes, class_weight):
+    chosen = (num_classes > LABELS) & ((LABELS > 0) | (np.arange(len(LABELS)) % 4 == 0))
+    features, labels = FEATURES[chosen], LABELS[chosen]
+    solution = fit_logistic_regression(
+        features, labels, num_classes, C=0.1, class_weight=class_weight
+    )
+    theirs = make_pipeline(
+        StandardScaler(), LogisticRegression(C=0.1, class_weight=class_weight, max_iter=1000)
+    ).fit(features, labels)
+    np.testing.assert_allclose(
+        probabilities(solution, features), theirs.predict_proba(features), atol=2e-4
+    )
+    assert solution.converged
+    assert (solution.kernel.dtype, solution.bias.dtype) == (np.float32, np.float32)
+    assert solution.scores == {}
+
+
+def test_the_penalty_is_the_one_with_the_lowest_loss():
+    solution = fit_logistic_regression(FEATURES, LABELS, 10)
+    assert len(solution.scores) == len(linear.GRID)
+    assert min(solution.scores, key=solution.scores.get) == solution.C
+    folds = StratifiedKFold(3, shuffle=True, random_state=0)
+    for C, loss in list(solution.scores.items())[1:6:2]:
+        # A fold has two thirds of the examples.
+        theirs = make_pipeline(StandardScaler(), LogisticRegression(C=C * 2 / 3, max_iter=1000))
+        scores = cross_val_score(theirs, FEATURES, LABELS, cv=folds, scoring="neg_log_loss")
+        assert loss == pytest.approx(-scores.mean(), rel=0.03)
+
+
+def test_one_example_of_each_class():
+    chosen = [np.flatnonzero(label == LABELS)[0] for label in range(10)]
+    solution = fit_logistic_regression(FEATURES[chosen], LABELS[chosen], 10)
+    assert solution.scores == {}
+    np.testing.assert_array_equal(
+        probabilities(solution, FEATURES[chosen]).argmax(-1), np.arange(10)
+    )
+
+
+@pytest.mark.parametrize("absent", [[3], [0, 9], list(range(2, 10))])
+def test_a_class_without_examples_is_never_predicted(absent):
+    chosen = ~np.isin(LABELS, absent)
+    solution = fit_logistic_regression(FEATURES[chosen], LABELS[chosen], 10, C=1.0)
+    found = probabilities(solution, FEATURES)
+    assert found[:, absent].max() < 1e-9
+    theirs = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=1000))
+    theirs.fit(FEATURES[chosen], LABELS[chosen])
+    present = np.setdiff1d(np.arange(10), absent)
+    np.testing.assert_allclose(found[:, present], theirs.predict_proba(FEATURES), atol=2e-3)
+
+
+def test_what_does_not_converge_is_said_and_no_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = fit_logistic_regression(FEATURES, LABELS, 10, C=1.0, max_iter=3)
+    assert not solution.converged
+    assert solution.num_iterations == 3
+
+
+def test_one_class_is_refused():
+    with pytest.raises(ValueError, match="1 class; a classifier needs at least 2"):
+        fit_logistic_regression(FEATURES[:5], np.zeros(5, np.int64), 10)
