@@ -1,0 +1,250 @@
+"""Rows on disk: what is found again, what is noticed, what two processes see."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from transfer.cache import Cache
+
+SHAPE = (3, 2)
+KEY = {"cut": "pool4", "sha256": "00"}
+
+
+def ids(*names):
+    return [hashlib.md5(str(name).encode()).digest() for name in names]
+
+
+def rows(*numbers):
+    return np.stack([np.full(SHAPE, number, np.float32) for number in numbers])
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return Cache(tmp_path / "cache", limit_bytes=10**6)
+
+
+@pytest.fixture
+def entry(cache):
+    return cache.entry(KEY, SHAPE, "float32")
+
+
+def again(cache):
+    return cache.entry(KEY, SHAPE, "float32")
+
+
+def test_rows_are_found_again_in_any_order(cache, entry):
+    assert entry.missing(ids(1, 2)).tolist() == [True, True]
+    entry.append(ids(1, 2, 3), rows(1, 2, 3))
+    found = again(cache)
+    assert found.missing(ids(3, 4, 1)).tolist() == [False, True, False]
+    stored = found.read(ids(3, 1, 3))
+    np.testing.assert_array_equal(stored[np.arange(3)], rows(3, 1, 3))
+    np.testing.assert_array_equal(stored[[2, 1]], rows(3, 1))
+    assert len(stored) == 3
+    with pytest.raises(KeyError, match="1 of 2 rows"):
+        found.read(ids(1, 4))
+
+
+def test_ids_may_end_in_zero_bytes(entry):
+    similar = [b"\x01" + bytes(15), b"\x01\x00\x02" + bytes(13), bytes(16)]
+    entry.append(similar, rows(1, 2, 3))
+    np.testing.assert_array_equal(entry.read(similar[::-1])[:], rows(3, 2, 1))
+
+
+def test_the_newest_row_of_an_example_counts(entry):
+    entry.append(ids(1, 2), rows(1, 2))
+    entry.append(ids(1), rows(9))
+    np.testing.assert_array_equal(entry.read(ids(1, 2))[:], rows(9, 2))
+
+
+def test_another_key_is_another_entry(cache, entry):
+    entry.append(ids(1), rows(1))
+    for other in (
+        cache.entry(KEY | {"cut": "pool5"}, SHAPE, "float32"),
+        cache.entry(KEY, SHAPE, "float16"),
+        cache.entry(KEY, (6,), "float32"),
+    ):
+        assert other.folder != entry.folder
+        assert other.missing(ids(1)).all()
+    assert len(cache.entries()) == 4
+
+
+def test_half_precision_takes_half_of_the_room(cache):
+    half = cache.entry(KEY, SHAPE, "float16")
+    half.append(ids(1), rows(1 / 3))
+    assert half.read(ids(1))[:].dtype == np.float16
+    assert (half.folder / "rows.bin").stat().st_size == 12
+
+
+@pytest.mark.parametrize("name, cut_off", [("rows.bin", 5), ("index.bin", 7)])
+def test_what_a_crash_left_is_no_row_and_is_overwritten(cache, entry, name, cut_off):
+    entry.append(ids(1, 2), rows(1, 2))
+    path = entry.folder / name
+    os.truncate(path, path.stat().st_size - cut_off)
+    found = again(cache)
+    assert found.missing(ids(1, 2)).tolist() == [False, True]
+    found.append(ids(2, 3), rows(2, 3))
+    np.testing.assert_array_equal(again(cache).read(ids(1, 2, 3))[:], rows(1, 2, 3))
+
+
+def test_rows_without_records_are_overwritten(cache, entry):
+    entry.append(ids(1), rows(1))
+    with (entry.folder / "rows.bin").open("ab") as file:
+        file.write(rows(7, 8).tobytes() + b"half")
+    found = again(cache)
+    found.append(ids(2), rows(2))
+    np.testing.assert_array_equal(found.read(ids(1, 2))[:], rows(1, 2))
+
+
+def test_a_damaged_row_is_missing_and_is_rebuilt(cache, entry):
+    entry.append(ids(1, 2, 3), rows(1, 2, 3))
+    with (entry.folder / "rows.bin").open("r+b") as file:
+        file.seek(entry.row_bytes + 3)
+        file.write(b"\xff")
+    found = again(cache)
+    assert found.missing(ids(1, 2, 3)).tolist() == [False, True, False]
+    with pytest.raises(KeyError):
+        found.read(ids(2))
+    found.append(ids(2), rows(2))
+    np.testing.assert_array_equal(found.read(ids(1, 2, 3))[:], rows(1, 2, 3))
+
+
+@pytest.mark.parametrize("name", ["rows.bin", "index.bin", "key.json"])
+def test_foreign_bytes_are_never_taken_for_rows(cache, entry, name):
+    entry.append(ids(1, 2), rows(1, 2))
+    size = (entry.folder / name).stat().st_size
+    (entry.folder / name).write_bytes(np.random.default_rng(0).bytes(size))
+    cache.entries()
+    found = again(cache)
+    if name == "key.json":
+        assert not found.missing(ids(1, 2)).any()
+        return
+    assert found.missing(ids(1, 2)).all()
+    found.append(ids(1, 2), rows(1, 2))
+    np.testing.assert_array_equal(found.read(ids(1, 2))[:], rows(1, 2))
+
+
+def test_rows_of_another_shape_are_refused(entry):
+    with pytest.raises(ValueError, match=r"expected 1 rows of shape \(3, 2\), got \(1, 2, 3\)"):
+        entry.append(ids(1), np.zeros((1, 2, 3)))
+
+
+def test_a_full_disk_is_named_and_nothing_is_lost(cache, entry):
+    resource = pytest.importorskip("resource", reason="limits of a process are Unix")
+    entry.append(ids(1, 2), rows(1, 2))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * entry.row_bytes + 5, hard))
+    try:
+        with pytest.raises(
+            OSError, match="cannot write activations to .*; those that are complete"
+        ):
+            entry.append(ids(3), rows(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (entry.folder / "rows.bin").stat().st_size == 2 * entry.row_bytes + 5
+    found = again(cache)
+    assert found.missing(ids(1, 2, 3)).tolist() == [False, False, True]
+    found.append(ids(3), rows(3))
+    np.testing.assert_array_equal(found.read(ids(1, 2, 3))[:], rows(1, 2, 3))
+
+
+def fill(cache, name, count, last_used):
+    entry = cache.entry({"name": name}, SHAPE, "float32")
+    entry.append(ids(*range(count)), rows(*range(count)))
+    os.utime(entry.folder / "key.json", (last_used, last_used))
+    return entry
+
+
+def names(cache):
+    return sorted(entry.key["name"] for entry in cache.entries())
+
+
+def test_room_is_made_by_what_was_not_used_for_longest(tmp_path):
+    cache = Cache(tmp_path, limit_bytes=20_000)
+    fill(cache, "old", 100, 1000)
+    fill(cache, "older", 100, 500)
+    new = fill(cache, "new", 100, 2000)
+    cache.make_room(1000)
+    assert names(cache) == ["new", "old", "older"]
+    cache.make_room(8000)
+    assert names(cache) == ["new", "old"]
+    cache.make_room(8000, keep=[new])
+    assert names(cache) == ["new", "old"]
+    fill(cache, "used again", 100, 3000)
+    cache.make_room(8000, keep=[new])
+    assert names(cache) == ["new", "used again"]
+
+
+def test_what_never_fits_deletes_nothing(tmp_path):
+    cache = Cache(tmp_path, limit_bytes=20_000)
+    fill(cache, "a", 100, 1000)
+    with pytest.raises(OSError, match="1 MB of activations do not fit into .* of at most 0 MB"):
+        cache.make_room(10**6)
+    free = 10**18
+    with pytest.raises(OSError, match="the disk has .* MB free"):
+        Cache(tmp_path, limit_bytes=2 * free).make_room(free)
+    assert names(cache) == ["a"]
+
+
+def test_what_is_being_written_stays(tmp_path):
+    cache = Cache(tmp_path, limit_bytes=10_000)
+    busy = fill(cache, "busy", 100, 1000)
+    with busy.lock(), pytest.raises(OSError, match="while others are at work in it"):
+        Cache(tmp_path, limit_bytes=10_000).make_room(9000)
+    assert names(cache) == ["busy"]
+    cache.make_room(9000)
+    assert names(cache) == []
+
+
+def test_foreign_folders_are_left_alone(cache, entry):
+    other = cache.directory / "photos"
+    other.mkdir()
+    (other / "a.jpg").write_bytes(b"mine")
+    (entry.folder / "notes.txt").write_text("mine")
+    assert [e.digest for e in cache.entries()] == [entry.folder.name]
+    assert not cache.delete(entry.folder.name)
+    assert (entry.folder / "notes.txt").exists()
+    assert (other / "a.jpg").exists()
+
+
+def test_the_key_can_be_read(cache, entry):
+    entry.append(ids(1), rows(1))
+    (listed,) = cache.entries()
+    assert listed.key["cut"] == "pool4"
+    assert listed.num_rows == 1
+    assert listed.num_bytes >= entry.row_bytes
+    assert abs(listed.last_used - time.time()) < 60
+    assert json.loads((entry.folder / "key.json").read_text())["row_shape"] == [3, 2]
+
+
+WRITER = """
+import sys, hashlib, numpy as np
+from pathlib import Path
+from transfer.cache import Cache
+entry = Cache(Path(sys.argv[1]), 10**9).entry({"cut": "shared"}, (1000,), "float32")
+names = [hashlib.md5(str(i).encode()).digest() for i in range(40)]
+with entry.lock(lambda: print("waiting")):
+    missing = entry.missing(names)
+    print("missing", missing.sum())
+    for i in np.flatnonzero(missing):
+        entry.append([names[i]], np.full((1, 1000), i, np.float32))
+rows = entry.read(names)[:]
+assert (rows == np.arange(40, dtype=np.float32)[:, None]).all()
+"""
+
+
+def test_two_processes_share_an_entry(tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(line for text in printed for line in text.split("\n") if "missing" in line) == [
+        "missing 0",
+        "missing 40",
+    ]
