@@ -231,3 +231,17 @@ def test_meta_graphs_from_the_wild_can_be_trained(shared_wild):
         assert np.isfinite(history.history["loss"]).all(), case["case"]
         for variable, old in zip(backbone.trainable_variables, before, strict=True):
             assert (variable.numpy() != old).any(), f"{case['case']}: {variable.name}"
+
+
+def test_the_digest_is_that_of_graph_and_weights(tiny_vgg):
+    graph = load_meta_graph(tiny_vgg)
+    first, again = Backbone(graph), Backbone(graph)
+    assert first.digest() == again.digest()
+    assert first.split("pool1")[0].digest() != first.split("conv1_1/Relu")[0].digest()
+    prefix, _ = again.split("pool1")
+    before = prefix.digest()
+    again.graph_variables[-1].assign_add(tf.ones(again.graph_variables[-1].shape))
+    assert first.digest() != again.digest()
+    assert prefix.digest() == before
+    again.graph_variables[0].assign_add(tf.ones(again.graph_variables[0].shape))
+    assert prefix.digest() != before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -117,6 +118,18 @@ class GraphLayer(keras.layers.Layer):
             name: variable.value
             for name, variable in zip(self.variable_names, self.graph_variables, strict=True)
         }
+
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of what decides the results of inference: graph, pooling, weights."""
+        network = self.network
+        facts = [network.input, network.output, network.input_dtype, network.batch_size]
+        digest = hashlib.sha256(repr([*facts, self.pooling]).encode())
+        digest.update(network.graph_def.SerializeToString(deterministic=True))
+        for name, value in self.values().items():
+            value = np.ascontiguousarray(tf.convert_to_tensor(value))
+            digest.update(repr([name, value.dtype.str, value.shape]).encode())
+            digest.update(value.view(np.uint8).data if value.size else b"")
+        return digest.hexdigest()
 
     def randomize(self, seed: int) -> None:
         """Forget what was learnt: He-normal weights (arXiv 1502.01852); scales and variances of
