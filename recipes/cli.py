@@ -1,7 +1,7 @@
 """``vgg-transfer VERB``: reads flags, runs the verb, turns errors into one line and an exit status.
 
 Exit status: 0 done, 1 an error (one line on standard error; ``--debug`` shows where), 2 wrong
-usage. Nothing here imports TensorFlow, so that ``--help`` answers at once.
+usage, 130 interrupted. Nothing here imports TensorFlow, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
-VERBS = ("inspect", "finetune", "evaluate", "pretrain")
+VERBS = ("inspect", "finetune", "evaluate", "lr-find", "cache", "pretrain")
 
 app = App(
     name="vgg-transfer",
@@ -25,8 +25,10 @@ app = App(
     result_action="return_value",
     default_parameter=Parameter(negative_iterable=()),
 )
+app.suppress_keyboard_interrupt = app.meta.suppress_keyboard_interrupt = False  # see main
 for verb in VERBS:
-    app.command(f"recipes.{verb}:{verb}")
+    name = verb.replace("-", "_")
+    app.command(f"recipes.{name}:{name}", name=verb)
 
 
 @app.meta.default
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        return 1
+        return 130
     except Exception as error:
         if "--debug" in arguments:
             raise

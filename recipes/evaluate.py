@@ -34,7 +34,7 @@ class EvaluateConfig:
     """Split to evaluate on. auto: the one that the run was evaluated on; of another dataset,
     validation or test, else all of it."""
     batch_size: int | None = None
-    """Images per step. [default: the run's]"""
+    """Images per step. [default: 32, as in training; another changes the last bits of the loss]"""
     assert_accuracy_at_least: float | None = None
     """Exit with status 1 if the accuracy, 0 to 1, is lower."""
 

@@ -16,7 +16,7 @@ from recipes.finetune import cut_of
 from transfer import Classifier
 from transfer.data import Source, Split, whole_eval_split
 from transfer.evaluation import confusion_matrix, predict, probabilities, summarize
-from transfer.features import compiled, stream
+from transfer.features import EXTRACTION_BATCH, compiled, stream
 from transfer.sources import open_source
 
 
@@ -31,7 +31,7 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     classifier = Classifier.load(folder / run_folder.MODEL)
     split = _split(folder, config, settings)
     to_logit = _class_order(split.source, classifier.labels)
-    batch_size = settings["batch_size"] if config.batch_size is None else config.batch_size
+    batch_size = EXTRACTION_BATCH if config.batch_size is None else config.batch_size
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, got {batch_size}")
     frozen, trained = classifier.split(cut_of(settings["freeze_until"]))

@@ -59,27 +59,69 @@ class FinetuneConfig:
     freeze_until: str = "tap"
     """Everything up to this tensor stays as it is: 'tap' (a new head on frozen features), any
     tensor between input and tap such as pool4, or 'none' (all is trained)."""
+    schedule: str | None = None
+    """Several cuts in one run, each with its epochs and, if it is to be another than the default,
+    its learning rate: 'fc7:20,pool4:5:0.0002,none:3'. Instead of --freeze-until and --epochs."""
     epochs: int | None = None
-    """Passes over the training images. [default: 50 where only the head is trained, else 10]"""
-    batch_size: int = 32
-    """Images per step."""
+    """Passes over the training images. [default: as many as make about 2000 steps where only the
+    head is trained, and 900 otherwise; at least 5 and 3, at most 200 and 60]"""
+    batch_size: int | None = None
+    """Images per step. [default: 32, or all where there are fewer]"""
     image_size: int | None = None
     """Height and width in pixels. [default: what the model takes]"""
     preprocess: str | None = None
     """What the weights expect: caffe, slim, torch, tf, unit or none. [default: the card's]"""
+    solver: Literal["gradient", "lbfgs"] = "gradient"
+    """lbfgs solves for the head exactly: scikit-learn's logistic regression on standardised
+    features. For a frozen backbone and a head without hidden layers."""
+    lbfgs_c: float | None = None
+    """Inverse strength of its L2 penalty. [default: chosen by cross-validation]"""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """sgd has momentum 0.9."""
     learning_rate: float | None = None
     """Of the head. [default: 0.0001; where only the head is trained, 0.006 for
     features with a root mean square of 1, more for smaller ones]"""
+    lr_schedule: Literal["auto", "constant", "cosine"] = "auto"
+    """cosine lowers it to zero. auto: constant where only the head is trained, else cosine."""
+    warmup_epochs: float = 0.5
+    """With cosine: it rises from zero for so long, at most a tenth of the steps."""
     backbone_lr_scale: float = 1.0
     """Learning rate of the backbone, as a share of the head's."""
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """sgd has momentum 0.9."""
+    block_lr_decay: float = 1.0
+    """Each block further from the head has its learning rate times this."""
+    weight_decay: float = 0.0
+    """Decay of the kernels, times the learning rate per step; biases have none."""
+    clip_norm: float | None = None
+    """Largest norm of a step's gradients, all together."""
+    accumulate: int = 1
+    """Steps whose gradients are averaged for one update."""
+    early_stopping: int | None = None
+    """Stop after so many epochs without a lower loss on the images that are evaluated on, and go
+    back to the best weights. The accuracy on these images is then a little flattered."""
     hidden: tuple[int, ...] = ()
     """Widths of hidden layers in the head. May be given several times."""
     dropout: float = 0.0
     """Share of the features dropped while training."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
+    mixup: float = 0.0
+    """Train on mixtures of two examples; parameter of the Beta distribution of their shares, e.g.
+    0.2. Above a cut, activations are mixed."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: a class counts the more the rarer it is."""
     augment: bool = False
-    """Train on random shifts and flips. Frozen features are then computed anew in each epoch."""
+    """Train on random shifts and flips, new ones in each epoch. What is frozen is then computed in
+    each epoch, too, unless there are --views."""
+    views: int = 0
+    """Train on so many random views of each image, whose activations are kept."""
+    cache: Literal["disk", "memory", "off"] = "disk"
+    """Where the activations at the cut are kept, once computed. disk: for later runs, too."""
+    cache_dir: Path | None = None
+    """Folder of the activations. [default: vgg-transfer in the user's folder for caches]"""
+    cache_limit: float = 20.0
+    """Largest size of that folder in GB; what was not used for longest makes room."""
+    cache_dtype: Literal["float32", "float16"] = "float32"
+    """float16 takes half of the room, and keeps three digits."""
     max_to_keep: int = 0
     """Write the model after each epoch, too, as model-STEP, and keep so many of these."""
     keep_checkpoint_every_n_hours: float | None = None

@@ -25,7 +25,8 @@ class Clock:
         try:
             yield
         finally:
-            self._seconds[stage] = time.perf_counter() - start
+            spent = time.perf_counter() - start
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + spent
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ from recipes import measure, run_folder
 from recipes.pretrain import PretrainConfig
 from transfer import Backbone, Card, Preprocess, load_meta_graph, pretraining, save_meta_graph, vgg
 from transfer.card import write_card
-from transfer.data import train_and_eval_splits
+from transfer.data import Batches, train_and_eval_splits
 from transfer.evaluation import predict, summarize
 from transfer.features import compiled
 from transfer.sources import open_source
@@ -68,13 +68,13 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
             *predict(compiled(network), held_out.batches(preprocess, config.batch_size))
         )
 
+    def batches(epoch: int) -> Batches:
+        seed = epoch_seed(config.seed, epoch)
+        views = seed if config.augment else None
+        return train.batches(preprocess, config.batch_size, shuffle_seed=seed, view_seed=views)
+
     trainer.fit(
-        lambda epoch: train.batches(
-            preprocess,
-            config.batch_size,
-            shuffle_seed=epoch_seed(config.seed, epoch),
-            augment=config.augment,
-        ),
+        batches,
         epochs=config.epochs,
         steps_per_epoch=steps_per_epoch,
         validate=lambda: {k: v for k, v in figures(model).items() if isinstance(v, float)},

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -150,11 +152,34 @@ def test_shuffling_is_repeatable_and_complete(digits_dir):
 def test_random_views_differ_between_epochs_and_repeat_with_the_seed(image_folder):
     split = open_source(image_folder=str(image_folder)).split("train")
 
-    def views(seed):
-        batches = split.batches(PREPROCESS, 24, shuffle_seed=seed, augment=True)
-        return next(iter(batches))[0].numpy()
+    def views(seed, split=split):
+        return next(iter(split.batches(PREPROCESS, 24, view_seed=seed)))[0].numpy()
 
     np.testing.assert_array_equal(views(1), views(1))
-    assert (np.sort(views(1), axis=0) != np.sort(views(2), axis=0)).any()
-    with pytest.raises(ValueError, match="random views need a seed"):
-        split.batches(PREPROCESS, 24, augment=True)
+    assert (views(1) != views(2)).any()
+    some = np.arange(24) % 3 == 0
+    np.testing.assert_array_equal(views(1)[some], views(1, split.where(some)))
+
+
+def test_an_id_stays_until_its_image_changes(image_folder):
+    def ids():
+        split = open_source(image_folder=str(image_folder)).split("train")
+        return dict(zip(split.names, split.ids, strict=True))
+
+    before = ids()
+    assert len(set(before.values())) == 24
+    assert {len(value) for value in before.values()} == {16}
+    shutil.copy(image_folder / "red/01.png", image_folder / "red/new.png")
+    shutil.copy(image_folder / "red/03.png", image_folder / "red/05.png")
+    after = ids()
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed == {"red/05.png"}
+    assert after["red/new.png"] not in before.values()
+
+
+def test_ids_of_a_dataset_belong_to_its_examples(digits_dir):
+    source = open_source("digits", data_dir=str(digits_dir))
+    train = source.split("train")
+    assert len({*train.ids, *source.split("test").ids}) == 1797
+    assert source.split("train[10:20]").ids == train.ids[10:20]
+    assert open_source("digits", data_dir=str(digits_dir)).split("train").ids == train.ids

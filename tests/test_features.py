@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from transfer.features import Activations, extract, stream
+from transfer.features import Activations, extract, stream, whole_batches
 
 IMAGES = np.random.default_rng(0).random((10, 2), np.float32)
 LABELS = np.arange(10)
@@ -12,14 +12,13 @@ def batches(size=4):
 
 
 def test_extract_keeps_every_example_in_order():
-    activations = extract(lambda x: x * 2, batches(), 10)
-    np.testing.assert_array_equal(activations.inputs, IMAGES * 2)
-    np.testing.assert_array_equal(activations.labels, LABELS)
+    np.testing.assert_array_equal(extract(lambda x: x * 2, batches(), 10), IMAGES * 2)
+    assert extract(lambda x: x, batches(), 10, "float16").dtype == np.float16
 
 
 def test_stream_gives_the_same():
     streamed = np.concatenate([x for x, _ in stream(lambda x: x * 2, batches())])
-    np.testing.assert_array_equal(streamed, extract(lambda x: x * 2, batches(), 10).inputs)
+    np.testing.assert_array_equal(streamed, extract(lambda x: x * 2, batches(), 10))
 
 
 def test_extract_counts():
@@ -29,7 +28,7 @@ def test_extract_counts():
 
 
 def test_batches_shuffle_perfectly_and_repeatably():
-    activations = Activations(IMAGES, LABELS)
+    activations = Activations([IMAGES], LABELS)
     epochs = [np.concatenate([y for _, y in activations.batches(4, seed)]) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(epochs[0], epochs[1])
     assert (epochs[0] != epochs[2]).any()
@@ -37,3 +36,28 @@ def test_batches_shuffle_perfectly_and_repeatably():
     assert [len(y) for _, y in activations.batches(4)] == [4, 4, 2]
     for x, y in activations.batches(4, 1):
         np.testing.assert_array_equal(x, IMAGES[y])
+
+
+def test_each_epoch_shows_another_view_of_every_image():
+    views = [np.full((10, 1), number, np.float16) + LABELS[:, None] / 16 for number in range(3)]
+    activations = Activations(views, LABELS)
+    seen = []
+    for epoch in range(3):
+        inputs, labels = map(
+            np.concatenate, zip(*activations.batches(4, 7 + epoch, epoch), strict=True)
+        )
+        assert inputs.dtype == np.float32
+        np.testing.assert_array_equal(np.sort(labels), LABELS)
+        np.testing.assert_allclose(inputs[:, 0] % 1, labels / 16)
+        assert len(set(inputs[:, 0] // 1)) == 3
+        seen.append((inputs[:, 0] // 1)[np.argsort(labels)])
+    np.testing.assert_array_equal(np.sort(seen, axis=0), [[0] * 10, [1] * 10, [2] * 10])
+
+
+def test_a_batch_is_computed_as_a_whole():
+    missing = np.zeros(10, bool)
+    missing[[1, 9]] = True
+    expected = [True] * 4 + [False] * 4 + [True] * 2
+    np.testing.assert_array_equal(whole_batches(missing, 4), expected)
+    assert not whole_batches(np.zeros(10, bool), 4).any()
+    assert len(whole_batches(np.zeros(0, bool))) == 0

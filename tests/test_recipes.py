@@ -15,6 +15,7 @@ from conftest import make_image_folder, save_vgg
 
 from recipes.cli import VERBS, main
 from transfer import Backbone, Classifier, load_meta_graph, save_meta_graph
+from transfer.training import Trainer
 
 tf1 = tf.compat.v1
 
@@ -196,15 +197,34 @@ def test_the_same_seed_gives_the_same_model(tmp_path, model, image_folder):
     assert (tmp_path / "a" / data).read_bytes() == (tmp_path / "b" / data).read_bytes()
 
 
-def test_resume_ends_where_an_uninterrupted_run_ends(tmp_path, model, image_folder):
-    flags = ["--freeze-until", "pool2", "--dropout", 0.2]
-    assert finetune(tmp_path / "whole", model, image_folder, *flags, "--epochs", 4) == 0
-    assert finetune(tmp_path / "parts", model, image_folder, *flags, "--epochs", 2) == 0
-    assert finetune(tmp_path / "parts", model, image_folder, *flags, "--epochs", 4, "--resume") == 0
+def test_resume_ends_where_an_uninterrupted_run_ends(
+    tmp_path, model, image_folder, monkeypatch, capsys
+):
+    flags = ["--freeze-until", "pool2", "--dropout", 0.2, "--epochs", 4]
+    assert finetune(tmp_path / "whole", model, image_folder, *flags) == 0
+    train_epoch = Trainer.train_epoch
+
+    def interrupted(self, *arguments):
+        if self.epoch == 2:
+            raise KeyboardInterrupt
+        return train_epoch(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_epoch", interrupted)
+        assert finetune(tmp_path / "parts", model, image_folder, *flags) == 130
+    assert capsys.readouterr().err.endswith("error: interrupted\n")
+    assert finetune(tmp_path / "parts", model, image_folder, *flags, "--resume") == 0
     data = "model.data-00000-of-00001"
     assert (tmp_path / "whole" / data).read_bytes() == (tmp_path / "parts" / data).read_bytes()
     assert metrics(tmp_path / "whole")["eval"] == metrics(tmp_path / "parts")["eval"]
     assert len((tmp_path / "parts" / "history.csv").read_text().splitlines()) == 5
+
+
+def test_resume_with_more_epochs_goes_on(tmp_path, model, image_folder):
+    assert finetune(tmp_path / "whole", model, image_folder, "--epochs", 4) == 0
+    assert finetune(tmp_path / "parts", model, image_folder, "--epochs", 2) == 0
+    assert finetune(tmp_path / "parts", model, image_folder, "--epochs", 4, "--resume") == 0
+    assert metrics(tmp_path / "whole")["eval"] == metrics(tmp_path / "parts")["eval"]
 
 
 def test_resume_with_other_flags_is_refused(tmp_path, model, image_folder, capsys):
@@ -223,9 +243,10 @@ def test_resume_with_other_flags_is_refused(tmp_path, model, image_folder, capsy
 def test_activations_that_do_not_fit_are_computed_anew(
     tmp_path, model, image_folder, monkeypatch, capsys
 ):
-    assert finetune(tmp_path / "kept", model, image_folder, "--freeze-until", "pool1") == 0
+    flags = ["--freeze-until", "pool1", "--cache", "memory"]
+    assert finetune(tmp_path / "kept", model, image_folder, *flags) == 0
     monkeypatch.setattr("recipes.measure.available_memory_mb", lambda: 0.001)
-    assert finetune(tmp_path / "anew", model, image_folder, "--freeze-until", "pool1") == 0
+    assert finetune(tmp_path / "anew", model, image_folder, *flags) == 0
     assert "computed anew in each epoch" in capsys.readouterr().err
     kept, anew = (metrics(tmp_path / name)["eval"] for name in ("kept", "anew"))
     assert kept["num_examples"] == anew["num_examples"] == 4
@@ -367,7 +388,7 @@ def test_help_does_not_import_tensorflow(arguments):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_is_a_module(verb):
-    command = [sys.executable, "-m", f"recipes.{verb}", "--help"]
+    command = [sys.executable, "-m", f"recipes.{verb.replace('-', '_')}", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert f"Usage: vgg-transfer {verb}" in done.stdout
 

@@ -28,9 +28,13 @@ def new_model(dropout=0.0):
     )
 
 
-def new_trainer(model=None, rate=0.05, **arguments):
+def new_kernel():
+    return np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32)
+
+
+def new_trainer(model=None, rate=0.05, optimizer=None, **arguments):
     model = model or new_model()
-    group = ParameterGroup(keras.optimizers.Adam(rate), model.trainable_variables)
+    group = ParameterGroup(optimizer or keras.optimizers.Adam(rate), model.trainable_variables)
     return Trainer(model, [group], **arguments)
 
 
@@ -67,6 +71,61 @@ def test_equals_keras_fit(smoothing):
         for inputs, labels in batches(epoch):
             theirs.train_on_batch(inputs, keras.ops.one_hot(labels, 2))
     assert_same(weights(ours.model), weights(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_class_weights_equal_those_of_keras_fit():
+    weights_of_classes = np.array([0.5, 3.0])
+    ours = fit(new_trainer(class_weights=weights_of_classes), epochs=2)
+    theirs = new_model()
+    theirs.compile(keras.optimizers.Adam(0.05), keras.losses.SparseCategoricalCrossentropy(True))
+    for epoch in range(2):
+        for inputs, labels in batches(epoch):
+            theirs.train_on_batch(inputs, labels, class_weight=dict(enumerate(weights_of_classes)))
+    assert_same(weights(ours.model), weights(theirs), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_clipped_all_together():
+    ours = fit(new_trainer(clip_norm=0.01, optimizer=keras.optimizers.SGD(1.0)), epochs=1)
+    theirs = new_model()
+    theirs.compile(
+        keras.optimizers.SGD(1.0, global_clipnorm=0.01),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    for inputs, labels in batches(0):
+        theirs.train_on_batch(inputs, labels)
+    assert_same(weights(ours.model), weights(theirs), rtol=1e-4, atol=1e-6)
+
+
+def test_mixup_mixes_inputs_and_targets_by_one_share():
+    seen = []
+
+    class Spy(keras.Sequential):
+        def call(self, inputs, training=False):
+            seen.append(inputs)
+            return super().call(inputs)
+
+    def step(mixup, seed=0, number=0):
+        model = Spy([keras.Input([8]), keras.layers.Dense(2)])
+        trainer = new_trainer(model, mixup=mixup, seed=seed)
+        model.set_weights([new_kernel(), np.zeros(2, np.float32)])
+        loss = trainer._step(
+            tf.constant(INPUTS[:16]), tf.constant(LABELS[:16]), tf.constant(number, tf.int64)
+        )
+        return float(loss), np.asarray(seen.pop())
+
+    loss, mixed = step(0.4)
+    shares = (mixed - INPUTS[15::-1]) / (INPUTS[:16] - INPUTS[15::-1])
+    share = np.median(shares)
+    np.testing.assert_allclose(shares, share, atol=1e-3)
+    assert 0 < share < 1
+    logits = tf.constant(mixed) @ new_kernel()
+    losses = [
+        tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits).numpy().mean()
+        for labels in (LABELS[:16], LABELS[15::-1])
+    ]
+    assert loss == pytest.approx(share * losses[0] + (1 - share) * losses[1], rel=1e-4)
+    assert step(0.4)[0] == loss
+    assert step(0.4, number=1)[0] != loss != step(0.4, seed=1)[0]
 
 
 def test_it_learns_and_counts():

@@ -38,6 +38,9 @@ class Source:
         read: split's name to its examples in a fixed order: ``{"image": encoded bytes, "label":
             int64, "name": str}``.
         names: split's name to the names of its examples, in that order, without reading an image.
+        ids: split's name to what tells its examples from all others, bytes ``[16]`` each, in that
+            order: another id where an image has changed. What is computed of an image is kept
+            under it.
 
     Raises:
         ValueError: if there are fewer than two classes.
@@ -48,6 +51,7 @@ class Source:
     sizes: Mapping[str, int]
     read: Callable[[str], tf.data.Dataset]
     names: Callable[[str], list[str]]
+    ids: Callable[[str], list[bytes]]
     _labels: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -137,6 +141,12 @@ class Split:
         by_part = {part: self.source.names(part) for part, _ in self.parts}
         return [by_part[part][index] for part, indices in self.parts for index in indices]
 
+    @functools.cached_property
+    def ids(self) -> list[bytes]:
+        """16 bytes per example; see ``Source``."""
+        by_part = {part: self.source.ids(part) for part, _ in self.parts}
+        return [by_part[part][index] for part, indices in self.parts for index in indices]
+
     def where(self, keep: np.ndarray) -> Split:
         """The examples at which the boolean array ``keep`` ``[len(self)]`` is true."""
         ends = np.cumsum([len(indices) for _, indices in self.parts])[:-1]
@@ -168,17 +178,18 @@ class Split:
         batch_size: int,
         *,
         shuffle_seed: int | None = None,
-        augment: bool = False,
+        view_seed: int | None = None,
     ) -> Batches:
         """Decoded, preprocessed batches; the last one may be smaller, none is left out.
 
         Args:
             preprocess: applied to every image.
             batch_size: images per batch.
-            shuffle_seed: gives the order, and the random views; ``None`` keeps the split's order.
-            augment: show a random view (shift, flip) of each image; needs a ``shuffle_seed``.
+            shuffle_seed: gives the order; ``None`` keeps the split's.
+            view_seed: gives a random view (shift, flip) of each image, the same in any order;
+                ``None`` shows the images as they are.
         """
-        return Batches(self, preprocess, batch_size, shuffle_seed, augment)
+        return Batches(self, preprocess, batch_size, shuffle_seed, view_seed)
 
 
 @dataclass(frozen=True)
@@ -189,11 +200,7 @@ class Batches:
     preprocess: Preprocess
     batch_size: int
     shuffle_seed: int | None
-    augment: bool
-
-    def __post_init__(self) -> None:
-        if self.augment and self.shuffle_seed is None:
-            raise ValueError("random views need a seed: pass shuffle_seed")
+    view_seed: int | None
 
     def __len__(self) -> int:
         return -(-len(self.split) // self.batch_size)
@@ -205,16 +212,17 @@ class Batches:
             buffer = min(len(self.split), SHUFFLE_BUFFER)
             examples = examples.shuffle(buffer, seed=self.shuffle_seed)
         return (
-            examples.enumerate()
-            .map(self._to_pair, num_parallel_calls=tf.data.AUTOTUNE)
+            examples.map(self._to_pair, num_parallel_calls=tf.data.AUTOTUNE)
             .batch(self.batch_size)
             .prefetch(tf.data.AUTOTUNE)
         )
 
-    def _to_pair(self, step: tf.Tensor, example: dict) -> tuple[tf.Tensor, tf.Tensor]:
+    def _to_pair(self, example: dict) -> tuple[tf.Tensor, tf.Tensor]:
         image = decode(example["image"])
-        if self.augment:
-            image = random_view(image, tf.stack([tf.cast(self.shuffle_seed, tf.int64), step]))
+        if self.view_seed is not None:
+            # By its name, so that neither the order nor the company of an image matters.
+            number = tf.strings.to_hash_bucket_fast(example["name"], 2**31 - 1)
+            image = random_view(image, tf.stack([tf.cast(self.view_seed, tf.int64), number]))
         return self.preprocess(image), example["label"]
 
     def __iter__(self) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:

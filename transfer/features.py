@@ -2,76 +2,104 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import tensorflow as tf
+
+EXTRACTION_BATCH = 32
+"""Images per batch wherever something is computed to be kept or evaluated. One size, and the same
+images together: results depend on both, in the last bit."""
+
+
+class Rows(Protocol):
+    """An array, or what is on disk and acts like one."""
+
+    def __getitem__(self, positions: Any) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class Activations:
     """What a frozen prefix makes of every image of a split, in the split's order.
 
-    ``inputs`` ``[num_examples, ...]`` as the prefix gives them, ``labels`` int64
-    ``[num_examples]``.
+    ``views`` hold ``[num_examples, ...]`` each, as the prefix gives them: one for the images as
+    they are, or one for each random view of them. ``labels`` are int64 ``[num_examples]``.
     """
 
-    inputs: np.ndarray
+    views: Sequence[Rows]
     labels: np.ndarray
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def batches(
-        self, batch_size: int, shuffle_seed: int | None = None
+        self, batch_size: int, shuffle_seed: int | None = None, epoch: int = 0
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """``(inputs, labels)``; the last batch may be smaller.
+        """``(inputs, labels)``, float32 and int64; the last batch may be smaller.
+
+        Each image is shown once, and another view of it in the next epoch.
 
         Args:
             batch_size: examples per batch.
             shuffle_seed: gives a perfect shuffle; ``None`` keeps the order.
+            epoch: from 0; only of consequence where there are several views.
         """
         order = np.arange(len(self))
         if shuffle_seed is not None:
             np.random.default_rng(shuffle_seed).shuffle(order)
         for start in range(0, len(order), batch_size):
-            rows = slice(start, start + batch_size)
-            chosen = rows if shuffle_seed is None else order[rows]  # a slice copies nothing
-            yield self.inputs[chosen], self.labels[chosen]
+            chosen = order[start : start + batch_size]
+            yield self._gather(chosen, (chosen + epoch) % len(self.views)), self.labels[chosen]
+
+    def _gather(self, chosen: np.ndarray, view_of_each: np.ndarray) -> np.ndarray:
+        if len(self.views) == 1:
+            return np.asarray(self.views[0][chosen], np.float32)
+        masks = [view_of_each == number for number in range(len(self.views))]
+        parts = [
+            (mask, view[chosen[mask]])
+            for mask, view in zip(masks, self.views, strict=True)
+            if mask.any()
+        ]
+        inputs = np.empty((len(chosen), *parts[0][1].shape[1:]), np.float32)
+        for mask, rows in parts:
+            inputs[mask] = rows
+        return inputs
 
 
 def extract(
-    prefix: Callable[[Any], Any], batches: Iterable[tuple[Any, Any]], num_examples: int
-) -> Activations:
+    prefix: Callable[[Any], Any],
+    batches: Iterable[tuple[Any, Any]],
+    num_examples: int,
+    dtype: str = "float32",
+) -> np.ndarray:
     """Run a prefix over all batches, in inference mode.
 
     Args:
         prefix: preprocessed images to activations, e.g. from ``compiled``.
         batches: ``(images, labels)``.
         num_examples: in all batches together.
+        dtype: to keep them in.
 
     Returns:
-        The activations, in memory: ``num_examples`` times the size of one.
+        ``[num_examples, ...]``, in memory.
 
     Raises:
         ValueError: if the batches hold another number of examples.
     """
-    inputs = np.zeros(0)
-    labels = np.zeros(num_examples, np.int64)
+    inputs: np.ndarray = np.zeros(0, dtype)
     done = 0
-    for outputs, batch_labels in stream(prefix, batches):
+    for outputs, _ in stream(prefix, batches):
         if not done:
-            inputs = np.empty((num_examples, *outputs.shape[1:]), outputs.dtype)
+            inputs = np.empty((num_examples, *outputs.shape[1:]), dtype)
         if done + len(outputs) > num_examples:
             raise ValueError(f"expected {num_examples} examples, the dataset gave more")
         inputs[done : done + len(outputs)] = outputs
-        labels[done : done + len(outputs)] = batch_labels
         done += len(outputs)
     if done != num_examples:
         raise ValueError(f"expected {num_examples} examples, the dataset gave {done}")
-    return Activations(inputs, labels)
+    return inputs
 
 
 def stream(
@@ -81,6 +109,14 @@ def stream(
     keeps."""
     for images, labels in batches:
         yield np.asarray(prefix(images)), labels
+
+
+def whole_batches(missing: np.ndarray, batch_size: int = EXTRACTION_BATCH) -> np.ndarray:
+    """Of a boolean ``[num_examples]``, the same with all examples of a batch where it has one."""
+    if not len(missing):
+        return missing
+    starts = np.arange(0, len(missing), batch_size)
+    return np.repeat(np.logical_or.reduceat(missing, starts), batch_size)[: len(missing)]
 
 
 def compiled(layer: Callable[[Any], Any]) -> Callable[[Any], Any]:

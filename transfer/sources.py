@@ -96,11 +96,24 @@ def _open_image_folder(folder: Path) -> Source:
             num_parallel_calls=tf.data.AUTOTUNE,
         )
 
+    def ids(split_name: str) -> list[bytes]:
+        return [_digest(str(path), *_state_of(path)) for path, _ in files[split_name]]
+
     sizes = {name: len(examples) for name, examples in files.items()}
-    source = Source(folder.name, class_names, sizes, read, names)
+    source = Source(folder.name, class_names, sizes, read, names, ids)
     for split_name, examples in files.items():
         source._labels[split_name] = np.array([label for _, label in examples], np.int64)
     return source
+
+
+def _state_of(path: Path) -> tuple[int, ...]:
+    """What changes when a file does, without reading it."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _digest(*words: object) -> bytes:
+    return hashlib.blake2b(repr(words).encode(), digest_size=16).digest()
 
 
 def _folders(folder: Path) -> list[Path]:
@@ -161,6 +174,12 @@ def _from_builder(builder: tfds.core.DatasetBuilder, name: str) -> Source:
             }
         )
 
+    def ids(split_name: str) -> list[bytes]:
+        info = builder.info.splits[split_name]
+        shards = [(str(path), *_state_of(Path(path))) for path in info.filepaths]
+        dataset = _digest(builder.info.full_name, shards)
+        return [_digest(dataset, index) for index in range(sizes[split_name])]
+
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
     return Source(
         name,
@@ -168,6 +187,7 @@ def _from_builder(builder: tfds.core.DatasetBuilder, name: str) -> Source:
         sizes,
         read,
         names=lambda split_name: [f"{split_name}/{index}" for index in range(sizes[split_name])],
+        ids=ids,
     )
 
 

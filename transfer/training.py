@@ -44,13 +44,24 @@ class Trainer:
         model: inputs to logits; called with ``training=True`` while it is trained.
         groups: which optimizer updates which variables; variables in no group stay as they are.
         label_smoothing: 0..1, the share of the target that is spread over all classes.
+        class_weights: float ``[num_classes]``, a factor for the loss of each class's examples;
+            ``None`` weighs all alike.
+        mixup: parameter of the Beta distribution that mixes pairs of examples (arXiv 1710.09412);
+            0 mixes none. What is mixed are the inputs of ``model``: images, or activations.
+        clip_norm: the gradients of a step, all together, are scaled down to this norm; ``None``
+            leaves them as they are.
         frozen: applied to the inputs first, in inference mode and without a gradient.
+        seed: of what is drawn at random here, for each step anew.
     """
 
     model: keras.Model
     groups: Sequence[ParameterGroup]
     label_smoothing: float = 0.0
+    class_weights: np.ndarray | None = None
+    mixup: float = 0.0
+    clip_norm: float | None = None
     frozen: Callable[[Any], Any] | None = None
+    seed: int = 0
     step: int = 0
     epoch: int = 0
     _loss: keras.metrics.Mean = field(default_factory=lambda: keras.metrics.Mean("loss"))
@@ -64,25 +75,54 @@ class Trainer:
         self.model.stop_training = False
         self._train_step = tf.function(self._step, autograph=False, reduce_retracing=True)
 
-    def _step(self, inputs: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    def _step(self, inputs: tf.Tensor, labels: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         """One update; returns the loss, a float32 scalar."""
         if self.frozen is not None:
             inputs = tf.stop_gradient(self.frozen(inputs))
+        mix = self._mixing(step)
         with tf.GradientTape() as tape:
-            logits = self.model(inputs, training=True)
-            loss = self._mean_loss(labels, logits)
-        gradients = iter(tape.gradient(loss, [v.value for g in self.groups for v in g.variables]))
+            logits = self.model(mix(inputs), training=True)
+            loss = self._mean_loss(labels, logits, mix)
+        gradients = tape.gradient(loss, [v.value for g in self.groups for v in g.variables])
+        if self.clip_norm is not None:
+            gradients, _ = tf.clip_by_global_norm(gradients, self.clip_norm)
+        remaining = iter(gradients)
         for group in self.groups:
-            group.optimizer.apply([next(gradients) for _ in group.variables], group.variables)
+            group.optimizer.apply([next(remaining) for _ in group.variables], group.variables)
         self._loss.update_state(loss, sample_weight=tf.shape(labels)[0])
         self._accuracy.update_state(labels, logits)
         return loss
 
-    def _mean_loss(self, labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-        """Softmax cross-entropy, with the targets smoothed as in arXiv 1512.00567, section 7."""
+    def _mixing(self, step: tf.Tensor) -> Callable[[tf.Tensor], tf.Tensor]:
+        """What makes of the examples of a batch the mixtures to train on.
+
+        Each with its counterpart from the other end of the batch, which is in a random order, and
+        one share for all of them.
+        """
+        if not self.mixup:
+            return lambda values: values
+        seed = tf.stack([tf.cast(self.seed, tf.int64), step])
+        first, second = tf.unstack(tf.random.stateless_gamma([2], seed, self.mixup))
+        share = first / (first + second)  # Beta(mixup, mixup)
+        return lambda values: share * values + (1 - share) * tf.reverse(values, [0])
+
+    def _mean_loss(
+        self, labels: tf.Tensor, logits: tf.Tensor, mix: Callable[[tf.Tensor], tf.Tensor]
+    ) -> tf.Tensor:
+        """Softmax cross-entropy, with the targets smoothed as in arXiv 1512.00567, section 7, and
+        class weights as in ``keras.Model.fit``."""
         targets = tf.one_hot(labels, logits.shape[-1])
         targets = targets * (1 - self.label_smoothing) + self.label_smoothing / logits.shape[-1]
-        return tf.reduce_mean(tf.nn.softmax_cross_entropy_with_logits(targets, logits))
+        losses = tf.nn.softmax_cross_entropy_with_logits(mix(targets), logits)
+        if self.class_weights is not None:
+            losses *= mix(tf.gather(tf.constant(self.class_weights, tf.float32), labels))
+        return tf.reduce_mean(losses)
+
+    def train_step(self, inputs: Any, labels: Any) -> float:
+        """One update; the loss of the batch before it."""
+        loss = float(self._train_step(inputs, labels, tf.constant(self.step, tf.int64)))
+        self.step += 1
+        return loss
 
     def train_epoch(self, batches: Iterable[Batch], callbacks: Any) -> dict[str, float]:
         """One pass over the batches; the epoch's mean loss and accuracy while training.
@@ -94,9 +134,7 @@ class Trainer:
         self._accuracy.reset_state()
         for index, (inputs, labels) in enumerate(batches):
             callbacks.on_train_batch_begin(index)
-            loss = float(self._train_step(inputs, labels))
-            self.step += 1
-            self._check_finite(loss)
+            self._check_finite(self.train_step(inputs, labels))
             callbacks.on_train_batch_end(index, self._logs())
         return self._logs()
 
@@ -184,6 +222,7 @@ class RunCheckpoint:
         manager.checkpoint.restore(manager.latest_checkpoint).assert_consumed()
         trainer.epoch = int(manager.checkpoint.epoch)
         trainer.step = int(manager.checkpoint.step)
+        trainer.model.stop_training = bool(manager.checkpoint.stopped)
         return True
 
     def _manager(self, trainer: Trainer) -> tf.train.CheckpointManager:
@@ -195,6 +234,7 @@ class RunCheckpoint:
             variables=[variable.value for variable in variables],
             epoch=tf.Variable(trainer.epoch, dtype=tf.int64),
             step=tf.Variable(trainer.step, dtype=tf.int64),
+            stopped=tf.Variable(trainer.model.stop_training),
         )
         return tf.train.CheckpointManager(checkpoint, str(self.directory), self._keep)
 

@@ -1,0 +1,71 @@
+"""What ``vgg-transfer cache`` does; its flags are in ``recipes.cache``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+from transfer.cache import Cache, Listed
+
+
+def show(directory: Path, *, as_json: bool) -> None:
+    """Print all entries, those that were used last first."""
+    listed = sorted(_cache(directory).entries(), key=lambda e: e.last_used, reverse=True)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(entry) for entry in listed], indent=2))
+        return
+    for entry in listed:
+        used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
+        key = entry.key
+        what = (
+            f"{key.get('cut')} of {Path(str(key.get('model'))).name}, {key.get('dataset')} "
+            f"{'+'.join(key.get('splits', []))}"
+        )
+        if key.get("view_seed") is not None:
+            what += f", view {key['view_seed']}"
+        print(
+            f"{entry.digest[:12]}  {used}  {entry.num_bytes / 1e6:10,.1f} MB  "
+            f"{entry.num_rows:8,} images  {what}"
+        )
+    total = sum(entry.num_bytes for entry in listed)
+    print(f"{len(listed)} entries, {total / 1e6:,.1f} MB in {directory}")
+
+
+def clear(directory: Path, digests: Sequence[str], older_than_days: float | None) -> None:
+    """Delete entries: those whose digests begin so, or all; only old ones, if an age is given.
+
+    Raises:
+        ValueError: if a digest names no entry.
+    """
+    cache = _cache(directory)
+    listed = cache.entries()
+    for digest in digests:
+        if not any(entry.digest.startswith(digest) for entry in listed):
+            raise ValueError(
+                f"no entry {digest!r} in {directory}; `cache list` shows what there is"
+            )
+    chosen = [
+        entry
+        for entry in listed
+        if (not digests or entry.digest.startswith(tuple(digests)))
+        and _is_old(entry, older_than_days)
+    ]
+    deleted = [entry for entry in chosen if cache.delete(entry.digest)]
+    freed = sum(entry.num_bytes for entry in deleted)
+    print(f"{len(deleted)} entries deleted, {freed / 1e6:,.1f} MB")
+    for entry in chosen:
+        if entry not in deleted:
+            print(f"{entry.digest[:12]} is in use, and stays", file=sys.stderr)
+
+
+def _is_old(entry: Listed, days: float | None) -> bool:
+    return days is None or time.time() - entry.last_used > days * 24 * 3600
+
+
+def _cache(directory: Path) -> Cache:
+    return Cache(directory, limit_bytes=0)  # nothing is added

@@ -1,0 +1,216 @@
+"""All that is found out of a fine-tuning run before the work begins."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from recipes import run_folder
+from recipes.finetune import EMBEDDED, FinetuneConfig
+from recipes.finetune_stages import Stage, asked_for, resolve
+from recipes.network_flags import parse_feed, report
+from transfer import Backbone, Classifier, Head, MetaGraph, load_meta_graph
+from transfer.data import Split, few_shot, train_and_eval_splits
+from transfer.sources import open_source
+
+EMBEDDED_MODEL = str(files("pretrained") / "vgg_small")
+DEFAULT_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train on what; ``config`` has nothing left to default."""
+
+    config: FinetuneConfig
+    out: Path
+    graph: MetaGraph
+    classifier: Classifier
+    stages: list[Stage]
+    train: Split
+    held_out: Split
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.train) // self.config.batch_size)
+
+    @property
+    def last_cut(self) -> str:
+        return self.stages[-1].cut
+
+
+def prepare(config: FinetuneConfig) -> Job:
+    """Open model and data, and write down what will be done.
+
+    Raises:
+        ValueError, OSError: see the library functions; nearly all before any slow work.
+    """
+    _check(config)
+    graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
+    train, held_out = _splits(config)
+    config = replace(config, batch_size=config.batch_size or min(DEFAULT_BATCH, len(train)))
+    classifier, config = _classifier(config, graph, train)
+    _check_repeatable(classifier, held_out, config.keep_dropout)
+    stages, config = _stages(config, classifier, train)
+    out = config.out or run_folder.default_out(train.source.name, config.freeze_until)
+    if config.resume:
+        run_folder.check_resumed(out, config)
+    out = run_folder.create(out, resume=config.resume)
+    config = replace(config, out=out)
+    run_folder.write_config(out, config)
+    run_folder.write_text(out / run_folder.HELD_OUT, "".join(f"{n}\n" for n in held_out.names))
+    return Job(config, out, graph, classifier, stages, train, held_out)
+
+
+def _check(config: FinetuneConfig) -> None:
+    """What can be said of the flags alone."""
+    limits = {
+        "epochs": (config.epochs, 1),
+        "batch size": (config.batch_size, 1),
+        "image size": (config.image_size, 1),
+        "shots per class": (config.shots_per_class, 1),
+        "early stopping": (config.early_stopping, 1),
+        "accumulate": (config.accumulate, 1),
+        "max to keep": (config.max_to_keep, 0),
+        "learning rate": (config.learning_rate, 0),
+        "backbone lr scale": (config.backbone_lr_scale, 0),
+        "block lr decay": (config.block_lr_decay, 0),
+        "warmup epochs": (config.warmup_epochs, 0),
+        "weight decay": (config.weight_decay, 0),
+        "mixup": (config.mixup, 0),
+        "views": (config.views, 0),
+    }
+    for name, (value, least) in limits.items():
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    for name in ("clip_norm", "lbfgs_c", "cache_limit"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name.replace('_', ' ')} must be more than 0, got {value}")
+    if not 0 <= config.label_smoothing < 1:
+        raise ValueError(f"label smoothing must be 0 to 1, got {config.label_smoothing}")
+    if config.views and config.cache == "off":
+        raise ValueError("--views are kept, and --cache off keeps nothing; --augment needs none")
+    if config.solver == "lbfgs":
+        _check_lbfgs(config)
+    if config.out is not None or config.resume:
+        run_folder.check(config.out, resume=config.resume)
+
+
+def _check_lbfgs(config: FinetuneConfig) -> None:
+    """Nothing that the exact solver would pass over."""
+    unused = {
+        "--schedule": config.schedule,
+        "--hidden": config.hidden,
+        "--dropout": config.dropout,
+        "--mixup": config.mixup,
+        "--label-smoothing": config.label_smoothing,
+        "--augment without --views": config.augment and not config.views,
+        "--early-stopping": config.early_stopping,
+        "--max-to-keep": config.max_to_keep,
+    }
+    given = [flag for flag, value in unused.items() if value]
+    if given:
+        raise ValueError(f"--solver lbfgs has no use for {', '.join(given)}; leave out one of them")
+
+
+def _splits(config: FinetuneConfig) -> tuple[Split, Split]:
+    source = open_source(
+        config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
+    )
+    train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
+    if config.shots_per_class is not None:
+        train = few_shot(train, config.shots_per_class, config.seed)
+    if config.batch_size is not None and config.batch_size > len(train):
+        raise ValueError(
+            f"batch size {config.batch_size} does not fit {len(train)} training images; "
+            f"choose 1 to {len(train)}"
+        )
+    return train, held_out
+
+
+def _classifier(
+    config: FinetuneConfig, graph: MetaGraph, train: Split
+) -> tuple[Classifier, FinetuneConfig]:
+    """The classifier before training, and the config with what was found out."""
+    tap = graph.tensor(config.tap or graph.card.tap or "fc7")
+    feeds = dict(parse_feed(assignment) for assignment in config.feed)
+    network = graph.network(tap, config.input, feeds, config.keep_dropout)
+    report(config, tap, network)
+    labels = train.source.class_names
+    preprocess = graph.preprocess(network.input, config.preprocess, config.image_size)
+    backbone = Backbone(
+        graph,
+        tap,
+        input=network.input,
+        feeds=feeds,
+        keep_dropout=config.keep_dropout,
+        use_ema=config.use_ema,
+        name="backbone",
+    )
+    if config.random_weights:
+        backbone.randomize(config.seed)
+    head = Head(
+        len(labels), hidden=config.hidden, dropout=config.dropout, seed=config.seed, name="head"
+    )
+    classifier = Classifier(backbone, head, preprocess, labels)
+    classifier.build_from_size()
+    return classifier, replace(
+        config,
+        model=config.model if config.model == EMBEDDED else str(graph.prefix.resolve()),
+        data_dir=config.data_dir and str(Path(config.data_dir).expanduser().resolve()),
+        image_folder=config.image_folder and str(Path(config.image_folder).expanduser().resolve()),
+        dataset=config.dataset or (None if config.image_folder or config.data_dir else "digits"),
+        tap=tap,
+        input=network.input,
+        preprocess=preprocess.mode,
+        image_size=preprocess.size,
+    )
+
+
+def _stages(
+    config: FinetuneConfig, classifier: Classifier, train: Split
+) -> tuple[list[Stage], FinetuneConfig]:
+    """The stages, and the config that says them again."""
+    steps_per_epoch = -(-len(train) // config.batch_size)
+    feature_scale = functools.cache(lambda: _feature_scale(classifier, train))
+    stages = [
+        resolve(stage, classifier, config.tap, feature_scale, steps_per_epoch)
+        for stage in asked_for(config)
+    ]
+    last = stages[-1]
+    if config.solver == "lbfgs" and last.cut != config.tap.removesuffix(":0"):
+        raise ValueError(
+            f"--solver lbfgs trains a head on frozen features; --freeze-until {last.cut} trains "
+            "more than that"
+        )
+    if config.schedule is not None:
+        schedule = ",".join(str(stage) for stage in stages)
+        return stages, replace(config, schedule=schedule, freeze_until=last.cut)
+    return stages, replace(
+        config, freeze_until=last.cut, epochs=last.epochs, learning_rate=last.learning_rate
+    )
+
+
+def _feature_scale(classifier: Classifier, split: Split) -> float:
+    """Root mean square of the features of a few images; they come in a random order."""
+    images, _ = next(iter(split.batches(classifier.preprocess, 8)))
+    return float(np.sqrt(np.mean(np.square(classifier.backbone(images))))) or 1.0
+
+
+def _check_repeatable(classifier: Classifier, split: Split, keep_dropout: bool) -> None:
+    """Refuse features that differ from run to run: no two evaluations would agree."""
+    backbone = classifier.backbone
+    if not backbone.random_nodes or keep_dropout:
+        return
+    images, _ = next(iter(split.batches(classifier.preprocess, 4)))
+    if np.array_equal(backbone(images), backbone(images)):
+        return
+    raise ValueError(
+        "the features of one image differ from run to run: noise lies before the tap "
+        f"({', '.join(backbone.random_nodes[:3])}); choose an --input after it, a tap before it, "
+        "or turn it off with --feed"
+    )

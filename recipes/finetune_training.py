@@ -1,0 +1,141 @@
+"""One stage of a fine-tuning run, trained step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from sklearn.utils.class_weight import compute_class_weight
+
+from recipes import measure, run_folder
+from recipes.finetune_inputs import Inputs
+from recipes.finetune_setup import Job
+from recipes.finetune_stages import parameter_groups
+from transfer.training import ParameterGroup, RunCheckpoint, Trainer
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, earlier sessions included; ``steps_now`` are those of this one."""
+
+    epoch: int = 0
+    step: int = 0
+    steps_now: int = 0
+    trainable: int = 0
+
+
+class StageTrainer:
+    """What trains a stage, brought to where the run was where it is resumed.
+
+    Args:
+        job: the run.
+        number: of the stage, from 0.
+        model: what is trained of the classifier, from the stage's split.
+        before: how far the run was at the end of the stage before.
+    """
+
+    def __init__(self, job: Job, number: int, model: keras.Model, before: Progress):
+        config = job.config
+        self._job = job
+        self._before = before
+        self._stage = stage = job.stages[number]
+        groups = parameter_groups(config, job.classifier, stage, job.steps_per_epoch)
+        self.trainer = new_trainer(job, model, groups)
+        self.trainer.step, self.trainer.epoch = before.step, before.epoch
+        self._checkpoint = RunCheckpoint(job.out / run_folder.CHECKPOINTS / f"stage-{number}")
+        if config.resume:
+            self._checkpoint.restore(self.trainer)
+        self._first_step = self.trainer.step
+
+    @property
+    def is_done(self) -> bool:
+        return self.trainer.epoch >= self._last_epoch or self.trainer.model.stop_training
+
+    @property
+    def _last_epoch(self) -> int:
+        return self._before.epoch + self._stage.epochs
+
+    def fit(self, inputs: Inputs, save: Callable[..., Any]) -> None:
+        """Train to the end of the stage; ``save`` writes the model after an epoch."""
+        job, trainer = self._job, self.trainer
+        trainer.frozen = inputs.frozen
+        validate = inputs.evaluator(trainer.model)
+        trainer.fit(
+            inputs.train,
+            epochs=self._last_epoch,
+            steps_per_epoch=job.steps_per_epoch,
+            validate=lambda: scalars(validate()),
+            callbacks=self._callbacks(save),
+            verbose=measure.verbosity(),
+            checkpoint=self._checkpoint,
+        )
+
+    def _callbacks(self, save: Callable[..., Any]) -> list[keras.callbacks.Callback]:
+        job, config = self._job, self._job.config
+        goes_on = config.resume or self._before.epoch > 0
+        callbacks = [
+            keras.callbacks.CSVLogger(job.out / run_folder.HISTORY, append=goes_on),
+            keras.callbacks.TensorBoard(job.out / run_folder.EVENTS, write_graph=False),
+        ]
+        if config.early_stopping is not None:
+            callbacks.append(
+                keras.callbacks.EarlyStopping(
+                    "val_loss", patience=config.early_stopping, restore_best_weights=True
+                )
+            )
+        if config.max_to_keep:
+            options = {
+                "max_to_keep": config.max_to_keep,
+                "keep_checkpoint_every_n_hours": config.keep_checkpoint_every_n_hours,
+            }
+            callbacks.append(
+                keras.callbacks.LambdaCallback(
+                    on_epoch_end=lambda epoch, logs: save(
+                        epoch + 1, step=self.trainer.step, **options
+                    )
+                )
+            )
+        return callbacks
+
+    @property
+    def progress(self) -> Progress:
+        trainer = self.trainer
+        return Progress(
+            trainer.epoch,
+            trainer.step,
+            self._before.steps_now + trainer.step - self._first_step,
+            sum(int(np.prod(v.shape)) for v in trainer.trainable_variables),
+        )
+
+
+def new_trainer(job: Job, model: keras.Model, groups: list[ParameterGroup]) -> Trainer:
+    """A trainer of the run's loss, at the beginning."""
+    config = job.config
+    return Trainer(
+        model,
+        groups,
+        label_smoothing=config.label_smoothing,
+        class_weights=_class_weights(job),
+        mixup=config.mixup,
+        clip_norm=config.clip_norm,
+        seed=config.seed,
+    )
+
+
+def _class_weights(job: Job) -> np.ndarray | None:
+    """float ``[num_classes]``; 1 for classes without an example."""
+    if job.config.class_weights == "none":
+        return None
+    labels = job.train.labels
+    present = np.unique(labels)
+    weights = np.ones(len(job.classifier.labels))
+    weights[present] = compute_class_weight("balanced", classes=present, y=labels)
+    return weights
+
+
+def scalars(summary: dict[str, Any]) -> dict[str, float]:
+    """The figures that a history can hold."""
+    return {name: value for name, value in summary.items() if isinstance(value, float)}

@@ -1,0 +1,82 @@
+"""What ``vgg-transfer lr-find`` does; its flags are in ``recipes.lr_find``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import keras
+import numpy as np
+from matplotlib.figure import Figure
+
+from recipes import measure, run_folder
+from recipes.finetune import FinetuneConfig, cut_of
+from recipes.finetune_inputs import Inputs
+from recipes.finetune_setup import prepare
+from recipes.finetune_stages import parameter_groups
+from recipes.finetune_training import new_trainer
+from transfer.lr_find import RangeTest, range_test
+from transfer.training import Batch
+
+
+def run(config: FinetuneConfig, *, lowest: float, highest: float, steps: int) -> tuple[float, Path]:
+    """Run the trial; returns the rate that it suggests, and the folder with table and plot.
+
+    Raises:
+        ValueError, OSError: as ``finetune``; and if there are several stages, or the loss diverges
+            at once.
+    """
+    if config.schedule is not None or config.solver != "gradient" or config.resume:
+        raise ValueError("lr-find tries one cut; leave out --schedule, --solver and --resume")
+    keras.utils.set_random_seed(config.seed)
+    out = config.out or run_folder.default_out("lr-find")
+    job = prepare(replace(config, out=out, lr_schedule="constant", learning_rate=1.0))
+    (stage,) = job.stages
+    frozen, model = job.classifier.split(cut_of(stage.cut))
+    groups = parameter_groups(job.config, job.classifier, stage, job.steps_per_epoch)
+    trainer = new_trainer(job, model, groups)
+    inputs = Inputs(job, stage.cut, frozen)
+    trainer.frozen = inputs.frozen
+    batches = itertools.islice(_endless(inputs), steps)
+    found = range_test(
+        trainer,
+        measure.progress(batches, "trial"),
+        lowest=lowest,
+        highest=highest,
+        steps=steps,
+    )
+    _write_table(job.out / "lr_find.csv", found)
+    _plot(found).savefig(job.out / "lr_find.png", dpi=150)
+    return found.suggestion, job.out
+
+
+def _endless(inputs: Inputs) -> Iterator[Batch]:
+    for epoch in itertools.count():
+        yield from inputs.train(epoch)
+
+
+def _write_table(path: Path, found: RangeTest) -> None:
+    lines = ["learning_rate,loss,smoothed_loss"]
+    rows = zip(found.rates, found.losses, found.smoothed, strict=True)
+    lines += [",".join(f"{value:.6g}" for value in row) for row in rows]
+    run_folder.write_text(path, "\n".join(lines) + "\n")
+
+
+def _plot(found: RangeTest) -> Figure:
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(found.rates, found.losses, color="0.75", linewidth=1, label="loss of a batch")
+    axes.plot(found.rates, found.smoothed, color="#0072B2", linewidth=2, label="smoothed")
+    axes.axvline(
+        found.suggestion, color="#D55E00", linestyle="--", label=f"suggested: {found.suggestion:g}"
+    )
+    axes.set_xscale("log")
+    # A loss that explodes in the end must not flatten the rest.
+    axes.set_ylim(0, float(np.quantile(found.losses, 0.9) * 1.5))
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss (nats)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure
