@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -15,10 +14,15 @@ from recipes.finetune_stages import Stage, asked_for, resolve
 from recipes.network_flags import parse_feed, report
 from transfer import Backbone, Classifier, Head, MetaGraph, load_meta_graph
 from transfer.data import Split, few_shot, train_and_eval_splits
+from transfer.preprocess import Preprocess
 from transfer.sources import open_source
+from transfer.surgery import is_seeded
 
 EMBEDDED_MODEL = str(files("pretrained") / "vgg_small")
 DEFAULT_BATCH = 32
+# Deviation of the logits before training. A new head that is sure of what it does not know costs
+# steps to unlearn, and spoils the backbone's weights in the meantime.
+FIRST_LOGITS = 0.1
 
 
 @dataclass(frozen=True)
@@ -52,9 +56,9 @@ def prepare(config: FinetuneConfig) -> Job:
     graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
     train, held_out = _splits(config)
     config = replace(config, batch_size=config.batch_size or min(DEFAULT_BATCH, len(train)))
-    classifier, config = _classifier(config, graph, train)
+    classifier, feature_scale, config = _classifier(config, graph, train)
     _check_repeatable(classifier, held_out, config.keep_dropout)
-    stages, config = _stages(config, classifier, train)
+    stages, config = _stages(config, classifier, feature_scale, train)
     out = config.out or run_folder.default_out(train.source.name, config.freeze_until)
     if config.resume:
         run_folder.check_resumed(out, config)
@@ -134,8 +138,9 @@ def _splits(config: FinetuneConfig) -> tuple[Split, Split]:
 
 def _classifier(
     config: FinetuneConfig, graph: MetaGraph, train: Split
-) -> tuple[Classifier, FinetuneConfig]:
-    """The classifier before training, and the config with what was found out."""
+) -> tuple[Classifier, float, FinetuneConfig]:
+    """The classifier before training, the root mean square of its features, and the config with
+    what was found out."""
     tap = graph.tensor(config.tap or graph.card.tap or "fc7")
     feeds = dict(parse_feed(assignment) for assignment in config.feed)
     network = graph.network(tap, config.input, feeds, config.keep_dropout)
@@ -153,30 +158,43 @@ def _classifier(
     )
     if config.random_weights:
         backbone.randomize(config.seed)
+    features = _features_of_a_few(backbone, train, preprocess)
+    scale = float(np.sqrt(np.mean(np.square(features)))) or 1.0
     head = Head(
-        len(labels), hidden=config.hidden, dropout=config.dropout, seed=config.seed, name="head"
+        len(labels),
+        hidden=config.hidden,
+        dropout=config.dropout,
+        weights_stddev=FIRST_LOGITS / (scale * features.shape[1] ** 0.5),
+        bias=0.0,
+        seed=config.seed,
+        name="head",
     )
     classifier = Classifier(backbone, head, preprocess, labels)
     classifier.build_from_size()
-    return classifier, replace(
-        config,
-        model=config.model if config.model == EMBEDDED else str(graph.prefix.resolve()),
-        data_dir=config.data_dir and str(Path(config.data_dir).expanduser().resolve()),
-        image_folder=config.image_folder and str(Path(config.image_folder).expanduser().resolve()),
-        dataset=config.dataset or (None if config.image_folder or config.data_dir else "digits"),
-        tap=tap,
-        input=network.input,
-        preprocess=preprocess.mode,
-        image_size=preprocess.size,
+    return (
+        classifier,
+        scale,
+        replace(
+            config,
+            model=config.model if config.model == EMBEDDED else str(graph.prefix.resolve()),
+            data_dir=config.data_dir and str(Path(config.data_dir).expanduser().resolve()),
+            image_folder=config.image_folder
+            and str(Path(config.image_folder).expanduser().resolve()),
+            dataset=config.dataset
+            or (None if config.image_folder or config.data_dir else "digits"),
+            tap=tap,
+            input=network.input,
+            preprocess=preprocess.mode,
+            image_size=preprocess.size,
+        ),
     )
 
 
 def _stages(
-    config: FinetuneConfig, classifier: Classifier, train: Split
+    config: FinetuneConfig, classifier: Classifier, feature_scale: float, train: Split
 ) -> tuple[list[Stage], FinetuneConfig]:
     """The stages, and the config that says them again."""
     steps_per_epoch = -(-len(train) // config.batch_size)
-    feature_scale = functools.cache(lambda: _feature_scale(classifier, train))
     stages = [
         resolve(stage, classifier, config.tap, feature_scale, steps_per_epoch)
         for stage in asked_for(config)
@@ -195,16 +213,15 @@ def _stages(
     )
 
 
-def _feature_scale(classifier: Classifier, split: Split) -> float:
-    """Root mean square of the features of a few images; they come in a random order."""
-    images, _ = next(iter(split.batches(classifier.preprocess, 8)))
-    return float(np.sqrt(np.mean(np.square(classifier.backbone(images))))) or 1.0
+def _features_of_a_few(backbone: Backbone, split: Split, preprocess: Preprocess) -> np.ndarray:
+    images, _ = next(iter(split.batches(preprocess, 4)))
+    return np.asarray(backbone(images))
 
 
 def _check_repeatable(classifier: Classifier, split: Split, keep_dropout: bool) -> None:
     """Refuse features that differ from run to run: no two evaluations would agree."""
     backbone = classifier.backbone
-    if not backbone.random_nodes or keep_dropout:
+    if not is_seeded(backbone.network.graph_def) or keep_dropout:
         return
     images, _ = next(iter(split.batches(classifier.preprocess, 4)))
     if np.array_equal(backbone(images), backbone(images)):

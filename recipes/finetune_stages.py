@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import keras
@@ -69,7 +69,7 @@ def resolve(
     stage: Stage,
     classifier: Classifier,
     tap: str,
-    feature_scale: Callable[[], float],
+    feature_scale: float,
     steps_per_epoch: int,
 ) -> Stage:
     """The stage with nothing left to default.
@@ -78,7 +78,7 @@ def resolve(
         stage: as asked for; its cut may be ``tap``, or a short name.
         classifier: built.
         tap: the tensor with the features.
-        feature_scale: gives the root mean square of the features; called where it is needed.
+        feature_scale: root mean square of the features.
         steps_per_epoch: on the training images.
 
     Raises:
@@ -99,7 +99,7 @@ def resolve(
         )
     rate = stage.learning_rate
     if rate is None and only_head:
-        rate = float(f"{HEAD_LEARNING_RATE / feature_scale():.2g}")
+        rate = float(f"{HEAD_LEARNING_RATE / feature_scale:.2g}")
     elif rate is None:
         rate = BACKBONE_LEARNING_RATE
     epochs = stage.epochs

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as on the command line
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -15,6 +15,7 @@ import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from transfer import taps
+from transfer.gradients import with_fast_gradients
 from transfer.head import average_over_space
 from transfer.metagraph import MetaGraph
 from transfer.policy import RANDOM_OPS
@@ -49,9 +50,9 @@ class GraphLayer(keras.layers.Layer):
             self._variable(variable, values[variable.name]) for variable in network.variables
         ]
         self._inference = as_function(network)
-        self._training = self._inference
-        if network.training is not None:
-            self._training = as_function(replace(network, graph_def=network.training))
+        # In training only: a SavedModel cannot hold what computes a gradient in a way of its own.
+        for_training = with_fast_gradients(network.training or network.graph_def)
+        self._training = as_function(replace(network, graph_def=for_training))
         if self.random_nodes:
             self._seeds = keras.random.SeedGenerator()
         self.built = True
