@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
-VERBS = ("inspect", "finetune", "evaluate", "lr-find", "cache", "pretrain")
+VERBS = ("inspect", "finetune", "evaluate", "benchmark", "lr-find", "cache", "pretrain")
+BENCHMARK_VERBS = ("benchmark-limits", "keras-baseline")  # processes that it starts
 
 app = App(
     name="vgg-transfer",
@@ -26,9 +27,9 @@ app = App(
     default_parameter=Parameter(negative_iterable=()),
 )
 app.suppress_keyboard_interrupt = app.meta.suppress_keyboard_interrupt = False  # see main
-for verb in VERBS:
+for verb in (*VERBS, *BENCHMARK_VERBS):
     name = verb.replace("-", "_")
-    app.command(f"recipes.{name}:{name}", name=verb)
+    app.command(f"recipes.{name}:{name}", name=verb, show=verb in VERBS)
 
 
 @app.meta.default
@@ -56,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # TensorFlow turns oneDNN on by itself for some processors only; AVX2 gains as much. See
-    # docs/performance.md.
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    if "keras-baseline" not in arguments:  # which shows what TensorFlow does by itself
+        # It turns oneDNN on for some processors only; AVX2 gains as much. See docs/performance.md.
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     try:
         return app.meta(arguments, exit_on_error=False, print_error=False) or 0
     except cyclopts.CycloptsError as error:

@@ -7,8 +7,8 @@
 The first fine-tunes the embedded model on the embedded digits. The README says what to expect.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: flags of other verbs inherit from these, and the types
+# would be looked up in their modules.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,12 +134,15 @@ class FinetuneConfig:
     """Continue the run in --out after its last complete epoch."""
 
 
+DEFAULTS = FinetuneConfig()
+
+
 def cut_of(freeze_until: str) -> str | None:
     """The tensor to cut at; ``None`` where nothing is frozen."""
     return None if freeze_until == "none" else freeze_until
 
 
-def finetune(config: FinetuneConfig = FinetuneConfig()) -> int:
+def finetune(config: FinetuneConfig = DEFAULTS) -> int:
     """Fine-tune a pretrained network on labelled images, and evaluate it."""
     with job():
         from recipes.finetune_job import run

@@ -92,7 +92,8 @@ def _metrics(job: Job, progress: Progress, figures: dict[str, Any]) -> dict[str,
         final_loss = float(list(csv.DictReader(file))[-1]["loss"])
     return {
         "eval": figures,
-        "train": {"epochs": progress.epoch, "steps": progress.step, "final_loss": final_loss},
+        "train": {"epochs": progress.epoch, "steps": progress.step, "final_loss": final_loss}
+        | {"epoch_s": progress.epoch_s},
         "time": {},
         "throughput": {},
         "memory": {"peak_rss_mb": measure.peak_rss_mb()},

@@ -19,12 +19,16 @@ from transfer.training import ParameterGroup, RunCheckpoint, Trainer
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, earlier sessions included; ``steps_now`` are those of this one."""
+    """How far a run is, earlier sessions included; ``steps_now`` are those of this one.
+
+    ``epoch_s`` is the usual wall time of an epoch of the last stage, without its validation.
+    """
 
     epoch: int = 0
     step: int = 0
     steps_now: int = 0
     trainable: int = 0
+    epoch_s: float | None = None
 
 
 class StageTrainer:
@@ -108,6 +112,7 @@ class StageTrainer:
             trainer.step,
             self._before.steps_now + trainer.step - self._first_step,
             sum(int(np.prod(v.shape)) for v in trainer.trainable_variables),
+            measure.usual(trainer.epoch_seconds),
         )
 
 

@@ -12,14 +12,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from recipes.finetune import FinetuneConfig
+from recipes.finetune import DEFAULTS, FinetuneConfig
 from recipes.startup import job
-
-_DEFAULTS = FinetuneConfig()
 
 
 def lr_find(
-    config: FinetuneConfig = _DEFAULTS,
+    config: FinetuneConfig = DEFAULTS,
     *,
     lowest: Annotated[float, Parameter(help="Learning rate of the first step.")] = 1e-7,
     highest: Annotated[float, Parameter(help="Learning rate of the last step.")] = 1.0,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import platform
+import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 
@@ -37,6 +38,11 @@ class Clock:
 def rate(count: float, seconds: float) -> float:
     """Per second."""
     return round(count / seconds, 1) if seconds else 0.0
+
+
+def usual(seconds: Sequence[float]) -> float | None:
+    """The median of repeated work; the first time, which compiles, counts only if it is alone."""
+    return round(statistics.median(seconds[1:] or seconds), 4) if seconds else None
 
 
 def peak_rss_mb() -> float:

@@ -65,7 +65,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_config(run: Path, config: Any) -> None:
     """Write a config dataclass as YAML that ``--config`` reads."""
-    write_text(run / CONFIG, yaml.safe_dump(_plain(config), sort_keys=False))
+    write_text(run / CONFIG, to_yaml(config))
+
+
+def to_yaml(config: Any) -> str:
+    return yaml.safe_dump(_plain(config), sort_keys=False)
 
 
 def check_resumed(run: Path, config: Any) -> None:

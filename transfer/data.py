@@ -214,6 +214,7 @@ class Batches:
         return (
             examples.map(self._to_pair, num_parallel_calls=tf.data.AUTOTUNE)
             .batch(self.batch_size)
+            .apply(tf.data.experimental.assert_cardinality(len(self)))
             .prefetch(tf.data.AUTOTUNE)
         )
 

@@ -9,6 +9,7 @@ are Keras' own.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +53,8 @@ class Trainer:
             leaves them as they are.
         frozen: applied to the inputs first, in inference mode and without a gradient.
         seed: of what is drawn at random here, for each step anew.
+
+    ``epoch_seconds`` are the wall times of the epochs of this session, without their validation.
     """
 
     model: keras.Model
@@ -64,6 +67,7 @@ class Trainer:
     seed: int = 0
     step: int = 0
     epoch: int = 0
+    epoch_seconds: list[float] = field(default_factory=list)
     _loss: keras.metrics.Mean = field(default_factory=lambda: keras.metrics.Mean("loss"))
     _accuracy: keras.metrics.Metric = field(
         default_factory=lambda: keras.metrics.SparseCategoricalAccuracy("accuracy")
@@ -173,7 +177,9 @@ class Trainer:
         try:
             while self.epoch < epochs and not self.model.stop_training:
                 callback_list.on_epoch_begin(self.epoch)
+                start = time.perf_counter()
                 logs = self.train_epoch(batches(self.epoch), callback_list)
+                self.epoch_seconds.append(time.perf_counter() - start)
                 if validate is not None:
                     logs |= {f"val_{name}": value for name, value in validate().items()}
                     # The last step may have spoilt the weights after its own loss was taken.

@@ -1,0 +1,219 @@
+"""What ``vgg-transfer benchmark`` does; its flags are in ``recipes.benchmark``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recipes import benchmark_report, run_folder
+from recipes.benchmark import BenchmarkConfig
+from recipes.finetune import EMBEDDED, FinetuneConfig
+from recipes.finetune_setup import EMBEDDED_MODEL
+from recipes.network_flags import parse_feed
+from transfer import load_meta_graph
+from transfer.cache import Cache
+from transfer.cuts import default_cuts, list_cuts
+from transfer.surgery import Network
+
+SCRATCH = "scratch"
+LIMITS = "limits.json"
+RESULTS = "results.json"
+_FROZEN, _FULL = "frozen", "full"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process: ``label`` is the row of the table that it belongs to."""
+
+    label: str
+    verb: str
+    config: FinetuneConfig
+    environment: dict[str, str]
+
+    @property
+    def folder(self) -> Path:
+        return self.config.out
+
+
+def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
+    """Do all runs that have no figures yet; returns the table, its folder, how many runs failed.
+
+    Raises:
+        ValueError, OSError: if the flags do not fit, or the model cannot be opened.
+    """
+    _check(config)
+    network, size = _network(config)
+    cuts = list_cuts(network, size)
+    labels = config.cuts.split(",") if config.cuts else [*default_cuts(network, size), "none"]
+    if config.cuts is None:
+        labels.append(SCRATCH)
+    config = dataclasses.replace(config, cuts=",".join(_short(label) for label in labels))
+    out = config.out or run_folder.default_out("benchmark", config.dataset or "digits")
+    if config.resume:
+        run_folder.check_resumed(out, config)
+    out = run_folder.create(out, resume=config.resume)
+    config = dataclasses.replace(config, out=out)
+    run_folder.write_config(out, config)
+    limits = _limits(config)
+    records = []
+    runs = list(_runs(config))
+    for number, item in enumerate(runs, 1):
+        _say(f"{number} of {len(runs)}: {item.label}, seed {item.config.seed}")
+        records.append(_record(item, config.keep_models))
+        last_of_row = number == len(runs) or runs[number].label != item.label
+        if last_of_row and not config.keep_models:
+            shutil.rmtree(_cache_of(item), ignore_errors=True)
+        run_folder.write_json(out / RESULTS, {"limits": limits, "runs": records})
+        _say(benchmark_report.describe(records[-1]))
+    table = benchmark_report.write(out, limits, records, cuts)
+    return table, out, sum("error" in record for record in records)
+
+
+def _check(config: BenchmarkConfig) -> None:
+    unused = {
+        "--freeze-until": config.freeze_until != "tap",
+        "--schedule": config.schedule,
+        "--random-weights": config.random_weights,
+        "--cache-dir": config.cache_dir,
+        "--solver": config.solver != "gradient",
+    }
+    given = [flag for flag, value in unused.items() if value]
+    if given:
+        raise ValueError(
+            f"benchmark chooses {', '.join(given)} itself; --cuts says what to compare"
+        )
+    if config.seeds < 1:
+        raise ValueError(f"seeds must be at least 1, got {config.seeds}")
+    if config.out is not None or config.resume:
+        run_folder.check(config.out, resume=config.resume)
+
+
+def _network(config: BenchmarkConfig) -> tuple[Network, int | None]:
+    """What the runs will take, to know its cuts."""
+    graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
+    feeds = dict(parse_feed(assignment) for assignment in config.feed)
+    tap = graph.tensor(config.tap or graph.card.tap or "fc7")
+    network = graph.network(tap, config.input, feeds, config.keep_dropout)
+    return network, config.image_size or graph.card.image_size
+
+
+def _runs(config: BenchmarkConfig) -> Iterator[Run]:
+    """Row by row, so that the seeds of a row find each other's activations."""
+    options = {
+        field.name: getattr(config, field.name) for field in dataclasses.fields(FinetuneConfig)
+    }
+    rows = [(label, "finetune", label, dict(os.environ)) for label in _labels(config)]
+    for baseline in config.baseline:
+        environment = dict(os.environ, TF_ENABLE_ONEDNN_OPTS="1")
+        if baseline == "keras":
+            environment.pop("TF_ENABLE_ONEDNN_OPTS")
+        for what, cut in ((_FROZEN, "tap"), (_FULL, "none")):
+            if what == _FROZEN or {"none", SCRATCH} & {*_labels(config)}:
+                rows.append((f"{baseline} {what}", "keras-baseline", cut, environment))
+    for label, verb, cut, environment in rows:
+        for seed in range(config.seed, config.seed + config.seeds):
+            folder = config.out / label.replace("/", "-").replace(" ", "-")
+            changed: dict[str, Any] = {
+                "freeze_until": "none" if cut == SCRATCH else cut,
+                "random_weights": cut == SCRATCH,
+                "seed": seed,
+                "out": folder / f"seed-{seed}",
+                "cache_dir": folder / "cache",
+                "resume": False,
+            }
+            yield Run(label, verb, FinetuneConfig(**{**options, **changed}), environment)
+
+
+def _labels(config: BenchmarkConfig) -> list[str]:
+    return config.cuts.split(",")
+
+
+def _short(tensor: str) -> str:
+    return tensor.strip().removesuffix(":0")
+
+
+def _cache_of(item: Run) -> Path:
+    return item.config.cache_dir
+
+
+def _record(item: Run, keep_models: bool) -> dict[str, Any]:
+    """The figures of a run, which is done if it has none yet."""
+    record: dict[str, Any] = {"label": item.label, "seed": item.config.seed}
+    path = item.folder / run_folder.METRICS
+    if not path.is_file():
+        shutil.rmtree(item.folder, ignore_errors=True)  # of a run that was cut off
+        error = _start(item.verb, item.config, item.folder, item.environment)
+        if error is not None:
+            return record | {"error": error}
+        metrics = json.loads(path.read_text())
+        used = Cache(_cache_of(item), 0).entries()
+        metrics["disk_mb"] = round(sum(entry.num_bytes for entry in used) / 1e6, 1)
+        run_folder.write_json(path, metrics)
+        if not keep_models:
+            _drop_model(item.folder)
+    return record | json.loads(path.read_text())
+
+
+def _drop_model(folder: Path) -> None:
+    for path in folder.glob(f"{run_folder.MODEL}.*"):
+        path.unlink()
+    for name in (run_folder.CHECKPOINTS, run_folder.EVENTS):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _limits(config: BenchmarkConfig) -> dict[str, float]:
+    """What the machine can do; see ``recipes.benchmark_limits``."""
+    path = config.out / LIMITS
+    if not path.is_file():
+        _say("the machine: matrix products, a forward pass, the input pipeline")
+        (item, *_) = _runs(config)
+        folder = config.out / "limits"
+        shutil.rmtree(folder, ignore_errors=True)
+        options = dataclasses.replace(item.config, freeze_until="tap", random_weights=False)
+        error = _start(
+            "benchmark-limits",
+            dataclasses.replace(options, out=folder),
+            folder,
+            dict(os.environ),
+        )
+        if error is not None:
+            raise ValueError(error)  # what the runs would fail with, too
+        os.replace(folder / LIMITS, path)
+    return json.loads(path.read_text())
+
+
+def _start(
+    verb: str, config: FinetuneConfig, folder: Path, environment: dict[str, str]
+) -> str | None:
+    """Run a verb with a config in a process of its own; what it failed with, if it did.
+
+    Its output goes to a log beside its folder.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    flags, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
+    run_folder.write_text(flags, run_folder.to_yaml(config))
+    with log.open("w", encoding="utf-8") as file:
+        command = [sys.executable, "-m", "recipes.cli", verb, "--config", str(flags)]
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if status == 0:
+        return None
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
+    return f"{lines[-1].removeprefix('error: ')} (exit status {status}, see {log})"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

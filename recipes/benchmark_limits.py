@@ -1,0 +1,72 @@
+"""What a machine can do, to hold a benchmark against: products of matrices, a forward pass of the
+network, and the input pipeline. A process of ``vgg-transfer benchmark``."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+from recipes.finetune import DEFAULTS, FinetuneConfig
+from recipes.startup import job
+
+_SIZE = 4096  # of the matrices
+_MAX_IMAGES = 2000  # through the pipeline
+
+
+def benchmark_limits(config: FinetuneConfig = DEFAULTS) -> int:
+    """Measure, and write limits.json."""
+    with job():
+        run(config)
+    return 0
+
+
+def run(config: FinetuneConfig) -> None:
+    """Writes ``limits.json``: ``sgemm_gflops``, ``forward_images_per_s`` (one batch again and
+    again, nothing else), ``pipeline_images_per_s`` (read, decoded, resized, preprocessed)."""
+    import numpy as np
+    import tensorflow as tf
+
+    from recipes import run_folder
+    from recipes.finetune_setup import prepare
+    from transfer.features import EXTRACTION_BATCH, compiled
+
+    work = prepare(config)
+    preprocess = work.classifier.preprocess
+    matrix = np.random.default_rng(0).normal(size=(_SIZE, _SIZE)).astype(np.float32)
+    tensor = tf.constant(matrix)
+    # Two libraries; a limit is what the better one reaches.
+    product = min(_best(lambda: matrix @ matrix), _best(lambda: tf.matmul(tensor, tensor).numpy()))
+    forward = compiled(work.classifier.backbone)
+    shape = [EXTRACTION_BATCH, preprocess.size, preprocess.size, preprocess.channels]
+    images = tf.random.stateless_uniform(shape, [0, 0])
+    one_pass = _best(lambda: forward(images).numpy())
+    batches = work.train.batches(preprocess, EXTRACTION_BATCH)
+    num_images = min(len(work.train), _MAX_IMAGES)
+
+    def pipeline() -> None:
+        for _ in itertools.islice(batches, -(-num_images // EXTRACTION_BATCH)):
+            pass
+
+    run_folder.write_json(
+        work.out / "limits.json",
+        {
+            "sgemm_gflops": round(2 * _SIZE**3 / product / 1e9, 1),
+            "forward_images_per_s": round(EXTRACTION_BATCH / one_pass, 2),
+            "pipeline_images_per_s": round(num_images / _best(pipeline), 1),
+            "images_training": len(work.train),
+            "images_held_out": len(work.held_out),
+        },
+    )
+
+
+def _best(work: Callable[[], Any], repeat: int = 3) -> float:
+    """Seconds; a noisy machine only ever adds to them."""
+    work()
+    seconds = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

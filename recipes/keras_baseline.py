@@ -1,0 +1,115 @@
+"""What ``benchmark --baseline keras`` compares with: fine-tuning as the Keras guides do it.
+
+    vgg-transfer keras-baseline --dataset tf_flowers --freeze-until tap --out runs/baseline
+
+The same network, images, head, learning rate and epochs as ``vgg-transfer finetune``, but with
+``keras.Model.fit``: the backbone runs anew in each epoch, with ``trainable=False`` or all of it.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from recipes.finetune import DEFAULTS, FinetuneConfig
+from recipes.startup import job
+
+
+def keras_baseline(config: FinetuneConfig = DEFAULTS) -> int:
+    """Fine-tune with keras.Model.fit; --freeze-until is tap or none."""
+    with job():
+        run(config)
+    return 0
+
+
+def run(config: FinetuneConfig) -> Path:
+    """Train and evaluate; writes ``metrics.json`` and returns the folder."""
+    import keras
+
+    from recipes import measure, run_folder
+    from recipes.finetune_setup import prepare
+    from transfer.evaluation import predict, summarize
+    from transfer.features import EXTRACTION_BATCH, compiled
+
+    class EpochTimes(keras.callbacks.Callback):
+        """Wall time of each epoch, without its validation."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.seconds: list[float] = []
+            self._start: float | None = None
+
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            self._start = time.perf_counter()
+
+        def on_test_begin(self, logs: Any = None) -> None:
+            if self._start is not None:
+                self.seconds.append(time.perf_counter() - self._start)
+                self._start = None
+
+    class InferenceMode(keras.layers.Layer):
+        """``base(x, training=False)``, as in https://keras.io/guides/transfer_learning, and also
+        where a functional model says something else to all of its layers."""
+
+        def __init__(self, base: keras.layers.Layer):
+            super().__init__(trainable=False)
+            self.base = base
+
+        def call(self, inputs: Any) -> Any:
+            return self.base(inputs, training=False)
+
+    keras.utils.set_random_seed(config.seed)
+    clock, times = measure.Clock(), EpochTimes()
+    with clock("load_s"):
+        work = prepare(config)
+        (stage,) = work.stages
+        classifier, config = work.classifier, work.config
+        is_full = stage.cut == "none"
+        inputs = keras.Input((config.image_size, config.image_size, classifier.preprocess.channels))
+        classifier.backbone.trainable = is_full
+        base = classifier.backbone if is_full else InferenceMode(classifier.backbone)
+        model = keras.Model(inputs, classifier.head(base(inputs)))
+        model.compile(
+            keras.optimizers.Adam(stage.learning_rate),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
+        train = work.train.batches(classifier.preprocess, config.batch_size, shuffle_seed=0)
+        held_out = work.held_out.batches(classifier.preprocess, EXTRACTION_BATCH)
+    with clock("train_s"):
+        history = model.fit(
+            train.dataset(),
+            epochs=stage.epochs,
+            validation_data=held_out.dataset(),
+            callbacks=[times],
+            verbose=2,
+        )
+    with clock("eval_s"):
+        figures = summarize(*predict(compiled(model), held_out))
+    seconds = clock.seconds
+    metrics = {
+        "eval": figures,
+        "train": {
+            "epochs": stage.epochs,
+            "steps": stage.epochs * work.steps_per_epoch,
+            "final_loss": history.history["loss"][-1],
+            "epoch_s": measure.usual(times.seconds),
+        },
+        "time": {"extract_s": 0.0} | seconds,
+        "throughput": {
+            "extract_images_per_s": 0.0,
+            "train_images_per_s": measure.rate(stage.epochs * len(work.train), seconds["train_s"]),
+        },
+        "memory": {"peak_rss_mb": measure.peak_rss_mb()},
+        "params": {
+            "total": model.count_params(),
+            "trainable": sum(int(v.value.shape.num_elements()) for v in model.trainable_variables),
+        },
+        "activations": {"computed": 0, "found": 0},
+        "cut": config.freeze_until,
+        "seed": config.seed,
+        "versions": measure.versions(),
+    }
+    run_folder.write_json(work.out / run_folder.METRICS, metrics)
+    return work.out
