@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ from recipes.benchmark import BenchmarkConfig
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from recipes.finetune_setup import EMBEDDED_MODEL
 from recipes.network_flags import parse_feed
-from transfer import load_meta_graph
+from transfer import MetaGraph, load_meta_graph
 from transfer.cache import Cache
 from transfer.cuts import default_cuts, list_cuts
-from transfer.surgery import Network
+from transfer.surgery import Network, cut
 
 SCRATCH = "scratch"
 LIMITS = "limits.json"
@@ -50,11 +50,13 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
         ValueError, OSError: if the flags do not fit, or the model cannot be opened.
     """
     _check(config)
-    network, size = _network(config)
+    graph, network = _open(config)
+    size = config.image_size or graph.card.image_size
     cuts = list_cuts(network, size)
     labels = config.cuts.split(",") if config.cuts else [*default_cuts(network, size), "none"]
     if config.cuts is None:
         labels.append(SCRATCH)
+    _check_cuts(labels, graph, network)
     config = dataclasses.replace(config, cuts=",".join(_short(label) for label in labels))
     out = config.out or run_folder.default_out("benchmark", config.dataset or "digits")
     if config.resume:
@@ -96,13 +98,19 @@ def _check(config: BenchmarkConfig) -> None:
         run_folder.check(config.out, resume=config.resume)
 
 
-def _network(config: BenchmarkConfig) -> tuple[Network, int | None]:
+def _open(config: BenchmarkConfig) -> tuple[MetaGraph, Network]:
     """What the runs will take, to know its cuts."""
     graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
     feeds = dict(parse_feed(assignment) for assignment in config.feed)
     tap = graph.tensor(config.tap or graph.card.tap or "fc7")
-    network = graph.network(tap, config.input, feeds, config.keep_dropout)
-    return network, config.image_size or graph.card.image_size
+    return graph, graph.network(tap, config.input, feeds, config.keep_dropout)
+
+
+def _check_cuts(labels: Sequence[str], graph: MetaGraph, network: Network) -> None:
+    """Before anything is run for hours."""
+    for label in labels:
+        if label.strip() not in ("none", SCRATCH):
+            cut(network, graph.tensor(label.strip()))
 
 
 def _runs(config: BenchmarkConfig) -> Iterator[Run]:
@@ -115,15 +123,15 @@ def _runs(config: BenchmarkConfig) -> Iterator[Run]:
         environment = dict(os.environ, TF_ENABLE_ONEDNN_OPTS="1")
         if baseline == "keras":
             environment.pop("TF_ENABLE_ONEDNN_OPTS")
-        for what, cut in ((_FROZEN, "tap"), (_FULL, "none")):
+        for what, at in ((_FROZEN, "tap"), (_FULL, "none")):
             if what == _FROZEN or {"none", SCRATCH} & {*_labels(config)}:
-                rows.append((f"{baseline} {what}", "keras-baseline", cut, environment))
-    for label, verb, cut, environment in rows:
+                rows.append((f"{baseline} {what}", "keras-baseline", at, environment))
+    for label, verb, at, environment in rows:
         for seed in range(config.seed, config.seed + config.seeds):
             folder = config.out / label.replace("/", "-").replace(" ", "-")
             changed: dict[str, Any] = {
-                "freeze_until": "none" if cut == SCRATCH else cut,
-                "random_weights": cut == SCRATCH,
+                "freeze_until": "none" if at == SCRATCH else at,
+                "random_weights": at == SCRATCH,
                 "seed": seed,
                 "out": folder / f"seed-{seed}",
                 "cache_dir": folder / "cache",
@@ -155,7 +163,7 @@ def _record(item: Run, keep_models: bool) -> dict[str, Any]:
             return record | {"error": error}
         metrics = json.loads(path.read_text())
         used = Cache(_cache_of(item), 0).entries()
-        metrics["disk_mb"] = round(sum(entry.num_bytes for entry in used) / 1e6, 1)
+        metrics["disk_mb"] = round(sum(entry.num_bytes for entry in used) / 1e6, 4)
         run_folder.write_json(path, metrics)
         if not keep_models:
             _drop_model(item.folder)

@@ -1,0 +1,134 @@
+"""The benchmark from end to end on a small network, and its figures."""
+
+import csv
+import dataclasses
+import json
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+from recipes import benchmark_job, benchmark_report
+from recipes.cli import main
+from transfer import load_meta_graph, vgg
+from transfer.cuts import list_cuts
+
+
+def benchmark(out, model, folder, *flags):
+    arguments = ["--model", model, "--image-folder", folder, "--out", out, "--batch-size", 6]
+    return main(["benchmark", *map(str, [*arguments, *flags])])
+
+
+def test_a_benchmark_is_resumed_and_reported(tmp_path, model, image_folder, capfd):
+    out = tmp_path / "b"
+    flags = ["--cuts", "fc7,scratch", "--seeds", 2, "--epochs", 2, "--baseline", "keras"]
+    assert benchmark(out, model, image_folder, *flags) == 0
+    printed = capfd.readouterr()
+    labels = ["fc7", "scratch", "keras frozen", "keras full"]
+    assert [line.split("|")[1].strip() for line in printed.out.splitlines()[2:6]] == labels
+    assert printed.out.splitlines()[-1] == str(out)
+
+    summary = json.loads((out / "benchmark.json").read_text())
+    rows = {row["label"]: row for row in summary["rows"]}
+    assert list(rows) == labels
+    assert all(row["seeds"] == 2 and row["failed"] == 0 for row in rows.values())
+    assert rows["fc7"]["warm_extract_s"] < rows["fc7"]["extract_s"]
+    assert rows["fc7"]["disk_mb"] > 0
+    assert rows["scratch"]["extract_s"] == rows["scratch"]["disk_mb"] == 0
+    network_size = rows["scratch"]["trainable"]
+    assert network_size == rows["keras full"]["trainable"] > rows["fc7"]["trainable"]
+    assert rows["fc7"]["trainable"] == rows["keras frozen"]["trainable"] == 2 * (32 + 1)
+    with (out / "benchmark.csv").open() as file:
+        assert [row["label"] for row in csv.DictReader(file)] == labels
+    for name in ("accuracy_time.png", "epoch_time.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.html").read_text()
+    HTMLParser().feed(page)
+    assert all(label in page for label in labels)
+    assert "http" not in page
+    assert not list(out.glob("*/seed-*/model.*"))
+
+    # What was cut off is done again, what is done is not.
+    (out / "fc7" / "seed-1" / "metrics.json").unlink()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*/seed-*/metrics.json")}
+    assert benchmark(out, model, image_folder, *flags, "--resume") == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    again = json.loads((out / "benchmark.json").read_text())
+    assert again["rows"][1:] == summary["rows"][1:]
+    assert len(again["rows"]) == 4
+
+
+def test_a_failed_run_is_reported_and_the_others_go_on(
+    tmp_path, model, image_folder, capfd, monkeypatch
+):
+    out = tmp_path / "b"
+    start = benchmark_job._start
+
+    def fails_at_pool1(verb, config, *rest):
+        if config.freeze_until == "pool1":
+            config = dataclasses.replace(config, epochs=0)
+        return start(verb, config, *rest)
+
+    monkeypatch.setattr(benchmark_job, "_start", fails_at_pool1)
+    flags = ["--cuts", "pool1,fc7", "--seeds", 1, "--epochs", 1]
+    assert benchmark(out, model, image_folder, *flags) == 1
+    printed = capfd.readouterr().out
+    assert "failed: pool1, seed 0: epochs must be at least 1, got 0 (exit status 1, " in printed
+    assert "pool1, seed 0" in (out / "report.html").read_text()
+    rows = json.loads((out / "benchmark.json").read_text())["rows"]
+    assert [(row["failed"], "accuracy" in row) for row in rows] == [(1, False), (0, True)]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--schedule", "fc7:2"], "benchmark chooses --schedule itself"),
+        (["--freeze-until", "none"], "--cuts says what to compare"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
+        (["--cuts", "fc7,absent"], "absent"),
+    ],
+)
+def test_flags_that_it_sets_itself_are_refused(
+    tmp_path, model, image_folder, capfd, flags, message
+):
+    assert benchmark(tmp_path / "b", model, image_folder, *flags) == 1
+    assert message in capfd.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_interval_covers_seeds_and_images():
+    # Wilson: https://www.itl.nist.gov/div898/handbook/prc/section2/prc241.htm
+    low, high = benchmark_report.accuracy_interval([0.2], 20)
+    np.testing.assert_allclose([low, high], [0.0807, 0.4160], atol=1e-4)
+    low, high = benchmark_report.accuracy_interval([0.8, 0.8, 0.8], 100)
+    np.testing.assert_allclose([low, high], [0.8 - 1.96 * 0.04, 0.8 + 1.96 * 0.04])
+    wide = benchmark_report.accuracy_interval([0.49, 0.5, 0.51], 10**9)
+    # Student's t for 2 degrees of freedom: 4.303
+    np.testing.assert_allclose(
+        wide, [0.5 - 4.303 * 0.01 / 3**0.5, 0.5 + 4.303 * 0.01 / 3**0.5], 1e-3
+    )
+
+
+def test_arithmetic_of_training():
+    graph = vgg.build_graph(TINY, 10).as_graph_def(add_shapes=True)
+    from transfer.surgery import extract
+
+    network = extract(graph, "fc7:0", "images:0", input_shape=(None, 16, 16, 3))
+    cuts = list_cuts(network)
+    conv1, conv2_1, conv2_2 = 16 * 16 * 9 * 3 * 8, 8 * 8 * 9 * 8 * 8, 8 * 8 * 9 * 8 * 16
+    fc6, fc7 = 4 * 4 * 16 * 32, 32 * 32
+    whole = conv1 + conv2_1 + conv2_2 + fc6 + fc7
+    work = benchmark_report.training_multiply_adds
+    assert work("none", cuts) == 3 * whole - conv1
+    assert work("pool2", cuts) == 3 * (fc6 + fc7) - fc6
+    assert work("fc7", cuts) is None
+    assert work("none", []) is None
+
+
+def test_the_default_cuts_are_the_tap_and_the_middle(model):
+    from transfer.cuts import default_cuts
+
+    graph = load_meta_graph(model)
+    network = graph.network("fc7:0", "images:0", {}, False)
+    assert default_cuts(network, 16) == [network.output, "pool1:0"]
