@@ -11,6 +11,7 @@ from transfer import load_meta_graph
 from transfer.inspection import Coverage, Inspection, Tensor, Variables, inspect
 
 MAX_ROWS = 8
+_CUTS = "cuts for --freeze-until: an image's activations, arithmetic before, parameters after"
 
 
 def run(model: Path, *, as_json: bool) -> str:
@@ -44,6 +45,7 @@ def _lines(found: Inspection) -> Iterable[str]:
         f"{name}  unknown: needs a value, --feed {name}=VALUE" for name in found.unknown_feeds
     ]
     yield from _section("feeds", feeds)
+    yield from _section(_CUTS, _cuts(found))
     yield from _section("hazards", found.hazards)
     tried = [found.command, "with your own images: --image-folder DIR"] if found.command else []
     yield from _section("try first", tried)
@@ -76,6 +78,25 @@ def _shape(tensor: Tensor) -> str:
 
 def _amount(variables: Variables) -> str:
     return f"{variables.count} ({variables.parameters:,} parameters, {variables.megabytes:,} MB)"
+
+
+def _cuts(found: Inspection) -> list[str]:
+    """One line for each stage of the network; --json has each layer."""
+    parameters = max(1, found.tap_variables.parameters)
+    rows = []
+    for cut in found.cuts:
+        if not cut.ends_stage:
+            continue
+        shape = "unknown shape" if cut.shape is None else f"[{', '.join(map(str, cut.shape))}]"
+        work = "" if cut.share is None else f"{cut.share:6.1%}"
+        size = "" if cut.num_bytes is None else f"{cut.num_bytes / 1e3:,.1f} kB"
+        after = f"{cut.trained / parameters:6.1%}"
+        rows.append((cut.tensor.removesuffix(":0"), shape, size, work, after))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def _coverage(coverage: Coverage) -> list[str]:

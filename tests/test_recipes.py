@@ -426,6 +426,19 @@ def test_inspect_prints_one_screen_for_a_person(model, capsys):
     assert len(out.splitlines()) < 50
 
 
+def test_inspect_lists_the_cuts(model, capsys):
+    assert main(["inspect", str(model)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("cuts for --freeze-until"))
+    # 3x3 convolutions of 8, then 8 and 16 channels at 16 and 8 pixels, then 256 x 32 and 32 x 32
+    work = [16 * 16 * 27 * 8, 8 * 8 * 9 * 8 * 8, 8 * 8 * 9 * 8 * 16, 256 * 32, 32 * 32]
+    share = f"{work[0] / sum(work):.1%}"
+    after = sum([9 * 8 * 8 + 8, 9 * 8 * 16 + 16, 256 * 32 + 32, 32 * 32 + 32])
+    assert lines[first + 1].split() == [
+        "pool1", "[8,", "8,", "8]", "2.0", "kB", share, f"{after / (after + 27 * 8 + 8):.1%}"
+    ]  # fmt: skip
+
+
 def test_inspect_prints_json_for_a_program(model, capsys):
     model.with_name("tiny.data-00000-of-00001").unlink()
     assert main(["inspect", str(model.with_name("tiny.meta")), "--json"]) == 0

@@ -64,10 +64,11 @@ def list_cuts(network: Network, image_size: int | None = None) -> list[Cut]:
     shapes = _shapes(network, image_size)
     work = _multiply_adds(network.graph_def, shapes)
     total = None if work is None else sum(work.values())
-    layers = _last_of_each_layer(network, [tensor for tensor in graphs[0] if tensor in both])
+    by_name = {node.name: node for node in network.graph_def.node}
+    layers = _last_of_each_layer(network, [t for t in graphs[0] if t in both], by_name)
     cuts = []
     for tensor in layers:
-        before = _upstream(network.graph_def, tensor)
+        before = _upstream(tensor, by_name)
         shape = shapes.get(tensor)
         example = _known(shape and shape[1:])
         done = None if work is None else sum(work.get(name, 0) for name in before)
@@ -76,7 +77,7 @@ def list_cuts(network: Network, image_size: int | None = None) -> list[Cut]:
             for variable in network.variables
             if variable.trainable and variable.name not in before
         ]
-        node = _node(network, tensor)
+        node = by_name[operation_of(tensor)]
         cuts.append(
             Cut(
                 tensor=tensor,
@@ -159,7 +160,9 @@ def _separating(network: Network, graph_def: GraphDef) -> list[str]:
     return found
 
 
-def _last_of_each_layer(network: Network, tensors: Sequence[str]) -> list[str]:
+def _last_of_each_layer(
+    network: Network, tensors: Sequence[str], by_name: Mapping[str, NodeDef]
+) -> list[str]:
     """Of the tensors after one layer with weights and before the next, the last that changes any
     number; and the output."""
     layer = 0
@@ -172,20 +175,15 @@ def _last_of_each_layer(network: Network, tensors: Sequence[str]) -> list[str]:
     last: dict[int, str] = {}
     for tensor in tensors:
         number = layer_of[operation_of(tensor)]
-        if number and (_node(network, tensor).op not in _FORM or number not in last):
+        if number and (by_name[operation_of(tensor)].op not in _FORM or number not in last):
             last[number] = tensor
     if layer and network.output != network.input:
         last[layer] = network.output
     return list(last.values())
 
 
-def _node(network: Network, tensor: str) -> NodeDef:
-    return next(n for n in network.graph_def.node if n.name == operation_of(tensor))
-
-
-def _upstream(graph_def: GraphDef, tensor: str) -> set[str]:
+def _upstream(tensor: str, by_name: Mapping[str, NodeDef]) -> set[str]:
     """Names of the nodes, and of the variables, that a tensor needs."""
-    by_name = {node.name: node for node in graph_def.node}
     pending, found = [operation_of(tensor)], set[str]()
     while pending:
         name = pending.pop()

@@ -16,6 +16,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from transfer import repair, surgery, taps
 from transfer.checkpoint import Checkpoint, average_entries, check_files
+from transfer.cuts import Cut, list_cuts
 from transfer.formats import state
 from transfer.metagraph import MetaGraph
 from transfer.policy import RANDOM_OPS
@@ -67,7 +68,8 @@ class Inspection:
     ``variables`` are all of the graph, ``tap_variables`` those that the first tap needs (weights
     that are constants included), ``feeds`` the placeholders that tell training from inference,
     ``unknown_feeds`` other placeholders that the first tap needs and that want a value.
-    ``tap_error`` says why the first tap cannot be a layer; ``None`` if it can.
+    ``tap_error`` says why the first tap cannot be a layer; ``None`` if it can. ``cuts`` are those
+    of its network, from the input on.
     """
 
     model: str
@@ -83,6 +85,7 @@ class Inspection:
     checkpoint: Coverage
     feeds: list[surgery.Mode]
     unknown_feeds: list[str]
+    cuts: list[Cut]
     hazards: list[str]
     command: str | None
 
@@ -115,6 +118,7 @@ def inspect(graph: MetaGraph) -> Inspection:
         checkpoint=coverage,
         feeds=modes,
         unknown_feeds=_unknown_feeds(upstream, input, modes),
+        cuts=[] if network is None else list_cuts(network, graph.card.image_size),
         hazards=_hazards(graph, upstream, input, network, coverage, ranked)
         + ([] if error is None else [f"the first tap cannot be used: {error}"]),
         command=_command(graph, first, network, _unknown_feeds(upstream, input, modes)),
