@@ -82,7 +82,7 @@ class StageTrainer:
         goes_on = config.resume or self._before.epoch > 0
         callbacks = [
             keras.callbacks.CSVLogger(job.out / run_folder.HISTORY, append=goes_on),
-            keras.callbacks.TensorBoard(job.out / run_folder.EVENTS, write_graph=False),
+            EpochEvents(job.out / run_folder.EVENTS, write_graph=False),
         ]
         if config.early_stopping is not None:
             callbacks.append(
@@ -114,6 +114,17 @@ class StageTrainer:
             sum(int(np.prod(v.shape)) for v in trainer.trainable_variables),
             measure.usual(trainer.epoch_seconds),
         )
+
+
+class EpochEvents(keras.callbacks.TensorBoard):
+    """TensorBoard without its work after each step, for which it would write nothing here but take
+    as long as the step of a head."""
+
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        pass
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        pass
 
 
 def new_trainer(job: Job, model: keras.Model, groups: list[ParameterGroup]) -> Trainer:

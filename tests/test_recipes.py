@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import yaml
+from commands import finetune, metrics, saved_values
 from conftest import make_image_folder, save_vgg
 
 from recipes.cli import VERBS, main
@@ -23,24 +24,6 @@ tf1 = tf.compat.v1
 @pytest.fixture(autouse=True)
 def _own_session():
     keras.backend.clear_session()
-
-
-def finetune(out, model, folder, *flags):
-    arguments = {"--model": model, "--image-folder": folder, "--out": out}
-    arguments |= {"--epochs": 3, "--batch-size": 6}
-    for default in arguments.keys() & set(flags):
-        del arguments[default]
-    flags = [*(item for pair in arguments.items() for item in pair), *flags]
-    return main(["finetune", *map(str, flags)])
-
-
-def metrics(out):
-    return json.loads((out / "metrics.json").read_text())
-
-
-def saved_values(prefix, names):
-    reader = tf.train.load_checkpoint(str(prefix))
-    return {name: reader.get_tensor(name) for name in names}
 
 
 def test_finetune_writes_the_run_folder(tmp_path, model, image_folder, capsys):

@@ -241,6 +241,13 @@ class Batches:
             ) from error
 
 
+def shuffled(num_examples: int, seed: int) -> np.ndarray:
+    """Positions in a random order, int64 ``[num_examples]``: that of ``Split.batches`` with this
+    seed, for up to ``SHUFFLE_BUFFER`` images."""
+    positions = tf.data.Dataset.range(num_examples).shuffle(num_examples, seed=seed)
+    return positions.batch(num_examples).get_single_element().numpy()
+
+
 def decode(encoded: tf.Tensor) -> tf.Tensor:
     """Encoded JPEG, PNG, GIF (first frame) or BMP to uint8 RGB ``[height, width, 3]``."""
     image = tf.io.decode_image(encoded, channels=3, expand_animations=False)

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+from transfer.data import shuffled
+
 EXTRACTION_BATCH = 32
 """Images per batch wherever something is computed to be kept or evaluated. One size, and the same
 images together: results depend on both, in the last bit."""
@@ -43,12 +45,13 @@ class Activations:
 
         Args:
             batch_size: examples per batch.
-            shuffle_seed: gives a perfect shuffle; ``None`` keeps the order.
+            shuffle_seed: gives a perfect shuffle, the same as that of images; ``None`` keeps the
+                order.
             epoch: from 0; only of consequence where there are several views.
         """
         order = np.arange(len(self))
         if shuffle_seed is not None:
-            np.random.default_rng(shuffle_seed).shuffle(order)
+            order = shuffled(len(self), shuffle_seed)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             yield self._gather(chosen, (chosen + epoch) % len(self.views)), self.labels[chosen]

@@ -2,8 +2,8 @@
 
 Data contract: a model maps inputs to logits ``[batch, num_classes]``; ``batches(epoch)`` gives an
 iterable of ``(inputs, labels)`` for an epoch, in an order that depends on nothing but the epoch, so
-that a run that is resumed continues as if it had never stopped. Optimizers, metrics and callbacks
-are Keras' own.
+that a run that is resumed continues as if it had never stopped. Optimizers and callbacks are Keras'
+own.
 """
 
 from __future__ import annotations
@@ -68,10 +68,6 @@ class Trainer:
     step: int = 0
     epoch: int = 0
     epoch_seconds: list[float] = field(default_factory=list)
-    _loss: keras.metrics.Mean = field(default_factory=lambda: keras.metrics.Mean("loss"))
-    _accuracy: keras.metrics.Metric = field(
-        default_factory=lambda: keras.metrics.SparseCategoricalAccuracy("accuracy")
-    )
 
     def __post_init__(self) -> None:
         # Callbacks (EarlyStopping, ReduceLROnPlateau, TensorBoard) look for these on the model.
@@ -79,8 +75,10 @@ class Trainer:
         self.model.stop_training = False
         self._train_step = tf.function(self._step, autograph=False, reduce_retracing=True)
 
-    def _step(self, inputs: tf.Tensor, labels: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-        """One update; returns the loss, a float32 scalar."""
+    def _step(
+        self, inputs: tf.Tensor, labels: tf.Tensor, step: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """One update; returns the loss, a float32 scalar, and how many predictions were right."""
         if self.frozen is not None:
             inputs = tf.stop_gradient(self.frozen(inputs))
         mix = self._mixing(step)
@@ -93,9 +91,8 @@ class Trainer:
         remaining = iter(gradients)
         for group in self.groups:
             group.optimizer.apply([next(remaining) for _ in group.variables], group.variables)
-        self._loss.update_state(loss, sample_weight=tf.shape(labels)[0])
-        self._accuracy.update_state(labels, logits)
-        return loss
+        is_right = tf.argmax(logits, -1, labels.dtype) == labels
+        return loss, tf.math.count_nonzero(is_right)
 
     def _mixing(self, step: tf.Tensor) -> Callable[[tf.Tensor], tf.Tensor]:
         """What makes of the examples of a batch the mixtures to train on.
@@ -122,11 +119,11 @@ class Trainer:
             losses *= mix(tf.gather(tf.constant(self.class_weights, tf.float32), labels))
         return tf.reduce_mean(losses)
 
-    def train_step(self, inputs: Any, labels: Any) -> float:
-        """One update; the loss of the batch before it."""
-        loss = float(self._train_step(inputs, labels, tf.constant(self.step, tf.int64)))
+    def train_step(self, inputs: Any, labels: Any) -> tuple[float, int]:
+        """One update; the loss of the batch before it, and how many predictions were right."""
+        loss, num_right = self._train_step(inputs, labels, tf.constant(self.step, tf.int64))
         self.step += 1
-        return loss
+        return float(loss), int(num_right)
 
     def train_epoch(self, batches: Iterable[Batch], callbacks: Any) -> dict[str, float]:
         """One pass over the batches; the epoch's mean loss and accuracy while training.
@@ -134,13 +131,20 @@ class Trainer:
         Raises:
             NonFiniteLossError: names the step and the learning rate.
         """
-        self._loss.reset_state()
-        self._accuracy.reset_state()
+        # In Python: Keras' metrics would take longer than a step of a head.
+        num_examples = num_right = 0
+        loss_sum = 0.0
+        logs: dict[str, float] = {}
         for index, (inputs, labels) in enumerate(batches):
             callbacks.on_train_batch_begin(index)
-            self._check_finite(self.train_step(inputs, labels))
-            callbacks.on_train_batch_end(index, self._logs())
-        return self._logs()
+            loss, right = self.train_step(inputs, labels)
+            self._check_finite(loss)
+            num_examples += len(labels)
+            num_right += right
+            loss_sum += loss * len(labels)
+            logs = {"loss": loss_sum / num_examples, "accuracy": num_right / num_examples}
+            callbacks.on_train_batch_end(index, logs)
+        return logs
 
     def fit(
         self,
@@ -194,9 +198,6 @@ class Trainer:
     @property
     def trainable_variables(self) -> list[keras.Variable]:
         return [variable for group in self.groups for variable in group.variables]
-
-    def _logs(self) -> dict[str, float]:
-        return {"loss": float(self._loss.result()), "accuracy": float(self._accuracy.result())}
 
     def _check_finite(self, loss: float) -> None:
         if math.isfinite(loss):

@@ -1,0 +1,43 @@
+"""Runs of the command line, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from recipes.cli import main
+
+
+def finetune(out: Path, model: Path, folder: Path, *flags: Any) -> int:
+    """Status of ``vgg-transfer finetune``; ``flags`` take the place of the short defaults here."""
+    arguments = {"--model": model, "--image-folder": folder, "--out": out}
+    arguments |= {"--epochs": 3, "--batch-size": 6}
+    for default in arguments.keys() & set(flags):
+        del arguments[default]
+    if "--schedule" in flags:
+        del arguments["--epochs"]
+    flags = tuple(item for pair in arguments.items() for item in pair) + flags
+    return main(["finetune", *map(str, flags)])
+
+
+def metrics(out: Path) -> dict[str, Any]:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def saved_values(prefix: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """Of some variables, or all."""
+    reader = tf.train.load_checkpoint(str(prefix))
+    chosen = reader.get_variable_to_shape_map() if names is None else names
+    return {name: reader.get_tensor(name) for name in chosen}
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    """Between any two values of two models of the same variables."""
+    before, after = saved_values(first), saved_values(second)
+    assert before.keys() == after.keys()
+    return max(float(np.max(np.abs(before[name] - after[name]))) for name in before)

@@ -1,0 +1,237 @@
+"""Activations that one run computes and others find, and `vgg-transfer cache`."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from commands import finetune, largest_difference, metrics
+from conftest import make_image_folder
+
+from recipes.cli import main
+from transfer.cache import Entry
+
+NUM_TRAINING, NUM_HELD_OUT = 64, 16  # two batches, and one
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_image_folder(tmp_path / "photos", 40)
+
+
+@pytest.fixture
+def run(tmp_path, model, folder):
+    """Runs with a cache of their own; the second value is what was computed and what was found."""
+
+    def run(name, *flags):
+        out = tmp_path / name
+        flags = ["--cache-dir", tmp_path / "cache", "--epochs", 2, *flags]
+        assert finetune(out, model, folder, *flags) == 0
+        found = metrics(out)["activations"]
+        return out / "model", (found["computed"], found["found"])
+
+    return run
+
+
+def rows_file(tmp_path, cut, num_images):
+    """Of the entry with so many images."""
+    for key in (tmp_path / "cache").glob("*/key.json"):
+        index = key.with_name("index.bin")
+        record = 20  # a 16-byte id and a CRC
+        if json.loads(key.read_text())["cut"] == cut and (
+            index.stat().st_size == num_images * record
+        ):
+            return key.with_name("rows.bin")
+    raise AssertionError(f"no entry of {num_images} images at {cut}")
+
+
+def test_a_second_run_finds_them(run, capsys):
+    first, counts = run("first")
+    assert counts == (80, 0)
+    assert "activations at fc7: 0 images found, 80 to compute" in capsys.readouterr().err
+    second, counts = run("second")
+    assert counts == (0, 80)
+    assert largest_difference(first, second) == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--learning-rate", 0.5],
+        ["--hidden", 8, "--dropout", 0.5],
+        ["--seed", 7],
+        ["--optimizer", "sgd", "--batch-size", 16, "--label-smoothing", 0.1],
+        ["--solver", "lbfgs"],
+        ["--shots-per-class", 5],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_so_does_a_run_that_trains_otherwise(run, flags):
+    run("first")
+    _, (computed, _) = run("second", *flags)
+    assert computed == 0
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--preprocess", "tf"],
+        ["--tap", "pool2"],
+        ["--freeze-until", "pool1"],
+        ["--cache-dtype", "float16"],
+        ["--random-weights"],
+        ["--augment", "--views", 1],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_what_they_depend_on_makes_others(run, flags):
+    run("first")
+    _, (computed, _) = run("second", *flags)
+    assert computed >= NUM_TRAINING
+
+
+def test_an_image_that_changed_is_computed_again(run, folder):
+    run("first")
+    changed = sorted(path for path in folder.rglob("*.jpg"))[0]
+    changed.write_bytes(sorted(folder.rglob("*.jpg"))[1].read_bytes())
+    _, (computed, found) = run("second")
+    assert 1 <= computed <= 32  # the batch that it is in
+    assert found == 80 - computed
+
+
+def test_an_interrupted_extraction_goes_on(run, tmp_path, model, folder, monkeypatch, capsys):
+    whole, _ = run("whole", "--cache", "memory")
+    append = Entry.append
+    calls = []
+
+    def interrupted(entry, ids, rows):
+        calls.append(len(ids))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        append(entry, ids, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Entry, "append", interrupted)
+        flags = ["--cache-dir", tmp_path / "cache", "--epochs", 2]
+        assert finetune(tmp_path / "cut-short", model, folder, *flags) == 130
+    assert calls == [NUM_HELD_OUT, 32, 32]
+    resumed, counts = run("resumed")
+    assert counts == (32, 48)
+    assert largest_difference(whole, resumed) == 0
+
+
+def test_damaged_rows_are_computed_again(run, tmp_path):
+    first, _ = run("first")
+    rows = rows_file(tmp_path, "fc7", NUM_TRAINING)
+    damaged = bytearray(rows.read_bytes())
+    damaged[5] ^= 1
+    rows.write_bytes(damaged)
+    second, counts = run("second")
+    assert counts == (32, 48)
+    assert largest_difference(first, second) == 0
+    rows.write_bytes(rows.read_bytes()[: len(damaged) // 2])  # cut off
+    third, (computed, _) = run("third")
+    assert computed > 0
+    assert largest_difference(first, third) == 0
+
+
+def test_a_cache_on_disk_in_memory_or_none_gives_one_head(run):
+    """Cached and uncached training see the same images in the same order."""
+    disk, _ = run("disk")
+    memory, _ = run("memory", "--cache", "memory")
+    off, counts = run("off", "--cache", "off")
+    assert counts == (0, 0)
+    assert largest_difference(disk, memory) == 0
+    assert largest_difference(disk, off) < 1e-5
+
+
+def test_half_precision_takes_half_the_room(run, tmp_path):
+    single, _ = run("single", "--freeze-until", "pool1")
+    half, _ = run("half", "--freeze-until", "pool1", "--cache-dtype", "float16")
+    sizes = sorted(path.stat().st_size for path in (tmp_path / "cache").glob("*/rows.bin"))
+    assert sizes == sorted(n * 8 * 8 * 8 * b for n in (16, 64) for b in (2, 4))
+    assert 0 < largest_difference(single, half) < 0.01
+
+
+def test_fresh_augmentation_is_never_kept(run):
+    augmented, counts = run("augmented", "--augment")
+    assert counts == (NUM_HELD_OUT, 0)  # these are evaluated on, as they are
+    plain, _ = run("plain")
+    assert largest_difference(augmented, plain) > 1e-4
+
+
+def test_views_are_kept(run):
+    two, counts = run("two", "--views", 2)
+    assert counts == (NUM_HELD_OUT + 2 * NUM_TRAINING, 0)
+    again, counts = run("again", "--views", 2)
+    assert counts == (0, NUM_HELD_OUT + 2 * NUM_TRAINING)
+    assert largest_difference(two, again) == 0
+    _, counts = run("three", "--views", 3)
+    assert counts == (NUM_TRAINING, NUM_HELD_OUT + 2 * NUM_TRAINING)
+
+
+def test_a_limit_leaves_memory(run, tmp_path, capsys):
+    _, counts = run("run", "--cache-limit", 1e-6)
+    assert counts == (80, 0)
+    assert "raise the limit" in capsys.readouterr().err
+    assert list((tmp_path / "cache").glob("*/rows.bin")) == []
+
+
+def test_what_was_not_used_for_longest_makes_room(run, tmp_path):
+    run("old", "--freeze-until", "pool1")  # 512 floats an image
+    run("new", "--cache-limit", 12e-6)  # 32 floats an image, 10 kB
+    assert not any(
+        json.loads(path.read_text())["cut"] == "pool1"
+        for path in (tmp_path / "cache").glob("*/key.json")
+        if path.with_name("rows.bin").exists() and path.with_name("rows.bin").stat().st_size > 1e5
+    )
+
+
+def test_list_and_clear(run, tmp_path, capsys):
+    directory = tmp_path / "cache"
+    run("fc7")
+    run("pool1", "--freeze-until", "pool1")
+    capsys.readouterr()
+    assert main(["cache", "list", "--cache-dir", str(directory)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert "64 images  " in "".join(lines)
+    assert "pool1 of tiny, photos train" in "".join(lines)
+    assert lines[-1].startswith("4 entries, ")
+
+    assert main(["cache", "list", "--json", "--cache-dir", str(directory)]) == 0
+    entries = json.loads(capsys.readouterr().out)
+    assert sorted(entry["num_rows"] for entry in entries) == [16, 16, 64, 64]
+    digest = next(e["digest"] for e in entries if e["num_rows"] == 64 and e["key"]["cut"] == "fc7")
+    assert main(["cache", "clear", digest[:8], "--cache-dir", str(directory)]) == 0
+    assert capsys.readouterr().out.startswith("1 entries deleted")
+    _, counts = run("again")
+    assert counts == (64, 16)
+
+    capsys.readouterr()
+    clear = ["cache", "clear", "--cache-dir", str(directory)]
+    assert main([*clear, "--older-than-days", "1"]) == 0
+    assert capsys.readouterr().out.startswith("0 entries deleted")
+    assert main([*clear, "nonsense"]) == 1
+    assert "no entry 'nonsense'" in capsys.readouterr().err
+    assert main(clear) == 0
+    assert capsys.readouterr().out.startswith("4 entries deleted")
+    assert list(directory.glob("*/rows.bin")) == []
+
+
+def test_a_folder_that_is_not_writable_is_done_without(run, tmp_path, capsys):
+    (tmp_path / "cache").write_text("a file, where a folder should be")
+    _, counts = run("run")
+    assert counts == (80, 0)
+    assert "trying memory" in capsys.readouterr().err
+
+
+def test_moved_images_are_other_images_and_a_removed_one_is_not_missed(run, folder):
+    """What is held out changes with the images; nothing of another image is ever taken."""
+    first, _ = run("first")
+    shutil.rmtree(folder / "red")
+    make_image_folder(folder.parent / "other", 40)
+    shutil.move(folder.parent / "other" / "red", folder / "red")
+    second, (computed, _) = run("second")
+    assert computed >= 40
+    assert np.isfinite(largest_difference(first, second))

@@ -1,0 +1,233 @@
+"""Schedules, solvers and the flags of training, from the command line."""
+
+import csv
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import yaml
+from commands import finetune, largest_difference, metrics, saved_values
+
+from recipes.finetune import FinetuneConfig
+from recipes.finetune_stages import Stage, asked_for
+from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph, save_meta_graph
+from transfer.features import compiled
+from transfer.training import ParameterGroup, Trainer
+
+tf1 = tf.compat.v1
+
+
+@pytest.fixture(autouse=True)
+def _own_session():
+    keras.backend.clear_session()
+
+
+def history(out):
+    with (out / "history.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def changed(model, out):
+    before, after = saved_values(model), saved_values(out / "model")
+    return {n.split("/")[0] for n in before if n in after and (before[n] != after[n]).any()}
+
+
+def test_a_schedule_thaws_the_network_from_its_end(tmp_path, model, image_folder):
+    out = tmp_path / "run"
+    schedule = "fc7:2,pool2:1:0.001,none:2:0.0005"
+    assert finetune(out, model, image_folder, "--schedule", schedule) == 0
+    assert [int(row["epoch"]) for row in history(out)] == [0, 1, 2, 3, 4]
+    found = metrics(out)
+    assert (found["train"]["epochs"], found["train"]["steps"], found["cut"]) == (5, 20, "none")
+    assert found["activations"]["computed"] == 48  # at fc7 and at pool2
+    assert changed(model, out) == {"conv1_1", "conv2_1", "conv2_2", "fc6", "fc7"}
+    first, *others = yaml.safe_load((out / "config.yaml").read_text())["schedule"].split(",")
+    assert first.startswith("fc7:2:0.")  # the rate that was chosen
+    assert others == ["pool2:1:0.001", "none:2:0.0005"]
+
+
+def test_a_stage_leaves_alone_what_it_froze(tmp_path, model, image_folder):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder, "--schedule", "fc7:1,pool2:2:0.001") == 0
+    assert changed(model, out) == {"fc6", "fc7"}
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_an_interrupted_schedule_goes_on(tmp_path, model, image_folder, monkeypatch, epoch, capsys):
+    flags = ["--schedule", "fc7:2,pool1:2:0.001", "--mixup", 0.2]
+    assert finetune(tmp_path / "whole", model, image_folder, *flags) == 0
+    train_epoch = Trainer.train_epoch
+
+    def interrupted(trainer, *args):
+        if trainer.epoch == epoch:
+            raise KeyboardInterrupt
+        return train_epoch(trainer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_epoch", interrupted)
+        assert finetune(tmp_path / "parts", model, image_folder, *flags) == 130
+    assert finetune(tmp_path / "parts", model, image_folder, *flags, "--resume") == 0
+    assert largest_difference(tmp_path / "whole" / "model", tmp_path / "parts" / "model") == 0
+    assert [row["loss"] for row in history(tmp_path / "whole")] == [
+        row["loss"] for row in history(tmp_path / "parts")
+    ]
+
+
+@pytest.mark.parametrize(
+    "text, stages",
+    [
+        ("fc7:5,pool4:3,none:2", [("fc7", 5, None), ("pool4", 3, None), ("none", 2, None)]),
+        ("fc7:0:5:0.1", [("fc7", 5, 0.1)]),
+        ("a/b:0:2, none:1:1e-4", [("a/b", 2, None), ("none", 1, 1e-4)]),
+    ],
+)
+def test_schedules(text, stages):
+    assert asked_for(FinetuneConfig(schedule=text)) == [Stage(*stage) for stage in stages]
+
+
+@pytest.mark.parametrize("text", ["fc7", "fc7:0", "fc7:x", ":3", "fc7:1:2:3", "", "fc7:1,,none:1"])
+def test_what_is_no_schedule(text):
+    with pytest.raises(ValueError, match="expected CUT:EPOCHS or CUT:EPOCHS:RATE"):
+        asked_for(FinetuneConfig(schedule=text))
+
+
+def test_a_cut_equals_full_training_with_a_prefix_that_has_no_learning_rate(
+    tmp_path, model, image_folder
+):
+    # What is trained has its dropout on; what is frozen has not.
+    flags = ["--learning-rate", 0.02, "--lr-schedule", "constant", "--feed", "keep_prob=1.0"]
+    assert finetune(tmp_path / "cut", model, image_folder, *flags) == 0
+    flags += ["--freeze-until", "none", "--backbone-lr-scale", 0]
+    assert finetune(tmp_path / "full", model, image_folder, *flags) == 0
+    assert changed(model, tmp_path / "full") == set()
+    assert largest_difference(tmp_path / "cut" / "model", tmp_path / "full" / "model") < 1e-5
+
+
+def test_so_does_one_within_the_network(model):
+    """On kept activations of pool1, and on images with rates of zero before it."""
+    images = np.random.default_rng(0).random((24, 16, 16, 3), np.float32)
+    labels = np.arange(24) % 2
+
+    def new_classifier():
+        backbone = Backbone(load_meta_graph(model), "fc7", feeds={"keep_prob:0": 1.0})
+        head = Head(2, seed=0)
+        classifier = Classifier(backbone, head, Preprocess("unit", 16), ["a", "b"])
+        classifier.build_from_size()
+        return classifier
+
+    def train(trained, inputs, groups):
+        trainer = Trainer(trained, groups)
+        for _ in range(3):
+            for start in range(0, 24, 6):
+                at = slice(start, start + 6)
+                trainer.train_step(inputs[at], labels[at])
+
+    cut = new_classifier()
+    prefix, suffix = cut.split("pool1")
+    kept = np.asarray(compiled(prefix)(images))
+    train(suffix, kept, [ParameterGroup(keras.optimizers.Adam(0.01), suffix.trainable_variables)])
+
+    full = new_classifier()
+    first = full.split("pool1")[0].variables
+    first = [v for v in full.trainable_variables if any(v is w for w in first)]
+    rest = [v for v in full.trainable_variables if not any(v is w for w in first)]
+    assert first and rest
+    groups = [(rest, 0.01), (first, 0.0)]
+    groups = [ParameterGroup(keras.optimizers.Adam(rate), found) for found, rate in groups]
+    train(full.split(None)[1], images, groups)
+    for one, other in zip(cut.trainable_variables, full.trainable_variables, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5, err_msg=one.path)
+
+
+def test_blocks_learn_the_slower_the_further_they_are_from_the_head(tmp_path, model, image_folder):
+    flags = ["--freeze-until", "none", "--learning-rate", 0.01, "--epochs", 1]
+    flags += ["--lr-schedule", "constant", "--block-lr-decay", 0.1, "--batch-size", 20]
+    assert finetune(tmp_path / "run", model, image_folder, *flags) == 0
+    before, after = saved_values(model), saved_values(tmp_path / "run" / "model")
+    # The first step of Adam changes a weight by the learning rate, if it has a gradient.
+    step = {name: np.abs(after[name] - before[name]).max() for name in before if name in after}
+    names = {layer: next(n for n in step if n.startswith(layer) and "bias" not in n) for layer in
+             ("conv1_1", "conv2_1", "conv2_2", "fc6", "fc7")}  # fmt: skip
+    rates = {layer: step[name] for layer, name in names.items()}
+    expected = {"fc7": 0.01, "fc6": 0.001, "conv2_2": 1e-4, "conv2_1": 1e-4, "conv1_1": 1e-5}
+    found = {layer: float(f"{rate:.1g}") for layer, rate in rates.items()}
+    assert found == expected
+
+
+def test_a_cut_that_a_branch_goes_round_is_refused(tmp_path, image_folder, capsys):
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
+        w = tf1.get_variable("w", [3, 4], initializer=tf.zeros_initializer())
+        flat = tf.reduce_mean(x, [1, 2])
+        inner = tf.nn.relu(flat @ w, name="inner")
+        tf.concat([inner, flat], 1, name="tap")
+    save_meta_graph(graph, tmp_path / "branched" / "m", {"w": np.eye(3, 4, dtype=np.float32)})
+    flags = ["--tap", "tap", "--preprocess", "unit", "--freeze-until", "inner"]
+    assert finetune(tmp_path / "run", tmp_path / "branched", image_folder, *flags) == 1
+    error = capsys.readouterr().err
+    assert "inner" in error and "Mean" in error
+    assert error.count("error: ") == 1
+
+
+def test_lbfgs_solves_for_the_same_head(tmp_path, model, image_folder, capsys):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder, "--solver", "lbfgs") == 0
+    found = metrics(out)
+    assert found["train"]["epochs"] == 1
+    assert found["eval"]["accuracy"] == 1.0  # the classes differ by colour
+    assert changed(model, out) == set()
+    assert "lbfgs: C " in capsys.readouterr().err
+    assert len(history(out)) == 1
+
+
+def test_early_stopping_goes_back_to_the_best_epoch(tmp_path, model, image_folder):
+    out = tmp_path / "run"
+    flags = ["--early-stopping", 2, "--epochs", 40, "--learning-rate", 3.0]
+    assert finetune(out, model, image_folder, *flags) == 0
+    rows = history(out)
+    assert len(rows) < 40
+    best = min(float(row["val_loss"]) for row in rows)
+    assert metrics(out)["eval"]["loss"] == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mixup", 0.3],
+        ["--class-weights", "balanced"],
+        ["--clip-norm", 0.01],
+        ["--accumulate", 2],
+        ["--weight-decay", 0.5],
+        ["--label-smoothing", 0.2],
+        ["--dropout", 0.5],
+        ["--lr-schedule", "cosine"],
+        ["--optimizer", "sgd"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_each_flag_changes_what_is_learnt(tmp_path, model, image_folder, flags):
+    (image_folder / "red" / "10.jpg").unlink()  # classes of different sizes
+    (image_folder / "red" / "08.jpg").unlink()
+    assert finetune(tmp_path / "plain", model, image_folder) == 0
+    assert finetune(tmp_path / "run", model, image_folder, *flags) == 0
+    difference = largest_difference(tmp_path / "plain" / "model", tmp_path / "run" / "model")
+    assert difference > 1e-5
+    assert np.isfinite(metrics(tmp_path / "run")["eval"]["loss"])
+
+
+def test_accumulated_steps_equal_large_batches(tmp_path, model, image_folder):
+    """Whole batches of one size: the mean of two means is the mean of all."""
+    flags = ["--learning-rate", 0.02, "--epochs", 2]
+    assert finetune(tmp_path / "large", model, image_folder, *flags, "--batch-size", 20) == 0
+    flags += ["--batch-size", 10, "--accumulate", 2]
+    assert finetune(tmp_path / "small", model, image_folder, *flags) == 0
+    assert largest_difference(tmp_path / "large" / "model", tmp_path / "small" / "model") < 1e-5
+
+
+def test_metrics_say_what_an_epoch_took(tmp_path, model, image_folder):
+    assert finetune(tmp_path / "run", model, image_folder) == 0
+    train = json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]
+    assert 0 < train["epoch_s"] < 60
