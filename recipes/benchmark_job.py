@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes import benchmark_report, run_folder
+from recipes import benchmark_report, measure, run_folder
 from recipes.benchmark import BenchmarkConfig
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from recipes.finetune_setup import EMBEDDED_MODEL
@@ -158,10 +158,13 @@ def _record(item: Run, keep_models: bool) -> dict[str, Any]:
     path = item.folder / run_folder.METRICS
     if not path.is_file():
         shutil.rmtree(item.folder, ignore_errors=True)  # of a run that was cut off
+        before = measure.sgemm_gflops()
         error = _start(item.verb, item.config, item.folder, item.environment)
         if error is not None:
             return record | {"error": error}
         metrics = json.loads(path.read_text())
+        # Machines are faster at one time than at another, so each run has its own limit.
+        metrics["sgemm_gflops"] = (before + measure.sgemm_gflops()) / 2
         used = Cache(_cache_of(item), 0).entries()
         metrics["disk_mb"] = round(sum(entry.num_bytes for entry in used) / 1e6, 4)
         run_folder.write_json(path, metrics)

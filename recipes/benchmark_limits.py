@@ -11,7 +11,6 @@ from typing import Any
 from recipes.finetune import DEFAULTS, FinetuneConfig
 from recipes.startup import job
 
-_SIZE = 4096  # of the matrices
 _PASSES = 10  # of a batch through the network
 _MAX_IMAGES = 2000  # through the pipeline
 
@@ -26,19 +25,14 @@ def benchmark_limits(config: FinetuneConfig = DEFAULTS) -> int:
 def run(config: FinetuneConfig) -> None:
     """Writes ``limits.json``: ``sgemm_gflops``, ``forward_images_per_s`` (of the network
     alone), ``pipeline_images_per_s`` (read, decoded, resized, preprocessed)."""
-    import numpy as np
     import tensorflow as tf
 
-    from recipes import run_folder
+    from recipes import measure, run_folder
     from recipes.finetune_setup import prepare
     from transfer.features import EXTRACTION_BATCH, compiled
 
     work = prepare(config)
     preprocess = work.classifier.preprocess
-    matrix = np.random.default_rng(0).normal(size=(_SIZE, _SIZE)).astype(np.float32)
-    tensor = tf.constant(matrix)
-    # Two libraries; a limit is what the better one reaches.
-    product = min(_best(lambda: matrix @ matrix), _best(lambda: tf.matmul(tensor, tensor).numpy()))
     forward = compiled(work.classifier.backbone)
     shape = [EXTRACTION_BATCH, preprocess.size, preprocess.size, preprocess.channels]
     images = tf.random.stateless_uniform(shape, [0, 0])
@@ -59,7 +53,7 @@ def run(config: FinetuneConfig) -> None:
     run_folder.write_json(
         work.out / "limits.json",
         {
-            "sgemm_gflops": round(2 * _SIZE**3 / product / 1e9, 1),
+            "sgemm_gflops": measure.sgemm_gflops(),
             "forward_images_per_s": round(EXTRACTION_BATCH / one_pass, 2),
             "pipeline_images_per_s": round(num_images / _best(pipeline), 1),
             "images_training": len(work.train),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from typing import Any
 
 import psutil
 
@@ -43,6 +44,20 @@ def rate(count: float, seconds: float) -> float:
 def usual(seconds: Sequence[float]) -> float | None:
     """The median of repeated work; the first time, which compiles, counts only if it is alone."""
     return round(statistics.median(seconds[1:] or seconds), 4) if seconds else None
+
+
+def sgemm_gflops(size: int = 3072, repeat: int = 3) -> float:
+    """What the processor does in products of float32 matrices: NumPy's BLAS, best of some tries."""
+    import numpy as np
+
+    matrix = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
+    matrix @ matrix
+    seconds = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    return round(2e-9 * size**3 / min(seconds), 1)
 
 
 def peak_rss_mb() -> float:
@@ -87,6 +102,21 @@ def progress(batches: Iterable, what: str) -> Iterable:
     from tqdm import tqdm
 
     return tqdm(batches, desc=what, unit="batch", file=sys.stderr, mininterval=1.0, leave=False)
+
+
+def download_bar(what: str, done: int, total: int) -> Any:
+    """A progress bar of bytes on standard error, for ``with`` and ``update``."""
+    from tqdm import tqdm
+
+    return tqdm(
+        desc=what,
+        initial=done,
+        total=total,
+        unit="B",
+        unit_scale=True,
+        file=sys.stderr,
+        leave=False,
+    )
 
 
 def verbosity() -> int:
