@@ -18,6 +18,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from transfer.augment import random_view
+from transfer.images import decode
 from transfer.preprocess import Preprocess
 
 HELD_OUT_SHARE = 0.2  # of a dataset that comes with nothing but a training split
@@ -246,13 +247,6 @@ def shuffled(num_examples: int, seed: int) -> np.ndarray:
     seed, for up to ``SHUFFLE_BUFFER`` images."""
     positions = tf.data.Dataset.range(num_examples).shuffle(num_examples, seed=seed)
     return positions.batch(num_examples).get_single_element().numpy()
-
-
-def decode(encoded: tf.Tensor) -> tf.Tensor:
-    """Encoded JPEG, PNG, GIF (first frame) or BMP to uint8 RGB ``[height, width, 3]``."""
-    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-    image.set_shape([None, None, 3])
-    return image
 
 
 def find_unreadable(split: Split) -> list[str]:

@@ -1,0 +1,142 @@
+"""Files of all kinds, compared with Pillow's and TensorFlow's own readings."""
+
+import io
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import ExifTags, Image, ImageOps
+
+from transfer.images import decode, orientation, oriented, read_image
+
+GENERATOR = np.random.default_rng(0)
+PIXELS = GENERATOR.integers(0, 255, (12, 17, 3)).astype(np.uint8)
+SMOOTH = np.broadcast_to(np.linspace(0, 255, 17, dtype=np.uint8)[None, :, None], (12, 17, 3))
+SLOPE = SMOOTH // 2 + np.linspace(0, 127, 12, dtype=np.uint8)[:, None, None]
+
+
+def encoded(image, kind, **options):
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def exif(code):
+    found = Image.Exif()
+    found[ExifTags.Base.Orientation] = code
+    return found
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "JPEG"])
+def test_what_training_reads_is_read_alike(kind):
+    data = encoded(Image.fromarray(PIXELS), kind)
+    expected = tf.io.decode_image(data, channels=3, expand_animations=False)
+    np.testing.assert_array_equal(read_image(data), expected)
+
+
+@pytest.mark.parametrize("kind, options", [("WEBP", {"lossless": True}), ("TIFF", {})])
+def test_what_tensorflow_does_not_read(kind, options):
+    np.testing.assert_array_equal(
+        read_image(encoded(Image.fromarray(PIXELS), kind, **options)), PIXELS
+    )
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("code", range(1, 9))
+def test_orientation_of_a_jpeg_is_pillows(code, order):
+    tags = exif(code)
+    tags[ExifTags.Base.Make], tags[ExifTags.Base.Model] = "a camera", "of some make"
+    tags.endian = order
+    data = encoded(Image.fromarray(SLOPE), "JPEG", exif=tags.tobytes(), quality=95)
+    with Image.open(io.BytesIO(data)) as tagged:
+        upright = np.asarray(ImageOps.exif_transpose(tagged))
+        assert tagged.getexif()[ExifTags.Base.Orientation] == code
+    assert orientation(data) == code
+    found = read_image(data)
+    assert found.shape == upright.shape
+    assert np.abs(found.astype(int) - upright).max() <= 8  # of 255; decoders differ a little
+
+
+@pytest.mark.parametrize("code", range(1, 9))
+def test_orientation_of_a_tiff(code):
+    data = encoded(Image.fromarray(SLOPE), "TIFF", exif=exif(code))
+    with Image.open(io.BytesIO(data)) as tagged:
+        upright = np.asarray(ImageOps.exif_transpose(tagged))
+    np.testing.assert_array_equal(read_image(data), upright)
+    np.testing.assert_array_equal(oriented(SLOPE, code), upright)
+
+
+def test_images_are_upright_in_a_graph_too():
+    data = [encoded(Image.fromarray(SMOOTH), "JPEG", exif=exif(code)) for code in (1, 6)]
+    shapes = tf.data.Dataset.from_tensor_slices(data).map(decode).map(tf.shape)
+    assert [shape.tolist() for shape in shapes.as_numpy_iterator()] == [[12, 17, 3], [17, 12, 3]]
+
+
+@pytest.mark.parametrize("data", [
+    b"",
+    b"\xff\xe1",
+    b"\xff\xd8\xff\xe1\0\x20Exif\0\0",
+    b"\xff\xd8\xff\xe1\0\x20Exif\0\0II*\0\xff\xff\xff\xff",
+    b"\xff\xd8\xff\xe1\0\x20Exif\0\0MM\0*\0\0\0\x08\xff\xff",
+    b"\xff\xd8\xff\xe1\0\x20Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\x09",
+    bytes(4090) + b"\xff\xe1\0\x20Exif\0\0",
+])  # fmt: skip
+def test_exif_that_says_nothing(data):
+    assert orientation(data) == 1
+
+
+def test_gray_and_alpha():
+    gray = PIXELS[..., 0]
+    expected = np.repeat(gray[..., None], 3, -1)
+    for image in (Image.fromarray(gray), Image.fromarray(gray).convert("LA")):
+        np.testing.assert_array_equal(read_image(encoded(image, "PNG")), expected)
+    alpha = Image.fromarray(np.dstack([PIXELS, gray]))
+    for kind in ("PNG", "TIFF"):
+        np.testing.assert_array_equal(read_image(encoded(alpha, kind)), PIXELS)
+
+
+def test_sixteen_bits_become_eight():
+    gray = SMOOTH[..., 0].astype(np.uint16) * 257
+    for kind in ("PNG", "TIFF"):
+        found = read_image(encoded(Image.fromarray(gray), kind))
+        np.testing.assert_array_equal(found, SMOOTH)
+    floats = Image.fromarray(SMOOTH[..., 0].astype(np.float32) / 255)
+    assert np.abs(read_image(encoded(floats, "TIFF")).astype(int) - SMOOTH).max() <= 1
+
+
+def test_cmyk():
+    image = Image.fromarray(np.array(SMOOTH)).convert("CMYK")
+    found = read_image(encoded(image, "JPEG", quality=100))
+    assert np.abs(found.astype(int) - SMOOTH).max() < 12
+
+
+def test_a_palette_and_an_animation():
+    image = Image.fromarray(PIXELS).quantize(64)
+    expected = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(read_image(encoded(image, "PNG")), expected)
+    frames = [Image.fromarray(np.full((4, 4, 3), value, np.uint8)) for value in (10, 200)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert read_image(data).max() < 20
+
+
+BROKEN = {
+    "empty": (b"", "it is empty"),
+    "text": (b"hello, world", "it is no image: it begins with b'hello"),
+    "half a JPEG": (encoded(Image.fromarray(PIXELS), "JPEG")[:300], "cannot be decoded"),
+    "half a PNG": (encoded(Image.fromarray(PIXELS), "PNG")[:300], "cannot be decoded"),
+    "half a TIFF": (encoded(Image.fromarray(PIXELS), "TIFF")[:300], "decoded|no image"),
+    "half a WebP": (encoded(Image.fromarray(PIXELS), "WEBP")[:100], "decoded|no image"),
+    "a header only": (encoded(Image.fromarray(PIXELS), "PNG")[:16], "decoded|no image"),
+}
+
+
+@pytest.mark.parametrize("data, message", BROKEN.values(), ids=BROKEN)
+def test_what_is_broken_is_said(data, message):
+    with pytest.raises(ValueError, match=message):
+        read_image(data)
+
+
+def test_a_bomb_is_not_unpacked(monkeypatch):
+    monkeypatch.setattr("transfer.images.MAX_PIXELS", 100)
+    with pytest.raises(ValueError, match="17 x 12 pixels; expected at most 100"):
+        read_image(encoded(Image.fromarray(PIXELS), "PNG"))
