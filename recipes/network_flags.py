@@ -6,6 +6,7 @@ import contextlib
 import sys
 
 from recipes.finetune import FinetuneConfig
+from transfer import preparation
 from transfer.surgery import Network
 
 
@@ -36,3 +37,14 @@ def report(config: FinetuneConfig, tap: str, network: Network) -> None:
         lines.append(f"the graph takes batches of {network.batch_size} only; others are filled up")
     for line in lines:
         print(line, file=sys.stderr)
+
+
+def warn_if_prepared_twice(network: Network, mode: str) -> None:
+    """Where the graph subtracts a mean or swaps colours, and preprocessing does so, too."""
+    prepared = preparation.find(network)
+    if twice := prepared.repeats(mode):
+        print(
+            f"warning: the graph prepares its images itself (it {prepared}); --preprocess {mode} "
+            f"will {twice} again, before it",
+            file=sys.stderr,
+        )

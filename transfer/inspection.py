@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
-from transfer import repair, surgery, taps
+from transfer import preparation, repair, surgery, taps
 from transfer.checkpoint import Checkpoint, average_entries, check_files
 from transfer.cuts import Cut, list_cuts
 from transfer.formats import state
@@ -286,6 +286,14 @@ def _hazards(
         )
     if network is not None and network.batch_size is not None:
         found.append(f"takes batches of {network.batch_size} only; others are filled up")
+    prepared = preparation.find(network) if network is not None else None
+    if prepared:
+        mode = graph.card.preprocess
+        twice = prepared.repeats(mode) if mode else None
+        found.append(
+            f"the graph prepares its images itself: it {prepared}"
+            + (f"; preprocess {mode} would {twice} again" if twice else "")
+        )
     if graph.card.preprocess is None:
         found.append(
             "nothing says how images are to be prepared; --preprocess is a guess, check it"
@@ -338,6 +346,10 @@ def _likely_convention(network: surgery.Network) -> str:
     """A guess; the original weights are all that many networks called VGG have."""
     if network.input_dtype is not None and network.input_dtype.is_integer:
         return "none"
+    prepared = preparation.find(network)
+    if prepared.means or prepared.swaps:
+        # 0 to 255, unless it multiplies by that first.
+        return "unit" if any(scale > 1 for scale in prepared.scales) else "none"
     channels = (network.input_shape or (3,))[-1]
     is_vgg = any("conv5_3" in v.name or "conv3_3" in v.name for v in network.variables)
     return "caffe" if is_vgg and channels == 3 else "unit"

@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from transfer import preparation
+from transfer.preparation import Preparation
+from transfer.surgery import extract
+
+tf1 = tf.compat.v1
+MEANS = [103.939, 116.779, 123.68]
+
+
+def slim(x):
+    return x - tf.constant([123.68, 116.78, 103.94], shape=[1, 1, 1, 3])
+
+
+def machrisaa(x):
+    red, green, blue = tf.split(x * 255.0, 3, 3)
+    return tf.concat([blue - MEANS[0], green - MEANS[1], red - MEANS[2]], 3)
+
+
+def reversed_by_stride(x):
+    return x[..., ::-1] - tf.constant(MEANS)
+
+
+def gathered(x):
+    return tf.gather(x, [2, 1, 0], axis=3)
+
+
+def scaled(x):
+    return tf.cast(x, tf.float32) / 255.0
+
+
+def mean_image(x):
+    return x - tf.constant(np.full((8, 8, 3), 120, np.float32))
+
+
+def nothing(x):
+    return tf.identity(x)
+
+
+CASES = {
+    slim: Preparation((123.68, 116.78, 103.94)),
+    machrisaa: Preparation(tuple(MEANS), (255.0,), True),
+    reversed_by_stride: Preparation(tuple(MEANS), (), True),
+    gathered: Preparation(swaps=True),
+    scaled: Preparation(scales=(1 / 255,)),
+    mean_image: Preparation((120.0,)),
+    nothing: Preparation(),
+}
+
+
+def network(prepare):
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
+        kernel = tf1.get_variable("w", [3, 3, 3, 4], use_resource=False)
+        biases = tf1.get_variable("b", [4], use_resource=False)
+        net = tf.nn.relu(tf.nn.conv2d(prepare(x), kernel, 1, "SAME") + biases)
+        tf.multiply(net - 0.5, 3.0, name="tap")  # after the first layer: none of our business
+    return extract(graph.as_graph_def(), "tap:0", "x:0")
+
+
+@pytest.mark.parametrize("prepare", CASES, ids=lambda prepare: prepare.__name__)
+def test_it_is_found(prepare):
+    found, expected = preparation.find(network(prepare)), CASES[prepare]
+    # In the order of the graph, where one colour may come before another.
+    np.testing.assert_allclose(sorted(found.means), sorted(expected.means), rtol=1e-6)
+    np.testing.assert_allclose(found.scales, expected.scales, rtol=1e-6)
+    assert found.swaps == expected.swaps
+    assert bool(found) == (prepare is not nothing)
+
+
+def test_what_would_be_done_twice():
+    found = Preparation((103.9, 116.8, 123.7), (), True)
+    assert str(found) == "subtracts 103.9, 116.8, 123.7 and swaps red and blue"
+    assert found.repeats("caffe") == "subtract a mean and swap red and blue"
+    assert found.repeats("slim") == "subtract a mean"
+    assert found.repeats("none") is None
+    assert found.repeats("unit") is None
+    assert Preparation(scales=(1 / 255,)).repeats("unit") == "scale"
+    assert Preparation(scales=(255.0,)).repeats("unit") is None
