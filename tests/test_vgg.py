@@ -22,6 +22,32 @@ def test_num_parameters(name):
     assert vgg.num_parameters(vgg.ARCHITECTURES[name], 1000) == PARAMETERS[name]
 
 
+@pytest.mark.parametrize("name, count", [("vgg16", 14_714_688), ("vgg19", 20_024_384)])
+def test_num_parameters_without_top(name, count):
+    """Source: keras.applications with include_top=False."""
+    assert vgg.num_parameters(vgg.ARCHITECTURES[name], None) == count
+    graph = vgg.build_graph(vgg.ARCHITECTURES[name], None)
+    with graph.as_default():
+        variables = tf.compat.v1.global_variables()
+    assert sum(int(np.prod(v.shape)) for v in variables) == count
+    assert graph.get_tensor_by_name("pool5:0").shape.as_list() == [None, None, None, 512]
+
+
+def test_images_smaller_than_the_window_have_zeros_around():
+    """A pixel after the last pooling lies in the middle of the window of fc6."""
+    architecture = vgg.Architecture(((4,),) * 2, 8, 12)  # a window of 3 x 3
+    values = vgg.random_weights(architecture, 5, convolutional=True)
+    graph = vgg.build_graph(architecture, 5, convolutional=True, use_resource=True)
+    images = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
+    with graph.as_default(), tf.compat.v1.Session() as session:
+        for variable in tf.compat.v1.global_variables():
+            variable.load(values[variable.op.name], session)
+        pool2, fc6 = session.run(["pool2:0", "fc6:0"], {"images:0": images})
+    expected = pool2[:, 0, 0] @ values["fc6/weights"][1, 1] + values["fc6/biases"]
+    assert fc6.shape == (2, 1, 1, 8)
+    np.testing.assert_allclose(fc6[:, 0, 0], np.maximum(expected, 0), atol=1e-5)
+
+
 @pytest.mark.parametrize("convolutional", [False, True])
 def test_build_graph_has_the_standard_names(convolutional):
     graph = vgg.build_graph(vgg.ARCHITECTURES["vgg16"], 1000, convolutional=convolutional)

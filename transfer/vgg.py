@@ -62,13 +62,14 @@ ARCHITECTURES = {
 
 
 def kernel_shapes(
-    architecture: Architecture, num_classes: int, *, convolutional: bool = False
+    architecture: Architecture, num_classes: int | None, *, convolutional: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """Layer to the shape of its weights; the biases have the last of its dimensions.
 
     ``convolutional`` gives fc6 to fc8 as convolutions (``[7, 7, 512, 4096]`` for VGG16), so that
     fc7 is ``[batch, h, w, 4096]``; otherwise they are matrices (``[25088, 4096]``), rows in the
-    order height, width, channel. The two have the same values in the same order.
+    order height, width, channel. The two have the same values in the same order. With
+    ``num_classes=None`` there are no fc layers.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     channels = 3
@@ -76,6 +77,8 @@ def kernel_shapes(
         for name, width in block:
             shapes[name] = (3, 3, channels, width)
             channels = width
+    if num_classes is None:
+        return shapes
     window = (architecture.pooled_size,) * 2
     for name, inputs, outputs, size in (
         ("fc6", channels, architecture.fc, window),
@@ -88,14 +91,18 @@ def kernel_shapes(
     return shapes
 
 
-def num_parameters(architecture: Architecture, num_classes: int) -> int:
-    """Weights and biases of all layers."""
+def num_parameters(architecture: Architecture, num_classes: int | None) -> int:
+    """Weights and biases of all layers; without the fc layers for ``num_classes=None``."""
     shapes = kernel_shapes(architecture, num_classes).values()
     return sum(int(np.prod(shape)) + shape[-1] for shape in shapes)
 
 
 def random_weights(
-    architecture: Architecture, num_classes: int, *, seed: int = 0, convolutional: bool = False
+    architecture: Architecture,
+    num_classes: int | None,
+    *,
+    seed: int = 0,
+    convolutional: bool = False,
 ) -> dict[str, np.ndarray]:
     """Variable name to float32 values: He-normal weights (arXiv 1502.01852), small random
     biases."""
@@ -114,7 +121,7 @@ def random_weights(
 
 def build_graph(
     architecture: Architecture,
-    num_classes: int,
+    num_classes: int | None,
     *,
     convolutional: bool = False,
     use_resource: bool = False,
@@ -123,16 +130,19 @@ def build_graph(
 
     Args:
         architecture: from ``ARCHITECTURES``, or one's own.
-        num_classes: width of fc8.
-        convolutional: fc layers as convolutions; then any image size from ``image_size`` up works.
+        num_classes: width of fc8; ``None`` ends the network with its last pooling.
+        convolutional: fc layers as convolutions; then images of any size work for which the
+            poolings leave a pixel (32 for five of them). What is smaller than the window of fc6 has
+            zeros around it.
         use_resource: resource variables, as TensorFlow 2 makes them, rather than reference ones.
     """
     shapes = kernel_shapes(architecture, num_classes, convolutional=convolutional)
-    size = None if convolutional else architecture.image_size
+    size = None if convolutional or num_classes is None else architecture.image_size
     graph = tf.Graph()
     with graph.as_default():
         net = tf1.placeholder(tf.float32, [None, size, size, 3], name="images")
-        keep_prob = tf1.placeholder_with_default(1.0, [], name="keep_prob")
+        if num_classes is not None:
+            keep_prob = tf1.placeholder_with_default(1.0, [], name="keep_prob")
 
         def layer(name: str, inputs: tf.Tensor, *, relu: bool = True) -> tf.Tensor:
             shape = shapes[name]
@@ -158,9 +168,23 @@ def build_graph(
             for name, _ in block:
                 net = layer(name, net)
             net = tf.nn.max_pool2d(net, 2, 2, "SAME", name=f"pool{number}")
-        if not convolutional:
+        if num_classes is None:
+            return graph
+        if convolutional:
+            net = _padded(net, architecture.pooled_size)
+        else:
             net = tf.reshape(net, [-1, shapes["fc6"][0]], name="flatten")
         for name in ("fc6", "fc7"):
             net = tf1.nn.dropout(layer(name, net), rate=1 - keep_prob, name=f"{name}_dropout")
         tf.nn.softmax(layer("fc8", net, relu=False), name="prob")
     return graph
+
+
+def _padded(net: tf.Tensor, window: int) -> tf.Tensor:
+    """With zeros around what is smaller than a window."""
+    missing = tf.maximum(window - tf.shape(net)[1:3], 0)
+    before = missing // 2
+    spatial = tf.stack([before, missing - before], axis=1)
+    padded = tf.pad(net, tf.concat([[[0, 0]], spatial, [[0, 0]]], axis=0), name="fc6_padding")
+    padded.set_shape([None, None, None, net.shape[-1]])
+    return padded
