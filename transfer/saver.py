@@ -99,7 +99,7 @@ def save_meta_graph(
                 _with_saver(graph, chosen, max_to_keep, keep_checkpoint_every_n_hours)
             )
             if card is not None:
-                hashes = {path.name: _sha256(path) for path in sorted(draft.iterdir())}
+                hashes = {path.name: file_sha256(path) for path in sorted(draft.iterdir())}
                 write_card(draft / f"{model}.json", replace(card, sha256=hashes))
         for path in sorted(draft.iterdir()):
             if path.suffix != ".meta" or not _same(path, prefix.with_name(path.name)):
@@ -240,7 +240,8 @@ def _same(draft: Path, path: Path) -> bool:
     return path.is_file() and path.read_bytes() == draft.read_bytes()
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

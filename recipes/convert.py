@@ -1,0 +1,63 @@
+"""From published weights of a VGG to a meta graph with its checkpoint and card.
+
+    vgg-transfer convert vgg16_weights_tf_dim_ordering_tf_kernels.h5 --out models/vgg16
+    vgg-transfer convert vgg16-397923af.pth --out models/vgg16_torch
+
+What a file is follows from what it holds, not from its name. Nothing in it is run.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from recipes.startup import job
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """Flags of ``vgg-transfer convert``, with their defaults."""
+
+    out: Path
+    """Prefix of the model to write, e.g. models/vgg16."""
+    convolutional: bool = False
+    """Write fc6 to fc8 as convolutions, so that images of any size from 32 pixels up fit."""
+    preprocess: str | None = None
+    """What the weights expect: caffe, slim, torch, tf, unit or none. [default: what the weights of
+    this layout were published with]"""
+    labels: Path | None = None
+    """File with one class name a line. [default: the names of ImageNet where there are 1000]"""
+    spatial_order: Literal["auto", "rows", "columns"] = "auto"
+    """Which of the spatial axes of the kernels comes first; old MatConvNet files have the columns
+    first. auto: by the age of the file."""
+
+
+def convert(
+    file: Annotated[
+        Path,
+        Parameter(
+            help="Keras .h5 or .keras, tf-slim checkpoint, .npz, .npy, PyTorch .pth, .safetensors, "
+            "MatConvNet .mat, .caffemodel, or a frozen .tfmodel."
+        ),
+    ],
+    *,
+    config: ConvertConfig,
+) -> int:
+    """Convert published weights of a VGG to a meta graph."""
+    with job():
+        from recipes.convert_job import run
+
+        lines = run(file, config)
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    from recipes.cli import main
+
+    sys.exit(main(["convert", *sys.argv[1:]]))

@@ -1,0 +1,41 @@
+"""Download published weights of a VGG, and convert them to a meta graph.
+
+    vgg-transfer pull vgg16 --out models/vgg16
+
+The weights are those of Keras Applications, which were converted from the original ones.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from recipes.startup import job
+
+
+def pull(
+    name: Annotated[Literal["vgg16", "vgg19"], Parameter(help="Which network.")],
+    *,
+    out: Annotated[
+        Path | None, Parameter(help="Prefix of the model to write. [default: models/NAME]")
+    ] = None,
+    convolutional: Annotated[
+        bool, Parameter(help="fc6 to fc8 as convolutions, for images of any size.")
+    ] = False,
+) -> int:
+    """Download the published weights of VGG16 or VGG19, and convert them."""
+    with job():
+        from recipes.pull_job import run
+
+        lines = run(name, out or Path("models") / name, convolutional=convolutional)
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    from recipes.cli import main
+
+    sys.exit(main(["pull", *sys.argv[1:]]))

@@ -1,0 +1,147 @@
+"""What ``vgg-transfer pull`` does; its flags are in ``recipes.pull``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from recipes import convert_job, measure
+from recipes.convert import ConvertConfig
+from transfer import Backbone, Preprocess, load_meta_graph
+
+TIMEOUT_S = 8.0
+_CHUNK = 2**20
+_TOLERANCE = 1e-4  # between probabilities
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where weights are published; source: keras.applications.vgg16 and vgg19."""
+
+    url: str
+    md5: str
+    model: Any
+
+    @property
+    def path(self) -> Path:
+        """Where Keras looks for them before it downloads them."""
+        home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+        return home / "models" / self.url.rsplit("/", 1)[1]
+
+
+_BASE = "https://storage.googleapis.com/tensorflow/keras-applications"
+_FILE = "weights_tf_dim_ordering_tf_kernels.h5"
+PUBLISHED = {
+    "vgg16": Weights(
+        f"{_BASE}/vgg16/vgg16_{_FILE}",
+        "64373286793e3c8b2b4e3219cbf3544b",
+        keras.applications.VGG16,
+    ),
+    "vgg19": Weights(
+        f"{_BASE}/vgg19/vgg19_{_FILE}",
+        "cbe5617147190e668d6c5d5026f83318",
+        keras.applications.VGG19,
+    ),
+}
+
+
+def run(name: str, out: Path, *, convolutional: bool) -> list[str]:
+    """Download, convert, and compare with the Keras model; returns what to print.
+
+    Raises:
+        ConnectionError: if there is no network.
+        ValueError: if the file is not the one that was published, or the results differ.
+    """
+    weights = PUBLISHED[name]
+    download(weights)
+    lines = convert_job.run(weights.path, ConvertConfig(out=out, convolutional=convolutional))
+    difference = compare(out, weights)
+    if difference > _TOLERANCE:
+        raise ValueError(
+            f"{str(out)!r} and Keras' {name} differ by {difference:.2g} in a probability; expected "
+            f"at most {_TOLERANCE:g}; do not use it, and report this"
+        )
+    return [*lines, f"probabilities differ from Keras' by at most {difference:.1g}"]
+
+
+def download(weights: Weights) -> None:
+    """Get a file, or the rest of it, into Keras' cache.
+
+    Raises:
+        ConnectionError, ValueError: see ``run``; what has come so far stays for the next time.
+    """
+    path = weights.path
+    if path.is_file() and _md5(path) == weights.md5:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    done = part.stat().st_size if part.is_file() else 0
+    request = urllib.request.Request(weights.url, headers={"Range": f"bytes={done}-"})
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            if response.status != 206:  # it gives the whole file
+                done = 0
+            _receive(response, part, done)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # there is no rest
+            raise ConnectionError(_manual(weights, f"the server says {error.code}")) from error
+    except OSError as error:
+        raise ConnectionError(_manual(weights, str(error))) from error
+    if _md5(part) != weights.md5:
+        part.unlink()
+        raise ValueError(
+            f"what came from {weights.url} is not the published file (its MD5 differs); it was "
+            "deleted, try again"
+        )
+    part.replace(path)
+
+
+def compare(prefix: Path, weights: Weights) -> float:
+    """The largest difference between a probability of the model and of Keras' own, on an image of
+    noise and one of stripes."""
+    graph = load_meta_graph(prefix)
+    preprocess = Preprocess(graph.card.preprocess, graph.card.image_size)
+    shape = (1, preprocess.size, preprocess.size, 3)
+    noise = np.random.default_rng(0).uniform(0, 255, shape).astype(np.float32)
+    stripes = np.linspace(0, 255, preprocess.size, dtype=np.float32)[:, None, None]
+    images = np.concatenate([noise, np.broadcast_to(stripes, shape)])
+    ours = np.asarray(Backbone(graph, tap="prob")(preprocess(images)))
+    inputs = keras.applications.vgg16.preprocess_input(images.copy())
+    theirs = weights.model(weights=str(weights.path))(inputs, training=False)
+    return float(np.max(np.abs(ours - np.asarray(theirs))))
+
+
+def _receive(response: Any, part: Path, done: int) -> None:
+    total = done + int(response.headers.get("Content-Length", 0))
+    with (
+        part.open("r+b" if done else "wb") as file,
+        measure.download_bar(part.stem, done, total) as bar,
+    ):
+        file.seek(done)
+        while chunk := response.read(_CHUNK):
+            file.write(chunk)
+            bar.update(len(chunk))
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _manual(weights: Weights, reason: str) -> str:
+    return (
+        f"cannot download {weights.url} ({reason}); get it where there is a network and put it at "
+        f"{str(weights.path)!r}, or convert any copy of published weights: vgg-transfer convert "
+        "FILE --out PREFIX"
+    )

@@ -1,0 +1,206 @@
+"""`vgg-transfer convert` and `pull`, from files of published weights to models."""
+
+import http.server
+import json
+import re
+import threading
+import urllib.request
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pytest
+from commands import finetune, metrics
+from test_published import NUM_CLASSES, SMALL, VALUES, write_frossard, write_keras_legacy
+
+from recipes import pull_job
+from recipes.cli import main
+from transfer import Backbone, Preprocess, load_meta_graph
+
+
+def convert(file, out, *flags):
+    return main(["convert", str(file), "--out", str(out), *map(str, flags)])
+
+
+def test_a_model_is_written_and_fine_tuned(tmp_path, image_folder, capsys):
+    write_frossard(tmp_path / "weights.npz")
+    out = tmp_path / "models" / "vgg"
+    assert convert(tmp_path / "weights.npz", out) == 0
+    printed = capsys.readouterr().out
+    assert f"{NUM_CLASSES} classes" in printed and "layout: frossard; preprocess: slim" in printed
+    card = json.loads((out.parent / "vgg.json").read_text())
+    assert re.fullmatch(r"weights.npz, layout of frossard, sha256 [0-9a-f]{64}", card["source"]), (
+        card["source"]
+    )
+    assert (card["preprocess"], card["image_size"], card["tap"]) == ("slim", 64, "fc7:0")
+    values = load_meta_graph(out)
+    backbone = Backbone(values, "fc8")
+    for name, value in VALUES.items():
+        weight = dict(zip(backbone.variable_names, backbone.graph_variables, strict=True))[name]
+        np.testing.assert_array_equal(weight, value, err_msg=name)
+    assert finetune(tmp_path / "run", out, image_folder) == 0
+    assert metrics(tmp_path / "run")["cut"] == "fc7"
+
+
+@pytest.mark.parametrize("size", [32, 64, 100])
+def test_convolutional_heads_take_any_size(tmp_path, size):
+    write_frossard(tmp_path / "weights.npz")
+    assert convert(tmp_path / "weights.npz", tmp_path / "dense") == 0
+    assert convert(tmp_path / "weights.npz", tmp_path / "conv", "--convolutional") == 0
+    images = np.random.default_rng(0).normal(size=(2, size, size, 3)).astype(np.float32)
+    found = np.asarray(Backbone(load_meta_graph(tmp_path / "conv"), "fc7")(images))
+    assert found.shape == (2, SMALL.fc)
+    assert np.isfinite(found).all() and found.std() > 0
+    if size == SMALL.image_size:
+        expected = np.asarray(Backbone(load_meta_graph(tmp_path / "dense"), "fc7")(images))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flags_overrule_what_is_found(tmp_path, capsys):
+    write_frossard(tmp_path / "weights.npz")
+    (tmp_path / "names").write_text("".join(f"class {n}\n" for n in range(NUM_CLASSES)))
+    flags = ["--preprocess", "torch", "--labels", tmp_path / "names"]
+    assert convert(tmp_path / "weights.npz", tmp_path / "a", *flags) == 0
+    card = json.loads((tmp_path / "a.json").read_text())
+    assert card["preprocess"] == "torch"
+    assert (tmp_path / card["labels"]).read_text().startswith("class 0\nclass 1\n")
+    assert convert(tmp_path / "weights.npz", tmp_path / "a") == 1
+    assert "is there already; choose another --out" in capsys.readouterr().err
+    (tmp_path / "names").write_text("one\n")
+    assert convert(tmp_path / "weights.npz", tmp_path / "b", *flags) == 1
+    assert f"has 1 names; the model has {NUM_CLASSES} classes" in capsys.readouterr().err
+    assert not (tmp_path / "b.meta").exists()
+
+
+def test_what_is_no_vgg_is_refused_and_nothing_is_written(tmp_path, capsys):
+    (tmp_path / "page.h5").write_bytes(b"<html>404</html>")
+    assert convert(tmp_path / "page.h5", tmp_path / "out" / "vgg") == 1
+    assert "cannot be read: it is none of: Keras" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def keras_vgg(monkeypatch, tmp_path):
+    """Keras' VGG16, small: its layers and names, with fewer channels."""
+
+    def model(weights):
+        net = inputs = keras.Input((64, 64, 3))
+        for number, block in enumerate(SMALL.blocks, 1):
+            for index, width in enumerate(block, 1):
+                net = keras.layers.Conv2D(
+                    width, 3, activation="relu", padding="same", name=f"block{number}_conv{index}"
+                )(net)
+            net = keras.layers.MaxPooling2D()(net)
+        net = keras.layers.Flatten()(net)
+        net = keras.layers.Dense(SMALL.fc, activation="relu", name="fc1")(net)
+        net = keras.layers.Dense(SMALL.fc, activation="relu", name="fc2")(net)
+        net = keras.layers.Dense(NUM_CLASSES, activation="softmax", name="predictions")(net)
+        found = keras.Model(inputs, net)
+        if weights:
+            values = [VALUES[f"{n}/{p}"] for n in LAYERS for p in ("weights", "biases")]
+            found.set_weights(values)
+        return found
+
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    return model
+
+
+LAYERS = [name.split("/")[0] for name in VALUES if name.endswith("/weights")]
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras", ".weights.h5"])
+def test_what_keras_saves_gives_what_keras_computes(tmp_path, keras_vgg, suffix):
+    model = keras_vgg(True)
+    path = tmp_path / f"model{suffix}"
+    (model.save_weights if "weights" in suffix else model.save)(path)
+    assert convert(path, tmp_path / "vgg") == 0
+    graph = load_meta_graph(tmp_path / "vgg")
+    photos = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype(np.float32)
+    ours = np.asarray(Backbone(graph, "prob")(Preprocess("caffe", 64)(photos)))
+    inputs = keras.applications.vgg16.preprocess_input(photos.copy())
+    np.testing.assert_allclose(ours, model(inputs), atol=1e-4)
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves ``data``, and the rest of it where that is asked for."""
+
+    data = b""
+    requests = ()
+
+    def do_GET(self):
+        start = int(re.search(r"bytes=(\d+)-", self.headers["Range"])[1])
+        Handler.requests += (self.headers["Range"],)
+        if start >= len(self.data):
+            self.send_error(416)
+            return
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(self.data) - start))
+        self.end_headers()
+        self.wfile.write(self.data[start:])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch, keras_vgg):
+    write_keras_legacy(tmp_path / "published.h5")
+    Handler.data = (tmp_path / "published.h5").read_bytes()
+    Handler.requests = ()
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    weights = replace(
+        pull_job.PUBLISHED["vgg16"],
+        url=f"http://127.0.0.1:{running.server_port}/vgg16_weights.h5",
+        md5=pull_job._md5(tmp_path / "published.h5"),
+        model=keras_vgg,
+    )
+    monkeypatch.setitem(pull_job.PUBLISHED, "vgg16", weights)
+    yield weights
+    running.shutdown()
+    running.server_close()
+
+
+def test_pull_downloads_converts_and_compares(tmp_path, server, capsys):
+    assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 0
+    assert "probabilities differ from Keras' by at most" in capsys.readouterr().out
+    assert server.path.read_bytes() == Handler.data
+    assert load_meta_graph(tmp_path / "vgg16").card.preprocess == "caffe"
+    assert main(["pull", "vgg16", "--out", str(tmp_path / "again")]) == 0
+    assert len(Handler.requests) == 1  # the second time it was there
+
+
+def test_a_download_goes_on_where_it_was_cut(tmp_path, server):
+    part = server.path.with_name(f"{server.path.name}.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(Handler.data[:1000])
+    assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 0
+    assert Handler.requests == ("bytes=1000-",)
+    assert server.path.read_bytes() == Handler.data
+    assert not part.exists()
+
+
+def test_another_file_than_the_published_one_is_refused(tmp_path, server, capsys):
+    Handler.data = b"<html>moved</html>"
+    assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 1
+    assert "is not the published file (its MD5 differs)" in capsys.readouterr().err
+    assert not server.path.exists()
+    assert not (tmp_path / "vgg16.meta").exists()
+
+
+def test_a_conversion_that_differs_from_keras_is_refused(tmp_path, server, monkeypatch, capsys):
+    wrong = replace(server, model=lambda weights: lambda x, training: np.zeros((2, NUM_CLASSES)))
+    monkeypatch.setitem(pull_job.PUBLISHED, "vgg16", wrong)
+    assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 1
+    assert "in a probability; expected at most 0.0001" in capsys.readouterr().err
+
+
+def test_without_a_network_it_says_what_to_do(tmp_path, server, monkeypatch, capsys):
+    def unreachable(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(urllib.request, "urlopen", unreachable)
+    assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 1
+    error = capsys.readouterr().err
+    assert "cannot download" in error and "Name or service not known" in error
+    assert "vgg-transfer convert FILE --out PREFIX" in error

@@ -1,0 +1,417 @@
+"""Published weights: every layout written here as its authors do, then read."""
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+
+import h5py
+import numpy as np
+import pytest
+import safetensors.numpy
+import scipy.io
+import tensorflow as tf
+
+from transfer import vgg
+from transfer.published import containers, layouts
+from transfer.published.unpickle import UnsafePickleError
+
+tf1 = tf.compat.v1
+
+SMALL = vgg.ARCHITECTURES["vgg_small"]
+NUM_CLASSES = 7
+VALUES = vgg.random_weights(SMALL, NUM_CLASSES)
+CONVOLUTIONS = [name for block in SMALL.convolutions for name, _ in block]
+CONNECTED = ["fc6", "fc7", "fc8"]
+WINDOW, CHANNELS = SMALL.pooled_size, SMALL.blocks[-1][-1]
+
+
+def kernel(layer):
+    return VALUES[f"{layer}/weights"]
+
+
+def biases(layer):
+    return VALUES[f"{layer}/biases"]
+
+
+def windowed(layer):
+    """A kernel of a fully connected layer as that of a convolution."""
+    if layer == "fc6":
+        return kernel(layer).reshape(WINDOW, WINDOW, CHANNELS, -1)
+    return kernel(layer)[None, None]
+
+
+def outputs_first(layer):
+    """As PyTorch and Caffe have them: the inputs of fc6 by channel, height, width."""
+    if layer in CONVOLUTIONS:
+        return np.ascontiguousarray(kernel(layer).transpose(3, 2, 0, 1))
+    flat = windowed(layer).transpose(3, 2, 0, 1)
+    return np.ascontiguousarray(flat.reshape(len(flat), -1))
+
+
+def write_keras_legacy(path):
+    """What keras.applications publishes: a group a layer, named arrays in it."""
+    renamed = {
+        f"fc{n}": name for n, name in zip((6, 7, 8), ("fc1", "fc2", "predictions"), strict=True)
+    }
+    with h5py.File(path, "w") as file:
+        for layer in CONVOLUTIONS + CONNECTED:
+            name = renamed.get(layer) or f"block{layer[4]}_conv{layer[6]}"
+            file.create_group(name).create_dataset(f"{name}_W_1:0", data=kernel(layer))
+            file[name].create_dataset(f"{name}_b_1:0", data=biases(layer))
+        file.create_group("flatten")
+
+
+def write_frossard(path):
+    arrays = {}
+    for layer in CONVOLUTIONS + CONNECTED:
+        arrays |= {f"{layer}_W": kernel(layer), f"{layer}_b": biases(layer)}
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def machrisaa():
+    return {layer: [kernel(layer), biases(layer)] for layer in CONVOLUTIONS + CONNECTED}
+
+
+def write_machrisaa(path):
+    with path.open("wb") as file:
+        np.save(file, machrisaa())
+
+
+def write_machrisaa_of_python_2(path):
+    """Protocol 2: bytes are text in latin1."""
+    with path.open("wb") as file:
+        array = np.empty((), object)
+        array[()] = machrisaa()
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        pickle.dump(array, file, protocol=2)
+
+
+def torch_names():
+    """features: a ReLU after each convolution, a pooling after each block."""
+    index, names = 0, {}
+    for block in SMALL.convolutions:
+        for layer, _ in block:
+            names[layer] = f"features.{index}"
+            index += 2
+        index += 1
+    return names | {"fc6": "classifier.0", "fc7": "classifier.3", "fc8": "classifier.6"}
+
+
+def torch_state():
+    state = OrderedDict()
+    for layer, name in torch_names().items():
+        state |= {f"{name}.weight": outputs_first(layer), f"{name}.bias": biases(layer)}
+    return state
+
+
+def write_timm(path):
+    state = {}
+    renamed = {"fc6": "pre_logits.fc1", "fc7": "pre_logits.fc2", "fc8": "head.fc"}
+    for layer, name in torch_names().items():
+        name = renamed.get(layer, name)
+        values = outputs_first(layer)
+        if layer in ("fc6", "fc7"):
+            values = np.ascontiguousarray(windowed(layer).transpose(3, 2, 0, 1))
+        state |= {f"{name}.weight": values, f"{name}.bias": biases(layer)}
+    safetensors.numpy.save_file(state, path)
+
+
+def write_matconvnet(path, transposed=False, old=False):
+    layers = np.empty(len(CONVOLUTIONS + CONNECTED) + 1, object)
+    for number, layer in enumerate(CONVOLUTIONS + CONNECTED):
+        values = kernel(layer) if layer in CONVOLUTIONS else windowed(layer)
+        if transposed:
+            values = values.transpose(1, 0, 2, 3)
+        entry = {"name": layer, "type": "conv"}
+        if old:
+            entry |= {"filters": values, "biases": biases(layer)[None]}
+        else:
+            pair = np.empty(2, object)
+            pair[:] = [values, biases(layer)[None]]
+            entry["weights"] = pair
+        layers[number] = entry
+    layers[-1] = {"name": "prob", "type": "softmax"}
+    scipy.io.savemat(
+        path, {"layers": layers, "meta": {"a": 1}}, do_compression=True, appendmat=False
+    )
+
+
+def varint(number):
+    groups = []
+    while number > 127:
+        groups.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*groups, number])
+
+
+def field(number, data):
+    return varint(number << 3 | 2) + varint(len(data)) + data
+
+
+def write_caffe(path, v1=True):
+    """By hand, after the encoding of protocol buffers."""
+    net = field(1, b"VGG_ILSVRC_16_layers")
+    for layer in CONVOLUTIONS + CONNECTED:
+        blobs = b""
+        for values in (outputs_first(layer), biases(layer)):
+            shape = (1,) * (4 - values.ndim) + values.shape
+            if v1:
+                blob = b"".join(varint(n << 3) + varint(s) for n, s in enumerate(shape, 1))
+            else:
+                blob = field(7, field(1, b"".join(map(varint, values.shape))))
+            blob += field(5, values.astype("<f4").tobytes())
+            blobs += field(6 if v1 else 7, blob)
+        net += field(2 if v1 else 100, field(4 if v1 else 1, layer.encode()) + blobs)
+    path.write_bytes(net)
+
+
+def write_tfmodel(path):
+    with tf.Graph().as_default() as graph:
+        for layer in CONVOLUTIONS + CONNECTED:
+            tf.constant(kernel(layer), name=f"{layer}/{'filter' if 'conv' in layer else 'weight'}")
+            tf.constant(biases(layer), name=f"{layer}/bias")
+        tf.constant(0.5, name="dropout/rate")
+    path.write_bytes(graph.as_graph_def().SerializeToString())
+
+
+def write_slim(path):
+    """A V2 checkpoint with the variables of tf-slim's vgg_16."""
+    with tf.Graph().as_default(), tf1.Session() as session:
+        variables = []
+        for layer in CONVOLUTIONS + CONNECTED:
+            scope = f"vgg_16/{layer[:5]}/{layer}" if layer in CONVOLUTIONS else f"vgg_16/{layer}"
+            values = kernel(layer) if layer in CONVOLUTIONS else windowed(layer)
+            for part, value in (("weights", values), ("biases", biases(layer))):
+                variables.append(tf1.Variable(value, name=f"{scope}/{part}", use_resource=False))
+        variables.append(tf1.Variable([123.68, 116.78, 103.94], name="vgg_16/mean_rgb"))
+        variables.append(tf1.Variable(0, name="global_step", dtype=tf.int64))
+        session.run(tf1.variables_initializer(variables))
+        tf1.train.Saver(variables).save(session, str(path), write_meta_graph=False)
+
+
+WRITERS = {
+    "keras": (write_keras_legacy, "keras", "caffe"),
+    "frossard": (write_frossard, "frossard", "slim"),
+    "machrisaa": (write_machrisaa, "machrisaa", "caffe"),
+    "machrisaa, Python 2": (write_machrisaa_of_python_2, "machrisaa", "caffe"),
+    "timm": (write_timm, "timm", "torch"),
+    "matconvnet": (write_matconvnet, "matconvnet", "slim"),
+    "caffe, V1": (write_caffe, "caffe", "caffe"),
+    "caffe": (lambda path: write_caffe(path, v1=False), "caffe", "caffe"),
+    "tfmodel": (write_tfmodel, "tfmodel", "caffe"),
+    "slim": (write_slim, "tf-slim", "slim"),
+}
+
+
+def assert_values(found):
+    assert found.values.keys() == VALUES.keys()
+    for name, value in VALUES.items():
+        np.testing.assert_array_equal(found.values[name], value, err_msg=name)
+        assert found.values[name].dtype == np.float32
+
+
+@pytest.mark.parametrize("writer, layout, preprocess", WRITERS.values(), ids=WRITERS)
+def test_every_layout_gives_the_same_values(tmp_path, writer, layout, preprocess):
+    path = tmp_path / "weights.of.no.telling.name"
+    writer(path)
+    found = layouts.identify(containers.read(path))
+    assert_values(found)
+    assert (found.layout.name, found.layout.preprocess) == (layout, preprocess)
+    assert (found.name, found.num_classes) == ("vgg_small", NUM_CLASSES)
+    assert found.architecture == SMALL
+
+
+def test_old_matconvnet_files_have_their_columns_first(tmp_path):
+    write_matconvnet(tmp_path / "old", transposed=True, old=True)
+    assert_values(layouts.identify(containers.read(tmp_path / "old")))
+    write_matconvnet(tmp_path / "new", transposed=True)
+    found = containers.read(tmp_path / "new")
+    assert_values(layouts.identify(found, columns_first=True))
+
+
+def torch_pickle(state, storages):
+    """The bytes of a state dictionary, protocol 2, by hand: tensors share no storages."""
+    out = io.BytesIO()
+
+    def text(value):
+        data = value.encode()
+        return b"X" + struct.pack("<I", len(data)) + data
+
+    def number(value):
+        return b"J" + struct.pack("<i", value)
+
+    def numbers(values):
+        return b"(" + b"".join(map(number, values)) + b"t"
+
+    out.write(b"\x80\x02ccollections\nOrderedDict\n)R(")
+    for key, (name, values) in enumerate(state.items()):
+        storages[str(key)] = values
+        strides = [int(np.prod(values.shape[i + 1 :])) for i in range(values.ndim)]
+        out.write(text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n((")
+        out.write(text("storage") + b"ctorch\nFloatStorage\n" + text(str(key)) + text("cpu"))
+        out.write(number(values.size) + b"tQ" + number(0) + numbers(values.shape))
+        out.write(numbers(strides) + b"\x89ccollections\nOrderedDict\n)RtR")
+    out.write(b"u.")
+    return out.getvalue()
+
+
+def write_torch_zip(path, state=None):
+    storages = {}
+    data = torch_pickle(state or torch_state(), storages)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("vgg16/data.pkl", data)
+        archive.writestr("vgg16/byteorder", "little")
+        for key, values in storages.items():
+            archive.writestr(f"vgg16/data/{key}", values.tobytes())
+
+
+def write_torch_legacy(path, state=None):
+    storages = {}
+    data = torch_pickle(state or torch_state(), storages)
+    with path.open("wb") as file:
+        pickle.dump(0x1950A86A20F9469CFC6C, file, protocol=2)
+        pickle.dump(1001, file, protocol=2)
+        pickle.dump({"protocol_version": 1001, "little_endian": True}, file, protocol=2)
+        file.write(data)
+        pickle.dump(list(storages), file, protocol=2)
+        for values in storages.values():
+            file.write(struct.pack("<q", values.size) + values.tobytes())
+
+
+@pytest.mark.parametrize("writer", [write_torch_zip, write_torch_legacy])
+def test_pytorch_files(tmp_path, writer):
+    writer(tmp_path / "weights")
+    found = layouts.identify(containers.read(tmp_path / "weights"))
+    assert_values(found)
+    assert (found.layout.name, found.layout.preprocess) == ("torchvision", "torch")
+
+
+def test_batch_norm_is_folded(tmp_path):
+    generator = np.random.default_rng(0)
+    state, index = OrderedDict(), 0
+    for block in SMALL.convolutions:
+        for layer, width in block:
+            state[f"features.{index}.weight"] = outputs_first(layer)
+            state[f"features.{index}.bias"] = biases(layer)
+            for part in ("weight", "bias", "running_mean", "running_var"):
+                values = generator.uniform(0.5, 1.5, width).astype(np.float32)
+                state[f"features.{index + 1}.{part}"] = values
+            index += 3
+        index += 1
+    names = dict(zip(CONVOLUTIONS, [k for k in state if k.endswith("weight")][::2], strict=True))
+    write_torch_zip(tmp_path / "bn", state)
+    found = layouts.identify(containers.read(tmp_path / "bn"))
+    assert found.num_classes is None
+    x = generator.normal(size=(2, 6, 6, 24)).astype(np.float32)
+    layer = "conv2_1"
+    norm = names[layer].replace(".weight", "")
+    norm = f"features.{int(norm.split('.')[1]) + 1}"
+    net = tf.nn.conv2d(x, kernel(layer), 1, "SAME") + biases(layer)
+    expected = tf.nn.batch_normalization(
+        net, state[f"{norm}.running_mean"], state[f"{norm}.running_var"], state[f"{norm}.bias"],
+        state[f"{norm}.weight"], 1e-5,
+    )  # fmt: skip
+    actual = tf.nn.conv2d(x, found.values[f"{layer}/weights"], 1, "SAME")
+    actual += found.values[f"{layer}/biases"]
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/vgg-transfer-was-here",)
+
+
+def test_a_payload_is_named_and_not_run(tmp_path):
+    np.save(tmp_path / "bad.npy", {"conv1_1": Payload()}, allow_pickle=True)
+    with pytest.raises(ValueError, match="asks for posix.system, which is no data"):
+        containers.read(tmp_path / "bad.npy")
+    with zipfile.ZipFile(tmp_path / "bad.pth", "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps(Payload()))
+    with pytest.raises(ValueError, match="asks for posix.system"):
+        containers.read(tmp_path / "bad.pth")
+    assert not os.path.exists("/tmp/vgg-transfer-was-here")
+    assert issubclass(UnsafePickleError, ValueError)
+
+
+def test_a_pickle_that_refers_to_itself_ends(tmp_path):
+    laughs = []
+    for _ in range(200):
+        laughs = [laughs] * 10
+    np.save(tmp_path / "a.npy", {"a": laughs}, allow_pickle=True)
+    with pytest.raises(ValueError, match="holds over .* objects, or is nested"):
+        containers.read(tmp_path / "a.npy")
+
+
+def test_a_zip_bomb_is_not_unpacked(tmp_path):
+    with (
+        zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("a.npy", "w", force_zip64=True) as file,
+    ):
+        for _ in range(2100):
+            file.write(bytes(2**20))
+    with pytest.raises(ValueError, match="would take over"):
+        containers.read(tmp_path / "bomb")
+
+
+def test_links_in_hdf5_are_not_followed(tmp_path):
+    with h5py.File(tmp_path / "target.h5", "w") as file:
+        file["secret"] = np.ones(3)
+    for link in (h5py.ExternalLink(tmp_path / "target.h5", "secret"), h5py.SoftLink("/x")):
+        with h5py.File(tmp_path / "links.h5", "w") as file:
+            file["block1_conv1"] = link
+        with pytest.raises(ValueError, match="is a link to somewhere else"):
+            containers.read(tmp_path / "links.h5")
+    (tmp_path / "raw").write_bytes(bytes(400))
+    with h5py.File(tmp_path / "raw.h5", "w") as file:
+        file.create_dataset("w", (100,), "f4", external=[(str(tmp_path / "raw"), 0, 400)])
+    with pytest.raises(ValueError, match="lies in another file"):
+        containers.read(tmp_path / "raw.h5")
+
+
+@pytest.mark.parametrize("writer", [*(w for w, _, _ in WRITERS.values()), write_torch_zip,
+                                    write_torch_legacy])  # fmt: skip
+def test_a_file_that_was_cut_short_is_refused(tmp_path, writer):
+    path = tmp_path / "weights"
+    writer(path)
+    if not path.exists():
+        path = tmp_path / "weights.data-00000-of-00001"
+    for share in (0.1, 0.5, 0.99):
+        data = path.read_bytes()
+        (tmp_path / "cut").mkdir(exist_ok=True)
+        for other in tmp_path.glob("weights*"):
+            (tmp_path / "cut" / other.name).write_bytes(other.read_bytes())
+        (tmp_path / "cut" / path.name).write_bytes(data[: int(share * len(data))])
+        with pytest.raises(ValueError):
+            layouts.identify(containers.read(tmp_path / "cut" / "weights"))
+
+
+def test_other_networks_are_refused(tmp_path):
+    arrays = {f"conv1_{n}_W": np.zeros((3, 3, 3, 8), np.float32) for n in (1, 2)}
+    arrays |= {f"conv1_{n}_b": np.zeros(8, np.float32) for n in (1, 2)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=r"2 3x3 convolutions of widths \[8, 8\]; expected those"):
+        layouts.identify(containers.read(tmp_path / "a.npz"))
+    np.savez(tmp_path / "b.npz", resnet=np.zeros(3))
+    with pytest.raises(ValueError, match="no known layout of a VGG has such names"):
+        layouts.identify(containers.read(tmp_path / "b.npz"))
+    np.save(tmp_path / "c.npy", np.zeros((3, 4)))
+    with pytest.raises(ValueError, match=r"one array \(3, 4\); expected a dictionary"):
+        containers.read(tmp_path / "c.npy")
+    (tmp_path / "d").write_bytes(b"<html>404</html>")
+    with pytest.raises(ValueError, match="it is none of: Keras"):
+        containers.read(tmp_path / "d")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        containers.read(tmp_path / "e")
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path):
+    arrays = {}
+    for layer in CONVOLUTIONS + CONNECTED:
+        arrays |= {f"{layer}_W": kernel(layer), f"{layer}_b": biases(layer) * np.nan}
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match="conv1_1/biases.* not finite"):
+        layouts.identify(containers.read(tmp_path / "a.npz"))

@@ -1,0 +1,133 @@
+"""VGG16 at full size, from each kind of file, against what its own software computes.
+
+Keras Applications, tf-slim and PyTorch (where it is installed: the extra ``references``) compute by
+themselves; for the other layouts, written here as they are documented, Keras' model of the same
+weights is the truth.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+import test_published
+from test_published import WRITERS, torch_state, write_torch_legacy, write_torch_zip
+
+from recipes.cli import main
+from transfer import Backbone, load_meta_graph, vgg
+
+tf1 = tf.compat.v1
+VGG16 = vgg.ARCHITECTURES["vgg16"]
+NUM_CLASSES = 1000
+IMAGES = np.random.default_rng(0).normal(0, 50, (1, 224, 224, 3)).astype(np.float32)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def values():
+    return vgg.random_weights(VGG16, NUM_CLASSES)
+
+
+@pytest.fixture(scope="module")
+def model(values):
+    found = keras.applications.VGG16(weights=None)
+    found.set_weights(list(values.values()))
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """fc7 and prob."""
+    outputs = [model.get_layer("fc2").output, model.output]
+    return [np.asarray(x) for x in keras.Model(model.inputs, outputs)(IMAGES)]
+
+
+@pytest.fixture(autouse=True)
+def _writers_of_full_size(monkeypatch, values):
+    layers = [name.split("/")[0] for name in values if name.endswith("/weights")]
+    full_size = {
+        "SMALL": VGG16,
+        "VALUES": values,
+        "CONVOLUTIONS": layers[:-3],
+        "WINDOW": VGG16.pooled_size,
+        "CHANNELS": 512,
+    }
+    for name, value in full_size.items():
+        monkeypatch.setattr(test_published, name, value)
+
+
+def assert_converted_equals(path, expected, out):
+    assert main(["convert", str(path), "--out", str(out)]) == 0
+    graph = load_meta_graph(out)
+    assert (graph.card.image_size, graph.card.tap) == (224, "fc7:0")
+    names = (out.parent / graph.card.labels).read_text().splitlines()
+    assert (len(names), names[0], names[-1]) == (1000, "tench", "toilet tissue")
+    network = Backbone(graph, "prob")
+    assert network.count_params() == 138_357_544
+    fc7, rest = network.split("fc7")
+    found = np.asarray(fc7(IMAGES))
+    scale = np.abs(expected[0]).max()
+    np.testing.assert_allclose(found / scale, expected[0] / scale, atol=1e-5)
+    np.testing.assert_allclose(rest(found), expected[1], atol=1e-5)
+
+
+TORCH = {"torch": (write_torch_zip,), "torch, before 1.6": (write_torch_legacy,)}
+
+
+@pytest.mark.parametrize("kind", [*WRITERS, *TORCH])
+def test_a_documented_layout(tmp_path, expected, kind):
+    (WRITERS | TORCH)[kind][0](tmp_path / "weights")
+    assert_converted_equals(tmp_path / "weights", expected, tmp_path / "vgg")
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".keras", ".weights.h5"])
+def test_keras_applications(tmp_path, model, expected, suffix):
+    path = tmp_path / f"model{suffix}"
+    (model.save_weights if "weights" in suffix else model.save)(path)
+    assert_converted_equals(path, expected, tmp_path / "vgg")
+
+
+@pytest.mark.filterwarnings("ignore")  # of a package of 2020
+@pytest.mark.parametrize("version", [1, 2])
+def test_tf_slim(tmp_path, values, version):
+    slim_vgg = pytest.importorskip("tf_slim.nets.vgg")
+    with tf.Graph().as_default(), tf1.Session() as session:
+        images = tf1.placeholder(tf.float32, [None, 224, 224, 3])
+        logits, ends = slim_vgg.vgg_16(images, is_training=False)
+        for variable in tf1.global_variables():
+            layer, part = variable.op.name.split("/")[-2:]
+            variable.load(values[f"{layer}/{part}"].reshape(variable.shape), session)
+        tf1.train.Saver(write_version=version).save(
+            session, str(tmp_path / "vgg_16.ckpt"), write_meta_graph=False
+        )
+        fc7 = tf.reshape(ends["vgg_16/fc7"], [-1, 4096])
+        expected = session.run([fc7, tf.nn.softmax(logits)], {images: IMAGES})
+    assert_converted_equals(tmp_path / "vgg_16.ckpt", expected, tmp_path / "vgg")
+
+
+@pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "before 1.6"])
+def test_pytorch(tmp_path, values, is_zip):
+    torch = pytest.importorskip("torch")
+    layers, channels = [], 3
+    for block in VGG16.convolutions:
+        for _, width in block:
+            layers += [torch.nn.Conv2d(channels, width, 3, padding=1), torch.nn.ReLU()]
+            channels = width
+        layers.append(torch.nn.MaxPool2d(2))
+    fc, size = VGG16.fc, VGG16.pooled_size
+    network = torch.nn.Module()
+    network.features = torch.nn.Sequential(*layers)
+    network.classifier = torch.nn.Sequential(
+        *(torch.nn.Linear(channels * size**2, fc), torch.nn.ReLU(), torch.nn.Dropout()),
+        *(torch.nn.Linear(fc, fc), torch.nn.ReLU(), torch.nn.Dropout()),
+        torch.nn.Linear(fc, NUM_CLASSES),
+    )
+    network.eval()
+    network.load_state_dict({k: torch.from_numpy(v) for k, v in torch_state().items()})
+    path = tmp_path / "vgg16.pth"
+    torch.save(network.state_dict(), path, _use_new_zipfile_serialization=is_zip)
+    with torch.no_grad():
+        images = torch.from_numpy(IMAGES.transpose(0, 3, 1, 2).copy())
+        fc7 = network.classifier[:5](network.features(images).flatten(1))
+        expected = [fc7.numpy(), torch.softmax(network.classifier[5:](fc7), -1).numpy()]
+    assert_converted_equals(path, expected, tmp_path / "vgg")

@@ -1,0 +1,4 @@
+"""Published weights of VGG networks, from the files that they come in.
+
+``containers`` reads files, ``layouts`` tells what is in them and brings it into one layout.
+"""
