@@ -18,7 +18,7 @@ from recipes.finetune_solver import StageSolver
 from recipes.finetune_training import Progress, StageTrainer
 from transfer import Card, Classifier
 from transfer.card import read_card, write_card
-from transfer.export import save_classifier
+from transfer.exports.meta_graph import save_classifier
 
 
 def run(config: FinetuneConfig) -> tuple[dict[str, Any], Path]:

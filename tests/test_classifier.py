@@ -5,7 +5,7 @@ import tensorflow as tf
 from conftest import VARIANTS, save_vgg
 
 from transfer import Backbone, Card, Classifier, Head, Preprocess, load_meta_graph
-from transfer.export import save_classifier
+from transfer.exports.meta_graph import save_classifier
 
 PHOTOS = np.random.default_rng(0).integers(0, 256, (4, 20, 30, 3)).astype(np.uint8)
 

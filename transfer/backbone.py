@@ -265,12 +265,7 @@ def as_function(network: Network) -> Any:
         )[0]
 
     def run(inputs: tf.Tensor, weights: list[tf.Tensor], seed: tf.Tensor | None) -> tf.Tensor:
-        if network.input_shape is not None and (len(network.input_shape), inputs.ndim) == (2, 4):
-            inputs = tf.reshape(inputs, [-1, math.prod(inputs.shape[1:])])  # images as vectors
-        if network.input_dtype is not None:
-            if network.input_dtype.is_integer:
-                inputs = tf.round(tf.cast(inputs, tf.float32))
-            inputs = tf.saturate_cast(inputs, network.input_dtype)
+        inputs = as_input(network, inputs)
         if network.batch_size is None:
             return apply(inputs, weights, seed)
 
@@ -283,12 +278,24 @@ def as_function(network: Network) -> Any:
     return tf.function(run, autograph=False, reduce_retracing=True)
 
 
+def as_input(network: Network, images: tf.Tensor) -> tf.Tensor:
+    """Images in the type that a network takes, and as vectors where it takes vectors."""
+    if network.input_shape is not None and (len(network.input_shape), images.ndim) == (2, 4):
+        images = tf.reshape(images, [-1, math.prod(images.shape[1:])])
+    if network.input_dtype not in (None, images.dtype):
+        if network.input_dtype.is_integer:
+            images = tf.round(tf.cast(images, tf.float32))
+        images = tf.saturate_cast(images, network.input_dtype)
+    return images
+
+
 def _in_batches(function: Any, inputs: tf.Tensor, size: int) -> tf.Tensor:
     """Apply a function that takes just ``size`` examples to any number of them; the last are filled
     up with the first ones, and what comes of those is dropped."""
     count = tf.shape(inputs)[0]
     num_batches = -(-count // size)
-    filled = tf.gather(inputs, tf.range(num_batches * size) % tf.maximum(count, 1))
+    missing = tf.range(num_batches * size - count) % tf.maximum(count, 1)
+    filled = tf.concat([inputs, tf.gather(inputs, missing)], 0)
     batches = tf.reshape(filled, tf.concat([[num_batches, size], tf.shape(inputs)[1:]], 0))
     batches = tf.ensure_shape(batches, [None, size, *inputs.shape[1:]])
     one_batch = tf.TensorSpec([size, *inputs.shape[1:]], inputs.dtype)

@@ -80,6 +80,12 @@ class Classifier(keras.Model):
         """float32 ``[batch, num_classes]``; each row adds up to 1."""
         return tf.nn.softmax(self(images, training=False))
 
+    def probabilities_of_resized(self, pixels: tf.Tensor) -> tf.Tensor:
+        """The same of what ``preprocess.resize`` gives: float32 ``[batch, size, size, channels]``
+        in 0..255."""
+        features = self.backbone(self.preprocess.normalize(pixels))
+        return tf.nn.softmax(self.head(features, training=False))
+
     def split(self, at: str | None) -> tuple[keras.layers.Layer | None, keras.Sequential]:
         """What is frozen and what is trained, when all up to a tensor is frozen.
 
@@ -98,7 +104,7 @@ class Classifier(keras.Model):
 
     @classmethod
     def load(cls, path: str | Path) -> Classifier:
-        """A classifier that ``transfer.export.save_classifier`` wrote; a run's ``model``.
+        """A classifier that ``exports.meta_graph.save_classifier`` wrote; a run's ``model``.
 
         Its head is the part of the graph from the tap to the logits.
 

@@ -1,17 +1,19 @@
-"""A classifier as files for others: the meta graph of a fine-tuned model."""
+"""Meta graphs: of a fine-tuned model, and of one that prepares its images itself."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
-from transfer.backbone import GraphLayer
+from transfer.backbone import Backbone, GraphLayer, as_input
 from transfer.card import Card
 from transfer.classifier import Classifier
 from transfer.head import Head, build_head
+from transfer.metagraph import load_meta_graph
 from transfer.preprocess import Preprocess
 from transfer.saver import save_meta_graph
 from transfer.surgery import SEED, canonical, is_seeded, split_tensor_name
@@ -59,6 +61,45 @@ def save_classifier(classifier: Classifier, prefix: str | Path, card: Card, **op
     save_meta_graph(graph, prefix, values, card, **options)
 
 
+def save_with_preprocessing(model: str | Path, prefix: str | Path) -> Card:
+    """Write a fine-tuned model once more, with preprocessing in the graph.
+
+    The graph takes ``pixels:0``, float32 ``[batch, height, width, channels]`` in 0..255, of any
+    size, and gives ``probabilities:0``, float32 ``[batch, num_classes]``. The file with the labels
+    lies beside it.
+
+    Args:
+        model: what ``save_classifier`` wrote.
+        prefix: path without ``.meta``.
+
+    Returns:
+        Its card.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no such model.
+    """
+    source, prefix = load_meta_graph(model), Path(prefix)
+    network = Backbone(source, source.card.outputs["logits"], pooling=None)
+    preprocess = source.preprocess(network.network.input)
+    graph = tf.Graph()
+    with graph.as_default():
+        _import_backbone(network, preprocess, from_pixels=True)
+        logits = graph.get_tensor_by_name(network.network.output)
+        probabilities = tf.nn.softmax(tf.cast(logits, tf.float32), name="probabilities")
+    card = replace(
+        source.card,
+        input="pixels:0",
+        outputs={"logits": logits.name, "probabilities": probabilities.name},
+        preprocess="none",
+        sha256={},
+    )
+    labels = str(source.card.labels)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source.prefix.with_name(labels), prefix.with_name(labels))
+    save_meta_graph(graph, prefix, network.values(), card)
+    return card
+
+
 def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[str, Any]]:
     """The classifier as a TF1 graph; names of its tensors; values of its variables."""
     backbone, head = classifier.backbone, classifier.head
@@ -82,8 +123,12 @@ def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[st
     return graph, names, values
 
 
-def _import_backbone(backbone: GraphLayer, preprocess: Preprocess) -> str:
+def _import_backbone(
+    backbone: GraphLayer, preprocess: Preprocess, *, from_pixels: bool = False
+) -> str:
     """Bring a backbone into the default graph, under its own names; returns the input's.
+
+    With ``from_pixels`` it takes images as they are, ``pixels:0``, and preprocesses them.
 
     In one import with its variables: names such as ``fc7`` beside ``fc7/weights`` are kept only
     where neither is in the graph before the other.
@@ -91,14 +136,20 @@ def _import_backbone(backbone: GraphLayer, preprocess: Preprocess) -> str:
     network = backbone.network
     operation, index = split_tensor_name(network.input)
     with tf.Graph().as_default() as leaves:
-        shape: tuple[int | None, ...] = (preprocess.size, preprocess.size, preprocess.channels)
-        if network.input_shape is not None and len(network.input_shape) == 2:
-            shape = network.input_shape[1:]
-        images = tf1.placeholder(
-            network.input_dtype or tf.float32,
-            [network.batch_size, *shape],
-            name=operation if index == 0 else "images",
-        )
+        if from_pixels:
+            shape: tuple[int | None, ...] = (None, None, preprocess.channels)
+            pixels = tf1.placeholder(tf.float32, [network.batch_size, *shape], name="pixels")
+            with tf1.name_scope("preprocess"):
+                images = as_input(network, preprocess(pixels))
+        else:
+            shape = (preprocess.size, preprocess.size, preprocess.channels)
+            if network.input_shape is not None and len(network.input_shape) == 2:
+                shape = network.input_shape[1:]
+            images = tf1.placeholder(
+                network.input_dtype or tf.float32,
+                [network.batch_size, *shape],
+                name=operation if index == 0 else "images",
+            )
         values = {network.input: images.name}
         if is_seeded(network.graph_def):  # kept dropout: another seed in each run of a session
             seed = tf1.random.uniform([2], maxval=2**31 - 1, dtype=tf.int32, name="dropout_seed")

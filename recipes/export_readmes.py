@@ -1,0 +1,156 @@
+"""The README beside each export: what it takes and gives, and how to call it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transfer import Classifier
+
+_META_GRAPH = """\
+# {name}: a meta graph that takes images as they are
+
+`pixels:0` takes float32 `[{batch}, height, width, {channels}]`, 0 to 255, of any size;
+`probabilities:0` gives float32 `[batch, {num_classes}]`, in the order of `labels.txt`.
+
+```python
+import numpy as np
+import tensorflow.compat.v1 as tf
+from PIL import Image, ImageOps
+
+with tf.Graph().as_default(), tf.Session() as session:
+    tf.train.import_meta_graph("model.meta").restore(session, "model")
+    image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{mode}")
+    pixels = np.array(image, np.float32).reshape(1, image.height, image.width, {channels})
+    probabilities = session.run("probabilities:0", {{"pixels:0": pixels}})[0]
+labels = open("labels.txt", encoding="utf-8").read().splitlines()
+print(labels[probabilities.argmax()], probabilities.max())
+```
+"""
+
+_SAVED_MODEL = """\
+# {name}: a SavedModel
+
+* `serving_default` takes `image_bytes`, string `[batch]`: JPEG, PNG, GIF or BMP files;
+* `pixels` takes `pixels`, uint8 `[batch, height, width, 3]`: RGB, of any size;
+* both give `probabilities`, float32 `[batch, {num_classes}]`, and `label`, string `[batch]`;
+* `labels` takes nothing and gives `labels`, string `[{num_classes}]`, in the order of the
+  probabilities.
+
+In Python:
+
+```python
+import tensorflow as tf
+
+model = tf.saved_model.load("1")
+files = tf.constant([open("photo.jpg", "rb").read()])
+found = model.signatures["serving_default"](image_bytes=files)
+print(found["label"][0].numpy().decode(), found["probabilities"][0].numpy().max())
+```
+
+With TensorFlow Serving; `1` is the version, and this folder holds the versions:
+
+```
+docker run -p 8501:8501 -v "$PWD:/models/it" -e MODEL_NAME=it tensorflow/serving
+b64=$(base64 < photo.jpg | tr -d '\\n')
+curl http://localhost:8501/v1/models/it:predict \\
+  -d "{{\\"instances\\": [{{\\"image_bytes\\": {{\\"b64\\": \\"$b64\\"}}}}]}}"
+```
+"""
+
+_PREPARE = """\
+import numpy as np
+from PIL import Image, ImageOps
+
+SIZE = {size}
+
+
+def prepare(path):
+    image = ImageOps.exif_transpose(Image.open(path)).convert("{mode}")
+    scale = SIZE / min(image.size)
+    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BILINEAR)
+    left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
+    image = image.crop((left, top, left + SIZE, top + SIZE))
+    return np.array(image, np.float32).reshape(1, SIZE, SIZE, {channels})
+"""
+
+_TFLITE = """\
+# {name}: TFLite
+
+Three files that take and give the same: float32 `[batch, {size}, {size}, {channels}]` in 0 to 255,
+resized so that the shorter side has {size} pixels and cut to the middle, and float32
+`[batch, {num_classes}]` probabilities in the order of `labels.txt`. `float16` has half the size,
+`int8` a quarter and computes in integers.
+
+```python
+from ai_edge_litert.interpreter import Interpreter
+{prepare}
+
+interpreter = Interpreter("model_float32.tflite")
+interpreter.allocate_tensors()
+interpreter.set_tensor(interpreter.get_input_details()[0]["index"], prepare("photo.jpg"))
+interpreter.invoke()
+probabilities = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])[0]
+labels = open("labels.txt", encoding="utf-8").read().splitlines()
+print(labels[probabilities.argmax()], probabilities.max())
+```
+"""
+
+_ONNX = """\
+# {name}: ONNX
+
+`pixels` takes float32 `[batch, {size}, {size}, {channels}]` in 0 to 255, resized so that the
+shorter side has {size} pixels and cut to the middle; `probabilities` gives float32
+`[batch, {num_classes}]`, in the order of `labels.txt`.
+
+```python
+import onnxruntime
+{prepare}
+
+session = onnxruntime.InferenceSession("model.onnx")
+probabilities = session.run(["probabilities"], {{"pixels": prepare("photo.jpg")}})[0][0]
+labels = open("labels.txt", encoding="utf-8").read().splitlines()
+print(labels[probabilities.argmax()], probabilities.max())
+```
+"""
+
+_TEMPLATES = {
+    "meta_graph": _META_GRAPH,
+    "saved_model": _SAVED_MODEL,
+    "tflite": _TFLITE,
+    "onnx": _ONNX,
+}
+
+
+def text(
+    name: str, model: Path, classifier: Classifier, figures: dict[str, dict[str, float]]
+) -> str:
+    """The README of an export.
+
+    Args:
+        name: of the format.
+        model: prefix of the run's model.
+        classifier: what was exported.
+        figures: kind of file to what came out when it was compared with the model.
+    """
+    preprocess = classifier.preprocess
+    words: dict[str, Any] = {
+        "name": model.resolve().parent.name,
+        "batch": classifier.backbone.network.batch_size or "batch",
+        "channels": preprocess.channels,
+        "mode": "RGB" if preprocess.channels == 3 else "L",
+        "num_classes": len(classifier.labels),
+        "size": preprocess.size,
+    }
+    words["prepare"] = _PREPARE.format(**words).strip()
+    rows = "".join(
+        f"| {kind} | {found['megabytes']:.1f} | {found['max_difference']:.1g} "
+        f"| {found['same_label']:.1%} |\n"
+        for kind, found in figures.items()
+    )
+    return (
+        _TEMPLATES[name].format(**words)
+        + "\nCompared with the model it was made from, on images that were not trained on:\n\n"
+        + "| | MB | largest difference of a probability | same labels |\n|---|---|---|---|\n"
+        + rows
+    )

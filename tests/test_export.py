@@ -1,0 +1,160 @@
+"""`vgg-transfer export`: each format in a process or interpreter of its own, against the model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from commands import finetune
+from conftest import TINY, save_vgg
+from PIL import ExifTags, Image
+
+from recipes.cli import main
+from transfer import Card, Classifier, load_meta_graph
+from transfer.exports import onnx
+from transfer.images import decode
+
+KINDS = ["meta_graph", "saved_model", "tflite float32", "tflite float16", "tflite int8", "onnx"]
+TOLERANCES = {"tflite float16": 0.02, "tflite int8": 0.2}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run and its exports."""
+    from conftest import make_image_folder
+
+    folder = tmp_path_factory.mktemp("exports")
+    card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="caffe")
+    model = save_vgg(folder / "model" / "tiny", card=card)
+    photos = make_image_folder(folder / "photos")
+    assert finetune(folder / "run", model, photos, "--epochs", 20) == 0
+    assert main(["export", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def photo(run, tmp_path):
+    """A JPEG that lies on its side, and the model's own probabilities for it."""
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = 6
+    with Image.open(run.parent / "photos" / "red" / "04.jpg") as image:
+        image.save(tmp_path / "photo.jpg", exif=tags, quality=95)
+    pixels = decode((tmp_path / "photo.jpg").read_bytes())[None]
+    return tmp_path / "photo.jpg", Classifier.load(run / "model").probabilities(pixels)[0].numpy()
+
+
+def figures(run):
+    return json.loads((run / "export" / "export.json").read_text())
+
+
+def test_every_export_is_compared_with_the_model(run):
+    found = figures(run)
+    assert list(found["exports"]) == KINDS
+    assert found["num_images"] > 0
+    for kind, row in found["exports"].items():
+        assert row["max_difference"] <= TOLERANCES.get(kind, 1e-5), kind
+        assert row["same_label"] == 1.0
+        assert row["images_per_s"] > 0
+    sizes = {kind: row["megabytes"] for kind, row in found["exports"].items()}
+    assert sizes["tflite int8"] < sizes["tflite float16"] < sizes["tflite float32"]
+
+
+@pytest.mark.parametrize("name", ["meta_graph", "saved_model", "tflite", "onnx"])
+def test_the_readme_is_a_program_that_works(run, photo, name):
+    """Its Python code, as a newcomer runs it: in the folder of the export, without this project."""
+    path, expected = photo
+    folder = run / "export" / name
+    text = (folder / "README.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    (path.parent / "program.py").write_text(code.replace("photo.jpg", str(path)))
+    result = subprocess.run(
+        [sys.executable, "-P", path.parent / "program.py"],
+        cwd=folder, capture_output=True, text=True, env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    label, probability = result.stdout.split()
+    labels = (run / "labels.txt").read_text().splitlines()
+    assert label == labels[expected.argmax()]
+    # Pillow decodes and resizes a little differently.
+    assert float(probability) == pytest.approx(expected.max(), abs=0.01)
+    assert f"| {next(k for k in KINDS if k.startswith(name))} |" in text
+
+
+def test_the_saved_model_takes_files_and_pixels(run, photo):
+    path, expected = photo
+    model = tf.saved_model.load(str(run / "export" / "saved_model" / "1"))
+    data = tf.constant([path.read_bytes(), (run.parent / "photos/blue/01.png").read_bytes()])
+    found = model.signatures["serving_default"](image_bytes=data)
+    np.testing.assert_allclose(found["probabilities"][0], expected, atol=1e-6)
+    assert found["label"].numpy().tolist() == [b"red", b"blue"]
+    found = model.signatures["pixels"](pixels=decode(path.read_bytes())[None])
+    np.testing.assert_allclose(found["probabilities"][0], expected, atol=1e-6)
+    assert model.signatures["labels"]()["labels"].numpy().tolist() == [b"blue", b"red"]
+
+
+def test_predict_and_the_exports_agree(run, photo, capsys):
+    path, expected = photo
+    capsys.readouterr()
+    assert main(["predict", str(run), str(path), "--format", "jsonl", "--top-k", "1"]) == 0
+    (best,) = json.loads(capsys.readouterr().out)["predictions"]
+    assert best["probability"] == pytest.approx(expected.max(), abs=1e-6)
+
+
+def test_the_shipped_meta_graph_opens_here_too(run):
+    graph = load_meta_graph(run / "export" / "meta_graph" / "model")
+    assert (graph.card.input, graph.card.preprocess) == ("pixels:0", "none")
+    graph.network(graph.card.outputs["probabilities"], graph.card.input)  # arithmetic only
+
+
+def test_a_network_for_gray_images(tmp_path, image_folder):
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf.compat.v1.placeholder(tf.float32, [None, 12, 12, 1], name="x")
+        w = tf.compat.v1.get_variable("w", [144, 8], use_resource=False)
+        tf.nn.relu(tf.matmul(tf.reshape(x, [-1, 144]), w), name="features")
+    from transfer import save_meta_graph
+
+    values = {"w": np.random.default_rng(0).normal(size=(144, 8)).astype(np.float32)}
+    card = Card(input="x:0", tap="features:0", image_size=12, preprocess="unit")
+    save_meta_graph(graph, tmp_path / "gray", values, card)
+    assert finetune(tmp_path / "run", tmp_path / "gray", image_folder) == 0
+    assert main(["export", str(tmp_path / "run")]) == 0
+    assert list(figures(tmp_path / "run")["exports"]) == KINDS
+
+
+def test_what_differs_is_not_kept(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(onnx, "load", lambda path: lambda pixels: np.full((len(pixels), 2), 0.5))
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--format", "onnx", "--out", str(out)]) == 1
+    assert "onnx gives other results than the model" in capsys.readouterr().err
+    assert list(out.iterdir()) == []
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--format", "onnx,pickle"], "'pickle' is unknown; choose from meta_graph, saved_model"),
+    (["--num-images", "0"], "--num-images must be at least 1"),
+])  # fmt: skip
+def test_wrong_flags(run, flags, message, capsys):
+    assert main(["export", str(run), *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_onnx_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tf2onnx", None)
+    with pytest.raises(ImportError, match=r"pip install 'vgg-transfer\[onnx\]'"):
+        onnx.check_installed()
+
+
+@pytest.mark.parametrize("convolutional", [False, True])
+def test_resource_variables_and_convolutions(tmp_path, image_folder, convolutional):
+    card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="torch")
+    model = save_vgg(
+        tmp_path / "vgg", TINY, convolutional=convolutional, use_resource=True, card=card
+    )
+    assert finetune(tmp_path / "run", model, image_folder, "--freeze-until", "none") == 0
+    assert main(["export", str(tmp_path / "run"), "--format", "tflite,onnx"]) == 0
+    assert Path(tmp_path / "run" / "export" / "onnx" / "labels.txt").read_text() == "blue\nred\n"

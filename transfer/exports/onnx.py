@@ -1,0 +1,66 @@
+"""ONNX: for onnxruntime, and whatever else reads it. Needs the extra ``vgg-transfer[onnx]``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from transfer.classifier import Classifier
+
+OPSET = 18
+
+
+def check_installed() -> None:
+    """Raises:
+    ImportError: says how to install what is missing."""
+    try:
+        import onnxruntime
+        import tf2onnx
+    except ImportError as error:
+        raise ImportError(
+            f"ONNX needs a package that is not installed ({error}); pip install "
+            "'vgg-transfer[onnx]'"
+        ) from error
+    del onnxruntime, tf2onnx
+
+
+def save(classifier: Classifier, path: Path) -> None:
+    """Write a classifier as an ONNX model.
+
+    It takes ``pixels``, float32 ``[batch, size, size, channels]`` in 0..255, and gives
+    ``probabilities``, float32 ``[batch, num_classes]``.
+
+    Raises:
+        ImportError: see ``check_installed``.
+        ValueError: if ONNX has no such operation.
+    """
+    check_installed()
+    import tf2onnx
+
+    preprocess = classifier.preprocess
+    shape = [None, preprocess.size, preprocess.size, preprocess.channels]
+
+    @tf.function(autograph=False, input_signature=[tf.TensorSpec(shape, tf.float32, "pixels")])
+    def run(pixels: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"probabilities": classifier.probabilities_of_resized(pixels)}
+
+    try:
+        tf2onnx.convert.from_function(run, run.input_signature, opset=OPSET, output_path=str(path))
+    except Exception as error:  # tf2onnx has no type of its own for it
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"tf2onnx cannot convert this network: {reason}") from error
+
+
+def load(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Resized pixels, float32 ``[batch, size, size, channels]``, to probabilities."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        return session.run(["probabilities"], {"pixels": pixels})[0]
+
+    return run

@@ -1,0 +1,74 @@
+"""TFLite: for phones and small computers, through the interpreter that is now called LiteRT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
+from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+
+from transfer.classifier import Classifier
+
+Precision = Literal["float32", "float16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8")
+
+
+def convert(
+    classifier: Classifier, precision: Precision, examples: Iterable[np.ndarray] = ()
+) -> bytes:
+    """A classifier as a TFLite model.
+
+    It takes float32 ``[batch, size, size, channels]`` in 0..255 and gives float32 probabilities
+    ``[batch, num_classes]``, whatever the precision within.
+
+    Args:
+        classifier: what to convert.
+        precision: float16 halves the weights; int8 quarters them, and computes in integers.
+        examples: for int8, images such as it will see, ``[1, size, size, channels]`` each: their
+            activations say which range the integers cover. A hundred are enough.
+
+    Raises:
+        ValueError: if there are no examples where they are needed, or TFLite has no kernel for an
+            operation of the network.
+    """
+    preprocess = classifier.preprocess
+    shape = [None, preprocess.size, preprocess.size, preprocess.channels]
+    function = tf.function(classifier.probabilities_of_resized, autograph=False)
+    concrete = function.get_concrete_function(tf.TensorSpec(shape, tf.float32, "pixels"))
+    # The converter would take the weights, which reach the graph as arguments, for variables.
+    frozen = convert_variables_to_constants_v2(concrete)
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([frozen], classifier)
+    if precision != "float32":
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if precision == "float16":
+        converter.target_spec.supported_types = [tf.float16]
+    if precision == "int8":
+        examples = list(examples)
+        if not examples:
+            raise ValueError("int8 needs examples of images")
+        converter.representative_dataset = lambda: ([image] for image in examples)
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    try:
+        return converter.convert()
+    except Exception as error:  # TFLite has no type of its own for it
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"TFLite cannot convert this network: {reason}") from error
+
+
+def load(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Resized pixels, float32 ``[batch, size, size, channels]``, to probabilities."""
+    interpreter = Interpreter(model_path=str(path))
+    (given,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        interpreter.resize_tensor_input(given["index"], pixels.shape)
+        interpreter.allocate_tensors()
+        interpreter.set_tensor(given["index"], pixels)
+        interpreter.invoke()
+        return interpreter.get_tensor(result["index"])
+
+    return run
