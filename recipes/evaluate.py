@@ -3,8 +3,10 @@
     vgg-transfer evaluate RUN
     vgg-transfer evaluate RUN --eval-split test --assert-accuracy-at-least 0.9
 
-Without flags it gives exactly the accuracy that training reported. Writes evaluation.json,
-predictions.csv and confusion.csv to the run's folder.
+    vgg-transfer evaluate RUN --against OTHER_RUN
+
+Without flags it gives exactly the accuracy that training reported. Writes report.html, plots/,
+evaluation.json, predictions.csv and confusion.csv to the run's folder.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ class EvaluateConfig:
     validation or test, else all of it."""
     batch_size: int | None = None
     """Images per step. [default: 32, as in training; another changes the last bits of the loss]"""
+    against: Path | None = None
+    """Another run, with the same classes, to compare with on the same images: McNemar's test, and
+    the images on which they differ in changes.csv."""
     assert_accuracy_at_least: float | None = None
     """Exit with status 1 if the accuracy, 0 to 1, is lower."""
 
@@ -52,6 +57,12 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
     print(measure.describe_accuracy(figures, "images"))
     print(f"top-5    {figures['top5']:.4f}")
     print(f"loss     {figures['loss']:.4f}")
+    if other := figures.get("against"):
+        print(
+            f"right where {other['run']} is wrong: {other['only_first']} images; the other way "
+            f"round: {other['only_second']}; p {other['p_value']:.3g} (McNemar, exact)"
+        )
+    print(run / "report.html")
     wanted = config.assert_accuracy_at_least
     if wanted is not None and figures["accuracy"] < wanted:
         raise ValueError(f"accuracy {figures['accuracy']:.4f} is below {wanted}")

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from recipes import measure, run_folder
+from recipes import evaluate_report, measure, run_data, run_folder
 from recipes.evaluate import EvaluateConfig
+from recipes.evaluate_report import Evaluated
 from recipes.finetune import cut_of
-from transfer import Classifier
+from transfer import Classifier, metrics
 from transfer.data import Source, Split, whole_eval_split
 from transfer.evaluation import confusion_matrix, predict, probabilities, summarize
 from transfer.features import EXTRACTION_BATCH, compiled, stream
 from transfer.sources import open_source
+
+CHANGES = "changes.csv"
 
 
 def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
@@ -34,21 +37,53 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     batch_size = EXTRACTION_BATCH if config.batch_size is None else config.batch_size
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, got {batch_size}")
-    frozen, trained = classifier.split(cut_of(settings["freeze_until"]))
+    logits, labels = _predict(classifier, split, settings["freeze_until"], batch_size)
+    labels = to_logit[labels]
+    figures: dict[str, Any] = {
+        "dataset": split.source.name,
+        "splits": [name for name, _ in split.parts],
+    }
+    figures |= metrics.measure(logits, labels, classifier.labels)
+    figures |= summarize(logits, labels)
+    if config.against is not None:
+        others = _predictions(config.against, split, classifier.labels)
+        figures["against"] = {"run": str(config.against)}
+        predictions = logits.argmax(-1)
+        figures["against"] |= metrics.compare(predictions, others, labels)
+        _write_changes(folder / CHANGES, split, classifier.labels, predictions, others, labels)
+    run_folder.write_json(folder / run_folder.EVALUATION, figures)
+    _write_predictions(folder / run_folder.PREDICTIONS, split, classifier.labels, logits, labels)
+    _write_confusion(folder / run_folder.CONFUSION, classifier.labels, logits, labels)
+    evaluated = Evaluated(classifier, split, logits, labels, figures)
+    evaluate_report.write(folder, evaluated)
+    return figures
+
+
+def _predict(
+    classifier: Classifier, split: Split, freeze_until: str, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and the dataset's labels."""
+    frozen, trained = classifier.split(cut_of(freeze_until))
     batches: Iterable = split.batches(classifier.preprocess, batch_size)
     batches = measure.progress(batches, "evaluation")
     if frozen is not None:
         # In two steps, as in training, so that not a bit is different.
         batches = stream(compiled(frozen), batches)
-    logits, labels = predict(compiled(trained), batches)
-    labels = to_logit[labels]
+    return predict(compiled(trained), batches)
 
-    figures = summarize(logits, labels)
-    described = {"dataset": split.source.name, "splits": [name for name, _ in split.parts]}
-    run_folder.write_json(folder / run_folder.EVALUATION, described | figures)
-    _write_predictions(folder / run_folder.PREDICTIONS, split, classifier.labels, logits, labels)
-    _write_confusion(folder / run_folder.CONFUSION, classifier.labels, logits, labels)
-    return figures
+
+def _predictions(folder: Path, split: Split, labels: list[str]) -> np.ndarray:
+    """What another run predicts for the same images: int ``[num_examples]``, in these labels.
+
+    Raises:
+        ValueError: if it has other classes.
+    """
+    settings = run_folder.read_config(folder)
+    classifier = Classifier.load(folder / run_folder.MODEL)
+    if set(classifier.labels) != set(labels):
+        raise ValueError(f"the run in {str(folder)!r} has other classes; they cannot be compared")
+    logits, _ = _predict(classifier, split, settings["freeze_until"], EXTRACTION_BATCH)
+    return np.array([labels.index(name) for name in classifier.labels])[logits.argmax(-1)]
 
 
 def _split(folder: Path, config: EvaluateConfig, settings: dict[str, Any]) -> Split:
@@ -68,22 +103,7 @@ def _split(folder: Path, config: EvaluateConfig, settings: dict[str, Any]) -> Sp
         return source.split(config.eval_split)
     # A dataset may have moved; a folder is another one in another place.
     same = all(ours[name] == theirs[name] for name in ("dataset", "image_folder"))
-    return _held_out(folder, source) if same else whole_eval_split(source)
-
-
-def _held_out(folder: Path, source: Source) -> Split:
-    """The images whose names the run wrote down, whatever has come or gone since."""
-    text = (folder / run_folder.HELD_OUT).read_text(encoding="utf-8")
-    names = set(text.removesuffix("\n").split("\n"))
-    everything = source.split("+".join(source.split_names))
-    split = everything.where(np.array([name in names for name in everything.names]))
-    missing = sorted(names - set(split.names))
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of the {len(names)} images that the run held out are gone from "
-            f"{source.name!r}, such as {missing[0]!r}; name a split or a dataset to evaluate on"
-        )
-    return split
+    return run_data.held_out(folder, source) if same else whole_eval_split(source)
 
 
 def _class_order(source: Source, labels: list[str]) -> np.ndarray:
@@ -110,6 +130,24 @@ def _write_predictions(
         split.names, labels, predictions, probabilities(logits), strict=True
     ):
         writer.writerow([name, classes[label], classes[prediction], *(f"{x:.6g}" for x in p)])
+    run_folder.write_text(path, rows.getvalue())
+
+
+def _write_changes(
+    path: Path,
+    split: Split,
+    classes: list[str],
+    predictions: np.ndarray,
+    others: np.ndarray,
+    labels: np.ndarray,
+) -> None:
+    """The images on which two runs differ."""
+    rows = io.StringIO(newline="")
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow(["image", "label", "prediction", "prediction of the other"])
+    for name, label, mine, theirs in zip(split.names, labels, predictions, others, strict=True):
+        if mine != theirs:
+            writer.writerow([name, classes[label], classes[mine], classes[theirs]])
     run_folder.write_text(path, rows.getvalue())
 
 

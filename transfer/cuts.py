@@ -103,6 +103,19 @@ def default_cuts(network: Network, image_size: int | None = None) -> list[str]:
     return [network.output, *reversed(middle)]
 
 
+def last_feature_maps(network: Network, image_size: int | None = None) -> str | None:
+    """The last tensor ``[batch, height, width, channels]`` with more than one place that separates
+    the input from the tap and is not pooled: ``relu5_3`` of a VGG16. ``None`` if there is none."""
+    shapes = _shapes(network, image_size)
+    operations = {node.name: node.op for node in network.graph_def.node}
+    for tensor in reversed(_separating(network, network.graph_def)):
+        shape = _known(shapes.get(tensor))
+        is_pooled = operations[operation_of(tensor)] in _POOLS
+        if shape is not None and len(shape) == 4 and shape[1] * shape[2] > 1 and not is_pooled:
+            return tensor
+    return None
+
+
 def blocks(network: Network) -> list[list[str]]:
     """Names of all variables by block, from the input to the tap.
 

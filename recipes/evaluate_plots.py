@@ -1,0 +1,131 @@
+"""The plots of an evaluation.
+
+Each function gives a title, a text for those who do not see the plot, and the figure; or ``None``
+where there is nothing to plot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import sklearn.metrics
+from matplotlib.figure import Figure
+
+from transfer import metrics
+
+Plot: TypeAlias = tuple[str, str, Figure]
+# Okabe and Ito's colours, which can be told apart by (nearly) all.
+_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
+_MAX_NAMES = 40  # more cannot be read
+
+
+def learning_curves(history: dict[str, list[float]]) -> Plot | None:
+    """Loss and accuracy by epoch, in training and on held-out images."""
+    if len(history.get("epoch", [])) < 2:
+        return None
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        epochs = [epoch + 1 for epoch in history["epoch"]]
+        axes.plot(epochs, history[name], color=_BLUE, label="training")
+        axes.plot(epochs, history[f"val_{name}"], color=_ORANGE, label="held out")
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(name if name == "accuracy" else "loss (nats)")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    last = {name: values[-1] for name, values in history.items()}
+    text = (
+        f"After {len(epochs)} epochs the loss is {last['loss']:.3f} in training and "
+        f"{last['val_loss']:.3f} on held-out images."
+    )
+    return "Learning curves", text, figure
+
+
+def confusion(classes: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -> Plot:
+    """Rows are the labels, columns the predictions; shares of a row."""
+    count = len(classes)
+    counts = sklearn.metrics.confusion_matrix(labels, predictions, labels=np.arange(count))
+    shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
+    named = count <= _MAX_NAMES
+    size = min(10.0, max(4.5, 0.42 * count + 2)) if named else 8.0
+    figure = Figure(figsize=(size, size * 0.92), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, ax=axes, label="share of the class", shrink=0.8)
+    axes.set_xlabel("prediction")
+    axes.set_ylabel("label")
+    if named:
+        axes.set_xticks(range(count), classes, rotation=90)
+        axes.set_yticks(range(count), classes)
+    if count <= 15:
+        for row, column in np.ndindex(count, count):
+            if counts[row, column]:
+                color = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, counts[row, column], ha="center", va="center", color=color)
+    off = np.where(np.eye(count, dtype=bool), 0, counts)
+    row, column = np.unravel_index(off.argmax(), off.shape)
+    text = f"{int(np.trace(counts))} of {int(counts.sum())} images are on the diagonal."
+    if off.max():
+        text += (
+            f" Most often confused: {int(off.max())} of {classes[row]} taken for {classes[column]}."
+        )
+    return "Confusion matrix", text, figure
+
+
+def calibration(p: np.ndarray, labels: np.ndarray) -> Plot:
+    """Accuracy by confidence."""
+    bins = metrics.calibration(p, labels)
+    figure = Figure(figsize=(5, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="as sure as it is right")
+    axes.bar(
+        [row["low"] for row in bins],
+        [row["accuracy"] for row in bins],
+        width=1 / metrics.BINS,
+        align="edge",
+        color=_BLUE,
+        alpha=0.35,
+        edgecolor=_BLUE,
+        label="accuracy of these images",
+    )
+    sizes = [20 + 180 * row["count"] / len(labels) for row in bins]
+    axes.scatter(
+        [row["confidence"] for row in bins],
+        [row["accuracy"] for row in bins],
+        sizes,
+        color=_ORANGE,
+        zorder=3,
+        label="mean confidence; area: images",
+    )
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    surest = bins[-1]
+    text = (
+        f"Of the {surest['count']} images of which it is surest, at {surest['confidence']:.3f} in "
+        f"the mean, {surest['accuracy']:.3f} are right."
+    )
+    return "Calibration", f"Accuracy by confidence. {text}", figure
+
+
+def classes(rows: Sequence[dict[str, Any]]) -> Plot:
+    """Precision and recall of each class; of many, those with the lowest F1."""
+    chosen = sorted(rows, key=lambda row: row["f1"])[:_MAX_NAMES]
+    figure = Figure(figsize=(7, 0.36 * len(chosen) + 1.4), layout="constrained")
+    axes = figure.subplots()
+    positions = np.arange(len(chosen))
+    for offset, name, color in ((-0.2, "precision", _BLUE), (0.2, "recall", _GREEN)):
+        axes.barh(positions + offset, [row[name] for row in chosen], 0.38, color=color, label=name)
+    axes.set_yticks(positions, [row["label"] for row in chosen])
+    axes.set_xlim(0, 1)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    worst = chosen[0]
+    text = (
+        f"Lowest F1: {worst['label']}, with precision {worst['precision']:.2f} and recall "
+        f"{worst['recall']:.2f}."
+    )
+    title = "Classes" if len(chosen) == len(rows) else f"The {len(chosen)} weakest classes"
+    return title, text, figure

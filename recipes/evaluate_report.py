@@ -1,0 +1,186 @@
+"""``report.html``: what a run is and how good, on one page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import yaml
+from matplotlib.figure import Figure
+from PIL import Image
+
+from recipes import evaluate_plots, run_folder
+from transfer import Classifier
+from transfer.data import Split
+from transfer.evaluation import probabilities
+from transfer.explain import grad_cam, overlay
+from transfer.images import decode
+from transfer.preprocess import to_channels
+
+REPORT = "report.html"
+PLOTS = "plots"
+NUM_PICTURES = 12
+_PICTURE_PIXELS = 160
+_HEADLINES = {
+    "accuracy": "Accuracy",
+    "top5": "Top-5 accuracy",
+    "balanced_accuracy": "Balanced accuracy",
+    "macro_f1": "F1, mean of the classes",
+    "roc_auc": "ROC AUC, mean of the classes",
+    "average_precision": "Average precision, mean of the classes",
+    "loss": "Log loss (nats)",
+    "calibration_error": "Expected calibration error",
+}
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What was evaluated, and what came out: logits float ``[num_examples, num_classes]``, labels
+    int ``[num_examples]``, and ``figures``, which is what ``evaluation.json`` holds."""
+
+    classifier: Classifier
+    split: Split
+    logits: np.ndarray
+    labels: np.ndarray
+    figures: dict[str, Any]
+
+
+def write(run: Path, evaluated: Evaluated) -> Path:
+    """Write ``plots/`` and ``report.html`` into a run's folder; returns the page."""
+    (run / PLOTS).mkdir(exist_ok=True)
+    p = probabilities(evaluated.logits)
+    history = _history(run / run_folder.HISTORY)
+    plots = {
+        "learning_curves": evaluate_plots.learning_curves(history),
+        "confusion": evaluate_plots.confusion(
+            evaluated.classifier.labels, evaluated.logits.argmax(-1), evaluated.labels
+        ),
+        "calibration": evaluate_plots.calibration(p, evaluated.labels),
+        "classes": evaluate_plots.classes(evaluated.figures["classes"]),
+    }
+    shown = [
+        {"title": title, "alt": alt, "data": _png(figure, run / PLOTS / f"{name}.png")}
+        for name, plot in plots.items()
+        if plot is not None
+        for title, alt, figure in [plot]
+    ]
+    template = jinja2.Template(
+        (files("recipes") / "report.html").read_text(encoding="utf-8"), autoescape=True
+    )
+    config = run_folder.read_config(run)
+    page = template.render(
+        name=run.resolve().name,
+        dataset=evaluated.split.source.name,
+        splits=" + ".join(name for name, _ in evaluated.split.parts),
+        model=Path(str(config.get("model"))).name,
+        cut=config.get("freeze_until"),
+        num_examples=len(evaluated.labels),
+        num_classes=len(evaluated.classifier.labels),
+        headlines=_headlines(evaluated.figures),
+        plots=shown,
+        mistakes=_pictures(evaluated, p, _most_confident_mistakes(p, evaluated.labels)),
+        uncertain=_pictures(evaluated, p, _least_certain(p)),
+        classes=evaluated.figures["classes"],
+        config=yaml.safe_dump(config, sort_keys=False),
+        versions=_versions(run),
+        command=f"vgg-transfer finetune --config {run / run_folder.CONFIG} --out runs/again",
+    )
+    run_folder.write_text(run / REPORT, page)
+    return run / REPORT
+
+
+def _headlines(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Name, value, interval."""
+    flat = figures | {"macro_f1": figures["macro"]["f1"]}
+    intervals = figures["ci95"] | {"accuracy": figures["accuracy_ci95"]}
+    rows = []
+    for key, title in _HEADLINES.items():
+        if flat.get(key) is None:
+            continue
+        interval = intervals.get(key)
+        between = "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+        rows.append((title, f"{flat[key]:.4f}", between))
+    return rows
+
+
+def _most_confident_mistakes(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    wrong = np.flatnonzero(p.argmax(-1) != labels)
+    return wrong[np.argsort(-p.max(-1)[wrong], kind="stable")][:NUM_PICTURES]
+
+
+def _least_certain(p: np.ndarray) -> np.ndarray:
+    """Those whose two most probable classes are nearest to each other."""
+    first_two = np.sort(p, axis=-1)[:, -2:]
+    return np.argsort(first_two[:, 1] - first_two[:, 0], kind="stable")[:NUM_PICTURES]
+
+
+def _pictures(evaluated: Evaluated, p: np.ndarray, chosen: np.ndarray) -> list[dict[str, str]]:
+    """Each image as the network saw it, and with the part in red that the prediction came from."""
+    if not len(chosen):
+        return []
+    classifier = evaluated.classifier
+    preprocess, labels = classifier.preprocess, classifier.labels
+    keep = np.zeros(len(evaluated.labels), bool)
+    keep[chosen] = True
+    order = np.flatnonzero(keep)
+    examples = list(evaluated.split.where(keep).encoded())
+    pixels = np.stack([preprocess.resize(to_channels(decode(e["image"]), preprocess.channels))
+                       for e in examples])  # fmt: skip
+    heats = _heats(classifier, pixels, p[order].argmax(-1))
+    found = {}
+    for index, example, image, heat in zip(order, examples, pixels, heats, strict=True):
+        label, prediction = labels[evaluated.labels[index]], labels[p[index].argmax()]
+        found[index] = {
+            "data": _jpeg(image.round().clip(0, 255).astype(np.uint8)),
+            "heat": None if heat is None else _jpeg(overlay(image, heat)),
+            "name": example["name"].numpy().decode(),
+            "label": label,
+            "prediction": prediction,
+            "probability": f"{p[index].max():.3f}",
+            "alt": f"image of {label}, predicted {prediction}",
+        }
+    return [found[index] for index in chosen]
+
+
+def _heats(
+    classifier: Classifier, pixels: np.ndarray, classes: np.ndarray
+) -> Sequence[np.ndarray | None]:
+    try:
+        return list(grad_cam(classifier)(classifier.preprocess.normalize(pixels), classes))
+    except ValueError:  # a network without feature maps
+        return [None] * len(pixels)
+
+
+def _jpeg(pixels: np.ndarray) -> str:
+    """uint8 ``[height, width, channels]`` as base64."""
+    image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+    image.thumbnail((_PICTURE_PIXELS, _PICTURE_PIXELS))
+    data = io.BytesIO()
+    image.save(data, "JPEG", quality=85)
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def _png(figure: Figure, path: Path) -> str:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=120)
+    path.write_bytes(data.getvalue())
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def _history(path: Path) -> dict[str, list[float]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows: Sequence[dict[str, str]] = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
+
+
+def _versions(run: Path) -> dict[str, str]:
+    return json.loads((run / run_folder.METRICS).read_text(encoding="utf-8"))["versions"]

@@ -1,0 +1,104 @@
+"""report.html, as a browser sees it: headless Chromium, where there is one."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+from commands import finetune
+from PIL import Image
+
+from recipes.cli import main
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const images = [...document.images];
+  const found = {
+    images: images.length,
+    broken: images.filter(image => !image.naturalWidth).length,
+    without_text: images.filter(image => !image.alt).length,
+    outside: [...document.querySelectorAll("[src],[href]")]
+      .map(e => e.src || e.href).filter(url => !url.startsWith("data:")),
+    too_wide: document.documentElement.scrollWidth - innerWidth,
+    figures: Object.fromEntries([...document.querySelectorAll("#figures tr")].slice(1)
+      .map(row => [row.cells[0].innerText, row.cells[1].innerText])),
+  };
+  document.body.dataset.found = JSON.stringify(found);
+});
+</script>
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    from conftest import make_image_folder, save_vgg
+
+    from transfer import Card
+
+    folder = tmp_path_factory.mktemp("report")
+    card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
+    model = save_vgg(folder / "model" / "tiny", card=card)
+    photos = make_image_folder(folder / "photos", 30)
+    for name in ("<b>&amp;", "d'été"):  # names that a page must not take for its own
+        shutil.copytree(photos / "red", photos / name)
+    assert finetune(folder / "run", model, photos) == 0
+    assert main(["evaluate", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+def chromium(page, *flags):
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium")
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+               "--enable-logging=stderr", "--virtual-time-budget=5000", *flags]  # fmt: skip
+    return subprocess.run(
+        [*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+
+
+@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
+def test_in_a_browser(run, tmp_path, width):
+    page = tmp_path / "page.html"
+    page.write_text((run / "report.html").read_text() + PROBE)
+    result = chromium(page, f"--window-size={width},900", "--dump-dom")
+    assert not re.findall(r"CONSOLE.*", result.stderr)
+    text = re.search(r'data-found="([^"]*)"', result.stdout)[1]
+    found = json.loads(html.unescape(text))
+    assert (found["broken"], found["without_text"], found["outside"]) == (0, 0, [])
+    assert found["images"] >= 4 + 2  # plots, and the least certain with what they came from
+    assert found["too_wide"] <= 0
+    metrics = json.loads((run / "metrics.json").read_text())["eval"]
+    assert found["figures"]["Accuracy"] == f"{metrics['accuracy']:.4f}"
+    assert found["figures"]["Log loss (nats)"] == f"{metrics['loss']:.4f}"
+
+
+def test_on_paper(run, tmp_path):
+    chromium(run / "report.html", f"--print-to-pdf={tmp_path / 'report.pdf'}")
+    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_names_are_text(run):
+    page = (run / "report.html").read_text()
+    assert "<b>" not in page
+    assert "&lt;b&gt;&amp;amp;" in page
+
+
+def test_plots_are_files_too(run):
+    plots = {path.stem: path for path in (run / "plots").iterdir()}
+    assert plots.keys() == {"learning_curves", "confusion", "calibration", "classes"}
+    for path in plots.values():
+        with Image.open(path) as image:
+            assert image.width > 300
+
+
+def test_what_was_trained_and_how_to_repeat_it(run, tmp_path):
+    page = html.unescape((run / "report.html").read_text())
+    assert "freeze_until: fc7" in page
+    command = re.search(r"<pre>(vgg-transfer finetune .*)</pre>", page)[1].split()
+    assert main([*command[1:-1], str(tmp_path / "again")]) == 0
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again["eval"] == json.loads((run / "metrics.json").read_text())["eval"]

@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+import sklearn.metrics
+
+from transfer import metrics
+from transfer.evaluation import probabilities
+
+LOGITS = np.log([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.2, 0.5, 0.3], [0.25, 0.5, 0.25]])
+LABELS = np.array([0, 2, 0, 1])
+
+
+def sample(num_examples=300, num_classes=6, seed=0):
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, num_classes, num_examples)
+    logits = generator.normal(size=(num_examples, num_classes)).astype(np.float32)
+    logits[np.arange(num_examples), labels] += 1
+    return logits, labels, [f"class {number}" for number in range(num_classes)]
+
+
+def test_by_hand():
+    found = metrics.measure(LOGITS, LABELS, ["a", "b", "c"], resamples=20)
+    assert found["balanced_accuracy"] == pytest.approx((1 / 2 + 1 + 1) / 3)
+    a, b, c = found["classes"]
+    assert (a["precision"], a["recall"], a["support"]) == (1.0, 0.5, 2)
+    assert a["f1"] == pytest.approx(2 / 3)
+    assert (b["precision"], b["recall"], b["support"]) == (0.5, 1.0, 1)
+    assert (c["precision"], c["recall"], c["f1"]) == (1.0, 1.0, 1.0)
+    assert found["macro"]["precision"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert found["weighted"]["precision"] == pytest.approx((2 * 1 + 0.5 + 1) / 4)
+    # p(a) of a: 0.7 and 0.2; of the others 0.1 and 0.25: three of four pairs are in order.
+    assert a["roc_auc"] == pytest.approx(3 / 4)
+    # Confidences 0.7, 0.6, 0.5 (wrong), 0.5, in bins 10, 9, 7, 7 of 15.
+    assert found["calibration_error"] == pytest.approx((0.3 + 0.4 + abs(1 - 1.0)) / 4)
+
+
+def test_equals_scikit_learn():
+    logits, labels, names = sample()
+    found = metrics.measure(logits, labels, names, resamples=20)
+    p, predictions = probabilities(logits), logits.argmax(-1)
+    report = sklearn.metrics.classification_report(
+        labels, predictions, target_names=names, output_dict=True
+    )
+    for row in found["classes"]:
+        expected = report[row["label"]]
+        assert row["precision"] == pytest.approx(expected["precision"])
+        assert row["recall"] == pytest.approx(expected["recall"])
+        assert row["f1"] == pytest.approx(expected["f1-score"])
+        assert row["support"] == expected["support"]
+    for kind in ("macro", "weighted"):
+        assert found[kind]["f1"] == pytest.approx(report[f"{kind} avg"]["f1-score"])
+        assert found[kind]["recall"] == pytest.approx(report[f"{kind} avg"]["recall"])
+    balanced = sklearn.metrics.balanced_accuracy_score(labels, predictions)
+    assert found["balanced_accuracy"] == pytest.approx(balanced)
+    auc = sklearn.metrics.roc_auc_score(labels, p, multi_class="ovr")
+    assert found["roc_auc"] == pytest.approx(auc)
+    one_hot = np.eye(6)[labels]
+    precision = sklearn.metrics.average_precision_score(one_hot, p)
+    assert found["average_precision"] == pytest.approx(precision)
+
+
+def test_intervals_cover_what_they_should():
+    """Of accuracies of many samples, 95 % of the intervals hold the true one."""
+    samples = (sample(seed=seed) for seed in range(200))
+    truth = np.mean([(logits.argmax(-1) == labels).mean() for logits, labels, _ in samples])
+    covered = 0
+    for seed in range(50):
+        logits, labels, names = sample(100, seed=1000 + seed)
+        low, high = metrics.measure(logits, labels, names, resamples=100)["ci95"]["accuracy"]
+        covered += low <= truth <= high
+    assert 42 <= covered <= 50
+
+
+def test_ranks_of_resamples_equal_scikit_learns():
+    logits, labels, _ = sample(80, 4)
+    p = probabilities(np.round(logits))  # many are equal
+    resampled = metrics._resampled_ranks(p, labels)
+    for seed in range(5):
+        chosen = np.random.default_rng(seed).integers(0, 80, 80)
+        found = resampled(np.bincount(chosen, minlength=80))
+        for name, expected in metrics._ranks(p[chosen], labels[chosen]).items():
+            np.testing.assert_allclose(found[name], expected, rtol=1e-12, err_msg=name)
+
+
+def test_they_are_the_same_each_time_and_hold_the_figure():
+    logits, labels, names = sample()
+    first, second = (metrics.measure(logits, labels, names, resamples=200) for _ in range(2))
+    assert first == second
+    for name in ("balanced_accuracy", "roc_auc", "average_precision"):
+        low, high = first["ci95"][name]
+        assert low < first[name] < high
+    low, high = first["ci95"]["macro_f1"]
+    assert low < first["macro"]["f1"] < high
+
+
+def test_a_class_without_images_has_no_rank():
+    logits, labels, names = sample()
+    found = metrics.measure(logits, np.where(labels == 3, 2, labels), names, resamples=20)
+    assert found["classes"][3]["support"] == 0
+    assert found["classes"][3]["roc_auc"] is None
+    assert 0 < found["roc_auc"] < 1
+
+
+def test_one_class_only():
+    logits = np.zeros((4, 2), np.float32)
+    found = metrics.measure(logits, np.zeros(4, int), ["a", "b"], resamples=5)
+    assert found["roc_auc"] is None
+    assert found["ci95"]["roc_auc"] is None
+    assert found["balanced_accuracy"] == 1.0
+
+
+def test_calibration_counts_every_image():
+    logits, labels, _ = sample()
+    p = probabilities(logits)
+    bins = metrics.calibration(p, labels)
+    assert sum(row["count"] for row in bins) == len(labels)
+    for row in bins:
+        assert row["low"] <= row["confidence"] <= row["high"]
+    weighted = sum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in bins)
+    found = metrics.measure(logits, labels, list("abcdef"), resamples=5)
+    assert found["calibration_error"] == pytest.approx(weighted / len(labels))
+
+
+def test_mcnemar():
+    labels = np.zeros(20, int)
+    first = np.array([0] * 15 + [1] * 5)
+    second = np.array([0] * 5 + [1] * 10 + [0] * 2 + [1] * 3)
+    found = metrics.compare(first, second, labels)
+    assert (found["only_first"], found["only_second"]) == (10, 2)
+    # Two-sided binomial: 2 * (C(12,0) + C(12,1) + C(12,2)) / 2^12
+    assert found["p_value"] == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert metrics.compare(first, first, labels)["p_value"] == 1.0
