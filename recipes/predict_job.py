@@ -1,0 +1,195 @@
+"""What ``vgg-transfer predict`` does; its flags are in ``recipes.predict``."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+from tqdm import tqdm
+
+from recipes import run_folder
+from recipes.predict import PredictConfig
+from transfer import Classifier
+from transfer.explain import grad_cam, overlay
+from transfer.features import compiled
+from transfer.images import read_image
+from transfer.preprocess import to_channels
+from transfer.sources import IMAGE_SUFFIXES
+
+_SUFFIXES = frozenset((*IMAGE_SUFFIXES, ".jpe", ".jfif", ".tif", ".tiff", ".webp"))
+_READERS = 4  # threads; decoding lets go of Python's lock
+
+Prediction = list[tuple[str, float]]
+
+
+def run(model: Path, images: Sequence[str], config: PredictConfig, results: TextIO) -> int:
+    """Predict, write to ``results``, and return how many images could not be read.
+
+    Only a few batches are in memory at any time, however many images there are.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no such model, or no image.
+    """
+    for name in ("top_k", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name.replace('_', ' ')} must be at least 1")
+    if not images:
+        raise ValueError("no images are named; give files, folders, patterns, or - for a list")
+    is_run = (model / run_folder.CONFIG).is_file()
+    classifier = Classifier.load(model / run_folder.MODEL if is_run else model)
+    network = compiled(classifier.probabilities_of_resized)
+    explain = None if config.explain is None else Explainer(classifier, config.explain)
+    write = _WRITERS[config.format](results)
+    done = num_failed = 0
+    start = time.perf_counter()
+    with tqdm(unit="image", file=sys.stderr, mininterval=1.0, leave=False) as bar:
+        for names, pixels, failures in _batches(find_images(images), classifier, config.batch_size):
+            for name, reason in failures:
+                bar.clear()
+                print(f"error: {name}: {reason}", file=sys.stderr)
+            num_failed += len(failures)
+            if names:
+                probabilities = np.asarray(network(tf.stack(pixels)))
+                for name, row in zip(names, probabilities, strict=True):
+                    write(name, top(row, classifier.labels, config.top_k))
+                if explain is not None:
+                    explain(names, tf.stack(pixels), probabilities.argmax(-1))
+            done += len(names)
+            bar.update(len(names) + len(failures))
+    if not done + num_failed:
+        raise ValueError("no image was found in what was named")
+    rate = done / (time.perf_counter() - start)
+    failed = f", {num_failed} could not be read" if num_failed else ""
+    print(f"{done} images, {rate:.1f} images/s{failed}", file=sys.stderr)
+    return num_failed
+
+
+class Explainer:
+    """Writes a picture for each image, with the part of it in red that the prediction came from."""
+
+    def __init__(self, classifier: Classifier, folder: Path):
+        self._normalize = classifier.preprocess.normalize
+        self._grad_cam = grad_cam(classifier)
+        self._folder = folder
+        self._count = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, names: Sequence[str], pixels: tf.Tensor, classes: np.ndarray) -> None:
+        heats = self._grad_cam(self._normalize(pixels), classes)
+        for name, image, heat in zip(names, pixels.numpy(), heats, strict=True):
+            self._count += 1
+            path = self._folder / f"{self._count:06d}-{Path(name).stem}.png"
+            Image.fromarray(overlay(image, heat)).save(path)
+
+
+def find_images(words: Iterable[str]) -> Iterator[Path]:
+    """The files that words mean, one after the other: folders are searched for images, patterns are
+    resolved, ``-`` reads a path a line from standard input."""
+    for word in words:
+        path = Path(word).expanduser()
+        if word == "-":
+            yield from (Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip())
+        elif path.is_dir():
+            yield from _in_folder(path)
+        elif path.exists() or not glob.has_magic(word):
+            yield path
+        else:
+            yield from map(Path, glob.iglob(str(path), recursive=True))
+
+
+def top(probabilities: np.ndarray, labels: Sequence[str], count: int) -> Prediction:
+    """The most probable classes, the first of equals first."""
+    order = np.argsort(-probabilities, kind="stable")[:count]
+    return [(labels[index], float(probabilities[index])) for index in order]
+
+
+def _in_folder(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if path.is_dir():
+            yield from _in_folder(path)
+        elif path.suffix.lower() in _SUFFIXES:
+            yield path
+
+
+def _batches(
+    paths: Iterable[Path], classifier: Classifier, batch_size: int
+) -> Iterator[tuple[list[str], list[tf.Tensor], list[tuple[str, str]]]]:
+    """Names and resized images of each batch, and the names of what could not be read with the
+    reasons; the next batches are read while one is predicted."""
+    preprocess = classifier.preprocess
+    prepare = tf.function(
+        lambda image: preprocess.resize(to_channels(image, preprocess.channels)),
+        input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)],
+        autograph=False,
+    )
+
+    def read(path: Path) -> tf.Tensor:
+        return prepare(read_image(path.read_bytes()))
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        waiting: list[tuple[Path, Future]] = []
+        paths = iter(paths)
+        while True:
+            wanted = 2 * batch_size - len(waiting)
+            waiting += [(path, pool.submit(read, path)) for path in islice(paths, wanted)]
+            if not waiting:
+                return
+            batch, waiting = waiting[:batch_size], waiting[batch_size:]
+            names, images, failures = [], [], []
+            for path, future in batch:
+                try:
+                    images.append(future.result())
+                    names.append(str(path))
+                except (ValueError, OSError) as error:
+                    failures.append((str(path), _reason(error)))
+            yield names, images, failures
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error)
+
+
+def _table(file: TextIO) -> Callable[[str, Prediction], None]:
+    def write(name: str, found: Prediction) -> None:
+        cells = "  ".join(f"{label} {probability:.4f}" for label, probability in found)
+        print(f"{name}  {cells}", file=file, flush=True)
+
+    return write
+
+
+def _csv(file: TextIO) -> Callable[[str, Prediction], None]:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["image", "rank", "label", "probability"])
+
+    def write(name: str, found: Prediction) -> None:
+        for rank, (label, probability) in enumerate(found, 1):
+            writer.writerow([name, rank, label, f"{probability:.6g}"])
+
+    return write
+
+
+def _jsonl(file: TextIO) -> Callable[[str, Prediction], None]:
+    def write(name: str, found: Prediction) -> None:
+        predictions = [{"label": label, "probability": p} for label, p in found]
+        line = json.dumps({"image": name, "predictions": predictions}, ensure_ascii=False)
+        print(line, file=file, flush=True)
+
+    return write
+
+
+_WRITERS = {"table": _table, "csv": _csv, "jsonl": _jsonl}
