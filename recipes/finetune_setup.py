@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -11,8 +12,8 @@ import numpy as np
 from recipes import run_folder
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from recipes.finetune_stages import Stage, asked_for, resolve
-from recipes.network_flags import parse_feed, report
-from transfer import Backbone, Classifier, Head, MetaGraph, load_meta_graph
+from recipes.network_flags import parse_feed, report, warn_if_prepared_twice
+from transfer import Backbone, Classifier, Head, MetaGraph, data_checks, load_meta_graph
 from transfer.data import Split, few_shot, train_and_eval_splits
 from transfer.preprocess import Preprocess
 from transfer.sources import open_source
@@ -20,6 +21,7 @@ from transfer.surgery import is_seeded
 
 EMBEDDED_MODEL = str(files("pretrained") / "vgg_small")
 DEFAULT_BATCH = 32
+FILES_READ_TWICE = 10_000  # at most; takes a second or two
 # Deviation of the logits before training. A new head that is sure of what it does not know costs
 # steps to unlearn, and spoils the backbone's weights in the meantime.
 FIRST_LOGITS = 0.1
@@ -55,6 +57,7 @@ def prepare(config: FinetuneConfig) -> Job:
     _check(config)
     graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
     train, held_out = _splits(config)
+    _warn_about(train, held_out)
     config = replace(config, batch_size=config.batch_size or min(DEFAULT_BATCH, len(train)))
     classifier, feature_scale, config = _classifier(config, graph, train)
     _check_repeatable(classifier, held_out, config.keep_dropout)
@@ -136,6 +139,20 @@ def _splits(config: FinetuneConfig) -> tuple[Split, Split]:
     return train, held_out
 
 
+def _warn_about(train: Split, held_out: Split) -> None:
+    """What can be said of the labels, and of the files where there are not too many to read."""
+    lines = data_checks.describe_balance(train.source.class_names, train.labels, held_out.labels)
+    if len(train) + len(held_out) <= FILES_READ_TWICE:
+        files = [data_checks.digests(split) for split in (train, held_out)]
+        if shared := {*files[0]} & {*files[1]}:
+            lines.append(
+                f"{len(shared)} images are both trained and evaluated on, under two names, so that "
+                "the accuracy is too high; vgg-transfer check-data lists them"
+            )
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+
+
 def _classifier(
     config: FinetuneConfig, graph: MetaGraph, train: Split
 ) -> tuple[Classifier, float, FinetuneConfig]:
@@ -147,6 +164,7 @@ def _classifier(
     report(config, tap, network)
     labels = train.source.class_names
     preprocess = graph.preprocess(network.input, config.preprocess, config.image_size)
+    warn_if_prepared_twice(network, preprocess.mode)
     backbone = Backbone(
         graph,
         tap,

@@ -1,0 +1,112 @@
+"""What ``vgg-transfer check-data`` does; its flags are in ``recipes.check_data``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from recipes import measure
+from recipes.check_data import CheckDataConfig
+from recipes.finetune_setup import EMBEDDED_MODEL
+from transfer import Backbone, data_checks, load_meta_graph
+from transfer.data import Split, train_and_eval_splits
+from transfer.features import EXTRACTION_BATCH, compiled, extract
+from transfer.sources import open_source
+
+
+def run(config: CheckDataConfig) -> tuple[str, bool]:
+    """What was found, to print, and whether it is free of the worst."""
+    source = open_source(
+        config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
+    )
+    train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
+    # One selection, so that each image is looked at once.
+    both = Split(source, train.parts + held_out.parts)
+    in_train = np.arange(len(both)) < len(train)
+    found = data_checks.look(both, lambda files: measure.progress(files, "images"))
+    names = both.names
+    groups = data_checks.duplicates(found)
+    leaks = [group for group in groups if 0 < in_train[group].sum() < len(group)]
+    findings: dict[str, Any] = {
+        "dataset": source.name,
+        "num_train": len(train),
+        "num_held_out": len(held_out),
+        "classes": _counts(source.class_names, train.labels, held_out.labels),
+        "balance": data_checks.describe_balance(source.class_names, train.labels, held_out.labels),
+        "unreadable": [names[index] for index in np.flatnonzero(found.unreadable)],
+        "in_both_splits": [[names[index] for index in group] for group in leaks],
+        "duplicates": [[names[i] for i in group] for group in groups if group not in leaks],
+        "other_label": [
+            [names[i] for i in group] for group in groups if len({*both.labels[group]}) > 1
+        ],
+    }
+    if config.model != "none":
+        findings["doubtful_labels"] = _doubtful(config, both.where(~found.unreadable))
+    text = json.dumps(findings, indent=2) if config.json else _text(findings, config.show)
+    return text, not leaks and not found.unreadable.any()
+
+
+def _counts(
+    class_names: list[str], train: np.ndarray, held_out: np.ndarray
+) -> dict[str, list[int]]:
+    """Class to the numbers of its images in the two splits."""
+    counts = [np.bincount(labels, minlength=len(class_names)) for labels in (train, held_out)]
+    return {name: [int(n[i]) for n in counts] for i, name in enumerate(class_names)}
+
+
+def _doubtful(config: CheckDataConfig, split: Split) -> list[dict[str, Any]]:
+    graph = load_meta_graph(EMBEDDED_MODEL if config.model == "embedded" else config.model)
+    backbone = Backbone(graph, graph.card.tap or "fc7")
+    preprocess = graph.preprocess(backbone.network.input, config.preprocess)
+    batches = measure.progress(split.batches(preprocess, EXTRACTION_BATCH), "features")
+    features = extract(compiled(backbone), batches, len(split))
+    p, order = data_checks.doubtful_labels(features, split.labels)
+    names, labels = split.names, split.source.class_names
+    return [
+        {
+            "image": names[index],
+            "label": labels[split.labels[index]],
+            "probability": float(p[index, split.labels[index]]),
+            "looks_like": labels[p[index].argmax()],
+            "its_probability": float(p[index].max()),
+        }
+        for index in order
+    ]
+
+
+def _text(findings: dict[str, Any], show: int) -> str:
+    classes = findings["classes"]
+    rows = [[name, *counts] for name, counts in classes.items()]
+    rows.sort(key=lambda row: row[1])
+    parts = [
+        f"{findings['dataset']}: {findings['num_train']} images to train on, "
+        f"{findings['num_held_out']} to evaluate on, {len(classes)} classes",
+        tabulate(rows[:show], ["rarest classes", "train", "held out"], tablefmt="plain"),
+        *findings["balance"],
+        _list("unreadable", findings["unreadable"], show),
+        _list("in both splits", map(" = ".join, findings["in_both_splits"]), show),
+        _list("twice in a split", map(" = ".join, findings["duplicates"]), show),
+        _list("the same with another label", map(" = ".join, findings["other_label"]), show),
+    ]
+    if "doubtful_labels" in findings:
+        parts.append(
+            _list(
+                "labels to look at (judged by the other images)",
+                (
+                    f"{row['image']}: {row['label']} {row['probability']:.3f}, rather "
+                    f"{row['looks_like']} {row['its_probability']:.3f}"
+                    for row in findings["doubtful_labels"]
+                ),
+                show,
+            )
+        )
+    return "\n".join(parts)
+
+
+def _list(what: str, items: Any, show: int) -> str:
+    lines = list(items)
+    more = [f"  ... and {len(lines) - show} more"] if len(lines) > show else []
+    return "\n".join([f"{what}: {len(lines)}", *(f"  {line}" for line in lines[:show]), *more])
