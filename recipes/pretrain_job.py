@@ -42,6 +42,7 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
     )
     train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
     preprocess = Preprocess(config.preprocess, architecture.image_size)
+    small = _small_images(config, architecture)
     out = config.out or run_folder.default_out(source.name, config.arch)
     if config.resume:
         run_folder.check_resumed(out, config)
@@ -58,6 +59,8 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
         model,
         [ParameterGroup(optimizer, model.trainable_variables)],
         label_smoothing=config.label_smoothing,
+        mixup=config.mixup,
+        seed=config.seed,
     )
     checkpoint = RunCheckpoint(out / run_folder.CHECKPOINTS)
     if config.resume:
@@ -71,7 +74,8 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
     def batches(epoch: int) -> Batches:
         seed = epoch_seed(config.seed, epoch)
         views = seed if config.augment else None
-        return train.batches(preprocess, config.batch_size, shuffle_seed=seed, view_seed=views)
+        seen = small if epoch < config.small_epochs else preprocess
+        return train.batches(seen, config.batch_size, shuffle_seed=seed, view_seed=views)
 
     trainer.fit(
         batches,
@@ -107,14 +111,35 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
     return result, prefix
 
 
+def _small_images(config: PretrainConfig, architecture: vgg.Architecture) -> Preprocess:
+    """What the first ``--small-epochs`` see.
+
+    Raises:
+        ValueError: if the last pooling would make something else of them than of full-size images.
+    """
+    if (config.small_epochs > 0) != (config.small_size is not None):
+        raise ValueError("--small-epochs and --small-size go together: give both or none")
+    size = config.small_size or architecture.image_size
+    poolings = 2 ** len(architecture.blocks)
+    smallest = (architecture.pooled_size - 1) * poolings + 1
+    if not smallest <= size <= architecture.image_size:
+        raise ValueError(
+            f"--small-size {size}: for {config.arch} it must be {smallest} to "
+            f"{architecture.image_size} pixels, so that fc6 has as many inputs as at full size"
+        )
+    return Preprocess(config.preprocess, size)
+
+
 def _command(config: PretrainConfig) -> str:
     """The command that makes the same model, but for where things lie."""
     places = ("data_dir", "image_folder", "out", "resume", "licence")
     words = ["vgg-transfer", "pretrain"]
     for name, value in vars(config).items():
         flag = name.replace("_", "-")
+        if name in places or value is None:
+            continue
         if isinstance(value, bool):
-            words += [] if name in places else [f"--{flag}" if value else f"--no-{flag}"]
-        elif name not in places:
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
             words += [f"--{flag}", str(value)]
     return " ".join(words)

@@ -23,6 +23,11 @@ def test_what_is_saved_computes_what_was_trained(tmp_path, images):
     np.testing.assert_allclose(plain(images), model(images, training=False), rtol=1e-4, atol=1e-5)
 
 
+def test_small_images_fit_where_the_last_pooling_makes_as_much_of_them(images):
+    model = trained_model()
+    assert model(images[:, :13, :13]).shape == model(images).shape
+
+
 def test_fused_batch_norm_equals_keras():
     ours = pretraining.FusedBatchNormalization(momentum=0.5)
     theirs = keras.layers.BatchNormalization(momentum=0.5)

@@ -399,6 +399,23 @@ def test_pretrain_resumes(tmp_path, image_folder):
     assert run(tmp_path / "b", 1, "--arch", "resnet") == 1
 
 
+def test_pretrain_starts_with_small_images(tmp_path, image_folder, capsys):
+    shared = ["--image-folder", image_folder, "--batch-size", 10, "--epochs", 2]
+    small = ["--small-epochs", 1, "--small-size"]
+
+    def run(*flags):
+        return main(["pretrain", *map(str, [*shared, *flags])])
+
+    assert run("--out", tmp_path / "a", *small, 40) == 0
+    graph = load_meta_graph(tmp_path / "a")
+    assert graph.card.image_size == 64
+    assert "--small-epochs 1 --small-size 40" in graph.card.source
+    assert run("--out", tmp_path / "b", *small, 32) == 1
+    assert "33 to 64 pixels" in capsys.readouterr().err
+    assert run("--out", tmp_path / "b", *small[:2]) == 1
+    assert not (tmp_path / "b").exists()
+
+
 def test_inspect_prints_one_screen_for_a_person(model, capsys):
     assert main(["inspect", str(model)]) == 0
     out = capsys.readouterr().out

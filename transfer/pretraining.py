@@ -24,10 +24,10 @@ def trainable_model(
         dropout: share dropped after fc6 and fc7 while training.
 
     Returns:
-        float32 ``[batch, size, size, 3]``, preprocessed, to logits ``[batch, num_classes]``.
+        float32 ``[batch, size, size, 3]``, preprocessed, to logits ``[batch, num_classes]``. Images
+        may be smaller than the architecture's if the last pooling makes as much of them.
     """
-    size = architecture.image_size
-    net = inputs = keras.Input((size, size, 3), name="images")
+    net = inputs = keras.Input((None, None, 3), name="images")
     for number, block in enumerate(architecture.convolutions, 1):
         for name, width in block:
             net = keras.layers.Conv2D(
@@ -35,7 +35,9 @@ def trainable_model(
             )(net)
             net = _normalized_relu(net, name)
         net = keras.layers.MaxPooling2D(padding="same", name=f"pool{number}")(net)
-    net = keras.layers.Flatten(name="flatten")(net)
+    # Not Flatten, which does not know its width where the image's size is open.
+    width = architecture.pooled_size**2 * architecture.blocks[-1][-1]
+    net = keras.layers.Reshape((width,), name="flatten")(net)
     for name in ("fc6", "fc7"):
         net = keras.layers.Dense(
             architecture.fc, use_bias=False, kernel_initializer="he_normal", name=name
