@@ -16,7 +16,20 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
-VERBS = ("inspect", "finetune", "evaluate", "benchmark", "lr-find", "cache", "pretrain")
+VERBS = (
+    "inspect",
+    "finetune",
+    "evaluate",
+    "predict",
+    "export",
+    "check-data",
+    "benchmark",
+    "lr-find",
+    "cache",
+    "pull",
+    "convert",
+    "pretrain",
+)
 BENCHMARK_VERBS = ("benchmark-limits", "keras-baseline")  # processes that it starts
 
 app = App(
