@@ -39,7 +39,7 @@ def model(values):
 def expected(model):
     """fc7 and prob."""
     outputs = [model.get_layer("fc2").output, model.output]
-    return [np.asarray(x) for x in keras.Model(model.inputs, outputs)(IMAGES)]
+    return [np.asarray(x) for x in keras.Model(model.input, outputs)(IMAGES)]
 
 
 @pytest.fixture(autouse=True)
