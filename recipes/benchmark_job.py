@@ -20,7 +20,7 @@ from recipes.finetune_setup import EMBEDDED_MODEL
 from recipes.network_flags import parse_feed
 from transfer import MetaGraph, load_meta_graph
 from transfer.cache import Cache
-from transfer.cuts import default_cuts, list_cuts
+from transfer.cuts import Cut, default_cuts, list_cuts
 from transfer.surgery import Network, cut
 
 SCRATCH = "scratch"
@@ -59,12 +59,16 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
     _check_cuts(labels, graph, network)
     config = dataclasses.replace(config, cuts=",".join(_short(label) for label in labels))
     out = config.out or run_folder.default_out("benchmark", config.dataset or "digits")
-    if config.resume:
-        run_folder.check_resumed(out, config)
-    out = run_folder.create(out, resume=config.resume)
+    out = out.resolve()
     config = dataclasses.replace(config, out=out)
-    run_folder.write_config(out, config)
-    limits = _limits(config)
+    with run_folder.opened(config):
+        table, num_failed = _run_all(config, cuts)
+    return table, out, num_failed
+
+
+def _run_all(config: BenchmarkConfig, cuts: Sequence[Cut]) -> tuple[str, int]:
+    """The table, and how many runs failed."""
+    out, limits = config.out, _limits(config)
     records = []
     runs = list(_runs(config))
     for number, item in enumerate(runs, 1):
@@ -76,7 +80,7 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
         run_folder.write_json(out / RESULTS, {"limits": limits, "runs": records})
         _say(benchmark_report.describe(records[-1]))
     table = benchmark_report.write(out, limits, records, cuts)
-    return table, out, sum("error" in record for record in records)
+    return table, sum("error" in record for record in records)
 
 
 def _check(config: BenchmarkConfig) -> None:

@@ -50,16 +50,15 @@ def run(config: FinetuneConfig) -> None:
         for _ in itertools.islice(batches, -(-num_images // EXTRACTION_BATCH)):
             pass
 
-    run_folder.write_json(
-        work.out / "limits.json",
-        {
-            "sgemm_gflops": measure.sgemm_gflops(),
-            "forward_images_per_s": round(EXTRACTION_BATCH / one_pass, 2),
-            "pipeline_images_per_s": round(num_images / _best(pipeline), 1),
-            "images_training": len(work.train),
-            "images_held_out": len(work.held_out),
-        },
-    )
+    limits = {
+        "sgemm_gflops": measure.sgemm_gflops(),
+        "forward_images_per_s": round(EXTRACTION_BATCH / one_pass, 2),
+        "pipeline_images_per_s": round(num_images / _best(pipeline), 1),
+        "images_training": len(work.train),
+        "images_held_out": len(work.held_out),
+    }
+    with run_folder.opened(work.config):
+        run_folder.write_json(work.out / "limits.json", limits)
 
 
 def _best(work: Callable[[], Any], repeat: int = 3) -> float:

@@ -1,7 +1,8 @@
 """``vgg-transfer VERB``: reads flags, runs the verb, turns errors into one line and an exit status.
 
 Exit status: 0 done, 1 an error (one line on standard error; ``--debug`` shows where), 2 wrong
-usage, 130 interrupted. Nothing here imports TensorFlow, so that ``--help`` answers at once.
+usage, 130 or 143 interrupted (Ctrl-C, SIGTERM). Nothing here imports TensorFlow, so that ``--help``
+answers at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Annotated, Any
 
 import cyclopts
 from cyclopts import App, Parameter
+
+from recipes.interruption import Interrupted
 
 VERBS = (
     "inspect",
@@ -78,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except cyclopts.CycloptsError as error:
         print(f"error: {_one_line(error)} (see --help)", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"error: {error if str(error) else 'interrupted'}", file=sys.stderr)
+        return error.status if isinstance(error, Interrupted) else 130
     except Exception as error:
         if "--debug" in arguments:
             raise

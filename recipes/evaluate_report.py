@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
 from collections.abc import Sequence
@@ -58,7 +57,7 @@ def write(run: Path, evaluated: Evaluated) -> Path:
     """Write ``plots/`` and ``report.html`` into a run's folder; returns the page."""
     (run / PLOTS).mkdir(exist_ok=True)
     p = probabilities(evaluated.logits)
-    history = _history(run / run_folder.HISTORY)
+    history = run_folder.read_history(run)
     plots = {
         "learning_curves": evaluate_plots.learning_curves(history),
         "confusion": evaluate_plots.confusion(
@@ -174,12 +173,6 @@ def _png(figure: Figure, path: Path) -> str:
     figure.savefig(data, format="png", dpi=120)
     path.write_bytes(data.getvalue())
     return base64.b64encode(data.getvalue()).decode()
-
-
-def _history(path: Path) -> dict[str, list[float]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        rows: Sequence[dict[str, str]] = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
 
 
 def _versions(run: Path) -> dict[str, str]:

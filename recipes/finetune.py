@@ -126,12 +126,18 @@ class FinetuneConfig:
     """Write the model after each epoch, too, as model-STEP, and keep so many of these."""
     keep_checkpoint_every_n_hours: float | None = None
     """With --max-to-keep: of those that would go, keep one for so many hours."""
+    checkpoint_minutes: float = 10.0
+    """Within a long epoch, write a checkpoint so often; there is one after each epoch anyway."""
+    deterministic: bool = False
+    """Use only operations that always give the same bits, where a GPU has quicker ones. On a CPU
+    the same flags give the same files anyway."""
     seed: int = 0
     """Seed of the head, the order, the few shots and the augmentation."""
     out: Path | None = None
     """Run folder. [default: runs/DATE-TIME-DATASET-CUT]"""
     resume: bool = False
-    """Continue the run in --out after its last complete epoch."""
+    """Continue the run in --out where it was: with the same flags, it ends as if it had never
+    stopped."""
 
 
 DEFAULTS = FinetuneConfig()

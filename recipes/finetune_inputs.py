@@ -55,17 +55,18 @@ class Inputs:
         """What is still to be applied to the training inputs."""
         return self._layer if self._train is None else None
 
-    def train(self, epoch: int) -> Iterable:
-        """Shuffled batches of ``(inputs, labels)`` for an epoch."""
+    def train(self, epoch: int, first_batch: int = 0) -> Iterable:
+        """Shuffled batches of ``(inputs, labels)`` for an epoch, from one of them on."""
         config = self._job.config
         seed = epoch_seed(config.seed, epoch)
         if self._train is not None:
-            return self._train.batches(config.batch_size, seed, epoch)
+            return self._train.batches(config.batch_size, seed, epoch, first_batch)
         return self._images(
             self._job.train,
             config.batch_size,
             shuffle_seed=seed,
             view_seed=seed if config.augment else None,
+            first_batch=first_batch,
         )
 
     def train_in_order(self) -> Iterable:

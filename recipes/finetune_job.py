@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import keras
+import tensorflow as tf
 
-from recipes import measure, run_folder
+from recipes import interruption, measure, run_folder
 from recipes.finetune import FinetuneConfig, cut_of
 from recipes.finetune_inputs import Inputs
-from recipes.finetune_setup import Job, prepare
+from recipes.finetune_setup import Job, prepare, write_down
 from recipes.finetune_solver import StageSolver
 from recipes.finetune_training import Progress, StageTrainer
+from recipes.interruption import Signals
 from transfer import Card, Classifier
 from transfer.card import read_card, write_card
 from transfer.exports.meta_graph import save_classifier
@@ -27,18 +28,33 @@ def run(config: FinetuneConfig) -> tuple[dict[str, Any], Path]:
     Raises:
         ValueError, OSError: see the library functions; nearly all before any slow work.
         NonFiniteLossError: if training diverges.
+        Interrupted: if it was asked to end; it can be resumed.
     """
     keras.utils.set_random_seed(config.seed)
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
     clock = measure.Clock()
     with clock("load_s"):
         job = prepare(config)
+    with (
+        run_folder.opened(job.config),
+        interruption.resumable("finetune", job.out, run_folder.CONFIG) as signals,
+    ):
+        write_down(job)
+        metrics = _train_and_evaluate(job, clock, signals)
+        run_folder.write_json(job.out / run_folder.METRICS, metrics)
+    return metrics, job.out
+
+
+def _train_and_evaluate(job: Job, clock: measure.Clock, signals: Signals) -> dict[str, Any]:
+    """All stages, one after the other; returns what is in ``metrics.json``."""
     extracted = found = 0
     progress = Progress()
     for number, stage in enumerate(job.stages):
         with clock("load_s"):
             frozen, model = job.classifier.split(cut_of(stage.cut))
             trainer: StageTrainer | StageSolver
-            if config.solver == "lbfgs":
+            if job.config.solver == "lbfgs":
                 trainer = StageSolver(job, model)
             else:
                 trainer = StageTrainer(job, number, model, progress)
@@ -46,7 +62,7 @@ def run(config: FinetuneConfig) -> tuple[dict[str, Any], Path]:
             with clock("extract_s"):
                 inputs = Inputs(job, stage.cut, frozen)
             with clock("train_s"):
-                trainer.fit(inputs, functools.partial(_save, job))
+                trainer.fit(inputs, functools.partial(_save, job), signals)
             extracted += inputs.num_extracted
             found += inputs.num_found
         progress = trainer.progress
@@ -60,8 +76,7 @@ def run(config: FinetuneConfig) -> tuple[dict[str, Any], Path]:
         "train_images_per_s": measure.rate(num_trained, seconds["train_s"]),
     }
     metrics["activations"] = {"computed": extracted, "found": found}
-    run_folder.write_json(job.out / run_folder.METRICS, metrics)
-    return metrics, job.out
+    return metrics
 
 
 def _save(job: Job, epochs: int, **options: Any) -> Path:
@@ -88,8 +103,7 @@ def _save_and_evaluate(job: Job, inputs: Inputs, progress: Progress) -> dict[str
 
 def _metrics(job: Job, progress: Progress, figures: dict[str, Any]) -> dict[str, Any]:
     """``metrics.json``, but for times."""
-    with (job.out / run_folder.HISTORY).open(newline="", encoding="utf-8") as file:
-        final_loss = float(list(csv.DictReader(file))[-1]["loss"])
+    final_loss = run_folder.read_history(job.out)["loss"][-1]
     return {
         "eval": figures,
         "train": {"epochs": progress.epoch, "steps": progress.step, "final_loss": final_loss}

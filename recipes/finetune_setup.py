@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from recipes import run_folder
+from recipes import measure, run_folder
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from recipes.finetune_stages import Stage, asked_for, resolve
 from recipes.network_flags import parse_feed, report, warn_if_prepared_twice
@@ -29,7 +31,8 @@ FIRST_LOGITS = 0.1
 
 @dataclass(frozen=True)
 class Job:
-    """What to train on what; ``config`` has nothing left to default."""
+    """What to train on what; ``config`` has nothing left to default. ``images`` tells those that
+    are trained and evaluated on from all others."""
 
     config: FinetuneConfig
     out: Path
@@ -38,6 +41,7 @@ class Job:
     stages: list[Stage]
     train: Split
     held_out: Split
+    images: dict[str, Any]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -49,7 +53,7 @@ class Job:
 
 
 def prepare(config: FinetuneConfig) -> Job:
-    """Open model and data, and write down what will be done.
+    """Open model and data; nothing is written yet.
 
     Raises:
         ValueError, OSError: see the library functions; nearly all before any slow work.
@@ -57,19 +61,30 @@ def prepare(config: FinetuneConfig) -> Job:
     _check(config)
     graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
     train, held_out = _splits(config)
-    _warn_about(train, held_out)
+    images = _look_at(train, held_out)
     config = replace(config, batch_size=config.batch_size or min(DEFAULT_BATCH, len(train)))
     classifier, feature_scale, config = _classifier(config, graph, train)
     _check_repeatable(classifier, held_out, config.keep_dropout)
     stages, config = _stages(config, classifier, feature_scale, train)
     out = config.out or run_folder.default_out(train.source.name, config.freeze_until)
-    if config.resume:
-        run_folder.check_resumed(out, config)
-    out = run_folder.create(out, resume=config.resume)
-    config = replace(config, out=out)
-    run_folder.write_config(out, config)
-    run_folder.write_text(out / run_folder.HELD_OUT, "".join(f"{n}\n" for n in held_out.names))
-    return Job(config, out, graph, classifier, stages, train, held_out)
+    config = replace(config, out=out.resolve())
+    return Job(config, out.resolve(), graph, classifier, stages, train, held_out, images)
+
+
+def write_down(job: Job) -> None:
+    """What is evaluated on, and what the run was made with and of."""
+    out = job.out
+    run_folder.write_text(out / run_folder.HELD_OUT, "".join(f"{n}\n" for n in job.held_out.names))
+    if job.config.resume and (out / run_folder.PROVENANCE).is_file():
+        return
+    provenance = {
+        "command": ["vgg-transfer", *sys.argv[1:]],
+        "git": measure.git_revision(),
+        "versions": measure.versions(),
+        "model": {"name": job.config.model, "sha256": job.classifier.backbone.digest()},
+        "dataset": {"name": job.train.source.name} | job.images,
+    }
+    run_folder.write_json(out / run_folder.PROVENANCE, provenance)
 
 
 def _check(config: FinetuneConfig) -> None:
@@ -89,6 +104,7 @@ def _check(config: FinetuneConfig) -> None:
         "weight decay": (config.weight_decay, 0),
         "mixup": (config.mixup, 0),
         "views": (config.views, 0),
+        "checkpoint minutes": (config.checkpoint_minutes, 0),
     }
     for name, (value, least) in limits.items():
         if value is not None and not value >= least:
@@ -139,18 +155,29 @@ def _splits(config: FinetuneConfig) -> tuple[Split, Split]:
     return train, held_out
 
 
-def _warn_about(train: Split, held_out: Split) -> None:
-    """What can be said of the labels, and of the files where there are not too many to read."""
+def _look_at(train: Split, held_out: Split) -> dict[str, Any]:
+    """Warn of what can be said of the labels, and of the files where there are not too many to
+    read; returns what tells the images from others."""
     lines = data_checks.describe_balance(train.source.class_names, train.labels, held_out.labels)
+    splits = {"training": train, "held_out": held_out}
     if len(train) + len(held_out) <= FILES_READ_TWICE:
-        files = [data_checks.digests(split) for split in (train, held_out)]
-        if shared := {*files[0]} & {*files[1]}:
+        marks = {what: data_checks.digests(split) for what, split in splits.items()}
+        if shared := {*marks["training"]} & {*marks["held_out"]}:
             lines.append(
                 f"{len(shared)} images are both trained and evaluated on, under two names, so that "
                 "the accuracy is too high; vgg-transfer check-data lists them"
             )
+        hashed = "files and labels"
+    else:
+        marks = {what: [n.encode() for n in split.names] for what, split in splits.items()}
+        hashed = "names and labels"
     for line in lines:
         print(f"warning: {line}", file=sys.stderr)
+    found: dict[str, Any] = {"sha256_of": hashed}
+    for what, split in splits.items():
+        digest = hashlib.sha256(b"\0".join(marks[what]) + split.labels.tobytes())
+        found[what] = {"images": len(split), "sha256": digest.hexdigest()}
+    return found
 
 
 def _classifier(

@@ -13,6 +13,7 @@ from recipes import run_folder
 from recipes.finetune_inputs import Inputs
 from recipes.finetune_setup import Job
 from recipes.finetune_training import Progress, scalars
+from recipes.interruption import Signals
 from transfer.evaluation import predict, summarize
 from transfer.features import compiled, stream
 from transfer.linear import fit_logistic_regression
@@ -33,9 +34,9 @@ class StageSolver:
         self._model = model
         self.progress = Progress()
 
-    def fit(self, inputs: Inputs, save: Callable[..., Any]) -> None:
+    def fit(self, inputs: Inputs, save: Callable[..., Any], signals: Signals) -> None:
         """Put the solution into the head, and its figures into the history."""
-        del save  # there are no epochs to save a model after
+        del save, signals  # there are no epochs to save a model after
         config, head = self._job.config, self._job.classifier.head
         features, labels = self._features(inputs)
         solution = fit_logistic_regression(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ from recipes import measure, run_folder
 from recipes.finetune_inputs import Inputs
 from recipes.finetune_setup import Job
 from recipes.finetune_stages import parameter_groups
-from transfer.training import ParameterGroup, RunCheckpoint, Trainer
+from recipes.interruption import Signals
+from transfer.run_checkpoint import RunCheckpoint
+from transfer.training import ParameterGroup, Trainer
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,14 @@ class StageTrainer:
         groups = parameter_groups(config, job.classifier, stage, job.steps_per_epoch)
         self.trainer = new_trainer(job, model, groups)
         self.trainer.step, self.trainer.epoch = before.step, before.epoch
-        self._checkpoint = RunCheckpoint(job.out / run_folder.CHECKPOINTS / f"stage-{number}")
+        self._checkpoint = RunCheckpoint(
+            job.out / run_folder.CHECKPOINTS / f"stage-{number}",
+            every_s=60 * config.checkpoint_minutes,
+        )
         if config.resume:
             self._checkpoint.restore(self.trainer)
+            for line in self._checkpoint.damaged:
+                print(f"warning: {line}; going on from the one before", file=sys.stderr)
         self._first_step = self.trainer.step
 
     @property
@@ -62,9 +70,11 @@ class StageTrainer:
     def _last_epoch(self) -> int:
         return self._before.epoch + self._stage.epochs
 
-    def fit(self, inputs: Inputs, save: Callable[..., Any]) -> None:
+    def fit(self, inputs: Inputs, save: Callable[..., Any], signals: Signals) -> None:
         """Train to the end of the stage; ``save`` writes the model after an epoch."""
         job, trainer = self._job, self.trainer
+        if job.config.resume:
+            run_folder.keep_history(job.out, trainer.epoch)
         trainer.frozen = inputs.frozen
         validate = inputs.evaluator(trainer.model)
         trainer.fit(
@@ -75,6 +85,7 @@ class StageTrainer:
             callbacks=self._callbacks(save),
             verbose=measure.verbosity(),
             checkpoint=self._checkpoint,
+            uninterrupted=signals.held,
         )
 
     def _callbacks(self, save: Callable[..., Any]) -> list[keras.callbacks.Callback]:
@@ -85,11 +96,7 @@ class StageTrainer:
             EpochEvents(job.out / run_folder.EVENTS, write_graph=False),
         ]
         if config.early_stopping is not None:
-            callbacks.append(
-                keras.callbacks.EarlyStopping(
-                    "val_loss", patience=config.early_stopping, restore_best_weights=True
-                )
-            )
+            callbacks.append(self._early_stopping(config.early_stopping))
         if config.max_to_keep:
             options = {
                 "max_to_keep": config.max_to_keep,
@@ -104,6 +111,16 @@ class StageTrainer:
             )
         return callbacks
 
+    def _early_stopping(self, patience: int) -> keras.callbacks.Callback:
+        history = run_folder.read_history(self._job.out).get("val_loss", [])
+        return ResumedEarlyStopping(
+            history[self._before.epoch : self.trainer.epoch],
+            self._checkpoint.best_weights(self.trainer),
+            monitor="val_loss",
+            patience=patience,
+            restore_best_weights=True,
+        )
+
     @property
     def progress(self) -> Progress:
         trainer = self.trainer
@@ -114,6 +131,35 @@ class StageTrainer:
             sum(int(np.prod(v.shape)) for v in trainer.trainable_variables),
             measure.usual(trainer.epoch_seconds),
         )
+
+
+class ResumedEarlyStopping(keras.callbacks.EarlyStopping):
+    """Keras' early stopping, brought to where it was: it is shown the epochs before once more.
+
+    Args:
+        history: what it monitors, after each epoch that is done.
+        best_weights: those after the best of these.
+        monitor, options: see Keras.
+    """
+
+    def __init__(
+        self,
+        history: Sequence[float],
+        best_weights: list[np.ndarray] | None,
+        *,
+        monitor: str,
+        **options: Any,
+    ):
+        super().__init__(monitor, **options)
+        self._history = history
+        self._best_weights = best_weights
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        super().on_train_begin(logs)
+        for epoch, value in enumerate(self._history):
+            super().on_epoch_end(epoch, {self.monitor: value})
+        if self._history:
+            self.best_weights = self._best_weights
 
 
 class EpochEvents(keras.callbacks.TensorBoard):

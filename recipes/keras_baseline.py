@@ -111,5 +111,6 @@ def run(config: FinetuneConfig) -> Path:
         "seed": config.seed,
         "versions": measure.versions(),
     }
-    run_folder.write_json(work.out / run_folder.METRICS, metrics)
+    with run_folder.opened(config):
+        run_folder.write_json(work.out / run_folder.METRICS, metrics)
     return work.out

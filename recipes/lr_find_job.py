@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from recipes import measure, run_folder
 from recipes.finetune import FinetuneConfig, cut_of
 from recipes.finetune_inputs import Inputs
-from recipes.finetune_setup import prepare
+from recipes.finetune_setup import Job, prepare
 from recipes.finetune_stages import parameter_groups
 from recipes.finetune_training import new_trainer
 from transfer.lr_find import RangeTest, range_test
@@ -33,6 +33,14 @@ def run(config: FinetuneConfig, *, lowest: float, highest: float, steps: int) ->
     keras.utils.set_random_seed(config.seed)
     out = config.out or run_folder.default_out("lr-find")
     job = prepare(replace(config, out=out, lr_schedule="constant", learning_rate=1.0))
+    with run_folder.opened(job.config):
+        found = _trial(job, lowest=lowest, highest=highest, steps=steps)
+        _write_table(job.out / "lr_find.csv", found)
+        _plot(found).savefig(job.out / "lr_find.png", dpi=150)
+    return found.suggestion, job.out
+
+
+def _trial(job: Job, *, lowest: float, highest: float, steps: int) -> RangeTest:
     (stage,) = job.stages
     frozen, model = job.classifier.split(cut_of(stage.cut))
     groups = parameter_groups(job.config, job.classifier, stage, job.steps_per_epoch)
@@ -40,16 +48,13 @@ def run(config: FinetuneConfig, *, lowest: float, highest: float, steps: int) ->
     inputs = Inputs(job, stage.cut, frozen)
     trainer.frozen = inputs.frozen
     batches = itertools.islice(_endless(inputs), steps)
-    found = range_test(
+    return range_test(
         trainer,
         measure.progress(batches, "trial"),
         lowest=lowest,
         highest=highest,
         steps=steps,
     )
-    _write_table(job.out / "lr_find.csv", found)
-    _plot(found).savefig(job.out / "lr_find.png", dpi=150)
-    return found.suggestion, job.out
 
 
 def _endless(inputs: Inputs) -> Iterator[Batch]:

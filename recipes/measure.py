@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -86,6 +87,23 @@ def versions() -> dict[str, str]:
         "scikit-learn",
     )
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def git_revision() -> dict[str, Any] | None:
+    """Of the repository that the command is run in: its commit, and whether files differ from it;
+    ``None`` where there is none."""
+
+    def git(*words: str) -> str:
+        command = ["git", *words]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def describe_accuracy(figures: dict, what: str) -> str:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import keras
 
-from recipes import measure, run_folder
+from recipes import interruption, measure, run_folder
+from recipes.interruption import Signals
 from recipes.pretrain import PretrainConfig
 from transfer import Backbone, Card, Preprocess, load_meta_graph, pretraining, save_meta_graph, vgg
 from transfer.card import write_card
-from transfer.data import Batches, train_and_eval_splits
+from transfer.data import Batches, Split, train_and_eval_splits
 from transfer.evaluation import predict, summarize
 from transfer.features import compiled
+from transfer.run_checkpoint import RunCheckpoint
 from transfer.sources import open_source
-from transfer.training import ParameterGroup, RunCheckpoint, Trainer, epoch_seed
+from transfer.training import ParameterGroup, Trainer, epoch_seed
+
+CHECKPOINT_S = 600.0
 
 
 def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
@@ -41,16 +46,24 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
         image_folder=config.image_folder,
     )
     train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
+    _small_images(config, architecture)  # before anything is written
+    out = (config.out or run_folder.default_out(source.name, config.arch)).resolve()
+    config = replace(config, out=out)
+    with (
+        run_folder.opened(config),
+        interruption.resumable("pretrain", out, run_folder.CONFIG) as signals,
+    ):
+        return _train_and_save(config, train, held_out, signals)
+
+
+def _train_and_save(
+    config: PretrainConfig, train: Split, held_out: Split, signals: Signals
+) -> tuple[dict[str, Any], Path]:
+    architecture = vgg.ARCHITECTURES[config.arch]
     preprocess = Preprocess(config.preprocess, architecture.image_size)
     small = _small_images(config, architecture)
-    out = config.out or run_folder.default_out(source.name, config.arch)
-    if config.resume:
-        run_folder.check_resumed(out, config)
-    out = run_folder.create(out, resume=config.resume)
-    run_folder.write_config(out, replace(config, out=out))
-
-    num_classes = len(source.class_names)
-    model = pretraining.trainable_model(architecture, num_classes, dropout=config.dropout)
+    out, class_names = config.out, train.source.class_names
+    model = pretraining.trainable_model(architecture, len(class_names), dropout=config.dropout)
     steps_per_epoch = -(-len(train) // config.batch_size)
     optimizer = pretraining.optimizer(
         config.learning_rate, config.weight_decay, steps_per_epoch, config.epochs
@@ -62,20 +75,27 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
         mixup=config.mixup,
         seed=config.seed,
     )
-    checkpoint = RunCheckpoint(out / run_folder.CHECKPOINTS)
+    checkpoint = RunCheckpoint(out / run_folder.CHECKPOINTS, every_s=CHECKPOINT_S)
     if config.resume:
         checkpoint.restore(trainer)
+        for line in checkpoint.damaged:
+            print(f"warning: {line}; going on from the one before", file=sys.stderr)
+        run_folder.keep_history(out, trainer.epoch)
 
     def figures(network: keras.layers.Layer) -> dict[str, Any]:
         return summarize(
             *predict(compiled(network), held_out.batches(preprocess, config.batch_size))
         )
 
-    def batches(epoch: int) -> Batches:
+    def batches(epoch: int, first_batch: int) -> Batches:
         seed = epoch_seed(config.seed, epoch)
-        views = seed if config.augment else None
-        seen = small if epoch < config.small_epochs else preprocess
-        return train.batches(seen, config.batch_size, shuffle_seed=seed, view_seed=views)
+        return train.batches(
+            small if epoch < config.small_epochs else preprocess,
+            config.batch_size,
+            shuffle_seed=seed,
+            view_seed=seed if config.augment else None,
+            first_batch=first_batch,
+        )
 
     trainer.fit(
         batches,
@@ -85,11 +105,12 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
         callbacks=[keras.callbacks.CSVLogger(out / run_folder.HISTORY, append=config.resume)],
         verbose=measure.verbosity(),
         checkpoint=checkpoint,
+        uninterrupted=signals.held,
     )
 
     prefix = out / config.arch
     labels = out / f"{config.arch}.labels.txt"
-    run_folder.write_text(labels, "".join(f"{name}\n" for name in source.class_names))
+    run_folder.write_text(labels, "".join(f"{name}\n" for name in class_names))
     card = Card(
         input="images:0",
         tap="fc7:0",
@@ -99,9 +120,9 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
         outputs={"logits": "fc8:0", "probabilities": "prob:0"},
         source=_command(config),
         licence=config.licence,
-        trained_on=f"{source.name}, {len(train)} images, {trainer.epoch} epochs",
+        trained_on=f"{train.source.name}, {len(train)} images, {trainer.epoch} epochs",
     )
-    graph = vgg.build_graph(architecture, num_classes)
+    graph = vgg.build_graph(architecture, len(class_names))
     save_meta_graph(graph, prefix, pretraining.folded(model), card)
     # What is reported is what was written.
     saved = load_meta_graph(prefix)

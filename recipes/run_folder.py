@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import filelock
 import yaml
 
 from transfer.checkpoint import check_path
@@ -17,12 +21,14 @@ LABELS = "labels.txt"
 METRICS = "metrics.json"
 HELD_OUT = "held_out.txt"
 HISTORY = "history.csv"
+PROVENANCE = "provenance.json"
 EVENTS = "events"
 CHECKPOINTS = "checkpoints"
 MODEL = "model"
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
+_LOCK = ".lock"
 
 
 def check(out: Path | None, *, resume: bool) -> None:
@@ -30,26 +36,75 @@ def check(out: Path | None, *, resume: bool) -> None:
 
     Raises:
         FileExistsError: if there is something in it, and ``resume`` is not set.
-        FileNotFoundError: if there is no run to resume.
+        FileNotFoundError: if it is to be resumed, and what is there is no run. Where there is
+            nothing at all the run begins: it may have been killed before it had written anything.
     """
     if out is None:
         raise ValueError("--resume needs the folder of the run: give --out")
     check_path(out.resolve())
-    if resume and not (out / CONFIG).is_file():
-        raise FileNotFoundError(f"{str(out)!r} holds no run to resume: it has no {CONFIG}")
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{str(out)!r} is a file; expected a folder to write the run to")
-    if not resume and out.is_dir() and any(out.iterdir()):
-        raise FileExistsError(
-            f"{str(out)!r} is not empty; choose another --out, or --resume to continue its run"
-        )
+    is_empty = not out.is_dir() or all(path.name == _LOCK for path in out.iterdir())
+    if is_empty or (resume and _has_begun(out)):
+        return
+    if resume:
+        raise FileNotFoundError(f"{str(out)!r} holds no run to resume: it has no {CONFIG}")
+    raise FileExistsError(
+        f"{str(out)!r} is not empty; choose another --out, or --resume to continue its run"
+    )
 
 
-def create(out: Path, *, resume: bool) -> Path:
-    """Make the folder of a run, or take that of the run to resume; see ``check``."""
-    check(out, resume=resume)
+@contextlib.contextmanager
+def opened(config: Any) -> Iterator[None]:
+    """Take the folder ``config.out`` for a run, with its flags written down; see ``check``.
+
+    Raises:
+        BlockingIOError: if another process has it.
+        ValueError: if the run is resumed with other flags than those that it began with.
+    """
+    out = config.out
+    check(out, resume=config.resume)
     out.mkdir(parents=True, exist_ok=True)
-    return out.resolve()
+    try:
+        lock = filelock.FileLock(out / _LOCK).acquire(timeout=0)
+    except filelock.Timeout:
+        raise BlockingIOError(
+            f"another process works in {str(out)!r}; wait for it, or choose another --out"
+        ) from None
+    with lock:
+        if config.resume and _has_begun(out):
+            _check_resumed(out, config)
+        write_text(out / CONFIG, to_yaml(config))
+        yield
+
+
+def _has_begun(out: Path) -> bool:
+    return (out / CONFIG).is_file()
+
+
+def keep_history(run: Path, epochs: int) -> None:
+    """Forget what ``history.csv`` says of epochs, counted from 0, that are to be done again; and
+    of one whose line was cut short."""
+    path = run / HISTORY
+    if not path.is_file():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    kept = [row for row in rows if len(row) == len(header) and float(row[0]) < epochs]
+    if not kept:
+        path.unlink()  # with its header, which the next epoch writes
+        return
+    write_text(path, "".join(f"{','.join(row)}\n" for row in [header, *kept]))
+
+
+def read_history(run: Path) -> dict[str, list[float]]:
+    """The columns of ``history.csv``; none where no epoch is done."""
+    path = run / HISTORY
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,21 +118,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def write_config(run: Path, config: Any) -> None:
-    """Write a config dataclass as YAML that ``--config`` reads."""
-    write_text(run / CONFIG, to_yaml(config))
-
-
 def to_yaml(config: Any) -> str:
     return yaml.safe_dump(_plain(config), sort_keys=False)
 
 
-def check_resumed(run: Path, config: Any) -> None:
-    """Whether a run that is resumed has the flags that it began with; only epochs may differ.
-
-    Raises:
-        ValueError: names all that differ.
-    """
+def _check_resumed(run: Path, config: Any) -> None:
+    """Whether a run that is resumed has the flags that it began with; only epochs may differ."""
     began, now = read_config(run), _plain(config)
     different = [
         f"--{name.replace('_', '-')} was {began.get(name)!r} and is {now.get(name)!r}"

@@ -60,10 +60,10 @@ def test_an_interrupted_schedule_goes_on(tmp_path, model, image_folder, monkeypa
     assert finetune(tmp_path / "whole", model, image_folder, *flags) == 0
     train_epoch = Trainer.train_epoch
 
-    def interrupted(trainer, *args):
+    def interrupted(trainer, *args, **options):
         if trainer.epoch == epoch:
             raise KeyboardInterrupt
-        return train_epoch(trainer, *args)
+        return train_epoch(trainer, *args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_epoch", interrupted)

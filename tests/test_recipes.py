@@ -35,7 +35,7 @@ def test_finetune_writes_the_run_folder(tmp_path, model, image_folder, capsys):
     assert {path.name for path in out.iterdir()} == {
         "config.yaml", "labels.txt", "held_out.txt", "metrics.json", "history.csv", "events",
         "checkpoints", "checkpoint", "model.meta", "model.index", "model.data-00000-of-00001",
-        "model.json",
+        "model.json", "provenance.json", ".lock",
     }  # fmt: skip
     assert (out / "labels.txt").read_text() == "blue\nred\n"
 
@@ -187,15 +187,17 @@ def test_resume_ends_where_an_uninterrupted_run_ends(
     assert finetune(tmp_path / "whole", model, image_folder, *flags) == 0
     train_epoch = Trainer.train_epoch
 
-    def interrupted(self, *arguments):
+    def interrupted(self, *arguments, **options):
         if self.epoch == 2:
             raise KeyboardInterrupt
-        return train_epoch(self, *arguments)
+        return train_epoch(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_epoch", interrupted)
         assert finetune(tmp_path / "parts", model, image_folder, *flags) == 130
-    assert capsys.readouterr().err.endswith("error: interrupted\n")
+    out = tmp_path / "parts"
+    hint = f"go on with: vgg-transfer finetune --config {out}/config.yaml --out {out} --resume"
+    assert capsys.readouterr().err.endswith(f"error: interrupted; {hint}\n")
     assert finetune(tmp_path / "parts", model, image_folder, *flags, "--resume") == 0
     data = "model.data-00000-of-00001"
     assert (tmp_path / "whole" / data).read_bytes() == (tmp_path / "parts" / data).read_bytes()
@@ -300,7 +302,6 @@ ERRORS = {
     "split": (["--eval-split", "test"], "its splits are ['train']"),
     "both": (["--dataset", "digits"], "either an image folder or a dataset"),
     "diverges": (["--learning-rate", "1e38", "--optimizer", "sgd"], "with learning rate 1e+38"),
-    "resume": (["--resume"], "holds no run to resume"),
     "rate": (["--learning-rate", "-1"], "learning rate must be at least 0, got -1"),
     "shots": (["--shots-per-class", "0"], "shots per class must be at least 1"),
     "last step": (

@@ -180,6 +180,7 @@ class Split:
         *,
         shuffle_seed: int | None = None,
         view_seed: int | None = None,
+        first_batch: int = 0,
     ) -> Batches:
         """Decoded, preprocessed batches; the last one may be smaller, none is left out.
 
@@ -189,8 +190,9 @@ class Split:
             shuffle_seed: gives the order; ``None`` keeps the split's.
             view_seed: gives a random view (shift, flip) of each image, the same in any order;
                 ``None`` shows the images as they are.
+            first_batch: where to begin, from 0; what comes before is not decoded.
         """
-        return Batches(self, preprocess, batch_size, shuffle_seed, view_seed)
+        return Batches(self, preprocess, batch_size, shuffle_seed, view_seed, first_batch)
 
 
 @dataclass(frozen=True)
@@ -202,9 +204,10 @@ class Batches:
     batch_size: int
     shuffle_seed: int | None
     view_seed: int | None
+    first_batch: int = 0
 
     def __len__(self) -> int:
-        return -(-len(self.split) // self.batch_size)
+        return max(0, -(-len(self.split) // self.batch_size) - self.first_batch)
 
     def dataset(self) -> tf.data.Dataset:
         """The same as a ``tf.data.Dataset``; unreadable images raise TensorFlow's own errors."""
@@ -213,7 +216,8 @@ class Batches:
             buffer = min(len(self.split), SHUFFLE_BUFFER)
             examples = examples.shuffle(buffer, seed=self.shuffle_seed)
         return (
-            examples.map(self._to_pair, num_parallel_calls=tf.data.AUTOTUNE)
+            examples.skip(self.first_batch * self.batch_size)
+            .map(self._to_pair, num_parallel_calls=tf.data.AUTOTUNE)
             .batch(self.batch_size)
             .apply(tf.data.experimental.assert_cardinality(len(self)))
             .prefetch(tf.data.AUTOTUNE)

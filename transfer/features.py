@@ -37,7 +37,11 @@ class Activations:
         return len(self.labels)
 
     def batches(
-        self, batch_size: int, shuffle_seed: int | None = None, epoch: int = 0
+        self,
+        batch_size: int,
+        shuffle_seed: int | None = None,
+        epoch: int = 0,
+        first_batch: int = 0,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """``(inputs, labels)``, float32 and int64; the last batch may be smaller.
 
@@ -48,11 +52,12 @@ class Activations:
             shuffle_seed: gives a perfect shuffle, the same as that of images; ``None`` keeps the
                 order.
             epoch: from 0; only of consequence where there are several views.
+            first_batch: where to begin, from 0.
         """
         order = np.arange(len(self))
         if shuffle_seed is not None:
             order = shuffled(len(self), shuffle_seed)
-        for start in range(0, len(order), batch_size):
+        for start in range(first_batch * batch_size, len(order), batch_size):
             chosen = order[start : start + batch_size]
             yield self._gather(chosen, (chosen + epoch) % len(self.views)), self.labels[chosen]
 

@@ -1,19 +1,20 @@
 """One training loop for every case: a head on cached features, a part of the network, all of it.
 
-Data contract: a model maps inputs to logits ``[batch, num_classes]``; ``batches(epoch)`` gives an
-iterable of ``(inputs, labels)`` for an epoch, in an order that depends on nothing but the epoch, so
-that a run that is resumed continues as if it had never stopped. Optimizers and callbacks are Keras'
-own.
+Data contract: a model maps inputs to logits ``[batch, num_classes]``; ``batches(epoch, first)``
+gives an iterable of ``(inputs, labels)`` for an epoch, from its batch ``first`` on, in an order
+that depends on nothing but the epoch, so that a run that is resumed continues as if it had never
+stopped. Optimizers and callbacks are Keras' own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
@@ -26,6 +27,18 @@ class NonFiniteLossError(ArithmeticError):
     """The loss became infinite or not a number."""
 
 
+class Checkpoint(Protocol):
+    """What keeps the state of a trainer; see ``run_checkpoint.RunCheckpoint``."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to save within an epoch."""
+
+    def save(self, trainer: Trainer) -> None: ...
+
+    def save_best(self, trainer: Trainer) -> None: ...
+
+
 @dataclass(frozen=True)
 class ParameterGroup:
     """Variables that one optimizer updates."""
@@ -35,6 +48,31 @@ class ParameterGroup:
 
     def __post_init__(self) -> None:
         self.optimizer.build(self.variables)
+
+
+@dataclass
+class EpochSums:
+    """Over the batches of an epoch that are done; ``loss`` is the sum of the examples' losses."""
+
+    num_batches: int = 0
+    num_examples: int = 0
+    num_right: int = 0
+    loss: float = 0.0
+
+    def add(self, num_examples: int, num_right: int, mean_loss: float) -> None:
+        self.num_batches += 1
+        self.num_examples += num_examples
+        self.num_right += num_right
+        self.loss += mean_loss * num_examples
+
+    @property
+    def means(self) -> dict[str, float]:
+        if not self.num_examples:
+            return {}
+        return {
+            "loss": self.loss / self.num_examples,
+            "accuracy": self.num_right / self.num_examples,
+        }
 
 
 @dataclass(repr=False)
@@ -54,7 +92,9 @@ class Trainer:
         frozen: applied to the inputs first, in inference mode and without a gradient.
         seed: of what is drawn at random here, for each step anew.
 
-    ``epoch_seconds`` are the wall times of the epochs of this session, without their validation.
+    ``step`` and ``epoch`` are those that are done, ``sums`` what is done of the epoch that has
+    begun, and ``best_loss`` the lowest validation loss after an epoch. ``epoch_seconds`` are the
+    wall times of the epochs of this session, without their validation.
     """
 
     model: keras.Model
@@ -67,12 +107,15 @@ class Trainer:
     seed: int = 0
     step: int = 0
     epoch: int = 0
+    sums: EpochSums = field(default_factory=EpochSums)
+    best_loss: float = math.inf
     epoch_seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # Callbacks (EarlyStopping, ReduceLROnPlateau, TensorBoard) look for these on the model.
         self.model.optimizer = self.groups[0].optimizer
         self.model.stop_training = False
+        self._is_changing = False
         self._train_step = tf.function(self._step, autograph=False, reduce_retracing=True)
 
     def _step(
@@ -125,49 +168,58 @@ class Trainer:
         self.step += 1
         return float(loss), int(num_right)
 
-    def train_epoch(self, batches: Iterable[Batch], callbacks: Any) -> dict[str, float]:
-        """One pass over the batches; the epoch's mean loss and accuracy while training.
+    def train_epoch(
+        self,
+        batches: Iterable[Batch],
+        callbacks: Any,
+        *,
+        checkpoint: Checkpoint | None = None,
+        uninterrupted: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+    ) -> dict[str, float]:
+        """The rest of the epoch that ``sums`` has begun; its mean loss and accuracy while training.
 
         Raises:
             NonFiniteLossError: names the step and the learning rate.
         """
-        # In Python: Keras' metrics would take longer than a step of a head.
-        num_examples = num_right = 0
-        loss_sum = 0.0
-        logs: dict[str, float] = {}
-        for index, (inputs, labels) in enumerate(batches):
-            callbacks.on_train_batch_begin(index)
-            loss, right = self.train_step(inputs, labels)
-            self._check_finite(loss)
-            num_examples += len(labels)
-            num_right += right
-            loss_sum += loss * len(labels)
-            logs = {"loss": loss_sum / num_examples, "accuracy": num_right / num_examples}
-            callbacks.on_train_batch_end(index, logs)
-        return logs
+        # Sums in Python: Keras' metrics would take longer than a step of a head.
+        for inputs, labels in batches:
+            with uninterrupted(), self._changing():
+                callbacks.on_train_batch_begin(self.sums.num_batches)
+                loss, num_right = self.train_step(inputs, labels)
+                self._check_finite(loss)
+                self.sums.add(len(labels), num_right, loss)
+                callbacks.on_train_batch_end(self.sums.num_batches - 1, self.sums.means)
+                if checkpoint is not None and checkpoint.is_due:
+                    checkpoint.save(self)
+        return self.sums.means
 
     def fit(
         self,
-        batches: Callable[[int], Iterable[Batch]],
+        batches: Callable[[int, int], Iterable[Batch]],
         *,
         epochs: int,
         steps_per_epoch: int,
         validate: Callable[[], dict[str, float]] | None = None,
         callbacks: Sequence[keras.callbacks.Callback] = (),
         verbose: int = 0,
-        checkpoint: RunCheckpoint | None = None,
+        checkpoint: Checkpoint | None = None,
+        uninterrupted: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     ) -> None:
         """Train until ``self.epoch == epochs``, or until a callback stops it.
 
         Args:
-            batches: the epoch's number, from 0, to its batches.
+            batches: the epoch's number, from 0, and how many of its batches are done, to the rest
+                of its batches.
             epochs: in all, those of earlier calls included.
             steps_per_epoch: for the progress bar.
             validate: after each epoch; its figures join the logs with a ``val_`` before their
                 names.
             callbacks: Keras callbacks.
             verbose: Keras' progress bar, on standard output: 0 none, 1 a bar, 2 a line an epoch.
-            checkpoint: saved after each epoch.
+            checkpoint: saved after each epoch, when it is due within one, and when a
+                ``KeyboardInterrupt`` comes between two steps.
+            uninterrupted: makes the context of what must not be left half done by a
+                ``KeyboardInterrupt``: a step, and what follows an epoch.
         """
         callback_list = keras.callbacks.CallbackList(
             list(callbacks),
@@ -182,18 +234,45 @@ class Trainer:
             while self.epoch < epochs and not self.model.stop_training:
                 callback_list.on_epoch_begin(self.epoch)
                 start = time.perf_counter()
-                logs = self.train_epoch(batches(self.epoch), callback_list)
+                logs = self.train_epoch(
+                    batches(self.epoch, self.sums.num_batches),
+                    callback_list,
+                    checkpoint=checkpoint,
+                    uninterrupted=uninterrupted,
+                )
                 self.epoch_seconds.append(time.perf_counter() - start)
                 if validate is not None:
                     logs |= {f"val_{name}": value for name, value in validate().items()}
                     # The last step may have spoilt the weights after its own loss was taken.
                     self._check_finite(logs.get("val_loss", 0.0))
-                callback_list.on_epoch_end(self.epoch, logs)
-                self.epoch += 1
-                if checkpoint is not None:
-                    checkpoint.save(self)
+                with uninterrupted(), self._changing():
+                    self._end_epoch(logs, callback_list, checkpoint)
+        except KeyboardInterrupt:
+            if checkpoint is not None and not self._is_changing:
+                checkpoint.save(self)
+            raise
         finally:
             callback_list.on_train_end()  # callbacks close their files
+
+    def _end_epoch(
+        self, logs: dict[str, float], callbacks: Any, checkpoint: Checkpoint | None
+    ) -> None:
+        if logs.get("val_loss", math.inf) < self.best_loss:
+            self.best_loss = logs["val_loss"]
+            if checkpoint is not None:
+                checkpoint.save_best(self)
+        callbacks.on_epoch_end(self.epoch, logs)
+        self.epoch += 1
+        self.sums = EpochSums()
+        if checkpoint is not None:
+            checkpoint.save(self)
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """While weights, counts and histories do not fit together: no time for a checkpoint."""
+        self._is_changing = True
+        yield
+        self._is_changing = False
 
     @property
     def trainable_variables(self) -> list[keras.Variable]:
@@ -209,41 +288,6 @@ class Trainer:
             f"{shown}; start again with a learning rate ten times smaller, and check that the "
             "preprocessing is the one that the weights expect"
         )
-
-
-class RunCheckpoint:
-    """What a training run needs to go on: weights, optimizer and random states, epoch and step."""
-
-    def __init__(self, directory: Path, *, keep: int = 2):
-        self.directory = directory
-        self._keep = keep
-
-    def save(self, trainer: Trainer) -> None:
-        self._manager(trainer).save(checkpoint_number=trainer.epoch)
-
-    def restore(self, trainer: Trainer) -> bool:
-        """Bring a trainer to the last checkpoint; false if there is none."""
-        manager = self._manager(trainer)
-        if manager.latest_checkpoint is None:
-            return False
-        manager.checkpoint.restore(manager.latest_checkpoint).assert_consumed()
-        trainer.epoch = int(manager.checkpoint.epoch)
-        trainer.step = int(manager.checkpoint.step)
-        trainer.model.stop_training = bool(manager.checkpoint.stopped)
-        return True
-
-    def _manager(self, trainer: Trainer) -> tf.train.CheckpointManager:
-        # A flat list, by position: the names of Keras variables differ between two sessions.
-        variables = [*trainer.model.variables]
-        for group in trainer.groups:
-            variables += group.optimizer.variables
-        checkpoint = tf.train.Checkpoint(
-            variables=[variable.value for variable in variables],
-            epoch=tf.Variable(trainer.epoch, dtype=tf.int64),
-            step=tf.Variable(trainer.step, dtype=tf.int64),
-            stopped=tf.Variable(trainer.model.stop_training),
-        )
-        return tf.train.CheckpointManager(checkpoint, str(self.directory), self._keep)
 
 
 def epoch_seed(seed: int, epoch: int) -> int:

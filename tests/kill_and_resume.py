@@ -1,0 +1,110 @@
+"""Kill runs at random moments and resume them: do they end as if nothing had been?
+
+    python tests/kill_and_resume.py --kills 20
+
+Frozen, partial and full runs of the embedded model on embedded digits take turns, each with a cache
+of its own, so that extraction is hit, too. A run is killed with SIGKILL, up to three times, and
+then resumed with the same command. Its weights, its history and its figures must be those of a run
+that was left alone, to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from commands import saved_values
+from tabulate import tabulate
+
+CUTS = {"fc7": 40, "pool4": 4, "none": 3}  # epochs
+COMMON = ("--dataset", "digits", "--early-stopping", "30", "--dropout", "0.2")
+
+
+def command(out: Path, cut: str) -> list[str]:
+    flags = ["--freeze-until", cut, "--epochs", str(CUTS[cut]), "--cache-dir", f"{out}-cache"]
+    return [sys.executable, "-m", "recipes.cli", "finetune", *COMMON, *flags, "--resume",
+            "--out", str(out)]  # fmt: skip
+
+
+def differences(whole: Path, other: Path) -> list[str]:
+    found = []
+    before, after = saved_values(whole / "model"), saved_values(other / "model")
+    found += [name for name in before if not np.array_equal(before[name], after[name])]
+    if (whole / "history.csv").read_text() != (other / "history.csv").read_text():
+        found.append("history.csv")
+    first, second = (json.loads((run / "metrics.json").read_text()) for run in (whole, other))
+    first["train"].pop("epoch_s"), second["train"].pop("epoch_s")
+    found += [part for part in ("eval", "train", "params") if first[part] != second[part]]
+    return found
+
+
+def state(out: Path) -> str:
+    """What had been done when it was killed."""
+    if not (out / "config.yaml").is_file():
+        return "starting"
+    history = out / "history.csv"
+    epochs = len(history.read_text().splitlines()) - 1 if history.is_file() else -1
+    if (out / "model.meta").is_file():
+        return "evaluating"
+    return "extracting or before" if epochs < 0 else f"after {epochs} epochs"
+
+
+def kill_once(out: Path, cut: str, after_s: float) -> bool:
+    """Whether it was still running then."""
+    process = subprocess.Popen(
+        command(out, cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        process.wait(after_s)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        return True
+    return False
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    generator = random.Random(options.seed)
+    folder = Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
+    seconds = {}
+    for cut in CUTS:
+        start = time.perf_counter()
+        subprocess.run(command(folder / f"whole-{cut}", cut), check=True, capture_output=True)
+        seconds[cut] = time.perf_counter() - start
+    rows, kills, trial = [], 0, 0
+    while kills < options.kills:
+        cut = list(CUTS)[trial % len(CUTS)]
+        out = folder / f"{trial}-{cut}"
+        moments = []
+        for _ in range(generator.randint(1, 3)):
+            after_s = generator.uniform(0, seconds[cut])
+            if kill_once(out, cut, after_s):
+                moments.append(f"{after_s:.1f} s ({state(out)})")
+        kills += len(moments)
+        done = subprocess.run(command(out, cut), capture_output=True, text=True, check=False)
+        found = differences(folder / f"whole-{cut}", out) if done.returncode == 0 else [done.stderr]
+        rows.append([cut, ", ".join(moments), "identical" if not found else f"differs: {found}"])
+        print(*rows[-1], sep=" | ", flush=True)
+        trial += 1
+    print(tabulate(rows, ["cut", "killed after", "end"], tablefmt="github"))
+    failed = sum(row[-1] != "identical" for row in rows)
+    print(f"{kills} kills in {len(rows)} runs, {failed} of which ended differently")
+    shutil.rmtree(folder)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

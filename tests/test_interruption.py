@@ -1,0 +1,150 @@
+"""Signals while a run goes on, in this process and in one of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import yaml
+from commands import finetune, largest_difference, metrics
+
+from recipes.cli import main
+from recipes.interruption import Interrupted, Signals, resumable
+from transfer.training import Trainer
+
+FLAGS = ("--freeze-until", "pool2", "--dropout", 0.2, "--early-stopping", 2)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """Model, images, and a run of ``FLAGS`` that nothing interrupted."""
+    from conftest import make_image_folder, save_vgg
+
+    from transfer import Card
+
+    folder = tmp_path_factory.mktemp("interruption")
+    card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
+    model = save_vgg(folder / "model" / "tiny", card=card)
+    photos = make_image_folder(folder / "photos")
+    assert finetune(folder / "whole", model, photos, *FLAGS) == 0
+    return model, photos, folder / "whole"
+
+
+def assert_same_end(first, second):
+    assert largest_difference(first / "model", second / "model") == 0
+    assert (first / "history.csv").read_text() == (second / "history.csv").read_text()
+    for part in ("eval", "params"):
+        assert metrics(first)[part] == metrics(second)[part]
+    of_time = {"epoch_s"}
+    trained = [{k: v for k, v in metrics(r)["train"].items() if k not in of_time}
+               for r in (first, second)]  # fmt: skip
+    assert trained[0] == trained[1]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_signal_ends_the_step_and_the_run_can_be_resumed(
+    tmp_path, setting, monkeypatch, capsys, number, status, step
+):
+    model, photos, whole = setting
+    train_step = Trainer.train_step
+
+    def signalled(self, *arguments):
+        if self.step == step:
+            os.kill(os.getpid(), number)
+        return train_step(self, *arguments)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", signalled)
+        assert finetune(out, model, photos, *FLAGS) == status
+    error = capsys.readouterr().err
+    assert "finishing the step" in error
+    assert f"go on with: vgg-transfer finetune --config {out}/config.yaml" in error
+    command = error.splitlines()[-1].split("vgg-transfer ")[1].split()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    steps = []
+
+    def counted(self, *arguments):
+        steps.append(self.step)
+        return train_step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", counted)
+        assert main(command) == 0
+    assert steps[0] == step + 1  # no step is done twice
+    assert_same_end(whole, out)
+
+
+def test_a_signal_at_any_other_time_ends_it_at_once(tmp_path):
+    expected = pytest.raises(Interrupted, match="go on with: vgg-transfer pretrain")
+    with expected as caught, resumable("pretrain", tmp_path, "config.yaml"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.status == 143
+
+
+def test_a_second_signal_does_not_wait():
+    signals = Signals()
+    with pytest.raises(KeyboardInterrupt), signals.held():
+        signals.handle(signal.SIGINT, None)
+        signals.handle(signal.SIGINT, None)
+        raise AssertionError("it went on")
+
+
+def test_a_process_that_is_killed_is_resumed(tmp_path, setting):
+    """As the kernel kills: nothing is asked, nothing can be tidied up."""
+    *_, whole = setting
+    out = tmp_path / "run"
+    config = yaml.safe_load((whole / "config.yaml").read_text()) | {"out": str(out)}
+    (tmp_path / "flags.yaml").write_text(yaml.safe_dump(config))
+    program = (
+        "import os, sys, signal\n"
+        "from transfer.training import Trainer\n"
+        "from recipes.cli import main\n"
+        "train_step = Trainer.train_step\n"
+        "def killed(self, *arguments):\n"
+        "    if self.step == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return train_step(self, *arguments)\n"
+        "Trainer.train_step = killed\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    flags = ["finetune", "--config", str(tmp_path / "flags.yaml"), "--resume"]
+    done = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (out / "metrics.json").exists()
+    assert main(flags) == 0
+    assert_same_end(whole, out)
+    provenance = json.loads((out / "provenance.json").read_text())
+    assert provenance["dataset"]["training"]["images"] == 20
+    assert "--resume" in provenance["command"]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path, setting, capsys):
+    import filelock
+
+    model, photos, _ = setting
+    assert finetune(tmp_path, model, photos) == 0
+    with filelock.FileLock(tmp_path / ".lock"):
+        assert finetune(tmp_path, model, photos, "--resume") == 1
+    assert "another process works in" in capsys.readouterr().err
+
+
+def test_history_is_cut_back_to_the_checkpoint(tmp_path):
+    from recipes import run_folder
+
+    path = tmp_path / "history.csv"
+    path.write_text("epoch,loss\n0,1.5\n1,1.25\n2,1.0\n3,0.")
+    run_folder.keep_history(tmp_path, 2)
+    assert path.read_text() == "epoch,loss\n0,1.5\n1,1.25\n"
+    run_folder.keep_history(tmp_path, 0)
+    assert not path.exists()
+    run_folder.keep_history(tmp_path, 0)
+
+
+def test_what_is_no_run_is_not_resumed(tmp_path, setting, capsys):
+    model, photos, _ = setting
+    (tmp_path / "photo.jpg").write_bytes(b"")
+    assert finetune(tmp_path, model, photos, "--resume") == 1
+    assert "holds no run to resume" in capsys.readouterr().err

@@ -1,0 +1,160 @@
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from test_training import assert_same, batches, fit, new_model, new_trainer, weights
+
+from transfer.run_checkpoint import RunCheckpoint
+
+
+def with_dropout(**arguments):
+    return new_trainer(new_model(dropout=0.5), **arguments)
+
+
+def names(directory):
+    return sorted(path.stem for path in directory.glob("*.index"))
+
+
+def interrupted_after(steps):
+    """Batches that are cut off by Ctrl-C after some steps, of all epochs together."""
+    count = itertools.count()
+
+    def cut_off(epoch, first):
+        for batch in batches(epoch, first):
+            if next(count) == steps:
+                raise KeyboardInterrupt
+            yield batch
+
+    return cut_off
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, 6, 11])
+def test_a_run_that_is_interrupted_anywhere_ends_bit_identical(tmp_path, steps):
+    history, rest = keras.callbacks.History(), keras.callbacks.History()
+    whole = fit(with_dropout(mixup=0.2), epochs=3, callbacks=[history])
+    with pytest.raises(KeyboardInterrupt):
+        with_dropout(mixup=0.2).fit(
+            interrupted_after(steps),
+            epochs=3,
+            steps_per_epoch=4,
+            checkpoint=RunCheckpoint(tmp_path),
+        )
+    resumed = with_dropout(mixup=0.2)
+    checkpoint = RunCheckpoint(tmp_path)
+    assert checkpoint.restore(resumed)
+    assert (resumed.epoch, resumed.step) == (steps // 4, steps)
+    fit(resumed, epochs=3, checkpoint=checkpoint, callbacks=[rest])
+    assert_same(weights(whole.model), weights(resumed.model))
+    assert rest.history["loss"] == history.history["loss"][steps // 4 :]
+    assert rest.history["accuracy"] == history.history["accuracy"][steps // 4 :]
+
+
+def test_what_must_not_be_interrupted_is_not_saved_half_done(tmp_path):
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 2:
+                raise KeyboardInterrupt  # a second signal, within a step
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(new_trainer(), 2, checkpoint=RunCheckpoint(tmp_path), callbacks=[Stop()])
+    assert names(tmp_path) == []
+
+
+def test_within_a_long_epoch(tmp_path):
+    seen = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            seen.append(names(tmp_path))
+
+    fit(new_trainer(), 1, checkpoint=RunCheckpoint(tmp_path, every_s=0), callbacks=[Look()])
+    assert seen == [[], ["step-1"], ["step-1", "step-2"], ["step-2", "step-3"]]
+    assert names(tmp_path) == ["step-4", "step-5"]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+    whole = fit(with_dropout(), epochs=3)
+    fit(with_dropout(), epochs=2, checkpoint=RunCheckpoint(tmp_path))
+    (data,) = tmp_path.glob("step-2.data*")
+    damaged = bytearray(data.read_bytes())
+    damaged[20] ^= 1
+    data.write_bytes(damaged)
+    resumed, checkpoint = with_dropout(), RunCheckpoint(tmp_path)
+    assert checkpoint.restore(resumed)
+    (line,) = checkpoint.damaged
+    assert "step-2' cannot be read" in line
+    assert resumed.epoch == 1
+    assert names(tmp_path) == ["step-1"]
+    fit(resumed, epochs=3, checkpoint=checkpoint)
+    assert_same(weights(whole.model), weights(resumed.model))
+
+
+@pytest.mark.parametrize("part", ["index", "data-00000-of-00001"])
+def test_when_none_is_left_it_says_so(tmp_path, part):
+    fit(new_trainer(), epochs=1, checkpoint=RunCheckpoint(tmp_path))
+    path = tmp_path / f"step-1.{part}"
+    path.write_bytes(path.read_bytes()[:30])
+    with pytest.raises(ValueError, match="no checkpoint is left to go on from: .*step-1'"):
+        RunCheckpoint(tmp_path).restore(new_trainer())
+
+
+def test_nothing_to_restore(tmp_path):
+    assert not RunCheckpoint(tmp_path).restore(new_trainer())
+    assert RunCheckpoint(tmp_path).best_weights(new_trainer()) is None
+
+
+def test_a_folder_that_is_removed_is_not_made_again(tmp_path):
+    checkpoint = RunCheckpoint(tmp_path / "run")
+    trainer = fit(new_trainer(), epochs=1, checkpoint=checkpoint)
+    for path in (tmp_path / "run").iterdir():
+        path.unlink()
+    (tmp_path / "run").rmdir()
+    with pytest.raises(FileNotFoundError, match="was removed while the run went on"):
+        fit(trainer, epochs=2, checkpoint=checkpoint)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_weights_are_kept_beside_the_last(tmp_path):
+    losses = iter([3.0, 1.0, 2.0, 1.5])
+    seen = []
+
+    def validate():
+        seen.append(weights(trainer.model))
+        return {"loss": next(losses)}
+
+    trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path)
+    fit(trainer, 4, validate=validate, checkpoint=checkpoint)
+    assert names(tmp_path) == ["best-1", "step-3", "step-4"]
+    assert_same(RunCheckpoint(tmp_path).best_weights(new_trainer()), seen[1])
+    resumed = new_trainer()
+    RunCheckpoint(tmp_path).restore(resumed)
+    assert resumed.best_loss == 1.0
+
+
+def test_the_best_of_an_epoch_that_is_still_to_come_is_forgotten(tmp_path):
+    trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path)
+    fit(trainer, 2, validate=lambda: {"loss": 1.0 / (1 + trainer.epoch)}, checkpoint=checkpoint)
+    checkpoint.save_best(trainer)  # the run is killed before the checkpoint that follows
+    assert names(tmp_path) == ["best-1", "best-2", "step-1", "step-2"]
+    RunCheckpoint(tmp_path).restore(new_trainer())
+    assert names(tmp_path) == ["best-1", "step-1", "step-2"]
+
+
+def test_a_full_disk_leaves_the_last_one(tmp_path, monkeypatch):
+    trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path)
+    fit(trainer, epochs=1, checkpoint=checkpoint)
+    blocker = tmp_path / "step-2_temp"
+    blocker.write_text("in the way of TensorFlow's temporary folder")
+    with pytest.raises(OSError, match=r"cannot write checkpoint .*step-1 is whole: make room"):
+        checkpoint.save(trainer)
+    assert names(tmp_path) == ["step-1"]
+    assert RunCheckpoint(tmp_path).restore(new_trainer())
+
+
+def test_restored_weights_are_those_that_were_saved(tmp_path):
+    trainer = fit(new_trainer(), 1, checkpoint=RunCheckpoint(tmp_path))
+    restored = new_trainer()
+    assert not np.array_equal(weights(restored.model)[0], weights(trainer.model)[0])
+    RunCheckpoint(tmp_path).restore(restored)
+    assert_same(weights(restored.model), weights(trainer.model))
