@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 from importlib.resources import files
 from pathlib import Path
 
 from recipes import run_folder
 from recipes.convert import ConvertConfig
-from transfer import Card, save_meta_graph, vgg
+from transfer import Card, checkpoint, save_meta_graph, vgg
 from transfer.preprocess import CONVENTIONS
 from transfer.published import containers, layouts
 from transfer.published.layouts import Published
@@ -24,9 +25,7 @@ def run(file: Path, config: ConvertConfig) -> list[str]:
     """
     if config.preprocess is not None and config.preprocess not in CONVENTIONS:
         raise ValueError(f"--preprocess {config.preprocess}: choose from {', '.join(CONVENTIONS)}")
-    existing = config.out.with_name(f"{config.out.name}.meta")
-    if existing.exists():
-        raise ValueError(f"{str(existing)!r} is there already; choose another --out")
+    check_out(config.out)
     columns_first = {"auto": None, "rows": False, "columns": True}[config.spatial_order]
     found = layouts.identify(containers.read(file), columns_first=columns_first)
     names = _class_names(config, found)
@@ -35,7 +34,8 @@ def run(file: Path, config: ConvertConfig) -> list[str]:
     return [
         f"{found.name}, {sum(v.size for v in found.values.values()):,} parameters, "
         + ("no classes" if found.num_classes is None else f"{found.num_classes} classes"),
-        f"layout: {found.layout.name}; preprocess: {card.preprocess}",
+        f"layout: {found.layout.name}; preprocess: {card.preprocess}"
+        + ("" if config.preprocess else ", as published; --preprocess if yours expect another"),
         *([f"left out: {', '.join(found.left_out)}"] if found.left_out else []),
         str(config.out),
     ]
@@ -57,7 +57,7 @@ def save(found: Published, config: ConvertConfig, names: list[str], source: str)
         labels=labels.name if names else None,
         outputs={"logits": "fc8:0", "probabilities": "prob:0"} if has_top else {},
         source=source,
-        licence=found.layout.licence,
+        licence=found.licence,
         trained_on="ImageNet" if found.num_classes == NUM_IMAGENET_CLASSES else None,
     )
     graph = vgg.build_graph(
@@ -75,9 +75,28 @@ def save(found: Published, config: ConvertConfig, names: list[str], source: str)
     return card
 
 
+def check_out(prefix: Path) -> None:
+    """Whether a model may be written there: nothing is replaced, not even what is converted.
+
+    Raises:
+        ValueError: names what is there.
+    """
+    checkpoint.check_path(prefix)
+    name = glob.escape(prefix.name)
+    patterns = [f"{name}.{end}" for end in ("meta", "index", "data-*", "json", "labels.txt")]
+    existing = [path for pattern in patterns for path in prefix.parent.glob(pattern)]
+    if existing:
+        raise ValueError(f"{str(existing[0])!r} is there already; choose another --out")
+
+
 def file_digest(path: Path) -> str:
-    """Of a file; of the index of a checkpoint's prefix."""
-    return file_sha256(path if path.is_file() else path.with_name(f"{path.name}.index"))
+    """Of a file; of all files of a checkpoint, one after the other."""
+    files = [path] if path.is_file() and not checkpoint.PART.search(path.name) else []
+    if not files:
+        prefix = glob.escape(checkpoint.PART.sub("", path.name))
+        patterns = (f"{prefix}.index", f"{prefix}.data-*", f"{prefix}-?????-of-?????")
+        files = [found for pattern in patterns for found in sorted(path.parent.glob(pattern))]
+    return file_sha256(*files)
 
 
 def _class_names(config: ConvertConfig, found: Published) -> list[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
+import tempfile
+import threading
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -61,15 +64,22 @@ def run(name: str, out: Path, *, convolutional: bool) -> list[str]:
         ValueError: if the file is not the one that was published, or the results differ.
     """
     weights = PUBLISHED[name]
+    convert_job.check_out(out)
     download(weights)
-    lines = convert_job.run(weights.path, ConvertConfig(out=out, convolutional=convolutional))
-    difference = compare(out, weights)
-    if difference > _TOLERANCE:
-        raise ValueError(
-            f"{str(out)!r} and Keras' {name} differ by {difference:.2g} in a probability; expected "
-            f"at most {_TOLERANCE:g}; do not use it, and report this"
-        )
-    return [*lines, f"probabilities differ from Keras' by at most {difference:.1g}"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".converting-") as folder:
+        draft = Path(folder) / out.name
+        config = ConvertConfig(out=draft, convolutional=convolutional)
+        *lines, _ = convert_job.run(weights.path, config)
+        difference = compare(draft, weights)
+        if not difference <= _TOLERANCE:
+            raise ValueError(
+                f"the converted model and Keras' {name} differ by {difference:.2g} in a "
+                f"probability; expected at most {_TOLERANCE:g}; nothing was written, report this"
+            )
+        for path in sorted(draft.parent.iterdir()):
+            os.replace(path, out.parent / path.name)
+    return [*lines, f"probabilities differ from Keras' by at most {difference:.1g}", str(out)]
 
 
 def download(weights: Weights) -> None:
@@ -86,15 +96,16 @@ def download(weights: Weights) -> None:
     done = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(weights.url, headers={"Range": f"bytes={done}-"})
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+        with _opened(request) as response:
             if response.status != 206:  # it gives the whole file
                 done = 0
             _receive(response, part, done)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # there is no rest
+        if error.code != 416 or not done:  # there is no rest
             raise ConnectionError(_manual(weights, f"the server says {error.code}")) from error
-    except OSError as error:
-        raise ConnectionError(_manual(weights, str(error))) from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = str(error) or type(error).__name__
+        raise ConnectionError(_manual(weights, reason)) from error
     if _md5(part) != weights.md5:
         part.unlink()
         raise ValueError(
@@ -119,7 +130,33 @@ def compare(prefix: Path, weights: Weights) -> float:
     return float(np.max(np.abs(ours - np.asarray(theirs))))
 
 
+def _opened(request: urllib.request.Request) -> Any:
+    """The response, within ``TIMEOUT_S``. The timeout of ``urlopen`` is for each address, and a
+    name server has none; so it is waited for from outside."""
+    found: list[Any] = []
+
+    def ask() -> None:
+        try:
+            found.append(urllib.request.urlopen(request, timeout=TIMEOUT_S))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT_S)
+    if not found:
+        raise TimeoutError(f"no answer within {TIMEOUT_S:g} s")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
 def _receive(response: Any, part: Path, done: int) -> None:
+    """Append what comes to ``part``, which has ``done`` bytes already.
+
+    Raises:
+        ConnectionError: if it ends before its end.
+    """
     total = done + int(response.headers.get("Content-Length", 0))
     with (
         part.open("r+b" if done else "wb") as file,
@@ -129,6 +166,9 @@ def _receive(response: Any, part: Path, done: int) -> None:
         while chunk := response.read(_CHUNK):
             file.write(chunk)
             bar.update(len(chunk))
+            done += len(chunk)
+    if done < total:
+        raise ConnectionError(f"it was cut after {done:,} of {total:,} bytes; pull again to go on")
 
 
 def _md5(path: Path) -> str:

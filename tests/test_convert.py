@@ -1,5 +1,6 @@
 """`vgg-transfer convert` and `pull`, from files of published weights to models."""
 
+import hashlib
 import http.server
 import json
 import re
@@ -11,7 +12,14 @@ import keras
 import numpy as np
 import pytest
 from commands import finetune, metrics
-from test_published import NUM_CLASSES, SMALL, VALUES, write_frossard, write_keras_legacy
+from test_published import (
+    NUM_CLASSES,
+    SMALL,
+    VALUES,
+    write_frossard,
+    write_keras_legacy,
+    write_slim,
+)
 
 from recipes import pull_job
 from recipes.cli import main
@@ -72,6 +80,35 @@ def test_flags_overrule_what_is_found(tmp_path, capsys):
     assert not (tmp_path / "b.meta").exists()
 
 
+def test_nothing_is_written_over_not_even_the_source(tmp_path, capsys):
+    write_slim(tmp_path / "vgg_16")
+    before = (tmp_path / "vgg_16.index").read_bytes()
+    assert convert(tmp_path / "vgg_16", tmp_path / "vgg_16") == 1
+    assert "is there already; choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "vgg_16.index").read_bytes() == before
+    write_frossard(tmp_path / "weights.npz")
+    (tmp_path / "names").write_text("".join(f"class {n}\n" for n in range(NUM_CLASSES)))
+    flags = ["--labels", tmp_path / "names"]
+    assert convert(tmp_path / "weights.npz", tmp_path / "out[1]" / "vgg", *flags) == 1
+    assert not (tmp_path / "out[1]").exists()
+
+
+def test_the_hash_is_of_all_files_of_a_checkpoint(tmp_path):
+    write_slim(tmp_path / "vgg_16")
+    data = [(tmp_path / f"vgg_16.{end}").read_bytes() for end in ("index", "data-00000-of-00001")]
+    assert convert(tmp_path / "vgg_16", tmp_path / "out" / "vgg") == 0
+    card = json.loads((tmp_path / "out" / "vgg.json").read_text())
+    assert card["source"].endswith(hashlib.sha256(b"".join(data)).hexdigest())
+    assert "licence" not in card  # of seven classes: somebody's own weights
+
+
+def test_an_order_of_axes_is_for_matconvnet_only(tmp_path, capsys):
+    write_frossard(tmp_path / "weights.npz")
+    flags = ["--spatial-order", "columns"]
+    assert convert(tmp_path / "weights.npz", tmp_path / "vgg", *flags) == 1
+    assert "only MatConvNet's files come in two orders" in capsys.readouterr().err
+
+
 def test_what_is_no_vgg_is_refused_and_nothing_is_written(tmp_path, capsys):
     (tmp_path / "page.h5").write_bytes(b"<html>404</html>")
     assert convert(tmp_path / "page.h5", tmp_path / "out" / "vgg") == 1
@@ -126,6 +163,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     data = b""
     requests = ()
+    cut_after = None  # bytes, then the connection is closed
 
     def do_GET(self):
         start = int(re.search(r"bytes=(\d+)-", self.headers["Range"])[1])
@@ -136,7 +174,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(206)
         self.send_header("Content-Length", str(len(self.data) - start))
         self.end_headers()
-        self.wfile.write(self.data[start:])
+        self.wfile.write(self.data[start:][: Handler.cut_after])
 
     def log_message(self, *_):
         pass
@@ -147,6 +185,7 @@ def server(tmp_path, monkeypatch, keras_vgg):
     write_keras_legacy(tmp_path / "published.h5")
     Handler.data = (tmp_path / "published.h5").read_bytes()
     Handler.requests = ()
+    Handler.cut_after = None
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     weights = replace(
@@ -180,6 +219,31 @@ def test_a_download_goes_on_where_it_was_cut(tmp_path, server):
     assert not part.exists()
 
 
+def test_a_connection_that_ends_early_loses_nothing(tmp_path, server, capsys):
+    Handler.cut_after = 1000
+    assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 1
+    assert f"cut after 1,000 of {len(Handler.data):,} bytes" in capsys.readouterr().err
+    Handler.cut_after = None
+    assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 0
+    assert Handler.requests == ("bytes=0-", "bytes=1000-")
+
+
+def test_a_folder_that_is_taken_is_known_before_the_download(tmp_path, server, capsys):
+    (tmp_path / "vgg16.json").write_text("{}")
+    assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 1
+    assert "is there already" in capsys.readouterr().err
+    assert Handler.requests == ()
+
+
+def test_a_name_server_that_does_not_answer_is_not_waited_for(server, monkeypatch, capsys):
+    released = threading.Event()
+    monkeypatch.setattr(pull_job, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: released.wait(60))
+    assert main(["pull", "vgg16"]) == 1
+    released.set()
+    assert "no answer within 0.2 s" in capsys.readouterr().err
+
+
 def test_another_file_than_the_published_one_is_refused(tmp_path, server, capsys):
     Handler.data = b"<html>moved</html>"
     assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 1
@@ -191,8 +255,10 @@ def test_another_file_than_the_published_one_is_refused(tmp_path, server, capsys
 def test_a_conversion_that_differs_from_keras_is_refused(tmp_path, server, monkeypatch, capsys):
     wrong = replace(server, model=lambda weights: lambda x, training: np.zeros((2, NUM_CLASSES)))
     monkeypatch.setitem(pull_job.PUBLISHED, "vgg16", wrong)
-    assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 1
+    out = tmp_path / "models" / "vgg16"
+    assert main(["pull", "vgg16", "--out", str(out)]) == 1
     assert "in a probability; expected at most 0.0001" in capsys.readouterr().err
+    assert list(out.parent.iterdir()) == []
 
 
 def test_without_a_network_it_says_what_to_do(tmp_path, server, monkeypatch, capsys):

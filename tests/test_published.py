@@ -1,5 +1,6 @@
 """Published weights: every layout written here as its authors do, then read."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -233,8 +234,12 @@ def test_old_matconvnet_files_have_their_columns_first(tmp_path):
     assert_values(layouts.identify(found, columns_first=True))
 
 
-def torch_pickle(state, storages):
-    """The bytes of a state dictionary, protocol 2, by hand: tensors share no storages."""
+def torch_pickle(state, storages, rebuild="_rebuild_tensor_v2"):
+    """The bytes of a state dictionary, protocol 2, by hand: tensors share no storages.
+
+    ``rebuild`` names the function that makes a tensor; ``None`` makes it of its class, as PyTorch
+    0.1 did.
+    """
     out = io.BytesIO()
 
     def text(value):
@@ -251,10 +256,16 @@ def torch_pickle(state, storages):
     for key, (name, values) in enumerate(state.items()):
         storages[str(key)] = values
         strides = [int(np.prod(values.shape[i + 1 :])) for i in range(values.ndim)]
-        out.write(text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n((")
+        out.write(text(name))
+        maker = f"ctorch._utils\n{rebuild}\n" if rebuild else "ctorch\nFloatTensor\n)\x81"
+        out.write(maker.encode().replace(b"\xc2\x81", b"\x81") + b"((")
         out.write(text("storage") + b"ctorch\nFloatStorage\n" + text(str(key)) + text("cpu"))
-        out.write(number(values.size) + b"tQ" + number(0) + numbers(values.shape))
-        out.write(numbers(strides) + b"\x89ccollections\nOrderedDict\n)RtR")
+        out.write(number(values.size))
+        out.write((b"" if rebuild else b"N") + b"tQ" + number(0) + numbers(values.shape))
+        out.write(numbers(strides))
+        if rebuild == "_rebuild_tensor_v2":
+            out.write(b"\x89ccollections\nOrderedDict\n)R")
+        out.write(b"tR" if rebuild else b"tb")
     out.write(b"u.")
     return out.getvalue()
 
@@ -269,9 +280,9 @@ def write_torch_zip(path, state=None):
             archive.writestr(f"vgg16/data/{key}", values.tobytes())
 
 
-def write_torch_legacy(path, state=None):
+def write_torch_legacy(path, state=None, rebuild="_rebuild_tensor_v2"):
     storages = {}
-    data = torch_pickle(state or torch_state(), storages)
+    data = torch_pickle(state or torch_state(), storages, rebuild)
     with path.open("wb") as file:
         pickle.dump(0x1950A86A20F9469CFC6C, file, protocol=2)
         pickle.dump(1001, file, protocol=2)
@@ -288,6 +299,12 @@ def test_pytorch_files(tmp_path, writer):
     found = layouts.identify(containers.read(tmp_path / "weights"))
     assert_values(found)
     assert (found.layout.name, found.layout.preprocess) == ("torchvision", "torch")
+
+
+@pytest.mark.parametrize("rebuild", ["_rebuild_tensor", None])
+def test_older_pytorch_files(tmp_path, rebuild):
+    write_torch_legacy(tmp_path / "weights", rebuild=rebuild)
+    assert_values(layouts.identify(containers.read(tmp_path / "weights")))
 
 
 def test_batch_norm_is_folded(tmp_path):
@@ -344,6 +361,67 @@ def test_a_pickle_that_refers_to_itself_ends(tmp_path):
     np.save(tmp_path / "a.npy", {"a": laughs}, allow_pickle=True)
     with pytest.raises(ValueError, match="holds over .* objects, or is nested"):
         containers.read(tmp_path / "a.npy")
+
+
+def test_an_array_that_is_its_own_element_ends(tmp_path):
+    array = np.empty((), object)
+    array[()] = array
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(ValueError, match="holds over .* objects"):
+        containers.read(tmp_path / "a.npy")
+
+
+def write_pickle(path, pickled):
+    with path.open("wb") as file:
+        header = np.lib.format.header_data_from_array_1_0(np.empty((), object))
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(pickled)
+
+
+def test_a_pickle_asks_for_no_more_memory_than_it_needs(tmp_path):
+    write_pickle(tmp_path / "a.npy", b"\x80\x02]r" + struct.pack("<I", 2**26) + b".")
+    with pytest.raises(ValueError, match="its memo has a place 67108864"):
+        containers.read(tmp_path / "a.npy")
+
+
+def test_a_pickle_cannot_hide_a_list_in_a_string(tmp_path):
+    laugh = b"]" + b"".join(b"q%c(%s" % (n, b"h%c" % n * 10) for n in range(3)) + b"eee"
+    write_pickle(tmp_path / "a.npy", b"\x80\x02c_codecs\nencode\n(" + laugh + b"tR.")
+    with pytest.raises(ValueError, match="a list in the place of a string|it is damaged"):
+        containers.read(tmp_path / "a.npy")
+
+
+def test_a_bomb_behind_a_file_of_pytorch_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(containers, "MAX_BYTES", 2**20)
+    storages = {}
+    data = torch_pickle({"features.0.weight": np.zeros(2**20, np.float32)}, storages)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/data.pkl", data)
+        file.writestr("a/data/0", storages["0"].tobytes())
+    magic = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+    for prefix in (b"", magic):
+        (tmp_path / "bomb").write_bytes(prefix + archive.getvalue())
+        with pytest.raises(ValueError, match="would take over|it is damaged"):
+            containers.read(tmp_path / "bomb")
+
+
+@pytest.mark.parametrize("writer", [*(w for w, _, _ in WRITERS.values()), write_torch_zip,
+                                    write_torch_legacy])  # fmt: skip
+def test_damaged_files_end_in_a_sentence(tmp_path, writer):
+    """Whatever a reader runs into, it names the file; or the damage is in a weight."""
+    path = tmp_path / "weights"
+    writer(path)
+    if not path.exists():
+        path = tmp_path / "weights.index"
+    data = path.read_bytes()
+    generator = np.random.default_rng(0)
+    for position in [*range(0, 400, 10), *generator.integers(0, len(data), 20)]:
+        damaged = bytearray(data)
+        damaged[position % len(data)] ^= 1 << int(generator.integers(8))
+        path.write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            containers.read(tmp_path / "weights")
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path):

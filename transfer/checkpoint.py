@@ -22,6 +22,8 @@ from tensorflow.core.protobuf.saver_pb2 import SaverDef
 from transfer.index import Stored, read_v1, read_v2
 from transfer.surgery import MAX_TRACE, Variable, constant, split_tensor_name
 
+PART = re.compile(r"\.(index|data-\d{5}-of-\d{5})$")
+"""What the name of a V2 checkpoint's file has after the prefix."""
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _SLICE = re.compile(r"(\d{1,18} )*((-|\d{1,18},\d{1,18}):)*(-|\d{1,18},\d{1,18})")
 _PART = re.compile(r"/part_(\d+)$")

@@ -8,12 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from transfer.preprocess import CONVENTIONS, Convention
 from transfer.surgery import Network, canonical, constant, data_inputs, operation_of
 
 _LAYERS = frozenset({"Conv2D", "DepthwiseConv2dNative", "MatMul", "BatchMatMulV2"})
-_FORM = frozenset({"Cast", "Identity", "Pad", "PadV2", "Reshape", "ExpandDims", "Squeeze", "Pack"})
+_FORM = frozenset(
+    {
+        *("Cast", "Identity", "Pad", "PadV2", "Reshape", "ExpandDims", "Squeeze"),
+        *("ResizeArea", "ResizeBicubic", "ResizeBilinear", "ResizeNearestNeighbor"),
+    }
+)
 _SPLITS = frozenset({"Split", "SplitV", "Unpack"})
 _MIN_MEAN = 0.05  # what is smaller keeps something else from being zero
 
@@ -68,7 +74,7 @@ def find(network: Network) -> Preparation:
         others = [operation_of(edge) for edge in edges if operation_of(edge) not in shallow]
         if any(name in weights for name in others):
             continue  # a layer of some kind
-        values = [constant(by_name.get(name)) for name in others]
+        values = [_constant(by_name, name) for name in others]
         number = next((v for v in values if v is not None and v.size in (1, 3)), None)
         picture = next((v for v in values if v is not None and v.ndim > 1 and v.size > 3), None)
         if node.op in ("Sub", "Add", "AddV2", "BiasAdd") and (number is not None):
@@ -76,12 +82,12 @@ def find(network: Network) -> Preparation:
             means += [sign * float(v) for v in number.ravel() if abs(float(v)) > _MIN_MEAN]
         elif node.op == "Sub" and picture is not None:
             means.append(float(picture.mean()))  # a mean image
-        elif node.op in ("Mul", "RealDiv") and number is not None:
+        elif node.op in ("Mul", "Div", "RealDiv") and number is not None:
             factors = number.ravel().astype(float)
-            scales += [float(f) for f in (1 / factors if node.op == "RealDiv" else factors)]
+            scales += [float(f) for f in (factors if node.op == "Mul" else 1 / factors)]
         elif node.op in ("ReverseV2", "GatherV2", "StridedSlice"):
-            swaps = swaps or _reverses(node.op, values)
-        elif node.op in ("Concat", "ConcatV2"):
+            swaps = swaps or _reverses(node, values)
+        elif node.op in ("Concat", "ConcatV2", "Pack"):
             order = [_piece(by_name, edge) for edge in edges if operation_of(edge) in shallow]
             swaps = swaps or (None not in order and order == [2, 1, 0])
         elif node.op not in _FORM | _SPLITS:
@@ -94,18 +100,32 @@ def _shrinks(convention: Convention) -> bool:
     return any(scale != 1 for scale in convention.scale)
 
 
-def _reverses(op: str, values: list[np.ndarray | None]) -> bool:
+def _constant(by_name: dict, name: str) -> np.ndarray | None:
+    """The value of a constant, which may have got another form."""
+    for _ in range(5):
+        node = by_name.get(name)
+        if node is None or node.op not in ("Cast", "ExpandDims", "Identity", "Reshape"):
+            return constant(node)
+        name = operation_of(canonical(data_inputs(node)[0]))
+    return None
+
+
+def _reverses(node: NodeDef, values: list[np.ndarray | None]) -> bool:
     """Whether the constants of an operation put the last axis in the opposite order."""
     known = [value.ravel().tolist() for value in values if value is not None]
-    if op == "GatherV2":
+    if node.op == "GatherV2":
         return [2, 1, 0] in known
-    if op == "ReverseV2":
+    if node.op == "ReverseV2":
         return known in ([[-1]], [[3]])
-    return bool(known) and known[-1][-1:] == [-1]  # strides
+    if not known:
+        return False
+    strides = known[-1]
+    reaches_colours = bool(node.attr["ellipsis_mask"].i) or len(strides) == 4
+    return reaches_colours and strides[-1] == -1
 
 
 def _piece(by_name: dict, edge: str) -> int | None:
-    """Which piece of the split images a tensor comes from."""
+    """Which colour of the images a tensor is: a piece of a split, or where a slice begins."""
     for _ in range(20):
         name, index = edge.split(":")[0], edge.partition(":")[2] or "0"
         node = by_name.get(name)
@@ -114,6 +134,9 @@ def _piece(by_name: dict, edge: str) -> int | None:
         if node.op in _SPLITS:
             return int(index)
         edges = data_inputs(node)
+        if node.op == "StridedSlice":
+            begin = constant(by_name.get(operation_of(canonical(edges[1]))))
+            return None if begin is None else int(begin.ravel()[-1])
         inputs = [e for e in edges if constant(by_name.get(operation_of(e))) is None]
         if len(inputs) != 1:
             return None

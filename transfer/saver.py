@@ -240,10 +240,11 @@ def _same(draft: Path, path: Path) -> bool:
     return path.is_file() and path.read_bytes() == draft.read_bytes()
 
 
-def file_sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+def file_sha256(*paths: Path) -> str:
+    """Of the bytes of a file, or of several one after the other, in hexadecimal."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()

@@ -25,11 +25,10 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from transfer import checkpoint
 from transfer.published import caffe
-from transfer.published.unpickle import TORCH_MAGIC, numpy_arrays, torch_arrays
+from transfer.published.unpickle import TORCH_MAGIC, numpy_arrays, torch_archive, torch_arrays
 
 MAX_BYTES = 2 * 2**30
 """Of all arrays of a file together; VGG19 with its three fully connected layers has 0.6 GB."""
-_PART = re.compile(r"\.(index|data-\d{5}-of-\d{5})$")  # of a V2 checkpoint
 _LEGACY_TORCH = b"\x8a\x0a" + TORCH_MAGIC.to_bytes(10, "little")
 
 
@@ -54,8 +53,12 @@ def read(path: Path) -> Container:
         raise FileNotFoundError(f"there is no file {str(path)!r}, and no checkpoint of that prefix")
     try:
         return _read(path)
-    except (ValueError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except ValueError as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
+    except Exception as error:  # the readers of damaged files raise what they like
+        raise ValueError(
+            f"{str(path)!r} cannot be read: it is damaged ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _read(path: Path) -> Container:
@@ -116,7 +119,7 @@ def _datasets(group: h5py.Group, path: str) -> Iterator[tuple[str, h5py.Dataset]
         item = group[name]
         if isinstance(item, h5py.Group):
             yield from _datasets(item, f"{path}{name}/")
-        else:
+        elif isinstance(item, h5py.Dataset) and item.shape is not None:
             yield f"{path}{name}", item
 
 
@@ -129,8 +132,7 @@ def _zip(file: IO[bytes]) -> Container:
             with archive.open("model.weights.h5") as inner:
                 return Container("HDF5", _hdf5(inner))
         if any(name.endswith("data.pkl") for name in names):
-            file.seek(0)
-            return Container("PyTorch", torch_arrays(file))
+            return Container("PyTorch", torch_archive(archive))
         arrays = {}
         for name in names:
             if name.endswith(".npy"):
@@ -259,15 +261,15 @@ def _frozen_graph(data: bytes) -> dict[str, np.ndarray]:
 
 def _is_checkpoint(path: Path) -> bool:
     """Whether a file is part of a checkpoint: its index or data, or a V1 table."""
-    if _PART.search(path.name):
-        return checkpoint.exists(path.with_name(_PART.sub("", path.name)))
+    if checkpoint.PART.search(path.name):
+        return checkpoint.exists(path.with_name(checkpoint.PART.sub("", path.name)))
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 8))
         return file.read(8) == (0xDB4775248B80FB57).to_bytes(8, "little")  # of a LevelDB table
 
 
 def _checkpoint(path: Path) -> Container:
-    opened = checkpoint.Checkpoint(path.with_name(_PART.sub("", path.name)))
+    opened = checkpoint.Checkpoint(path.with_name(checkpoint.PART.sub("", path.name)))
     names = [n for n, shape in opened.shapes.items() if shape and not _is_slot(n)]
     _check_total(4 * sum(math.prod(opened.shapes[name]) for name in names))
     values = opened.read({name: checkpoint.Entry(name) for name in names})

@@ -104,6 +104,14 @@ class Published:
     values: dict[str, np.ndarray]
     left_out: list[str]
 
+    @property
+    def licence(self) -> str | None:
+        """That of the published weights, if these may be them: a network for ImageNet, or what is
+        below its classes."""
+        is_torch = self.layout.preprocess == "torch"
+        may_be = self.num_classes in (None, 1000) and (is_torch or self.name in ("vgg16", "vgg19"))
+        return self.layout.licence if may_be else None
+
 
 def identify(container: Container, *, columns_first: bool | None = None) -> Published:
     """Tell which layout a file has, and bring it into ours.
@@ -123,6 +131,11 @@ def identify(container: Container, *, columns_first: bool | None = None) -> Publ
         raise ValueError(
             f"it is a {container.kind} file with {len(container.arrays)} arrays ({names}, ...); no "
             "known layout of a VGG has such names"
+        )
+    if columns_first is not None and layout.container != "MatConvNet":
+        raise ValueError(
+            f"its layout is {layout.name}, whose spatial order is known; only MatConvNet's files "
+            "come in two orders"
         )
     taken = {name for layer in layers.values() for name in layer}
     left_out = sorted(set(container.arrays) - taken)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import pickletools
 import re
 import struct
 import zipfile
@@ -20,7 +21,8 @@ import numpy as np
 
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 """First object of PyTorch's format before 1.6; source: torch/serialization.py, MAGIC_NUMBER."""
-_MAX_OBJECTS, _MAX_DEPTH = 20_000, 6
+_MAX_OBJECTS, _MAX_DEPTH, _MAX_MEMO = 20_000, 6, 10**6
+_PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 _TORCH_TYPES = {
     "DoubleStorage": "<f8",
     "FloatStorage": "<f4",
@@ -50,16 +52,12 @@ def numpy_arrays(file: IO[bytes]) -> dict[str, np.ndarray]:
 
 
 def torch_arrays(file: IO[bytes]) -> dict[str, np.ndarray]:
-    """The tensors that ``torch.save`` wrote, into a zip archive (PyTorch 1.6 and newer) or before
-    that; path in the object (``state_dict/features.0.weight``) to array.
+    """The tensors that ``torch.save`` wrote before PyTorch 1.6; path in the object
+    (``state_dict/features.0.weight``) to array.
 
     Raises:
         UnsafePickleError, ValueError: see ``numpy_arrays``.
     """
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            return _torch_archive(archive)
-    file.seek(0)
     storages = _Storages()
     magic, _, system, found = (_load(file, _TORCH, storages.of) for _ in range(4))
     if magic != TORCH_MAGIC or not isinstance(system, dict) or not system.get("little_endian"):
@@ -73,7 +71,12 @@ def torch_arrays(file: IO[bytes]) -> dict[str, np.ndarray]:
     return _arrays(found)
 
 
-def _torch_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+def torch_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    """The same of PyTorch 1.6 and newer. The archive's sizes were looked at.
+
+    Raises:
+        UnsafePickleError, ValueError: see ``numpy_arrays``.
+    """
     names = set(archive.namelist())
     pickles = [name for name in names if name.endswith("data.pkl")]
     if len(pickles) != 1:
@@ -126,6 +129,9 @@ def _load(
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
     try:
+        start = file.tell()
+        _check_memo(file)
+        file.seek(start)
         return _Unpickler(file, stand_ins, persistent).load()
     except UnsafePickleError:
         raise
@@ -133,14 +139,30 @@ def _load(
         raise ValueError(f"it is damaged ({type(error).__name__}: {error})") from error
 
 
+def _check_memo(file: IO[bytes]) -> None:
+    """Refuse a place in the memo that is too high: Python makes room for all below it."""
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name in _PUTS and int(argument or 0) > _MAX_MEMO:
+            raise ValueError(f"its memo has a place {argument}")
+
+
+def _text(value: Any) -> str:
+    """A string as it is; of anything else ``str`` may take for ever."""
+    if isinstance(value, bytes):
+        return value.decode("latin1")
+    if not isinstance(value, str):
+        raise ValueError(f"it has a {type(value).__name__} in the place of a string")
+    return value
+
+
 class _DType:
     """Stands for ``numpy.dtype``."""
 
     def __init__(self, code: Any = "", *_: Any):
-        self.code, self.order = str(code), "|"
+        self.code, self.order = _text(code), "|"
 
     def __setstate__(self, state: tuple) -> None:
-        self.order = str(state[1])
+        self.order = _text(state[1])
 
     def resolve(self) -> np.dtype:
         code = self.code.lstrip("<>=|")
@@ -185,7 +207,7 @@ class _Bytes:
     """Stands for ``_codecs.encode``: bytes in pickles of protocol 2."""
 
     def __new__(cls, text: str, encoding: str = "latin1") -> bytes:  # type: ignore[misc]
-        return str(text).encode("latin1")
+        return _text(text).encode("latin1")
 
 
 class _Dict(dict):
@@ -212,10 +234,14 @@ class _StorageType:
 
 
 class _Tensor:
-    """Stands for ``torch._utils._rebuild_tensor_v2``."""
+    """Stands for ``torch._utils._rebuild_tensor_v2``, and for ``torch.FloatTensor``, whose state
+    old files set."""
 
     def __init__(self, storage: Any, offset: int, size: Any, stride: Any, *_: Any):
-        self.storage, self.offset, self.size, self.stride = storage, offset, size, stride
+        self.__setstate__((storage, offset, size, stride))
+
+    def __setstate__(self, state: tuple) -> None:
+        self.storage, self.offset, self.size, self.stride = state[:4]
 
     def resolve(self) -> np.ndarray:
         size = tuple(int(n) for n in self.size)
@@ -261,6 +287,7 @@ _TORCH: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): _Tensor,
     ("torch._utils", "_rebuild_parameter"): _Parameter,
 } | {("torch", name): _StorageType(code) for name, code in _TORCH_TYPES.items()}
+_TORCH |= {("torch", name.replace("Storage", "Tensor")): _Tensor for name in _TORCH_TYPES}
 
 
 class _Storages:
@@ -298,9 +325,9 @@ def _arrays(found: Any) -> dict[str, np.ndarray]:
         if not pending:
             return arrays
         path, value = pending.pop()
-        while isinstance(value, _Array | _Buffer | _Tensor | _Parameter):
-            value = value.resolve()
-        if isinstance(value, np.ndarray):
+        if isinstance(value, _Array | _Buffer | _Tensor | _Parameter):
+            pending.append((path, value.resolve()))
+        elif isinstance(value, np.ndarray):
             arrays["/".join(path)] = value
         elif isinstance(value, dict | list | tuple):
             items = value.items() if isinstance(value, dict) else enumerate(value)
