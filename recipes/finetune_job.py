@@ -57,7 +57,7 @@ def _train_and_evaluate(job: Job, clock: measure.Clock, signals: Signals) -> dic
             if job.config.solver == "lbfgs":
                 trainer = StageSolver(job, model)
             else:
-                trainer = StageTrainer(job, number, model, progress)
+                trainer = StageTrainer(job, number, frozen, model, progress)
         if not trainer.is_done or stage is job.stages[-1]:
             with clock("extract_s"):
                 inputs = Inputs(job, stage.cut, frozen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -72,11 +73,12 @@ def prepare(config: FinetuneConfig) -> Job:
 
 
 def write_down(job: Job) -> None:
-    """What is evaluated on, and what the run was made with and of."""
+    """What is evaluated on, and what the run was made with and of.
+
+    Raises:
+        ValueError: if the run is resumed with another model or other images.
+    """
     out = job.out
-    run_folder.write_text(out / run_folder.HELD_OUT, "".join(f"{n}\n" for n in job.held_out.names))
-    if job.config.resume and (out / run_folder.PROVENANCE).is_file():
-        return
     provenance = {
         "command": ["vgg-transfer", *sys.argv[1:]],
         "git": measure.git_revision(),
@@ -84,7 +86,18 @@ def write_down(job: Job) -> None:
         "model": {"name": job.config.model, "sha256": job.classifier.backbone.digest()},
         "dataset": {"name": job.train.source.name} | job.images,
     }
-    run_folder.write_json(out / run_folder.PROVENANCE, provenance)
+    path = out / run_folder.PROVENANCE
+    if path.is_file():
+        began = json.loads(path.read_text(encoding="utf-8"))
+        changed = [part for part in ("model", "dataset") if began[part] != provenance[part]]
+        if changed:
+            raise ValueError(
+                f"cannot resume the run in {str(out)!r}: its {' and '.join(changed)} changed since "
+                f"it began (see {path.name}); start anew, with another --out"
+            )
+        return
+    run_folder.write_text(out / run_folder.HELD_OUT, "".join(f"{n}\n" for n in job.held_out.names))
+    run_folder.write_json(path, provenance)
 
 
 def _check(config: FinetuneConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from recipes.finetune_inputs import Inputs
 from recipes.finetune_setup import Job
 from recipes.finetune_stages import parameter_groups
 from recipes.interruption import Signals
+from transfer.backbone import GraphLayer
 from transfer.run_checkpoint import RunCheckpoint
 from transfer.training import ParameterGroup, Trainer
 
@@ -40,11 +42,18 @@ class StageTrainer:
     Args:
         job: the run.
         number: of the stage, from 0.
-        model: what is trained of the classifier, from the stage's split.
+        frozen, model: the two sides of the stage's cut.
         before: how far the run was at the end of the stage before.
     """
 
-    def __init__(self, job: Job, number: int, model: keras.Model, before: Progress):
+    def __init__(
+        self,
+        job: Job,
+        number: int,
+        frozen: GraphLayer | None,
+        model: keras.Model,
+        before: Progress,
+    ):
         config = job.config
         self._job = job
         self._before = before
@@ -52,15 +61,30 @@ class StageTrainer:
         groups = parameter_groups(config, job.classifier, stage, job.steps_per_epoch)
         self.trainer = new_trainer(job, model, groups)
         self.trainer.step, self.trainer.epoch = before.step, before.epoch
+        if frozen is not None:
+            weights = {id(variable) for variable in frozen.weights}
+            self.trainer.random_states = [v for v in frozen.variables if id(v) not in weights]
         self._checkpoint = RunCheckpoint(
             job.out / run_folder.CHECKPOINTS / f"stage-{number}",
             every_s=60 * config.checkpoint_minutes,
         )
         if config.resume:
-            self._checkpoint.restore(self.trainer)
-            for line in self._checkpoint.damaged:
-                print(f"warning: {line}; going on from the one before", file=sys.stderr)
+            self._resume(number)
         self._first_step = self.trainer.step
+
+    def _resume(self, number: int) -> None:
+        trainer = self.trainer
+        self._checkpoint.restore(trainer)
+        for line in self._checkpoint.damaged:
+            print(f"warning: {line}; going on from the one before", file=sys.stderr)
+        if not self.is_done:
+            # Later stages began with what this one must end with first.
+            for later in range(number + 1, len(self._job.stages)):
+                folder = self._job.out / run_folder.CHECKPOINTS / f"stage-{later}"
+                shutil.rmtree(folder, ignore_errors=True)
+        elif self._job.config.early_stopping is not None:
+            # As Keras does at the end of the training, after the last checkpoint.
+            trainer.model.set_weights(self._checkpoint.best_weights(trainer))
 
     @property
     def is_done(self) -> bool:
@@ -153,6 +177,10 @@ class ResumedEarlyStopping(keras.callbacks.EarlyStopping):
         super().__init__(monitor, **options)
         self._history = history
         self._best_weights = best_weights
+
+    def _is_improvement(self, value: float, reference: float | None) -> bool:
+        # As the trainer compares; Keras does so with seven digits.
+        return reference is None or value < reference
 
     def on_train_begin(self, logs: Any = None) -> None:
         super().on_train_begin(logs)

@@ -6,7 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import json
-import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import filelock
 import yaml
 
 from transfer.checkpoint import check_path
+from transfer.files import write_text
 
 CONFIG = "config.yaml"
 LABELS = "labels.txt"
@@ -44,7 +45,7 @@ def check(out: Path | None, *, resume: bool) -> None:
     check_path(out.resolve())
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{str(out)!r} is a file; expected a folder to write the run to")
-    is_empty = not out.is_dir() or all(path.name == _LOCK for path in out.iterdir())
+    is_empty = not out.is_dir() or all(_is_passing(path) for path in out.iterdir())
     if is_empty or (resume and _has_begun(out)):
         return
     if resume:
@@ -72,10 +73,17 @@ def opened(config: Any) -> Iterator[None]:
             f"another process works in {str(out)!r}; wait for it, or choose another --out"
         ) from None
     with lock:
+        for left in out.glob(".saving-*"):  # of a run that was killed while it saved its model
+            shutil.rmtree(left, ignore_errors=True)
         if config.resume and _has_begun(out):
             _check_resumed(out, config)
         write_text(out / CONFIG, to_yaml(config))
         yield
+
+
+def _is_passing(path: Path) -> bool:
+    """Whether it is no work: the lock, or a file that was not finished."""
+    return path.name == _LOCK or (path.name.startswith(".") and path.suffix == ".tmp")
 
 
 def _has_begun(out: Path) -> bool:
@@ -89,12 +97,17 @@ def keep_history(run: Path, epochs: int) -> None:
     if not path.is_file():
         return
     with path.open(newline="", encoding="utf-8") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
-    kept = [row for row in rows if len(row) == len(header) and float(row[0]) < epochs]
+        lines = file.readlines()
+    commas = lines[0].count(",") if lines else 0
+    kept = [
+        line
+        for line in lines[1:]
+        if line.endswith("\n") and line.count(",") == commas and float(line.split(",")[0]) < epochs
+    ]
     if not kept:
         path.unlink()  # with its header, which the next epoch writes
         return
-    write_text(path, "".join(f"{','.join(row)}\n" for row in [header, *kept]))
+    write_text(path, "".join([lines[0], *kept]))
 
 
 def read_history(run: Path) -> dict[str, list[float]]:
@@ -105,13 +118,6 @@ def read_history(run: Path) -> dict[str, list[float]]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else {})}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file at once: to a temporary name first, then renamed."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:

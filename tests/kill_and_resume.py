@@ -39,7 +39,7 @@ def differences(whole: Path, other: Path) -> list[str]:
     found = []
     before, after = saved_values(whole / "model"), saved_values(other / "model")
     found += [name for name in before if not np.array_equal(before[name], after[name])]
-    if (whole / "history.csv").read_text() != (other / "history.csv").read_text():
+    if (whole / "history.csv").read_bytes() != (other / "history.csv").read_bytes():
         found.append("history.csv")
     first, second = (json.loads((run / "metrics.json").read_text()) for run in (whole, other))
     first["train"].pop("epoch_s"), second["train"].pop("epoch_s")

@@ -10,8 +10,10 @@ import pytest
 import yaml
 from commands import finetune, largest_difference, metrics
 
+from recipes import run_folder
 from recipes.cli import main
 from recipes.interruption import Interrupted, Signals, resumable
+from transfer.evaluation import predict
 from transfer.training import Trainer
 
 FLAGS = ("--freeze-until", "pool2", "--dropout", 0.2, "--early-stopping", 2)
@@ -34,7 +36,7 @@ def setting(tmp_path_factory):
 
 def assert_same_end(first, second):
     assert largest_difference(first / "model", second / "model") == 0
-    assert (first / "history.csv").read_text() == (second / "history.csv").read_text()
+    assert (first / "history.csv").read_bytes() == (second / "history.csv").read_bytes()
     for part in ("eval", "params"):
         assert metrics(first)[part] == metrics(second)[part]
     of_time = {"epoch_s"}
@@ -76,6 +78,61 @@ def test_a_signal_ends_the_step_and_the_run_can_be_resumed(
         assert main(command) == 0
     assert steps[0] == step + 1  # no step is done twice
     assert_same_end(whole, out)
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_signal_while_it_validates(tmp_path, setting, monkeypatch, call):
+    """The dropout of the network goes on where it was, too."""
+    model, photos, whole = setting
+    calls = []
+
+    def signalled(*arguments):
+        calls.append(None)
+        found = predict(*arguments)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("recipes.finetune_inputs.predict", signalled)
+        assert finetune(out, model, photos, *FLAGS) == 143
+    assert finetune(out, model, photos, *FLAGS, "--resume") == 0
+    assert_same_end(whole, out)
+
+
+def test_a_stage_that_ended_with_its_best_weights_is_resumed_with_them(
+    tmp_path, setting, monkeypatch
+):
+    model, photos, _ = setting
+    flags = ["--schedule", "fc7:4:0.5,pool2:2:0.01", "--early-stopping", 1]
+    assert finetune(tmp_path / "whole", model, photos, *flags) == 0
+    train_step, out = Trainer.train_step, tmp_path / "parts"
+
+    def killed(self, *arguments):
+        if len(self.groups[0].variables) > 2:  # the second stage
+            raise RuntimeError("killed")
+        return train_step(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", killed)
+        assert finetune(out, model, photos, *flags) == 1
+    assert finetune(out, model, photos, *flags, "--resume") == 0
+    assert_same_end(tmp_path / "whole", out)
+
+
+def test_a_run_is_not_resumed_on_other_images(tmp_path, setting, capsys):
+    import shutil
+
+    model, photos, _ = setting
+    own = shutil.copytree(photos, tmp_path / "photos")
+    assert finetune(tmp_path / "run", model, own) == 0
+    held_out = (tmp_path / "run" / "held_out.txt").read_text()
+    image = next((own / "red").iterdir())
+    shutil.copy(image, image.with_name("another.png"))
+    assert finetune(tmp_path / "run", model, own, "--resume") == 1
+    assert "its dataset changed since it began" in capsys.readouterr().err
+    assert (tmp_path / "run" / "held_out.txt").read_text() == held_out
 
 
 def test_a_signal_at_any_other_time_ends_it_at_once(tmp_path):
@@ -132,12 +189,12 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, setting, capsys):
 
 
 def test_history_is_cut_back_to_the_checkpoint(tmp_path):
-    from recipes import run_folder
-
     path = tmp_path / "history.csv"
-    path.write_text("epoch,loss\n0,1.5\n1,1.25\n2,1.0\n3,0.")
+    path.write_bytes(b"epoch,loss\r\n0,1.5\r\n1,1.25\r\n2,1.0\r\n3,0.")  # as Keras writes it
+    run_folder.keep_history(tmp_path, 3)
+    assert path.read_bytes().endswith(b"2,1.0\r\n")
     run_folder.keep_history(tmp_path, 2)
-    assert path.read_text() == "epoch,loss\n0,1.5\n1,1.25\n"
+    assert path.read_bytes() == b"epoch,loss\r\n0,1.5\r\n1,1.25\r\n"
     run_folder.keep_history(tmp_path, 0)
     assert not path.exists()
     run_folder.keep_history(tmp_path, 0)
@@ -145,6 +202,8 @@ def test_history_is_cut_back_to_the_checkpoint(tmp_path):
 
 def test_what_is_no_run_is_not_resumed(tmp_path, setting, capsys):
     model, photos, _ = setting
+    (tmp_path / ".config.yaml.tmp").write_text("of a run that was killed as it began")
+    run_folder.check(tmp_path, resume=True)
     (tmp_path / "photo.jpg").write_bytes(b"")
     assert finetune(tmp_path, model, photos, "--resume") == 1
     assert "holds no run to resume" in capsys.readouterr().err

@@ -90,6 +90,33 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     assert_same(weights(whole.model), weights(resumed.model))
 
 
+def test_a_session_that_was_killed_while_it_wrote_one_leaves_nothing(tmp_path):
+    trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path)
+    fit(trainer, 1, checkpoint=checkpoint)
+    (tmp_path / ".writing-step-2.index").write_bytes(b"half")
+    (tmp_path / ".writing-step-2_temp").mkdir()
+    (tmp_path / ".writing-step-2_temp" / "part").write_bytes(b"half")
+    assert RunCheckpoint(tmp_path).restore(new_trainer())
+    checkpoint.save(trainer)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"step-{number}.{end}" for number in (1, 2) for end in ("data-00000-of-00001", "index")
+    ]
+
+
+def test_random_layers_are_put_back_where_validation_is_interrupted(tmp_path):
+    def validate():
+        trainer.model(np.zeros((4, 8), np.float32), training=True)  # draws
+        raise KeyboardInterrupt
+
+    trainer = with_dropout()
+    with pytest.raises(KeyboardInterrupt):
+        fit(trainer, 2, validate=validate, checkpoint=RunCheckpoint(tmp_path))
+    resumed, whole = with_dropout(), fit(with_dropout(), 2)
+    RunCheckpoint(tmp_path).restore(resumed)
+    assert (resumed.epoch, resumed.sums.num_batches) == (0, 4)
+    assert_same(weights(fit(resumed, 2).model), weights(whole.model))
+
+
 @pytest.mark.parametrize("part", ["index", "data-00000-of-00001"])
 def test_when_none_is_left_it_says_so(tmp_path, part):
     fit(new_trainer(), epochs=1, checkpoint=RunCheckpoint(tmp_path))
@@ -102,6 +129,16 @@ def test_when_none_is_left_it_says_so(tmp_path, part):
 def test_nothing_to_restore(tmp_path):
     assert not RunCheckpoint(tmp_path).restore(new_trainer())
     assert RunCheckpoint(tmp_path).best_weights(new_trainer()) is None
+    (tmp_path / "best-0.index").write_bytes(b"of a run that was killed before its first checkpoint")
+    assert not RunCheckpoint(tmp_path).restore(new_trainer())
+    assert RunCheckpoint(tmp_path).best_weights(new_trainer()) is None
+
+
+def test_best_weights_that_are_damaged_are_named(tmp_path):
+    fit(new_trainer(), 1, validate=lambda: {"loss": 1.0}, checkpoint=RunCheckpoint(tmp_path))
+    (tmp_path / "best-0.index").write_bytes(b"")
+    with pytest.raises(ValueError, match="best weights of the run, .*best-0', cannot be read"):
+        RunCheckpoint(tmp_path).best_weights(new_trainer())
 
 
 def test_a_folder_that_is_removed_is_not_made_again(tmp_path):
@@ -144,7 +181,7 @@ def test_the_best_of_an_epoch_that_is_still_to_come_is_forgotten(tmp_path):
 def test_a_full_disk_leaves_the_last_one(tmp_path, monkeypatch):
     trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path)
     fit(trainer, epochs=1, checkpoint=checkpoint)
-    blocker = tmp_path / "step-2_temp"
+    blocker = tmp_path / ".writing-step-2_temp"
     blocker.write_text("in the way of TensorFlow's temporary folder")
     with pytest.raises(OSError, match=r"cannot write checkpoint .*step-1 is whole: make room"):
         checkpoint.save(trainer)

@@ -19,7 +19,7 @@ from transfer.gradients import with_fast_gradients
 from transfer.head import average_over_space
 from transfer.metagraph import MetaGraph
 from transfer.policy import RANDOM_OPS
-from transfer.surgery import SEED, Network, Variable, canonical, cut
+from transfer.surgery import SEED, Network, Variable, canonical, cut, is_seeded
 
 Pooling = Literal["avg", None]
 
@@ -53,7 +53,10 @@ class GraphLayer(keras.layers.Layer):
         # In training only: a SavedModel cannot hold what computes a gradient in a way of its own.
         for_training = with_fast_gradients(network.training or network.graph_def)
         self._training = as_function(replace(network, graph_def=for_training))
-        if self.random_nodes:
+        # A seed is drawn only where one is needed: an evaluation must not change what the next step
+        # of a training run draws.
+        self._draws = {False: is_seeded(network.graph_def), True: is_seeded(for_training)}
+        if any(self._draws.values()):
             self._seeds = keras.random.SeedGenerator()
         self.built = True
 
@@ -72,7 +75,7 @@ class GraphLayer(keras.layers.Layer):
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         """The network's output; with ``training``, dropout of the graph is on."""
         run = self._training if training else self._inference
-        seed = tf.cast(self._seeds.next(), tf.int32) if self.random_nodes else None
+        seed = tf.cast(self._seeds.next(), tf.int32) if self._draws[bool(training)] else None
         outputs = run(inputs, [variable.value for variable in self.graph_variables], seed)
         return average_over_space(outputs) if self.pooling == "avg" else outputs
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from transfer.files import write_text
 
 MAX_BYTES = 2**20
 
@@ -52,9 +53,7 @@ class Card:
 
 def write_card(path: Path, card: Card) -> None:
     """Write a card, at once."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(card.to_json(), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, card.to_json())
 
 
 def read_card(path: Path) -> Card:

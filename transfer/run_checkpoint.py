@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ import tensorflow as tf
 from transfer.index import read_v2
 from transfer.training import EpochSums, Trainer
 
+_DRAFT = ".writing-"
 # What TensorFlow's readers raise for files that are cut short, changed, or of another model.
 _UNREADABLE = (tf.errors.OpError, AssertionError, IndexError, RuntimeError, ValueError)
 
@@ -46,7 +48,13 @@ class RunCheckpoint:
         self._keep = keep
         self._every_s = math.inf if every_s is None else every_s
         self._saved_at = time.monotonic()
-        self._has_saved = False
+        self._has_begun = False
+
+    def begin(self) -> None:
+        """Make the folder, once. If it is gone later, somebody has removed it."""
+        if not self._has_begun:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        self._has_begun = True
 
     @property
     def is_due(self) -> bool:
@@ -103,11 +111,17 @@ class RunCheckpoint:
             return True
         if numbers:
             raise ValueError(f"no checkpoint is left to go on from: {'; '.join(self.damaged)}")
+        for epoch in self._numbers("best"):
+            self._delete(f"best-{epoch}")
         return False
 
     def best_weights(self, trainer: Trainer) -> list[np.ndarray] | None:
         """What ``save_best`` kept, in the order of ``trainer.model.weights``; ``None`` if it did
-        not yet."""
+        not yet.
+
+        Raises:
+            ValueError: if it cannot be read.
+        """
         numbers = self._numbers("best")
         if not numbers:
             return None
@@ -116,28 +130,37 @@ class RunCheckpoint:
                 tf.Variable(tf.zeros(v.shape, v.dtype)) for v in _weights(trainer)["weights"]
             ]
         }
-        self._read(f"best-{numbers[-1]}", copies)
+        try:
+            self._read(f"best-{numbers[-1]}", copies)
+        except _UNREADABLE as error:
+            raise ValueError(
+                f"the best weights of the run, {str(self.directory / f'best-{numbers[-1]}')!r}, "
+                f"cannot be read ({_first_line(error)}); start the run anew"
+            ) from error
         return [variable.numpy() for variable in copies["weights"]]
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
-        if self._has_saved and not self.directory.is_dir():
+        if not self.directory.is_dir():
             raise FileNotFoundError(
                 f"{str(self.directory)!r} was removed while the run went on; its checkpoints are "
                 "lost"
             )
-        path = self.directory / name
+        path, draft = self.directory / name, self.directory / f"{_DRAFT}{name}"
+        self._delete(f"{_DRAFT}*")  # of a session that was killed
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            tf.train.Checkpoint(**state).write(str(path))
+            tf.train.Checkpoint(**state).write(str(draft))
+            # TensorFlow writes the index under its final name, and may be killed at that. Here it
+            # is whole, and comes last.
+            for part in sorted(self.directory.glob(f"{draft.name}.*")):
+                os.replace(part, self.directory / part.name.removeprefix(_DRAFT))
         except (OSError, tf.errors.OpError) as error:
-            self._delete(name)
+            self._delete(draft.name)
             left = [f"step-{number}" for number in self._numbers("step")]
             raise OSError(
                 f"cannot write checkpoint {str(path)!r} ({_first_line(error)}); "
                 + (f"{left[-1]} is whole: " if left else "there is none before it: ")
                 + "make room, or mend the folder, and start again with --resume"
             ) from error
-        self._has_saved = True
 
     def _read(self, name: str, state: dict[str, Any]) -> None:
         path = self.directory / name
@@ -163,7 +186,7 @@ class RunCheckpoint:
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:
-    variables = [*trainer.model.variables]
+    variables = [*trainer.model.variables, *trainer.random_states]
     for group in trainer.groups:
         variables += group.optimizer.variables
     sums = trainer.sums

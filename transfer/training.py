@@ -34,6 +34,8 @@ class Checkpoint(Protocol):
     def is_due(self) -> bool:
         """Whether it is time to save within an epoch."""
 
+    def begin(self) -> None: ...
+
     def save(self, trainer: Trainer) -> None: ...
 
     def save_best(self, trainer: Trainer) -> None: ...
@@ -91,6 +93,7 @@ class Trainer:
             leaves them as they are.
         frozen: applied to the inputs first, in inference mode and without a gradient.
         seed: of what is drawn at random here, for each step anew.
+        random_states: variables of ``frozen`` that its steps change: states of random layers.
 
     ``step`` and ``epoch`` are those that are done, ``sums`` what is done of the epoch that has
     begun, and ``best_loss`` the lowest validation loss after an epoch. ``epoch_seconds`` are the
@@ -105,6 +108,7 @@ class Trainer:
     clip_norm: float | None = None
     frozen: Callable[[Any], Any] | None = None
     seed: int = 0
+    random_states: Sequence[keras.Variable] = ()
     step: int = 0
     epoch: int = 0
     sums: EpochSums = field(default_factory=EpochSums)
@@ -229,6 +233,8 @@ class Trainer:
             epochs=epochs,
             steps=steps_per_epoch,
         )
+        if checkpoint is not None:
+            checkpoint.begin()
         callback_list.on_train_begin()
         try:
             while self.epoch < epochs and not self.model.stop_training:
@@ -242,7 +248,7 @@ class Trainer:
                 )
                 self.epoch_seconds.append(time.perf_counter() - start)
                 if validate is not None:
-                    logs |= {f"val_{name}": value for name, value in validate().items()}
+                    logs |= self._validated(validate)
                     # The last step may have spoilt the weights after its own loss was taken.
                     self._check_finite(logs.get("val_loss", 0.0))
                 with uninterrupted(), self._changing():
@@ -253,6 +259,18 @@ class Trainer:
             raise
         finally:
             callback_list.on_train_end()  # callbacks close their files
+
+    def _validated(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Its figures. Where it is interrupted, random layers are put back: it will be repeated."""
+        weights = {id(variable) for variable in self.model.weights}
+        states = [v for v in self.model.variables if id(v) not in weights] + [*self.random_states]
+        before = [variable.numpy() for variable in states]
+        try:
+            return {f"val_{name}": value for name, value in validate().items()}
+        except KeyboardInterrupt:
+            for variable, value in zip(states, before, strict=True):
+                variable.assign(value)
+            raise
 
     def _end_epoch(
         self, logs: dict[str, float], callbacks: Any, checkpoint: Checkpoint | None

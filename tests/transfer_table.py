@@ -1,0 +1,75 @@
+"""What the embedded model is worth: accuracy by dataset, images per class and cut.
+
+    python tests/transfer_table.py --data-dir DIR --out runs/transfer
+
+DIR holds the prepared tfds datasets ``tf_flowers`` and ``cmaterdb/telugu``; digits are embedded.
+Each figure is the mean over three seeds, which choose the few images, the head and the order, with
+the standard deviation. Runs that are done already are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+from tabulate import tabulate
+
+from recipes.cli import main as vgg_transfer
+
+DATASETS = ("digits", "tf_flowers", "cmaterdb/telugu")
+SHOTS = (5, 20, None)
+ROWS = {
+    "frozen": ["--freeze-until", "fc7"],
+    "frozen, lbfgs": ["--freeze-until", "fc7", "--solver", "lbfgs"],
+    "from pool5": ["--freeze-until", "pool5"],
+    "full": ["--freeze-until", "none"],
+    "scratch": ["--freeze-until", "none", "--random-weights"],
+}
+SEEDS = range(3)
+
+
+def accuracy(out: Path, flags: list[str]) -> float:
+    """Of one run, which is done now if it was not yet."""
+    path = out / "metrics.json"
+    if not path.is_file():
+        status = vgg_transfer(["finetune", *flags, "--out", str(out), "--resume"])
+        if status:
+            raise SystemExit(status)
+    return json.loads(path.read_text())["eval"]["accuracy"]
+
+
+def cell(options: argparse.Namespace, dataset: str, shots: int | None, row: str) -> str:
+    found = []
+    for seed in SEEDS:
+        flags = ["--model", options.model, "--dataset", dataset, "--seed", str(seed), *ROWS[row]]
+        if dataset != "digits":
+            flags += ["--data-dir", str(options.data_dir)]
+        if shots is not None:
+            flags += ["--shots-per-class", str(shots)]
+        words = (dataset.replace("/", "-"), str(shots or "all"), row.replace(", ", "-"), str(seed))
+        found.append(accuracy(options.out / "-".join(words).replace(" ", "-"), flags))
+    return f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--datasets", nargs="+", default=DATASETS, choices=DATASETS)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    options = parser.parse_args()
+    lines = []
+    for dataset in options.datasets:
+        for shots in SHOTS:
+            cells = [cell(options, dataset, shots, row) for row in options.rows]
+            lines.append([dataset, shots or "all", *cells])
+    print(tabulate(lines, ["dataset", "images a class", *options.rows], tablefmt="github"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
