@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from recipes.finetune_setup import EMBEDDED_MODEL
 from transfer import Backbone, data_checks, load_meta_graph
 from transfer.data import Split, train_and_eval_splits
 from transfer.features import EXTRACTION_BATCH, compiled, extract
-from transfer.sources import open_source
+from transfer.sources import open_source, other_files
 
 
 def run(config: CheckDataConfig) -> tuple[str, bool]:
@@ -43,8 +44,18 @@ def run(config: CheckDataConfig) -> tuple[str, bool]:
             [names[i] for i in group] for group in groups if len({*both.labels[group]}) > 1
         ],
     }
+    if config.image_folder:
+        findings["passed_over"] = other_files(Path(config.image_folder).expanduser())
     if config.model != "none":
-        findings["doubtful_labels"] = _doubtful(config, both.where(~found.unreadable))
+        readable = both.where(~found.unreadable)
+        counts = np.bincount(readable.labels, minlength=len(source.class_names))
+        judged = readable.where(counts[readable.labels] > 1)
+        findings["not_judged"] = [
+            n for n, c in zip(source.class_names, counts, strict=True) if c < 2
+        ]
+        findings["doubtful_labels"] = []
+        if len(np.unique(judged.labels)) > 1:
+            findings["doubtful_labels"] = _doubtful(config, judged)
     text = json.dumps(findings, indent=2) if config.json else _text(findings, config.show)
     return text, not leaks and not found.unreadable.any()
 
@@ -84,13 +95,22 @@ def _text(findings: dict[str, Any], show: int) -> str:
     parts = [
         f"{findings['dataset']}: {findings['num_train']} images to train on, "
         f"{findings['num_held_out']} to evaluate on, {len(classes)} classes",
-        tabulate(rows[:show], ["rarest classes", "train", "held out"], tablefmt="plain"),
+        tabulate(
+            rows[:show],
+            ["rarest classes", "train", "held out"],
+            tablefmt="plain",
+            disable_numparse=True,  # a class may be called 001
+        ),
         *findings["balance"],
         _list("unreadable", findings["unreadable"], show),
         _list("in both splits", map(" = ".join, findings["in_both_splits"]), show),
         _list("twice in a split", map(" = ".join, findings["duplicates"]), show),
         _list("the same with another label", map(" = ".join, findings["other_label"]), show),
     ]
+    if passed_over := findings.get("passed_over"):
+        parts.append(_list("files that are no images to train on", passed_over, show))
+    if not_judged := findings.get("not_judged"):
+        parts.append(_list("too few images to judge their labels", not_judged, show))
     if "doubtful_labels" in findings:
         parts.append(
             _list(

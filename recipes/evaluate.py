@@ -50,6 +50,9 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
     Args:
         run: run folder of finetune.
     """
+    wanted = config.assert_accuracy_at_least
+    if wanted is not None and not 0 <= wanted <= 1:
+        raise ValueError(f"--assert-accuracy-at-least must be 0 to 1, got {wanted}")
     with job():
         from recipes.evaluate_job import run as evaluate_run
 
@@ -63,7 +66,6 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
             f"round: {other['only_second']}; p {other['p_value']:.3g} (McNemar, exact)"
         )
     print(run / "report.html")
-    wanted = config.assert_accuracy_at_least
     if wanted is not None and figures["accuracy"] < wanted:
         raise ValueError(f"accuracy {figures['accuracy']:.4f} is below {wanted}")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,18 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     figures |= metrics.measure(logits, labels, classifier.labels)
     figures |= summarize(logits, labels)
     if config.against is not None:
+        _warn_of_trained_images(config.against, split)
         others = _predictions(config.against, split, classifier.labels)
         figures["against"] = {"run": str(config.against)}
         predictions = logits.argmax(-1)
         figures["against"] |= metrics.compare(predictions, others, labels)
         _write_changes(folder / CHANGES, split, classifier.labels, predictions, others, labels)
+    else:
+        (folder / CHANGES).unlink(missing_ok=True)  # of another evaluation
     run_folder.write_json(folder / run_folder.EVALUATION, figures)
     _write_predictions(folder / run_folder.PREDICTIONS, split, classifier.labels, logits, labels)
     _write_confusion(folder / run_folder.CONFUSION, classifier.labels, logits, labels)
-    evaluated = Evaluated(classifier, split, logits, labels, figures)
+    evaluated = Evaluated(classifier, split, logits, labels, figures, _command(folder, config))
     evaluate_report.write(folder, evaluated)
     return figures
 
@@ -100,10 +104,34 @@ def _split(folder: Path, config: EvaluateConfig, settings: dict[str, Any]) -> Sp
         ours["dataset"] or "", data_dir=ours["data_dir"], image_folder=ours["image_folder"]
     )
     if config.eval_split != "auto":
-        return source.split(config.eval_split)
+        split = source.split(config.eval_split)
+        _warn_of_trained_images(folder, split)
+        return split
     # A dataset may have moved; a folder is another one in another place.
     same = all(ours[name] == theirs[name] for name in ("dataset", "image_folder"))
-    return run_data.held_out(folder, source) if same else whole_eval_split(source)
+    if same or run_data.is_of_run(folder, source):
+        return run_data.held_out(folder, source)
+    return whole_eval_split(source)
+
+
+def _warn_of_trained_images(folder: Path, split: Split) -> None:
+    if not run_data.is_of_run(folder, split.source):
+        return
+    if count := run_data.num_not_held_out(folder, split):
+        print(
+            f"warning: the run in {str(folder)!r} did not hold out {count} of these {len(split)} "
+            "images; it may have been trained on them, and its figures are then too high",
+            file=sys.stderr,
+        )
+
+
+def _command(folder: Path, config: EvaluateConfig) -> list[str]:
+    """What evaluates the run like this again."""
+    words = ["vgg-transfer", "evaluate", str(folder)]
+    for name, value in vars(config).items():
+        if value not in (None, "auto") and name != "assert_accuracy_at_least":
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
 
 
 def _class_order(source: Source, labels: list[str]) -> np.ndarray:

@@ -56,8 +56,9 @@ def confusion(classes: Sequence[str], predictions: np.ndarray, labels: np.ndarra
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
     if named:
-        axes.set_xticks(range(count), classes, rotation=90)
-        axes.set_yticks(range(count), classes)
+        # A dollar in a name begins no formula.
+        axes.set_xticks(range(count), classes, rotation=90, parse_math=False)
+        axes.set_yticks(range(count), classes, parse_math=False)
     if count <= 15:
         for row, column in np.ndindex(count, count):
             if counts[row, column]:
@@ -117,7 +118,7 @@ def classes(rows: Sequence[dict[str, Any]]) -> Plot:
     positions = np.arange(len(chosen))
     for offset, name, color in ((-0.2, "precision", _BLUE), (0.2, "recall", _GREEN)):
         axes.barh(positions + offset, [row[name] for row in chosen], 0.38, color=color, label=name)
-    axes.set_yticks(positions, [row["label"] for row in chosen])
+    axes.set_yticks(positions, [row["label"] for row in chosen], parse_math=False)
     axes.set_xlim(0, 1)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shlex
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -19,6 +21,7 @@ from PIL import Image
 
 from recipes import evaluate_plots, run_folder
 from transfer import Classifier
+from transfer.card import read_card
 from transfer.data import Split
 from transfer.evaluation import probabilities
 from transfer.explain import grad_cam, overlay
@@ -44,13 +47,15 @@ _HEADLINES = {
 @dataclass(frozen=True)
 class Evaluated:
     """What was evaluated, and what came out: logits float ``[num_examples, num_classes]``, labels
-    int ``[num_examples]``, and ``figures``, which is what ``evaluation.json`` holds."""
+    int ``[num_examples]``, and ``figures``, which is what ``evaluation.json`` holds. ``command``
+    did it."""
 
     classifier: Classifier
     split: Split
     logits: np.ndarray
     labels: np.ndarray
     figures: dict[str, Any]
+    command: list[str]
 
 
 def write(run: Path, evaluated: Evaluated) -> Path:
@@ -75,7 +80,8 @@ def write(run: Path, evaluated: Evaluated) -> Path:
     template = jinja2.Template(
         (files("recipes") / "report.html").read_text(encoding="utf-8"), autoescape=True
     )
-    config = run_folder.read_config(run)
+    config, flags = run_folder.read_config(run), str(run / run_folder.CONFIG)
+    train = ["vgg-transfer", "finetune", "--config", flags, "--out", "runs/again"]
     page = template.render(
         name=run.resolve().name,
         dataset=evaluated.split.source.name,
@@ -91,7 +97,8 @@ def write(run: Path, evaluated: Evaluated) -> Path:
         classes=evaluated.figures["classes"],
         config=yaml.safe_dump(config, sort_keys=False),
         versions=_versions(run),
-        command=f"vgg-transfer finetune --config {run / run_folder.CONFIG} --out runs/again",
+        trained_on=read_card(run / f"{run_folder.MODEL}.json").trained_on,
+        commands=[shlex.join(train), shlex.join(evaluated.command)],
     )
     run_folder.write_text(run / REPORT, page)
     return run / REPORT
@@ -170,7 +177,10 @@ def _jpeg(pixels: np.ndarray) -> str:
 
 def _png(figure: Figure, path: Path) -> str:
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120)
+    with warnings.catch_warnings():
+        # Matplotlib's own font has no signs of many scripts; the names are on the page as text.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        figure.savefig(data, format="png", dpi=120)
     path.write_bytes(data.getvalue())
     return base64.b64encode(data.getvalue()).decode()
 

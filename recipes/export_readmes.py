@@ -22,6 +22,7 @@ with tf.Graph().as_default(), tf.Session() as session:
     tf.train.import_meta_graph("model.meta").restore(session, "model")
     image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{mode}")
     pixels = np.array(image, np.float32).reshape(1, image.height, image.width, {channels})
+    pixels = np.repeat(pixels, {repeats}, axis=0)
     probabilities = session.run("probabilities:0", {{"pixels:0": pixels}})[0]
 labels = open("labels.txt", encoding="utf-8").read().splitlines()
 print(labels[probabilities.argmax()], probabilities.max())
@@ -137,6 +138,7 @@ def text(
     words: dict[str, Any] = {
         "name": model.resolve().parent.name,
         "batch": classifier.backbone.network.batch_size or "batch",
+        "repeats": classifier.backbone.network.batch_size or 1,
         "channels": preprocess.channels,
         "mode": "RGB" if preprocess.channels == 3 else "L",
         "num_classes": len(classifier.labels),
@@ -148,8 +150,11 @@ def text(
         f"| {found['same_label']:.1%} |\n"
         for kind, found in figures.items()
     )
+    template = _TEMPLATES[name]
+    if words["repeats"] == 1:
+        template = template.replace("    pixels = np.repeat(pixels, {repeats}, axis=0)\n", "")
     return (
-        _TEMPLATES[name].format(**words)
+        template.format(**words)
         + "\nCompared with the model it was made from, on images that were not trained on:\n\n"
         + "| | MB | largest difference of a probability | same labels |\n|---|---|---|---|\n"
         + rows

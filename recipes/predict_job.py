@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import glob
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -99,13 +100,18 @@ def find_images(words: Iterable[str]) -> Iterator[Path]:
     for word in words:
         path = Path(word).expanduser()
         if word == "-":
-            yield from (Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip())
-        elif path.is_dir():
-            yield from _in_folder(path)
+            # As bytes: names of files need not be UTF-8.
+            lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
+            yield from (Path(line) for line in lines if line.strip())
         elif path.exists() or not glob.has_magic(word):
-            yield path
+            yield from _in_folder(path) if path.is_dir() else (path,)
         else:
-            yield from map(Path, glob.iglob(str(path), recursive=True))
+            for found in map(Path, glob.iglob(str(path), recursive=True)):
+                # Where ** is, what is in a folder is found by itself.
+                if not found.is_dir():
+                    yield found
+                elif "**" not in word:
+                    yield from _in_folder(found)
 
 
 def top(probabilities: np.ndarray, labels: Sequence[str], count: int) -> Prediction:
@@ -115,13 +121,17 @@ def top(probabilities: np.ndarray, labels: Sequence[str], count: int) -> Predict
 
 
 def _in_folder(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _in_folder(path)
-        elif path.suffix.lower() in _SUFFIXES:
-            yield path
+    """Its images, and those of the folders in it; links to folders are not followed, which may go
+    round in circles. A folder that cannot be read is given itself, to be reported."""
+    unreadable: list[Path] = []
+    for root, folders, files in os.walk(folder, onerror=lambda e: unreadable.append(e.filename)):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in _SUFFIXES:
+                yield Path(root, name)
+        yield from map(Path, unreadable)
+        unreadable.clear()
+    yield from map(Path, unreadable)
 
 
 def _batches(
@@ -152,16 +162,23 @@ def _batches(
             for path, future in batch:
                 try:
                     images.append(future.result())
-                    names.append(str(path))
-                except (ValueError, OSError) as error:
-                    failures.append((str(path), _reason(error)))
+                    names.append(_shown(path))
+                except Exception as error:  # a damaged file makes its reader raise anything
+                    failures.append((_shown(path), _reason(error)))
             yield names, images, failures
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error)
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"it cannot be read ({type(error).__name__}: {str(error)[:200]})"
+
+
+def _shown(path: Path) -> str:
+    """A name that can be written: bytes that are no text are shown by their numbers."""
+    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _table(file: TextIO) -> Callable[[str, Prediction], None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from recipes import run_folder
-from transfer.data import Source, Split
+from transfer.data import Source, Split, train_and_eval_splits
 from transfer.sources import open_source
 
 
@@ -33,8 +33,12 @@ def held_out(folder: Path, source: Source) -> Split:
     """
     text = (folder / run_folder.HELD_OUT).read_text(encoding="utf-8")
     names = set(text.removesuffix("\n").split("\n"))
-    everything = source.split("+".join(source.split_names))
-    split = everything.where(np.array([name in names for name in everything.names]))
+    # Not by a split expression, which checks all labels: those of a test split may be unknown.
+    positions = {
+        part: np.flatnonzero([name in names for name in source.names(part)])
+        for part in source.split_names
+    }
+    split = Split(source, tuple((part, found) for part, found in positions.items() if len(found)))
     missing = sorted(names - set(split.names))
     if missing:
         raise ValueError(
@@ -42,6 +46,30 @@ def held_out(folder: Path, source: Source) -> Split:
             f"{source.name!r}, such as {missing[0]!r}; name a split or a dataset to evaluate on"
         )
     return split
+
+
+def trained_on(folder: Path, source: Source) -> Split:
+    """The images that the run took its training images from."""
+    settings = run_folder.read_config(folder)
+    train, _ = train_and_eval_splits(source, settings["train_split"], settings["eval_split"])
+    return train.without(held_out(folder, source))
+
+
+def is_of_run(folder: Path, source: Source) -> bool:
+    """Whether these are the run's own images, whatever they were called when they were opened."""
+    try:
+        own = open_data(folder)
+    except (OSError, ValueError):
+        return False
+    return own.sizes == source.sizes and all(
+        own.ids(part) == source.ids(part) for part in source.split_names
+    )
+
+
+def num_not_held_out(folder: Path, split: Split) -> int:
+    """How many images of a split of the run's own data it may have been trained on."""
+    text = (folder / run_folder.HELD_OUT).read_text(encoding="utf-8")
+    return len({*split.names} - {*text.splitlines()})
 
 
 def some(split: Split, count: int) -> Split:

@@ -3,6 +3,7 @@
 import json
 
 from commands import finetune
+from PIL import Image
 
 from recipes.cli import main
 
@@ -45,6 +46,26 @@ def test_what_is_wrong_is_listed(image_folder, capsys):
     assert "unreadable: 1\n  blue/broken.jpg" in out
     assert "... and 4 more" in out
     assert "labels to look at" not in out
+
+
+def test_rare_classes_flat_images_and_other_files(image_folder, capsys):
+    (image_folder / "001").mkdir()
+    (image_folder / "red" / "00.jpg").rename(image_folder / "001" / "00.jpg")
+    (image_folder / "red" / "notes.txt").write_text("")
+    (image_folder / "red" / "photo.webp").write_bytes(b"")
+    status, out = check(image_folder, capsys)
+    assert status == 0
+    assert "too few images to judge their labels: 1\n  001" in out
+    assert "files that are no images to train on: 2\n  red/notes.txt\n  red/photo.webp" in out
+    for number, path in enumerate(image_folder.glob("*/*.*g")):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    status, out = check(image_folder, capsys)
+    assert status == 0
+    for path in image_folder.glob("*/*.*g"):
+        path.write_bytes(b"")
+    status, out = check(image_folder, capsys)
+    assert status == 0
+    assert "unreadable: 24" in out
 
 
 def test_finetune_warns(tmp_path, model, image_folder, capsys):

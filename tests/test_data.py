@@ -183,3 +183,10 @@ def test_ids_of_a_dataset_belong_to_its_examples(digits_dir):
     assert len({*train.ids, *source.split("test").ids}) == 1797
     assert source.split("train[10:20]").ids == train.ids[10:20]
     assert open_source("digits", data_dir=str(digits_dir)).split("train").ids == train.ids
+
+
+def test_a_split_has_no_image_twice(image_folder):
+    source = open_source(image_folder=str(image_folder))
+    with pytest.raises(ValueError, match="has images of 'train' twice"):
+        source.split("train[:60%]+train[40%:]")
+    assert len(source.split("train[:60%]+train[60%:]")) == 24

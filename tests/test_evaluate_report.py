@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -10,6 +11,7 @@ import pytest
 from commands import finetune
 from PIL import Image
 
+from recipes import evaluate_report
 from recipes.cli import main
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -43,7 +45,7 @@ def run(tmp_path_factory):
     card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
     model = save_vgg(folder / "model" / "tiny", card=card)
     photos = make_image_folder(folder / "photos", 30)
-    for name in ("<b>&amp;", "d'été"):  # names that a page must not take for its own
+    for name in ("<b>&amp;", "d'été", "$\\q$"):  # names that a page must not take for its own
         shutil.copytree(photos / "red", photos / name)
     assert finetune(folder / "run", model, photos) == 0
     assert main(["evaluate", str(folder / "run")]) == 0
@@ -72,8 +74,13 @@ def test_in_a_browser(run, tmp_path, width):
     assert found["images"] >= 4 + 2  # plots, and the least certain with what they came from
     assert found["too_wide"] <= 0
     metrics = json.loads((run / "metrics.json").read_text())["eval"]
-    assert found["figures"]["Accuracy"] == f"{metrics['accuracy']:.4f}"
-    assert found["figures"]["Log loss (nats)"] == f"{metrics['loss']:.4f}"
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert {key: evaluation[key] for key in ("accuracy", "loss", "top5")} == {
+        key: metrics[key] for key in ("accuracy", "loss", "top5")
+    }
+    expected = {title: evaluation.get(key) for key, title in evaluate_report._HEADLINES.items()}
+    expected["F1, mean of the classes"] = evaluation["macro"]["f1"]
+    assert found["figures"] == {title: f"{value:.4f}" for title, value in expected.items()}
 
 
 def test_on_paper(run, tmp_path):
@@ -98,7 +105,9 @@ def test_plots_are_files_too(run):
 def test_what_was_trained_and_how_to_repeat_it(run, tmp_path):
     page = html.unescape((run / "report.html").read_text())
     assert "freeze_until: fc7" in page
-    command = re.search(r"<pre>(vgg-transfer finetune .*)</pre>", page)[1].split()
+    assert re.search(r"trained on photos, \d+ images, \d+ epochs", page)
+    assert f"<pre>vgg-transfer evaluate {run}</pre>" in page
+    command = shlex.split(re.search(r"<pre>(vgg-transfer finetune .*)</pre>", page)[1])
     assert main([*command[1:-1], str(tmp_path / "again")]) == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert again["eval"] == json.loads((run / "metrics.json").read_text())["eval"]

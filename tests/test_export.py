@@ -14,8 +14,8 @@ from conftest import TINY, save_vgg
 from PIL import ExifTags, Image
 
 from recipes.cli import main
-from transfer import Card, Classifier, load_meta_graph
-from transfer.exports import onnx
+from transfer import Card, Classifier, load_meta_graph, save_meta_graph
+from transfer.exports import onnx, tflite
 from transfer.images import decode
 
 KINDS = ["meta_graph", "saved_model", "tflite float32", "tflite float16", "tflite int8", "onnx"]
@@ -116,8 +116,6 @@ def test_a_network_for_gray_images(tmp_path, image_folder):
         x = tf.compat.v1.placeholder(tf.float32, [None, 12, 12, 1], name="x")
         w = tf.compat.v1.get_variable("w", [144, 8], use_resource=False)
         tf.nn.relu(tf.matmul(tf.reshape(x, [-1, 144]), w), name="features")
-    from transfer import save_meta_graph
-
     values = {"w": np.random.default_rng(0).normal(size=(144, 8)).astype(np.float32)}
     card = Card(input="x:0", tap="features:0", image_size=12, preprocess="unit")
     save_meta_graph(graph, tmp_path / "gray", values, card)
@@ -131,7 +129,55 @@ def test_what_differs_is_not_kept(run, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert main(["export", str(run), "--format", "onnx", "--out", str(out)]) == 1
     assert "onnx gives other results than the model" in capsys.readouterr().err
-    assert list(out.iterdir()) == []
+    assert [path.name for path in out.iterdir()] == ["export.json"]
+
+
+def test_what_differs_does_not_keep_others_from_being_made(run, tmp_path, monkeypatch, capsys):
+    load = tflite.load
+
+    def wrong(path):
+        return (lambda pixels: 1 - load(path)(pixels)) if "float16" in path.name else load(path)
+
+    monkeypatch.setattr(tflite, "load", wrong)
+    out = tmp_path / "out"
+    assert main(["export", str(run), "--format", "tflite,saved_model", "--out", str(out)]) == 1
+    assert "tflite float16 gives other results" in capsys.readouterr().err
+    kept = json.loads((out / "export.json").read_text())["exports"]
+    assert list(kept) == ["tflite float32", "tflite int8", "saved_model"]
+    assert not (out / "tflite" / "model_float16.tflite").exists()
+    assert (out / "tflite" / "model_int8.tflite").exists()
+
+
+def test_a_second_export_leaves_the_first_and_what_is_not_ours(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    for name in ("meta_graph", "saved_model", "meta_graph"):
+        assert main(["export", str(run), "--format", name, "--out", str(out)]) == 0
+    found = json.loads((out / "export.json").read_text())["exports"]
+    assert found.keys() == {"saved_model", "meta_graph"}
+    (out / "tflite").mkdir()
+    (out / "tflite" / "notes.txt").write_text("mine")
+    assert main(["export", str(run), "--format", "tflite", "--out", str(out)]) == 1
+    assert "is no export of this command" in capsys.readouterr().err
+    assert (out / "tflite" / "notes.txt").read_text() == "mine"
+
+
+def test_a_network_with_a_batch_of_one_size(tmp_path, image_folder, capsys):
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf.compat.v1.placeholder(tf.float32, [3, 12, 12, 3], name="x")
+        w = tf.compat.v1.get_variable("w", [432, 8], use_resource=False)
+        each = tf.constant([[0.0], [0.0], [0.0]])  # does not say that it is the same for all
+        tf.nn.relu(tf.matmul(tf.reshape(x, [3, 432]), w) + each, name="features")
+    values = {"w": np.random.default_rng(0).normal(size=(432, 8)).astype(np.float32)}
+    card = Card(input="x:0", tap="features:0", image_size=12, preprocess="unit")
+    save_meta_graph(graph, tmp_path / "fixed", values, card)
+    assert finetune(tmp_path / "run", tmp_path / "fixed", image_folder) == 0
+    assert Classifier.load(tmp_path / "run").backbone.network.batch_size == 3
+    assert main(["export", str(tmp_path / "run"), "--format", "onnx,meta_graph"]) == 1
+    assert "export it as saved_model" in capsys.readouterr().err
+    assert list(figures(tmp_path / "run")["exports"]) == ["meta_graph"]
+    text = (tmp_path / "run" / "export" / "meta_graph" / "README.md").read_text()
+    assert "np.repeat(pixels, 3, axis=0)" in text
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -34,6 +34,26 @@ def test_what_training_reads_is_read_alike(kind):
     np.testing.assert_array_equal(read_image(data), expected)
 
 
+def test_a_bmp_with_a_palette_has_its_colours():
+    """TensorFlow alone gives the numbers of the colours."""
+    image = Image.fromarray(SMOOTH).convert("P", palette=Image.Palette.ADAPTIVE, colors=60)
+    data = encoded(image, "BMP")
+    np.testing.assert_array_equal(decode(data), np.asarray(image.convert("RGB")))
+    np.testing.assert_array_equal(read_image(data), decode(data))
+    gray = Image.fromarray(SMOOTH[..., 0])
+    np.testing.assert_array_equal(decode(encoded(gray, "BMP"))[..., 1], SMOOTH[..., 0])
+
+
+@pytest.mark.parametrize("kind, mode", [("JPEG", "CMYK"), ("PNG", "I;16"), ("MPO", "RGB")])
+def test_what_both_read_is_read_as_in_training(kind, mode):
+    gray = mode == "I;16"
+    image = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257) if gray else None
+    image = image or Image.fromarray(SLOPE).convert(mode)
+    extra = {"append_images": [image], "save_all": True} if kind == "MPO" else {}
+    data = encoded(image, kind, **extra)
+    np.testing.assert_array_equal(read_image(data), decode(data))
+
+
 @pytest.mark.parametrize("kind, options", [("WEBP", {"lossless": True}), ("TIFF", {})])
 def test_what_tensorflow_does_not_read(kind, options):
     np.testing.assert_array_equal(

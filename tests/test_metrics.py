@@ -92,6 +92,29 @@ def test_they_are_the_same_each_time_and_hold_the_figure():
     assert low < first["macro"]["f1"] < high
 
 
+def test_intervals_hold_the_figure_with_few_images_a_class():
+    """Plain percentiles lie above the average precision: fewer different images make it larger."""
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 100, 1000)
+    logits = generator.normal(size=(1000, 100)) + 1.5 * np.eye(100)[labels]
+    found = metrics.measure(logits, labels, [str(n) for n in range(100)], resamples=100)
+    single = found | {"macro_f1": found["macro"]["f1"]}
+    for name in ("average_precision", "roc_auc", "macro_f1", "calibration_error"):
+        low, high = found["ci95"][name]
+        assert low <= single[name] <= high
+    low, high = found["ci95"]["average_precision"]
+    assert low < single["average_precision"] - 0.005
+
+
+def test_each_class_has_its_intervals():
+    logits, labels, names = sample()
+    found = metrics.measure(logits, labels, names, resamples=100)
+    for row in found["classes"]:
+        assert row["ci95"].keys() == {"precision", "recall", "f1", "roc_auc", "average_precision"}
+        for name, (low, high) in row["ci95"].items():
+            assert 0 <= low <= row[name] <= high <= 1
+
+
 def test_a_class_without_images_has_no_rank():
     logits, labels, names = sample()
     found = metrics.measure(logits, np.where(labels == 3, 2, labels), names, resamples=20)

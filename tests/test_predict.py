@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -57,13 +58,113 @@ def test_tables_and_csv(run, image_folder, capsys):
 def test_files_folders_patterns_and_lists(run, image_folder, monkeypatch, capsys):
     pattern = str(image_folder / "*" / "0*.jpg")
     first, second = image_folder / "red" / "00.jpg", image_folder / "blue" / "01.png"
-    listed = io.StringIO(f"{first}\n\n{second}\r\n")
-    monkeypatch.setattr("sys.stdin", listed)
+    listed = io.BytesIO(f"{first}\n\n{second}\r\n".encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(listed))
     capsys.readouterr()
     assert predict(run, pattern, "-") == 0
     names = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
     assert len(names) == 10 + 2
     assert names[-1].endswith("01.png")
+    assert predict(run, image_folder / "*") == 0  # matches the folders
+    assert len(capsys.readouterr().out.splitlines()) == 24
+
+
+def test_links_to_folders_are_not_followed(image_folder):
+    (image_folder / "red" / "round").symlink_to(image_folder)
+    assert len(list(predict_job.find_images([str(image_folder)]))) == 24
+
+
+def test_names_need_not_be_text(run, image_folder, monkeypatch, capfd):
+    odd = os.fsencode(image_folder) + b"/caf\xe9.jpg"
+    with open(odd, "wb") as file:
+        file.write((image_folder / "red" / "00.jpg").read_bytes())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(odd + b"\n")))
+    capfd.readouterr()
+    assert predict(run, "-", "--format", "jsonl") == 0
+    (line,) = capfd.readouterr().out.splitlines()
+    assert json.loads(line)["image"].endswith("caf\\udce9.jpg")
+
+
+def odd_files(folder):
+    """Name to a file of a kind, and what it must give: the class, or what the error says."""
+    red = Image.new("RGB", (24, 24), (220, 30, 30))
+    noisy = Image.effect_noise((40, 24), 60).convert("RGB")
+    files = {}
+
+    def add(name, expected, image=red, **options):
+        image.save(folder / name, **options)
+        files[name] = expected
+
+    add("plain.jpg", "red")
+    add("progressive.jpg", "red", progressive=True)
+    add("cmyk.jpg", "red", red.convert("CMYK"))
+    add("alpha.png", "red", red.convert("RGBA"))
+    add("palette.png", "red", red.convert("P"))
+    add("palette.bmp", "red", red.convert("P"))
+    add("interlaced.gif", "red", interlace=True)
+    add("several.gif", "red", save_all=True, append_images=[noisy])
+    add("plain.bmp", "red")
+    add("plain.webp", "red")
+    add("plain.tiff", "red")
+    add("several.tiff", "red", save_all=True, append_images=[noisy])
+    add("gray.png", "", red.convert("L"))
+    add("sixteen_bits.png", "", red.convert("I;16"))
+    add("one_bit.png", "", red.convert("1"))
+    add("floats.tiff", "", red.convert("F"))
+    add("one_pixel.png", "red", red.resize((1, 1)))
+    add("thin.png", "red", red.resize((1, 20_000)))
+    noisy.save(folder / "whole.jpg", quality=95)
+    data = (folder / "whole.jpg").read_bytes()
+    broken = {
+        "cut.jpg": (data[: len(data) // 2], "it cannot be decoded"),
+        "empty.jpg": (b"", "it is empty"),
+        "text.jpg": (b"not an image", "it is no image"),
+        "page.png": (b"<html>404</html>", "it is no image"),
+        "cut.png": ((folder / "thin.png").read_bytes()[:60], "it cannot be decoded"),
+    }
+    for name, (content, reason) in broken.items():
+        (folder / name).write_bytes(content)
+        files[name] = reason
+    (folder / "folder.jpg").mkdir()
+    (folder / "whole.jpg").rename(folder / "folder.jpg" / "inside.jpg")
+    files["folder.jpg/inside.jpg"] = ""
+    (folder / "nowhere.jpg").symlink_to(folder / "gone.jpg")
+    files["nowhere.jpg"] = "No such file or directory"
+    return files
+
+
+def test_a_folder_of_odd_files(run, tmp_path, capsys):
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    files = odd_files(folder)
+    capsys.readouterr()
+    assert predict(run, folder, "--top-k", 1, "--format", "jsonl") == 1
+    out, err = capsys.readouterr()
+    lines = [json.loads(line) for line in out.splitlines()]
+    found = {line["image"]: line["predictions"][0]["label"] for line in lines}
+    errors = dict(line[7:].split(": ", 1) for line in err.splitlines() if line[:7] == "error: ")
+    assert len(found) + len(errors) == len(files) >= 20
+    for name, expected in files.items():
+        path = str(folder / name)
+        assert path in found or expected, name
+        assert found.get(path, errors.get(path)).startswith(expected), name
+
+
+def test_a_reader_that_raises_anything_is_no_end(run, image_folder, monkeypatch, capsys):
+    read_image = predict_job.read_image
+    bad = (image_folder / "red" / "00.jpg").read_bytes()
+
+    def read(data):
+        if data == bad:
+            raise TypeError("bad operand type")
+        return read_image(data)
+
+    monkeypatch.setattr(predict_job, "read_image", read)
+    capsys.readouterr()
+    assert predict(run, image_folder / "red") == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 11
+    assert "00.jpg: it cannot be read (TypeError: bad operand type)" in err
 
 
 def test_a_bad_image_is_named_and_the_others_go_on(run, image_folder, capsys):

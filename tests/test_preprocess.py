@@ -51,6 +51,14 @@ def test_the_centre_is_cropped_and_the_aspect_ratio_kept(shape):
     assert result[1:-1, 1:-1].min() > 199
 
 
+def test_a_long_thin_image_is_not_blown_up():
+    image = np.zeros((1, 2**20, 3), np.uint8)
+    image[:, 2**19 - 8 :] = 200
+    result = Preprocess("none", 16)(image).numpy()  # whole, it would take 3 GB
+    assert result.shape == (16, 16, 3)
+    assert result.max() > 190
+
+
 def test_resize_equals_pillow():
     from PIL import Image
 

@@ -148,12 +148,34 @@ def test_evaluate_in_a_process_of_its_own(tmp_path, model, image_folder):
     assert figures["loss"] == metrics(out)["eval"]["loss"]
 
 
-def test_evaluate_can_assert(tmp_path, model, image_folder, capsys):
+def test_evaluate_can_assert(tmp_path, model, image_folder, monkeypatch, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder) == 0
     assert main(["evaluate", str(out), "--assert-accuracy-at-least", "0"]) == 0
-    assert main(["evaluate", str(out), "--assert-accuracy-at-least", "1.01"]) == 1
-    assert "is below 1.01" in capsys.readouterr().err
+    figures = {"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "num_examples": 9, "loss": 1.0}
+    monkeypatch.setattr("recipes.evaluate_job.run", lambda *_: figures | {"top5": 1.0})
+    assert main(["evaluate", str(out), "--assert-accuracy-at-least", "0.5"]) == 0
+    assert main(["evaluate", str(out), "--assert-accuracy-at-least", "0.51"]) == 1
+    assert "accuracy 0.5000 is below 0.51" in capsys.readouterr().err
+    for wrong in ("1.01", "nan"):
+        assert main(["evaluate", str(out), "--assert-accuracy-at-least", wrong]) == 1
+        assert "must be 0 to 1" in capsys.readouterr().err
+
+
+def test_images_that_were_trained_on_are_known_by_any_name(tmp_path, model, image_folder, capsys):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder) == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(out), "--eval-split", "train"]) == 0
+    assert "did not hold out 20 of these 24 images" in capsys.readouterr().err
+    other = tmp_path / "other"
+    assert finetune(other, model, image_folder, "--eval-split", "train[:5]") == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(out), "--against", str(other)]) == 0
+    assert f"the run in '{other}' did not hold out" in capsys.readouterr().err
+    assert (out / "changes.csv").exists()
+    assert main(["evaluate", str(out)]) == 0
+    assert not (out / "changes.csv").exists()
 
 
 def test_the_saved_model_opens_in_a_stock_session(tmp_path, model, image_folder, stock_session):

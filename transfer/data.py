@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -86,6 +88,7 @@ class Source:
                 f"cannot take split {expression!r} of {self.name!r} ({_one_line(error)}); "
                 f"its splits are {self.split_names}; slices are written like 'train[:80%]'"
             ) from error
+        _check_overlap(self.name, expression, parts)
         split = Split(
             self,
             tuple(
@@ -351,6 +354,17 @@ def _first(source: Source, candidates: tuple[str, ...]) -> str:
         f"{source.name!r} has no split named {' or '.join(candidates)} but {source.split_names}; "
         "say which one to use"
     )
+
+
+def _check_overlap(name: str, expression: str, parts: Sequence[Any]) -> None:
+    """No image is to count twice."""
+    ranges = sorted((part.splitname, part.from_ or 0, part.to) for part in parts)
+    for (first, _, end), (second, start, _) in itertools.pairwise(ranges):
+        if first == second and (end is None or start < end):
+            raise ValueError(
+                f"split {expression!r} of {name!r} has images of {first!r} twice; choose parts "
+                "that do not overlap"
+            )
 
 
 def _check_labels(split: Split) -> None:

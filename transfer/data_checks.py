@@ -94,7 +94,7 @@ def duplicates(found: Look) -> list[list[int]]:
     shows = ~found.unreadable & (found.thumbnails.std((1, 2)) > _FLAT)
     positions = np.flatnonzero(shows)
     thumbnails = found.thumbnails[positions]
-    for group in _candidates(_hashes(thumbnails)):
+    for group in _candidates(_hashes(thumbnails)) if len(positions) else []:
         # Each against the next ones that are there: groups are small, but where a dataset is odd.
         for number, first in enumerate(group[:-1]):
             rest = group[number + 1 :]

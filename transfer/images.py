@@ -17,8 +17,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 _LIKE_TENSORFLOW = {  # format to Pillow's modes
     "BMP": ("RGB",),
     "GIF": ("L", "P", "RGB", "RGBA"),
-    "JPEG": ("L", "RGB"),
-    "PNG": ("L", "LA", "P", "RGB", "RGBA"),
+    "JPEG": ("L", "RGB", "CMYK"),
+    "MPO": ("L", "RGB", "CMYK"),  # a JPEG with more pictures behind it
+    "PNG": ("L", "LA", "P", "RGB", "RGBA", "I;16"),
 }
 MAX_PIXELS = 2**28
 """Of one image; what has more is taken for a decompression bomb."""
@@ -44,9 +45,31 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
     """
     image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
     image.set_shape([None, None, 3])
+    is_bmp = tf.equal(tf.strings.substr(encoded, 0, 2), b"BM")
+    image = tf.cond(is_bmp, lambda: _with_palette(encoded, image), lambda: image)
     is_jpeg = tf.equal(tf.strings.substr(encoded, 0, 2), b"\xff\xd8")
     code = tf.cond(is_jpeg, lambda: orientation(encoded), lambda: tf.constant(1))
     return tf.cond(code > 1, lambda: oriented(image, code), lambda: image)
+
+
+def _with_palette(encoded: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
+    """A BMP of 8 bits, which TensorFlow takes for gray, in its colours; any other as it is.
+
+    Source of the layout: BITMAPINFOHEADER in Microsoft's documentation of Windows GDI.
+    """
+
+    def number(position: int, kind: tf.DType) -> tf.Tensor:
+        data = tf.strings.substr(encoded, position, kind.size)
+        return tf.cast(tf.io.decode_raw(data, kind)[0], tf.int32)
+
+    def coloured() -> tf.Tensor:
+        count = number(46, tf.int32)
+        count = tf.where(count == 0, 256, count)
+        data = tf.strings.substr(encoded, 14 + number(14, tf.int32), 4 * count)
+        palette = tf.reshape(tf.io.decode_raw(data, tf.uint8), [-1, 4])[:, 2::-1]  # from BGR
+        return tf.gather(palette, tf.cast(image[..., 0], tf.int32))
+
+    return tf.cond(number(28, tf.uint16) == 8, coloured, lambda: image)
 
 
 def orientation(encoded: tf.Tensor) -> tf.Tensor:
@@ -104,8 +127,8 @@ def read_image(data: bytes) -> np.ndarray:
         data: the bytes of the file.
 
     Returns:
-        uint8 RGB ``[height, width, 3]``, turned as its EXIF orientation says. Alpha is dropped,
-        gray is repeated, 16 bits become 8.
+        uint8 RGB ``[height, width, 3]``, turned as its EXIF orientation says, but for PNG and GIF.
+        Alpha is dropped, gray is repeated, 16 bits become 8.
 
     Raises:
         ValueError: if it is no image, is damaged, cut short, or too large.

@@ -1,7 +1,9 @@
 """All that is measured of a classifier beyond its accuracy: by class, by confidence, by rank.
 
-Equal to scikit-learn's figures of these names. Intervals are percentile bootstrap over the images
-(doi 10.1007/978-1-4899-4541-9, chapter 13): what another set of as many images might have given.
+Equal to scikit-learn's figures of these names. Intervals are percentiles of a bootstrap over the
+images (doi 10.1007/978-1-4899-4541-9, chapter 13), what another set of as many images might have
+given, shifted by how far its median lies from the figure: fewer different images make an average
+precision larger and an F1 smaller, so that plain percentiles may lie beside the figure.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from transfer.evaluation import probabilities
 
 BINS = 15
 """Of the confidence, in the calibration error; as in arXiv 1706.04599."""
-_RANK_WORK = 4 * 10**8  # probabilities to go through in all resamples together
+_OF_CLASSES = ("precision", "recall", "f1")
+_RANK_WORK, _MIN_RANKED = 10**8, 50  # probabilities in all resamples together; resamples at least
 
 
 def measure(
@@ -33,8 +36,8 @@ def measure(
         logits: float ``[num_examples, num_classes]``.
         labels: int ``[num_examples]``.
         class_names: a name per logit.
-        resamples: of the bootstrap; where sorting would take too long there are fewer for the
-            figures that need it.
+        resamples: of the bootstrap. Where sorting would take too long there are fewer for the
+            figures that need it, and none (no interval) for more than two million probabilities.
         seed: of the bootstrap.
 
     Returns:
@@ -43,37 +46,58 @@ def measure(
         ``average_precision`` (one class against the rest, averaged over the classes that occur and
         are not all there is); ``calibration_error`` (0 to 1, ``BINS`` bins of equal width);
         ``classes``: for each its ``label``, ``precision``, ``recall``, ``f1``, ``support``,
-        ``roc_auc`` and ``average_precision`` (``None`` where undefined); and ``ci95``, the names of
-        the figures over all classes with their intervals.
+        ``roc_auc`` and ``average_precision`` (``None`` where undefined) and ``ci95`` of these; and
+        ``ci95``, the names of the figures over all classes with their intervals.
     """
     p = probabilities(logits)
     num_examples = len(p)
     cheap, resampled_ranks = _cheap(p, labels), _resampled_ranks(p, labels)
     figures, by_class = cheap(np.arange(num_examples)), _ranks(p, labels)
     generator = np.random.default_rng(seed)
-    num_ranked = int(np.clip(_RANK_WORK / p.size, 100, resamples))
+    num_ranked = min(int(_RANK_WORK / p.size), resamples)
+    num_ranked = 0 if num_ranked < min(_MIN_RANKED, resamples) else num_ranked
     drawn: dict[str, list[float]] = {}
+    drawn_by_class: dict[str, list[np.ndarray]] = {}
     for number in range(resamples):
         chosen = generator.integers(0, num_examples, num_examples)
-        found = _flat(cheap(chosen))
+        sample = cheap(chosen)
+        found = _flat(sample)
+        of_classes = {name: np.array(sample["classes"][name]) for name in _OF_CLASSES}
+        # Without an image of it, there is nothing to say of a class.
+        occurs = np.array(sample["classes"]["support"]) > 0
+        of_classes = {name: np.where(occurs, v, np.nan) for name, v in of_classes.items()}
         if number < num_ranked:
             ranks = resampled_ranks(np.bincount(chosen, minlength=num_examples))
             found |= {name: _mean(values) for name, values in ranks.items()}
+            of_classes |= ranks
         for name, value in found.items():
             drawn.setdefault(name, []).append(value)
+        for name, values in of_classes.items():
+            drawn_by_class.setdefault(name, []).append(values)
     overall = {name: _mean(values) for name, values in by_class.items()}
+    by_class |= {name: np.array(figures["classes"][name]) for name in _OF_CLASSES}
+    samples_by_class = {name: np.stack(values) for name, values in drawn_by_class.items()}
     classes = [
-        {"label": name}
-        | {part: figures["classes"][part][number] for part in ("precision", "recall", "f1")}
-        | {"support": int(figures["classes"]["support"][number])}
+        {"label": name, "support": int(figures["classes"]["support"][number])}
         | {part: _none_if_nan(values[number]) for part, values in by_class.items()}
+        | {
+            "ci95": {
+                part: _interval(values[:, number], by_class[part][number])
+                for part, values in samples_by_class.items()
+            }
+        }
         for number, name in enumerate(class_names)
     ]
     del figures["classes"]
+    single = _flat(figures) | overall
+    intervals = {
+        name: _interval(np.array(drawn.get(name, [])), figure, math.inf if name == "loss" else 1.0)
+        for name, figure in single.items()
+    }
     return (
         figures
         | {name: _none_if_nan(value) for name, value in overall.items()}
-        | {"classes": classes, "ci95": {name: _interval(values) for name, values in drawn.items()}}
+        | {"classes": classes, "ci95": intervals}
     )
 
 
@@ -216,9 +240,14 @@ def _flat(figures: dict[str, Any]) -> dict[str, float]:
     return flat
 
 
-def _interval(values: Sequence[float]) -> list[float] | None:
-    known = [value for value in values if not math.isnan(value)]
-    return [float(v) for v in np.quantile(known, [0.025, 0.975])] if known else None
+def _interval(values: np.ndarray, figure: float, highest: float = 1.0) -> list[float] | None:
+    """Of a figure of 0 to ``highest``, by its resamples."""
+    known = values[~np.isnan(values)]
+    if not len(known) or math.isnan(figure):
+        return None
+    low, middle, high = np.quantile(known, [0.025, 0.5, 0.975])
+    shift = figure - middle
+    return [float(max(low + shift, 0.0)), float(min(high + shift, highest))]
 
 
 def _mean(values: np.ndarray) -> float:

@@ -37,6 +37,10 @@ CONVENTIONS = {
 }
 
 
+_LONGEST = 16
+"""So many times the shorter side of an image is looked at; one of it is seen."""
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """Resizes, crops and normalises images for one network.
@@ -78,6 +82,7 @@ class Preprocess:
 
     def resize(self, images: tf.Tensor) -> tf.Tensor:
         """To ``[..., size, size, channels]`` float32, values still 0..255."""
+        images = _without_ends(images)
         shape = tf.shape(images)[-3:-1]
         shorter = tf.cast(tf.reduce_min(shape), tf.float64)
         target = tf.cast(tf.round(tf.cast(shape, tf.float64) * self.size / shorter), tf.int32)
@@ -91,6 +96,16 @@ class Preprocess:
         if convention.bgr:
             images = images[..., ::-1]
         return (tf.cast(images, tf.float32) - convention.mean) / convention.scale
+
+
+def _without_ends(images: tf.Tensor) -> tf.Tensor:
+    """The middle of images that are very long: a line of a pixel's height would otherwise be made
+    as long as it is high, before all but its middle is cut off."""
+    images = tf.convert_to_tensor(images)
+    shape = tf.shape(images)[-3:-1]
+    kept = tf.minimum(shape, _LONGEST * tf.reduce_min(shape))
+    top, left = tf.unstack((shape - kept) // 2)
+    return images[..., top : top + kept[0], left : left + kept[1], :]
 
 
 def to_channels(images: tf.Tensor, channels: int) -> tf.Tensor:

@@ -140,6 +140,19 @@ def _images(folder: Path) -> list[Path]:
     return sorted(images, key=lambda path: hashlib.sha256(path.name.encode()).digest())
 
 
+def other_files(folder: Path) -> list[str]:
+    """Files below a folder of images that are passed over, by their names: of kinds that TensorFlow
+    does not decode, or no images at all. Those in the folder itself are nobody's images."""
+    others = [
+        path.relative_to(folder)
+        for path in folder.rglob("*")
+        if path.suffix.lower() not in IMAGE_SUFFIXES and path.parent != folder and path.is_file()
+    ]
+    return sorted(
+        str(path) for path in others if not any(part.startswith(".") for part in path.parts)
+    )
+
+
 def _open_tfds(name: str, data_dir: str | None) -> Source:
     import transfer.digits  # noqa: F401 - registers the embedded dataset with tfds
 
