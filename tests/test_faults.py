@@ -1,0 +1,140 @@
+"""Disks that are full or read-only and folders that go away while a run goes on.
+
+Nothing is simulated: the run is on a small file system of its own, which takes root to mount.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from commands import finetune, largest_difference, metrics
+
+from recipes.cli import main
+from transfer.training import Trainer
+
+FLAGS = ("--freeze-until", "pool2", "--cache", "memory")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """Model, images, and a run of ``FLAGS`` on a sound disk."""
+    from conftest import make_image_folder, save_vgg
+
+    from transfer import Card
+
+    folder = tmp_path_factory.mktemp("faults")
+    card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
+    model = save_vgg(folder / "model" / "tiny", card=card)
+    photos = make_image_folder(folder / "photos")
+    assert finetune(folder / "whole", model, photos, *FLAGS) == 0
+    return model, photos, folder / "whole"
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 2 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    if sys.platform != "linux" or os.geteuid() != 0 or not mounted(path, "size=2m"):
+        pytest.skip("needs root, to mount a small file system")
+    yield path
+    subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def mounted(path, options):
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", path]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def finetune_with_a_fault(monkeypatch, out, setting, fault, *flags):
+    """Status of a run in which something happens after its first epoch."""
+    model, photos, _ = setting
+    train_epoch = Trainer.train_epoch
+
+    def then(self, *arguments, **options):
+        if self.epoch == 1:
+            fault()
+        return train_epoch(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_epoch", then)
+        return finetune(out, model, photos, *FLAGS, *flags)
+
+
+def assert_resumed_ends_like(out, setting):
+    model, photos, whole = setting
+    assert finetune(out, model, photos, *FLAGS, "--resume") == 0
+    assert largest_difference(whole / "model", out / "model") == 0
+    assert metrics(whole)["eval"] == metrics(out)["eval"]
+
+
+def error_of(capsys):
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    return line
+
+
+def test_a_full_disk(disk, setting, monkeypatch, capsys):
+    filler = disk / "filler"
+
+    def fill():
+        with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+            while True:
+                file.write(bytes(4096))
+
+    assert finetune_with_a_fault(monkeypatch, disk / "run", setting, fill) == 1
+    error = error_of(capsys)
+    assert "No space left on device" in error or "cannot write checkpoint" in error, error
+    assert str(disk / "run") in error, error
+    filler.unlink()
+    assert_resumed_ends_like(disk / "run", setting)
+
+
+def test_a_disk_that_is_read_only(disk, setting, monkeypatch, capsys):
+    def remount(how):
+        subprocess.run(["mount", "-o", f"remount,{how}", disk], check=True)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    model, photos, _ = setting
+    assert finetune_with_a_fault(monkeypatch, disk / "run", setting, interrupt) == 130
+    capsys.readouterr()
+    remount("ro")
+    assert finetune(disk / "run", model, photos, *FLAGS, "--resume") == 1
+    assert "Read-only file system" in error_of(capsys)
+    assert finetune(disk / "new", model, photos, *FLAGS) == 1
+    assert "Read-only file system" in error_of(capsys)
+    remount("rw")
+    assert_resumed_ends_like(disk / "run", setting)
+
+
+def test_a_folder_that_is_removed(tmp_path, setting, monkeypatch, capsys):
+    out = tmp_path / "run"
+    status = finetune_with_a_fault(monkeypatch, out, setting, lambda: shutil.rmtree(out))
+    assert status == 1
+    assert "was removed while the run went on" in error_of(capsys)
+    assert not (out / "checkpoints").exists()
+
+
+def test_a_clock_that_jumps(tmp_path, setting, monkeypatch):
+    import time
+
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() - 10**9 * (int(now() * 10) % 2))
+    model, photos, whole = setting
+    assert finetune(tmp_path / "run", model, photos, *FLAGS) == 0
+    assert largest_difference(whole / "model", tmp_path / "run" / "model") == 0
+
+
+def test_a_damaged_checkpoint(tmp_path, setting, capsys):
+    model, photos, _ = setting
+    out = tmp_path / "run"
+    assert finetune(out, model, photos, *FLAGS, "--epochs", 2) == 0
+    path = out / "checkpoints" / "stage-0" / "step-2.data-00000-of-00001"
+    path.write_bytes(path.read_bytes()[:-1])
+    capsys.readouterr()
+    assert finetune(out, model, photos, *FLAGS, "--epochs", 2, "--resume") == 0
+    assert "step-2' cannot be read" in capsys.readouterr().err
+    assert main(["evaluate", str(out)]) == 0
