@@ -137,7 +137,10 @@ def write_matconvnet(path, transposed=False, old=False):
         layers[number] = entry
     layers[-1] = {"name": "prob", "type": "softmax"}
     scipy.io.savemat(
-        path, {"layers": layers, "meta": {"a": 1}}, do_compression=True, appendmat=False
+        path,
+        {"layers": layers, "meta": {"a": 1}},
+        do_compression=SMALL.fc < 4096,  # at full size it takes half a minute
+        appendmat=False,
     )
 
 
