@@ -56,6 +56,7 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     else:
         (folder / CHANGES).unlink(missing_ok=True)  # of another evaluation
     run_folder.write_json(folder / run_folder.EVALUATION, figures)
+    run_folder.add_to_metrics(folder, "evaluation", figures)
     _write_predictions(folder / run_folder.PREDICTIONS, split, classifier.labels, logits, labels)
     _write_confusion(folder / run_folder.CONFUSION, classifier.labels, logits, labels)
     evaluated = Evaluated(classifier, split, logits, labels, figures, _command(folder, config))

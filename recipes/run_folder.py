@@ -124,6 +124,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def add_to_metrics(run: Path, name: str, figures: Any) -> None:
+    """Write figures into a run's ``metrics.json``, beside those of its training."""
+    path = run / METRICS
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {name: figures})
+
+
 def to_yaml(config: Any) -> str:
     return yaml.safe_dump(_plain(config), sort_keys=False)
 

@@ -75,6 +75,7 @@ def test_in_a_browser(run, tmp_path, width):
     assert found["too_wide"] <= 0
     metrics = json.loads((run / "metrics.json").read_text())["eval"]
     evaluation = json.loads((run / "evaluation.json").read_text())
+    assert json.loads((run / "metrics.json").read_text())["evaluation"] == evaluation
     assert {key: evaluation[key] for key in ("accuracy", "loss", "top5")} == {
         key: metrics[key] for key in ("accuracy", "loss", "top5")
     }
