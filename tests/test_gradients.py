@@ -1,13 +1,21 @@
 """Gradients of marked convolutions against TensorFlow's own."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import graph_def_of
 
+from transfer import gradients as gradients_module
 from transfer.gradients import with_fast_gradients
 
 tf1 = tf.compat.v1
+
+
+@pytest.fixture(autouse=True)
+def _without_avx512(monkeypatch):
+    monkeypatch.setattr(gradients_module, "has_avx512", lambda: False)
 
 
 def convolution(size, padding, stride=1, dilation=1):
@@ -56,6 +64,26 @@ def test_a_graph_for_a_gpu_is_left_alone(monkeypatch):
     assert with_fast_gradients(graph_def) != graph_def
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [kind])
     assert with_fast_gradients(graph_def) == graph_def
+
+
+def test_with_avx512_it_is_left_alone(monkeypatch):
+    graph_def = convolution(3, "SAME")
+    monkeypatch.setattr(gradients_module, "has_avx512", lambda: True)
+    assert with_fast_gradients(graph_def) == graph_def
+
+
+@pytest.mark.parametrize("found", [["AVX2"], ["AVX512F", "AVX512_SKX"], ["X86_V3", "X86_V4"]])
+def test_avx512_by_its_names(monkeypatch, found):
+    monkeypatch.undo()
+    config = {"SIMD Extensions": {"baseline": ["SSE2"], "found": found}}
+    monkeypatch.setattr(np, "show_config", lambda mode: config)
+    assert gradients_module.has_avx512() == (len(found) == 2)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="asks Linux what there is")
+def test_avx512_is_what_linux_says(monkeypatch):
+    monkeypatch.undo()
+    assert gradients_module.has_avx512() == ("avx512f" in Path("/proc/cpuinfo").read_text())
 
 
 def test_the_graph_that_is_given_stays_as_it_is():

@@ -1,25 +1,28 @@
 """Gradients of convolutions as a CPU computes them soonest.
 
 On a CPU TensorFlow has two implementations of a convolution. oneDNN's (``TF_ENABLE_ONEDNN_OPTS=1``)
-is the faster one for the outputs and for the gradient of the inputs, and the slower one, up to
-twice, for the gradient of the kernel; it does not take that of a convolution whose padding is given
-in numbers. So the same padding is given in numbers there.
+is the faster one for the outputs and for the gradient of the inputs. For the gradient of the kernel
+it is so with AVX-512; without, it is the slower one, up to twice. It does not take that of a
+convolution whose padding is given in numbers. So the same padding is given in numbers there.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 _NAME = "VggTransferConv2D"
+_AVX512 = frozenset({"AVX512F", "AVX512_SKX", "X86_V4"})  # NumPy's names, those of 2.4 last
 
 
 def with_fast_gradients(graph_def: GraphDef) -> GraphDef:
-    """The same graph, whose gradients are computed sooner; on a GPU, the graph as it is."""
-    if tf.config.list_logical_devices("GPU"):
+    """The same graph, whose gradients are computed sooner; on a GPU, and on a processor with
+    AVX-512, the graph as it is."""
+    if tf.config.list_logical_devices("GPU") or has_avx512():
         return graph_def
     marked = GraphDef()
     marked.CopyFrom(graph_def)
@@ -27,6 +30,12 @@ def with_fast_gradients(graph_def: GraphDef) -> GraphDef:
         if _is_plain(node):
             node.attr["_gradient_op_type"].s = _NAME.encode()
     return marked
+
+
+def has_avx512() -> bool:
+    """Whether the processor has AVX-512, as far as NumPy knows."""
+    known = np.show_config(mode="dicts").get("SIMD Extensions", {})
+    return not _AVX512.isdisjoint([*known.get("baseline", []), *known.get("found", [])])
 
 
 def _is_plain(node: NodeDef) -> bool:
