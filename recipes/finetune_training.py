@@ -19,7 +19,7 @@ from recipes.finetune_stages import parameter_groups
 from recipes.interruption import Signals
 from transfer.backbone import GraphLayer
 from transfer.run_checkpoint import RunCheckpoint
-from transfer.training import ParameterGroup, Trainer
+from transfer.training import ParameterGroup, Trainer, random_states
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ class StageTrainer:
         self.trainer = new_trainer(job, model, groups)
         self.trainer.step, self.trainer.epoch = before.step, before.epoch
         if frozen is not None:
-            weights = {id(variable) for variable in frozen.weights}
-            self.trainer.random_states = [v for v in frozen.variables if id(v) not in weights]
+            self.trainer.random_states = random_states(frozen)
         self._checkpoint = RunCheckpoint(
             job.out / run_folder.CHECKPOINTS / f"stage-{number}",
             every_s=60 * config.checkpoint_minutes,

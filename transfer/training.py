@@ -262,8 +262,7 @@ class Trainer:
 
     def _validated(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Its figures. Where it is interrupted, random layers are put back: it will be repeated."""
-        weights = {id(variable) for variable in self.model.weights}
-        states = [v for v in self.model.variables if id(v) not in weights] + [*self.random_states]
+        states = [*random_states(self.model), *self.random_states]
         before = [variable.numpy() for variable in states]
         try:
             return {f"val_{name}": value for name, value in validate().items()}
@@ -306,6 +305,12 @@ class Trainer:
             f"{shown}; start again with a learning rate ten times smaller, and check that the "
             "preprocessing is the one that the weights expect"
         )
+
+
+def random_states(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The variables of a layer that are no weights: states of what is random in it."""
+    weights = {id(variable) for variable in layer.weights}
+    return [variable for variable in layer.variables if id(variable) not in weights]
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
