@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from recipes.interruption import Signals
 from recipes.pretrain import PretrainConfig
 from transfer import Backbone, Card, Preprocess, load_meta_graph, pretraining, save_meta_graph, vgg
 from transfer.card import write_card
-from transfer.data import Batches, Split, train_and_eval_splits
+from transfer.data import Split, train_and_eval_splits
 from transfer.evaluation import predict, summarize
 from transfer.features import compiled
 from transfer.run_checkpoint import RunCheckpoint
@@ -22,6 +23,7 @@ from transfer.sources import open_source
 from transfer.training import ParameterGroup, Trainer, epoch_seed
 
 CHECKPOINT_S = 600.0
+KEPT_DECODED_MB = 4000  # of training images; with more, decoding them anew is no great part
 
 
 def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
@@ -87,10 +89,17 @@ def _train_and_save(
             *predict(compiled(network), held_out.batches(preprocess, config.batch_size))
         )
 
-    def batches(epoch: int, first_batch: int) -> Batches:
+    decoded = _decoded(config, train, preprocess)
+
+    def batches(epoch: int, first_batch: int) -> Iterable:
         seed = epoch_seed(config.seed, epoch)
+        prepare = small if epoch < config.small_epochs else preprocess
+        if decoded is not None:
+            return decoded.batches(
+                prepare, config.batch_size, seed, augment=config.augment, first_batch=first_batch
+            )
         return train.batches(
-            small if epoch < config.small_epochs else preprocess,
+            prepare,
             config.batch_size,
             shuffle_seed=seed,
             view_seed=seed if config.augment else None,
@@ -130,6 +139,18 @@ def _train_and_save(
     write_card(prefix.with_name(f"{prefix.name}.json"), replace(saved.card, eval=result))
     run_folder.write_json(out / run_folder.METRICS, {"eval": result, "seed": config.seed})
     return result, prefix
+
+
+def _decoded(
+    config: PretrainConfig, train: Split, preprocess: Preprocess
+) -> pretraining.DecodedImages | None:
+    """The training images in memory, if they are few and small enough."""
+    pixels = replace(preprocess, mode="none")
+    needed = len(train) * pixels.size**2 * pixels.channels / 1e6
+    if needed > min(KEPT_DECODED_MB, measure.available_memory_mb() / 2):
+        return None
+    images = measure.progress(train.batches(pixels, config.batch_size), "training images")
+    return pretraining.DecodedImages(images, len(train), train.labels)
 
 
 def _small_images(config: PretrainConfig, architecture: vgg.Architecture) -> Preprocess:

@@ -1,7 +1,7 @@
 import numpy as np
 import tensorflow as tf
 
-from transfer.augment import random_view
+from transfer.augment import random_view, random_views
 
 IMAGE = np.arange(16 * 24 * 3, dtype=np.float32).reshape(16, 24, 3)
 
@@ -25,3 +25,9 @@ def test_views_are_shifted_by_an_eighth_at_most_and_half_are_flipped():
         shifts.update(plain + flipped)
     assert 15 <= flips <= 45
     assert len(shifts) > 15
+
+
+def test_each_image_of_a_batch_has_a_view_of_its_own():
+    views = random_views(np.stack([IMAGE] * 20), tf.constant([0, 1])).numpy()
+    assert len(np.unique(views, axis=0)) > 10
+    np.testing.assert_array_equal(views[0], random_view(IMAGE, tf.constant([0, 1])))

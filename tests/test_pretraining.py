@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 from conftest import NUM_CLASSES, TINY
 
-from transfer import Backbone, load_meta_graph, pretraining, save_meta_graph, vgg
+from transfer import Backbone, Preprocess, load_meta_graph, pretraining, save_meta_graph, vgg
+from transfer.pretraining import DecodedImages
+from transfer.sources import open_source
 
 
 def trained_model():
@@ -62,3 +64,29 @@ def test_only_kernels_decay():
     sgd.build(model.trainable_variables)
     decaying = [v for v in model.trainable_variables if sgd._use_weight_decay(v)]
     assert {variable.name for variable in decaying} == {"kernel"}
+
+
+def test_images_that_are_kept_decoded_are_those_of_the_split(image_folder):
+    split = open_source("", image_folder=str(image_folder)).split("train")
+    preprocess = Preprocess("torch", 16)
+    decoded = DecodedImages(split.batches(Preprocess("none", 16), 5), len(split), split.labels)
+    kept = decoded.batches(preprocess, 7, seed=3, augment=False, first_batch=1)
+    read = split.batches(preprocess, 7, shuffle_seed=3, first_batch=1)
+    for (images, labels), (expected, expected_labels) in zip(kept, read, strict=True):
+        np.testing.assert_array_equal(labels, expected_labels)
+        # Kept as whole numbers: half a level of 255, through a deviation of about 0.22.
+        np.testing.assert_allclose(images, expected, atol=0.5 / 255 / 0.22)
+
+
+def test_views_of_images_that_are_kept_follow_from_the_seed(image_folder):
+    split = open_source("", image_folder=str(image_folder)).split("train")
+    decoded = DecodedImages(split.batches(Preprocess("none", 16), 5), len(split), split.labels)
+
+    def second_batch(seed: int, first_batch: int) -> np.ndarray:
+        batches = decoded.batches(
+            Preprocess("none", 16), 7, seed, augment=True, first_batch=first_batch
+        )
+        return list(batches)[1 - first_batch][0].numpy()
+
+    np.testing.assert_array_equal(second_batch(3, 0), second_batch(3, 1))
+    assert (second_batch(3, 0) != second_batch(4, 0)).any()

@@ -6,10 +6,15 @@ puts it into the weights before it, and what is saved is a plain VGG.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import keras
 import numpy as np
 import tensorflow as tf
 
+from transfer.augment import random_views
+from transfer.features import Activations, extract
+from transfer.preprocess import Preprocess
 from transfer.vgg import Architecture
 
 
@@ -93,6 +98,45 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
         for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
             moving.assign(moving * self.momentum + batch * (1.0 - self.momentum))
         return tf.reshape(outputs, tf.shape(inputs))
+
+
+class DecodedImages:
+    """Images that are decoded once and kept in memory, a byte a number.
+
+    Small images take longer to decode than a step of a small network leaves time for.
+
+    Args:
+        images: ``(images, labels)``, float32 ``[batch, size, size, channels]`` in 0..255.
+        num_images: in all batches together.
+        labels: int64 ``[num_images]``.
+    """
+
+    def __init__(self, images: Iterable, num_images: int, labels: np.ndarray):
+        pixels = extract(lambda batch: np.rint(batch), images, num_images, "uint8")
+        self._pixels = Activations([pixels], labels)
+        self._prepare = tf.function(_prepared, autograph=False, reduce_retracing=True)
+
+    def batches(
+        self,
+        preprocess: Preprocess,
+        batch_size: int,
+        seed: int,
+        *,
+        augment: bool,
+        first_batch: int = 0,
+    ) -> Iterator[tuple[tf.Tensor, np.ndarray]]:
+        """Shuffled, as random views if ``augment`` is set, and preprocessed.
+
+        The order is that of ``Split.batches``; ``seed`` gives it and the views.
+        """
+        pixels = self._pixels.batches(batch_size, seed, first_batch=first_batch)
+        for number, (images, labels) in enumerate(pixels, first_batch):
+            view = tf.constant([seed, number], tf.int64) if augment else None
+            yield self._prepare(images, view, preprocess), labels
+
+
+def _prepared(images: tf.Tensor, seed: tf.Tensor | None, preprocess: Preprocess) -> tf.Tensor:
+    return preprocess(images if seed is None else random_views(images, seed))
 
 
 def optimizer(
