@@ -29,11 +29,11 @@ def run(config: FinetuneConfig) -> None:
 
     from recipes import measure, run_folder
     from recipes.finetune_setup import prepare
-    from transfer.features import EXTRACTION_BATCH, compiled
+    from transfer.features import EXTRACTION_BATCH, Compiled
 
     work = prepare(config)
     preprocess = work.classifier.preprocess
-    forward = compiled(work.classifier.backbone)
+    forward = Compiled(work.classifier.backbone)
     shape = [EXTRACTION_BATCH, preprocess.size, preprocess.size, preprocess.channels]
     images = tf.random.stateless_uniform(shape, [0, 0])
     forward(images)  # traces, and touches its memory for the first time

@@ -14,7 +14,7 @@ from recipes.check_data import CheckDataConfig
 from recipes.finetune_setup import EMBEDDED_MODEL
 from transfer import Backbone, data_checks, load_meta_graph
 from transfer.data import Split, train_and_eval_splits
-from transfer.features import EXTRACTION_BATCH, compiled, extract
+from transfer.features import EXTRACTION_BATCH, Compiled, extract
 from transfer.sources import open_source, other_files
 
 
@@ -73,7 +73,7 @@ def _doubtful(config: CheckDataConfig, split: Split) -> list[dict[str, Any]]:
     backbone = Backbone(graph, graph.card.tap or "fc7")
     preprocess = graph.preprocess(backbone.network.input, config.preprocess)
     batches = measure.progress(split.batches(preprocess, EXTRACTION_BATCH), "features")
-    features = extract(compiled(backbone), batches, len(split))
+    features = extract(Compiled(backbone), batches, len(split))
     p, order = data_checks.doubtful_labels(features, split.labels)
     names, labels = split.names, split.source.class_names
     return [

@@ -18,7 +18,7 @@ from recipes.finetune import cut_of
 from transfer import Classifier, metrics
 from transfer.data import Source, Split, whole_eval_split
 from transfer.evaluation import confusion_matrix, predict, probabilities, summarize
-from transfer.features import EXTRACTION_BATCH, compiled, stream
+from transfer.features import EXTRACTION_BATCH, Compiled, stream
 from transfer.sources import open_source
 
 CHANGES = "changes.csv"
@@ -73,8 +73,8 @@ def _predict(
     batches = measure.progress(batches, "evaluation")
     if frozen is not None:
         # In two steps, as in training, so that not a bit is different.
-        batches = stream(compiled(frozen), batches)
-    return predict(compiled(trained), batches)
+        batches = stream(Compiled(frozen), batches)
+    return predict(Compiled(trained), batches)
 
 
 def _predictions(folder: Path, split: Split, labels: list[str]) -> np.ndarray:

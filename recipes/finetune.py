@@ -128,6 +128,9 @@ class FinetuneConfig:
     """With --max-to-keep: of those that would go, keep one for so many hours."""
     checkpoint_minutes: float = 10.0
     """Within a long epoch, write a checkpoint so often; there is one after each epoch anyway."""
+    strategy: Literal["auto", "none", "mirrored", "multi_worker"] = "auto"
+    """mirrored: all GPUs of this machine share each batch. multi_worker: so do the machines that
+    the variable TF_CONFIG names, each of which runs this command. auto: what there is."""
     deterministic: bool = False
     """Use only operations that always give the same bits, where a GPU has quicker ones. On a CPU
     the same flags give the same files anyway."""
@@ -150,10 +153,12 @@ def cut_of(freeze_until: str) -> str | None:
 
 def finetune(config: FinetuneConfig = DEFAULTS) -> int:
     """Fine-tune a pretrained network on labelled images, and evaluate it."""
-    with job():
+    with job(config.strategy) as replicas:
         from recipes.finetune_job import run
 
-        metrics, out = run(config)
+        metrics, out = run(config, replicas)
+    if not metrics:
+        return 0  # the chief says it
     print(measure.describe_accuracy(metrics["eval"], "held-out images"))
     print(out)
     return 0

@@ -15,12 +15,18 @@ import tensorflow as tf
 
 from recipes import measure
 from recipes.cache import default_directory
-from recipes.finetune import FinetuneConfig
+from recipes.finetune_setup import Job
 from transfer.backbone import GraphLayer
 from transfer.cache import Cache, Entry
 from transfer.data import Batches, Split
-from transfer.features import EXTRACTION_BATCH, Rows, extract, stream, whole_batches
-from transfer.preprocess import Preprocess
+from transfer.features import (
+    EXTRACTION_BATCH,
+    Compiled,
+    Rows,
+    extract,
+    stream,
+    whole_batches,
+)
 
 
 @dataclass(frozen=True)
@@ -36,8 +42,7 @@ class Keeper:
     """Gives activations, computing those that are not there.
 
     Args:
-        config: where to keep them, and how much.
-        preprocess: of the images.
+        job: its config says where to keep them, and how much.
         cut: name of the tensor, for people.
         layer: from images to the cut.
         compiled: the same, to be called for each batch.
@@ -47,14 +52,14 @@ class Keeper:
 
     def __init__(
         self,
-        config: FinetuneConfig,
-        preprocess: Preprocess,
+        job: Job,
         cut: str,
         layer: GraphLayer,
-        compiled: Any,
+        compiled: Compiled,
     ):
-        self._config = config
-        self._preprocess = preprocess
+        self._config = job.config
+        self._preprocess = job.classifier.preprocess
+        self._replicas = job.replicas
         self._cut = cut
         self._layer = layer
         self._compiled = compiled
@@ -80,9 +85,12 @@ class Keeper:
             return None
         self.num_found = 0
         self.num_extracted = num_images
+        dtype = self._config.cache_dtype
         return [
-            extract(self._compiled, self._images(i), len(i.split), self._config.cache_dtype)
-            for i in wanted
+            extract(self._compiled, self._images(item), len(item.split), dtype)
+            if len(item.split)
+            else np.zeros((0, *self._row_shape), dtype)
+            for item in wanted
         ]
 
     def _on_disk(self, wanted: Sequence[Wanted]) -> list[Rows]:
@@ -131,7 +139,7 @@ class Keeper:
     def _row_shape(self) -> tuple[int, ...]:
         size, channels = self._preprocess.size, self._preprocess.channels
         images = tf.TensorSpec([EXTRACTION_BATCH, size, size, channels], tf.float32)
-        return tuple(self._compiled.get_concrete_function(images).outputs[0].shape[1:])
+        return tuple(self._compiled.function.get_concrete_function(images).outputs[0].shape[1:])
 
     @property
     def _row_bytes(self) -> int:
@@ -152,6 +160,9 @@ class Keeper:
             "view_seed": wanted.view_seed,
             "versions": {package: version(package) for package in ("vgg-transfer", "tensorflow")},
         }
+        if self._replicas.num_workers > 1:
+            # No two workers write to the same file.
+            key["worker"] = [self._replicas.worker, self._replicas.num_workers]
         if wanted.what == "held-out":
             # Rows depend on their company, in the last bit. An evaluation is to be the same to
             # that bit, whatever was computed before.

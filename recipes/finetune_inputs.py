@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
+import numpy as np
 
 from recipes.finetune_activations import Keeper, Wanted
 from recipes.finetune_setup import Job
 from transfer.backbone import GraphLayer
 from transfer.data import Split
 from transfer.evaluation import predict, summarize
-from transfer.features import EXTRACTION_BATCH, Activations, compiled, stream
+from transfer.features import EXTRACTION_BATCH, Activations, Compiled, stream
 from transfer.surgery import is_seeded
 from transfer.training import epoch_seed
 
@@ -22,7 +23,8 @@ class Inputs:
 
     Activations at the cut are computed once and kept, on disk or in memory, where there is a frozen
     part and the same image always gives the same. Random views are kept if there is a fixed number
-    of them; what is evaluated on has none.
+    of them; what is evaluated on has none. Where several workers share the run, each computes and
+    keeps its share, and trains on the rows of a batch that it has.
 
     ``num_extracted`` images were computed now, ``num_found`` were there already.
     """
@@ -30,7 +32,10 @@ class Inputs:
     def __init__(self, job: Job, cut: str, frozen: GraphLayer | None):
         self._job = job
         self._layer = frozen
-        self._frozen = None if frozen is None else compiled(frozen)
+        self._frozen = None if frozen is None else Compiled(frozen, job.replicas)
+        share = job.replicas.share
+        self._mine_held_out = share(len(job.held_out), EXTRACTION_BATCH)
+        self._mine_train = share(len(job.train), EXTRACTION_BATCH)
         self.num_extracted = self.num_found = 0
         config = job.config
         self._held_out = self._train = None
@@ -39,16 +44,22 @@ class Inputs:
         views = [epoch_seed(config.seed, view) for view in range(config.views)] or [None]
         if config.augment and not config.views:
             views = []  # new ones in each epoch
-        wanted = [Wanted("held-out", job.held_out, None)]
-        wanted += [Wanted("training", job.train, view) for view in views]
-        keeper = Keeper(config, job.classifier.preprocess, cut, frozen, self._frozen)
+        if config.mixup and job.replicas.num_workers > 1:
+            views = []  # the two that are mixed would lie with two workers
+        held_out = _part(job.held_out, self._mine_held_out)
+        train = _part(job.train, self._mine_train)
+        wanted = [Wanted("held-out", held_out, None)]
+        wanted += [Wanted("training", train, view) for view in views]
+        keeper = Keeper(job, cut, frozen, self._frozen)
         rows = keeper.keep(wanted)
         self.num_extracted, self.num_found = keeper.num_extracted, keeper.num_found
         if rows is None:
             return
-        self._held_out = Activations(rows[:1], job.held_out.labels)
+        self._held_out = Activations(rows[:1], held_out.labels)
         if views:
-            self._train = Activations(rows[1:], job.train.labels)
+            is_whole = job.replicas.num_workers == 1
+            here = None if is_whole else self._mine_train
+            self._train = Activations(rows[1:], job.train.labels, here)
 
     @property
     def frozen(self) -> GraphLayer | None:
@@ -56,7 +67,8 @@ class Inputs:
         return self._layer if self._train is None else None
 
     def train(self, epoch: int, first_batch: int = 0) -> Iterable:
-        """Shuffled batches of ``(inputs, labels)`` for an epoch, from one of them on."""
+        """Shuffled batches of ``(inputs, labels)`` for an epoch, from one of them on: of each, what
+        is this worker's."""
         config = self._job.config
         seed = epoch_seed(config.seed, epoch)
         if self._train is not None:
@@ -67,24 +79,44 @@ class Inputs:
             shuffle_seed=seed,
             view_seed=seed if config.augment else None,
             first_batch=first_batch,
+            piece=(self._job.replicas.worker, self._job.replicas.num_workers),
         )
 
-    def train_in_order(self) -> Iterable:
-        """Batches of all views of the training images, kept or computed now, in order."""
+    def train_in_order(self, layer: Callable[[Any], Any]) -> tuple[np.ndarray, np.ndarray]:
+        """What a layer makes of all views of the training images, one view after the other.
+
+        Returns:
+            float32 ``[num_views * num_examples, ...]`` and int64 ``[num_views * num_examples]``.
+        """
+        job, mine = self._job, self._mine_train
         if self._train is None:
-            return self._computed(self._job.train)
-        views = range(len(self._train.views))
-        return (b for view in views for b in self._train.batches(EXTRACTION_BATCH, epoch=view))
+            views = [self._computed(_part(job.train, mine))]
+        else:
+            # As one view each, of the rows that are here.
+            labels = job.train.labels[mine]
+            views = [
+                Activations([rows], labels).batches(EXTRACTION_BATCH) for rows in self._train.views
+            ]
+        found = [job.replicas.join(predict(layer, view)[0], mine) for view in views]
+        return np.concatenate(found), np.tile(job.train.labels, len(found))
 
     def evaluator(self, model: keras.Model) -> Callable[[], dict[str, Any]]:
         """A function that evaluates a model on what was held out, with its weights at that time."""
-        forward = compiled(model)
-        return lambda: summarize(*predict(forward, self._evaluation_batches()))
+        job, mine = self._job, self._mine_held_out
+        forward = Compiled(model, job.replicas)
+
+        def evaluate() -> dict[str, Any]:
+            logits = np.zeros((0, len(job.classifier.labels)), np.float32)
+            if mine.any():
+                logits, _ = predict(forward, self._evaluation_batches())
+            return summarize(job.replicas.join(logits, mine), job.held_out.labels)
+
+        return evaluate
 
     def _evaluation_batches(self) -> Iterable:
         if self._held_out is not None:
             return self._held_out.batches(EXTRACTION_BATCH)
-        return self._computed(self._job.held_out)
+        return self._computed(_part(self._job.held_out, self._mine_held_out))
 
     def _computed(self, split: Split) -> Iterable:
         images = self._images(split, EXTRACTION_BATCH)
@@ -92,3 +124,7 @@ class Inputs:
 
     def _images(self, split: Split, batch_size: int, **options: Any) -> Iterable:
         return split.batches(self._job.classifier.preprocess, batch_size, **options)
+
+
+def _part(split: Split, mine: np.ndarray) -> Split:
+    return split if mine.all() else split.where(mine)

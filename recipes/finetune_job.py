@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,35 +21,57 @@ from recipes.finetune_training import Progress, StageTrainer
 from recipes.interruption import Signals
 from transfer import Card, Classifier
 from transfer.card import read_card, write_card
+from transfer.distribution import Replicas
 from transfer.exports.meta_graph import save_classifier
 
 
-def run(config: FinetuneConfig) -> tuple[dict[str, Any], Path]:
-    """Fine-tune and evaluate; returns what is in ``metrics.json``, and the run folder.
+def run(config: FinetuneConfig, replicas: Replicas | None = None) -> tuple[dict[str, Any], Path]:
+    """Fine-tune and evaluate; returns what is in ``metrics.json`` (nothing on a worker that is not
+    the chief), and the run folder.
 
     Raises:
         ValueError, OSError: see the library functions; nearly all before any slow work.
         NonFiniteLossError: if training diverges.
         Interrupted: if it was asked to end; it can be resumed.
+        LostWorkerError: if another worker is gone; so can this.
     """
+    replicas = replicas or Replicas()
     keras.utils.set_random_seed(config.seed)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     clock = measure.Clock()
-    with clock("load_s"):
-        job = prepare(config)
-    with (
-        run_folder.opened(job.config),
-        interruption.resumable("finetune", job.out, run_folder.CONFIG) as signals,
-    ):
-        write_down(job)
-        metrics = _train_and_evaluate(job, clock, signals)
-        run_folder.write_json(job.out / run_folder.METRICS, metrics)
+    with replicas.watched():
+        with clock("load_s"):
+            job = prepare(config, replicas)
+        with (
+            _opened(job),
+            interruption.resumable("finetune", job.out, run_folder.CONFIG) as signals,
+        ):
+            metrics = _train_and_evaluate(job, clock, signals)
+            if replicas.is_chief:
+                run_folder.write_json(job.out / run_folder.METRICS, metrics)
+            replicas.barrier()  # none leaves while the chief may still need it
     return metrics, job.out
 
 
+@contextlib.contextmanager
+def _opened(job: Job) -> Iterator[None]:
+    """The run folder, which the chief writes and all workers read."""
+    replicas = job.replicas
+    with run_folder.opened(job.config) if replicas.is_chief else contextlib.nullcontext():
+        with replicas.chief_first():
+            if replicas.is_chief:
+                write_down(job)
+            elif not (job.out / run_folder.PROVENANCE).is_file():
+                raise FileNotFoundError(
+                    f"worker {replicas.worker} does not see what the chief wrote to "
+                    f"{str(job.out)!r}; --out must be a folder that all workers share"
+                )
+        yield
+
+
 def _train_and_evaluate(job: Job, clock: measure.Clock, signals: Signals) -> dict[str, Any]:
-    """All stages, one after the other; returns what is in ``metrics.json``."""
+    """All stages, one after the other; returns what is in ``metrics.json``, on the chief."""
     extracted = found = 0
     progress = Progress()
     for number, stage in enumerate(job.stages):
@@ -68,6 +92,9 @@ def _train_and_evaluate(job: Job, clock: measure.Clock, signals: Signals) -> dic
         progress = trainer.progress
     with clock("eval_s"):
         figures = _save_and_evaluate(job, inputs, progress)
+    extracted, found = job.replicas.total(extracted), job.replicas.total(found)
+    if not job.replicas.is_chief:
+        return {}
     metrics = _metrics(job, progress, figures)
     metrics["time"] = seconds = clock.seconds
     num_trained = progress.steps_now / job.steps_per_epoch * len(job.train)
@@ -79,7 +106,7 @@ def _train_and_evaluate(job: Job, clock: measure.Clock, signals: Signals) -> dic
     return metrics
 
 
-def _save(job: Job, epochs: int, **options: Any) -> Path:
+def _save(job: Job, epochs: int, **options: Any) -> None:
     prefix = job.out / run_folder.MODEL
     cuts = ", then ".join(stage.cut for stage in job.stages)
     card = Card(
@@ -88,16 +115,19 @@ def _save(job: Job, epochs: int, **options: Any) -> Path:
         trained_on=f"{job.train.source.name}, {len(job.train)} images, {epochs} epochs",
     )
     save_classifier(job.classifier, prefix, card, **options)
-    return prefix
 
 
 def _save_and_evaluate(job: Job, inputs: Inputs, progress: Progress) -> dict[str, Any]:
     """What is reported is what was written: the files are read back and evaluated."""
-    prefix = _save(job, progress.epoch)
+    with job.replicas.chief_first():
+        if job.replicas.is_chief:
+            _save(job, progress.epoch)
+    prefix = job.out / run_folder.MODEL
     _, saved = Classifier.load(prefix).split(cut_of(job.config.freeze_until))
     figures = inputs.evaluator(saved)()
-    card_path = prefix.with_name(f"{prefix.name}.json")
-    write_card(card_path, replace(read_card(card_path), eval=figures))
+    if job.replicas.is_chief:
+        card_path = prefix.with_name(f"{prefix.name}.json")
+        write_card(card_path, replace(read_card(card_path), eval=figures))
     return figures
 
 

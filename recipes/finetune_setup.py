@@ -18,6 +18,7 @@ from recipes.finetune_stages import Stage, asked_for, resolve
 from recipes.network_flags import parse_feed, report, warn_if_prepared_twice
 from transfer import Backbone, Classifier, Head, MetaGraph, data_checks, load_meta_graph
 from transfer.data import Split, few_shot, train_and_eval_splits
+from transfer.distribution import Replicas
 from transfer.preprocess import Preprocess
 from transfer.sources import open_source
 from transfer.surgery import is_seeded
@@ -43,6 +44,7 @@ class Job:
     train: Split
     held_out: Split
     images: dict[str, Any]
+    replicas: Replicas
 
     @property
     def steps_per_epoch(self) -> int:
@@ -53,23 +55,29 @@ class Job:
         return self.stages[-1].cut
 
 
-def prepare(config: FinetuneConfig) -> Job:
+def prepare(config: FinetuneConfig, replicas: Replicas | None = None) -> Job:
     """Open model and data; nothing is written yet.
 
     Raises:
         ValueError, OSError: see the library functions; nearly all before any slow work.
     """
-    _check(config)
+    replicas = replicas or Replicas()
+    _check(config, replicas)
     graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
     train, held_out = _splits(config)
     images = _look_at(train, held_out)
     config = replace(config, batch_size=config.batch_size or min(DEFAULT_BATCH, len(train)))
-    classifier, feature_scale, config = _classifier(config, graph, train)
+    with replicas.strategy.scope():
+        classifier, feature_scale, config = _classifier(config, graph, train)
+    replicas.check_same("model", bytes.fromhex(classifier.backbone.digest()))
+    for what in ("training", "held_out"):
+        replicas.check_same("choice of images", bytes.fromhex(images[what]["sha256"]))
     _check_repeatable(classifier, held_out, config.keep_dropout)
     stages, config = _stages(config, classifier, feature_scale, train)
     out = config.out or run_folder.default_out(train.source.name, config.freeze_until)
-    config = replace(config, out=out.resolve())
-    return Job(config, out.resolve(), graph, classifier, stages, train, held_out, images)
+    out = Path(replicas.from_chief(str(out.resolve())))
+    config = replace(config, out=out)
+    return Job(config, out, graph, classifier, stages, train, held_out, images, replicas)
 
 
 def write_down(job: Job) -> None:
@@ -100,7 +108,7 @@ def write_down(job: Job) -> None:
     run_folder.write_json(path, provenance)
 
 
-def _check(config: FinetuneConfig) -> None:
+def _check(config: FinetuneConfig, replicas: Replicas) -> None:
     """What can be said of the flags alone."""
     limits = {
         "epochs": (config.epochs, 1),
@@ -132,7 +140,12 @@ def _check(config: FinetuneConfig) -> None:
         raise ValueError("--views are kept, and --cache off keeps nothing; --augment needs none")
     if config.solver == "lbfgs":
         _check_lbfgs(config)
-    if config.out is not None or config.resume:
+    if config.accumulate > 1 and replicas.count > 1:
+        raise ValueError(
+            f"--accumulate is for one replica, and there are {replicas.count}: each takes its part "
+            "of a batch, so that a larger --batch-size needs no more memory than theirs"
+        )
+    if replicas.is_chief and (config.out is not None or config.resume):
         run_folder.check(config.out, resume=config.resume)
 
 

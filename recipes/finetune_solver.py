@@ -15,7 +15,7 @@ from recipes.finetune_setup import Job
 from recipes.finetune_training import Progress, scalars
 from recipes.interruption import Signals
 from transfer.evaluation import predict, summarize
-from transfer.features import compiled, stream
+from transfer.features import Compiled
 from transfer.linear import fit_logistic_regression
 
 
@@ -56,7 +56,8 @@ class StageSolver:
         held_out = scalars(inputs.evaluator(self._model)())
         row |= {f"val_{name}": value for name, value in held_out.items()}
         text = f"{','.join(row)}\n{','.join(map(str, row.values()))}\n"
-        run_folder.write_text(self._job.out / run_folder.HISTORY, text)
+        if self._job.replicas.is_chief:
+            run_folder.write_text(self._job.out / run_folder.HISTORY, text)
         self.progress = Progress(
             epoch=1,
             step=solution.num_iterations,
@@ -65,10 +66,9 @@ class StageSolver:
 
     def _features(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
         """float32 ``[num_examples, width]`` and int64 ``[num_examples]``."""
-        to_features = compiled(self._model.layers[0])  # averages where a tap has four dimensions
-        found = list(stream(to_features, inputs.train_in_order()))
-        features = np.concatenate([values.reshape(len(values), -1) for values, _ in found])
-        return features, np.concatenate([np.asarray(labels) for _, labels in found])
+        to_features = Compiled(self._model.layers[0])  # averages where a tap has four dimensions
+        features, labels = inputs.train_in_order(to_features)
+        return features.reshape(len(features), -1), labels
 
 
 def _say(line: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -58,7 +59,8 @@ class StageTrainer:
         self._job = job
         self._before = before
         self._stage = stage = job.stages[number]
-        groups = parameter_groups(config, job.classifier, stage, job.steps_per_epoch)
+        with job.replicas.strategy.scope():
+            groups = parameter_groups(config, job.classifier, stage, job.steps_per_epoch)
         self.trainer = new_trainer(job, model, groups)
         self.trainer.step, self.trainer.epoch = before.step, before.epoch
         if frozen is not None:
@@ -68,7 +70,8 @@ class StageTrainer:
             every_s=60 * config.checkpoint_minutes,
         )
         if config.resume:
-            self._resume(number)
+            with job.replicas.chief_first():
+                self._resume(number)
         self._first_step = self.trainer.step
 
     def _resume(self, number: int) -> None:
@@ -95,31 +98,35 @@ class StageTrainer:
 
     def fit(self, inputs: Inputs, save: Callable[..., Any], signals: Signals) -> None:
         """Train to the end of the stage; ``save`` writes the model after an epoch."""
-        job, trainer = self._job, self.trainer
-        if job.config.resume:
+        job, trainer, replicas = self._job, self.trainer, self._job.replicas
+        early_stopping = self._early_stopping()
+        if job.config.resume and replicas.is_chief:
             run_folder.keep_history(job.out, trainer.epoch)
         trainer.frozen = inputs.frozen
         validate = inputs.evaluator(trainer.model)
-        trainer.fit(
-            inputs.train,
-            epochs=self._last_epoch,
-            steps_per_epoch=job.steps_per_epoch,
-            validate=lambda: scalars(validate()),
-            callbacks=self._callbacks(save),
-            verbose=measure.verbosity(),
-            checkpoint=self._checkpoint,
-            uninterrupted=signals.held,
-        )
+        alone = replicas.num_workers == 1
+        # One of several workers does not stop by itself: they agree on a step.
+        with contextlib.nullcontext() if alone else signals.held():
+            trainer.fit(
+                inputs.train,
+                epochs=self._last_epoch,
+                steps_per_epoch=job.steps_per_epoch,
+                validate=lambda: scalars(validate()),
+                callbacks=early_stopping + (self._writers(save) if replicas.is_chief else []),
+                verbose=measure.verbosity() if replicas.is_chief else 0,
+                checkpoint=self._checkpoint if replicas.is_chief else None,
+                uninterrupted=signals.held if alone else contextlib.nullcontext,
+                is_stopped=lambda: not alone and signals.received is not None,
+            )
 
-    def _callbacks(self, save: Callable[..., Any]) -> list[keras.callbacks.Callback]:
+    def _writers(self, save: Callable[..., Any]) -> list[keras.callbacks.Callback]:
+        """What writes to the run folder."""
         job, config = self._job, self._job.config
         goes_on = config.resume or self._before.epoch > 0
-        callbacks = [
+        callbacks: list[keras.callbacks.Callback] = [
             keras.callbacks.CSVLogger(job.out / run_folder.HISTORY, append=goes_on),
             EpochEvents(job.out / run_folder.EVENTS, write_graph=False),
         ]
-        if config.early_stopping is not None:
-            callbacks.append(self._early_stopping(config.early_stopping))
         if config.max_to_keep:
             options = {
                 "max_to_keep": config.max_to_keep,
@@ -134,15 +141,20 @@ class StageTrainer:
             )
         return callbacks
 
-    def _early_stopping(self, patience: int) -> keras.callbacks.Callback:
+    def _early_stopping(self) -> list[keras.callbacks.Callback]:
+        patience = self._job.config.early_stopping
+        if patience is None:
+            return []
         history = run_folder.read_history(self._job.out).get("val_loss", [])
-        return ResumedEarlyStopping(
-            history[self._before.epoch : self.trainer.epoch],
-            self._checkpoint.best_weights(self.trainer),
-            monitor="val_loss",
-            patience=patience,
-            restore_best_weights=True,
-        )
+        return [
+            ResumedEarlyStopping(
+                history[self._before.epoch : self.trainer.epoch],
+                self._checkpoint.best_weights(self.trainer),
+                monitor="val_loss",
+                patience=patience,
+                restore_best_weights=True,
+            )
+        ]
 
     @property
     def progress(self) -> Progress:
@@ -211,6 +223,7 @@ def new_trainer(job: Job, model: keras.Model, groups: list[ParameterGroup]) -> T
         mixup=config.mixup,
         clip_norm=config.clip_norm,
         seed=config.seed,
+        replicas=job.replicas,
     )
 
 

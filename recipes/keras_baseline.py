@@ -30,7 +30,7 @@ def run(config: FinetuneConfig) -> Path:
     from recipes import measure, run_folder
     from recipes.finetune_setup import prepare
     from transfer.evaluation import predict, summarize
-    from transfer.features import EXTRACTION_BATCH, compiled
+    from transfer.features import EXTRACTION_BATCH, Compiled
 
     class EpochTimes(keras.callbacks.Callback):
         """Wall time of each epoch, without its validation."""
@@ -86,7 +86,7 @@ def run(config: FinetuneConfig) -> Path:
             verbose=2,
         )
     with clock("eval_s"):
-        figures = summarize(*predict(compiled(model), held_out))
+        figures = summarize(*predict(Compiled(model), held_out))
     seconds = clock.seconds
     metrics = {
         "eval": figures,

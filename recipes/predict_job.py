@@ -23,7 +23,7 @@ from recipes import run_folder
 from recipes.predict import PredictConfig
 from transfer import Classifier
 from transfer.explain import grad_cam, overlay
-from transfer.features import compiled
+from transfer.features import Compiled
 from transfer.images import read_image
 from transfer.preprocess import to_channels
 from transfer.sources import IMAGE_SUFFIXES
@@ -49,7 +49,7 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
         raise ValueError("no images are named; give files, folders, patterns, or - for a list")
     is_run = (model / run_folder.CONFIG).is_file()
     classifier = Classifier.load(model / run_folder.MODEL if is_run else model)
-    network = compiled(classifier.probabilities_of_resized)
+    network = Compiled(classifier.probabilities_of_resized)
     explain = None if config.explain is None else Explainer(classifier, config.explain)
     write = _WRITERS[config.format](results)
     done = num_failed = 0

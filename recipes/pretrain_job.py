@@ -17,7 +17,7 @@ from transfer import Backbone, Card, Preprocess, load_meta_graph, pretraining, s
 from transfer.card import write_card
 from transfer.data import Split, train_and_eval_splits
 from transfer.evaluation import predict, summarize
-from transfer.features import compiled
+from transfer.features import Compiled
 from transfer.run_checkpoint import RunCheckpoint
 from transfer.sources import open_source
 from transfer.training import ParameterGroup, Trainer, epoch_seed
@@ -86,7 +86,7 @@ def _train_and_save(
 
     def figures(network: keras.layers.Layer) -> dict[str, Any]:
         return summarize(
-            *predict(compiled(network), held_out.batches(preprocess, config.batch_size))
+            *predict(Compiled(network), held_out.batches(preprocess, config.batch_size))
         )
 
     decoded = _decoded(config, train, preprocess)

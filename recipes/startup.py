@@ -6,16 +6,21 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
-def job() -> Iterator[None]:
+def job(strategy: str = "none") -> Iterator[Any]:
     """Import TensorFlow; what it, Keras and tfds print within goes to standard error.
+
+    Gives the ``Replicas`` of a strategy, which may be: other processes must start, too.
 
     While it is imported and looks for devices, standard error is closed: its C++ parts write lines
     there (oneDNN is on, there is no GPU) that no setting turns off and that would bury a one-line
     error.
     """
+    if strategy in ("auto", "multi_worker") and os.environ.get("TF_CONFIG"):
+        print("waiting for the other workers of TF_CONFIG", file=sys.stderr)
     sys.stderr.flush()
     saved = os.dup(2)
     with open(os.devnull, "w") as devnull:
@@ -24,10 +29,19 @@ def job() -> Iterator[None]:
             import tensorflow as tf
 
             tf.get_logger().setLevel("ERROR")  # warnings about retracing are for developers
+            replicas = _replicas(strategy)
             tf.config.list_logical_devices()
             tf.zeros([])
         finally:
             os.dup2(saved, 2)
             os.close(saved)
     with contextlib.redirect_stdout(sys.stderr):
-        yield
+        yield replicas
+
+
+def _replicas(strategy: str) -> Any:
+    if strategy == "none":
+        return None
+    from transfer.distribution import open_replicas
+
+    return open_replicas(strategy)

@@ -13,7 +13,7 @@ from commands import finetune, largest_difference, metrics, saved_values
 from recipes.finetune import FinetuneConfig
 from recipes.finetune_stages import Stage, asked_for
 from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph, save_meta_graph
-from transfer.features import compiled
+from transfer.features import Compiled
 from transfer.training import ParameterGroup, Trainer
 
 tf1 = tf.compat.v1
@@ -126,7 +126,7 @@ def test_so_does_one_within_the_network(model):
 
     cut = new_classifier()
     prefix, suffix = cut.split("pool1")
-    kept = np.asarray(compiled(prefix)(images))
+    kept = np.asarray(Compiled(prefix)(images))
     train(suffix, kept, [ParameterGroup(keras.optimizers.Adam(0.01), suffix.trainable_variables)])
 
     full = new_classifier()

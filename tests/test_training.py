@@ -102,9 +102,8 @@ def test_mixup_mixes_inputs_and_targets_by_one_share():
         model = Spy([keras.Input([8]), keras.layers.Dense(2)])
         trainer = new_trainer(model, mixup=mixup, seed=seed)
         model.set_weights([new_kernel(), np.zeros(2, np.float32)])
-        loss, _ = trainer._step(
-            tf.constant(INPUTS[:16]), tf.constant(LABELS[:16]), tf.constant(number, tf.int64)
-        )
+        inputs, labels = tf.constant(INPUTS[:16]), tf.constant(LABELS[:16])
+        loss = trainer._step(inputs, labels, tf.constant(number, tf.int64), tf.constant(0.0))[0]
         return float(loss), np.asarray(seen.pop())
 
     loss, mixed = step(0.4)

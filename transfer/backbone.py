@@ -15,6 +15,7 @@ import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from transfer import taps
+from transfer.distribution import seed_of_replica
 from transfer.gradients import with_fast_gradients
 from transfer.head import average_over_space
 from transfer.metagraph import MetaGraph
@@ -75,7 +76,9 @@ class GraphLayer(keras.layers.Layer):
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         """The network's output; with ``training``, dropout of the graph is on."""
         run = self._training if training else self._inference
-        seed = tf.cast(self._seeds.next(), tf.int32) if self._draws[bool(training)] else None
+        seed = None
+        if self._draws[bool(training)]:
+            seed = tf.cast(seed_of_replica(self._seeds.next()), tf.int32)
         outputs = run(inputs, [variable.value for variable in self.graph_variables], seed)
         return average_over_space(outputs) if self.pooling == "avg" else outputs
 

@@ -20,6 +20,7 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from transfer.augment import random_view
+from transfer.distribution import NO_LABEL, pieces_of_batches
 from transfer.images import decode
 from transfer.preprocess import Preprocess
 
@@ -184,6 +185,7 @@ class Split:
         shuffle_seed: int | None = None,
         view_seed: int | None = None,
         first_batch: int = 0,
+        piece: tuple[int, int] = (0, 1),
     ) -> Batches:
         """Decoded, preprocessed batches; the last one may be smaller, none is left out.
 
@@ -194,8 +196,10 @@ class Split:
             view_seed: gives a random view (shift, flip) of each image, the same in any order;
                 ``None`` shows the images as they are.
             first_batch: where to begin, from 0; what comes before is not decoded.
+            piece: number and count of the processes that share each batch; this one gets, and
+                decodes, its piece. See ``distribution``.
         """
-        return Batches(self, preprocess, batch_size, shuffle_seed, view_seed, first_batch)
+        return Batches(self, preprocess, batch_size, shuffle_seed, view_seed, first_batch, piece)
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,7 @@ class Batches:
     shuffle_seed: int | None
     view_seed: int | None
     first_batch: int = 0
+    piece: tuple[int, int] = (0, 1)
 
     def __len__(self) -> int:
         return max(0, -(-len(self.split) // self.batch_size) - self.first_batch)
@@ -218,13 +223,30 @@ class Batches:
         if self.shuffle_seed is not None:
             buffer = min(len(self.split), SHUFFLE_BUFFER)
             examples = examples.shuffle(buffer, seed=self.shuffle_seed)
+        examples = examples.skip(self.first_batch * self.batch_size)
+        examples, rows = self._of_piece(examples)
         return (
-            examples.skip(self.first_batch * self.batch_size)
-            .map(self._to_pair, num_parallel_calls=tf.data.AUTOTUNE)
-            .batch(self.batch_size)
+            examples.map(self._to_pair, num_parallel_calls=tf.data.AUTOTUNE)
+            .batch(rows)
             .apply(tf.data.experimental.assert_cardinality(len(self)))
             .prefetch(tf.data.AUTOTUNE)
         )
+
+    def _of_piece(self, examples: tf.data.Dataset) -> tuple[tf.data.Dataset, int]:
+        """The examples of this process, and how many a batch has of them."""
+        if self.piece == (0, 1):
+            return examples, self.batch_size
+        rest = max(0, len(self.split) - self.first_batch * self.batch_size)
+        is_read, stands_in = pieces_of_batches(rest, self.batch_size, *self.piece)
+        rows = int(is_read[: self.batch_size].sum())
+        read, without_label = tf.constant(is_read), tf.constant(stands_in)
+
+        def labelled(number: tf.Tensor, example: dict) -> dict:
+            label = tf.where(without_label[number], tf.cast(NO_LABEL, tf.int64), example["label"])
+            return example | {"label": label}
+
+        mine = examples.enumerate().filter(lambda number, _: read[number]).map(labelled)
+        return mine, max(1, rows)
 
     def _to_pair(self, example: dict) -> tuple[tf.Tensor, tf.Tensor]:
         image = decode(example["image"])

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from transfer.features import stream
+
 
 def predict(
     model: Callable[[Any], Any], batches: Iterable[tuple[Any, Any]]
@@ -14,13 +16,13 @@ def predict(
     """Logits and labels of all batches, in their order.
 
     Args:
-        model: inputs to logits ``[batch, num_classes]``, e.g. from ``features.compiled``.
+        model: inputs to logits ``[batch, num_classes]``, e.g. a ``features.Compiled``.
         batches: ``(inputs, labels)``.
 
     Returns:
         float32 ``[num_examples, num_classes]`` and int64 ``[num_examples]``.
     """
-    outputs = [(np.asarray(model(inputs)), np.asarray(labels)) for inputs, labels in batches]
+    outputs = [(logits, np.asarray(labels)) for logits, labels in stream(model, batches)]
     return np.concatenate([o[0] for o in outputs]), np.concatenate([o[1] for o in outputs])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.data import shuffled
+from transfer.distribution import NO_LABEL, Replicas
 
 EXTRACTION_BATCH = 32
 """Images per batch wherever something is computed to be kept or evaluated. One size, and the same
@@ -28,10 +31,14 @@ class Activations:
 
     ``views`` hold ``[num_examples, ...]`` each, as the prefix gives them: one for the images as
     they are, or one for each random view of them. ``labels`` are int64 ``[num_examples]``.
+
+    Where several processes share the work, ``here`` is boolean ``[num_examples]``, and views hold
+    the rows of those examples only at which it is true.
     """
 
     views: Sequence[Rows]
     labels: np.ndarray
+    here: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -45,7 +52,8 @@ class Activations:
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """``(inputs, labels)``, float32 and int64; the last batch may be smaller.
 
-        Each image is shown once, and another view of it in the next epoch.
+        Each image is shown once, and another view of it in the next epoch. Of each batch, the
+        examples that are here; a row of zeros without a label where there is none.
 
         Args:
             batch_size: examples per batch.
@@ -59,7 +67,19 @@ class Activations:
             order = shuffled(len(self), shuffle_seed)
         for start in range(first_batch * batch_size, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            yield self._gather(chosen, (chosen + epoch) % len(self.views)), self.labels[chosen]
+            if self.here is not None:
+                chosen = chosen[self.here[chosen]]
+            if not len(chosen):
+                shape = self.views[0][:0].shape[1:]
+                yield np.zeros((1, *shape), np.float32), np.full(1, NO_LABEL)
+                continue
+            rows = chosen if self._rows is None else self._rows[chosen]
+            yield self._gather(rows, (chosen + epoch) % len(self.views)), self.labels[chosen]
+
+    @functools.cached_property
+    def _rows(self) -> np.ndarray | None:
+        """Example to its row, where not all are here."""
+        return None if self.here is None else np.cumsum(self.here) - 1
 
     def _gather(self, chosen: np.ndarray, view_of_each: np.ndarray) -> np.ndarray:
         if len(self.views) == 1:
@@ -85,7 +105,7 @@ def extract(
     """Run a prefix over all batches, in inference mode.
 
     Args:
-        prefix: preprocessed images to activations, e.g. from ``compiled``.
+        prefix: preprocessed images to activations, e.g. a ``Compiled``.
         batches: ``(images, labels)``.
         num_examples: in all batches together.
         dtype: to keep them in.
@@ -115,6 +135,9 @@ def stream(
 ) -> Iterator[tuple[np.ndarray, Any]]:
     """``(activations, labels)`` of each batch, keeping none: the same values that ``extract``
     keeps."""
+    if isinstance(prefix, Compiled):
+        yield from prefix.stream(batches)
+        return
     for images, labels in batches:
         yield np.asarray(prefix(images)), labels
 
@@ -127,6 +150,40 @@ def whole_batches(missing: np.ndarray, batch_size: int = EXTRACTION_BATCH) -> np
     return np.repeat(np.logical_or.reduceat(missing, starts), batch_size)[: len(missing)]
 
 
-def compiled(layer: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """A layer in inference mode as one ``tf.function``; make it once, call it for every batch."""
-    return tf.function(lambda inputs: layer(inputs), autograph=False, reduce_retracing=True)
+class Compiled:
+    """A layer in inference mode as one ``tf.function``; make it once, call it for every batch.
+
+    Args:
+        layer: inputs to outputs.
+        replicas: ``stream`` gives each replica of this process a batch of its own.
+    """
+
+    def __init__(self, layer: Callable[[Any], Any], replicas: Replicas | None = None):
+        self._replicas = Replicas() if replicas is None else replicas
+        self.function = tf.function(
+            lambda inputs: layer(inputs), autograph=False, reduce_retracing=True
+        )
+        self._on_each = tf.function(
+            lambda inputs: self._replicas.strategy.run(layer, (inputs,)),
+            autograph=False,
+            reduce_retracing=True,
+        )
+
+    def __call__(self, inputs: Any) -> tf.Tensor:
+        return self.function(inputs)
+
+    def stream(self, batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[np.ndarray, Any]]:
+        """``(outputs, labels)`` of each batch, in order."""
+        count = self._replicas.num_local
+        if count == 1:
+            for inputs, labels in batches:
+                yield np.asarray(self.function(inputs)), labels
+            return
+        remaining = iter(batches)
+        while group := list(itertools.islice(remaining, count)):
+            # Where there are fewer batches than replicas, the others repeat one.
+            inputs = [group[min(number, len(group) - 1)][0] for number in range(count)]
+            outputs = self._on_each(self._replicas.each(inputs))
+            outputs = self._replicas.strategy.experimental_local_results(outputs)
+            for (_, labels), found in zip(group, outputs, strict=False):
+                yield np.asarray(found), labels

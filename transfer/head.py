@@ -17,6 +17,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from transfer.distribution import seed_of_replica
+
 tf1 = tf.compat.v1
 
 
@@ -69,7 +71,7 @@ class Head(keras.layers.Layer):
             for number, width in enumerate(self.hidden, 1)
         ]
         self.dropout_layers = [
-            keras.layers.Dropout(dropout, seed=next(seeds)) for _ in range(len(self.hidden) + 1)
+            ReplicaDropout(dropout, seed=next(seeds)) for _ in range(len(self.hidden) + 1)
         ]
         self.classifier = keras.layers.Dense(
             num_classes,
@@ -117,6 +119,16 @@ class Head(keras.layers.Layer):
             "seed",
         )
         return super().get_config() | {name: getattr(self, name) for name in names}
+
+
+class ReplicaDropout(keras.layers.Dropout):
+    """Keras' layer, but each of several replicas drops others."""
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        if not training or not self.rate:
+            return inputs
+        seed = seed_of_replica(self.seed_generator.next())
+        return tf.nn.experimental.stateless_dropout(inputs, self.rate, seed=seed)
 
 
 def build_head(

@@ -72,7 +72,7 @@ def range_test(
     for (inputs, labels), rate in zip(batches, np.geomspace(lowest, highest, steps), strict=False):
         for optimizer, scale in zip(optimizers, scales, strict=True):
             optimizer.learning_rate = rate * scale
-        loss, _ = trainer.train_step(inputs, labels)
+        loss, *_ = trainer.train_step(inputs, labels)
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
         corrected = mean / (1 - SMOOTHING ** (len(losses) + 1))  # it began at zero
         if not math.isfinite(loss) or (smoothed and corrected > DIVERGED * min(smoothed)):

@@ -15,17 +15,22 @@ import tensorflow as tf
 Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
 
 
-class _KernelsDecay:
-    """Weight decay for what has two dimensions or more. On biases and on the scales of norms it
+class _OfTrainer:
+    """What a ``training.Trainer`` wants otherwise than Keras.
+
+    Weight decay is for what has two dimensions or more. On biases and on the scales of norms it
     does harm (arXiv 1812.01187, section 3.1), and the names of a stranger's variables do not tell.
     """
 
     def _use_weight_decay(self, variable: Any) -> bool:
         return len(variable.shape) > 1
 
+    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
+        return grads_and_vars  # they are those of all replicas
+
 
 @keras.saving.register_keras_serializable("vgg_transfer")
-class FusedAdam(_KernelsDecay, keras.optimizers.Adam):
+class FusedAdam(_OfTrainer, keras.optimizers.Adam):
     """``keras.optimizers.Adam``; the same results, the same variables."""
 
     def update_step(self, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
@@ -49,7 +54,7 @@ class FusedAdam(_KernelsDecay, keras.optimizers.Adam):
 
 
 @keras.saving.register_keras_serializable("vgg_transfer")
-class FusedSGD(_KernelsDecay, keras.optimizers.SGD):
+class FusedSGD(_OfTrainer, keras.optimizers.SGD):
     """``keras.optimizers.SGD``; the same results, the same variables."""
 
     def update_step(self, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
@@ -106,6 +111,11 @@ def cosine(learning_rate: float, total_steps: int, warmup_steps: int) -> Schedul
         warmup_target=learning_rate,
         warmup_steps=warmup_steps,
     )
+
+
+def is_for_replicas(optimizer: keras.optimizers.Optimizer) -> bool:
+    """Whether it applies gradients as they are, those of all replicas, rather than add them up."""
+    return isinstance(optimizer, _OfTrainer)
 
 
 def _is_fusable(gradient: Any, variable: Any) -> bool:

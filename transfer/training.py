@@ -20,6 +20,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from transfer.distribution import Replicas, sum_over_replicas
+from transfer.optimizers import is_for_replicas
+
 Batch = tuple[Any, Any]
 
 
@@ -94,6 +97,7 @@ class Trainer:
         frozen: applied to the inputs first, in inference mode and without a gradient.
         seed: of what is drawn at random here, for each step anew.
         random_states: variables of ``frozen`` that its steps change: states of random layers.
+        replicas: who trains together. The batches of each process are its own part of them.
 
     ``step`` and ``epoch`` are those that are done, ``sums`` what is done of the epoch that has
     begun, and ``best_loss`` the lowest validation loss after an epoch. ``epoch_seconds`` are the
@@ -109,6 +113,7 @@ class Trainer:
     frozen: Callable[[Any], Any] | None = None
     seed: int = 0
     random_states: Sequence[keras.Variable] = ()
+    replicas: Replicas = field(default_factory=Replicas)
     step: int = 0
     epoch: int = 0
     sums: EpochSums = field(default_factory=EpochSums)
@@ -116,30 +121,54 @@ class Trainer:
     epoch_seconds: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.replicas.count > 1 and not all(is_for_replicas(g.optimizer) for g in self.groups):
+            raise ValueError(
+                "several replicas add up their gradients before they clip and apply them; take "
+                "optimizers from transfer.optimizers, for Keras' own would add them up once more"
+            )
         # Callbacks (EarlyStopping, ReduceLROnPlateau, TensorBoard) look for these on the model.
         self.model.optimizer = self.groups[0].optimizer
         self.model.stop_training = False
-        self._is_changing = False
-        self._train_step = tf.function(self._step, autograph=False, reduce_retracing=True)
+        self._is_changing = self._is_asked_to_stop = False
+        self._train_step = tf.function(
+            lambda *arguments: self.replicas.run(self._step, *arguments),
+            autograph=False,
+            reduce_retracing=True,
+        )
 
     def _step(
-        self, inputs: tf.Tensor, labels: tf.Tensor, step: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """One update; returns the loss, a float32 scalar, and how many predictions were right."""
+        self, inputs: tf.Tensor, labels: tf.Tensor, step: tf.Tensor, stop: tf.Tensor
+    ) -> tf.Tensor:
+        """One update, on each replica with its piece of the batch.
+
+        Returns:
+            float32 ``[4]``, of the whole batch: the mean loss, how many predictions were right, how
+            many examples there are; and how many replicas are asked to stop.
+        """
         if self.frozen is not None:
             inputs = tf.stop_gradient(self.frozen(inputs))
+        weights = tf.cast(labels >= 0, tf.float32)
+        num_examples, num_stops = sum_over_replicas([tf.reduce_sum(weights), stop])
         mix = self._mixing(step)
+        variables = [variable for group in self.groups for variable in group.variables]
         with tf.GradientTape() as tape:
             logits = self.model(mix(inputs), training=True)
-            loss = self._mean_loss(labels, logits, mix)
-        gradients = tape.gradient(loss, [v.value for g in self.groups for v in g.variables])
+            losses = self._losses(labels, logits, mix) * weights
+            loss = tf.reduce_sum(losses) / num_examples
+        gradients = tape.gradient(loss, [variable.value for variable in variables])
+        is_right = tf.cast(tf.argmax(logits, -1, labels.dtype) == labels, tf.float32)
+        reached = [n for n, gradient in enumerate(gradients) if gradient is not None]
+        *reduced, loss, num_right = sum_over_replicas(
+            [*(gradients[n] for n in reached), loss, tf.reduce_sum(is_right)]
+        )
+        for n, gradient in zip(reached, reduced, strict=True):
+            gradients[n] = gradient
         if self.clip_norm is not None:
             gradients, _ = tf.clip_by_global_norm(gradients, self.clip_norm)
         remaining = iter(gradients)
         for group in self.groups:
             group.optimizer.apply([next(remaining) for _ in group.variables], group.variables)
-        is_right = tf.argmax(logits, -1, labels.dtype) == labels
-        return loss, tf.math.count_nonzero(is_right)
+        return tf.stack([loss, num_right, num_examples, num_stops])
 
     def _mixing(self, step: tf.Tensor) -> Callable[[tf.Tensor], tf.Tensor]:
         """What makes of the examples of a batch the mixtures to train on.
@@ -154,7 +183,7 @@ class Trainer:
         share = first / (first + second)  # Beta(mixup, mixup)
         return lambda values: share * values + (1 - share) * tf.reverse(values, [0])
 
-    def _mean_loss(
+    def _losses(
         self, labels: tf.Tensor, logits: tf.Tensor, mix: Callable[[tf.Tensor], tf.Tensor]
     ) -> tf.Tensor:
         """Softmax cross-entropy, with the targets smoothed as in arXiv 1512.00567, section 7, and
@@ -163,14 +192,21 @@ class Trainer:
         targets = targets * (1 - self.label_smoothing) + self.label_smoothing / logits.shape[-1]
         losses = tf.nn.softmax_cross_entropy_with_logits(mix(targets), logits)
         if self.class_weights is not None:
-            losses *= mix(tf.gather(tf.constant(self.class_weights, tf.float32), labels))
-        return tf.reduce_mean(losses)
+            weights = tf.constant(self.class_weights, tf.float32)
+            losses *= mix(tf.gather(weights, tf.maximum(labels, 0)))  # NO_LABEL counts for nothing
+        return losses
 
-    def train_step(self, inputs: Any, labels: Any) -> tuple[float, int]:
-        """One update; the loss of the batch before it, and how many predictions were right."""
-        loss, num_right = self._train_step(inputs, labels, tf.constant(self.step, tf.int64))
+    def train_step(self, inputs: Any, labels: Any, stop: bool = False) -> tuple[float, int, int]:
+        """One update; the loss of the batch before it, and how many of how many predictions were
+        right. ``stop`` asks all replicas to stop after it.
+        """
+        inputs, labels = self.replicas.pieces(inputs, labels)
+        step = tf.constant(self.step, tf.int64)
+        figures = self._train_step(inputs, labels, step, tf.constant(float(stop)))
+        loss, num_right, num_examples, num_stops = figures.numpy().tolist()
         self.step += 1
-        return float(loss), int(num_right)
+        self._is_asked_to_stop = num_stops > 0
+        return loss, int(num_right), int(num_examples)
 
     def train_epoch(
         self,
@@ -179,22 +215,26 @@ class Trainer:
         *,
         checkpoint: Checkpoint | None = None,
         uninterrupted: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        is_stopped: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
         """The rest of the epoch that ``sums`` has begun; its mean loss and accuracy while training.
 
         Raises:
             NonFiniteLossError: names the step and the learning rate.
+            KeyboardInterrupt: after the step in which a replica was stopped.
         """
         # Sums in Python: Keras' metrics would take longer than a step of a head.
         for inputs, labels in batches:
             with uninterrupted(), self._changing():
                 callbacks.on_train_batch_begin(self.sums.num_batches)
-                loss, num_right = self.train_step(inputs, labels)
+                loss, num_right, num_examples = self.train_step(inputs, labels, is_stopped())
                 self._check_finite(loss)
-                self.sums.add(len(labels), num_right, loss)
+                self.sums.add(num_examples, num_right, loss)
                 callbacks.on_train_batch_end(self.sums.num_batches - 1, self.sums.means)
                 if checkpoint is not None and checkpoint.is_due:
                     checkpoint.save(self)
+            if self._is_asked_to_stop:
+                raise KeyboardInterrupt
         return self.sums.means
 
     def fit(
@@ -208,6 +248,7 @@ class Trainer:
         verbose: int = 0,
         checkpoint: Checkpoint | None = None,
         uninterrupted: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """Train until ``self.epoch == epochs``, or until a callback stops it.
 
@@ -224,6 +265,8 @@ class Trainer:
                 ``KeyboardInterrupt`` comes between two steps.
             uninterrupted: makes the context of what must not be left half done by a
                 ``KeyboardInterrupt``: a step, and what follows an epoch.
+            is_stopped: asked before each step. Where it is true on one replica, all of them do this
+                step and stop with a ``KeyboardInterrupt``: none may go on without the others.
         """
         callback_list = keras.callbacks.CallbackList(
             list(callbacks),
@@ -245,6 +288,7 @@ class Trainer:
                     callback_list,
                     checkpoint=checkpoint,
                     uninterrupted=uninterrupted,
+                    is_stopped=is_stopped,
                 )
                 self.epoch_seconds.append(time.perf_counter() - start)
                 if validate is not None:

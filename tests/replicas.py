@@ -1,0 +1,80 @@
+"""A process of a run with several replicas: ``python replicas.py STRATEGY OUT CUT,CUT [FLAGS]``.
+
+``mirrored`` has two logical CPUs. ``multi_worker`` takes its place from ``TF_CONFIG``. There is a
+run for each cut, into a folder of its name within OUT; the flags are those of ``finetune``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SCRIPT = Path(__file__)
+WAIT_S = 240
+
+
+def main(strategy: str, out: str, cuts: str, *flags: str) -> int:
+    import tensorflow as tf
+
+    if strategy == "mirrored":
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        two = [tf.config.LogicalDeviceConfiguration()] * 2
+        tf.config.set_logical_device_configuration(cpu, two)
+    from recipes.cli import app
+    from recipes.finetune_job import run
+    from transfer.distribution import open_replicas
+
+    replicas = open_replicas(strategy)
+    assert replicas.count == 2
+    for cut in cuts.split(","):
+        words = ["finetune", *flags, "--freeze-until", cut, "--out", str(Path(out, cut))]
+        _, bound, _ = app.parse_args(words)
+        run(bound.arguments["config"], replicas)
+    return 0
+
+
+class Process:
+    """One that runs; what it says goes to a file, so that nobody needs to read along."""
+
+    def __init__(self, *words: object, environment: dict[str, str] | None = None):
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in wait
+        self.process = subprocess.Popen(
+            [sys.executable, *map(str, words)],
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            cwd=SCRIPT.parents[1],
+            env={**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])} | (environment or {}),
+        )
+
+    def wait(self) -> tuple[int, str]:
+        """Its status, and what it said."""
+        try:
+            status = self.process.wait(WAIT_S)
+        finally:
+            self.process.kill()
+            self.process.wait()
+        self._output.seek(0)
+        with self._output:
+            return status, self._output.read()
+
+
+def start_workers(*words: object) -> list[Process]:
+    """Two processes on this machine that know of each other."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    hosts = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
+    for s in sockets:
+        s.close()
+    configs = [
+        {"cluster": {"worker": hosts}, "task": {"type": "worker", "index": number}}
+        for number in range(2)
+    ]
+    return [Process(*words, environment={"TF_CONFIG": json.dumps(c)}) for c in configs]
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,194 @@
+import json
+from types import SimpleNamespace
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from replicas import Process
+
+from transfer import Preprocess
+from transfer.distribution import (
+    NO_LABEL,
+    LostWorkerError,
+    Replicas,
+    num_workers,
+    open_replicas,
+    piece,
+    pieces_of_batches,
+    take,
+)
+from transfer.features import Activations
+from transfer.sources import open_source
+from transfer.training import ParameterGroup, Trainer
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 32])
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_each_row_is_in_one_piece_with_its_counterpart(num_rows, count):
+    pieces = [piece(num_rows, number, count) for number in range(count)]
+    np.testing.assert_array_equal(np.sort(np.concatenate(pieces)), np.arange(num_rows))
+    for rows in pieces:
+        np.testing.assert_array_equal(rows[::-1], num_rows - 1 - rows)
+    assert max(map(len, pieces)) - min(map(len, pieces)) <= 3  # a pair, and one without
+
+
+def test_a_replica_without_a_row_has_one_without_a_label():
+    inputs, labels = take(np.arange(6.0).reshape(2, 3), np.array([4, 5]), 1, 2)
+    np.testing.assert_array_equal(inputs, [[0, 1, 2]])
+    np.testing.assert_array_equal(labels, [NO_LABEL])
+
+
+def test_pieces_of_batches_hold_every_example_once():
+    read, stand_in = zip(*(pieces_of_batches(20, 6, number, 3) for number in range(3)), strict=True)
+    counted = np.array(read, int) - np.array(stand_in, int)
+    np.testing.assert_array_equal(counted.sum(0), 1)
+    for number in range(3):  # something of each batch
+        assert all(read[number][start : start + 6].any() for start in range(0, 20, 6))
+
+
+@pytest.mark.parametrize("first_batch", [0, 2])
+def test_batches_of_images_are_divided(image_folder, first_batch):
+    split = open_source("", image_folder=str(image_folder)).split("train")  # 24 images
+    options = {"shuffle_seed": 1, "view_seed": 1, "first_batch": first_batch}
+
+    def batches(**more):
+        return list(split.batches(Preprocess("unit", 16), 7, **options, **more))
+
+    whole = batches()
+    parts = [batches(piece=(number, 3)) for number in range(3)]
+    for (images, labels), *pieces in zip(whole, *parts, strict=True):
+        for number, (piece_images, piece_labels) in enumerate(pieces):
+            expected_images, expected_labels = take(images, labels, number, 3)
+            np.testing.assert_array_equal(piece_labels, expected_labels)
+            np.testing.assert_array_equal(piece_images, expected_images)
+
+
+def test_activations_are_divided_by_who_has_them():
+    rows, labels = np.arange(10.0, dtype=np.float32)[:, None], np.arange(10)
+    here = np.arange(10) < 7
+    mine = Activations([rows[here]], labels, here)
+    others = Activations([rows[~here]], labels, ~here)
+    whole = Activations([rows], labels).batches(4, shuffle_seed=3)
+    for (_, all_labels), first, second in zip(
+        whole, mine.batches(4, 3), others.batches(4, 3), strict=True
+    ):
+        found = [(x, y) for part in (first, second) for x, y in zip(*part, strict=True)]
+        found = [(float(x[0]), int(y)) for x, y in found if y != NO_LABEL]
+        assert all(x == y for x, y in found)
+        assert sorted(y for _, y in found) == sorted(all_labels)
+    nobody = Activations([rows[:0]], labels, here & False)
+    inputs, none = next(nobody.batches(4))
+    assert inputs.shape == (1, 1)
+    assert none.tolist() == [NO_LABEL]
+
+
+def test_shares_are_whole_batches():
+    shares = [Replicas(worker=n, num_workers=2).share(10, 4) for n in range(2)]
+    np.testing.assert_array_equal(shares[0], [True] * 4 + [False] * 4 + [True] * 2)
+    np.testing.assert_array_equal(shares[0], ~shares[1])
+
+
+def test_one_replica_exchanges_nothing():
+    alone = Replicas()
+    rows = np.arange(3)
+    assert alone.is_chief
+    assert alone.join(rows, np.ones(3, bool)) is rows
+    assert alone.from_chief("runs/ä") == "runs/ä"
+    assert alone.total(5) == 5
+    alone.check_same("model", b"1234")
+
+
+class TwoProcesses(Replicas):
+    """Gathers what another process would have sent."""
+
+    other: np.ndarray
+
+    def gather(self, rows):
+        return np.concatenate([rows, self.others.pop(0)])
+
+
+def test_what_all_must_have_alike_is_compared():
+    replicas = TwoProcesses(worker=0, num_workers=2)
+    object.__setattr__(replicas, "others", [np.array([1]), np.array([[1, 2, 4]])])
+    with pytest.raises(ValueError, match=r"workers \[1\] have another model than worker 0"):
+        replicas.check_same("model", b"\1\2\3")
+
+
+def test_rows_of_all_processes_are_put_in_order():
+    replicas = TwoProcesses(worker=0, num_workers=2)
+    object.__setattr__(replicas, "others", [np.array([10, 30]), np.array([1, 3])])
+    mine = np.array([True, False, True, False])
+    np.testing.assert_array_equal(replicas.join(np.array([0, 20]), mine), [0, 10, 20, 30])
+
+
+def test_the_error_of_a_lost_worker_says_what_to_do():
+    error = tf.errors.UnavailableError(None, None, "Connection reset by peer")
+    said = pytest.raises(LostWorkerError, match=r"worker 1 of 2 stops.*--resume")
+    with said, Replicas(worker=1, num_workers=2).watched():
+        raise error
+    with pytest.raises(tf.errors.UnavailableError), Replicas().watched():
+        raise error
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not json",
+        "[]",
+        '{"cluster": {"worker": ["a:1"]}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 1}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": {"type": "ps", "index": 0}}',
+    ],
+)
+def test_a_wrong_tf_config_is_shown(text, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", text)
+    with pytest.raises(ValueError, match="TF_CONFIG"):
+        open_replicas("multi_worker")
+
+
+def test_workers_are_counted(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    assert num_workers() == 0
+    with pytest.raises(ValueError, match="TF_CONFIG"):
+        open_replicas("multi_worker")
+    cluster = {"chief": ["a:1"], "worker": ["b:1", "c:1"]}
+    config = {"cluster": cluster, "task": {"type": "worker", "index": 1}}
+    monkeypatch.setenv("TF_CONFIG", json.dumps(config))
+    assert num_workers() == 3
+
+
+def test_auto_is_one_replica_where_there_is_one_device(monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    assert open_replicas("auto").count == open_replicas("none").count == 1
+
+
+def test_optimizers_that_add_up_gradients_themselves_are_refused():
+    model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
+    group = ParameterGroup(keras.optimizers.SGD(0.1), model.trainable_variables)
+    strategy = SimpleNamespace(num_replicas_in_sync=2)
+    with pytest.raises(ValueError, match=r"transfer\.optimizers"):
+        Trainer(model, [group], replicas=Replicas(strategy))
+
+
+DROPOUT = """
+import numpy as np, tensorflow as tf
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+from transfer import Head
+from transfer.distribution import open_replicas
+replicas = open_replicas("mirrored")
+with replicas.strategy.scope():
+    head = Head(2, dropout=0.5, seed=1)
+    head.build([None, 64])
+dropout = head.dropout_layers[0]
+draw = tf.function(lambda: replicas.strategy.run(lambda: dropout(tf.ones([1, 64]), training=True)))
+local = replicas.strategy.experimental_local_results
+masks = [np.array(mask) for _ in range(2) for mask in local(draw())]
+assert len(np.unique(masks, axis=0)) == 4, masks
+"""
+
+
+def test_each_replica_drops_others():
+    status, says = Process("-c", DROPOUT).wait()
+    assert status == 0, says
