@@ -24,6 +24,7 @@ VERBS = (
     "finetune",
     "evaluate",
     "predict",
+    "predict-beam",
     "export",
     "check-data",
     "benchmark",

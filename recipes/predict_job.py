@@ -25,7 +25,7 @@ from transfer import Classifier
 from transfer.explain import grad_cam, overlay
 from transfer.features import Compiled
 from transfer.images import read_image
-from transfer.preprocess import to_channels
+from transfer.preprocess import Preprocess, to_channels
 from transfer.sources import IMAGE_SUFFIXES
 
 _SUFFIXES = frozenset((*IMAGE_SUFFIXES, ".jpe", ".jfif", ".tif", ".tiff", ".webp"))
@@ -42,9 +42,7 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
     Raises:
         FileNotFoundError, ValueError: if there is no such model, or no image.
     """
-    for name in ("top_k", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name.replace('_', ' ')} must be at least 1")
+    check(config)
     if not images:
         raise ValueError("no images are named; give files, folders, patterns, or - for a list")
     is_run = (model / run_folder.CONFIG).is_file()
@@ -74,6 +72,15 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
     failed = f", {num_failed} could not be read" if num_failed else ""
     print(f"{done} images, {rate:.1f} images/s{failed}", file=sys.stderr)
     return num_failed
+
+
+def check(config: PredictConfig) -> None:
+    """Raises:
+    ValueError: if a number makes no sense.
+    """
+    for name in ("top_k", "batch_size"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name.replace('_', ' ')} must be at least 1")
 
 
 class Explainer:
@@ -139,12 +146,7 @@ def _batches(
 ) -> Iterator[tuple[list[str], list[tf.Tensor], list[tuple[str, str]]]]:
     """Names and resized images of each batch, and the names of what could not be read with the
     reasons; the next batches are read while one is predicted."""
-    preprocess = classifier.preprocess
-    prepare = tf.function(
-        lambda image: preprocess.resize(to_channels(image, preprocess.channels)),
-        input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)],
-        autograph=False,
-    )
+    prepare = prepare_images(classifier.preprocess)
 
     def read(path: Path) -> tf.Tensor:
         return prepare(read_image(path.read_bytes()))
@@ -164,11 +166,20 @@ def _batches(
                     images.append(future.result())
                     names.append(_shown(path))
                 except Exception as error:  # a damaged file makes its reader raise anything
-                    failures.append((_shown(path), _reason(error)))
+                    failures.append((_shown(path), reason(error)))
             yield names, images, failures
 
 
-def _reason(error: Exception) -> str:
+def prepare_images(preprocess: Preprocess) -> Callable[[np.ndarray], tf.Tensor]:
+    """From pixels, uint8 ``[height, width, 3]``, to float32 ``[size, size, channels]``, 0..255."""
+    return tf.function(
+        lambda image: preprocess.resize(to_channels(image, preprocess.channels)),
+        input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)],
+        autograph=False,
+    )
+
+
+def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, ValueError):
@@ -202,11 +213,15 @@ def _csv(file: TextIO) -> Callable[[str, Prediction], None]:
 
 def _jsonl(file: TextIO) -> Callable[[str, Prediction], None]:
     def write(name: str, found: Prediction) -> None:
-        predictions = [{"label": label, "probability": p} for label, p in found]
-        line = json.dumps({"image": name, "predictions": predictions}, ensure_ascii=False)
-        print(line, file=file, flush=True)
+        print(as_json(name, found), file=file, flush=True)
 
     return write
+
+
+def as_json(name: str, found: Prediction) -> str:
+    """A line of ``--format jsonl``."""
+    predictions = [{"label": label, "probability": p} for label, p in found]
+    return json.dumps({"image": name, "predictions": predictions}, ensure_ascii=False)
 
 
 _WRITERS = {"table": _table, "csv": _csv, "jsonl": _jsonl}

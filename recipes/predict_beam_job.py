@@ -1,0 +1,142 @@
+"""What ``vgg-transfer predict-beam`` does; its flags are in ``recipes.predict_beam``.
+
+Names of files -> pixels -> probabilities -> lines. Beam's ``RunInference`` makes the batches and
+loads the model once a process.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    import apache_beam as beam
+    from apache_beam.io import fileio
+    from apache_beam.io.filesystems import FileSystems
+    from apache_beam.ml.inference.base import KeyedModelHandler, ModelHandler, RunInference
+    from apache_beam.options.pipeline_options import PipelineOptions
+except ImportError as error:
+    raise ImportError(
+        f"predict-beam needs Apache Beam ({error}): pip install 'vgg-transfer[beam]'"
+    ) from error
+
+from recipes import run_folder
+from recipes.predict import PredictConfig
+from recipes.predict_beam import PredictBeamConfig
+from recipes.predict_job import as_json, check, prepare_images, reason, top
+from transfer import Classifier
+from transfer.features import Compiled
+from transfer.images import read_image
+from transfer.preprocess import Preprocess
+
+_FAILED = "failed"
+_READ, _UNREADABLE = "images read", "images unreadable"
+
+
+def run(
+    model: str, pattern: str, config: PredictBeamConfig, options: Sequence[str]
+) -> tuple[int, int]:
+    """Run the pipeline to its end; how many images there were, and how many could not be read.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no such model, or no image.
+    """
+    check(PredictConfig(top_k=config.top_k, batch_size=config.batch_size))
+    prefix = find_model(model)
+    classifier = load(prefix)  # here first: what is wrong with it is said before workers start
+    labels = list(classifier.labels)
+    if not FileSystems.match([pattern], limits=[1])[0].metadata_list:
+        raise FileNotFoundError(f"no file matches {pattern!r}")
+    pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
+    read = (
+        pipeline
+        | fileio.MatchFiles(pattern)
+        | beam.Reshuffle()  # so that workers share the files, not the pattern
+        | fileio.ReadMatches()
+        | beam.ParDo(Read(classifier.preprocess)).with_outputs(_FAILED, main="pixels")
+    )
+    lines = (
+        read["pixels"]
+        | RunInference(KeyedModelHandler(Handler(prefix, config.batch_size)))
+        | beam.MapTuple(lambda name, row: as_json(name, top(row, labels, config.top_k)))
+    )
+    lines | "Write" >> beam.io.WriteToText(config.output, ".jsonl")
+    read[_FAILED] | "WriteFailed" >> beam.io.WriteToText(f"{config.output}.failed", ".jsonl")
+    result = pipeline.run()
+    result.wait_until_finish()
+    counts = {c.key.metric.name: c.result for c in result.metrics().query()["counters"]}
+    failed = counts.get(_UNREADABLE, 0)
+    return counts.get(_READ, 0) + failed, failed
+
+
+def find_model(model: str) -> str:
+    """The prefix of a model, which may be in a run folder.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    for prefix in (FileSystems.join(model, run_folder.MODEL), model):
+        if FileSystems.exists(f"{prefix}.meta"):
+            return prefix
+    raise FileNotFoundError(
+        f"{model!r} is neither a run folder nor the prefix of a model: there is no {model}.meta"
+    )
+
+
+def load(prefix: str) -> Classifier:
+    """A classifier from wherever Beam finds files."""
+    if Path(f"{prefix}.meta").is_file():
+        return Classifier.load(Path(prefix))
+    with tempfile.TemporaryDirectory() as folder:
+        for found in FileSystems.match([f"{prefix}*"])[0].metadata_list:
+            _, name = FileSystems.split(found.path)
+            with FileSystems.open(found.path) as source, Path(folder, name).open("wb") as copy:
+                shutil.copyfileobj(source, copy)
+        return Classifier.load(Path(folder, FileSystems.split(prefix)[1]))
+
+
+class Read(beam.DoFn):
+    """A file to ``(name, float32 [size, size, channels] in 0..255)``; what cannot be read goes to
+    another output, as a line."""
+
+    def __init__(self, preprocess: Preprocess):
+        self._preprocess = preprocess
+
+    def setup(self) -> None:
+        self._prepare = prepare_images(self._preprocess)
+
+    def process(self, file: Any) -> Iterator[Any]:
+        name = file.metadata.path
+        try:
+            with file.open() as opened:
+                pixels = self._prepare(read_image(opened.read())).numpy()
+        except Exception as error:  # a damaged file makes its reader raise anything
+            beam.metrics.Metrics.counter("predict", _UNREADABLE).inc()
+            line = json.dumps({"image": name, "error": reason(error)}, ensure_ascii=False)
+            yield beam.pvalue.TaggedOutput(_FAILED, line)
+            return
+        beam.metrics.Metrics.counter("predict", _READ).inc()
+        yield name, pixels
+
+
+class Handler(ModelHandler[np.ndarray, np.ndarray, Compiled]):
+    """Pixels to probabilities, for ``RunInference``."""
+
+    def __init__(self, prefix: str, batch_size: int):
+        super().__init__(min_batch_size=1, max_batch_size=batch_size)
+        self._prefix = prefix
+
+    def load_model(self) -> Compiled:
+        return Compiled(load(self._prefix).probabilities_of_resized)
+
+    def run_inference(
+        self, batch: Sequence[np.ndarray], model: Compiled, inference_args: Any = None
+    ) -> Iterable[np.ndarray]:
+        del inference_args
+        return list(model(np.stack(batch)).numpy())

@@ -1,0 +1,61 @@
+"""The pipeline on Beam's local runner gives what ``predict`` gives."""
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import finetune
+
+from recipes.cli import main
+
+pytest.importorskip("apache_beam", reason="needs Apache Beam: the extra 'beam'")
+
+
+@pytest.fixture
+def run(tmp_path, model, image_folder) -> Path:
+    assert finetune(tmp_path / "run", model, image_folder, "--epochs", 1) == 0
+    return tmp_path / "run"
+
+
+def lines(folder: Path, pattern: str) -> dict[str, dict]:
+    found = [json.loads(line) for p in folder.glob(pattern) for line in p.read_text().splitlines()]
+    assert len({one["image"] for one in found}) == len(found)
+    return {one["image"]: one for one in found}
+
+
+def test_it_predicts_what_predict_does(run, image_folder, tmp_path, capsys):
+    (image_folder / "red" / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    out = tmp_path / "out" / "predictions"
+    pattern = f"{image_folder}/**.*"
+    assert main(["predict-beam", str(run), pattern, "--output", str(out), "--top-k", "2"]) == 1
+    assert "25 images, 1 of which could not be read" in capsys.readouterr().out
+    assert main(["predict", str(run), str(image_folder), "--format", "jsonl", "--top-k", "2"]) == 1
+    expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = lines(out.parent, "predictions-*.jsonl")
+    assert found.keys() == {one["image"] for one in expected}
+    for one in expected:
+        for first, second in zip(
+            one["predictions"], found[one["image"]]["predictions"], strict=True
+        ):
+            assert first["label"] == second["label"]
+            assert first["probability"] == pytest.approx(second["probability"], abs=1e-5)
+    (failed,) = lines(out.parent, "predictions.failed-*.jsonl").values()
+    assert failed["image"].endswith("cut.jpg")
+    assert failed["error"]
+
+
+def test_options_after_two_dashes_are_beams(run, image_folder, tmp_path, capsys):
+    out = tmp_path / "predictions"
+    words = ["predict-beam", str(run), f"{image_folder}/red/*", "--output", str(out)]
+    assert main([*words, "--", "--runner", "NoSuchRunner"]) == 1
+    assert "NoSuchRunner" in capsys.readouterr().err
+    assert main([*words, "--", "--runner", "DirectRunner"]) == 0
+    assert len(lines(tmp_path, "predictions-*.jsonl")) == 12
+
+
+def test_what_is_not_there_is_said(run, image_folder, tmp_path, capsys):
+    out = str(tmp_path / "predictions")
+    assert main(["predict-beam", str(tmp_path), f"{image_folder}/*/*", "--output", out]) == 1
+    assert "neither a run folder nor the prefix of a model" in capsys.readouterr().err
+    assert main(["predict-beam", str(run), f"{tmp_path}/none/*.jpg", "--output", out]) == 1
+    assert "no file matches" in capsys.readouterr().err
