@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 SCRIPT = Path(__file__)
@@ -41,10 +42,16 @@ def main(strategy: str, out: str, cuts: str, *flags: str) -> int:
 class Process:
     """One that runs; what it says goes to a file, so that nobody needs to read along."""
 
-    def __init__(self, *words: object, environment: dict[str, str] | None = None):
+    def __init__(
+        self,
+        *words: object,
+        environment: dict[str, str] | None = None,
+        cores: Sequence[int] | None = None,
+    ):
+        pinned = [] if cores is None else ["taskset", "--cpu-list", ",".join(map(str, cores))]
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in wait
         self.process = subprocess.Popen(
-            [sys.executable, *map(str, words)],
+            [*pinned, sys.executable, *map(str, words)],
             stdout=self._output,
             stderr=subprocess.STDOUT,
             cwd=SCRIPT.parents[1],
@@ -63,7 +70,9 @@ class Process:
             return status, self._output.read()
 
 
-def start_workers(*words: object) -> list[Process]:
+def start_workers(
+    *words: object, cores: Sequence[Sequence[int] | None] = (None, None)
+) -> list[Process]:
     """Two processes on this machine that know of each other."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     hosts = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
@@ -73,7 +82,10 @@ def start_workers(*words: object) -> list[Process]:
         {"cluster": {"worker": hosts}, "task": {"type": "worker", "index": number}}
         for number in range(2)
     ]
-    return [Process(*words, environment={"TF_CONFIG": json.dumps(c)}) for c in configs]
+    return [
+        Process(*words, environment={"TF_CONFIG": json.dumps(config)}, cores=own)
+        for config, own in zip(configs, cores, strict=True)
+    ]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,207 @@
+"""What several workers bring: a small model, and a check of it with two processes on this machine.
+
+    python tests/scaling.py model
+    python tests/scaling.py check
+
+``model`` prints the bytes that VGG16 exchanges in a step for each cut, and the speed-up that is
+to be expected of 1 to 256 workers; its flags are the assumptions. ``check`` measures the steps of
+two workers on a core each, once alone, once together, and an exchange. What the model makes of the
+steps alone and of the exchange is to be the steps together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from replicas import Process, start_workers
+from tabulate import tabulate
+
+WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+CUTS = ("fc7", "pool4", "none")
+NUM_CLASSES = 10
+STEPS = 12
+BATCH = 32
+EXCHANGES = 2  # in a step: how many examples there are, and the gradients
+
+
+def step_seconds(
+    workers: int, compute_s: float, gradient_bytes: float, bandwidth: float, latency: float
+) -> float:
+    """A step of one of several workers: its arithmetic, then a ring all-reduce, in which each sends
+    its gradients twice but for one part in ``workers``, in ``2 (workers - 1)`` messages (Patarasuk
+    and Yuan, doi 10.1016/j.jpdc.2008.09.002); and before it one of a few bytes. Nothing overlaps.
+    """
+    sent = 2 * (workers - 1) / workers * gradient_bytes
+    return compute_s + sent / bandwidth + EXCHANGES * 2 * (workers - 1) * latency
+
+
+def print_model(options: argparse.Namespace) -> None:
+    rows, expected = [], []
+    for name, share, trained in vgg16_cuts():
+        # Activations, and gradients by inputs and by weights: three times the forward pass.
+        compute_s = options.batch * 3 * options.forward * (1 - share)
+        compute_s = max(compute_s, 1e-3)  # calls and copies
+        gradient_bytes = 4 * trained
+        rows.append([name, f"{trained:,}", f"{gradient_bytes / 1e6:,.1f}", f"{compute_s:.3g}"])
+        seconds = [
+            step_seconds(n, compute_s, gradient_bytes, options.bandwidth, options.latency)
+            for n in WORKERS
+        ]
+        speedups = [n * seconds[0] / s for n, s in zip(WORKERS, seconds, strict=True)]
+        expected.append([name, *(f"{speedup:.3g}" for speedup in speedups)])
+    headers = ["frozen until", "trained", "MB of gradients", "arithmetic of a step, s"]
+    print(tabulate(rows, headers, tablefmt="github", disable_numparse=True), end="\n\n")
+    headers = ["frozen until", *map(str, WORKERS)]
+    print(tabulate(expected, headers, tablefmt="github", disable_numparse=True))
+
+
+def vgg16_cuts() -> list[tuple[str, float, int]]:
+    """Name, share of the arithmetic before it, and trained parameters, a new head's included."""
+    import tensorflow as tf
+
+    from transfer import load_meta_graph, vgg
+    from transfer.cuts import list_cuts
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "vgg16.meta")
+        graph = vgg.build_graph(vgg.ARCHITECTURES["vgg16"], 1000)
+        with graph.as_default():
+            tf.compat.v1.train.export_meta_graph(str(path))
+        network = load_meta_graph(path).network("fc7:0", "images:0")
+    head = (4096 + 1) * NUM_CLASSES
+    cuts = [
+        (cut.tensor.removesuffix(":0"), cut.share, cut.trained + head)
+        for cut in reversed(list_cuts(network, 224))
+        if cut.ends_stage
+    ]
+    total = sum(int(np.prod(variable.shape)) for variable in network.variables)
+    return [*cuts, ("none", 0.0, total + head)]
+
+
+def measure() -> dict[str, Any]:
+    """In a process: seconds, gradient bytes and bytes on the loopback interface of a step, for each
+    cut; and seconds of exchanges of two sizes."""
+    import keras
+    import psutil
+    import tensorflow as tf
+
+    from recipes.finetune_setup import EMBEDDED_MODEL
+    from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph
+    from transfer.distribution import open_replicas, sum_over_replicas
+    from transfer.optimizers import make_optimizer
+    from transfer.training import ParameterGroup, Trainer
+
+    replicas = open_replicas("auto")
+    keras.utils.set_random_seed(0)
+    graph = load_meta_graph(EMBEDDED_MODEL)
+    with replicas.strategy.scope():
+        labels = list(map(str, range(NUM_CLASSES)))
+        classifier = Classifier(
+            Backbone(graph, "fc7"), Head(NUM_CLASSES, seed=0), Preprocess("torch", 64), labels
+        )
+        classifier.build_from_size()
+    images = np.random.default_rng(0).normal(size=(BATCH, 64, 64, 3)).astype(np.float32)
+    classes = np.arange(BATCH) % NUM_CLASSES
+
+    def sent() -> int:
+        return psutil.net_io_counters(pernic=True)["lo"].bytes_sent
+
+    found: dict[str, Any] = {}
+    for cut in CUTS:
+        frozen, model = classifier.split(None if cut == "none" else cut)
+        inputs = images if frozen is None else np.asarray(frozen(images))
+        with replicas.strategy.scope():
+            optimizer = make_optimizer("sgd", 1e-3)
+            group = ParameterGroup(optimizer, model.trainable_variables)
+        trainer = Trainer(model, [group], replicas=replicas)
+        seconds = []
+        for _ in range(STEPS):
+            replicas.barrier()
+            before, start = sent(), time.perf_counter()
+            trainer.train_step(inputs, classes)
+            seconds.append(time.perf_counter() - start)
+            replicas.barrier()
+            num_bytes = sent() - before
+        gradient = sum(int(np.prod(v.shape)) for v in model.trainable_variables) * 4
+        found[cut] = {
+            "seconds": float(np.median(seconds[2:])),
+            "gradient": gradient,
+            "sent": num_bytes,
+        }
+    exchange = tf.function(lambda v: replicas.run(lambda x: sum_over_replicas([x])[0], v))
+    for size in (1, 2_500_000):
+        values = tf.zeros([size])
+        seconds = []
+        for _ in range(STEPS):
+            start = time.perf_counter()
+            exchange(values).numpy()
+            seconds.append(time.perf_counter() - start)
+        found[f"exchange of {size}"] = float(np.median(seconds[2:]))
+    return found
+
+
+def print_check() -> None:
+    # Both cores are busy then, too: they share caches and clock, and perhaps more.
+    one, _ = found([Process(__file__, "measure", cores=[core]) for core in (0, 1)])
+    two, _ = found(start_workers(__file__, "measure", cores=[[0], [1]]))
+    latency = two["exchange of 1"] / 2
+    bandwidth = 4 * 2_500_000 / (two["exchange of 2500000"] - two["exchange of 1"])
+    print(f"an exchange: {bandwidth / 1e6:,.0f} MB/s, latency {latency * 1e3:.2g} ms\n")
+    rows = []
+    for cut in CUTS:
+        alone, together = one[cut]["seconds"], two[cut]["seconds"]
+        gradient = one[cut]["gradient"]
+        predicted = step_seconds(2, alone, gradient, bandwidth, latency)
+        rows.append([
+            cut, f"{gradient / 1e6:.2f}", f"{two[cut]['sent'] / 2e6:.2f}", f"{alone * 1e3:.1f}",
+            f"{together * 1e3:.1f}", f"{predicted * 1e3:.1f}", f"{2 * alone / together:.2f}",
+            f"{2 * alone / predicted:.2f}",
+        ])  # fmt: skip
+    headers = ["frozen until", "MB of gradients", "MB sent by each", "1 worker, ms",
+               "2 workers, ms", "the model's", "speed-up", "the model's"]  # fmt: skip
+    print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
+
+
+def found(processes: list[Process]) -> list[dict[str, Any]]:
+    """What each of them measured."""
+    outputs = []
+    for process in processes:
+        status, says = process.wait()
+        if status:
+            raise RuntimeError(says)
+        outputs.append(json.loads(says.splitlines()[-1]))
+    return outputs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    model = verbs.add_parser("model")
+    model.add_argument("--batch", type=int, default=32, help="images of a worker in a step")
+    model.add_argument("--bandwidth", type=float, default=1.25e9, help="bytes/s of a worker")
+    model.add_argument("--latency", type=float, default=5e-5, help="seconds of a message")
+    model.add_argument("--forward", type=float, default=0.16, help="seconds of an image, forward")
+    verbs.add_parser("check")
+    verbs.add_parser("measure")
+    options = parser.parse_args()
+    if options.verb == "model":
+        print_model(options)
+    elif options.verb == "check":
+        if not shutil.which("taskset"):
+            sys.exit("check needs taskset, to give each worker a core of its own")
+        print_check()
+    else:
+        print(json.dumps(measure()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
