@@ -90,6 +90,7 @@ def _check(config: BenchmarkConfig) -> None:
         "--random-weights": config.random_weights,
         "--cache-dir": config.cache_dir,
         "--solver": config.solver != "gradient",
+        "--strategy": config.strategy != "auto",
     }
     given = [flag for flag, value in unused.items() if value]
     if given:
@@ -140,6 +141,7 @@ def _runs(config: BenchmarkConfig) -> Iterator[Run]:
                 "out": folder / f"seed-{seed}",
                 "cache_dir": folder / "cache",
                 "resume": False,
+                "strategy": "none",  # as the baselines
             }
             yield Run(label, verb, FinetuneConfig(**{**options, **changed}), environment)
 

@@ -53,7 +53,9 @@ class Inputs:
         keeper = Keeper(job, cut, frozen, self._frozen)
         rows = keeper.keep(wanted)
         self.num_extracted, self.num_found = keeper.num_extracted, keeper.num_found
-        if rows is None:
+        # Where one worker has no room for its rows, none may train on those that it has: together
+        # they would miss some.
+        if job.replicas.total(int(rows is None)) or rows is None:
             return
         self._held_out = Activations(rows[:1], held_out.labels)
         if views:
@@ -70,14 +72,16 @@ class Inputs:
         """Shuffled batches of ``(inputs, labels)`` for an epoch, from one of them on: of each, what
         is this worker's."""
         config = self._job.config
-        seed = epoch_seed(config.seed, epoch)
+        seed = view = epoch_seed(config.seed, epoch)
         if self._train is not None:
             return self._train.batches(config.batch_size, seed, epoch, first_batch)
+        if config.views:  # there was no room to keep them
+            view = epoch_seed(config.seed, epoch % config.views)
         return self._images(
             self._job.train,
             config.batch_size,
             shuffle_seed=seed,
-            view_seed=seed if config.augment else None,
+            view_seed=view if config.augment or config.views else None,
             first_batch=first_batch,
             piece=(self._job.replicas.worker, self._job.replicas.num_workers),
         )
@@ -97,8 +101,23 @@ class Inputs:
             views = [
                 Activations([rows], labels).batches(EXTRACTION_BATCH) for rows in self._train.views
             ]
-        found = [job.replicas.join(predict(layer, view)[0], mine) for view in views]
+        if mine.any():
+            rows = [predict(layer, view)[0] for view in views]
+        else:
+            rows = [self._no_rows(layer)] * len(views)
+        found = [job.replicas.join(some, mine) for some in rows]
         return np.concatenate(found), np.tile(job.train.labels, len(found))
+
+    def _no_rows(self, layer: Callable[[Any], Any]) -> np.ndarray:
+        """What a layer makes of no image, with its shape."""
+        if self._train is not None:
+            inputs = np.zeros((1, *self._train.views[0][:0].shape[1:]), np.float32)
+        else:
+            preprocess = self._job.classifier.preprocess
+            size, channels = preprocess.size, preprocess.channels
+            inputs = np.zeros((1, size, size, channels), np.float32)
+            inputs = inputs if self._frozen is None else self._frozen(inputs)
+        return np.asarray(layer(inputs))[:0]
 
     def evaluator(self, model: keras.Model) -> Callable[[], dict[str, Any]]:
         """A function that evaluates a model on what was held out, with its weights at that time."""

@@ -62,14 +62,13 @@ def prepare(config: FinetuneConfig, replicas: Replicas | None = None) -> Job:
         ValueError, OSError: see the library functions; nearly all before any slow work.
     """
     replicas = replicas or Replicas()
+    replicas.check_same("set of flags", _digest_of_flags(config))
     _check(config, replicas)
     graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
     train, held_out = _splits(config)
     images = _look_at(train, held_out)
     config = replace(config, batch_size=config.batch_size or min(DEFAULT_BATCH, len(train)))
-    with replicas.strategy.scope():
-        classifier, feature_scale, config = _classifier(config, graph, train)
-    replicas.check_same("model", bytes.fromhex(classifier.backbone.digest()))
+    classifier, feature_scale, config = _classifier(config, graph, train, replicas)
     for what in ("training", "held_out"):
         replicas.check_same("choice of images", bytes.fromhex(images[what]["sha256"]))
     _check_repeatable(classifier, held_out, config.keep_dropout)
@@ -108,6 +107,13 @@ def write_down(job: Job) -> None:
     run_folder.write_json(path, provenance)
 
 
+def _digest_of_flags(config: FinetuneConfig) -> bytes:
+    """Of all that workers must have alike; where they find things may differ."""
+    places = ("model", "data_dir", "image_folder", "out", "cache_dir", "cache_limit")
+    values = {k: v for k, v in vars(config).items() if k not in places}
+    return hashlib.sha256(repr((values, measure.versions())).encode()).digest()
+
+
 def _check(config: FinetuneConfig, replicas: Replicas) -> None:
     """What can be said of the flags alone."""
     limits = {
@@ -144,6 +150,11 @@ def _check(config: FinetuneConfig, replicas: Replicas) -> None:
         raise ValueError(
             f"--accumulate is for one replica, and there are {replicas.count}: each takes its part "
             "of a batch, so that a larger --batch-size needs no more memory than theirs"
+        )
+    if config.views and config.mixup and replicas.num_workers > 1:
+        raise ValueError(
+            "--views are kept, and with --mixup several workers keep nothing, for the two that are "
+            "mixed would lie with two of them; leave out one of the two"
         )
     if replicas.is_chief and (config.out is not None or config.resume):
         run_folder.check(config.out, resume=config.resume)
@@ -207,7 +218,7 @@ def _look_at(train: Split, held_out: Split) -> dict[str, Any]:
 
 
 def _classifier(
-    config: FinetuneConfig, graph: MetaGraph, train: Split
+    config: FinetuneConfig, graph: MetaGraph, train: Split, replicas: Replicas
 ) -> tuple[Classifier, float, FinetuneConfig]:
     """The classifier before training, the root mean square of its features, and the config with
     what was found out."""
@@ -218,30 +229,34 @@ def _classifier(
     labels = train.source.class_names
     preprocess = graph.preprocess(network.input, config.preprocess, config.image_size)
     warn_if_prepared_twice(network, preprocess.mode)
-    backbone = Backbone(
-        graph,
-        tap,
-        input=network.input,
-        feeds=feeds,
-        keep_dropout=config.keep_dropout,
-        use_ema=config.use_ema,
-        name="backbone",
-    )
+    # The values of the variables are the chief's for all, but the variables must be the same.
+    replicas.check_same("model", hashlib.sha256(repr(network.variables).encode()).digest())
+    with replicas.strategy.scope():
+        backbone = Backbone(
+            graph,
+            tap,
+            input=network.input,
+            feeds=feeds,
+            keep_dropout=config.keep_dropout,
+            use_ema=config.use_ema,
+            name="backbone",
+        )
     if config.random_weights:
         backbone.randomize(config.seed)
     features = _features_of_a_few(backbone, train, preprocess)
     scale = float(np.sqrt(np.mean(np.square(features)))) or 1.0
-    head = Head(
-        len(labels),
-        hidden=config.hidden,
-        dropout=config.dropout,
-        weights_stddev=FIRST_LOGITS / (scale * features.shape[1] ** 0.5),
-        bias=0.0,
-        seed=config.seed,
-        name="head",
-    )
-    classifier = Classifier(backbone, head, preprocess, labels)
-    classifier.build_from_size()
+    with replicas.strategy.scope():
+        head = Head(
+            len(labels),
+            hidden=config.hidden,
+            dropout=config.dropout,
+            weights_stddev=FIRST_LOGITS / (scale * features.shape[1] ** 0.5),
+            bias=0.0,
+            seed=config.seed,
+            name="head",
+        )
+        classifier = Classifier(backbone, head, preprocess, labels)
+        classifier.build_from_size()
     return (
         classifier,
         scale,

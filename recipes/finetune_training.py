@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -68,10 +69,14 @@ class StageTrainer:
         self._checkpoint = RunCheckpoint(
             job.out / run_folder.CHECKPOINTS / f"stage-{number}",
             every_s=60 * config.checkpoint_minutes,
+            is_mine=job.replicas.is_chief,
         )
         if config.resume:
             with job.replicas.chief_first():
                 self._resume(number)
+            trainer = self.trainer
+            at = (trainer.epoch, trainer.step, trainer.sums, trainer.model.stop_training)
+            job.replicas.check_same("checkpoint", hashlib.sha256(repr(at).encode()).digest())
         self._first_step = self.trainer.step
 
     def _resume(self, number: int) -> None:
@@ -80,13 +85,17 @@ class StageTrainer:
         for line in self._checkpoint.damaged:
             print(f"warning: {line}; going on from the one before", file=sys.stderr)
         if not self.is_done:
-            # Later stages began with what this one must end with first.
-            for later in range(number + 1, len(self._job.stages)):
-                folder = self._job.out / run_folder.CHECKPOINTS / f"stage-{later}"
-                shutil.rmtree(folder, ignore_errors=True)
+            if self._job.replicas.is_chief:
+                self._remove_stages(number + 1)
         elif self._job.config.early_stopping is not None:
             # As Keras does at the end of the training, after the last checkpoint.
             trainer.model.set_weights(self._checkpoint.best_weights(trainer))
+
+    def _remove_stages(self, first: int) -> None:
+        """Later stages began with what this one must end with first."""
+        for later in range(first, len(self._job.stages)):
+            folder = self._job.out / run_folder.CHECKPOINTS / f"stage-{later}"
+            shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def is_done(self) -> bool:
@@ -99,9 +108,11 @@ class StageTrainer:
     def fit(self, inputs: Inputs, save: Callable[..., Any], signals: Signals) -> None:
         """Train to the end of the stage; ``save`` writes the model after an epoch."""
         job, trainer, replicas = self._job, self.trainer, self._job.replicas
+        if job.config.resume:
+            with replicas.chief_first():
+                if replicas.is_chief:
+                    run_folder.keep_history(job.out, trainer.epoch)
         early_stopping = self._early_stopping()
-        if job.config.resume and replicas.is_chief:
-            run_folder.keep_history(job.out, trainer.epoch)
         trainer.frozen = inputs.frozen
         validate = inputs.evaluator(trainer.model)
         alone = replicas.num_workers == 1

@@ -28,6 +28,8 @@ def run(config: FinetuneConfig, *, lowest: float, highest: float, steps: int) ->
         ValueError, OSError: as ``finetune``; and if there are several stages, or the loss diverges
             at once.
     """
+    if config.strategy not in ("auto", "none"):
+        raise ValueError("lr-find works on one device; leave out --strategy")
     if config.schedule is not None or config.solver != "gradient" or config.resume:
         raise ValueError("lr-find tries one cut; leave out --schedule, --solver and --resume")
     keras.utils.set_random_seed(config.seed)

@@ -93,12 +93,14 @@ def load(prefix: str) -> Classifier:
     """A classifier from wherever Beam finds files."""
     if Path(f"{prefix}.meta").is_file():
         return Classifier.load(Path(prefix))
+    directory, name = FileSystems.split(prefix)
     with tempfile.TemporaryDirectory() as folder:
-        for found in FileSystems.match([f"{prefix}*"])[0].metadata_list:
-            _, name = FileSystems.split(found.path)
-            with FileSystems.open(found.path) as source, Path(folder, name).open("wb") as copy:
-                shutil.copyfileobj(source, copy)
-        return Classifier.load(Path(folder, FileSystems.split(prefix)[1]))
+        found = FileSystems.match([f"{prefix}.*"])[0].metadata_list
+        for path in [*(one.path for one in found), FileSystems.join(directory, run_folder.LABELS)]:
+            copy = Path(folder, FileSystems.split(path)[1])
+            with FileSystems.open(path) as source, copy.open("wb") as file:
+                shutil.copyfileobj(source, file)
+        return Classifier.load(Path(folder, name))
 
 
 class Read(beam.DoFn):

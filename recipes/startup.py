@@ -19,8 +19,6 @@ def job(strategy: str = "none") -> Iterator[Any]:
     there (oneDNN is on, there is no GPU) that no setting turns off and that would bury a one-line
     error.
     """
-    if strategy in ("auto", "multi_worker") and os.environ.get("TF_CONFIG"):
-        print("waiting for the other workers of TF_CONFIG", file=sys.stderr)
     sys.stderr.flush()
     saved = os.dup(2)
     with open(os.devnull, "w") as devnull:
@@ -29,7 +27,7 @@ def job(strategy: str = "none") -> Iterator[Any]:
             import tensorflow as tf
 
             tf.get_logger().setLevel("ERROR")  # warnings about retracing are for developers
-            replicas = _replicas(strategy)
+            replicas = None if strategy == "none" else _replicas(strategy, saved)
             tf.config.list_logical_devices()
             tf.zeros([])
         finally:
@@ -39,9 +37,9 @@ def job(strategy: str = "none") -> Iterator[Any]:
         yield replicas
 
 
-def _replicas(strategy: str) -> Any:
-    if strategy == "none":
-        return None
-    from transfer.distribution import open_replicas
+def _replicas(strategy: str, stderr: int) -> Any:
+    from transfer.distribution import num_workers, open_replicas
 
+    if strategy in ("auto", "multi_worker") and num_workers() > 1:
+        os.write(stderr, b"waiting for the other workers of TF_CONFIG\n")
     return open_replicas(strategy)

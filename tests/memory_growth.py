@@ -44,7 +44,7 @@ def peak_mb(out: Path, cut: str, data_dir: Path, num_images: int) -> tuple[float
             except psutil.TimeoutExpired:
                 continue
     if process.returncode:
-        raise RuntimeError(log.name)
+        raise RuntimeError(out.with_suffix(".log").read_text()[-2000:])
     return anonymous / 1e6, resident / 1e6
 
 

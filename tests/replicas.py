@@ -1,7 +1,7 @@
-"""A process of a run with several replicas: ``python replicas.py STRATEGY OUT CUT,CUT [FLAGS]``.
+"""A process of runs with two replicas: ``python replicas.py STRATEGY RUNS``.
 
-``mirrored`` has two logical CPUs. ``multi_worker`` takes its place from ``TF_CONFIG``. There is a
-run for each cut, into a folder of its name within OUT; the flags are those of ``finetune``.
+``mirrored`` has two logical CPUs. ``multi_worker`` takes its place from ``TF_CONFIG``. RUNS is
+JSON, a list of the flags of ``finetune`` for one run after the other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SCRIPT = Path(__file__)
 WAIT_S = 240
 
 
-def main(strategy: str, out: str, cuts: str, *flags: str) -> int:
+def main(strategy: str, runs: str) -> int:
     import tensorflow as tf
 
     if strategy == "mirrored":
@@ -32,9 +32,8 @@ def main(strategy: str, out: str, cuts: str, *flags: str) -> int:
 
     replicas = open_replicas(strategy)
     assert replicas.count == 2
-    for cut in cuts.split(","):
-        words = ["finetune", *flags, "--freeze-until", cut, "--out", str(Path(out, cut))]
-        _, bound, _ = app.parse_args(words)
+    for flags in json.loads(runs):
+        _, bound, _ = app.parse_args(["finetune", *flags])
         run(bound.arguments["config"], replicas)
     return 0
 

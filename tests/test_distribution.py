@@ -39,6 +39,17 @@ def test_a_replica_without_a_row_has_one_without_a_label():
     np.testing.assert_array_equal(labels, [NO_LABEL])
 
 
+def test_a_piece_of_a_smaller_batch_has_no_more_rows():
+    for batch_size in range(1, 34):
+        for count in (2, 3, 4, 8):
+            for number in range(count):
+                sizes = [len(piece(n, number, count, batch_size)) for n in range(1, batch_size + 1)]
+                assert sizes == sorted(sizes)
+            for num_rows in range(1, batch_size):
+                parts = [piece(num_rows, number, count, batch_size) for number in range(count)]
+                assert sorted(np.concatenate(parts)) == list(range(num_rows))
+
+
 def test_pieces_of_batches_hold_every_example_once():
     read, stand_in = zip(*(pieces_of_batches(20, 6, number, 3) for number in range(3)), strict=True)
     counted = np.array(read, int) - np.array(stand_in, int)
@@ -48,20 +59,24 @@ def test_pieces_of_batches_hold_every_example_once():
 
 
 @pytest.mark.parametrize("first_batch", [0, 2])
-def test_batches_of_images_are_divided(image_folder, first_batch):
+@pytest.mark.parametrize("batch_size", [5, 6, 7])
+def test_batches_of_images_are_divided(image_folder, first_batch, batch_size):
     split = open_source("", image_folder=str(image_folder)).split("train")  # 24 images
     options = {"shuffle_seed": 1, "view_seed": 1, "first_batch": first_batch}
 
     def batches(**more):
-        return list(split.batches(Preprocess("unit", 16), 7, **options, **more))
+        return list(split.batches(Preprocess("unit", 16), batch_size, **options, **more))
 
     whole = batches()
-    parts = [batches(piece=(number, 3)) for number in range(3)]
+    parts = [batches(piece=(number, 2)) for number in range(2)]
     for (images, labels), *pieces in zip(whole, *parts, strict=True):
         for number, (piece_images, piece_labels) in enumerate(pieces):
-            expected_images, expected_labels = take(images, labels, number, 3)
-            np.testing.assert_array_equal(piece_labels, expected_labels)
-            np.testing.assert_array_equal(piece_images, expected_images)
+            chosen = piece(len(labels), number, 2, batch_size)
+            if len(chosen):
+                np.testing.assert_array_equal(piece_labels, labels.numpy()[chosen])
+                np.testing.assert_array_equal(piece_images, images.numpy()[chosen])
+            else:
+                np.testing.assert_array_equal(piece_labels, [NO_LABEL])
 
 
 def test_activations_are_divided_by_who_has_them():
@@ -102,7 +117,7 @@ def test_one_replica_exchanges_nothing():
 class TwoProcesses(Replicas):
     """Gathers what another process would have sent."""
 
-    other: np.ndarray
+    others: list[np.ndarray]
 
     def gather(self, rows):
         return np.concatenate([rows, self.others.pop(0)])

@@ -59,3 +59,13 @@ def test_what_is_not_there_is_said(run, image_folder, tmp_path, capsys):
     assert "neither a run folder nor the prefix of a model" in capsys.readouterr().err
     assert main(["predict-beam", str(run), f"{tmp_path}/none/*.jpg", "--output", out]) == 1
     assert "no file matches" in capsys.readouterr().err
+
+
+def test_a_model_is_fetched_from_wherever_beam_finds_files(run, monkeypatch):
+    from recipes import predict_beam_job
+
+    here = predict_beam_job.load(f"{run}/model")
+    monkeypatch.setattr(Path, "is_file", lambda self: str(run) not in str(self))
+    fetched = predict_beam_job.load(f"{run}/model")
+    assert fetched.labels == here.labels
+    assert fetched.backbone.digest() == here.backbone.digest()

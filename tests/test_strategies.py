@@ -1,41 +1,53 @@
 """Runs with two replicas do what one does with the same batches: two logical CPUs of a process,
 and two processes on the loopback interface."""
 
+import json
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import finetune, largest_difference, metrics
+from commands import largest_difference, metrics
 from conftest import make_image_folder, save_vgg
 from replicas import SCRIPT, WAIT_S, Process, start_workers
 
+from recipes.cli import main
 from recipes.run_folder import read_history
 from transfer import Card
 
-CUTS = ("fc7", "pool1", "none")
+SGD = ("--optimizer", "sgd", "--learning-rate", "0.01", "--clip-norm", "0.5")
+RUNS = {
+    "fc7": ("--freeze-until", "fc7", *SGD, "--class-weights", "balanced"),
+    "pool1": ("--freeze-until", "pool1", *SGD, "--weight-decay", "0.1"),
+    "none": ("--freeze-until", "none", *SGD, "--augment"),
+    "mixup": ("--freeze-until", "fc7", *SGD, "--mixup", "0.4"),
+    "views": ("--freeze-until", "fc7", *SGD, "--views", "2"),
+    "schedule": ("--schedule", "fc7:2:0.01,pool1:4:0.001", "--early-stopping", "2"),
+    "lbfgs": ("--solver", "lbfgs", "--lbfgs-c", "1"),
+}
+TOLERANCE = {"schedule": 1e-3, "lbfgs": 1e-3}  # Adam and lbfgs make more of a rounding error
 
 
-def flags(root: Path, epochs: int = 3) -> list[str]:
-    # No dropout: each replica draws its own. 20 training images in batches of 6: one
-    # of the two has nothing of the last batch.
+def flags(root: Path, name: str, *more: object) -> list[str]:
+    """Of a run. No dropout: each replica draws its own. 160 training images in batches of 7: of a
+    batch, the two have different numbers. Each has activations to keep: they come by 32 images."""
     words = ["--model", root / "tiny", "--image-folder", root / "photos", "--feed", "keep_prob=1"]
-    words += ["--batch-size", 6, "--epochs", epochs, "--clip-norm", 0.5, "--optimizer", "sgd"]
-    words += ["--class-weights", "balanced", "--learning-rate", 0.01]
+    words += ["--batch-size", 7, *RUNS[name], *more]
+    if "--epochs" not in words and "--schedule" not in words:
+        words += ["--epochs", 2]
     return [str(word) for word in words]
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, images, and a run of one replica for each cut in ``one``."""
+    """A model, images, and the runs of one replica in ``one``."""
     root = tmp_path_factory.mktemp("strategies")
     card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
     save_vgg(root / "tiny", card=card)
-    make_image_folder(root / "photos", images_per_class=13)
-    for cut in CUTS:
-        words = flags(root)[4:]
-        assert finetune(root / "one" / cut, root / "tiny", root / "photos", *words,
-                        "--freeze-until", cut, "--strategy", "none") == 0  # fmt: skip
+    make_image_folder(root / "photos", images_per_class=100)
+    for name in RUNS:
+        words = flags(root, name, "--out", root / "one" / name, "--strategy", "none")
+        assert main(["finetune", *words]) == 0
     return root
 
 
@@ -45,40 +57,51 @@ def finished(*processes: Process) -> None:
         assert status == 0, says
 
 
-def assert_same_runs(one: Path, two: Path) -> None:
-    assert largest_difference(one / "model", two / "model") < 1e-5
-    expected, found = read_history(one), read_history(two)
-    assert expected.keys() == found.keys()
-    for name in expected:
-        np.testing.assert_allclose(found[name], expected[name], atol=1e-5, err_msg=name)
-    for part in ("accuracy", "num_examples"):
-        assert metrics(two)["eval"][part] == metrics(one)["eval"][part]
-    # Each image by one of the two.
-    assert metrics(two)["activations"]["computed"] == metrics(one)["activations"]["computed"]
+def as_json(root: Path, out: Path, *more: object) -> str:
+    return json.dumps([flags(root, name, "--out", out / name, *more) for name in RUNS])
+
+
+def assert_same_runs(root: Path, out: Path) -> None:
+    for name in RUNS:
+        one, two = root / "one" / name, out / name
+        tolerance = TOLERANCE.get(name, 1e-5)
+        assert largest_difference(one / "model", two / "model") < tolerance, name
+        expected, found = read_history(one), read_history(two)
+        assert expected.keys() == found.keys()
+        for column in expected:
+            np.testing.assert_allclose(
+                found[column], expected[column], atol=tolerance, err_msg=f"{name} {column}"
+            )
+        for part in ("accuracy", "num_examples"):
+            assert metrics(two)["eval"][part] == metrics(one)["eval"][part], name
 
 
 def test_two_devices_do_what_one_does(root):
     out = root / "mirrored"
-    finished(Process(SCRIPT, "mirrored", out, ",".join(CUTS), *flags(root), "--cache", "memory"))
-    for cut in CUTS:
-        assert_same_runs(root / "one" / cut, out / cut)
+    finished(Process(SCRIPT, "mirrored", as_json(root, out, "--cache", "memory")))
+    assert_same_runs(root, out)
 
 
 def test_two_processes_do_what_one_does(root):
     out = root / "workers"
-    cache = ["--cache-dir", root / "cache"]
-    finished(*start_workers(SCRIPT, "multi_worker", out, ",".join(CUTS), *flags(root), *cache))
-    for cut in CUTS:
-        assert_same_runs(root / "one" / cut, out / cut)
+    runs = as_json(root, out, "--cache-dir", root / "cache")
+    finished(*start_workers(SCRIPT, "multi_worker", runs))
+    assert_same_runs(root, out)
+    # Each image by one of the two.
+    for name in ("fc7", "pool1"):
+        found = metrics(out / name)["activations"]
+        assert found == metrics(root / "one" / name)["activations"]
 
 
-def test_mixup_pairs_the_same_examples(root):
-    words = ["--mixup", "0.4", "--freeze-until", "fc7"]
-    assert finetune(root / "one-mixup" / "fc7", root / "tiny", root / "photos", *flags(root)[4:],
-                    *words) == 0  # fmt: skip
-    out = root / "workers-mixup"
-    finished(*start_workers(SCRIPT, "multi_worker", out, "fc7", *flags(root), "--mixup", "0.4"))
-    assert largest_difference(root / "one-mixup/fc7/model", out / "fc7/model") < 1e-5
+def test_when_the_chief_refuses_the_other_stops(root):
+    words = flags(root, "fc7", "--out", root / "one" / "fc7")
+    chief, other = start_workers("-m", "recipes.cli", "finetune", *words)
+    status, says = chief.wait()
+    assert status == 1
+    assert "is not empty" in says.splitlines()[-1]
+    status, says = other.wait()
+    assert status == 1
+    assert "another worker is gone" in says.splitlines()[-1]
 
 
 def wait_for_epochs(run: Path, count: int, workers: list[Process]) -> None:
@@ -94,8 +117,8 @@ def test_when_a_worker_is_killed_the_other_stops_and_the_run_can_be_resumed(root
     out = root / f"killed-{victim}"
 
     def run(epochs: int) -> list[Process]:
-        words = [*flags(root, epochs), "--out", out, "--resume", "--cache-dir", root / "cache"]
-        return start_workers("-m", "recipes.cli", "finetune", *words)
+        words = ["--epochs", epochs, "--out", out, "--resume", "--cache-dir", root / "cache"]
+        return start_workers("-m", "recipes.cli", "finetune", *flags(root, "fc7", *words))
 
     workers = run(epochs=5000)
     wait_for_epochs(out, 3, workers)
@@ -109,14 +132,13 @@ def test_when_a_worker_is_killed_the_other_stops_and_the_run_can_be_resumed(root
     finished(*run(epochs))
     assert metrics(out)["train"]["epochs"] == epochs
     whole = root / f"whole-{victim}"
-    words = flags(root, epochs)[4:]
-    assert finetune(whole, root / "tiny", root / "photos", *words) == 0
+    assert main(["finetune", *flags(root, "fc7", "--epochs", epochs, "--out", whole)]) == 0
     assert largest_difference(whole / "model", out / "model") < 1e-4
 
 
 def test_a_signal_to_one_worker_stops_both_at_one_step(root):
     out = root / "stopped"
-    words = [*flags(root, 5000), "--out", out]
+    words = flags(root, "fc7", "--epochs", 5000, "--out", out)
     workers = start_workers("-m", "recipes.cli", "finetune", *words)
     wait_for_epochs(out, 2, workers)
     workers[1].process.terminate()

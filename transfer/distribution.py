@@ -190,6 +190,7 @@ def open_replicas(kind: str = "auto") -> Replicas:
 
     Raises:
         ValueError: if ``TF_CONFIG`` is missing or is not what TensorFlow expects.
+        LostWorkerError: if another worker does not come.
     """
     if kind not in STRATEGIES:
         raise ValueError(f"strategy {kind!r}: choose from {', '.join(STRATEGIES)}")
@@ -231,7 +232,13 @@ def num_workers() -> int:
 
 
 def _multi_worker(workers: int) -> Replicas:
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    try:
+        strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    except _GONE as error:
+        raise LostWorkerError(
+            f"not all {workers} workers of TF_CONFIG came ({str(error).splitlines()[0]}); look at "
+            "the others, and start all of them again"
+        ) from error
     task = strategy.cluster_resolver
     chiefs = len(task.cluster_spec().as_dict().get("chief", ()))
     number = task.task_id if task.task_type == "chief" else chiefs + task.task_id
@@ -254,13 +261,21 @@ def seed_of_replica(seed: tf.Tensor) -> tf.Tensor:
     return seed + tf.cast(tf.stack([number * _SEED_STRIDE, 0]), seed.dtype)
 
 
-def piece(num_rows: int, number: int, count: int) -> np.ndarray:
+def piece(num_rows: int, number: int, count: int, batch_size: int | None = None) -> np.ndarray:
     """Positions of a piece of a batch, in order.
 
     With a row its counterpart from the other end is in the same piece, and at the other end of it:
     what pairs them up, as mixup does, may do so in each piece alone.
+
+    Args:
+        num_rows: of the batch.
+        number, count: which piece of how many.
+        batch_size: of batches with all rows. A piece of a smaller one has no more rows than that of
+            a full one.
     """
-    half = np.array_split(np.arange(-(-num_rows // 2)), count)[number]
+    full = batch_size or num_rows
+    half = np.array_split(np.arange(-(-full // 2)), count)[number]
+    half = half[half < -(-num_rows // 2)]
     return np.unique(np.concatenate([half, num_rows - 1 - half]))
 
 
@@ -285,7 +300,7 @@ def pieces_of_batches(
     """
     is_read, stands_in = np.zeros(num_examples, bool), np.zeros(num_examples, bool)
     for start in range(0, num_examples, batch_size):
-        chosen = piece(min(batch_size, num_examples - start), number, count)
+        chosen = piece(min(batch_size, num_examples - start), number, count, batch_size)
         if not len(chosen):
             chosen = np.zeros(1, int)
             stands_in[start] = True

@@ -125,10 +125,8 @@ class DecodedImages:
         augment: bool,
         first_batch: int = 0,
     ) -> Iterator[tuple[tf.Tensor, np.ndarray]]:
-        """Shuffled, as random views if ``augment`` is set, and preprocessed.
-
-        The order is that of ``Split.batches``; ``seed`` gives it and the views.
-        """
+        """Perfectly shuffled, as random views if ``augment`` is set, and preprocessed; ``seed``
+        gives order and views."""
         pixels = self._pixels.batches(batch_size, seed, first_batch=first_batch)
         for number, (images, labels) in enumerate(pixels, first_batch):
             view = tf.constant([seed, number], tf.int64) if augment else None

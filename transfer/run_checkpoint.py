@@ -38,14 +38,24 @@ class RunCheckpoint:
         keep: how many.
         every_s: so many seconds after one, another ``is_due`` within an epoch; ``None`` makes none
             there.
+        is_mine: false for a process that reads checkpoints which another one writes, and deletes
+            none.
 
     ``damaged`` says of each checkpoint that ``restore`` passed over why it did.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2, every_s: float | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int = 2,
+        every_s: float | None = None,
+        is_mine: bool = True,
+    ):
         self.directory = directory
         self.damaged: list[str] = []
         self._keep = keep
+        self._is_mine = is_mine
         self._every_s = math.inf if every_s is None else every_s
         self._saved_at = time.monotonic()
         self._has_begun = False
@@ -173,6 +183,8 @@ class RunCheckpoint:
         return sorted(int(match[1]) for match in found if match)
 
     def _delete(self, name: str) -> None:
+        if not self._is_mine:
+            return
         # The index first: what has none is no checkpoint.
         for path in sorted(self.directory.glob(f"{name}.*"), reverse=True):
             with contextlib.suppress(OSError):
