@@ -59,8 +59,7 @@ class Inputs:
             return
         self._held_out = Activations(rows[:1], held_out.labels)
         if views:
-            is_whole = job.replicas.num_workers == 1
-            here = None if is_whole else self._mine_train
+            here = None if self._mine_train.all() else self._mine_train
             self._train = Activations(rows[1:], job.train.labels, here)
 
     @property
@@ -90,9 +89,11 @@ class Inputs:
         """What a layer makes of all views of the training images, one view after the other.
 
         Returns:
-            float32 ``[num_views * num_examples, ...]`` and int64 ``[num_views * num_examples]``.
+            float32 ``[num_views * num_examples, width]``, with the width that the head takes, and
+            int64 ``[num_views * num_examples]``.
         """
         job, mine = self._job, self._mine_train
+        width = job.classifier.head.classifier.kernel.shape[0]
         if self._train is None:
             views = [self._computed(_part(job.train, mine))]
         else:
@@ -101,23 +102,8 @@ class Inputs:
             views = [
                 Activations([rows], labels).batches(EXTRACTION_BATCH) for rows in self._train.views
             ]
-        if mine.any():
-            rows = [predict(layer, view)[0] for view in views]
-        else:
-            rows = [self._no_rows(layer)] * len(views)
-        found = [job.replicas.join(some, mine) for some in rows]
+        found = [self._joined(layer, view, mine, width) for view in views]
         return np.concatenate(found), np.tile(job.train.labels, len(found))
-
-    def _no_rows(self, layer: Callable[[Any], Any]) -> np.ndarray:
-        """What a layer makes of no image, with its shape."""
-        if self._train is not None:
-            inputs = np.zeros((1, *self._train.views[0][:0].shape[1:]), np.float32)
-        else:
-            preprocess = self._job.classifier.preprocess
-            size, channels = preprocess.size, preprocess.channels
-            inputs = np.zeros((1, size, size, channels), np.float32)
-            inputs = inputs if self._frozen is None else self._frozen(inputs)
-        return np.asarray(layer(inputs))[:0]
 
     def evaluator(self, model: keras.Model) -> Callable[[], dict[str, Any]]:
         """A function that evaluates a model on what was held out, with its weights at that time."""
@@ -125,12 +111,20 @@ class Inputs:
         forward = Compiled(model, job.replicas)
 
         def evaluate() -> dict[str, Any]:
-            logits = np.zeros((0, len(job.classifier.labels)), np.float32)
-            if mine.any():
-                logits, _ = predict(forward, self._evaluation_batches())
-            return summarize(job.replicas.join(logits, mine), job.held_out.labels)
+            width = len(job.classifier.labels)
+            logits = self._joined(forward, self._evaluation_batches(), mine, width)
+            return summarize(logits, job.held_out.labels)
 
         return evaluate
+
+    def _joined(
+        self, layer: Callable[[Any], Any], batches: Iterable, mine: np.ndarray, width: int
+    ) -> np.ndarray:
+        """What a layer makes of the batches of all workers: float32 ``[len(mine), width]``."""
+        rows = np.zeros((0, width), np.float32)
+        if mine.any():
+            rows, _ = predict(layer, batches)
+        return self._job.replicas.join(rows.reshape(len(rows), width), mine)
 
     def _evaluation_batches(self) -> Iterable:
         if self._held_out is not None:

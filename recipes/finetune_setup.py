@@ -62,15 +62,14 @@ def prepare(config: FinetuneConfig, replicas: Replicas | None = None) -> Job:
         ValueError, OSError: see the library functions; nearly all before any slow work.
     """
     replicas = replicas or Replicas()
-    replicas.check_same("set of flags", _digest_of_flags(config))
+    replicas.check_same("set of flags", _alike(config))
     _check(config, replicas)
     graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
     train, held_out = _splits(config)
     images = _look_at(train, held_out)
     config = replace(config, batch_size=config.batch_size or min(DEFAULT_BATCH, len(train)))
     classifier, feature_scale, config = _classifier(config, graph, train, replicas)
-    for what in ("training", "held_out"):
-        replicas.check_same("choice of images", bytes.fromhex(images[what]["sha256"]))
+    replicas.check_same("choice of images", images)
     _check_repeatable(classifier, held_out, config.keep_dropout)
     stages, config = _stages(config, classifier, feature_scale, train)
     out = config.out or run_folder.default_out(train.source.name, config.freeze_until)
@@ -107,11 +106,10 @@ def write_down(job: Job) -> None:
     run_folder.write_json(path, provenance)
 
 
-def _digest_of_flags(config: FinetuneConfig) -> bytes:
-    """Of all that workers must have alike; where they find things may differ."""
+def _alike(config: FinetuneConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """What all workers must have alike; where they find things may differ."""
     places = ("model", "data_dir", "image_folder", "out", "cache_dir", "cache_limit")
-    values = {k: v for k, v in vars(config).items() if k not in places}
-    return hashlib.sha256(repr((values, measure.versions())).encode()).digest()
+    return {k: v for k, v in vars(config).items() if k not in places}, measure.versions()
 
 
 def _check(config: FinetuneConfig, replicas: Replicas) -> None:
@@ -230,7 +228,7 @@ def _classifier(
     preprocess = graph.preprocess(network.input, config.preprocess, config.image_size)
     warn_if_prepared_twice(network, preprocess.mode)
     # The values of the variables are the chief's for all, but the variables must be the same.
-    replicas.check_same("model", hashlib.sha256(repr(network.variables).encode()).digest())
+    replicas.check_same("model", network.variables)
     with replicas.strategy.scope():
         backbone = Backbone(
             graph,

@@ -67,8 +67,7 @@ class StageSolver:
     def _features(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
         """float32 ``[num_examples, width]`` and int64 ``[num_examples]``."""
         to_features = Compiled(self._model.layers[0])  # averages where a tap has four dimensions
-        features, labels = inputs.train_in_order(to_features)
-        return features.reshape(len(features), -1), labels
+        return inputs.train_in_order(to_features)
 
 
 def _say(line: str) -> None:

@@ -27,7 +27,6 @@ except ImportError as error:
     ) from error
 
 from recipes import run_folder
-from recipes.predict import PredictConfig
 from recipes.predict_beam import PredictBeamConfig
 from recipes.predict_job import as_json, check, prepare_images, reason, top
 from transfer import Classifier
@@ -47,7 +46,7 @@ def run(
     Raises:
         FileNotFoundError, ValueError: if there is no such model, or no image.
     """
-    check(PredictConfig(top_k=config.top_k, batch_size=config.batch_size))
+    check(config)
     prefix = find_model(model)
     classifier = load(prefix)  # here first: what is wrong with it is said before workers start
     labels = list(classifier.labels)

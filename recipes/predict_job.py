@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from recipes import run_folder
 from recipes.predict import PredictConfig
+from recipes.predict_beam import PredictBeamConfig
 from transfer import Classifier
 from transfer.explain import grad_cam, overlay
 from transfer.features import Compiled
@@ -74,7 +75,7 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
     return num_failed
 
 
-def check(config: PredictConfig) -> None:
+def check(config: PredictConfig | PredictBeamConfig) -> None:
     """Raises:
     ValueError: if a number makes no sense.
     """

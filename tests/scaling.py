@@ -29,6 +29,7 @@ CUTS = ("fc7", "pool4", "none")
 NUM_CLASSES = 10
 STEPS = 12
 BATCH = 32
+SMALL, LARGE = 1, 2_500_000  # numbers in an exchange, to tell its latency from its bandwidth
 EXCHANGES = 2  # in a step: how many examples there are, and the gradients
 
 
@@ -137,7 +138,7 @@ def measure() -> dict[str, Any]:
             "sent": num_bytes,
         }
     exchange = tf.function(lambda v: replicas.run(lambda x: sum_over_replicas([x])[0], v))
-    for size in (1, 2_500_000):
+    for size in (SMALL, LARGE):
         values = tf.zeros([size])
         seconds = []
         for _ in range(STEPS):
@@ -150,10 +151,10 @@ def measure() -> dict[str, Any]:
 
 def print_check() -> None:
     # Both cores are busy then, too: they share caches and clock, and perhaps more.
-    one, _ = found([Process(__file__, "measure", cores=[core]) for core in (0, 1)])
-    two, _ = found(start_workers(__file__, "measure", cores=[[0], [1]]))
-    latency = two["exchange of 1"] / 2
-    bandwidth = 4 * 2_500_000 / (two["exchange of 2500000"] - two["exchange of 1"])
+    one, _ = measured([Process(__file__, "measure", cores=[core]) for core in (0, 1)])
+    two, _ = measured(start_workers(__file__, "measure", cores=[[0], [1]]))
+    small, large = (two[f"exchange of {size}"] for size in (SMALL, LARGE))
+    latency, bandwidth = small / 2, 4 * LARGE / (large - small)
     print(f"an exchange: {bandwidth / 1e6:,.0f} MB/s, latency {latency * 1e3:.2g} ms\n")
     rows = []
     for cut in CUTS:
@@ -170,7 +171,7 @@ def print_check() -> None:
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
 
 
-def found(processes: list[Process]) -> list[dict[str, Any]]:
+def measured(processes: list[Process]) -> list[dict[str, Any]]:
     """What each of them measured."""
     outputs = []
     for process in processes:

@@ -11,6 +11,7 @@ of -1 marks a row that stands in where a replica has none: it counts for nothing
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -72,14 +73,9 @@ class Replicas:
 
     def run(self, function: Callable, *arguments: Any) -> Any:
         """Call a function on every replica of this process, each with its part of the arguments;
-        what the first returns."""
-        return self.first(self.strategy.run(function, arguments))
-
-    def first(self, values: Any) -> Any:
-        """Of what ``strategy.run`` returned, that of the first replica of this process."""
-        return tf.nest.map_structure(
-            lambda value: self.strategy.experimental_local_results(value)[0], values
-        )
+        what it returns, one value, on the first of them."""
+        values = self.strategy.run(function, arguments)
+        return self.strategy.experimental_local_results(values)[0]
 
     def pieces(self, inputs: Rows, labels: Rows) -> tuple[Any, Any]:
         """Rows of a batch, divided among the replicas of this process for ``run``."""
@@ -147,13 +143,15 @@ class Replicas:
         mine = text.encode() if self.is_chief else b""
         return bytes(self.gather(np.frombuffer(mine, np.uint8).astype(np.int32)).tolist()).decode()
 
-    def check_same(self, what: str, digest: bytes) -> None:
-        """Raises:
-        ValueError: if another process has another digest of what all must have alike.
+    def check_same(self, what: str, value: Any) -> None:
+        """Compare a value by its ``repr``.
+
+        Raises:
+            ValueError: if another process has another one, and all must have it alike.
         """
-        rows = np.frombuffer(digest, np.uint8).astype(np.int32)[None]
+        digest = np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8)
         numbers = self.gather(np.array([self.worker]))
-        digests = self.gather(rows)
+        digests = self.gather(digest.astype(np.int32)[None])
         (chief,) = digests[numbers == 0]
         different = sorted(numbers[(digests != chief).any(axis=1)].tolist())
         if different:
@@ -298,11 +296,16 @@ def pieces_of_batches(
         Boolean ``[num_examples]`` twice: those to be read, and those of these that only stand in
         where a piece would be empty.
     """
-    is_read, stands_in = np.zeros(num_examples, bool), np.zeros(num_examples, bool)
-    for start in range(0, num_examples, batch_size):
-        chosen = piece(min(batch_size, num_examples - start), number, count, batch_size)
+
+    def of_batch(num_rows: int) -> np.ndarray:
+        chosen = piece(num_rows, number, count, batch_size)
+        marks = np.zeros([2, num_rows], bool)
+        marks[0, chosen] = True
         if not len(chosen):
-            chosen = np.zeros(1, int)
-            stands_in[start] = True
-        is_read[start + chosen] = True
+            marks[:, :1] = True
+        return marks
+
+    num_full, rest = divmod(num_examples, batch_size)
+    full = np.tile(of_batch(batch_size), num_full)
+    is_read, stands_in = np.concatenate([full, of_batch(rest)], axis=1)
     return is_read, stands_in

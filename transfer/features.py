@@ -135,8 +135,8 @@ def stream(
 ) -> Iterator[tuple[np.ndarray, Any]]:
     """``(activations, labels)`` of each batch, keeping none: the same values that ``extract``
     keeps."""
-    if isinstance(prefix, Compiled):
-        yield from prefix.stream(batches)
+    if isinstance(prefix, Compiled) and prefix.replicas.num_local > 1:
+        yield from prefix.on_replicas(batches)
         return
     for images, labels in batches:
         yield np.asarray(prefix(images)), labels
@@ -155,16 +155,16 @@ class Compiled:
 
     Args:
         layer: inputs to outputs.
-        replicas: ``stream`` gives each replica of this process a batch of its own.
+        replicas: those of this process get a batch each, in ``stream``.
     """
 
     def __init__(self, layer: Callable[[Any], Any], replicas: Replicas | None = None):
-        self._replicas = Replicas() if replicas is None else replicas
+        self.replicas = Replicas() if replicas is None else replicas
         self.function = tf.function(
             lambda inputs: layer(inputs), autograph=False, reduce_retracing=True
         )
         self._on_each = tf.function(
-            lambda inputs: self._replicas.strategy.run(layer, (inputs,)),
+            lambda inputs: self.replicas.strategy.run(layer, (inputs,)),
             autograph=False,
             reduce_retracing=True,
         )
@@ -172,18 +172,14 @@ class Compiled:
     def __call__(self, inputs: Any) -> tf.Tensor:
         return self.function(inputs)
 
-    def stream(self, batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[np.ndarray, Any]]:
-        """``(outputs, labels)`` of each batch, in order."""
-        count = self._replicas.num_local
-        if count == 1:
-            for inputs, labels in batches:
-                yield np.asarray(self.function(inputs)), labels
-            return
+    def on_replicas(self, batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[np.ndarray, Any]]:
+        """``(outputs, labels)`` of each batch, in order; as many at once as there are replicas."""
+        count = self.replicas.num_local
         remaining = iter(batches)
         while group := list(itertools.islice(remaining, count)):
             # Where there are fewer batches than replicas, the others repeat one.
             inputs = [group[min(number, len(group) - 1)][0] for number in range(count)]
-            outputs = self._on_each(self._replicas.each(inputs))
-            outputs = self._replicas.strategy.experimental_local_results(outputs)
+            outputs = self._on_each(self.replicas.each(inputs))
+            outputs = self.replicas.strategy.experimental_local_results(outputs)
             for (_, labels), found in zip(group, outputs, strict=False):
                 yield np.asarray(found), labels
