@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
     """
     if config.arch not in vgg.ARCHITECTURES:
         raise ValueError(f"--arch {config.arch}: choose from {', '.join(vgg.ARCHITECTURES)}")
-    for name in ("epochs", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name.replace('_', ' ')} must be at least 1")
+    for name, least in (("epochs", 1), ("batch_size", 1), ("fc_epochs", 0)):
+        if getattr(config, name) < least:
+            raise ValueError(f"{name.replace('_', ' ')} must be at least {least}")
     if config.out is not None or config.resume:
         run_folder.check(config.out, resume=config.resume)
     keras.utils.set_random_seed(config.seed)
@@ -63,32 +63,113 @@ def _train_and_save(
 ) -> tuple[dict[str, Any], Path]:
     architecture = vgg.ARCHITECTURES[config.arch]
     preprocess = Preprocess(config.preprocess, architecture.image_size)
-    small = _small_images(config, architecture)
     out, class_names = config.out, train.source.class_names
-    model = pretraining.trainable_model(architecture, len(class_names), dropout=config.dropout)
-    steps_per_epoch = -(-len(train) // config.batch_size)
-    optimizer = pretraining.optimizer(
-        config.learning_rate, config.weight_decay, steps_per_epoch, config.epochs
-    )
-    trainer = Trainer(
-        model,
-        [ParameterGroup(optimizer, model.trainable_variables)],
-        label_smoothing=config.label_smoothing,
-        mixup=config.mixup,
-        seed=config.seed,
-    )
-    checkpoint = RunCheckpoint(out / run_folder.CHECKPOINTS, every_s=CHECKPOINT_S)
-    if config.resume:
-        checkpoint.restore(trainer)
-        for line in checkpoint.damaged:
-            print(f"warning: {line}; going on from the one before", file=sys.stderr)
-        run_folder.keep_history(out, trainer.epoch)
 
     def figures(network: keras.layers.Layer) -> dict[str, Any]:
         return summarize(
             *predict(Compiled(network), held_out.batches(preprocess, config.batch_size))
         )
 
+    model = _trained(config, train, figures, signals)
+
+    num_epochs = config.epochs + config.fc_epochs
+    prefix = out / config.arch
+    labels = out / f"{config.arch}.labels.txt"
+    run_folder.write_text(labels, "".join(f"{name}\n" for name in class_names))
+    card = Card(
+        input="images:0",
+        tap="fc7:0",
+        image_size=architecture.image_size,
+        preprocess=config.preprocess,
+        labels=labels.name,
+        outputs={"logits": "fc8:0", "probabilities": "prob:0"},
+        source=_command(config),
+        licence=config.licence,
+        trained_on=f"{train.source.name}, {len(train)} images, {num_epochs} epochs",
+    )
+    graph = vgg.build_graph(architecture, len(class_names))
+    save_meta_graph(graph, prefix, pretraining.folded(model), card)
+    # What is reported is what was written.
+    saved = load_meta_graph(prefix)
+    result = figures(Backbone(saved, tap="fc8"))
+    write_card(prefix.with_name(f"{prefix.name}.json"), replace(saved.card, eval=result))
+    run_folder.write_json(out / run_folder.METRICS, {"eval": result, "seed": config.seed})
+    return result, prefix
+
+
+def _trained(
+    config: PretrainConfig,
+    train: Split,
+    figures: Callable[[keras.Model], dict[str, Any]],
+    signals: Signals,
+) -> keras.Model:
+    """The whole network, trained for ``--epochs``; then, for ``--fc-epochs``, one with its
+    convolutions. ``figures`` are those on held-out images."""
+    architecture = vgg.ARCHITECTURES[config.arch]
+    steps_per_epoch = -(-len(train) // config.batch_size)
+    batches = _batches(config, train)
+
+    def fit(trainer: Trainer, whole: keras.Model, epochs: int, checkpoints: Path) -> None:
+        checkpoint = RunCheckpoint(checkpoints, every_s=CHECKPOINT_S)
+        if config.resume:
+            checkpoint.restore(trainer)
+            for line in checkpoint.damaged:
+                print(f"warning: {line}; going on from the one before", file=sys.stderr)
+            if trainer.epoch >= epochs:
+                return
+            run_folder.keep_history(config.out, trainer.epoch)
+        trainer.fit(
+            batches,
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            validate=lambda: {k: v for k, v in figures(whole).items() if isinstance(v, float)},
+            callbacks=[keras.callbacks.CSVLogger(config.out / run_folder.HISTORY, append=True)],
+            verbose=measure.verbosity(),
+            checkpoint=checkpoint,
+            uninterrupted=signals.held,
+        )
+
+    def updates(model: keras.Model, epochs: int) -> list[ParameterGroup]:
+        optimizer = pretraining.optimizer(
+            config.learning_rate, config.weight_decay, steps_per_epoch, epochs
+        )
+        return [ParameterGroup(optimizer, model.trainable_variables)]
+
+    checkpoints = config.out / run_folder.CHECKPOINTS
+    num_classes = len(train.source.class_names)
+    model = pretraining.trainable_model(architecture, num_classes, dropout=config.dropout)
+    trainer = Trainer(
+        model,
+        updates(model, config.epochs),
+        label_smoothing=config.label_smoothing,
+        mixup=config.mixup,
+        seed=config.seed,
+    )
+    fit(trainer, model, config.epochs, checkpoints)
+    if not config.fc_epochs:
+        return model
+    keras.utils.set_random_seed(config.seed)  # the same weights in a run that is resumed here
+    model = pretraining.with_new_fully_connected(model, architecture)
+    convolutions, fully_connected = pretraining.halves(model)
+    trainer = Trainer(
+        fully_connected,
+        updates(fully_connected, config.fc_epochs),
+        label_smoothing=config.label_smoothing,
+        frozen=convolutions,
+        seed=config.seed,
+        epoch=config.epochs,
+    )
+    # Where --resume raises --epochs, the convolutions become others, and these begin anew.
+    checkpoints = checkpoints / f"fc-after-{config.epochs}"
+    fit(trainer, model, config.epochs + config.fc_epochs, checkpoints)
+    return model
+
+
+def _batches(config: PretrainConfig, train: Split) -> Callable[[int, int], Iterable]:
+    """An epoch's number, and how many of its batches are done, to the rest of its batches."""
+    architecture = vgg.ARCHITECTURES[config.arch]
+    preprocess = Preprocess(config.preprocess, architecture.image_size)
+    small = _small_images(config, architecture)
     decoded = _decoded(config, train, preprocess)
 
     def batches(epoch: int, first_batch: int) -> Iterable:
@@ -106,46 +187,14 @@ def _train_and_save(
             first_batch=first_batch,
         )
 
-    trainer.fit(
-        batches,
-        epochs=config.epochs,
-        steps_per_epoch=steps_per_epoch,
-        validate=lambda: {k: v for k, v in figures(model).items() if isinstance(v, float)},
-        callbacks=[keras.callbacks.CSVLogger(out / run_folder.HISTORY, append=config.resume)],
-        verbose=measure.verbosity(),
-        checkpoint=checkpoint,
-        uninterrupted=signals.held,
-    )
-
-    prefix = out / config.arch
-    labels = out / f"{config.arch}.labels.txt"
-    run_folder.write_text(labels, "".join(f"{name}\n" for name in class_names))
-    card = Card(
-        input="images:0",
-        tap="fc7:0",
-        image_size=architecture.image_size,
-        preprocess=config.preprocess,
-        labels=labels.name,
-        outputs={"logits": "fc8:0", "probabilities": "prob:0"},
-        source=_command(config),
-        licence=config.licence,
-        trained_on=f"{train.source.name}, {len(train)} images, {trainer.epoch} epochs",
-    )
-    graph = vgg.build_graph(architecture, len(class_names))
-    save_meta_graph(graph, prefix, pretraining.folded(model), card)
-    # What is reported is what was written.
-    saved = load_meta_graph(prefix)
-    result = figures(Backbone(saved, tap="fc8"))
-    write_card(prefix.with_name(f"{prefix.name}.json"), replace(saved.card, eval=result))
-    run_folder.write_json(out / run_folder.METRICS, {"eval": result, "seed": config.seed})
-    return result, prefix
+    return batches
 
 
 def _decoded(
     config: PretrainConfig, train: Split, preprocess: Preprocess
 ) -> pretraining.DecodedImages | None:
-    """The training images in memory, if they are few and small enough. Which way they come decides,
-    in the last bit, what comes out: so it may depend on nothing but them."""
+    """The training images in memory, if they are few and small enough. Order and views are others
+    than where they are read anew, so that the choice may depend on nothing but the images."""
     pixels = replace(preprocess, mode="none")
     needed = len(train) * pixels.size**2 * pixels.channels / 1e6
     if needed > KEPT_DECODED_MB:

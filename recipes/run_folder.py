@@ -138,10 +138,11 @@ def _check_resumed(run: Path, config: Any) -> None:
     """Whether a run that is resumed has the flags that it began with. Epochs may differ, and what
     has no part in the result."""
     began, now = read_config(run), _plain(config)
+    may_differ = ("epochs", "fc_epochs", "out", "strategy")
     different = [
         f"--{name.replace('_', '-')} was {began.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(began.keys() | now.keys())
-        if name not in ("epochs", "out", "strategy") and began.get(name) != now.get(name)
+        if name not in may_differ and began.get(name) != now.get(name)
     ]
     if different:
         raise ValueError(

@@ -25,6 +25,24 @@ def test_what_is_saved_computes_what_was_trained(tmp_path, images):
     np.testing.assert_allclose(plain(images), model(images, training=False), rtol=1e-4, atol=1e-5)
 
 
+def test_halves_make_the_whole_and_share_its_weights(images):
+    model = trained_model()
+    convolutions, fully_connected = pretraining.halves(model)
+    np.testing.assert_allclose(fully_connected(convolutions(images)), model(images), atol=1e-6)
+    names = {v.path.split("/")[0] for v in fully_connected.trainable_variables}
+    assert names == {"fc6", "fc6_norm", "fc7", "fc7_norm", "fc8"}
+
+
+def test_new_fully_connected_layers_keep_the_convolutions(images):
+    model = trained_model()
+    new = pretraining.with_new_fully_connected(model, TINY)
+    np.testing.assert_array_equal(
+        pretraining.halves(new)[0](images), pretraining.halves(model)[0](images)
+    )
+    assert not np.allclose(new.get_layer("fc7").kernel, model.get_layer("fc7").kernel)
+    assert new.output.shape == model.output.shape
+
+
 def test_small_images_fit_where_the_last_pooling_makes_as_much_of_them(images):
     model = trained_model()
     assert model(images[:, :13, :13]).shape == model(images).shape

@@ -439,6 +439,30 @@ def test_pretrain_starts_with_small_images(tmp_path, image_folder, capsys):
     assert not (tmp_path / "b").exists()
 
 
+def test_pretrain_trains_fully_connected_layers_anew(tmp_path, image_folder):
+    shared = ["--image-folder", image_folder, "--batch-size", 10, "--epochs", 2]
+
+    def run(name, *flags):
+        assert main(["pretrain", *map(str, [*shared, "--out", tmp_path / name, *flags])]) == 0
+        names = ("conv5_2/weights", "fc6/weights")
+        weights = saved_values(tmp_path / name / "vgg_small", names)
+        return weights, (tmp_path / name / "history.csv").read_text().splitlines()
+
+    plain, _ = run("a")
+    anew, history = run("b", "--fc-epochs", 2)
+    assert load_meta_graph(tmp_path / "b").card.source.count("--fc-epochs 2") == 1
+    assert [line.split(",")[0] for line in history] == ["epoch", "0", "1", "2", "3"]
+    np.testing.assert_array_equal(anew["conv5_2/weights"], plain["conv5_2/weights"])
+    assert not np.allclose(anew["fc6/weights"], plain["fc6/weights"], atol=1e-3)
+    # A run that ended before these epochs goes on to the same end; one that is done stays as it is.
+    resumed, resumed_history = run("a", "--fc-epochs", 2, "--resume")
+    np.testing.assert_array_equal(resumed["fc6/weights"], anew["fc6/weights"])
+    assert resumed_history == history
+    again, again_history = run("b", "--fc-epochs", 2, "--resume")
+    np.testing.assert_array_equal(again["fc6/weights"], anew["fc6/weights"])
+    assert again_history == history
+
+
 def test_inspect_prints_one_screen_for_a_person(model, capsys):
     assert main(["inspect", str(model)]) == 0
     out = capsys.readouterr().out

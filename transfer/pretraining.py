@@ -52,6 +52,21 @@ def trainable_model(
     return keras.Model(inputs, keras.layers.Dense(num_classes, name="fc8")(net))
 
 
+def halves(model: keras.Model) -> tuple[keras.Model, keras.Model]:
+    """The convolutions and the fully connected layers of a trainable model, which share its
+    weights: images to float32 ``[batch, width]``, and these to logits."""
+    flat = model.get_layer("flatten").output
+    return keras.Model(model.input, flat), keras.Model(flat, model.output)
+
+
+def with_new_fully_connected(model: keras.Model, architecture: Architecture) -> keras.Model:
+    """A trainable model with the same convolutions, random fully connected layers and no
+    dropout."""
+    new = trainable_model(architecture, model.output.shape[-1])
+    halves(new)[0].set_weights(halves(model)[0].get_weights())
+    return new
+
+
 def folded(model: keras.Model) -> dict[str, np.ndarray]:
     """The weights of the plain VGG that computes what ``model`` does in inference mode.
 
