@@ -20,7 +20,7 @@ from tabulate import tabulate
 from recipes.cli import main as vgg_transfer
 
 DATASETS = ("digits", "tf_flowers", "cmaterdb/telugu")
-SHOTS = (5, 20, None)
+SHOTS = ("5", "20", "all")
 ROWS = {
     "frozen": ["--freeze-until", "fc7"],
     "frozen, lbfgs": ["--freeze-until", "fc7", "--solver", "lbfgs"],
@@ -41,15 +41,15 @@ def accuracy(out: Path, flags: list[str]) -> float:
     return json.loads(path.read_text())["eval"]["accuracy"]
 
 
-def cell(options: argparse.Namespace, dataset: str, shots: int | None, row: str) -> str:
+def cell(options: argparse.Namespace, dataset: str, shots: str, row: str) -> str:
     found = []
     for seed in SEEDS:
         flags = ["--model", options.model, "--dataset", dataset, "--seed", str(seed), *ROWS[row]]
         if dataset != "digits":
             flags += ["--data-dir", str(options.data_dir)]
-        if shots is not None:
-            flags += ["--shots-per-class", str(shots)]
-        words = (dataset.replace("/", "-"), str(shots or "all"), row.replace(", ", "-"), str(seed))
+        if shots != "all":
+            flags += ["--shots-per-class", shots]
+        words = (dataset.replace("/", "-"), shots, row.replace(", ", "-"), str(seed))
         found.append(accuracy(options.out / "-".join(words).replace(" ", "-"), flags))
     return f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}"
 
@@ -60,13 +60,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--datasets", nargs="+", default=DATASETS, choices=DATASETS)
+    parser.add_argument("--shots", nargs="+", default=SHOTS, choices=SHOTS)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     options = parser.parse_args()
     lines = []
     for dataset in options.datasets:
-        for shots in SHOTS:
+        for shots in options.shots:
             cells = [cell(options, dataset, shots, row) for row in options.rows]
-            lines.append([dataset, shots or "all", *cells])
+            lines.append([dataset, shots, *cells])
     print(tabulate(lines, ["dataset", "images a class", *options.rows], tablefmt="github"))
     return 0
 
