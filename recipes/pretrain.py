@@ -47,7 +47,7 @@ class PretrainConfig:
     full-size ones: 33 to 64 pixels for vgg_small, 193 to 224 for the others."""
     fc_epochs: int = 0
     """Passes after these for fc6, fc7 and fc8 alone: begun anew, on convolutions that stay as they
-    are, without dropout and mixup. As good at the task itself, while fc7 transfers better."""
+    are, without dropout and mixup. Nearly as good at the task itself, and fc7 transfers better."""
     batch_size: int = 128
     """Images per step."""
     learning_rate: float = 0.05
