@@ -79,14 +79,15 @@ class FinetuneConfig:
     optimizer: Literal["adam", "sgd"] = "adam"
     """sgd has momentum 0.9."""
     learning_rate: float | None = None
-    """Of the head. [default: 0.0001; where only the head is trained, 0.006 for
-    features with a root mean square of 1, more for smaller ones]"""
+    """Of the head. [default: 0.006 for features with a root mean square of 1, more for smaller ones;
+    0.0001 in a stage of --schedule that trains more than the head]"""
     lr_schedule: Literal["auto", "constant", "cosine"] = "auto"
     """cosine lowers it to zero. auto: constant where only the head is trained, else cosine."""
     warmup_epochs: float = 0.5
     """With cosine: it rises from zero for so long, at most a tenth of the steps."""
-    backbone_lr_scale: float = 1.0
-    """Learning rate of the backbone, as a share of the head's."""
+    backbone_lr_scale: float | None = None
+    """Learning rate of the backbone, as a share of the head's. [default: what makes it 0.0001 where
+    --learning-rate and --schedule are left out, else 1]"""
     block_lr_decay: float = 1.0
     """Each block further from the head has its learning rate times this."""
     weight_decay: float = 0.0

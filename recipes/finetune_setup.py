@@ -293,7 +293,11 @@ def _stages(
         schedule = ",".join(str(stage) for stage in stages)
         return stages, replace(config, schedule=schedule, freeze_until=last.cut)
     return stages, replace(
-        config, freeze_until=last.cut, epochs=last.epochs, learning_rate=last.learning_rate
+        config,
+        freeze_until=last.cut,
+        epochs=last.epochs,
+        learning_rate=last.learning_rate,
+        backbone_lr_scale=last.backbone_lr_scale,
     )
 
 

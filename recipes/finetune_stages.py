@@ -25,13 +25,15 @@ BACKBONE_LEARNING_RATE, BACKBONE_STEPS, BACKBONE_EPOCHS = 1e-4, 900, (3, 60)
 class Stage:
     """Some epochs with everything up to a tensor frozen.
 
-    ``cut`` is the name of the tensor without its ``:0``, or ``none``; ``epochs`` and
-    ``learning_rate`` are ``None`` while they are to be chosen.
+    ``cut`` is the name of the tensor without its ``:0``, or ``none``; ``learning_rate`` is the
+    head's, and that of the backbone is ``backbone_lr_scale`` times it. What is ``None`` is to be
+    chosen.
     """
 
     cut: str
     epochs: int | None
     learning_rate: float | None
+    backbone_lr_scale: float | None = None
 
     def __str__(self) -> str:
         return ":".join(str(v) for v in (self.cut, self.epochs, self.learning_rate) if v)
@@ -44,18 +46,21 @@ def asked_for(config: FinetuneConfig) -> list[Stage]:
         ValueError: if the schedule is not of the form ``CUT:EPOCHS[:RATE],...``.
     """
     if config.schedule is None:
-        return [Stage(config.freeze_until, config.epochs, config.learning_rate)]
+        scale = config.backbone_lr_scale
+        return [Stage(config.freeze_until, config.epochs, config.learning_rate, scale)]
     if config.epochs is not None:
         raise ValueError("--schedule has epochs of its own; leave --epochs out")
-    return [_parse(part, config.learning_rate) for part in config.schedule.split(",")]
+    # The head of a later stage is trained already: it needs no rate of its own.
+    scale = 1.0 if config.backbone_lr_scale is None else config.backbone_lr_scale
+    return [_parse(part, config.learning_rate, scale) for part in config.schedule.split(",")]
 
 
-def _parse(part: str, default_rate: float | None) -> Stage:
+def _parse(part: str, default_rate: float | None, scale: float) -> Stage:
     # A tensor's name may end in :0, which is not a number of epochs.
     words = part.strip().replace(":0:", ":").split(":")
     try:
         cut, epochs, *rate = words
-        stage = Stage(cut, int(epochs), float(rate[0]) if rate else default_rate)
+        stage = Stage(cut, int(epochs), float(rate[0]) if rate else default_rate, scale)
         if cut and len(rate) < 2 and stage.epochs > 0 and not (stage.learning_rate or 0) < 0:
             return stage
     except ValueError:
@@ -97,18 +102,19 @@ def resolve(
             "nothing in the backbone can be trained: its weights are constants of the graph; "
             "leave --freeze-until out to train a head only"
         )
-    rate = stage.learning_rate
-    if rate is None and only_head:
-        rate = float(f"{HEAD_LEARNING_RATE / feature_scale:.2g}")
-    elif rate is None:
+    rate, scale = stage.learning_rate, stage.backbone_lr_scale
+    if rate is None and not only_head and scale is not None:
         rate = BACKBONE_LEARNING_RATE
+    elif rate is None:
+        rate = float(f"{HEAD_LEARNING_RATE / feature_scale:.2g}")
+        scale = 1.0 if only_head else BACKBONE_LEARNING_RATE / rate
     epochs = stage.epochs
     if epochs is None:
         steps, (least, most) = (
             (HEAD_STEPS, HEAD_EPOCHS) if only_head else (BACKBONE_STEPS, BACKBONE_EPOCHS)
         )
         epochs = min(max(-(-steps // steps_per_epoch), least), most)
-    return Stage(cut, epochs, rate)
+    return Stage(cut, epochs, rate, 1.0 if scale is None else scale)
 
 
 def parameter_groups(
@@ -120,7 +126,7 @@ def parameter_groups(
     rates = [(stage.learning_rate, head)]
     suffix = trained.layers[0]
     for distance, block in enumerate(_trainable_blocks(suffix)):
-        scale = config.backbone_lr_scale * config.block_lr_decay**distance
+        scale = stage.backbone_lr_scale * config.block_lr_decay**distance
         rates.append((stage.learning_rate * scale, block))
     total = steps_per_epoch * stage.epochs
     is_cosine = config.lr_schedule == "cosine"

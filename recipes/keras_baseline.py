@@ -71,7 +71,8 @@ def run(config: FinetuneConfig) -> Path:
         base = classifier.backbone if is_full else InferenceMode(classifier.backbone)
         model = keras.Model(inputs, classifier.head(base(inputs)))
         model.compile(
-            keras.optimizers.Adam(stage.learning_rate),
+            # Keras has one rate for all: where the backbone is trained, the one that it bears.
+            keras.optimizers.Adam(stage.learning_rate * stage.backbone_lr_scale),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
         )
