@@ -103,11 +103,11 @@ def resolve(
             "leave --freeze-until out to train a head only"
         )
     rate, scale = stage.learning_rate, stage.backbone_lr_scale
-    if rate is None and not only_head and scale is not None:
-        rate = BACKBONE_LEARNING_RATE
-    elif rate is None:
+    if rate is None and (only_head or scale is None):
         rate = float(f"{HEAD_LEARNING_RATE / feature_scale:.2g}")
-        scale = 1.0 if only_head else BACKBONE_LEARNING_RATE / rate
+        scale = BACKBONE_LEARNING_RATE / rate if scale is None else scale
+    elif rate is None:
+        rate = BACKBONE_LEARNING_RATE
     epochs = stage.epochs
     if epochs is None:
         steps, (least, most) = (

@@ -70,9 +70,10 @@ def run(config: FinetuneConfig) -> Path:
         classifier.backbone.trainable = is_full
         base = classifier.backbone if is_full else InferenceMode(classifier.backbone)
         model = keras.Model(inputs, classifier.head(base(inputs)))
+        # Keras has one rate for all: where the backbone is trained, the one that it bears.
+        scale = stage.backbone_lr_scale if is_full else 1.0
         model.compile(
-            # Keras has one rate for all: where the backbone is trained, the one that it bears.
-            keras.optimizers.Adam(stage.learning_rate * stage.backbone_lr_scale),
+            keras.optimizers.Adam(stage.learning_rate * scale),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
         )

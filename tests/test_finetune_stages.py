@@ -84,7 +84,7 @@ def test_an_interrupted_schedule_goes_on(tmp_path, model, image_folder, monkeypa
     ],
 )
 def test_schedules(text, stages):
-    assert asked_for(FinetuneConfig(schedule=text)) == [Stage(*stage) for stage in stages]
+    assert asked_for(FinetuneConfig(schedule=text)) == [Stage(*stage, 1.0) for stage in stages]
 
 
 @pytest.mark.parametrize("text", ["fc7", "fc7:0", "fc7:x", ":3", "fc7:1:2:3", "", "fc7:1,,none:1"])
@@ -139,6 +139,29 @@ def test_so_does_one_within_the_network(model):
     train(full.split(None)[1], images, groups)
     for one, other in zip(cut.trainable_variables, full.trainable_variables, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5, err_msg=one.path)
+
+
+@pytest.mark.parametrize(
+    "flags, head, backbone",
+    [
+        # A new head has far to go, the backbone has not. The features are small.
+        ([], (0.006, 1), 1e-4),
+        (["--learning-rate", 0.01], (0.01, 0.01), 0.01),
+        (["--learning-rate", 0.01, "--backbone-lr-scale", 0.1], (0.01, 0.01), 1e-3),
+        (["--backbone-lr-scale", 0.1], (1e-4, 1e-4), 1e-5),
+    ],
+)
+def test_learning_rates_of_head_and_backbone(tmp_path, model, image_folder, flags, head, backbone):
+    flags = ["--freeze-until", "pool2", "--epochs", 1, "--batch-size", 20, *flags]
+    flags += ["--lr-schedule", "constant"]
+    assert finetune(tmp_path / "run", model, image_folder, *flags) == 0
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert head[0] <= config["learning_rate"] <= head[1]
+    assert config["learning_rate"] * config["backbone_lr_scale"] == pytest.approx(backbone)
+    before, after = saved_values(model), saved_values(tmp_path / "run" / "model")
+    # The first step of Adam changes a weight by the learning rate, if it has a gradient.
+    step = max(np.abs(after[name] - before[name]).max() for name in before if name in after)
+    assert step == pytest.approx(backbone, rel=0.01)
 
 
 def test_blocks_learn_the_slower_the_further_they_are_from_the_head(tmp_path, model, image_folder):
