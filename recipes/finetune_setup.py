@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from recipes import measure, run_folder
 from recipes.finetune import EMBEDDED, FinetuneConfig
-from recipes.finetune_stages import Stage, asked_for, resolve
+from recipes.finetune_stages import Stage, asked_for, resolve, rms
 from recipes.network_flags import parse_feed, report, warn_if_prepared_twice
 from transfer import Backbone, Classifier, Head, MetaGraph, data_checks, load_meta_graph
 from transfer.data import Split, few_shot, train_and_eval_splits
 from transfer.distribution import Replicas
+from transfer.head import average_over_space
 from transfer.preprocess import Preprocess
 from transfer.sources import open_source
 from transfer.surgery import is_seeded
@@ -68,10 +70,10 @@ def prepare(config: FinetuneConfig, replicas: Replicas | None = None) -> Job:
     train, held_out = _splits(config)
     images = _look_at(train, held_out)
     config = replace(config, batch_size=config.batch_size or min(DEFAULT_BATCH, len(train)))
-    classifier, feature_scale, config = _classifier(config, graph, train, replicas)
+    classifier, features, config = _classifier(config, graph, train, replicas)
     replicas.check_same("choice of images", images)
     _check_repeatable(classifier, held_out, config.keep_dropout)
-    stages, config = _stages(config, classifier, feature_scale, train)
+    stages, config = _stages(config, classifier, features, train)
     out = config.out or run_folder.default_out(train.source.name, config.freeze_until)
     out = Path(replicas.from_chief(str(out.resolve())))
     config = replace(config, out=out)
@@ -217,9 +219,9 @@ def _look_at(train: Split, held_out: Split) -> dict[str, Any]:
 
 def _classifier(
     config: FinetuneConfig, graph: MetaGraph, train: Split, replicas: Replicas
-) -> tuple[Classifier, float, FinetuneConfig]:
-    """The classifier before training, the root mean square of its features, and the config with
-    what was found out."""
+) -> tuple[Classifier, np.ndarray, FinetuneConfig]:
+    """The classifier before training, the features of a few images, and the config with what was
+    found out."""
     tap = graph.tensor(config.tap or graph.card.tap or "fc7")
     feeds = dict(parse_feed(assignment) for assignment in config.feed)
     network = graph.network(tap, config.input, feeds, config.keep_dropout)
@@ -242,13 +244,12 @@ def _classifier(
     if config.random_weights:
         backbone.randomize(config.seed)
     features = _features_of_a_few(backbone, train, preprocess)
-    scale = float(np.sqrt(np.mean(np.square(features)))) or 1.0
     with replicas.strategy.scope():
         head = Head(
             len(labels),
             hidden=config.hidden,
             dropout=config.dropout,
-            weights_stddev=FIRST_LOGITS / (scale * features.shape[1] ** 0.5),
+            weights_stddev=FIRST_LOGITS / (rms(features) * features.shape[1] ** 0.5),
             bias=0.0,
             seed=config.seed,
             name="head",
@@ -257,7 +258,7 @@ def _classifier(
         classifier.build_from_size()
     return (
         classifier,
-        scale,
+        features,
         replace(
             config,
             model=config.model if config.model == EMBEDDED else str(graph.prefix.resolve()),
@@ -275,12 +276,12 @@ def _classifier(
 
 
 def _stages(
-    config: FinetuneConfig, classifier: Classifier, feature_scale: float, train: Split
+    config: FinetuneConfig, classifier: Classifier, features: np.ndarray, train: Split
 ) -> tuple[list[Stage], FinetuneConfig]:
     """The stages, and the config that says them again."""
     steps_per_epoch = -(-len(train) // config.batch_size)
     stages = [
-        resolve(stage, classifier, config.tap, feature_scale, steps_per_epoch)
+        resolve(stage, classifier, config.tap, features, steps_per_epoch)
         for stage in asked_for(config)
     ]
     last = stages[-1]
@@ -302,8 +303,9 @@ def _stages(
 
 
 def _features_of_a_few(backbone: Backbone, split: Split, preprocess: Preprocess) -> np.ndarray:
+    """float32 ``[images, width]``, as a head gets them."""
     images, _ = next(iter(split.batches(preprocess, 4)))
-    return np.asarray(backbone(images))
+    return np.asarray(average_over_space(tf.cast(backbone(images), tf.float32)))
 
 
 def _check_repeatable(classifier: Classifier, split: Split, keep_dropout: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import keras
+import numpy as np
 
 from recipes.finetune import FinetuneConfig, cut_of
 from transfer.backbone import GraphLayer
@@ -14,9 +15,8 @@ from transfer.cuts import blocks
 from transfer.optimizers import cosine, make_optimizer
 from transfer.training import ParameterGroup
 
-# A head on kept features: its steps cost next to nothing. The rate is for features with a root
-# mean square of 1; Adam's steps are of one size, so that smaller features need larger ones.
-HEAD_LEARNING_RATE, HEAD_STEPS, HEAD_EPOCHS = 6e-3, 2000, (5, 200)
+# A head on kept features: its steps cost next to nothing.
+HEAD_LEARNING_RATE, HEAD_WIDTH, HEAD_STEPS, HEAD_EPOCHS = 6e-3, 512, 2000, (5, 200)
 # A VGG without batch norm diverges or stalls at 1e-3.
 BACKBONE_LEARNING_RATE, BACKBONE_STEPS, BACKBONE_EPOCHS = 1e-4, 900, (3, 60)
 
@@ -74,7 +74,7 @@ def resolve(
     stage: Stage,
     classifier: Classifier,
     tap: str,
-    feature_scale: float,
+    features: np.ndarray,
     steps_per_epoch: int,
 ) -> Stage:
     """The stage with nothing left to default.
@@ -83,7 +83,7 @@ def resolve(
         stage: as asked for; its cut may be ``tap``, or a short name.
         classifier: built.
         tap: the tensor with the features.
-        feature_scale: root mean square of the features.
+        features: ``[images, width]`` of a few, as the head gets them.
         steps_per_epoch: on the training images.
 
     Raises:
@@ -104,7 +104,7 @@ def resolve(
         )
     rate, scale = stage.learning_rate, stage.backbone_lr_scale
     if rate is None and (only_head or scale is None):
-        rate = float(f"{HEAD_LEARNING_RATE / feature_scale:.2g}")
+        rate = head_learning_rate(features)
         scale = BACKBONE_LEARNING_RATE / rate if scale is None else scale
     elif rate is None:
         rate = BACKBONE_LEARNING_RATE
@@ -115,6 +115,22 @@ def resolve(
         )
         epochs = min(max(-(-steps // steps_per_epoch), least), most)
     return Stage(cut, epochs, rate, 1.0 if scale is None else scale)
+
+
+def head_learning_rate(features: np.ndarray) -> float:
+    """For Adam, 0.006 for up to 512 features with a root mean square of 1.
+
+    Adam moves all weights by the learning rate, so that a logit moves by the rate times the sum of
+    the features: smaller features want a higher one, and more features a lower one (arXiv
+    2203.03466, table 3).
+    """
+    rate = HEAD_LEARNING_RATE / rms(features) * min(1, HEAD_WIDTH / features.shape[1])
+    return float(f"{rate:.2g}")
+
+
+def rms(features: np.ndarray) -> float:
+    """Root mean square; 1 where all are zero."""
+    return float(np.sqrt(np.mean(np.square(features)))) or 1.0
 
 
 def parameter_groups(

@@ -11,7 +11,7 @@ import yaml
 from commands import finetune, largest_difference, metrics, saved_values
 
 from recipes.finetune import FinetuneConfig
-from recipes.finetune_stages import Stage, asked_for
+from recipes.finetune_stages import Stage, asked_for, head_learning_rate
 from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph, save_meta_graph
 from transfer.features import Compiled
 from transfer.training import ParameterGroup, Trainer
@@ -162,6 +162,14 @@ def test_learning_rates_of_head_and_backbone(tmp_path, model, image_folder, flag
     # The first step of Adam changes a weight by the learning rate, if it has a gradient.
     step = max(np.abs(after[name] - before[name]).max() for name in before if name in after)
     assert step == pytest.approx(backbone, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "width, scale, rate",
+    [(512, 1, 0.006), (8, 1, 0.006), (512, 0.1, 0.06), (4096, 1, 0.00075), (4096, 0, 0.00075)],
+)
+def test_a_head_learns_the_slower_the_more_its_features_say(width, scale, rate):
+    assert head_learning_rate(np.full((4, width), scale, np.float32)) == rate
 
 
 def test_blocks_learn_the_slower_the_further_they_are_from_the_head(tmp_path, model, image_folder):
