@@ -80,8 +80,8 @@ class FinetuneConfig:
     """sgd has momentum 0.9."""
     learning_rate: float | None = None
     """Of the head. [default: 0.006 for up to 512 features with a root mean square of 1, more for
-    smaller ones, less for more of them; 0.0001 in a stage of --schedule that trains more than the
-    head]"""
+    smaller ones, less for more of them; 0.0001 where more than the head is trained and --schedule
+    or --backbone-lr-scale is given]"""
     lr_schedule: Literal["auto", "constant", "cosine"] = "auto"
     """cosine lowers it to zero. auto: constant where only the head is trained, else cosine."""
     warmup_epochs: float = 0.5
