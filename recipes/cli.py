@@ -62,11 +62,8 @@ def _launch(
         debug: show the traceback of an error.
     """
     del debug  # read in main, where errors are caught
-    app.config = (
-        ()
-        if config is None
-        else (cyclopts.config.Yaml(config, must_exist=True, use_commands_as_keys=False),)
-    )
+    if config is not None:
+        app.config = (cyclopts.config.Yaml(config, must_exist=True, use_commands_as_keys=False),)
     return app(tokens, exit_on_error=False, print_error=False)
 
 
@@ -77,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "keras-baseline" not in arguments:  # which shows what TensorFlow does by itself
         # It turns oneDNN on for some processors only; AVX2 gains as much. See docs/performance.md.
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+    app.config = ()  # not that of an earlier call, which the parsing of --config would read
     try:
         return app.meta(arguments, exit_on_error=False, print_error=False) or 0
     except cyclopts.CycloptsError as error:

@@ -284,6 +284,8 @@ def test_config_of_a_run_repeats_it(tmp_path, model, image_folder):
     assert main(again) == 0
     data = "model.data-00000-of-00001"
     assert (tmp_path / "a" / data).read_bytes() == (tmp_path / "b" / data).read_bytes()
+    config.unlink()  # the next run in this process has nothing to do with it
+    assert finetune(tmp_path / "c", model, image_folder) == 0
 
 
 def test_few_shots(tmp_path, model, image_folder):
