@@ -18,7 +18,7 @@ from recipes.benchmark import BenchmarkConfig
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from recipes.finetune_setup import EMBEDDED_MODEL
 from recipes.network_flags import parse_feed
-from transfer import MetaGraph, load_meta_graph
+from transfer import MetaGraph, child_process, load_meta_graph
 from transfer.cache import Cache
 from transfer.cuts import Cut, default_cuts, list_cuts
 from transfer.surgery import Network, cut
@@ -218,7 +218,7 @@ def _start(
     flags, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
     run_folder.write_text(flags, run_folder.to_yaml(config))
     with log.open("w", encoding="utf-8") as file:
-        command = [sys.executable, "-m", "recipes.cli", verb, "--config", str(flags)]
+        command = child_process.command("recipes.cli", verb, "--config", flags)
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         try:
             status = process.wait()
