@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from recipes.benchmark import BenchmarkConfig
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from recipes.finetune_setup import EMBEDDED_MODEL
 from recipes.network_flags import parse_feed
-from transfer import MetaGraph, child_process, load_meta_graph
+from transfer import MetaGraph, child_process, files, load_meta_graph, retention
 from transfer.cache import Cache
 from transfer.cuts import Cut, default_cuts, list_cuts
 from transfer.surgery import Network, cut
@@ -76,7 +75,7 @@ def _run_all(config: BenchmarkConfig, cuts: Sequence[Cut]) -> tuple[str, int]:
         records.append(_record(item, config.keep_models))
         last_of_row = number == len(runs) or runs[number].label != item.label
         if last_of_row and not config.keep_models:
-            shutil.rmtree(_cache_of(item), ignore_errors=True)
+            Cache(_cache_of(item), 0).clear()
         run_folder.write_json(out / RESULTS, {"limits": limits, "runs": records})
         _say(benchmark_report.describe(records[-1]))
     table = benchmark_report.write(out, limits, records, cuts)
@@ -163,7 +162,7 @@ def _record(item: Run, keep_models: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"label": item.label, "seed": item.config.seed}
     path = item.folder / run_folder.METRICS
     if not path.is_file():
-        shutil.rmtree(item.folder, ignore_errors=True)  # of a run that was cut off
+        run_folder.remove(item.folder)  # of a run that was cut off
         before = measure.sgemm_gflops()
         error = _start(item.verb, item.config, item.folder, item.environment)
         if error is not None:
@@ -175,15 +174,9 @@ def _record(item: Run, keep_models: bool) -> dict[str, Any]:
         metrics["disk_mb"] = round(sum(entry.num_bytes for entry in used) / 1e6, 4)
         run_folder.write_json(path, metrics)
         if not keep_models:
-            _drop_model(item.folder)
+            retention.delete(item.folder / run_folder.MODEL)
+            run_folder.remove(item.folder, only_working=True)
     return record | json.loads(path.read_text())
-
-
-def _drop_model(folder: Path) -> None:
-    for path in folder.glob(f"{run_folder.MODEL}.*"):
-        path.unlink()
-    for name in (run_folder.CHECKPOINTS, run_folder.EVENTS):
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _limits(config: BenchmarkConfig) -> dict[str, float]:
@@ -193,7 +186,7 @@ def _limits(config: BenchmarkConfig) -> dict[str, float]:
         _say("the machine: matrix products, a forward pass, the input pipeline")
         (item, *_) = _runs(config)
         folder = config.out / "limits"
-        shutil.rmtree(folder, ignore_errors=True)
+        run_folder.remove(folder)
         options = dataclasses.replace(item.config, freeze_until="tap", random_weights=False)
         error = _start(
             "benchmark-limits",
@@ -214,9 +207,10 @@ def _start(
 
     Its output goes to a log beside its folder.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder.parent)
     flags, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
     run_folder.write_text(flags, run_folder.to_yaml(config))
+    files.unshare(log)
     with log.open("w", encoding="utf-8") as file:
         command = child_process.command("recipes.cli", verb, "--config", flags)
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)

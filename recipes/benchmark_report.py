@@ -20,6 +20,7 @@ from tabulate import tabulate
 
 from recipes import run_folder
 from transfer.cuts import Cut
+from transfer.files import replacing
 
 SUMMARY = "benchmark.json"
 TABLE = "benchmark.csv"
@@ -73,7 +74,8 @@ def write(
     done = [row for row in rows if "accuracy" in row]
     figures = [_accuracy_against_time(done), _epoch_times(done, limits)]
     for name, figure in zip(PLOTS, figures, strict=True):
-        figure.savefig(out / name, dpi=120)
+        with replacing(out / name) as path:
+            figure.savefig(path, format="png", dpi=120)
     table = tabulate(
         [_cells(row) for row in rows],
         list(_COLUMNS.values()),

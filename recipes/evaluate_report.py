@@ -25,6 +25,7 @@ from transfer.card import read_card
 from transfer.data import Split
 from transfer.evaluation import probabilities
 from transfer.explain import grad_cam, overlay
+from transfer.files import make_folder, write_bytes
 from transfer.images import decode
 from transfer.preprocess import to_channels
 
@@ -60,7 +61,7 @@ class Evaluated:
 
 def write(run: Path, evaluated: Evaluated) -> Path:
     """Write ``plots/`` and ``report.html`` into a run's folder; returns the page."""
-    (run / PLOTS).mkdir(exist_ok=True)
+    make_folder(run / PLOTS)
     p = probabilities(evaluated.logits)
     history = run_folder.read_history(run)
     plots = {
@@ -181,7 +182,7 @@ def _png(figure: Figure, path: Path) -> str:
         # Matplotlib's own font has no signs of many scripts; the names are on the page as text.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(data, format="png", dpi=120)
-    path.write_bytes(data.getvalue())
+    write_bytes(path, data.getvalue())
     return base64.b64encode(data.getvalue()).decode()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from recipes.finetune_inputs import Inputs
 from recipes.finetune_setup import Job
 from recipes.finetune_stages import parameter_groups
 from recipes.interruption import Signals
+from transfer import files
 from transfer.backbone import GraphLayer
 from transfer.run_checkpoint import RunCheckpoint
 from transfer.training import ParameterGroup, Trainer, random_states
@@ -94,7 +94,7 @@ class StageTrainer:
         """Later stages began with what this one must end with first."""
         for later in range(first, len(self._job.stages)):
             folder = self._job.out / run_folder.CHECKPOINTS / f"stage-{later}"
-            shutil.rmtree(folder, ignore_errors=True)
+            files.remove_folder(folder, files.CHECKPOINT_FILES)
 
     @property
     def is_done(self) -> bool:

@@ -17,6 +17,7 @@ from recipes.finetune_inputs import Inputs
 from recipes.finetune_setup import Job, prepare
 from recipes.finetune_stages import parameter_groups
 from recipes.finetune_training import new_trainer
+from transfer.files import replacing
 from transfer.lr_find import RangeTest, range_test
 from transfer.training import Batch
 
@@ -38,7 +39,8 @@ def run(config: FinetuneConfig, *, lowest: float, highest: float, steps: int) ->
     with run_folder.opened(job.config):
         found = _trial(job, lowest=lowest, highest=highest, steps=steps)
         _write_table(job.out / "lr_find.csv", found)
-        _plot(found).savefig(job.out / "lr_find.png", dpi=150)
+        with replacing(job.out / "lr_find.png") as path:
+            _plot(found).savefig(path, format="png", dpi=150)
     return found.suggestion, job.out
 
 

@@ -25,6 +25,7 @@ from recipes.predict_beam import PredictBeamConfig
 from transfer import Classifier
 from transfer.explain import grad_cam, overlay
 from transfer.features import Compiled
+from transfer.files import replacing
 from transfer.images import read_image
 from transfer.preprocess import Preprocess, to_channels
 from transfer.sources import IMAGE_SUFFIXES
@@ -99,7 +100,8 @@ class Explainer:
         for name, image, heat in zip(names, pixels.numpy(), heats, strict=True):
             self._count += 1
             path = self._folder / f"{self._count:06d}-{Path(name).stem}.png"
-            Image.fromarray(overlay(image, heat)).save(path)
+            with replacing(path) as temporary:
+                Image.fromarray(overlay(image, heat)).save(temporary, "PNG")
 
 
 def find_images(words: Iterable[str]) -> Iterator[Path]:

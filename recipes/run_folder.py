@@ -6,7 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import json
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import filelock
 import yaml
 
+from transfer import files
 from transfer.checkpoint import check_path
 from transfer.files import write_text
 
@@ -30,6 +31,16 @@ EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
 _LOCK = ".lock"
+
+_WORKING_FILES = (
+    rf"{CHECKPOINTS}/{files.CHECKPOINT_FILES.pattern}"
+    rf"|{EVENTS}/(.+/)?events\.out\.tfevents\.[^/]+"
+)
+_RUN_FILES = (
+    r"\.lock|(config\.yaml|labels\.txt|held_out\.txt|history\.csv|(metrics|provenance|limits)\.json)"
+    rf"|checkpoint|{MODEL}(-\d+)?\.(meta|json|index|data-\d{{5}}-of-\d{{5}})|{_WORKING_FILES}"
+)
+"""Paths of what a run writes, in its folder."""
 
 
 def check(out: Path | None, *, resume: bool) -> None:
@@ -67,18 +78,28 @@ def opened(config: Any) -> Iterator[None]:
     check(out, resume=config.resume)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        lock = filelock.FileLock(out / _LOCK).acquire(timeout=0)
+        lock = files.lock(out / _LOCK).acquire(timeout=0)
     except filelock.Timeout:
         raise BlockingIOError(
             f"another process works in {str(out)!r}; wait for it, or choose another --out"
         ) from None
     with lock:
-        for left in out.glob(".saving-*"):  # of a run that was killed while it saved its model
-            shutil.rmtree(left, ignore_errors=True)
+        for name in (EVENTS, CHECKPOINTS):
+            for folder in (out / name, *(out / name).glob("*")):
+                files.refuse_link(folder)
+        files.remove_drafts(out)  # of a run that was killed while it saved its model
         if config.resume and _has_begun(out):
             _check_resumed(out, config)
         write_text(out / CONFIG, to_yaml(config))
         yield
+
+
+def remove(run: Path, *, only_working: bool = False) -> None:
+    """Delete the files of a run and its folder, or only its checkpoints and events. Other files
+    stay, and so do the folders that they are in."""
+    files.remove_drafts(run)
+    names = _WORKING_FILES if only_working else _RUN_FILES
+    files.remove_folder(run, re.compile(names))
 
 
 def _is_passing(path: Path) -> bool:
@@ -95,6 +116,7 @@ def keep_history(run: Path, epochs: int) -> None:
     of one whose line was cut short."""
     path = run / HISTORY
     if not path.is_file():
+        files.unshare(path)  # a link to nothing, which the next epoch would write through
         return
     with path.open(newline="", encoding="utf-8") as file:
         lines = file.readlines()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import tensorflow as tf
 from transfer.backbone import Backbone, GraphLayer, as_input
 from transfer.card import Card
 from transfer.classifier import Classifier
-from transfer.files import write_text
+from transfer.files import write_bytes, write_text
 from transfer.head import Head, build_head
 from transfer.metagraph import load_meta_graph
 from transfer.preprocess import Preprocess
@@ -96,7 +95,7 @@ def save_with_preprocessing(model: str | Path, prefix: str | Path) -> Card:
     )
     labels = str(source.card.labels)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source.prefix.with_name(labels), prefix.with_name(labels))
+    write_bytes(prefix.with_name(labels), source.prefix.with_name(labels).read_bytes())
     save_meta_graph(graph, prefix, network.values(), card)
     return card
 
