@@ -19,9 +19,11 @@ from transfer import Classifier, metrics
 from transfer.data import Source, Split, whole_eval_split
 from transfer.evaluation import confusion_matrix, predict, probabilities, summarize
 from transfer.features import EXTRACTION_BATCH, Compiled, stream
+from transfer.files import is_regular
 from transfer.sources import open_source
 
 CHANGES = "changes.csv"
+_CHANGES_COLUMNS = ("image", "label", "prediction", "prediction of the other")
 
 
 def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
         figures["against"] |= metrics.compare(predictions, others, labels)
         _write_changes(folder / CHANGES, split, classifier.labels, predictions, others, labels)
     else:
-        (folder / CHANGES).unlink(missing_ok=True)  # of another evaluation
+        _remove_changes(folder / CHANGES)  # of another evaluation
     run_folder.write_json(folder / run_folder.EVALUATION, figures)
     run_folder.add_to_metrics(folder, "evaluation", figures)
     _write_predictions(folder / run_folder.PREDICTIONS, split, classifier.labels, logits, labels)
@@ -173,11 +175,21 @@ def _write_changes(
     """The images on which two runs differ."""
     rows = io.StringIO(newline="")
     writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow(["image", "label", "prediction", "prediction of the other"])
+    writer.writerow(_CHANGES_COLUMNS)
     for name, label, mine, theirs in zip(split.names, labels, predictions, others, strict=True):
         if mine != theirs:
             writer.writerow([name, classes[label], classes[mine], classes[theirs]])
     run_folder.write_text(path, rows.getvalue())
+
+
+def _remove_changes(path: Path) -> None:
+    """Delete what ``_write_changes`` wrote; any other file of this name stays."""
+    if not is_regular(path):
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        is_ours = file.readline() == f"{','.join(_CHANGES_COLUMNS)}\n"
+    if is_ours:
+        path.unlink()
 
 
 def _write_confusion(

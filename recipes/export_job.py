@@ -121,9 +121,9 @@ def _check_ours(folder: Path, figures: dict[str, Any]) -> None:
             f"{str(folder)!r} is there already and is no export of this command; choose another "
             "--out"
         )
-    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    for path in files:
-        if not _FILES[folder.name].fullmatch(path.relative_to(folder).as_posix()):
+    for path in folder.rglob("*"):
+        is_known = _FILES[folder.name].fullmatch(path.relative_to(folder).as_posix())
+        if path.is_symlink() or not (path.is_dir() or is_known):
             raise FileExistsError(
                 f"{str(path)!r} is not part of an export, and would be deleted with the export "
                 "that is there; move it away, or choose another --out"

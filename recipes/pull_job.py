@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -18,7 +17,8 @@ import numpy as np
 
 from recipes import convert_job, measure
 from recipes.convert import ConvertConfig
-from transfer import Backbone, Preprocess, load_meta_graph
+from transfer import Backbone, Preprocess, load_meta_graph, retention
+from transfer.files import draft_folder, unshare, write_text
 
 TIMEOUT_S = 8.0
 _CHUNK = 2**20
@@ -67,8 +67,8 @@ def run(name: str, out: Path, *, convolutional: bool) -> list[str]:
     convert_job.check_out(out)
     download(weights)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".converting-") as folder:
-        draft = Path(folder) / out.name
+    with draft_folder(out.parent) as folder:
+        draft = folder / out.name
         config = ConvertConfig(out=draft, convolutional=convolutional)
         *lines, _ = convert_job.run(weights.path, config)
         difference = compare(draft, weights)
@@ -78,7 +78,10 @@ def run(name: str, out: Path, *, convolutional: bool) -> list[str]:
                 f"probability; expected at most {_TOLERANCE:g}; nothing was written, report this"
             )
         for path in sorted(draft.parent.iterdir()):
-            os.replace(path, out.parent / path.name)
+            if path.name != retention.STATE:  # there may be one, which lists other checkpoints
+                os.replace(path, out.parent / path.name)
+        state, _ = retention.plan(out, out.name, None, None)
+        write_text(out.with_name(retention.STATE), state)
     return [*lines, f"probabilities differ from Keras' by at most {difference:.1g}", str(out)]
 
 
@@ -93,6 +96,7 @@ def download(weights: Weights) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
+    unshare(part)
     done = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(weights.url, headers={"Range": f"bytes={done}-"})
     try:
