@@ -137,8 +137,7 @@ class Keeper:
 
     @property
     def _row_shape(self) -> tuple[int, ...]:
-        size, channels = self._preprocess.size, self._preprocess.channels
-        images = tf.TensorSpec([EXTRACTION_BATCH, size, size, channels], tf.float32)
+        images = tf.TensorSpec([EXTRACTION_BATCH, *self._preprocess.shape], tf.float32)
         return tuple(self._compiled.function.get_concrete_function(images).outputs[0].shape[1:])
 
     @property

@@ -20,7 +20,7 @@ def test_keys_that_are_not_known_are_left_out(tmp_path):
     [
         ("{", "is not a card"),
         ("[]", "expected a JSON object"),
-        ('{"image_size": "big"}', "image_size is 'big'; expected a int"),
+        ('{"image_size": "big"}', "image_size is 'big'; expected an int, or height"),
         ('{"tap": 7}', "tap is 7; expected a str"),
     ],
 )

@@ -51,8 +51,7 @@ class Classifier(keras.Model):
         Returns:
             The number of logits.
         """
-        size, channels = self.preprocess.size, self.preprocess.channels
-        return int(self(tf.zeros([1, size, size, channels])).shape[-1])
+        return int(self(tf.zeros([1, *self.preprocess.shape])).shape[-1])
 
     def get_config(self) -> dict[str, Any]:
         """All parts, so that ``save`` and ``keras.models.load_model`` work."""
@@ -81,8 +80,8 @@ class Classifier(keras.Model):
         return tf.nn.softmax(self(images, training=False))
 
     def probabilities_of_resized(self, pixels: tf.Tensor) -> tf.Tensor:
-        """The same of what ``preprocess.resize`` gives: float32 ``[batch, size, size, channels]``
-        in 0..255."""
+        """The same of what ``preprocess.resize`` gives: float32 ``[batch, height, width,
+        channels]`` in 0..255."""
         features = self.backbone(self.preprocess.normalize(pixels))
         return tf.nn.softmax(self.head(features, training=False))
 
