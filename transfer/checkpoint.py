@@ -203,12 +203,9 @@ class Checkpoint:
 
     def _check_size(self, entries: Mapping[str, Entry]) -> None:
         """A file that is cut short is told from one that is damaged, before memory is asked for."""
-        if not _index(Path(self.prefix)).is_file():
+        if not _index(self._files).is_file():
             return
-        shards = Path(self.prefix).parent.glob(
-            f"{glob.escape(Path(self.prefix).name)}.data-?????-of-?????"
-        )
-        found = sum(path.stat().st_size for path in shards)
+        found = sum(path.stat().st_size for path in _shards(self._files))
         keys = {entry.key for entry in entries.values()}
         needed = sum(math.prod(self._shapes[key]) * self._dtypes[key].size for key in keys)
         if found < needed:
@@ -424,13 +421,14 @@ def check_files(prefix: Path) -> None:
     if _index(prefix).is_file():
         shards = [
             _SHARD.search(path.name)
-            for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.data-?????-of-?????")
+            for path in _shards(prefix)
             if path.is_file()  # a pipe would be read for ever
         ]
         found = {(int(match[1]), int(match[2])) for match in shards if match}
         count = max((total for _, total in found), default=1)
+        name = _index(prefix).name.removesuffix(".index")
         missing = [
-            f"{prefix.name}.data-{shard:05d}-of-{count:05d}"
+            f"{name}.data-{shard:05d}-of-{count:05d}"
             for shard in range(count)
             if (shard, count) not in found
         ]
@@ -457,10 +455,27 @@ def _stored(prefix: Path) -> dict[str, Stored]:
 
 def _to_open(prefix: Path) -> str:
     """What TensorFlow opens: the prefix, or a pattern for the files of a sharded V1 checkpoint."""
+    if _index(prefix).parent == prefix:
+        return f"{prefix}/"
     return (
         str(prefix) if _index(prefix).is_file() or prefix.is_file() else f"{prefix}-?????-of-?????"
     )
 
 
+def file_of(prefix: Path, suffix: str) -> Path:
+    """The file of a model or a checkpoint with a suffix such as ``.meta``.
+
+    ``saver.save(session, "model/")`` gives files without a name, ``model/.meta``: there the prefix
+    is the folder.
+    """
+    nameless, named = prefix / suffix, prefix.with_name(prefix.name + suffix)
+    return nameless if nameless.is_file() and not named.exists() else named
+
+
 def _index(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".index")
+    return file_of(prefix, ".index")
+
+
+def _shards(prefix: Path) -> Iterator[Path]:
+    name = _index(prefix).name.removesuffix(".index")
+    return _index(prefix).parent.glob(f"{glob.escape(name)}.data-?????-of-?????")

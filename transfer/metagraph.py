@@ -366,7 +366,7 @@ def load_meta_graph(path: str | Path, *, rename: Mapping[str, str] | None = None
     surgery.check(files.meta.graph_def.node)
     graph_def = surgery.inline(files.meta.graph_def)
     surgery.check(graph_def.node)
-    card_path = files.prefix.with_name(files.prefix.name + ".json")
+    card_path = checkpoint.file_of(files.prefix, ".json")
     return MetaGraph(
         prefix=files.prefix,
         meta=files.meta,
