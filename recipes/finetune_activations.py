@@ -152,7 +152,7 @@ class Keeper:
             "cut": self._cut,
             "sha256": digest,
             "preprocess": self._preprocess.mode,
-            "image_size": self._preprocess.size,
+            "image_size": self._preprocess.plain_size,
             "channels": self._preprocess.channels,
             "dataset": split.source.name,
             "splits": [part for part, indices in split.parts if len(indices)],

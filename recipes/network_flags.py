@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 
 from recipes.finetune import FinetuneConfig
-from transfer import preparation
+from transfer import preparation, surgery
 from transfer.cuts import stopped
 from transfer.surgery import Network
 
@@ -63,12 +63,16 @@ def warn_if_stopped(network: Network, cut: str) -> None:
     """Where gradients are stopped inside of what is trained, so that layers do not learn."""
     for tensor, names in stopped(network).items():
         shown = f"{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
-        print(
+        line = (
             f"warning: the graph stops gradients at {tensor!r}: {len(names)} of the variables "
-            f"after the cut {cut} stay as they are ({shown}); --freeze-until "
-            f"{tensor.removesuffix(':0')} trains the same and computes less",
-            file=sys.stderr,
+            f"after the cut {cut!r} stay as they are ({shown})"
         )
+        with contextlib.suppress(ValueError):  # a branch goes round it
+            surgery.cut(network, tensor)
+            line += (
+                f"; --freeze-until {tensor.removesuffix(':0')} trains the same and computes less"
+            )
+        print(line, file=sys.stderr)
 
 
 def warn_if_prepared_twice(network: Network, mode: str) -> None:

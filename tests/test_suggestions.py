@@ -5,16 +5,20 @@ import shlex
 
 import pytest
 import strangers
-from commands import metrics
+import tensorflow as tf
+from commands import finetune, metrics, saved_values
 from conftest import make_image_folder
 
 from recipes.cli import main
 from recipes.finetune import FinetuneConfig
 from recipes.network_flags import parse_feed, parse_renames
+from recipes.run_folder import read_config
 from transfer import load_meta_graph
 from transfer.inspection import inspect
 from transfer.model_plan import plan
 from transfer.preprocess import parse_size
+
+tf1 = tf.compat.v1
 
 # Program to flags of the command.
 SUGGESTED = {
@@ -107,3 +111,38 @@ def test_image_size_of_flags_is_a_number_or_two():
     for text in ("12x", "1x2x3", "large", "-4", "0x9"):
         with pytest.raises(ValueError, match="image size"):
             parse_size(text)
+
+
+def test_finetune_warns_of_layers_that_a_stopped_gradient_leaves_untrained(tmp_path, capsys):
+    model = strangers.save(strangers.gradients_that_stop, tmp_path / "model" / "m")
+    photos, run = make_image_folder(tmp_path / "photos", 6), tmp_path / "run"
+    flags = ("--tap", "fc7/relu", "--preprocess", "unit", "--epochs", 1)
+    assert finetune(run, model, photos, *flags, "--freeze-until", "none") == 0
+    warning = capsys.readouterr().err
+    assert "stops gradients at 'frozen:0': 2 of the variables after the cut 'none'" in warning
+    assert "(conv1/weights, conv1/biases); --freeze-until frozen trains the same" in warning
+    before, after = saved_values(model), saved_values(run / "model")
+    changed = {name for name in after if name in before and (before[name] != after[name]).any()}
+    assert changed == {"conv2/weights", "conv2/biases", "fc7/weights", "fc7/biases"}
+    assert finetune(tmp_path / "cut", model, photos, *flags, "--freeze-until", "frozen") == 0
+    assert "stops gradients" not in capsys.readouterr().err
+
+
+def test_renamed_run_is_written_with_the_names_of_the_graph_and_resumes(tmp_path, capsys):
+    with tf.Graph().as_default(), tf1.Session() as session:
+        strangers.vectors()
+        session.run(tf1.global_variables_initializer())
+        keys = {v.op.name.replace("weights", "kernel"): v for v in tf1.global_variables()}
+        tf1.train.Saver(keys).save(session, str(tmp_path / "m"), write_meta_graph=False)
+        tf1.train.export_meta_graph(str(tmp_path / "m.meta"))
+    command = inspect(load_meta_graph(tmp_path / "m")).command
+    assert "--rename=weights=kernel" in shlex.split(command)
+    photos, run = make_image_folder(tmp_path / "photos", 6), tmp_path / "run"
+    words = [*shlex.split(command)[1:], "--image-folder", str(photos), "--out", str(run)]
+    assert main([*words, "--epochs", "1"]) == 0, capsys.readouterr().err
+    assert read_config(run)["rename"] == ["weights=kernel"]
+    assert {"conv1/weights", "fc7/weights"} <= saved_values(run / "model").keys()
+    again = ["finetune", "--config", str(run / "config.yaml"), "--epochs", "2", "--resume"]
+    assert main(again) == 0, capsys.readouterr().err
+    assert metrics(run)["train"]["epochs"] == 2
+    assert main(["evaluate", str(run)]) == 0

@@ -58,7 +58,8 @@ class Classifier(keras.Model):
         parts = {"backbone": self.backbone, "head": self.head}
         config = {k: keras.saving.serialize_keras_object(v) for k, v in parts.items()}
         return config | {
-            "preprocess": dataclasses.asdict(self.preprocess),
+            "preprocess": dataclasses.asdict(self.preprocess)
+            | {"size": self.preprocess.plain_size},
             "labels": self.labels,
             "name": self.name,
         }

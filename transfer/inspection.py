@@ -128,7 +128,11 @@ def inspect(graph: MetaGraph) -> Inspection:
         unknown_feeds=[] if first is None or input is None else unknown_feeds(graph, first, input),
         cuts=[] if network is None else list_cuts(network, graph.card.image_size),
         hazards=_hazards(graph, upstream, input, network, coverage, ranked)
-        + ([] if shortcoming is None else [f"suggested with {input!r} as the input: {shortcoming}"])
+        + (
+            []
+            if shortcoming is None
+            else [f"the first tap needs {input!r} as its input: {shortcoming}"]
+        )
         + ([] if error is None else [f"the first tap cannot be used: {error}"]),
         command=suggestion.command,
         command_problem=suggestion.problem,

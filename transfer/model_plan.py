@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -126,9 +127,7 @@ def _output_shape(network: Network, input_shape: tuple[int | None, ...]) -> surg
 def _reason(error: Exception) -> str:
     """TensorFlow's own words, without the definition of the node."""
     text = " ".join(str(error).removeprefix("the graph is damaged: ").split())
-    return text.partition(" = ")[0].replace("{{node n/", "'").strip() + (
-        "'" if "{{node" in text else ""
-    )
+    return re.sub(r"'?{{node (?:n/)?(.*?)}}.*", r"'\1'", text)
 
 
 def _states_size(network: Network) -> bool:

@@ -121,6 +121,11 @@ class Preprocess:
         return self.size if isinstance(self.size, int) else self.size[1]
 
     @property
+    def plain_size(self) -> int | list[int]:
+        """The size as JSON has it."""
+        return self.size if isinstance(self.size, int) else list(self.size)
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         """Of one image that comes out."""
         return self.height, self.width, self.channels

@@ -144,7 +144,8 @@ def unknown_feeds(graph: MetaGraph, tap: str, input: str | None) -> list[str]:
     upstream = upstream_of(graph, tap, input)
     if input is None:
         try:
-            input = graph.card.input or graph.find_input(tap, graph.card.feeds)
+            feeds = {graph.tensor(name): value for name, value in graph.card.feeds.items()}
+            input = graph.tensor(graph.card.input or graph.find_input(tap, feeds))
         except ValueError:
             return []
         upstream = upstream_of(graph, tap, input)
