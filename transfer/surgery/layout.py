@@ -179,10 +179,10 @@ class _Turned:
 
     def _turn_format(self, node: NodeDef, edges: Sequence[str]) -> bool:
         place = _WITH_FORMAT.get(node.op)
-        if place is None:
+        if place is None or self._rank(edges[place]) not in (None, 2, 4):
             return False
         node.attr["data_format"].s = b"NHWC"
-        if self._rank(edges[place]) != 4:  # BiasAdd of vectors
+        if self._rank(edges[place]) == 2:  # BiasAdd of vectors
             self.nodes.append(node)
             return True
         node.input[place] = self._as_last(edges[place])
