@@ -147,8 +147,9 @@ def channels_first_inside() -> None:
     net = tf.concat([net, conv(net, "conv2", 4, order="NCHW")], 1)
     net = tf.pad(net, [[0, 0], [0, 0], [1, 0], [0, 2]])
     scale, offset = variable("bn/gamma", [8]), variable("bn/beta", [8])
+    mean, variance = variable("bn/moving_mean", [8]), tf.exp(variable("bn/log_variance", [8]))
     net, _, _ = tf1.nn.fused_batch_norm(
-        net, scale, offset, tf.zeros([8]), tf.ones([8]), is_training=False, data_format="NCHW"
+        net, scale, offset, mean, variance, is_training=False, data_format="NCHW"
     )
     net = net * tf.reshape(variable("scale", [8]), [1, 8, 1, 1]) + variable("shift", [8, 1, 1])
     net = tf.reduce_mean(net, [2, 3], keepdims=True)

@@ -43,7 +43,7 @@ def suggest(graph: MetaGraph, taps: Sequence[str]) -> Suggestion:
         problem = str(error)
     for tap in taps[1:]:
         try:
-            found = _for_tap(graph, tap)
+            found = _for_input(graph, tap, None)
         except (ValueError, OSError):
             continue
         is_input = found.network is not None and found.network.output == found.network.input
