@@ -16,10 +16,11 @@ from recipes import benchmark_report, measure, run_folder
 from recipes.benchmark import BenchmarkConfig
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from recipes.finetune_setup import EMBEDDED_MODEL
-from recipes.network_flags import parse_feed
+from recipes.network_flags import parse_feed, parse_renames
 from transfer import MetaGraph, child_process, files, load_meta_graph, retention
 from transfer.cache import Cache
 from transfer.cuts import Cut, default_cuts, list_cuts
+from transfer.preprocess import parse_size
 from transfer.surgery import Network, cut
 
 SCRATCH = "scratch"
@@ -50,7 +51,7 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
     """
     _check(config)
     graph, network = _open(config)
-    size = config.image_size or graph.card.image_size
+    size = parse_size(config.image_size) if config.image_size else graph.card.image_size
     cuts = list_cuts(network, size)
     labels = config.cuts.split(",") if config.cuts else [*default_cuts(network, size), "none"]
     if config.cuts is None:
@@ -104,7 +105,10 @@ def _check(config: BenchmarkConfig) -> None:
 
 def _open(config: BenchmarkConfig) -> tuple[MetaGraph, Network]:
     """What the runs will take, to know its cuts."""
-    graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
+    graph = load_meta_graph(
+        EMBEDDED_MODEL if config.model == EMBEDDED else config.model,
+        rename=parse_renames(config.rename),
+    )
     feeds = dict(parse_feed(assignment) for assignment in config.feed)
     tap = graph.tensor(config.tap or graph.card.tap or "fc7")
     return graph, graph.network(tap, config.input, feeds, config.keep_dropout)

@@ -137,8 +137,7 @@ class Keeper:
 
     @property
     def _row_shape(self) -> tuple[int, ...]:
-        size, channels = self._preprocess.size, self._preprocess.channels
-        images = tf.TensorSpec([EXTRACTION_BATCH, size, size, channels], tf.float32)
+        images = tf.TensorSpec([EXTRACTION_BATCH, *self._preprocess.shape], tf.float32)
         return tuple(self._compiled.function.get_concrete_function(images).outputs[0].shape[1:])
 
     @property
@@ -153,7 +152,7 @@ class Keeper:
             "cut": self._cut,
             "sha256": digest,
             "preprocess": self._preprocess.mode,
-            "image_size": self._preprocess.size,
+            "image_size": self._preprocess.plain_size,
             "channels": self._preprocess.channels,
             "dataset": split.source.name,
             "splits": [part for part, indices in split.parts if len(indices)],

@@ -16,12 +16,20 @@ import tensorflow as tf
 from recipes import measure, run_folder
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from recipes.finetune_stages import Stage, asked_for, resolve, rms
-from recipes.network_flags import parse_feed, report, warn_if_prepared_twice
+from recipes.network_flags import (
+    parse_feed,
+    parse_renames,
+    report,
+    warn_if_prepared_twice,
+    warn_if_stopped,
+)
 from transfer import Backbone, Classifier, Head, MetaGraph, data_checks, load_meta_graph
+from transfer.backbone import GraphLayer
 from transfer.data import Split, few_shot, train_and_eval_splits
 from transfer.distribution import Replicas
 from transfer.head import average_over_space
-from transfer.preprocess import Preprocess
+from transfer.model_plan import plan
+from transfer.preprocess import Preprocess, parse_size, show_size
 from transfer.sources import open_source
 from transfer.surgery import is_seeded
 
@@ -66,7 +74,10 @@ def prepare(config: FinetuneConfig, replicas: Replicas | None = None) -> Job:
     replicas = replicas or Replicas()
     replicas.check_same("set of flags", _alike(config))
     _check(config, replicas)
-    graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
+    graph = load_meta_graph(
+        EMBEDDED_MODEL if config.model == EMBEDDED else config.model,
+        rename=parse_renames(config.rename),
+    )
     train, held_out = _splits(config)
     images = _look_at(train, held_out)
     config = replace(config, batch_size=config.batch_size or min(DEFAULT_BATCH, len(train)))
@@ -119,7 +130,6 @@ def _check(config: FinetuneConfig, replicas: Replicas) -> None:
     limits = {
         "epochs": (config.epochs, 1),
         "batch size": (config.batch_size, 1),
-        "image size": (config.image_size, 1),
         "shots per class": (config.shots_per_class, 1),
         "early stopping": (config.early_stopping, 1),
         "accumulate": (config.accumulate, 1),
@@ -156,6 +166,8 @@ def _check(config: FinetuneConfig, replicas: Replicas) -> None:
             "--views are kept, and with --mixup several workers keep nothing, for the two that are "
             "mixed would lie with two of them; leave out one of the two"
         )
+    if config.image_size is not None:
+        parse_size(config.image_size)
     if replicas.is_chief and (config.out is not None or config.resume):
         run_folder.check(config.out, resume=config.resume)
 
@@ -222,12 +234,20 @@ def _classifier(
 ) -> tuple[Classifier, np.ndarray, FinetuneConfig]:
     """The classifier before training, the features of a few images, and the config with what was
     found out."""
-    tap = graph.tensor(config.tap or graph.card.tap or "fc7")
     feeds = dict(parse_feed(assignment) for assignment in config.feed)
-    network = graph.network(tap, config.input, feeds, config.keep_dropout)
+    planned = plan(
+        graph,
+        config.tap,
+        input=config.input,
+        feeds=feeds,
+        keep_dropout=config.keep_dropout,
+        use_ema=config.use_ema,
+        preprocess=config.preprocess,
+        image_size=None if config.image_size is None else parse_size(config.image_size),
+    )
+    tap, network, preprocess = planned.tap, planned.network, planned.preprocess
     report(config, tap, network)
     labels = train.source.class_names
-    preprocess = graph.preprocess(network.input, config.preprocess, config.image_size)
     warn_if_prepared_twice(network, preprocess.mode)
     # The values of the variables are the chief's for all, but the variables must be the same.
     replicas.check_same("model", network.variables)
@@ -270,7 +290,9 @@ def _classifier(
             tap=tap,
             input=network.input,
             preprocess=preprocess.mode,
-            image_size=preprocess.size,
+            image_size=preprocess.size
+            if isinstance(preprocess.size, int)
+            else show_size(preprocess.size),
         ),
     )
 
@@ -284,6 +306,8 @@ def _stages(
         resolve(stage, classifier, config.tap, features, steps_per_epoch)
         for stage in asked_for(config)
     ]
+    for stage in stages:
+        warn_if_stopped(_after(classifier.backbone, stage.cut).network, stage.cut)
     last = stages[-1]
     if config.solver == "lbfgs" and last.cut != config.tap.removesuffix(":0"):
         raise ValueError(
@@ -300,6 +324,11 @@ def _stages(
         learning_rate=last.learning_rate,
         backbone_lr_scale=last.backbone_lr_scale,
     )
+
+
+def _after(backbone: GraphLayer, cut: str) -> GraphLayer:
+    """What a stage trains of the backbone."""
+    return backbone if cut == "none" else backbone.split(cut)[1]
 
 
 def _features_of_a_few(backbone: Backbone, split: Split, preprocess: Preprocess) -> np.ndarray:

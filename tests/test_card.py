@@ -20,7 +20,7 @@ def test_keys_that_are_not_known_are_left_out(tmp_path):
     [
         ("{", "is not a card"),
         ("[]", "expected a JSON object"),
-        ('{"image_size": "big"}', "image_size is 'big'; expected a int"),
+        ('{"image_size": "big"}', "image_size is 'big'; expected an int, or height"),
         ('{"tap": 7}', "tap is 7; expected a str"),
     ],
 )
@@ -28,3 +28,11 @@ def test_what_is_no_card_is_refused(tmp_path, text, message):
     (tmp_path / "m.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_card(tmp_path / "m.json")
+
+
+def test_image_sizes_are_one_number_or_two(tmp_path):
+    write_card(tmp_path / "m.json", Card(image_size=(100, 200)))
+    assert '"image_size": [' in (tmp_path / "m.json").read_text()
+    assert read_card(tmp_path / "m.json").image_size == (100, 200)
+    (tmp_path / "m.json").write_text('{"image_size": [64, 64]}')
+    assert read_card(tmp_path / "m.json").image_size == 64

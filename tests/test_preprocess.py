@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras.applications.imagenet_utils import preprocess_input
+from PIL import Image
 
 from transfer.preprocess import CONVENTIONS, Preprocess
 
@@ -92,3 +93,29 @@ def test_what_cannot_be(arguments, message):
 def test_images_with_two_channels_are_refused():
     with pytest.raises(ValueError, match="images have 2 channels"):
         Preprocess("tf", 8)(np.zeros((4, 4, 2)))
+
+
+@pytest.mark.parametrize("shape", [(40, 200), (300, 90), (100, 100), (7, 9), (3, 400)])
+@pytest.mark.parametrize("size", [(20, 50), (50, 20)])
+def test_rectangles_are_covered_and_cut_to_the_middle(shape, size):
+    """Against Pillow: resized until both sides are long enough, then the centre."""
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    found = Preprocess("none", size)(image)
+    assert found.shape == (*size, 3)
+    scale = max(size[0] / shape[0], size[1] / shape[1])
+    height, width = (round(side * scale) for side in shape)
+    channels = [Image.fromarray(image[..., c].astype(np.float32)) for c in range(3)]
+    resized = np.stack(
+        [c.resize((width, height), Image.Resampling.BILINEAR) for c in channels], axis=-1
+    )
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    expected = resized[top : top + size[0], left : left + size[1]]
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_one_number_and_two_equal_ones_are_the_same_size():
+    assert Preprocess("none", (9, 9)) == Preprocess("none", [9, 9]) == Preprocess("none", 9)
+    assert Preprocess("none", [2, 3]).shape == (2, 3, 3)
+    for size in ((0, 3), (1, 2, 3), (1.5, 2)):
+        with pytest.raises(ValueError, match="image size"):
+            Preprocess("none", size)

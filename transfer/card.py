@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from transfer.files import write_text
+from transfer.preprocess import Size, as_size
 
 MAX_BYTES = 2**20
 
@@ -22,8 +23,8 @@ class Card:
     """Tensor that takes the preprocessed images, e.g. ``images:0``."""
     tap: str | None = None
     """Tensor with the features, e.g. ``fc7:0``."""
-    image_size: int | None = None
-    """Height and width of the input in pixels."""
+    image_size: Size | None = None
+    """Height and width of the input in pixels: one number, or both."""
     preprocess: str | None = None
     """Input convention: a key of ``transfer.preprocess.CONVENTIONS``."""
     labels: str | None = None
@@ -71,14 +72,23 @@ def read_card(path: Path) -> Card:
     if not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} is not a card: expected a JSON object")
     kinds: dict[str, type] = {
-        "image_size": int,
         "keep_dropout": bool,
         "feeds": dict,
         "outputs": dict,
     }
     kinds |= {"sha256": dict, "eval": dict}
     known = {f.name: values[f.name] for f in dataclasses.fields(Card) if f.name in values}
+    if "image_size" in known:
+        try:
+            known["image_size"] = as_size(known["image_size"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{str(path)!r}: image_size is {known['image_size']!r}; expected an int, or height "
+                "and width"
+            ) from error
     for key, value in known.items():
+        if key == "image_size":
+            continue
         kind = kinds.get(key, str)
         if not isinstance(value, kind):
             raise ValueError(f"{str(path)!r}: {key} is {value!r}; expected a {kind.__name__}")

@@ -51,15 +51,15 @@ class Classifier(keras.Model):
         Returns:
             The number of logits.
         """
-        size, channels = self.preprocess.size, self.preprocess.channels
-        return int(self(tf.zeros([1, size, size, channels])).shape[-1])
+        return int(self(tf.zeros([1, *self.preprocess.shape])).shape[-1])
 
     def get_config(self) -> dict[str, Any]:
         """All parts, so that ``save`` and ``keras.models.load_model`` work."""
         parts = {"backbone": self.backbone, "head": self.head}
         config = {k: keras.saving.serialize_keras_object(v) for k, v in parts.items()}
         return config | {
-            "preprocess": dataclasses.asdict(self.preprocess),
+            "preprocess": dataclasses.asdict(self.preprocess)
+            | {"size": self.preprocess.plain_size},
             "labels": self.labels,
             "name": self.name,
         }
@@ -81,8 +81,8 @@ class Classifier(keras.Model):
         return tf.nn.softmax(self(images, training=False))
 
     def probabilities_of_resized(self, pixels: tf.Tensor) -> tf.Tensor:
-        """The same of what ``preprocess.resize`` gives: float32 ``[batch, size, size, channels]``
-        in 0..255."""
+        """The same of what ``preprocess.resize`` gives: float32 ``[batch, height, width,
+        channels]`` in 0..255."""
         features = self.backbone(self.preprocess.normalize(pixels))
         return tf.nn.softmax(self.head(features, training=False))
 

@@ -84,7 +84,8 @@ def find(network: Network) -> Preparation:
             means.append(float(picture.mean()))  # a mean image
         elif node.op in ("Mul", "Div", "RealDiv") and number is not None:
             factors = number.ravel().astype(float)
-            scales += [float(f) for f in (factors if node.op == "Mul" else 1 / factors)]
+            factors = factors if node.op == "Mul" else 1 / factors
+            scales += [float(factor) for factor in factors if factor != 1]
         elif node.op in ("ReverseV2", "GatherV2", "StridedSlice"):
             swaps = swaps or _reverses(node, values)
         elif node.op in ("Concat", "ConcatV2", "Pack"):

@@ -2,12 +2,13 @@
 
 Data contract: images come in as RGB (or gray, or RGBA), uint8 or float in 0..255, ``[height, width,
 channels]`` or ``[batch, height, width, channels]``, of any size. They go out as float32
-``[..., size, size, channels]`` in the convention that the weights were trained with. The convention
-belongs to the weights and is recorded in their card.
+``[..., height, width, channels]`` in the convention that the weights were trained with. The
+convention belongs to the weights and is recorded in their card.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import tensorflow as tf
@@ -37,20 +38,56 @@ CONVENTIONS = {
 }
 
 
+Size = int | tuple[int, int]
+"""Of images in pixels: one number for square images, else ``(height, width)``."""
+
 _LONGEST = 16
 """So many times the shorter side of an image is looked at; one of it is seen."""
+
+
+def as_size(size: int | Sequence[int]) -> Size:
+    """One number where height and width are equal, else ``(height, width)``.
+
+    Raises:
+        ValueError: if it is neither, or less than a pixel.
+    """
+    sides = [size] if isinstance(size, int) else list(size)
+    if len(sides) not in (1, 2) or any(type(side) is not int for side in sides):
+        raise ValueError(f"image size {size!r}: expected one number, or height and width")
+    if min(sides) < 1:
+        raise ValueError(f"image size must be at least 1 pixel, got {show_size(size)}")
+    return sides[0] if len({*sides}) == 1 else (sides[0], sides[1])
+
+
+def parse_size(text: int | str) -> Size:
+    """``"224"``, or ``"100x200"``: height and width.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    sides = str(text).lower().split("x")
+    if not all(side.strip().lstrip("-").isdecimal() for side in sides) or len(sides) > 2:
+        raise ValueError(
+            f"image size {text!r}: expected pixels, like 224, or HEIGHTxWIDTH, like 100x200"
+        )
+    return as_size([int(side) for side in sides])
+
+
+def show_size(size: int | Sequence[int]) -> str:
+    """The inverse of ``parse_size``."""
+    return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
 
 @dataclass(frozen=True)
 class Preprocess:
     """Resizes, crops and normalises images for one network.
 
-    The shorter side is resized to ``size`` (bilinear, antialiased, the aspect ratio kept) and the
-    centre is cropped, so that nothing is distorted.
+    Images are resized until they just cover ``size`` (bilinear, antialiased, the aspect ratio kept)
+    and the centre is cropped, so that nothing is distorted.
 
     Args:
         mode: one of ``CONVENTIONS``: caffe, slim, torch, tf, unit, none.
-        size: height and width of the result in pixels.
+        size: of the result in pixels: one number for height and width, or ``(height, width)``.
         channels: 3, or 1 for networks that take gray images.
 
     Raises:
@@ -58,16 +95,15 @@ class Preprocess:
     """
 
     mode: str
-    size: int
+    size: Size
     channels: int = 3
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "size", as_size(self.size))
         if self.mode not in CONVENTIONS:
             raise ValueError(
                 f"preprocess={self.mode!r} is not known; choose from: {', '.join(CONVENTIONS)}"
             )
-        if self.size < 1:
-            raise ValueError(f"image size must be at least 1 pixel, got {self.size}")
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
         if self.channels == 1 and len(CONVENTIONS[self.mode].mean) == 3:
@@ -76,19 +112,41 @@ class Preprocess:
                 "choose from: tf, unit, none"
             )
 
+    @property
+    def height(self) -> int:
+        return self.size if isinstance(self.size, int) else self.size[0]
+
+    @property
+    def width(self) -> int:
+        return self.size if isinstance(self.size, int) else self.size[1]
+
+    @property
+    def plain_size(self) -> int | list[int]:
+        """The size as JSON has it."""
+        return self.size if isinstance(self.size, int) else list(self.size)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one image that comes out."""
+        return self.height, self.width, self.channels
+
     def __call__(self, images: tf.Tensor) -> tf.Tensor:
-        """Images of any size, RGB 0..255, to float32 ``[..., size, size, channels]``."""
+        """Images of any size, RGB 0..255, to float32 ``[..., height, width, channels]``."""
         return self.normalize(self.resize(to_channels(images, self.channels)))
 
     def resize(self, images: tf.Tensor) -> tf.Tensor:
-        """To ``[..., size, size, channels]`` float32, values still 0..255."""
-        images = _without_ends(images)
+        """To ``[..., height, width, channels]`` float32, values still 0..255."""
+        wanted = [self.height, self.width]
+        images = _without_ends(images, _LONGEST * -(-max(wanted) // min(wanted)))
         shape = tf.shape(images)[-3:-1]
-        shorter = tf.cast(tf.reduce_min(shape), tf.float64)
-        target = tf.cast(tf.round(tf.cast(shape, tf.float64) * self.size / shorter), tf.int32)
+        # The side that is scaled the most just fits; the other one is cropped.
+        covering = tf.argmax(tf.cast(wanted, tf.float64) / tf.cast(shape, tf.float64))
+        side = tf.cast(tf.gather(shape, covering), tf.float64)
+        length = tf.cast(tf.gather(wanted, covering), tf.float64)
+        target = tf.cast(tf.round(tf.cast(shape, tf.float64) * length / side), tf.int32)
         images = tf.image.resize(tf.cast(images, tf.float32), target, antialias=True)
-        top, left = tf.unstack((target - self.size) // 2)
-        return tf.image.crop_to_bounding_box(images, top, left, self.size, self.size)
+        top, left = tf.unstack((target - wanted) // 2)
+        return tf.image.crop_to_bounding_box(images, top, left, self.height, self.width)
 
     def normalize(self, images: tf.Tensor) -> tf.Tensor:
         """Apply the convention to RGB (or gray) images in 0..255; the size does not matter."""
@@ -98,12 +156,12 @@ class Preprocess:
         return (tf.cast(images, tf.float32) - convention.mean) / convention.scale
 
 
-def _without_ends(images: tf.Tensor) -> tf.Tensor:
+def _without_ends(images: tf.Tensor, longest: int) -> tf.Tensor:
     """The middle of images that are very long: a line of a pixel's height would otherwise be made
     as long as it is high, before all but its middle is cut off."""
     images = tf.convert_to_tensor(images)
     shape = tf.shape(images)[-3:-1]
-    kept = tf.minimum(shape, _LONGEST * tf.reduce_min(shape))
+    kept = tf.minimum(shape, longest * tf.reduce_min(shape))
     top, left = tf.unstack((shape - kept) // 2)
     return images[..., top : top + kept[0], left : left + kept[1], :]
 

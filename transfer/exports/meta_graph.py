@@ -142,7 +142,7 @@ def _import_backbone(
             with tf1.name_scope("preprocess"):
                 images = as_input(network, preprocess(pixels))
         else:
-            shape = (preprocess.size, preprocess.size, preprocess.channels)
+            shape = preprocess.shape
             if network.input_shape is not None and len(network.input_shape) == 2:
                 shape = network.input_shape[1:]
             images = tf1.placeholder(

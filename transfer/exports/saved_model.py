@@ -58,7 +58,7 @@ class _Servable(tf.Module):
         def read(encoded: tf.Tensor) -> tf.Tensor:
             return preprocess.resize(to_channels(decode(encoded), preprocess.channels))
 
-        shape = [preprocess.size, preprocess.size, preprocess.channels]
+        shape = preprocess.shape
         pixels = tf.map_fn(read, image_bytes, fn_output_signature=tf.TensorSpec(shape, tf.float32))
         return self._answer(pixels)
 

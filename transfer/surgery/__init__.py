@@ -21,12 +21,14 @@ from transfer.surgery.graphs import (
     placeholders,
     split_tensor_name,
     static_shape,
+    with_nodes,
 )
+from transfer.surgery.layout import channels_last, is_channels_first
 from transfer.surgery.modes import Mode
 from transfer.surgery.modes import find as find_modes
 from transfer.surgery.network import Network, Variable, cut, extract, variable
 from transfer.surgery.randomness import SEED, is_seeded
-from transfer.surgery.shapes import free_batch, infer
+from transfer.surgery.shapes import Shape, free_batch, infer
 
 __all__ = [
     "MAX_TRACE",
@@ -35,9 +37,11 @@ __all__ = [
     "VARIABLES",
     "Mode",
     "Network",
+    "Shape",
     "Variable",
     "ancestors",
     "canonical",
+    "channels_last",
     "check",
     "constant",
     "cut",
@@ -50,6 +54,7 @@ __all__ = [
     "free_batch",
     "infer",
     "inline",
+    "is_channels_first",
     "is_seeded",
     "operation_of",
     "outputs",
@@ -57,4 +62,5 @@ __all__ = [
     "split_tensor_name",
     "static_shape",
     "variable",
+    "with_nodes",
 ]

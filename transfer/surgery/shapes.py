@@ -9,12 +9,13 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
-from tensorflow.core.framework.types_pb2 import DT_INT64
+from tensorflow.core.framework.types_pb2 import DT_INT32, DT_INT64
 
 from transfer.surgery import dropout
 from transfer.surgery.graphs import canonical, constant, downstream, operation_of, with_nodes
@@ -26,7 +27,10 @@ tf1 = tf.compat.v1
 Shape = tuple[int | None, ...] | None
 MAX_ELEMENTS = 2**31
 """Of one tensor for a handful of examples; VGG16's largest has 3e6 an example."""
+_STATES_BATCH = {"Reshape": 1, "Conv2DBackpropInput": 0}
+"""Operation to its operand with the sizes of what it gives."""
 _PROBES = (3, 5)
+_SMALL_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 
 
 def infer(network: Network) -> dict[str, Shape]:
@@ -59,7 +63,7 @@ def free_batch(network: Network) -> Network:
     batch_size = input_shape[0]
     if batch_size is None:
         # The placeholder leaves the batch open, and something after it does not.
-        batch_size = (infer(network)[network.output] or (None,))[0]
+        batch_size = (infer(network)[network.output] or (None,))[0] or _only_batch(network)
     if batch_size is None:
         return network
     fixed = (batch_size, *input_shape[1:])
@@ -84,12 +88,31 @@ def _takes_any_batch(network: Network, graph_def: GraphDef, input_shape: Sequenc
     return None in first_dims or first_dims[0] != first_dims[1]
 
 
+def _only_batch(network: Network) -> int | None:
+    """The batch that a graph states in a reshape or a transposed convolution, else the smallest
+    that fits: two towers take even ones."""
+    constants = {node.name: node for node in network.graph_def.node if node.op == "Const"}
+    stated = []
+    for node in network.graph_def.node:
+        if node.op in _STATES_BATCH:
+            value = constant(constants.get(operation_of(node.input[_STATES_BATCH[node.op]])))
+            stated += [] if value is None else [int(size) for size in value.ravel()[:1]]
+    input_shape = network.input_shape or ()
+    for batch in (*sorted({size for size in stated if size > 1}), *_SMALL_BATCHES):
+        with contextlib.suppress(ValueError):
+            shapes = [_infer(network, g, (batch, *input_shape[1:])) for g in network.graphs]
+            if all((shape[network.output] or (None,))[0] in (None, batch) for shape in shapes):
+                return batch
+    return None
+
+
 def _open_batch(network: Network, graph_def: GraphDef, shapes: Mapping[str, Shape]) -> GraphDef:
-    """The graph with the batch left open in each reshape that keeps it, and in dropout's masks."""
+    """The graph with the batch left open in each reshape that keeps it, in transposed convolutions,
+    and in dropout's masks."""
     batch = (shapes[network.input] or (None,))[0]
     live = downstream(graph_def.node, [network.input]) | {operation_of(network.input)}
     states_batch = {
-        node.name
+        node.name: np.ravel(value)
         for node in graph_def.node
         if (value := constant(node)) is not None and np.ravel(value)[:1].tolist() == [batch]
     }
@@ -105,6 +128,13 @@ def _open_batch(network: Network, graph_def: GraphDef, shapes: Mapping[str, Shap
             target = NodeDef(name=f"{node.name}/open_batch", op="Shape", input=[masks[node.name]])
             target.attr["T"].type = node.attr["dtype"].type  # a mask has the type of its values
             target.attr["out_type"].type = DT_INT64
+        elif (
+            node.op == "Conv2DBackpropInput"
+            and operation_of(node.input[0]) in states_batch
+            and (shapes.get(canonical(node.input[2])) or (None,))[0] == batch
+        ):
+            nodes += _open_sizes(node, states_batch[operation_of(node.input[0])])
+            copy.input[0] = nodes[-1].name
         if target is not None:
             nodes.append(target)
             copy.input[1 if node.op == "Reshape" else 0] = target.name
@@ -124,6 +154,29 @@ def _open_target(
     target.attr["dtype"].type = DT_INT64
     target.attr["value"].tensor.CopyFrom(tf.make_tensor_proto([-1, *after[1:]], tf.int64))
     return target
+
+
+def _open_sizes(convolution: NodeDef, sizes: np.ndarray) -> list[NodeDef]:
+    """The size of what a transposed convolution gives, with the batch of what it takes; last."""
+    name = f"{convolution.name}/open_batch"
+    shape = NodeDef(name=f"{name}/shape", op="Shape", input=[convolution.input[2]])
+    shape.attr["T"].CopyFrom(convolution.attr["T"])
+    shape.attr["out_type"].type = DT_INT32
+    begin, one = _integers(f"{name}/begin", [0]), _integers(f"{name}/one", [1])
+    batch = NodeDef(name=f"{name}/batch", op="Slice", input=[shape.name, begin.name, one.name])
+    batch.attr["T"].type = batch.attr["Index"].type = DT_INT32
+    rest, axis = _integers(f"{name}/rest", sizes[1:]), _integers(f"{name}/axis", 0)
+    whole = NodeDef(name=name, op="ConcatV2", input=[batch.name, rest.name, axis.name])
+    whole.attr["N"].i = 2
+    whole.attr["T"].type = whole.attr["Tidx"].type = DT_INT32
+    return [shape, begin, one, batch, rest, axis, whole]
+
+
+def _integers(name: str, value: Any) -> NodeDef:
+    node = NodeDef(name=name, op="Const")
+    node.attr["dtype"].type = DT_INT32
+    node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value, tf.int32))
+    return node
 
 
 def _infer(network: Network, graph_def: GraphDef, input_shape: Shape) -> dict[str, Shape]:
