@@ -17,13 +17,15 @@ def source():
     """A test split whose labels nobody knows, as those of competitions."""
     labels = {"train": [0, 1, 0, 1], "validation": [0, 1], "test": [-1, -1]}
 
-    def read(part):
-        numbers = np.array(labels[part], np.int64)
-        return tf.data.Dataset.from_tensor_slices({"label": numbers})
+    def examples(part, positions):
+        return tf.data.Dataset.from_tensor_slices({"label": of(part)[positions]})
+
+    def of(part):
+        return np.array(labels[part], np.int64)
 
     sizes = {part: len(values) for part, values in labels.items()}
     names = {part: [f"{part}/{n}" for n in range(size)] for part, size in sizes.items()}
-    return Source("quiz", ["a", "b"], sizes, read, names.__getitem__, names.__getitem__)
+    return Source("quiz", ["a", "b"], sizes, examples, of, names.__getitem__, names.__getitem__)
 
 
 def run_of(folder, names):
