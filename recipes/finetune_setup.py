@@ -27,6 +27,7 @@ from transfer import Backbone, Classifier, Head, MetaGraph, data_checks, load_me
 from transfer.backbone import GraphLayer
 from transfer.data import Split, few_shot, train_and_eval_splits
 from transfer.distribution import Replicas
+from transfer.files import write_names
 from transfer.head import average_over_space
 from transfer.model_plan import plan
 from transfer.preprocess import Preprocess, parse_size, show_size
@@ -115,7 +116,7 @@ def write_down(job: Job) -> None:
                 f"it began (see {path.name}); start anew, with another --out"
             )
         return
-    run_folder.write_text(out / run_folder.HELD_OUT, "".join(f"{n}\n" for n in job.held_out.names))
+    write_names(out / run_folder.HELD_OUT, job.held_out.names)
     run_folder.write_json(path, provenance)
 
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,6 @@ from transfer.preprocess import Preprocess
 HELD_OUT_SHARE = 0.2  # of a dataset that comes with nothing but a training split
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "val", "valid", "dev", "test", "testing")
-SHUFFLE_BUFFER = 16_384  # encoded images; up to this many, a shuffle is perfect
 _AUTO = "auto"
 
 
@@ -39,8 +39,10 @@ class Source:
         name: for people.
         class_names: in the order of the labels.
         sizes: split's name to the number of its examples.
-        read: split's name to its examples in a fixed order: ``{"image": encoded bytes, "label":
-            int64, "name": str}``.
+        examples: split's name and positions in its fixed order, int64 ``[n]`` in any order, to
+            these examples: ``{"image": encoded bytes, "label": int64, "name": bytes}``. Reads no
+            other image.
+        labels: split's name to int64, one per example, in that order.
         names: split's name to the names of its examples, in that order, without reading an image.
         ids: split's name to what tells its examples from all others, bytes ``[16]`` each, in that
             order: another id where an image has changed. What is computed of an image is kept
@@ -53,10 +55,10 @@ class Source:
     name: str
     class_names: list[str]
     sizes: Mapping[str, int]
-    read: Callable[[str], tf.data.Dataset]
+    examples: Callable[[str, np.ndarray], tf.data.Dataset]
+    labels: Callable[[str], np.ndarray]
     names: Callable[[str], list[str]]
     ids: Callable[[str], list[bytes]]
-    _labels: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.class_names) < 2:
@@ -101,22 +103,6 @@ class Source:
             raise ValueError(f"split {expression!r} of {self.name!r} has no images")
         _check_labels(split)
         return split
-
-    def labels(self, split_name: str) -> np.ndarray:
-        """int64, one per example of a split; read once."""
-        if split_name not in self._labels:
-            labels = self.read(split_name).map(lambda example: example["label"])
-            self._labels[split_name] = np.fromiter(labels.as_numpy_iterator(), np.int64)
-        return self._labels[split_name]
-
-    def examples(self, split_name: str, indices: np.ndarray) -> tf.data.Dataset:
-        """The examples of a split at sorted positions, still encoded."""
-        first, last = int(indices[0]), int(indices[-1])
-        wanted = np.zeros(last - first + 1, bool)
-        wanted[indices - first] = True
-        wanted = tf.constant(wanted)
-        examples = self.read(split_name).skip(first).take(last - first + 1).enumerate()
-        return examples.filter(lambda index, _: wanted[index]).map(lambda _, example: example)
 
 
 @dataclass(frozen=True)
@@ -174,8 +160,21 @@ class Split:
 
     def encoded(self) -> tf.data.Dataset:
         """``{"image": encoded bytes, "label": int64, "name": bytes}`` in order."""
-        datasets = [self.source.examples(name, idx) for name, idx in self.parts if len(idx)]
-        return functools.reduce(lambda first, second: first.concatenate(second), datasets)
+        return self.examples(np.arange(len(self)))
+
+    def examples(self, positions: np.ndarray) -> tf.data.Dataset:
+        """The same at positions in the split, int64 ``[n]``, in any order; reads no others."""
+        sizes = [len(indices) for _, indices in self.parts]
+        part_of = np.repeat(np.arange(len(sizes)), sizes)[positions]
+        indices = np.concatenate([indices for _, indices in self.parts])[positions]
+        used = np.unique(part_of) if len(positions) else [0]
+        datasets = [self.source.examples(self.parts[p][0], indices[part_of == p]) for p in used]
+        if len(datasets) == 1:
+            return datasets[0]
+        choices = np.searchsorted(used, part_of)  # each part is read in its own order
+        return tf.data.Dataset.choose_from_datasets(
+            datasets, tf.data.Dataset.from_tensor_slices(choices), stop_on_empty_dataset=False
+        )
 
     def batches(
         self,
@@ -195,9 +194,9 @@ class Split:
             shuffle_seed: gives the order; ``None`` keeps the split's.
             view_seed: gives a random view (shift, flip) of each image, the same in any order;
                 ``None`` shows the images as they are.
-            first_batch: where to begin, from 0; what comes before is not decoded.
+            first_batch: where to begin, from 0; images of earlier batches are not read.
             piece: number and count of the processes that share each batch; this one gets, and
-                decodes, its piece. See ``distribution``.
+                reads, its piece. See ``distribution``.
         """
         return Batches(self, preprocess, batch_size, shuffle_seed, view_seed, first_batch, piece)
 
@@ -219,12 +218,10 @@ class Batches:
 
     def dataset(self) -> tf.data.Dataset:
         """The same as a ``tf.data.Dataset``; unreadable images raise TensorFlow's own errors."""
-        examples = self.split.encoded()
+        order = np.arange(len(self.split))
         if self.shuffle_seed is not None:
-            buffer = min(len(self.split), SHUFFLE_BUFFER)
-            examples = examples.shuffle(buffer, seed=self.shuffle_seed)
-        examples = examples.skip(self.first_batch * self.batch_size)
-        examples, rows = self._of_piece(examples)
+            order = shuffled(len(self.split), self.shuffle_seed)
+        examples, rows = self._of_piece(order[self.first_batch * self.batch_size :])
         return (
             examples.map(self._to_pair, num_parallel_calls=tf.data.AUTOTUNE)
             .batch(rows)
@@ -232,20 +229,20 @@ class Batches:
             .prefetch(tf.data.AUTOTUNE)
         )
 
-    def _of_piece(self, examples: tf.data.Dataset) -> tuple[tf.data.Dataset, int]:
-        """The examples of this process, and how many a batch has of them."""
+    def _of_piece(self, order: np.ndarray) -> tuple[tf.data.Dataset, int]:
+        """Of the examples at these positions, those of this process, and how many of them a batch
+        has."""
         if self.piece == (0, 1):
-            return examples, self.batch_size
-        rest = max(0, len(self.split) - self.first_batch * self.batch_size)
-        is_read, stands_in = pieces_of_batches(rest, self.batch_size, *self.piece)
+            return self.split.examples(order), self.batch_size
+        is_read, stands_in = pieces_of_batches(len(order), self.batch_size, *self.piece)
         rows = int(is_read[: self.batch_size].sum())
-        read, without_label = tf.constant(is_read), tf.constant(stands_in)
 
-        def labelled(number: tf.Tensor, example: dict) -> dict:
-            label = tf.where(without_label[number], tf.cast(NO_LABEL, tf.int64), example["label"])
+        def labelled(example: dict, without_label: tf.Tensor) -> dict:
+            label = tf.where(without_label, tf.cast(NO_LABEL, tf.int64), example["label"])
             return example | {"label": label}
 
-        mine = examples.enumerate().filter(lambda number, _: read[number]).map(labelled)
+        stand_ins = tf.data.Dataset.from_tensor_slices(stands_in[is_read])
+        mine = tf.data.Dataset.zip(self.split.examples(order[is_read]), stand_ins).map(labelled)
         return mine, max(1, rows)
 
     def _to_pair(self, example: dict) -> tuple[tf.Tensor, tf.Tensor]:
@@ -272,8 +269,8 @@ class Batches:
 
 
 def shuffled(num_examples: int, seed: int) -> np.ndarray:
-    """Positions in a random order, int64 ``[num_examples]``: that of ``Split.batches`` with this
-    seed, for up to ``SHUFFLE_BUFFER`` images."""
+    """A random permutation of positions, int64 ``[num_examples]``: the order of ``Split.batches``
+    and of ``Activations.batches`` with this seed."""
     positions = tf.data.Dataset.range(num_examples).shuffle(num_examples, seed=seed)
     return positions.batch(num_examples).get_single_element().numpy()
 
@@ -285,7 +282,7 @@ def find_unreadable(split: Split) -> list[str]:
         try:
             decode(example["image"])
         except tf.errors.InvalidArgumentError:
-            unreadable.append(example["name"].numpy().decode())
+            unreadable.append(os.fsdecode(example["name"].numpy()))
     return unreadable
 
 
@@ -337,7 +334,7 @@ def stratified_holdout(labels: np.ndarray, names: Sequence[str], share: float) -
     Which ones follows from a hash of their names, so that a few images more or less change little.
     At least one example of each class that has two or more, none of a class that has only one.
     """
-    digests = np.array([hashlib.sha256(name.encode()).hexdigest() for name in names])
+    digests = np.array([hashlib.sha256(os.fsencode(name)).hexdigest() for name in names])
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
+import os
 import threading
 import urllib.error
 import urllib.request
@@ -14,10 +16,9 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from transfer.data import EVAL_SPLITS, TRAIN_SPLITS, Source
+from transfer.records import Records, open_records
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
-# Examples in the order of the shards, so that position i is the one that tfds calls split[i].
-_IN_ORDER = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
 
 
 def open_source(
@@ -84,14 +85,28 @@ def _open_image_folder(folder: Path) -> Source:
     def names(split_name: str) -> list[str]:
         return [str(path.relative_to(folder)) for path, _ in files[split_name]]
 
-    def read(split_name: str) -> tf.data.Dataset:
-        paths = [str(path) for path, _ in files[split_name]]
-        labels = np.array([label for _, label in files[split_name]], np.int64)
-        return tf.data.Dataset.from_tensor_slices((paths, names(split_name), labels)).map(
-            lambda path, name, label: {
-                "image": tf.io.read_file(path),
-                "label": label,
-                "name": name,
+    @functools.cache
+    def labels(split_name: str) -> np.ndarray:
+        return np.array([label for _, label in files[split_name]], np.int64)
+
+    @functools.cache
+    def columns(split_name: str) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        # Names of files are bytes: not all of them are UTF-8.
+        paths = [os.fsencode(path) for path, _ in files[split_name]]
+        return (
+            tf.constant(paths, tf.string),
+            tf.constant([os.fsencode(name) for name in names(split_name)], tf.string),
+            tf.constant(labels(split_name)),
+        )
+
+    def examples(split_name: str, positions: np.ndarray) -> tf.data.Dataset:
+        # Positions, not paths: a path takes a hundred bytes, and an epoch has one per image.
+        paths, names, labels = columns(split_name)
+        return tf.data.Dataset.from_tensor_slices(positions).map(
+            lambda position: {
+                "image": tf.io.read_file(paths[position]),
+                "label": labels[position],
+                "name": names[position],
             },
             num_parallel_calls=tf.data.AUTOTUNE,
         )
@@ -99,11 +114,8 @@ def _open_image_folder(folder: Path) -> Source:
     def ids(split_name: str) -> list[bytes]:
         return [_digest(str(path), *_state_of(path)) for path, _ in files[split_name]]
 
-    sizes = {name: len(examples) for name, examples in files.items()}
-    source = Source(folder.name, class_names, sizes, read, names, ids)
-    for split_name, examples in files.items():
-        source._labels[split_name] = np.array([label for _, label in examples], np.int64)
-    return source
+    sizes = {name: len(found) for name, found in files.items()}
+    return Source(folder.name, class_names, sizes, examples, labels, names, ids)
 
 
 def _state_of(path: Path) -> tuple[int, ...]:
@@ -137,7 +149,7 @@ def _images(folder: Path) -> list[Path]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     ]
-    return sorted(images, key=lambda path: hashlib.sha256(path.name.encode()).digest())
+    return sorted(images, key=lambda path: hashlib.sha256(os.fsencode(path.name)).digest())
 
 
 def other_files(folder: Path) -> list[str]:
@@ -172,20 +184,36 @@ def _from_builder(builder: tfds.core.DatasetBuilder, name: str) -> Source:
     image_key = _only_feature(features, tfds.features.Image, name)
     label_key = _only_feature(features, tfds.features.ClassLabel, name)
 
-    def read(split_name: str) -> tf.data.Dataset:
-        examples = builder.as_dataset(
-            split=split_name,
-            decoders={image_key: tfds.decode.SkipDecoding()},
-            read_config=_IN_ORDER,
-            shuffle_files=False,
+    @functools.cache
+    def records(split_name: str) -> Records:
+        return open_records(builder, split_name)
+
+    def deserialize(record: tf.Tensor) -> dict[str, tf.Tensor]:
+        return features.deserialize_example(
+            record, decoders={image_key: tfds.decode.SkipDecoding()}
         )
-        return examples.enumerate().map(
-            lambda index, example: {
+
+    def examples(split_name: str, positions: np.ndarray) -> tf.data.Dataset:
+        def labelled(position: tf.Tensor, record: tf.Tensor) -> dict[str, tf.Tensor]:
+            example = deserialize(record)
+            return {
                 "image": example[image_key],
                 "label": example[label_key],
-                "name": tf.strings.join([split_name, tf.strings.as_string(index)], "/"),
+                "name": tf.strings.join([split_name, tf.strings.as_string(position)], "/"),
             }
+
+        return tf.data.Dataset.zip(
+            tf.data.Dataset.from_tensor_slices(positions), records(split_name).read(positions)
+        ).map(labelled, num_parallel_calls=tf.data.AUTOTUNE)
+
+    @functools.cache
+    def labels(split_name: str) -> np.ndarray:
+        found = (
+            records(split_name)
+            .read_all()
+            .map(lambda record: deserialize(record)[label_key], num_parallel_calls=tf.data.AUTOTUNE)
         )
+        return np.fromiter(found.as_numpy_iterator(), np.int64)
 
     def ids(split_name: str) -> list[bytes]:
         info = builder.info.splits[split_name]
@@ -198,7 +226,8 @@ def _from_builder(builder: tfds.core.DatasetBuilder, name: str) -> Source:
         name,
         list(features[label_key].names or ()),
         sizes,
-        read,
+        examples,
+        labels,
         names=lambda split_name: [f"{split_name}/{index}" for index in range(sizes[split_name])],
         ids=ids,
     )
