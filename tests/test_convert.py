@@ -191,7 +191,7 @@ def server(tmp_path, monkeypatch, keras_vgg):
     weights = replace(
         pull_job.PUBLISHED["vgg16"],
         url=f"http://127.0.0.1:{running.server_port}/vgg16_weights.h5",
-        md5=pull_job._md5(tmp_path / "published.h5"),
+        md5=pull_job.file_md5(tmp_path / "published.h5"),
         model=keras_vgg,
     )
     monkeypatch.setitem(pull_job.PUBLISHED, "vgg16", weights)

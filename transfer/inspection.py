@@ -20,6 +20,7 @@ from transfer.cuts import Cut, list_cuts
 from transfer.formats import state
 from transfer.metagraph import MetaGraph
 from transfer.policy import RANDOM_OPS
+from transfer.preprocess import canonical
 
 Shape = tuple[int | None, ...] | None
 
@@ -330,7 +331,7 @@ def _command(
         words += ["--feed", f"{name}=1.0"]
     if network is not None:
         mode = graph.card.preprocess or _likely_convention(network)
-        words += [] if graph.card.preprocess else ["--preprocess", mode]
+        words += [] if graph.card.preprocess else ["--preprocess", canonical(mode)]
         try:
             graph.preprocess(network.input, mode)
         except ValueError:
