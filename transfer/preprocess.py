@@ -47,7 +47,7 @@ def convention(mode: str | Mapping[str, Any]) -> Convention:
     Args:
         mode: a name, or ``{"mean": [...], "std": [...], "order": "BGR"}``, as an object or as its
             JSON. ``mean`` and ``std`` are in gray levels 0..255, one number or one a channel, in
-            the ``order`` in which the network sees the channels, by default ``RGB``. Without ``std``
+            the ``order`` in which the network sees the channels, or ``RGB``. Without ``std``
             the image is not divided.
 
     Raises:

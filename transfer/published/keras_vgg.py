@@ -24,7 +24,6 @@ _INERT = frozenset(
     }
 )
 _EPSILON = 1e-3  # Keras' default
-_BLOCKS = {table.blocks for table in ARCHITECTURES.values()}
 
 
 class Weights(NamedTuple):
@@ -84,7 +83,8 @@ def _base(layers: list[Layer], found: KerasVGG) -> list[Layer]:
         if _is_inert(layer):
             continue
         is_pooled = pending is None and not found.blocks[-1]
-        if is_pooled and tuple(map(tuple, found.blocks[:-1])) in _BLOCKS:
+        blocks = tuple(map(tuple, found.blocks[:-1]))
+        if is_pooled and any(table.blocks == blocks for table in ARCHITECTURES.values()):
             return layers[number:]
         if kind == "Conv2D":
             if pending is not None:
