@@ -527,10 +527,10 @@ def test_arrays_of_many_dimensions_are_refused(tmp_path, dimensions):
     numbers = b"J\xff\xff\xff\x7f" * dimensions
     write_pickle(
         tmp_path / "a.npy",
-        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n(K\x00tU\x01bt)R(K\x01("
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01("
         + numbers + b"tcnumpy\ndtype\n(U\x02f4tR\x89U\x04abcdtb.",
     )  # fmt: skip
-    with pytest.raises(ValueError, match="an array whose shape is none|is damaged"):
+    with pytest.raises(ValueError, match="an array whose shape is none"):
         containers.read(tmp_path / "a.npy")
 
 

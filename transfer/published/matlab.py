@@ -45,7 +45,7 @@ def variables(data: memoryview, max_bytes: int) -> dict[str, Any]:
         if len(content) < size:
             raise ValueError("it was cut short")
         if kind == _COMPRESSED:
-            content = _decompressed(content, left)
+            content = _decompressed(content, order, left)
             left -= len(content)
             kind, content, _ = reader.element(content, 0)
         if kind == _MATRIX:
@@ -55,18 +55,24 @@ def variables(data: memoryview, max_bytes: int) -> dict[str, Any]:
     return found
 
 
-def _decompressed(data: memoryview, max_bytes: int) -> memoryview:
-    decompressor, result = zlib.decompressobj(), bytearray()
-    for start in range(0, len(data), _CHUNK):
-        rest = bytes(data[start : start + _CHUNK])
-        while rest:
-            result += decompressor.decompress(rest, 16 * _CHUNK)
-            if len(result) > max_bytes:
-                raise ValueError(
-                    f"its arrays would take over {max_bytes:,} bytes; a VGG takes less than half "
-                    "of that"
-                )
-            rest = decompressor.unconsumed_tail
+def _decompressed(data: memoryview, order: str, max_bytes: int) -> memoryview:
+    """The one element that is compressed, of the size that it says it has."""
+    decompressor, result, size = zlib.decompressobj(), bytearray(), 8
+    try:
+        for start in range(0, len(data), _CHUNK):
+            rest = bytes(data[start : start + _CHUNK])
+            while rest and len(result) < size:
+                result += decompressor.decompress(rest, size - len(result))
+                rest = decompressor.unconsumed_tail
+                if len(result) == size == 8:
+                    size += struct.unpack(f"{order}II", result)[1]
+                    if size > max_bytes:
+                        raise ValueError(
+                            f"its arrays would take over {max_bytes:,} bytes; a VGG takes less "
+                            "than half of that"
+                        )
+    except zlib.error as error:
+        raise ValueError(f"it is damaged: {error}") from error
     return memoryview(result)
 
 
@@ -156,7 +162,7 @@ class _Reader:
             bytes(names[at : at + width]).split(b"\0")[0].decode("latin1")
             for at in range(0, len(names), width)
         ]
-        self._check_count(count * len(fields), data, position)
+        self._check_count(count * max(len(fields), 1), data, position)
         structs = []
         for _ in range(count):
             values = {}

@@ -24,7 +24,7 @@ TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 """First object of PyTorch's format before 1.6; source: torch/serialization.py, MAGIC_NUMBER."""
 _MAX_PICKLE_BYTES = 2**28
 _MAX_OBJECTS, _MAX_DEPTH, _MAX_MEMO = 20_000, 6, 10**6
-_MAX_OPERATIONS, _MAX_KEY_PARTS, _MAX_DIMENSIONS = 3 * 10**6, 8, 8
+_MAX_OPERATIONS, _MAX_KEY_PARTS, _MAX_DIMENSIONS = 15 * 10**5, 8, 8
 _TORCH_TYPES = {
     "DoubleStorage": "<f8",
     "FloatStorage": "<f4",

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 Value = int | memoryview
+_MAX_FIELDS = 100_000  # of one message: a byte or two each, in a file of nothing else
 _VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
 
 
@@ -19,10 +20,13 @@ def fields(message: memoryview) -> Iterator[tuple[int, Value]]:
     packed numbers or one number of fixed size.
 
     Raises:
-        ValueError: if the bytes are no message.
+        ValueError: if the bytes are no message, or one of very many fields.
     """
-    position = 0
+    position = count = 0
     while position < len(message):
+        count += 1
+        if count > _MAX_FIELDS:
+            raise ValueError(f"a protocol buffer has over {_MAX_FIELDS:,} fields")
         tag, position = _varint(message, position)
         number, kind = tag >> 3, tag & 7
         if not number:
