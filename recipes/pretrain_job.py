@@ -19,6 +19,7 @@ from transfer.data import Split, train_and_eval_splits
 from transfer.evaluation import predict, summarize
 from transfer.features import Compiled
 from transfer.files import write_names
+from transfer.preprocess import for_card
 from transfer.run_checkpoint import RunCheckpoint
 from transfer.sources import open_source
 from transfer.training import ParameterGroup, Trainer, epoch_seed
@@ -81,7 +82,7 @@ def _train_and_save(
         input="images:0",
         tap="fc7:0",
         image_size=architecture.image_size,
-        preprocess=config.preprocess,
+        preprocess=for_card(config.preprocess),
         labels=labels.name,
         outputs={"logits": "fc8:0", "probabilities": "prob:0"},
         source=_command(config),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import threading
@@ -17,7 +16,8 @@ import numpy as np
 
 from recipes import convert_job, measure
 from recipes.convert import ConvertConfig
-from transfer import Backbone, Preprocess, load_meta_graph, retention
+from recipes.convert_job import file_md5
+from transfer import Backbone, load_meta_graph, retention
 from transfer.files import draft_folder, unshare, write_text
 
 TIMEOUT_S = 8.0
@@ -92,7 +92,7 @@ def download(weights: Weights) -> None:
         ConnectionError, ValueError: see ``run``; what has come so far stays for the next time.
     """
     path = weights.path
-    if path.is_file() and _md5(path) == weights.md5:
+    if path.is_file() and file_md5(path) == weights.md5:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
@@ -110,7 +110,7 @@ def download(weights: Weights) -> None:
     except (OSError, http.client.HTTPException) as error:
         reason = str(error) or type(error).__name__
         raise ConnectionError(_manual(weights, reason)) from error
-    if _md5(part) != weights.md5:
+    if file_md5(part) != weights.md5:
         part.unlink()
         raise ValueError(
             f"what came from {weights.url} is not the published file (its MD5 differs); it was "
@@ -123,7 +123,7 @@ def compare(prefix: Path, weights: Weights) -> float:
     """The largest difference between a probability of the model and of Keras' own, on an image of
     noise and one of stripes."""
     graph = load_meta_graph(prefix)
-    preprocess = Preprocess(graph.card.preprocess, graph.card.image_size)
+    preprocess = graph.preprocess(graph.card.input)
     shape = (1, preprocess.size, preprocess.size, 3)
     noise = np.random.default_rng(0).uniform(0, 255, shape).astype(np.float32)
     stripes = np.linspace(0, 255, preprocess.size, dtype=np.float32)[:, None, None]
@@ -173,14 +173,6 @@ def _receive(response: Any, part: Path, done: int) -> None:
             done += len(chunk)
     if done < total:
         raise ConnectionError(f"it was cut after {done:,} of {total:,} bytes; pull again to go on")
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _manual(weights: Weights, reason: str) -> str:

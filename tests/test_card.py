@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from transfer.card import Card, read_card, write_card
@@ -8,6 +10,16 @@ def test_a_card_survives_writing_and_reading(tmp_path):
     write_card(tmp_path / "m.json", card)
     assert read_card(tmp_path / "m.json") == card
     assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
+
+
+def test_card_keeps_means_of_its_own(tmp_path):
+    means = {"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}
+    write_card(tmp_path / "m.json", Card(preprocess=means))
+    assert json.loads((tmp_path / "m.json").read_text())["preprocess"] == means
+    assert read_card(tmp_path / "m.json").preprocess == means
+    (tmp_path / "m.json").write_text('{"preprocess": 3}')
+    with pytest.raises(ValueError, match="preprocess is 3; expected a str | dict"):
+        read_card(tmp_path / "m.json")
 
 
 def test_keys_that_are_not_known_are_left_out(tmp_path):

@@ -25,8 +25,10 @@ class Card:
     """Tensor with the features, e.g. ``fc7:0``."""
     image_size: Size | None = None
     """Height and width of the input in pixels: one number, or both."""
-    preprocess: str | None = None
-    """Input convention: a key of ``transfer.preprocess.CONVENTIONS``."""
+    preprocess: str | dict[str, Any] | None = None
+    """Input convention: a key of ``transfer.preprocess.CONVENTIONS``, or means of the model itself:
+    ``{"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}``; see
+    ``transfer.preprocess.convention``."""
     labels: str | None = None
     """File with one class name a line, in the order of the logits; relative to the card."""
     feeds: dict[str, float | bool] = field(default_factory=dict)
@@ -69,12 +71,12 @@ def read_card(path: Path) -> Card:
         raise ValueError(f"{str(path)!r} is not a card: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} is not a card: expected a JSON object")
-    kinds: dict[str, type] = {
+    kinds: dict[str, Any] = {
         "keep_dropout": bool,
         "feeds": dict,
         "outputs": dict,
     }
-    kinds |= {"sha256": dict, "eval": dict}
+    kinds |= {"sha256": dict, "eval": dict, "preprocess": str | dict}
     known = {f.name: values[f.name] for f in dataclasses.fields(Card) if f.name in values}
     if "image_size" in known:
         try:
@@ -89,5 +91,6 @@ def read_card(path: Path) -> Card:
             continue
         kind = kinds.get(key, str)
         if not isinstance(value, kind):
-            raise ValueError(f"{str(path)!r}: {key} is {value!r}; expected a {kind.__name__}")
+            name = getattr(kind, "__name__", str(kind))
+            raise ValueError(f"{str(path)!r}: {key} is {value!r}; expected a {name}")
     return Card(**known)

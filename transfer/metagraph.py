@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -21,7 +22,7 @@ from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 from transfer import checkpoint, formats, inputs, objects, repair, surgery, taps
 from transfer.card import Card, read_card
 from transfer.objects import KEY
-from transfer.preprocess import CONVENTIONS, Preprocess, Size
+from transfer.preprocess import CONVENTIONS, Preprocess, Size, canonical
 
 
 class SharedBatchError(ValueError):
@@ -247,7 +248,10 @@ class MetaGraph:
         return entries | checkpoint.renamed_entries(names, entries, source.shapes, self.rename)
 
     def preprocess(
-        self, input: str, mode: str | None = None, image_size: Size | None = None
+        self,
+        input: str,
+        mode: str | Mapping[str, Any] | None = None,
+        image_size: Size | None = None,
     ) -> Preprocess:
         """What the images that go into a tensor must be put through.
 
@@ -266,6 +270,7 @@ class MetaGraph:
                 f"{str(self.prefix)!r}, and the wrong convention costs accuracy without any error; "
                 f"say which with --preprocess: {', '.join(CONVENTIONS)}"
             )
+        mode = canonical(mode)
         node, index = self.node(input), surgery.split_tensor_name(input)[1]
         shape = surgery.static_shape(node, index) or (None, None, None, None)
         dtype = surgery.dtype_of(node, index)

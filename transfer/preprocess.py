@@ -8,8 +8,11 @@ convention belongs to the weights and is recorded in their card.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import tensorflow as tf
 
@@ -36,6 +39,85 @@ CONVENTIONS = {
     "unit": Convention((0.0,), (255.0,)),
     "none": Convention((0.0,), (1.0,)),
 }
+
+
+def convention(mode: str | Mapping[str, Any]) -> Convention:
+    """What a mode means: a key of ``CONVENTIONS``, or means of one's own.
+
+    Args:
+        mode: a name, or ``{"mean": [...], "std": [...], "order": "BGR"}``, as an object or as its
+            JSON. ``mean`` and ``std`` are in gray levels 0..255, one number or one a channel, in
+            the ``order`` in which the network sees the channels, or ``RGB``. Without ``std``
+            the image is not divided.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(mode, str) and mode in CONVENTIONS:
+        return CONVENTIONS[mode]
+    values = mode
+    if isinstance(mode, str) and mode.lstrip().startswith("{"):
+        try:
+            values = json.loads(mode)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"preprocess={mode!r} is not JSON: {error}") from error
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"preprocess={mode!r} is not known; choose from: {', '.join(CONVENTIONS)}, or means of "
+            'your own: {"mean": [R, G, B]}'
+        )
+    unknown = values.keys() - {"mean", "std", "order"}
+    if unknown or "mean" not in values:
+        raise ValueError(
+            f"preprocess has {', '.join(map(repr, values)) or 'nothing'}; expected 'mean' and, if "
+            "they matter, 'std' and 'order'"
+        )
+    mean, std = _numbers("mean", values["mean"]), _numbers("std", values.get("std", 1.0))
+    order = values.get("order", "RGB")
+    if order not in ("RGB", "BGR"):
+        raise ValueError(f"preprocess has order {order!r}; expected RGB or BGR")
+    if min(std) <= 0:
+        raise ValueError(f"preprocess has std {list(std)}; expected numbers above 0")
+    return Convention(mean, std, bgr=order == "BGR")
+
+
+def canonical(mode: str | Mapping[str, Any]) -> str:
+    """A mode as one string, the same for all ways to write it: a name of ``CONVENTIONS``, where it
+    means that, or JSON.
+
+    Raises:
+        ValueError: if it is not known.
+    """
+    found = convention(mode)
+    if isinstance(mode, str) and mode in CONVENTIONS:
+        return mode
+    for name, known in CONVENTIONS.items():
+        if known == found:
+            return name
+    return json.dumps(_as_object(found))
+
+
+def for_card(mode: str | Mapping[str, Any]) -> str | dict[str, Any]:
+    """A mode as it stands in a card: a name, or an object."""
+    name = canonical(mode)
+    return name if name in CONVENTIONS else _as_object(convention(name))
+
+
+def _as_object(found: Convention) -> dict[str, Any]:
+    values: dict[str, Any] = {"mean": list(found.mean)}
+    if any(scale != 1 for scale in found.scale):
+        values["std"] = list(found.scale)
+    return values | {"order": "BGR" if found.bgr else "RGB"}
+
+
+def _numbers(name: str, value: Any) -> tuple[float, ...]:
+    """One number, or one a channel."""
+    values = value if isinstance(value, list | tuple) else [value]
+    are_numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if not are_numbers or len(values) not in (1, 3) or not all(map(math.isfinite, values)):
+        raise ValueError(f"preprocess has {name} {value!r}; expected one number, or one a channel")
+    found = tuple(float(v) for v in values)
+    return found[:1] if len(set(found)) == 1 else found
 
 
 Size = int | tuple[int, int]
@@ -86,7 +168,8 @@ class Preprocess:
     and the centre is cropped, so that nothing is distorted.
 
     Args:
-        mode: one of ``CONVENTIONS``: caffe, slim, torch, tf, unit, none.
+        mode: one of ``CONVENTIONS``: caffe, slim, torch, tf, unit, none; or means of the model
+            itself, see ``convention``. Kept as a string.
         size: of the result in pixels: one number for height and width, or ``(height, width)``.
         channels: 3, or 1 for networks that take gray images.
 
@@ -100,13 +183,11 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "size", as_size(self.size))
-        if self.mode not in CONVENTIONS:
-            raise ValueError(
-                f"preprocess={self.mode!r} is not known; choose from: {', '.join(CONVENTIONS)}"
-            )
+        object.__setattr__(self, "mode", canonical(self.mode))
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
-        if self.channels == 1 and len(CONVENTIONS[self.mode].mean) == 3:
+        meaning = convention(self.mode)
+        if self.channels == 1 and (len(meaning.mean + meaning.scale) > 2 or meaning.bgr):
             raise ValueError(
                 f"preprocess={self.mode!r} is for colour images but the network takes gray ones; "
                 "choose from: tf, unit, none"
@@ -150,10 +231,10 @@ class Preprocess:
 
     def normalize(self, images: tf.Tensor) -> tf.Tensor:
         """Apply the convention to RGB (or gray) images in 0..255; the size does not matter."""
-        convention = CONVENTIONS[self.mode]
-        if convention.bgr:
+        meaning = convention(self.mode)
+        if meaning.bgr:
             images = images[..., ::-1]
-        return (tf.cast(images, tf.float32) - convention.mean) / convention.scale
+        return (tf.cast(images, tf.float32) - meaning.mean) / meaning.scale
 
 
 def _without_ends(images: tf.Tensor, longest: int) -> tf.Tensor:

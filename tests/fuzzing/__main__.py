@@ -11,6 +11,8 @@ of shapes that do not fit (``InvalidArgumentError``) or of too large a result
 (``ResourceExhaustedError``). Wrong is any other exception, the end of the process, over 20 seconds,
 or over 2 GB of memory.
 
+Files of published weights are read, and their layout is told.
+
 Models are made here, and those in ``../shared/wild`` are used where they are. Nothing is left
 behind.
 """

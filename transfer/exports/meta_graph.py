@@ -14,7 +14,7 @@ from transfer.classifier import Classifier
 from transfer.files import write_bytes, write_names
 from transfer.head import Head, build_head
 from transfer.metagraph import load_meta_graph
-from transfer.preprocess import Preprocess
+from transfer.preprocess import Preprocess, for_card
 from transfer.saver import save_meta_graph
 from transfer.surgery import SEED, canonical, is_seeded, split_tensor_name
 
@@ -55,7 +55,7 @@ def save_classifier(classifier: Classifier, prefix: str | Path, card: Card, **op
         keep_dropout=is_seeded(classifier.backbone.network.graph_def),
         outputs={name: tensors[name] for name in ("logits", "probabilities")},
         image_size=classifier.preprocess.size,
-        preprocess=classifier.preprocess.mode,
+        preprocess=for_card(classifier.preprocess.mode),
         labels=labels.name,
     )
     save_meta_graph(graph, prefix, values, card, **options)
