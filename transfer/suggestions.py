@@ -12,7 +12,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 from transfer import checkpoint, inputs, preparation, surgery
 from transfer.metagraph import MetaGraph, SharedBatchError
 from transfer.model_plan import check_images, fitting_size, plan
-from transfer.preprocess import Size, show_size
+from transfer.preprocess import Size, canonical, show_size
 
 _MAX_INPUTS = 6
 _ANY_SIDE = 224
@@ -94,7 +94,7 @@ def _for_input(graph: MetaGraph, tap: str, input: str | None) -> Suggestion:
             f"the tap also depends on {shown}, for which one number does not do; choose a tap "
             "before it"
         ) from error
-    mode = graph.card.preprocess or _likely_convention(network)
+    mode = canonical(graph.card.preprocess or _likely_convention(network))
     size = _size(graph, network, mode)
     words = ["vgg-transfer", "finetune", "--model", str(graph.prefix)]
     words += (
