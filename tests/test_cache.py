@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 
+from recipes.cli import main
 from transfer.cache import Cache
 
 SHAPE = (3, 2)
@@ -358,3 +359,30 @@ def test_two_processes_share_an_entry(tmp_path):
         "missing 0",
         "missing 40",
     ]
+
+
+def test_the_command_names_what_is_damaged_and_lists_the_others(cache, entry, tmp_path, capfd):
+    entry.append(ids(1), rows(1))
+    for name in ("\x1b[31mred", "0" * 32):
+        (cache.directory / name).mkdir()
+        (cache.directory / name / "key.json").write_bytes(b"")
+    (entry.folder / "notes.txt").write_text("mine")
+    assert main(["cache", "list", "--cache-dir", str(cache.directory)]) == 0
+    printed = capfd.readouterr()
+    assert printed.out.splitlines()[0].startswith(entry.folder.name[:12])
+    assert printed.out.splitlines()[1].startswith("1 entries, 0.0 MB in ")
+    assert [line.partition(":")[2] for line in printed.err.splitlines()] == [
+        f" {name} is not an entry: its key.json is not JSON (Expecting value: line 1 column 1 "
+        "(char 0))"
+        for name in ("?[31mred", "0" * 32)
+    ]
+    assert main(["cache", "list", "--json", "--cache-dir", str(cache.directory)]) == 0
+    (listed,) = json.loads(capfd.readouterr().out)
+    assert listed["key"]["cut"] == "pool4"
+    assert main(["cache", "clear", "--cache-dir", str(cache.directory)]) == 0
+    printed = capfd.readouterr()
+    assert printed.out == "1 entries deleted, 0.0 MB\n"
+    assert "stays: it holds other files" in printed.err
+    (tmp_path / "file").write_text("mine")
+    assert main(["cache", "clear", "--cache-dir", str(tmp_path / "file")]) == 1
+    assert "file' is a file; expected the folder of a cache" in capfd.readouterr().err

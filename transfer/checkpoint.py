@@ -230,6 +230,8 @@ def check_path(path: str | Path) -> None:
 
 def exists(prefix: Path) -> bool:
     """Whether there is a checkpoint of this prefix, complete or not."""
+    if not prefix.name:  # such as /
+        return False
     return (
         _index(prefix).is_file()
         or prefix.is_file()

@@ -65,6 +65,11 @@ def read(path: Path) -> Container:
     if not path.is_file():
         if path.name and checkpoint.exists(path):
             return _checkpoint(path)
+        if path.exists():
+            raise ValueError(
+                f"{str(path)!r} is not a regular file; expected a file of weights, or the prefix "
+                "of a checkpoint"
+            )
         raise FileNotFoundError(f"there is no file {str(path)!r}, and no checkpoint of that prefix")
     try:
         return _read(path)
