@@ -16,7 +16,7 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from transfer import taps
 from transfer.distribution import seed_of_replica
-from transfer.gradients import with_fast_gradients
+from transfer.gradients import with_cpu_gradients
 from transfer.head import average_over_space
 from transfer.metagraph import MetaGraph
 from transfer.policy import RANDOM_OPS
@@ -52,7 +52,7 @@ class GraphLayer(keras.layers.Layer):
         ]
         self._inference = as_function(network)
         # In training only: a SavedModel cannot hold what computes a gradient in a way of its own.
-        for_training = with_fast_gradients(network.training or network.graph_def)
+        for_training = with_cpu_gradients(network.training or network.graph_def)
         self._training = as_function(replace(network, graph_def=for_training))
         # A seed is drawn only where one is needed: an evaluation must not change what the next step
         # of a training run draws.
