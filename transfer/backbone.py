@@ -14,7 +14,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
-from transfer import taps
+from transfer import taps, trials
 from transfer.distribution import seed_of_replica
 from transfer.gradients import with_cpu_gradients
 from transfer.head import average_over_space
@@ -260,11 +260,13 @@ def as_function(network: Network) -> Any:
         if network.output in tensors:
             return tf.identity(tensors[network.output])
         tensors[SEED] = tf.zeros([2], tf.int32) if seed is None else seed
+        specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (inputs, *weights)]
+        graph_def = trials.checked_graph(network, specs[0], specs[1:])
         # Each graph has its own part of the weights. The identity brings a tensor of an outer
         # function into this one, which the import does not.
-        used = {canonical(edge) for node in network.graph_def.node for edge in node.input}
+        used = {canonical(edge) for node in graph_def.node for edge in node.input}
         return tf.graph_util.import_graph_def(
-            network.graph_def,
+            graph_def,
             input_map={name: tf.identity(t) for name, t in tensors.items() if name in used},
             return_elements=[network.output],
             name="network",

@@ -22,6 +22,7 @@ from transfer.surgery.graphs import (
     split_tensor_name,
     static_shape,
 )
+from transfer.surgery.guards import unproven, with_guards
 from transfer.surgery.modes import Mode
 from transfer.surgery.modes import find as find_modes
 from transfer.surgery.network import Network, Variable, cut, extract, variable
@@ -56,5 +57,7 @@ __all__ = [
     "placeholders",
     "split_tensor_name",
     "static_shape",
+    "unproven",
     "variable",
+    "with_guards",
 ]
