@@ -14,9 +14,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
-from transfer import taps
+from transfer import taps, trials
 from transfer.distribution import seed_of_replica
-from transfer.gradients import with_fast_gradients
+from transfer.gradients import with_cpu_gradients
 from transfer.head import average_over_space
 from transfer.metagraph import MetaGraph
 from transfer.policy import RANDOM_OPS
@@ -52,7 +52,7 @@ class GraphLayer(keras.layers.Layer):
         ]
         self._inference = as_function(network)
         # In training only: a SavedModel cannot hold what computes a gradient in a way of its own.
-        for_training = with_fast_gradients(network.training or network.graph_def)
+        for_training = with_cpu_gradients(network.training or network.graph_def)
         self._training = as_function(replace(network, graph_def=for_training))
         # A seed is drawn only where one is needed: an evaluation must not change what the next step
         # of a training run draws.
@@ -260,11 +260,13 @@ def as_function(network: Network) -> Any:
         if network.output in tensors:
             return tf.identity(tensors[network.output])
         tensors[SEED] = tf.zeros([2], tf.int32) if seed is None else seed
+        specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (inputs, *weights)]
+        graph_def = trials.checked_graph(network, specs[0], specs[1:])
         # Each graph has its own part of the weights. The identity brings a tensor of an outer
         # function into this one, which the import does not.
-        used = {canonical(edge) for node in network.graph_def.node for edge in node.input}
+        used = {canonical(edge) for node in graph_def.node for edge in node.input}
         return tf.graph_util.import_graph_def(
-            network.graph_def,
+            graph_def,
             input_map={name: tf.identity(t) for name, t in tensors.items() if name in used},
             return_elements=[network.output],
             name="network",

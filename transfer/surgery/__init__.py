@@ -23,6 +23,7 @@ from transfer.surgery.graphs import (
     static_shape,
     with_nodes,
 )
+from transfer.surgery.guards import unproven, with_guards
 from transfer.surgery.layout import channels_last, is_channels_first
 from transfer.surgery.modes import Mode
 from transfer.surgery.modes import find as find_modes
@@ -61,6 +62,8 @@ __all__ = [
     "placeholders",
     "split_tensor_name",
     "static_shape",
+    "unproven",
     "variable",
+    "with_guards",
     "with_nodes",
 ]

@@ -29,6 +29,11 @@ MAX_ELEMENTS = 2**31
 """Of one tensor for a handful of examples; VGG16's largest has 3e6 an example."""
 _STATES_BATCH = {"Reshape": 1, "Conv2DBackpropInput": 0}
 """Operation to its operand with the sizes of what it gives."""
+MAX_TOTAL = 2**32
+"""Elements of all tensors together, per example; VGG19's have 3e8 for images of 512 pixels."""
+MAX_GROWN = 2**28
+"""Elements, per example, of tensors ``GROWTH`` times as large as all that they are made from."""
+GROWTH = 64
 _PROBES = (3, 5)
 _SMALL_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 
@@ -196,14 +201,41 @@ def _infer(network: Network, graph_def: GraphDef, input_shape: Shape) -> dict[st
             for operation in graph.get_operations()
             for tensor in operation.outputs
         }
+        made_from = {
+            tensor.name.removeprefix("n/"): [_sizes(tensor) for tensor in operation.inputs]
+            for operation in graph.get_operations()
+            for tensor in operation.outputs
+        }
+    _check_sizes(shapes, made_from, (input_shape or (None,))[0] or 1)
+    return shapes | {name: _sizes(leaf) for name, leaf in leaves.items()}
+
+
+def _check_sizes(
+    shapes: Mapping[str, Shape], made_from: Mapping[str, Sequence[Shape]], batch: int
+) -> None:
+    """Refuse tensors that would fill the memory, each by itself or all together."""
+    total = grown = 0
     for name, shape in shapes.items():
-        num_elements = math.prod(size or 1 for size in shape or ())
-        if num_elements > MAX_ELEMENTS:
+        elements = _num_elements(shape)
+        if elements > MAX_ELEMENTS:
             raise ValueError(
-                f"tensor {name!r} would have {num_elements:,} elements, more than "
+                f"tensor {name!r} would have {elements:,} elements, more than "
                 f"{MAX_ELEMENTS:,}; the graph is damaged, or made to harm"
             )
-    return shapes | {name: _sizes(leaf) for name, leaf in leaves.items()}
+        per_example = elements // batch if shape and shape[0] == batch else elements
+        total += per_example
+        if per_example > GROWTH * sum(map(_num_elements, made_from[name])):
+            grown += per_example
+        for what, number, most in (("", total, MAX_TOTAL), ("filled ", grown, MAX_GROWN)):
+            if number > most:
+                raise ValueError(
+                    f"the {what}tensors up to {name!r} would have {number:,} elements together, "
+                    f"more than {most:,}; the graph is damaged, or made to harm"
+                )
+
+
+def _num_elements(shape: Shape) -> int:
+    return math.prod(size or 1 for size in shape or ())
 
 
 def _sizes(tensor: tf.Tensor) -> Shape:
