@@ -9,12 +9,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from transfer.backbone import Backbone, GraphLayer, as_input
+from transfer.backbone import Backbone, GraphLayer
 from transfer.card import Card
 from transfer.classifier import Classifier
 from transfer.files import write_text
 from transfer.head import Head, build_head
 from transfer.metagraph import load_meta_graph
+from transfer.network_function import as_input
 from transfer.preprocess import Preprocess
 from transfer.saver import save_meta_graph
 from transfer.surgery import SEED, canonical, is_seeded, split_tensor_name
