@@ -26,7 +26,8 @@ from transfer.surgery.modes import Mode
 from transfer.surgery.modes import find as find_modes
 from transfer.surgery.network import Network, Variable, cut, extract, variable
 from transfer.surgery.randomness import SEED, is_seeded
-from transfer.surgery.shapes import free_batch, infer
+from transfer.surgery.scales import find_scales
+from transfer.surgery.shapes import free_batch, infer, output_shapes
 
 __all__ = [
     "MAX_TRACE",
@@ -47,11 +48,13 @@ __all__ = [
     "extract",
     "find_dropout",
     "find_modes",
+    "find_scales",
     "free_batch",
     "infer",
     "inline",
     "is_seeded",
     "operation_of",
+    "output_shapes",
     "outputs",
     "placeholders",
     "split_tensor_name",

@@ -39,6 +39,25 @@ def infer(network: Network) -> dict[str, Shape]:
     return _infer(network, network.graph_def, network.input_shape)
 
 
+def output_shapes(network: Network, example: Sequence[int | None]) -> dict[int, Shape]:
+    """Batch size to the output's shape, for two batch sizes.
+
+    What both agree on holds for every batch: a width that a reshape computes from the batch size is
+    known here, where an open batch size hides it.
+
+    Args:
+        network: its arithmetic for inference counts.
+        example: shape of one example of the input; ``None`` for dimensions that are not known.
+
+    Raises:
+        ValueError: if the graph does not take such batches.
+    """
+    return {
+        batch: _infer(network, network.graph_def, (batch, *example))[network.output]
+        for batch in _PROBES
+    }
+
+
 def free_batch(network: Network) -> Network:
     """A network that takes batches of any size, or says which it takes.
 
