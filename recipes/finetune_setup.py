@@ -20,6 +20,7 @@ from recipes.network_flags import parse_feed, report, warn_if_prepared_twice
 from transfer import Backbone, Classifier, Head, MetaGraph, data_checks, load_meta_graph
 from transfer.data import Split, few_shot, train_and_eval_splits
 from transfer.distribution import Replicas
+from transfer.exports.meta_graph import check_savable
 from transfer.head import average_over_space
 from transfer.preprocess import Preprocess
 from transfer.sources import open_source
@@ -256,6 +257,7 @@ def _classifier(
         )
         classifier = Classifier(backbone, head, preprocess, labels)
         classifier.build_from_size()
+    check_savable(classifier)
     return (
         classifier,
         features,

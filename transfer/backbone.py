@@ -367,7 +367,8 @@ class Backbone(GraphLayer):
             graph = load_meta_graph(graph)
         if not isinstance(graph, MetaGraph):
             raise TypeError(
-                f"graph is a {type(graph).__name__}; expected what load_meta_graph gives, or a path"
+                f"graph is of type {type(graph).__name__}; expected what load_meta_graph gives, or "
+                "the path of a model"
             )
         network = graph.network(tap or graph.card.tap or "fc7", input, feeds, keep_dropout)
         values = graph.read(network.variables, use_ema)

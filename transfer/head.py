@@ -307,8 +307,8 @@ def _widths(num_classes: Any, hidden: Any) -> tuple[int, tuple[int, ...]]:
     """As Python's integers, which a configuration can hold."""
     if isinstance(hidden, str) or not isinstance(hidden, Iterable):
         raise TypeError(
-            f"hidden is {hidden!r}, a {type(hidden).__name__}; expected a sequence of integers, "
-            "e.g. (64,)"
+            f"hidden is {hidden!r} of type {type(hidden).__name__}; expected a sequence of "
+            "integers, e.g. (64,)"
         )
     widths = [_integer("a hidden width", width) for width in hidden]
     return _integer("num_classes", num_classes), tuple(widths)
@@ -321,7 +321,7 @@ def _integer(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(
-            f"{name} is {value!r}, a {type(value).__name__}; expected an integer"
+            f"{name} is {value!r} of type {type(value).__name__}; expected an integer"
         ) from None
 
 

@@ -8,8 +8,9 @@ function is traced is asserted when it runs.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -21,9 +22,8 @@ def as_function(network: Network) -> Callable[[Any, Sequence[Any], Any], tf.Tens
     """``(inputs, list of weights, seed) -> output``, computed by ``tf.function``.
 
     Functions of its own, because a gradient tape does not see operations that are imported into
-    the function in which it was opened; one for each rank of the input, because retracing would
-    relax two ranks to an unknown one, with which kernels abort the process. The seed, int32
-    ``[2]``, may be ``None`` where no random numbers are drawn.
+    the function in which it was opened. The seed, int32 ``[2]``, may be ``None`` where no random
+    numbers are drawn.
 
     Raises:
         ValueError: if the input does not have the shape that the network takes, or the output does
@@ -58,16 +58,53 @@ def as_function(network: Network) -> Callable[[Any, Sequence[Any], Any], tf.Tens
 
         return _in_batches(one, inputs, network.batch_size)
 
-    functions: dict[int, Any] = {}
+    compiled = compiled_per_rank(run)
 
     def call(inputs: Any, weights: Sequence[Any], seed: tf.Tensor | None) -> tf.Tensor:
-        inputs = _checked(network, tf.convert_to_tensor(inputs))
-        rank = inputs.shape.rank
-        if rank not in functions:
-            functions[rank] = tf.function(run, autograph=False, reduce_retracing=True)
-        return functions[rank](inputs, list(weights), seed)
+        return compiled(_checked(network, tf.convert_to_tensor(inputs)), list(weights), seed)
 
     return call
+
+
+def compiled_per_rank(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a tensor, and of more, as a ``tf.function`` for each rank of the tensor.
+
+    One for all would relax two ranks to an unknown one, with which kernels of oneDNN abort the
+    process.
+    """
+    functions: dict[int | None, Any] = {}
+
+    def call(inputs: Any, *more: Any) -> Any:
+        inputs = tf.convert_to_tensor(inputs)
+        rank = inputs.shape.rank
+        if rank not in functions:
+            functions[rank] = tf.function(function, autograph=False, reduce_retracing=True)
+        return functions[rank](inputs, *more)
+
+    return call
+
+
+def output_shape(network: Network, example: Sequence[int | None]) -> tf.TensorShape:
+    """What is certain of the output's shape for any number of examples of a shape.
+
+    A width that the graph computes from the batch size is known here, where an open batch size
+    hides it.
+    """
+    return _in_common(_probe(network, example).values())
+
+
+def _probe(network: Network, example: Sequence[int | None]) -> dict[int, tf.TensorShape]:
+    """Batch size to the output's shape; empty where the graph does not take batches of any size."""
+    try:
+        shapes = output_shapes(network, example)
+    except ValueError:
+        return {}
+    return {batch: tf.TensorShape(shape) for batch, shape in shapes.items()}
+
+
+def _in_common(shapes: Iterable[tf.TensorShape]) -> tf.TensorShape:
+    first, *others = [*shapes] or [tf.TensorShape(None)]
+    return functools.reduce(tf.TensorShape.most_specific_compatible_shape, others, first)
 
 
 def as_input(network: Network, images: tf.Tensor) -> tf.Tensor:
@@ -78,6 +115,8 @@ def as_input(network: Network, images: tf.Tensor) -> tf.Tensor:
         batch = -1 if example.is_fully_defined() else tf.shape(images)[0]
         images = tf.reshape(images, [batch, -1 if width is None else width])
     if network.input_dtype not in (None, images.dtype):
+        if images.dtype.is_bool:
+            return tf.cast(images, network.input_dtype)
         if network.input_dtype.is_integer:
             images = tf.round(tf.cast(images, tf.float32))
         images = tf.saturate_cast(images, network.input_dtype)
@@ -151,18 +190,13 @@ def _with_a_row_each(network: Network, inputs: tf.Tensor, outputs: tf.Tensor) ->
 
 def _has_a_row_each(network: Network, example: tf.TensorShape, outputs: tf.Tensor) -> bool:
     """Whether that is certain for every batch size; gives the output its static shape."""
-    try:
-        found = output_shapes(network, example.as_list())
-    except ValueError:  # batches of other sizes do not fit the graph
-        return False
-    shapes = {batch: tf.TensorShape(shape) for batch, shape in found.items()}
-    first, second = shapes.values()
-    outputs.set_shape(first.most_specific_compatible_shape(second))
+    shapes = _probe(network, example.as_list())
+    outputs.set_shape(_in_common(shapes.values()))
     rows = {batch: shape[0] if shape.rank else None for batch, shape in shapes.items()}
     for batch, number in rows.items():
         if number is not None:
             _check_rows(batch, number, example)
-    return None not in rows.values()
+    return bool(rows) and None not in rows.values()
 
 
 def _check_rows(batch: int, rows: int, example: tf.TensorShape) -> None:
