@@ -77,6 +77,8 @@ def free_batch(network: Network) -> Network:
         return network
     batch_size = input_shape[0]
     if batch_size is None:
+        if _ignores_batch(network, input_shape):
+            return network  # no value per example: a mean of all
         # The placeholder leaves the batch open, and something after it does not.
         batch_size = (infer(network)[network.output] or (None,))[0]
     if batch_size is None:
@@ -101,6 +103,15 @@ def _takes_any_batch(network: Network, graph_def: GraphDef, input_shape: Sequenc
             return False
         first_dims.append(shape[0] if shape else None)
     return None in first_dims or first_dims[0] != first_dims[1]
+
+
+def _ignores_batch(network: Network, input_shape: Sequence) -> bool:
+    """Whether the output has one shape for batches of all sizes."""
+    try:
+        first, second = output_shapes(network, input_shape[1:]).values()
+    except ValueError:
+        return False
+    return first == second
 
 
 def _open_batch(network: Network, graph_def: GraphDef, shapes: Mapping[str, Shape]) -> GraphDef:
