@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import keras
 import numpy as np
-import tensorflow as tf
 
 from recipes import measure
 from recipes.cache import default_directory
@@ -137,8 +137,8 @@ class Keeper:
 
     @property
     def _row_shape(self) -> tuple[int, ...]:
-        images = tf.TensorSpec([EXTRACTION_BATCH, *self._preprocess.shape], tf.float32)
-        return tuple(self._compiled.function.get_concrete_function(images).outputs[0].shape[1:])
+        images = keras.KerasTensor((EXTRACTION_BATCH, *self._preprocess.shape), "float32")
+        return tuple(self._layer.compute_output_spec(images).shape[1:])
 
     @property
     def _row_bytes(self) -> int:

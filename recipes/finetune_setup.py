@@ -27,6 +27,7 @@ from transfer import Backbone, Classifier, Head, MetaGraph, data_checks, load_me
 from transfer.backbone import GraphLayer
 from transfer.data import Split, few_shot, train_and_eval_splits
 from transfer.distribution import Replicas
+from transfer.exports.meta_graph import check_savable
 from transfer.files import write_names
 from transfer.head import average_over_space
 from transfer.model_plan import plan
@@ -277,6 +278,7 @@ def _classifier(
         )
         classifier = Classifier(backbone, head, preprocess, labels)
         classifier.build_from_size()
+    check_savable(classifier)
     return (
         classifier,
         features,

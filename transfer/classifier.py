@@ -35,7 +35,8 @@ class Classifier(keras.Model):
         labels: Sequence[str],
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
+        # Under a mixed-precision policy Keras would round the pixels to float16.
+        super().__init__(autocast=False, dtype="float32", **kwargs)
         self.backbone = backbone
         self.head = head
         self.preprocess = preprocess
@@ -43,7 +44,18 @@ class Classifier(keras.Model):
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Logits, float32 ``[batch, num_classes]``, of images as they are: RGB or gray, 0..255, of
-        any size, ``[batch, height, width, channels]``."""
+        any size, ``[batch, height, width, channels]``.
+
+        Raises:
+            ValueError: if they have another number of dimensions.
+        """
+        images = tf.convert_to_tensor(images)
+        if images.shape.rank not in (None, 4):
+            one = ": for one image, classifier(images[None])" if images.shape.rank == 3 else ""
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; expected [batch, height, width, "
+                f"channels]{one}"
+            )
         return self.head(self.backbone(self.preprocess(images)), training=training)
 
     def build_from_size(self) -> int:
@@ -52,7 +64,7 @@ class Classifier(keras.Model):
         Returns:
             The number of logits.
         """
-        return int(self(tf.zeros([1, *self.preprocess.shape])).shape[-1])
+        return int(self(keras.Input(self.preprocess.shape)).shape[-1])
 
     def get_config(self) -> dict[str, Any]:
         """All parts, so that ``save`` and ``keras.models.load_model`` work."""

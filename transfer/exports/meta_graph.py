@@ -8,15 +8,16 @@ from typing import Any
 
 import tensorflow as tf
 
-from transfer.backbone import Backbone, GraphLayer, as_input
+from transfer.backbone import Backbone, GraphLayer
 from transfer.card import Card
 from transfer.classifier import Classifier
 from transfer.files import write_bytes, write_names
 from transfer.head import Head, build_head
 from transfer.metagraph import load_meta_graph
+from transfer.network_function import as_input, output_shape
 from transfer.preprocess import Preprocess, for_card
 from transfer.saver import save_meta_graph
-from transfer.surgery import SEED, canonical, is_seeded, split_tensor_name
+from transfer.surgery import SEED, canonical, cut, extract, is_seeded, split_tensor_name
 
 tf1 = tf.compat.v1
 
@@ -59,6 +60,23 @@ def save_classifier(classifier: Classifier, prefix: str | Path, card: Card, **op
         labels=labels.name,
     )
     save_meta_graph(graph, prefix, values, card, **options)
+
+
+def check_savable(classifier: Classifier) -> None:
+    """Whether ``save_classifier`` can write a classifier and ``Classifier.load`` read it: all but
+    the files is done.
+
+    Raises:
+        ValueError: if not; says why.
+    """
+    try:
+        graph, tensors, _ = _to_graph(classifier)
+        written = graph.as_graph_def(add_shapes=True)
+        cut(extract(written, tensors["logits"], tensors["input"]), tensors["tap"])
+    except (ValueError, TypeError, KeyError, tf.errors.OpError) as error:
+        raise ValueError(
+            f"a model fine-tuned from this graph cannot be written: {error}"
+        ) from error
 
 
 def save_with_preprocessing(model: str | Path, prefix: str | Path) -> Card:
@@ -109,9 +127,15 @@ def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[st
         tap_name = backbone.network.output
         if tap_name == backbone.network.input:
             tap_name = input_name
+        features = graph.get_tensor_by_name(tap_name)
+        example = graph.get_tensor_by_name(input_name).shape[1:]
+        features.set_shape(output_shape(backbone.network, example.as_list()))
+        if backbone.pooling == "max" and features.shape.rank == 4:
+            features = tf.reduce_max(features, [1, 2], name="max_over_space")
+            tap_name = features.name
         with tf1.variable_scope("", use_resource=False):
             logits, probabilities = build_head(
-                graph.get_tensor_by_name(tap_name),
+                features,
                 head.num_classes,
                 hidden=head.hidden,
                 return_probabilities=True,

@@ -29,7 +29,8 @@ from transfer.surgery.modes import Mode
 from transfer.surgery.modes import find as find_modes
 from transfer.surgery.network import Network, Variable, cut, extract, variable
 from transfer.surgery.randomness import SEED, is_seeded
-from transfer.surgery.shapes import Shape, free_batch, infer
+from transfer.surgery.scales import find_scales
+from transfer.surgery.shapes import Shape, free_batch, infer, output_shapes
 
 __all__ = [
     "MAX_TRACE",
@@ -52,12 +53,14 @@ __all__ = [
     "extract",
     "find_dropout",
     "find_modes",
+    "find_scales",
     "free_batch",
     "infer",
     "inline",
     "is_channels_first",
     "is_seeded",
     "operation_of",
+    "output_shapes",
     "outputs",
     "placeholders",
     "split_tensor_name",

@@ -48,6 +48,25 @@ def infer(network: Network) -> dict[str, Shape]:
     return _infer(network, network.graph_def, network.input_shape)
 
 
+def output_shapes(network: Network, example: Sequence[int | None]) -> dict[int, Shape]:
+    """Batch size to the output's shape, for two batch sizes.
+
+    What both agree on holds for every batch: a width that a reshape computes from the batch size is
+    known here, where an open batch size hides it.
+
+    Args:
+        network: its arithmetic for inference counts.
+        example: shape of one example of the input; ``None`` for dimensions that are not known.
+
+    Raises:
+        ValueError: if the graph does not take such batches.
+    """
+    return {
+        batch: _infer(network, network.graph_def, (batch, *example))[network.output]
+        for batch in _PROBES
+    }
+
+
 def free_batch(network: Network) -> Network:
     """A network that takes batches of any size, or says which it takes.
 
@@ -67,6 +86,8 @@ def free_batch(network: Network) -> Network:
         return network
     batch_size = input_shape[0]
     if batch_size is None:
+        if _ignores_batch(network, input_shape):
+            return network  # no value per example: a mean of all
         # The placeholder leaves the batch open, and something after it does not.
         batch_size = (infer(network)[network.output] or (None,))[0] or _only_batch(network)
     if batch_size is None:
@@ -109,6 +130,15 @@ def _only_batch(network: Network) -> int | None:
             if all((shape[network.output] or (None,))[0] in (None, batch) for shape in shapes):
                 return batch
     return None
+
+
+def _ignores_batch(network: Network, input_shape: Sequence) -> bool:
+    """Whether the output has one shape for batches of all sizes."""
+    try:
+        first, second = output_shapes(network, input_shape[1:]).values()
+    except ValueError:
+        return False
+    return first == second
 
 
 def _open_batch(network: Network, graph_def: GraphDef, shapes: Mapping[str, Shape]) -> GraphDef:
