@@ -128,7 +128,7 @@ def _check_ours(folder: Path, figures: dict[str, Any]) -> None:
             "--out"
         )
     for path in folder.rglob("*"):
-        is_known = _FILES[folder.name].fullmatch(path.relative_to(folder).as_posix())
+        is_known = _WRITTEN[folder.name].fullmatch(path.relative_to(folder).as_posix())
         if path.is_symlink() or not (path.is_dir() or is_known):
             raise FileExistsError(
                 f"{str(path)!r} is not part of an export, and would be deleted with the export "
@@ -158,7 +158,7 @@ def _export(
     figures, and what is wrong with the others."""
     folder = out / name
     out.mkdir(parents=True, exist_ok=True)
-    remove_drafts(out, _FILES[name])
+    remove_drafts(out, _WRITTEN[name])
     with draft_folder(out) as draft:
         figures, failures = {}, []
         for kind, path, predict in _FORMATS[name](job, draft):
@@ -174,7 +174,7 @@ def _export(
         run_folder.write_text(
             draft / "README.md", export_readmes.text(name, job.prefix, job.classifier, figures)
         )
-        remove_folder(folder, _FILES[name])
+        remove_folder(folder, _WRITTEN[name])
         draft.rename(folder)
     return figures, failures
 
@@ -273,7 +273,7 @@ _FORMATS: dict[str, Callable[[Job, Path], Exported]] = {
 _README = r"README\.md"
 _LABELS = r"labels\.txt"
 _DATA = r"data-\d{5}-of-\d{5}"
-_FILES = {
+_WRITTEN = {
     "meta_graph": re.compile(rf"checkpoint|model\.(meta|json|index|{_DATA})|{_LABELS}|{_README}"),
     "saved_model": re.compile(
         rf"1/((saved_model|fingerprint)\.pb|variables/variables\.(index|{_DATA}))|{_README}"

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 import safetensors.numpy
+import tensorflow as tf
 from commands import finetune, metrics
 from test_published import (
     NUM_CLASSES,
@@ -309,6 +310,18 @@ def test_pull_downloads_converts_and_compares(tmp_path, server, capsys):
     assert load_meta_graph(tmp_path / "vgg16").card.preprocess == "caffe"
     assert main(["pull", "vgg16", "--out", str(tmp_path / "again")]) == 0
     assert len(Handler.requests) == 1  # the second time it was there
+    state = tf.train.get_checkpoint_state(str(tmp_path))
+    assert [Path(p).name for p in state.all_model_checkpoint_paths] == ["vgg16", "again"]
+
+
+def test_a_download_does_not_go_through_a_link(tmp_path, server):
+    part, theirs = server.path.with_name(f"{server.path.name}.part"), tmp_path / "theirs"
+    part.parent.mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    part.symlink_to(theirs)
+    pull_job.download(server)
+    assert server.path.read_bytes() == Handler.data
+    assert theirs.read_bytes() == b"theirs"
 
 
 def test_a_download_goes_on_where_it_was_cut(tmp_path, server):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import strangers
 import tensorflow as tf
+from commands import flags_of, planned
 from conftest import NUM_CLASSES, TINY, save_vgg
 
 from transfer import Card, load_meta_graph, save_meta_graph, vgg
@@ -125,6 +126,13 @@ def test_meta_graphs_from_the_wild(shared_wild, case):
     assert (found.checkpoint.problem is None) == expected["weights"]
     is_loop = "while" in expected["hazard"]
     assert ("while loop" in (found.tap_error or "")) == is_loop
+    if found.command is not None:
+        assert expected["weights"]
+        assert planned(flags_of(found.command)).tap == expected["tap"]
+    elif not expected["weights"]:
+        assert ("while loop" if is_loop else "lacks its data") in found.command_problem
+    else:
+        assert found.command_problem
 
 
 def test_a_frozen_graph_needs_no_checkpoint(tmp_path):

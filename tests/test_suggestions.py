@@ -6,16 +6,14 @@ import shlex
 import pytest
 import strangers
 import tensorflow as tf
-from commands import finetune, metrics, saved_values
+from commands import finetune, flags_of, metrics, planned, saved_values
 from conftest import make_image_folder
 
 from recipes.cli import main
 from recipes.finetune import FinetuneConfig
-from recipes.network_flags import parse_feed, parse_renames
 from recipes.run_folder import read_config
 from transfer import load_meta_graph
 from transfer.inspection import inspect
-from transfer.model_plan import plan
 from transfer.preprocess import parse_size
 
 tf1 = tf.compat.v1
@@ -39,28 +37,6 @@ REFUSED = {
     "two_inputs": "metadata:0 of shape (None, 5), for which one number does not do",
     "an_operation_that_is_not_arithmetic": "PyFunc",
 }
-
-
-def flags_of(command):
-    words = shlex.split(command)
-    assert words[:2] == ["vgg-transfer", "finetune"]
-    pairs = [word.split("=", 1) if word.startswith("--rename=") else [word] for word in words[2:]]
-    words = [word for pair in pairs for word in pair]
-    return dict(zip(words[::2], words[1::2], strict=True))
-
-
-def planned(flags):
-    """What ``finetune`` begins with."""
-    rename = [flags["--rename"]] if "--rename" in flags else []
-    graph = load_meta_graph(flags["--model"], rename=parse_renames(rename))
-    return plan(
-        graph,
-        flags.get("--tap"),
-        input=flags.get("--input"),
-        feeds=dict([parse_feed(flags["--feed"])] if "--feed" in flags else []),
-        preprocess=flags.get("--preprocess"),
-        image_size=parse_size(flags["--image-size"]) if "--image-size" in flags else None,
-    )
 
 
 @pytest.mark.parametrize("name", strangers.ALL)
@@ -88,20 +64,6 @@ def test_command_trains_as_printed(tmp_path, name, capsys):
     words += ["--image-folder", str(photos), "--epochs", "1", "--out", str(run)]
     assert main(words) == 0, capsys.readouterr().err
     assert metrics(run)["train"]["epochs"] == 1
-
-
-@pytest.mark.parametrize("case", range(26))
-def test_command_for_meta_graphs_from_the_wild(shared_wild, case):
-    expected = json.loads((shared_wild / "cases.json").read_text())[case]
-    found = inspect(load_meta_graph(shared_wild / expected["case"] / expected["prefix"]))
-    if found.command is None:
-        assert found.command_problem
-    else:
-        assert expected["weights"]
-        planned(flags_of(found.command))
-    if not expected["weights"]:
-        reason = "while loop" if "while" in expected["hazard"] else "lacks its data"
-        assert reason in found.command_problem
 
 
 def test_image_size_of_flags_is_a_number_or_two():

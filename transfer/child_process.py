@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-_ROOT = Path(__file__).resolve().parents[1]
-"""The folder of the packages of this project: site-packages, or a clone."""
+_ROOT = Path(__file__).absolute().parents[1]
+"""The folder of the packages of this project, as the path of modules has it: site-packages, or a
+clone. Links in it are left as they are."""
 
 # Python puts the working folder first on the path of -m and -c, so that a file named random.py
 # there would be imported for the standard library's. -P turns that off from Python 3.11 on only.
