@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes import benchmark_report, measure, run_folder
+from recipes import benchmark_report, measure, run_data, run_folder
 from recipes.benchmark import BenchmarkConfig
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from recipes.finetune_setup import EMBEDDED_MODEL
@@ -50,6 +50,8 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
         ValueError, OSError: if the flags do not fit, or the model cannot be opened.
     """
     _check(config)
+    if config.image_folder:  # what the runs say is in their logs
+        run_data.open_and_warn(None, data_dir=None, image_folder=config.image_folder)
     graph, network = _open(config)
     size = parse_size(config.image_size) if config.image_size else graph.card.image_size
     cuts = list_cuts(network, size)

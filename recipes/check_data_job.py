@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
-from recipes import measure
+from recipes import measure, run_data
 from recipes.check_data import CheckDataConfig
 from recipes.finetune_setup import EMBEDDED_MODEL
 from transfer import Backbone, data_checks, load_meta_graph
 from transfer.data import Split, train_and_eval_splits
 from transfer.features import EXTRACTION_BATCH, Compiled, extract
-from transfer.sources import open_source, other_files
 
 
 def run(config: CheckDataConfig) -> tuple[str, bool]:
     """What was found, to print, and whether it is free of the worst."""
-    source = open_source(
-        config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
+    source = run_data.open_and_warn(
+        config.dataset, data_dir=config.data_dir, image_folder=config.image_folder
     )
     train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
     # One selection, so that each image is looked at once.
@@ -45,7 +43,8 @@ def run(config: CheckDataConfig) -> tuple[str, bool]:
         ],
     }
     if config.image_folder:
-        findings["passed_over"] = other_files(Path(config.image_folder).expanduser())
+        findings["passed_over"] = [name for name, _ in source.passed_over.files]
+        findings["empty_classes"] = source.passed_over.empty_classes
     if config.model != "none":
         readable = both.where(~found.unreadable)
         counts = np.bincount(readable.labels, minlength=len(source.class_names))
@@ -108,7 +107,7 @@ def _text(findings: dict[str, Any], show: int) -> str:
         _list("the same with another label", map(" = ".join, findings["other_label"]), show),
     ]
     if passed_over := findings.get("passed_over"):
-        parts.append(_list("files that are no images to train on", passed_over, show))
+        parts.append(_list("files passed over", passed_over, show))
     if not_judged := findings.get("not_judged"):
         parts.append(_list("too few images to judge their labels", not_judged, show))
     if "doubtful_labels" in findings:

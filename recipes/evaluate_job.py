@@ -20,7 +20,6 @@ from transfer.data import Source, Split, whole_eval_split
 from transfer.evaluation import confusion_matrix, predict, probabilities, summarize
 from transfer.features import EXTRACTION_BATCH, Compiled, stream
 from transfer.files import is_regular
-from transfer.sources import open_source
 
 CHANGES = "changes.csv"
 _CHANGES_COLUMNS = ("image", "label", "prediction", "prediction of the other")
@@ -36,6 +35,9 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     settings = run_folder.read_config(folder)
     classifier = Classifier.load(folder / run_folder.MODEL)
     split = _split(folder, config, settings)
+    unreadable: dict[str, str] = {}
+    if config.skip_unreadable:
+        (split,), unreadable = run_data.without_unreadable([split], config.skip_unreadable)
     to_logit = _class_order(split.source, classifier.labels)
     batch_size = EXTRACTION_BATCH if config.batch_size is None else config.batch_size
     if batch_size < 1:
@@ -46,6 +48,8 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
         "dataset": split.source.name,
         "splits": [name for name, _ in split.parts],
     }
+    if config.skip_unreadable:
+        figures["unreadable"] = run_data.report_unreadable(unreadable)
     figures |= metrics.measure(logits, labels, classifier.labels)
     figures |= summarize(logits, labels)
     if config.against is not None:
@@ -103,8 +107,8 @@ def _split(folder: Path, config: EvaluateConfig, settings: dict[str, Any]) -> Sp
     elif config.dataset or config.data_dir:
         ours["image_folder"] = None
         ours |= {k: v for k in ("dataset", "data_dir") if (v := getattr(config, k))}
-    source = open_source(
-        ours["dataset"] or "", data_dir=ours["data_dir"], image_folder=ours["image_folder"]
+    source = run_data.open_and_warn(
+        ours["dataset"], data_dir=ours["data_dir"], image_folder=ours["image_folder"]
     )
     if config.eval_split != "auto":
         split = source.split(config.eval_split)
@@ -132,7 +136,7 @@ def _command(folder: Path, config: EvaluateConfig) -> list[str]:
     """What evaluates the run like this again."""
     words = ["vgg-transfer", "evaluate", str(folder)]
     for name, value in vars(config).items():
-        if value not in (None, "auto") and name != "assert_accuracy_at_least":
+        if value not in (None, "auto", 0) and name != "assert_accuracy_at_least":
             words += [f"--{name.replace('_', '-')}", str(value)]
     return words
 

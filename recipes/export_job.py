@@ -30,7 +30,7 @@ from transfer.files import (
     remove_folder,
     write_names,
 )
-from transfer.images import decode
+from transfer.images import is_for_tensorflow, read_image
 from transfer.preprocess import to_channels
 
 tf1 = tf.compat.v1
@@ -77,7 +77,7 @@ def run(folder: Path, config: ExportConfig) -> tuple[dict[str, Any], Path]:
     source = run_data.open_data(folder)
     held_out = run_data.held_out(folder, source)
     others = run_data.trained_on(folder, source)
-    files = _files(run_data.some(held_out, config.num_images))
+    files = list(map(_for_tensorflow, _files(run_data.some(held_out, config.num_images))))
     job = Job(
         folder / run_folder.MODEL,
         classifier,
@@ -294,7 +294,14 @@ def _files(split: Split) -> list[bytes]:
 
 def _resized(classifier: Classifier, file: bytes) -> np.ndarray:
     preprocess = classifier.preprocess
-    return preprocess.resize(to_channels(decode(tf.constant(file)), preprocess.channels)).numpy()
+    return preprocess.resize(to_channels(read_image(file), preprocess.channels)).numpy()
+
+
+def _for_tensorflow(file: bytes) -> bytes:
+    """The same picture as a file that a SavedModel decodes."""
+    if is_for_tensorflow(file):
+        return file
+    return tf.io.encode_png(read_image(file)).numpy()
 
 
 def _in_one_batch(function: Callable[[Any], Any], pixels: np.ndarray) -> np.ndarray:

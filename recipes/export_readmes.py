@@ -32,7 +32,9 @@ print(labels[probabilities.argmax()], probabilities.max())
 _SAVED_MODEL = """\
 # {name}: a SavedModel
 
-* `serving_default` takes `image_bytes`, string `[batch]`: JPEG, PNG, GIF or BMP files;
+* `serving_default` takes `image_bytes`, string `[batch]`: JPEG, PNG, GIF or BMP files,
+  turned as their metadata say, and WebP where TensorFlow decodes it; others are refused: decode
+  them and use `pixels`;
 * `pixels` takes `pixels`, uint8 `[batch, height, width, 3]`: RGB, of any size;
 * both give `probabilities`, float32 `[batch, {num_classes}]`, and `label`, string `[batch]`;
 * `labels` takes nothing and gives `labels`, string `[{num_classes}]`, in the order of the

@@ -139,6 +139,9 @@ class FinetuneConfig:
     deterministic: bool = False
     """Use only operations that always give the same bits, where a GPU has quicker ones. On a CPU
     the same flags give the same files anyway."""
+    skip_unreadable: int = 0
+    """Leave out up to this many images that cannot be decoded, and list them: all images are
+    decoded once before the run. By default, one such image ends the run."""
     seed: int = 0
     """Seed of the head, the order, the few shots and the augmentation."""
     out: Path | None = None

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from recipes import measure, run_folder
+from recipes import measure, run_data, run_folder
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from recipes.finetune_stages import Stage, asked_for, resolve, rms
 from recipes.network_flags import (
@@ -25,14 +25,13 @@ from recipes.network_flags import (
 )
 from transfer import Backbone, Classifier, Head, MetaGraph, data_checks, load_meta_graph
 from transfer.backbone import GraphLayer
-from transfer.data import Split, few_shot, train_and_eval_splits
+from transfer.data import Split, UnreadableImageError, few_shot, train_and_eval_splits
 from transfer.distribution import Replicas
 from transfer.exports.meta_graph import check_savable
 from transfer.files import write_names
 from transfer.head import average_over_space
 from transfer.model_plan import plan
 from transfer.preprocess import Preprocess, parse_size, show_size
-from transfer.sources import open_source
 from transfer.surgery import is_seeded
 
 EMBEDDED_MODEL = str(files("pretrained") / "vgg_small")
@@ -46,7 +45,7 @@ FIRST_LOGITS = 0.1
 @dataclass(frozen=True)
 class Job:
     """What to train on what; ``config`` has nothing left to default. ``images`` tells those that
-    are trained and evaluated on from all others."""
+    are trained and evaluated on from all others, ``unreadable`` says of those left out, why."""
 
     config: FinetuneConfig
     out: Path
@@ -56,6 +55,7 @@ class Job:
     train: Split
     held_out: Split
     images: dict[str, Any]
+    unreadable: dict[str, str]
     replicas: Replicas
 
     @property
@@ -80,7 +80,7 @@ def prepare(config: FinetuneConfig, replicas: Replicas | None = None) -> Job:
         EMBEDDED_MODEL if config.model == EMBEDDED else config.model,
         rename=parse_renames(config.rename),
     )
-    train, held_out = _splits(config)
+    train, held_out, unreadable = _splits(config)
     images = _look_at(train, held_out)
     config = replace(config, batch_size=config.batch_size or min(DEFAULT_BATCH, len(train)))
     classifier, features, config = _classifier(config, graph, train, replicas)
@@ -90,7 +90,9 @@ def prepare(config: FinetuneConfig, replicas: Replicas | None = None) -> Job:
     out = config.out or run_folder.default_out(train.source.name, config.freeze_until)
     out = Path(replicas.from_chief(str(out.resolve())))
     config = replace(config, out=out)
-    return Job(config, out, graph, classifier, stages, train, held_out, images, replicas)
+    return Job(
+        config, out, graph, classifier, stages, train, held_out, images, unreadable, replicas
+    )
 
 
 def write_down(job: Job) -> None:
@@ -134,6 +136,7 @@ def _check(config: FinetuneConfig, replicas: Replicas) -> None:
         "batch size": (config.batch_size, 1),
         "shots per class": (config.shots_per_class, 1),
         "early stopping": (config.early_stopping, 1),
+        "skip unreadable": (config.skip_unreadable, 0),
         "accumulate": (config.accumulate, 1),
         "max to keep": (config.max_to_keep, 0),
         "learning rate": (config.learning_rate, 0),
@@ -191,11 +194,17 @@ def _check_lbfgs(config: FinetuneConfig) -> None:
         raise ValueError(f"--solver lbfgs has no use for {', '.join(given)}; leave out one of them")
 
 
-def _splits(config: FinetuneConfig) -> tuple[Split, Split]:
-    source = open_source(
-        config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
+def _splits(config: FinetuneConfig) -> tuple[Split, Split, dict[str, str]]:
+    """To train and to evaluate on; and what is left out of both, with the reasons."""
+    source = run_data.open_and_warn(
+        config.dataset, data_dir=config.data_dir, image_folder=config.image_folder
     )
     train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
+    unreadable: dict[str, str] = {}
+    if config.skip_unreadable:
+        (train, held_out), unreadable = run_data.without_unreadable(
+            (train, held_out), config.skip_unreadable
+        )
     if config.shots_per_class is not None:
         train = few_shot(train, config.shots_per_class, config.seed)
     if config.batch_size is not None and config.batch_size > len(train):
@@ -203,7 +212,7 @@ def _splits(config: FinetuneConfig) -> tuple[Split, Split]:
             f"batch size {config.batch_size} does not fit {len(train)} training images; "
             f"choose 1 to {len(train)}"
         )
-    return train, held_out
+    return train, held_out, unreadable
 
 
 def _look_at(train: Split, held_out: Split) -> dict[str, Any]:
@@ -212,7 +221,10 @@ def _look_at(train: Split, held_out: Split) -> dict[str, Any]:
     lines = data_checks.describe_balance(train.source.class_names, train.labels, held_out.labels)
     splits = {"training": train, "held_out": held_out}
     if len(train) + len(held_out) <= FILES_READ_TWICE:
-        marks = {what: data_checks.digests(split) for what, split in splits.items()}
+        unreadable: dict[str, str] = {}
+        marks = {what: data_checks.digests(split, unreadable) for what, split in splits.items()}
+        if unreadable:
+            raise UnreadableImageError(unreadable)
         if shared := {*marks["training"]} & {*marks["held_out"]}:
             lines.append(
                 f"{len(shared)} images are both trained and evaluated on, under two names, so that "

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from matplotlib.figure import Figure
 
-from recipes import measure, run_folder
+from recipes import measure, run_data, run_folder
 from recipes.finetune import FinetuneConfig, cut_of
 from recipes.finetune_inputs import Inputs
 from recipes.finetune_setup import Job, prepare
@@ -35,8 +35,9 @@ def run(config: FinetuneConfig, *, lowest: float, highest: float, steps: int) ->
         raise ValueError("lr-find tries one cut; leave out --schedule, --solver and --resume")
     keras.utils.set_random_seed(config.seed)
     out = config.out or run_folder.default_out("lr-find")
-    job = prepare(replace(config, out=out, lr_schedule="constant", learning_rate=1.0))
-    with run_folder.opened(job.config):
+    with run_data.skip_suggested():
+        job = prepare(replace(config, out=out, lr_schedule="constant", learning_rate=1.0))
+    with run_folder.opened(job.config), run_data.skip_suggested():
         found = _trial(job, lowest=lowest, highest=highest, steps=steps)
         _write_table(job.out / "lr_find.csv", found)
         with replacing(job.out / "lr_find.png") as path:

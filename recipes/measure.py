@@ -115,11 +115,11 @@ def describe_accuracy(figures: dict, what: str) -> str:
     )
 
 
-def progress(batches: Iterable, what: str) -> Iterable:
+def progress(batches: Iterable, what: str, unit: str = "batch") -> Iterable:
     """The same batches, with a progress bar on standard error."""
     from tqdm import tqdm
 
-    return tqdm(batches, desc=what, unit="batch", file=sys.stderr, mininterval=1.0, leave=False)
+    return tqdm(batches, desc=what, unit=unit, file=sys.stderr, mininterval=1.0, leave=False)
 
 
 def download_bar(what: str, done: int, total: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from recipes import interruption, measure, run_folder
+from recipes import interruption, measure, run_data, run_folder
 from recipes.interruption import Signals
 from recipes.pretrain import PretrainConfig
 from transfer import Backbone, Card, Preprocess, load_meta_graph, pretraining, save_meta_graph, vgg
@@ -21,7 +21,6 @@ from transfer.features import Compiled
 from transfer.files import write_names
 from transfer.preprocess import for_card
 from transfer.run_checkpoint import RunCheckpoint
-from transfer.sources import open_source
 from transfer.training import ParameterGroup, Trainer, epoch_seed
 
 CHECKPOINT_S = 600.0
@@ -44,7 +43,7 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
         run_folder.check(config.out, resume=config.resume)
     keras.utils.set_random_seed(config.seed)
     architecture = vgg.ARCHITECTURES[config.arch]
-    source = open_source(
+    source = run_data.open_and_warn(
         "" if config.image_folder else config.dataset,
         data_dir=config.data_dir,
         image_folder=config.image_folder,

@@ -2,14 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from recipes import run_folder
-from transfer.data import Source, Split, train_and_eval_splits
+from recipes import measure, run_folder
+from transfer.data import (
+    Source,
+    Split,
+    UnreadableImageError,
+    find_unreadable,
+    train_and_eval_splits,
+)
 from transfer.files import read_names
 from transfer.sources import open_source
+
+
+def open_and_warn(dataset: str | None, *, data_dir: str | None, image_folder: str | None) -> Source:
+    """``open_source``, with a warning of the files of a folder that are passed over."""
+    source = open_source(dataset or "", data_dir=data_dir, image_folder=image_folder)
+    for line in source.passed_over.describe():
+        print(f"warning: {line}", file=sys.stderr)
+    return source
 
 
 def open_data(folder: Path) -> Source:
@@ -55,7 +74,10 @@ def trained_on(folder: Path, source: Source) -> Split:
     """The images that the run took its training images from."""
     settings = run_folder.read_config(folder)
     train, _ = train_and_eval_splits(source, settings["train_split"], settings["eval_split"])
-    return train.without(held_out(folder, source))
+    rest = train.without(held_out(folder, source))
+    metrics = json.loads((folder / run_folder.METRICS).read_text(encoding="utf-8"))
+    left_out = set(metrics.get("unreadable", {}).get("names", ()))
+    return rest.where(np.array([name not in left_out for name in rest.names], bool))
 
 
 def is_of_run(folder: Path, source: Source) -> bool:
@@ -72,6 +94,41 @@ def is_of_run(folder: Path, source: Source) -> bool:
 def num_not_held_out(folder: Path, split: Split) -> int:
     """How many images of a split of the run's own data it may have been trained on."""
     return len({*split.names} - {*read_names(folder / run_folder.HELD_OUT)})
+
+
+def without_unreadable(splits: Sequence[Split], limit: int) -> tuple[list[Split], dict[str, str]]:
+    """Splits without the images that cannot be decoded, and these with the reasons; all images are
+    decoded once.
+
+    Raises:
+        UnreadableImageError: if there are more than ``limit``.
+    """
+    unreadable: dict[str, str] = {}
+    for split in splits:
+        unreadable |= find_unreadable(split, lambda it: measure.progress(it, "check", "image"))
+    if len(unreadable) > limit:
+        raise UnreadableImageError(unreadable)
+    kept = [split.where(np.array([n not in unreadable for n in split.names])) for split in splits]
+    if not all(map(len, kept)):
+        raise ValueError("no image is left of a split without those that cannot be decoded")
+    return kept, unreadable
+
+
+@contextlib.contextmanager
+def skip_suggested() -> Iterator[None]:
+    """Errors about images that cannot be decoded name the flag that leaves these out."""
+    try:
+        yield
+    except UnreadableImageError as error:
+        raise ValueError(f"{error}, or leave them out with --skip-unreadable N") from error
+
+
+def report_unreadable(unreadable: Mapping[str, str]) -> dict[str, Any]:
+    """List the images that were left out, on standard error; returns what ``metrics.json`` says of
+    them."""
+    for name, reason in unreadable.items():
+        print(f"warning: {name} was left out: {reason}", file=sys.stderr)
+    return {"count": len(unreadable), "names": list(unreadable)}
 
 
 def some(split: Split, count: int) -> Split:

@@ -52,11 +52,11 @@ def test_rare_classes_flat_images_and_other_files(image_folder, capsys):
     (image_folder / "001").mkdir()
     (image_folder / "red" / "00.jpg").rename(image_folder / "001" / "00.jpg")
     (image_folder / "red" / "notes.txt").write_text("")
-    (image_folder / "red" / "photo.webp").write_bytes(b"")
+    (image_folder / "red" / "photo.heic").write_bytes(b"")
     status, out = check(image_folder, capsys)
     assert status == 0
     assert "too few images to judge their labels: 1\n  001" in out
-    assert "files that are no images to train on: 2\n  red/notes.txt\n  red/photo.webp" in out
+    assert "files passed over: 2\n  red/notes.txt\n  red/photo.heic" in out
     for number, path in enumerate(image_folder.glob("*/*.*g")):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
     status, out = check(image_folder, capsys)

@@ -6,6 +6,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from transfer import data
+from transfer.images import read_image
 from transfer.preprocess import Preprocess
 from transfer.sources import open_source
 
@@ -113,10 +114,26 @@ def test_unreadable_images_are_named(image_folder):
     whole = (image_folder / "red" / "02.jpg").read_bytes()
     (image_folder / "red" / "02.jpg").write_bytes(whole[: len(whole) // 3])
     split = open_source(image_folder=str(image_folder)).split("train")
-    with pytest.raises(ValueError, match="2 of 24 images cannot be decoded: ") as error:
-        list(split.batches(PREPROCESS, 4))
-    assert "red/00.jpg" in str(error.value)
-    assert "red/02.jpg" in str(error.value)
+    batches = split.batches(PREPROCESS, 24, shuffle_seed=1)
+    with pytest.raises(data.UnreadableImageError, match="2 images cannot be decoded: ") as error:
+        list(batches)
+    assert error.value.reasons.keys() == {"red/00.jpg", "red/02.jpg"}
+    assert "it is no image: it begins with b'not a pi'" in str(error.value)
+    assert data.find_unreadable(split) == error.value.reasons
+
+
+def test_only_the_batch_with_an_unreadable_image_is_read_again(image_folder, monkeypatch):
+    broken = image_folder / "red" / "00.jpg"
+    broken.write_bytes(broken.read_bytes()[:400])
+    split = open_source(image_folder=str(image_folder)).split("train")
+    read = []
+    monkeypatch.setattr(data, "read_image", lambda file: read.append(file) or read_image(file))
+    seen = 0
+    with pytest.raises(data.UnreadableImageError, match="1 image cannot be decoded: 'red/00.jpg'"):
+        for _ in split.batches(PREPROCESS, 5, shuffle_seed=3, first_batch=1):
+            seen += 1
+    assert len(read) == min(5, 24 - 5 * (seen + 1))
+    assert broken.read_bytes() in read
 
 
 def test_images_that_come_later_leave_the_held_out_ones_as_they_are(image_folder):

@@ -12,8 +12,9 @@ import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,14 @@ import tensorflow_datasets as tfds
 
 from transfer.augment import random_view
 from transfer.distribution import NO_LABEL, pieces_of_batches
-from transfer.images import decode
+from transfer.image_files import PassedOver
+from transfer.images import decode, read_image, reason
 from transfer.preprocess import Preprocess
 
 HELD_OUT_SHARE = 0.2  # of a dataset that comes with nothing but a training split
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "val", "valid", "dev", "test", "testing")
+_READERS = 4  # threads; decoding lets go of Python's lock
 _AUTO = "auto"
 
 
@@ -47,6 +50,7 @@ class Source:
         ids: split's name to what tells its examples from all others, bytes ``[16]`` each, in that
             order: another id where an image has changed. What is computed of an image is kept
             under it.
+        passed_over: the files of a folder that are not among the examples.
 
     Raises:
         ValueError: if there are fewer than two classes.
@@ -59,6 +63,7 @@ class Source:
     labels: Callable[[str], np.ndarray]
     names: Callable[[str], list[str]]
     ids: Callable[[str], list[bytes]]
+    passed_over: PassedOver = field(default_factory=PassedOver)
 
     def __post_init__(self) -> None:
         if len(self.class_names) < 2:
@@ -218,16 +223,21 @@ class Batches:
 
     def dataset(self) -> tf.data.Dataset:
         """The same as a ``tf.data.Dataset``; unreadable images raise TensorFlow's own errors."""
-        order = np.arange(len(self.split))
-        if self.shuffle_seed is not None:
-            order = shuffled(len(self.split), self.shuffle_seed)
-        examples, rows = self._of_piece(order[self.first_batch * self.batch_size :])
+        examples, rows = self._examples()
         return (
             examples.map(self._to_pair, num_parallel_calls=tf.data.AUTOTUNE)
             .batch(rows)
             .apply(tf.data.experimental.assert_cardinality(len(self)))
             .prefetch(tf.data.AUTOTUNE)
         )
+
+    def _examples(self) -> tuple[tf.data.Dataset, int]:
+        """The examples of this process from the first batch on, still encoded, and how many a
+        batch has of them."""
+        order = np.arange(len(self.split))
+        if self.shuffle_seed is not None:
+            order = shuffled(len(self.split), self.shuffle_seed)
+        return self._of_piece(order[self.first_batch * self.batch_size :])
 
     def _of_piece(self, order: np.ndarray) -> tuple[tf.data.Dataset, int]:
         """Of the examples at these positions, those of this process, and how many of them a batch
@@ -254,18 +264,41 @@ class Batches:
         return self.preprocess(image), example["label"]
 
     def __iter__(self) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
+        """Raises:
+        UnreadableImageError: names the images of a batch that cannot be read."""
+        done = 0
         try:
-            yield from self.dataset()
-        except tf.errors.InvalidArgumentError as error:
-            unreadable = find_unreadable(self.split)
+            for pair in self.dataset():
+                yield pair
+                done += 1
+        except tf.errors.OpError as error:
+            unreadable = self._unreadable(done)
             if not unreadable:
                 raise
-            more = f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
-            raise ValueError(
-                f"{len(unreadable)} of {len(self.split)} images cannot be decoded: "
-                f"{', '.join(unreadable[:5])}{more}; repair or remove them "
-                "(expected JPEG, PNG, GIF or BMP)"
-            ) from error
+            raise UnreadableImageError(unreadable) from error
+
+    def _unreadable(self, number: int) -> dict[str, str]:
+        """The images of a batch, by its number, that cannot be read, with the reasons."""
+        batches = replace(self, first_batch=self.first_batch + number)
+        examples, rows = batches._examples()
+        examples = examples.take(rows).as_numpy_iterator()
+        try:
+            return dict(filter(None, map(_look, examples)))
+        except tf.errors.OpError as error:  # a file is gone, a shard is damaged
+            raise ValueError(f"an image cannot be read ({reason(error)})") from error
+
+
+class UnreadableImageError(ValueError):
+    """Images that cannot be decoded: ``reasons`` by name."""
+
+    def __init__(self, reasons: Mapping[str, str]):
+        self.reasons = dict(reasons)
+        shown = [f"{name!r} ({reason})" for name, reason in itertools.islice(reasons.items(), 5)]
+        more = f" and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+        images = "1 image" if len(reasons) == 1 else f"{len(reasons)} images"
+        super().__init__(
+            f"{images} cannot be decoded: {', '.join(shown)}{more}; repair or remove them"
+        )
 
 
 def shuffled(num_examples: int, seed: int) -> np.ndarray:
@@ -275,15 +308,25 @@ def shuffled(num_examples: int, seed: int) -> np.ndarray:
     return positions.batch(num_examples).get_single_element().numpy()
 
 
-def find_unreadable(split: Split) -> list[str]:
-    """Names of the images of a split that do not decode."""
-    unreadable = []
-    for example in split.encoded():
-        try:
-            decode(example["image"])
-        except tf.errors.InvalidArgumentError:
-            unreadable.append(os.fsdecode(example["name"].numpy()))
+def find_unreadable(
+    split: Split, progress: Callable[[Iterable], Iterable] = iter
+) -> dict[str, str]:
+    """Decode every image once, on several threads: those that cannot be read, with the reasons."""
+    examples = iter(progress(split.encoded().prefetch(_READERS).as_numpy_iterator()))
+    unreadable: dict[str, str] = {}
+    with ThreadPoolExecutor(_READERS) as pool:
+        while chunk := list(itertools.islice(examples, 8 * _READERS)):
+            unreadable.update(filter(None, pool.map(_look, chunk)))
     return unreadable
+
+
+def _look(example: dict) -> tuple[str, str] | None:
+    """The name of an image that cannot be read, and the reason."""
+    try:
+        read_image(example["image"])
+    except ValueError as error:
+        return os.fsdecode(example["name"]), str(error)
+    return None
 
 
 def train_and_eval_splits(

@@ -4,6 +4,7 @@ look right, classes that are missing or rare."""
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ import tensorflow as tf
 from sklearn.model_selection import StratifiedKFold
 
 from transfer.data import Split
-from transfer.images import decode
+from transfer.images import decode, why_unreadable
 from transfer.linear import GRID, fit_logistic_regression
 
 FOLDS = 5
@@ -68,10 +69,20 @@ def look(split: Split, progress: Callable[[Iterable], Iterable] = iter) -> Look:
     return Look(digests, thumbnails, unreadable)
 
 
-def digests(split: Split) -> list[bytes]:
-    """SHA-256 of each file; nothing is decoded."""
-    files = split.encoded().map(lambda example: example["image"]).as_numpy_iterator()
-    return [hashlib.sha256(file).digest() for file in files]
+def digests(split: Split, unreadable: dict[str, str] | None = None) -> list[bytes]:
+    """SHA-256 of each file; nothing is decoded.
+
+    Args:
+        split: the images.
+        unreadable: where given, files that are empty, cut short or not images are added to it by
+            name, with the reason.
+    """
+    found = []
+    for example in split.encoded().as_numpy_iterator():
+        found.append(hashlib.sha256(example["image"]).digest())
+        if unreadable is not None and (reason := why_unreadable(example["image"])):
+            unreadable[os.fsdecode(example["name"])] = reason
+    return found
 
 
 def identical(digests: Sequence[bytes]) -> list[list[int]]:

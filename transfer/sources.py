@@ -15,10 +15,11 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from transfer import image_files
 from transfer.data import EVAL_SPLITS, TRAIN_SPLITS, Source
+from transfer.image_files import PassedOver, class_folders
+from transfer.images import suffixes
 from transfer.records import Records, open_records
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
 
 
 def open_source(
@@ -63,18 +64,17 @@ def _open_image_folder(folder: Path) -> Source:
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {str(folder)!r} does not exist")
     folder = folder.resolve()
-    splits = [child for child in _folders(folder) if child.name in TRAIN_SPLITS + EVAL_SPLITS]
-    splits = [child for child in splits if any(_images(c) for c in _folders(child))] or [folder]
-    by_class = {
-        split: {child.name: images for child in _folders(split) if (images := _images(child))}
-        for split in splits
-    }
+    passed_over = PassedOver()
+    splits, by_class = _split_folders(folder, passed_over)
     class_names = sorted({name for classes in by_class.values() for name in classes})
-    if not class_names:
-        raise ValueError(
-            f"image folder {str(folder)!r} has no images; expected one folder per class with "
-            f"{', '.join(IMAGE_SUFFIXES)} files: class/image.jpg, or train/class/image.jpg"
-        )
+    passed_over.empty_classes = sorted(
+        {child.name for split in splits for child in class_folders(split)} - {*class_names}
+    )
+    passed_over.files = [
+        (os.path.relpath(name, folder), reason) for name, reason in passed_over.files
+    ]
+    if len(class_names) < 2:
+        raise ValueError(_too_few_classes(folder, class_names, passed_over))
     files = {
         "train" if split == folder else split.name: [
             (path, class_names.index(name)) for name, paths in classes.items() for path in paths
@@ -115,7 +115,7 @@ def _open_image_folder(folder: Path) -> Source:
         return [_digest(str(path), *_state_of(path)) for path, _ in files[split_name]]
 
     sizes = {name: len(found) for name, found in files.items()}
-    return Source(folder.name, class_names, sizes, examples, labels, names, ids)
+    return Source(folder.name, class_names, sizes, examples, labels, names, ids, passed_over)
 
 
 def _state_of(path: Path) -> tuple[int, ...]:
@@ -128,40 +128,70 @@ def _digest(*words: object) -> bytes:
     return hashlib.blake2b(repr(words).encode(), digest_size=16).digest()
 
 
-def _folders(folder: Path) -> list[Path]:
-    """The folders in a folder, but for hidden ones and the litter of macOS."""
-    return sorted(
-        child
-        for child in folder.iterdir()
-        if child.is_dir() and not child.name.startswith(".") and child.name != "__MACOSX"
-    )
+def _split_folders(
+    folder: Path, passed_over: PassedOver
+) -> tuple[list[Path], dict[Path, dict[str, list[Path]]]]:
+    """The folders of the splits, or the folder itself where there are none; of each, the images by
+    class."""
+    children = class_folders(folder)
+    splits = [child for child in children if child.name in TRAIN_SPLITS + EVAL_SPLITS]
+    splits = [child for child in splits if any(map(_has_images, class_folders(child)))] or [folder]
+    by_class = {
+        split: {
+            child.name: images
+            for child in class_folders(split)
+            if (images := _images(child, passed_over))
+        }
+        for split in splits
+    }
+    for split in {*splits, folder}:
+        image_files.outside_classes(split, passed_over)
+    if splits != [folder]:
+        beside = (
+            path for c in children if c not in splits for path in image_files.find(c, PassedOver())
+        )
+        passed_over.files += [(str(path), "outside the split folders") for path in beside]
+    return splits, by_class
 
 
-def _images(folder: Path) -> list[Path]:
-    """The images in a folder and below, by their suffix, shuffled the same way each time.
+def _has_images(folder: Path) -> bool:
+    return any(True for _ in image_files.find(folder, PassedOver()))
+
+
+def _images(folder: Path, passed_over: PassedOver) -> list[Path]:
+    """The images in a folder and below, shuffled the same way each time.
 
     Not in the order of their names: neighbours there are often alike (frames of a film).
+
+    Raises:
+        ValueError: if one is a pipe or a device, whose reading may never end, or too large.
     """
-    images = [
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    ]
+    images = []
+    for path in image_files.find(folder, passed_over):
+        try:
+            image_files.check(path)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and not path.is_dir():
+                raise ValueError(f"image {str(path)!r} cannot be read: {error}") from None
+            # Links to nothing, and folders that cannot be listed, hold no image.
+            reason = "a folder that cannot be listed" if path.is_dir() else "a link to nothing"
+            passed_over.files.append((str(path), reason))
+            passed_over.num_images -= not path.is_dir()
+            continue
+        images.append(path)
     return sorted(images, key=lambda path: hashlib.sha256(os.fsencode(path.name)).digest())
 
 
-def other_files(folder: Path) -> list[str]:
-    """Files below a folder of images that are passed over, by their names: of kinds that TensorFlow
-    does not decode, or no images at all. Those in the folder itself are nobody's images."""
-    others = [
-        path.relative_to(folder)
-        for path in folder.rglob("*")
-        if path.suffix.lower() not in IMAGE_SUFFIXES and path.parent != folder and path.is_file()
-    ]
-    return sorted(
-        str(path) for path in others if not any(part.startswith(".") for part in path.parts)
+def _too_few_classes(folder: Path, class_names: list[str], passed_over: PassedOver) -> str:
+    reasons = "".join(f"; {line}" for line in passed_over.describe())
+    if class_names:
+        return (
+            f"image folder {str(folder)!r} has 1 class {class_names}; a classifier needs at least "
+            f"2{reasons}"
+        )
+    return (
+        f"image folder {str(folder)!r} has no images{reasons}; expected one folder per class with "
+        f"{', '.join(sorted(suffixes()))} files: class/image.jpg, or train/class/image.jpg"
     )
 
 
