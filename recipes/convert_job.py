@@ -6,9 +6,9 @@ import glob
 from importlib.resources import files
 from pathlib import Path
 
-from recipes import run_folder
 from recipes.convert import ConvertConfig
 from transfer import Card, checkpoint, save_meta_graph, vgg
+from transfer.files import read_names, write_names
 from transfer.preprocess import CONVENTIONS
 from transfer.published import containers, layouts
 from transfer.published.layouts import Published
@@ -48,7 +48,7 @@ def save(found: Published, config: ConvertConfig, names: list[str], source: str)
     has_top = found.num_classes is not None
     labels = prefix.with_name(f"{prefix.name}.labels.txt")
     if names:
-        run_folder.write_text(labels, "".join(f"{name}\n" for name in names))
+        write_names(labels, names)
     card = Card(
         input="images:0",
         tap="fc7:0" if has_top else f"pool{len(found.architecture.blocks)}:0",
@@ -101,7 +101,7 @@ def file_digest(path: Path) -> str:
 
 def _class_names(config: ConvertConfig, found: Published) -> list[str]:
     if config.labels is not None:
-        names = config.labels.read_text(encoding="utf-8").splitlines()
+        names = read_names(config.labels)
         if len(names) != found.num_classes:
             raise ValueError(
                 f"{str(config.labels)!r} has {len(names)} names; the model has {found.num_classes} "

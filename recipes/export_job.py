@@ -21,6 +21,7 @@ from recipes.export import ExportConfig
 from transfer import Card, Classifier
 from transfer.data import Split
 from transfer.exports import meta_graph, onnx, saved_model, tflite
+from transfer.files import write_names
 from transfer.images import decode
 from transfer.preprocess import to_channels
 
@@ -252,8 +253,7 @@ _FORMATS: dict[str, Callable[[Job, Path], Exported]] = {
 
 
 def _write_labels(job: Job, folder: Path) -> None:
-    lines = "".join(f"{name}\n" for name in job.classifier.labels)
-    run_folder.write_text(folder / run_folder.LABELS, lines)
+    write_names(folder / run_folder.LABELS, job.classifier.labels)
 
 
 def _files(split: Split) -> list[bytes]:

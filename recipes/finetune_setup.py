@@ -20,6 +20,7 @@ from recipes.network_flags import parse_feed, report, warn_if_prepared_twice
 from transfer import Backbone, Classifier, Head, MetaGraph, data_checks, load_meta_graph
 from transfer.data import Split, few_shot, train_and_eval_splits
 from transfer.distribution import Replicas
+from transfer.files import write_names
 from transfer.head import average_over_space
 from transfer.preprocess import Preprocess
 from transfer.sources import open_source
@@ -104,7 +105,7 @@ def write_down(job: Job) -> None:
                 f"it began (see {path.name}); start anew, with another --out"
             )
         return
-    run_folder.write_text(out / run_folder.HELD_OUT, "".join(f"{n}\n" for n in job.held_out.names))
+    write_names(out / run_folder.HELD_OUT, job.held_out.names)
     run_folder.write_json(path, provenance)
 
 

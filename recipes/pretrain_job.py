@@ -18,6 +18,7 @@ from transfer.card import write_card
 from transfer.data import Split, train_and_eval_splits
 from transfer.evaluation import predict, summarize
 from transfer.features import Compiled
+from transfer.files import write_names
 from transfer.run_checkpoint import RunCheckpoint
 from transfer.sources import open_source
 from transfer.training import ParameterGroup, Trainer, epoch_seed
@@ -75,7 +76,7 @@ def _train_and_save(
     num_epochs = config.epochs + config.fc_epochs
     prefix = out / config.arch
     labels = out / f"{config.arch}.labels.txt"
-    run_folder.write_text(labels, "".join(f"{name}\n" for name in class_names))
+    write_names(labels, class_names)
     card = Card(
         input="images:0",
         tap="fc7:0",

@@ -8,6 +8,7 @@ import numpy as np
 
 from recipes import run_folder
 from transfer.data import Source, Split, train_and_eval_splits
+from transfer.files import read_names
 from transfer.sources import open_source
 
 
@@ -29,10 +30,12 @@ def held_out(folder: Path, source: Source) -> Split:
     """The images whose names the run wrote down, whatever has come or gone since.
 
     Raises:
-        ValueError: if some are gone.
+        ValueError: if some are gone, or their list cannot be read.
     """
-    text = (folder / run_folder.HELD_OUT).read_text(encoding="utf-8")
-    names = set(text.removesuffix("\n").split("\n"))
+    path = folder / run_folder.HELD_OUT
+    names = set(read_names(path))
+    if not names:
+        raise ValueError(f"{str(path)!r} names no images; name a split or a dataset to evaluate on")
     # Not by a split expression, which checks all labels: those of a test split may be unknown.
     positions = {
         part: np.flatnonzero([name in names for name in source.names(part)])
@@ -68,8 +71,7 @@ def is_of_run(folder: Path, source: Source) -> bool:
 
 def num_not_held_out(folder: Path, split: Split) -> int:
     """How many images of a split of the run's own data it may have been trained on."""
-    text = (folder / run_folder.HELD_OUT).read_text(encoding="utf-8")
-    return len({*split.names} - {*text.splitlines()})
+    return len({*split.names} - {*read_names(folder / run_folder.HELD_OUT)})
 
 
 def some(split: Split, count: int) -> Split:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transfer.files import write_text
+from transfer.files import read_text, write_text
 
 MAX_BYTES = 2**20
 
@@ -62,10 +62,8 @@ def read_card(path: Path) -> Card:
     Raises:
         ValueError: if the file is not a card.
     """
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{str(path)!r} is not a card: it has over {MAX_BYTES:,} bytes")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path, MAX_BYTES))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a card: {error}") from error
     if not isinstance(values, dict):

@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from transfer.backbone import Backbone
+from transfer.files import read_names
 from transfer.metagraph import load_meta_graph
 from transfer.preprocess import Preprocess
 
@@ -124,9 +125,7 @@ class Classifier(keras.Model):
                 f"the card of {str(graph.prefix)!r} has its labels in {card.labels!r}; "
                 "expected a file beside the card"
             )
-        # Not splitlines: that also breaks lines at characters that a class name may have.
-        text = (graph.prefix.parent / card.labels).read_text(encoding="utf-8")
-        labels = text.removesuffix("\n").split("\n")
+        labels = read_names(graph.prefix.parent / card.labels)
         network = Backbone(graph, card.outputs["logits"], pooling=None, name="network")
         backbone, head = network.split(card.tap)
         classifier = cls(backbone, head, graph.preprocess(card.input), labels)

@@ -12,7 +12,7 @@ import tensorflow as tf
 from transfer.backbone import Backbone, GraphLayer, as_input
 from transfer.card import Card
 from transfer.classifier import Classifier
-from transfer.files import write_text
+from transfer.files import write_names
 from transfer.head import Head, build_head
 from transfer.metagraph import load_meta_graph
 from transfer.preprocess import Preprocess
@@ -47,7 +47,7 @@ def save_classifier(classifier: Classifier, prefix: str | Path, card: Card, **op
     graph, tensors, values = _to_graph(classifier)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     labels = prefix.with_name("labels.txt")
-    write_text(labels, "".join(f"{name}\n" for name in classifier.labels))
+    write_names(labels, classifier.labels)
     card = replace(
         card,
         input=tensors["input"],
