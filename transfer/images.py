@@ -62,7 +62,6 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 _JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL ")  # which some versions of TensorFlow decode
 _BY_PILLOW = 0
 _STRIP = 512  # rows
-_TAIL_BYTES = 1024  # in which a whole file has its end; what a camera adds may come after
 _opening = threading.Lock()
 
 
@@ -123,32 +122,6 @@ def read_image(data: bytes) -> np.ndarray:
         return np.asarray(memoryview(decode_eagerly(tf.constant(data), tf.constant(code))))
     except tf.errors.OpError as error:
         raise ValueError(f"it cannot be decoded ({reason(error)})") from error
-
-
-def why_unreadable(data: bytes) -> str | None:
-    """Why a file cannot be read, by a look at its two ends: damage in the middle goes unseen, and
-    of kinds other than JPEG, PNG, GIF and WebP only the head is looked at. ``None`` where these
-    are as they should be."""
-    if not data:
-        return "it is empty"
-    tail = data[-_TAIL_BYTES:]
-    if data.startswith(b"\xff\xd8\xff"):
-        is_whole = b"\xff\xd9" in tail
-    elif data.startswith(b"\x89PNG"):
-        is_whole = b"IEND" in tail
-    elif data.startswith(b"GIF8"):
-        is_whole = b";" in tail[-16:]
-    elif data.startswith(b"RIFF"):
-        is_whole = len(data) >= 8 + int.from_bytes(data[4:8], "little")
-    else:
-        is_whole = num_pixels(io.BytesIO(data)) > 0
-    if is_whole:
-        return None
-    try:  # some programs leave out the end, and some readers do without
-        read_image(data)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def is_for_tensorflow(data: bytes) -> bool:
