@@ -1,12 +1,16 @@
 import hashlib
+import itertools
+import os
 import shutil
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from transfer import data
+from transfer.features import Activations
 from transfer.images import read_image
 from transfer.preprocess import Preprocess
 from transfer.sources import open_source
@@ -364,3 +368,138 @@ def test_copies_of_photos_are_not_held_out_of_their_originals(shared_tfds, tmp_p
     _, held_out = automatic_sides(tmp_path)
     assert not [pair for pair in pairs if (pair[0] in held_out) != (pair[1] in held_out)]
     assert 55 <= len(held_out) <= 80
+
+
+class Numbered:
+    """A source whose images are their positions, sorted by class; ``reads`` are those read, if it
+    is watched."""
+
+    def __init__(self, watched=False, **sizes):
+        self.watched, self.reads = watched, []
+        self.labels_of = {part: np.arange(size) // 100 for part, size in sizes.items()}
+        classes = [str(number) for number in range(max(sizes.values()) // 100 + 2)]
+        self.source = data.Source(
+            "numbered", classes, sizes, self.examples, self.labels, self.names, self.names
+        )
+
+    def labels(self, part):
+        return self.labels_of[part]
+
+    def names(self, part):
+        return [f"{part}/{number}" for number in range(len(self.labels_of[part]))]
+
+    def examples(self, part, positions):
+        def watch():
+            for position in positions.tolist():
+                self.reads.append(position)
+                yield position
+
+        dataset = tf.data.Dataset.from_tensor_slices(positions)
+        if self.watched:
+            dataset = dataset.from_generator(watch, output_signature=dataset.element_spec)
+        return dataset.map(
+            lambda position: {
+                "image": position,
+                "label": position // 100,
+                "name": tf.strings.join([f"{part}/", tf.strings.as_string(position)]),
+            }
+        )
+
+
+def as_it_is(image):
+    return image
+
+
+@pytest.fixture
+def undecoded(monkeypatch):
+    """Batches of what the images of a ``Numbered`` are: ``(positions, labels)``."""
+    monkeypatch.setattr(data, "decode", as_it_is)
+
+    def batches(split, batch_size=100, **options):
+        shown = split.batches(as_it_is, batch_size, **options)
+        return [(images.numpy(), labels.numpy()) for images, labels in shown]
+
+    return batches
+
+
+@pytest.mark.parametrize("size", [2, 100, 16_384, 40_000])
+def test_order_is_a_permutation_of_any_number_of_images(undecoded, size):
+    split = Numbered(train=size).source.split("train")
+    batches = undecoded(split, shuffle_seed=7)
+    order = np.concatenate([images for images, _ in batches])
+    np.testing.assert_array_equal(order, data.shuffled(size, 7))
+    np.testing.assert_array_equal(np.sort(order), np.arange(size))
+    np.testing.assert_array_equal(np.concatenate([y for _, y in batches]), split.labels[order])
+    rows = Activations([np.arange(size, dtype=np.float32)[:, None]], split.labels).batches(100, 7)
+    np.testing.assert_array_equal(order, np.concatenate([x for x, _ in rows])[:, 0])
+    if size <= 16_384:  # the order that earlier versions had
+        before = tf.data.Dataset.range(size).shuffle(16_384, seed=7).batch(size)
+        np.testing.assert_array_equal(order, before.get_single_element())
+    else:  # classes are mixed from the first batch to the last, as random draws mix them
+        num_classes = [len(np.unique(labels)) for _, labels in batches]
+        assert min(num_classes) > 70  # of 400 classes in 100 draws, 88.5 on average
+        means = np.array([images.mean() for images, _ in batches]) / size
+        np.testing.assert_allclose(means, 0.5, atol=0.15)
+
+
+def test_the_order_of_a_seed_stays():
+    assert data.shuffled(12, 0).tolist() == [0, 2, 10, 5, 9, 8, 4, 7, 1, 6, 3, 11]
+    large = [6, 4, 7, 9, 8, 11, 5, 3, 1, 2, 10, 0]
+    assert data.shuffled(12, 2**31 + 5).tolist() == large
+
+
+def test_parts_of_a_split_are_shuffled_together(undecoded):
+    split = Numbered(train=300, test=120).source.split("test[20:]+train[:50%]+train[250:]")
+    in_order = np.concatenate([np.arange(20, 120), np.arange(150), np.arange(250, 300)])
+    shown = [images for images, _ in undecoded(split, 7, shuffle_seed=3)]
+    np.testing.assert_array_equal(np.concatenate(shown), in_order[data.shuffled(300, 3)])
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in undecoded(split)]), in_order)
+    some = split.where(np.arange(300) % 4 == 0)
+    found = [example["name"].numpy().decode() for example in some.encoded()]
+    assert found == some.names == split.names[::4]
+
+
+@pytest.mark.parametrize("piece", [(0, 1), (0, 3), (2, 3)])
+@pytest.mark.parametrize("expression", ["train", "train[:40]+test+train[60:]"])
+def test_a_resumed_epoch_is_the_rest_of_the_whole_and_reads_no_more(undecoded, expression, piece):
+    numbered = Numbered(watched=True, train=100, test=30)
+    split = numbered.source.split(expression)
+    options = {"shuffle_seed": 1, "batch_size": 8, "piece": piece}
+    whole = undecoded(split, **options)
+    numbered.reads.clear()
+    rest = undecoded(split, first_batch=9, **options)
+    assert sorted(numbered.reads) == sorted(np.concatenate([images for images, _ in rest]))
+    assert len(rest) == len(whole) - 9
+    for found, expected in zip(rest, whole[9:], strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert undecoded(split, first_batch=99, **options) == []
+
+
+def test_few_images_are_read_ahead(undecoded):
+    numbered = Numbered(watched=True, train=40_000)
+    batches = numbered.source.split("train").batches(as_it_is, 10, shuffle_seed=0)
+    assert len(list(itertools.islice(batches, 20))) == 20
+    assert len(numbered.reads) < 4_000
+
+
+def test_a_resumed_epoch_needs_no_file_of_an_earlier_batch(image_folder):
+    split = open_source(image_folder=str(image_folder)).split("train")
+    options = {"shuffle_seed": 2, "view_seed": 2}
+    whole = list(split.batches(PREPROCESS, 5, **options))
+    for position in data.shuffled(24, 2)[:15]:
+        (image_folder / split.names[position]).unlink()
+    rest = list(split.batches(PREPROCESS, 5, first_batch=3, **options))
+    for found, expected in zip(rest, whole[3:], strict=True):
+        np.testing.assert_array_equal(found[0], expected[0])
+        np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_names_of_files_may_be_any_bytes(tmp_path):
+    names = [b"a\xff.png", "ü\n.png".encode(), "\u2028.png".encode(), b"d.png"]
+    names = [os.path.join(folder, name) for folder in (b"x", b"y") for name in names]
+    for name in names:
+        (tmp_path / os.fsdecode(name)).parent.mkdir(exist_ok=True)
+        Image.new("L", (2, 2)).save(tmp_path / os.fsdecode(name))
+    train, held_out = data.train_and_eval_splits(open_source(image_folder=str(tmp_path)))
+    assert sum(len(y) for _, y in train.batches(PREPROCESS, 4, shuffle_seed=0)) == 6
+    assert {os.fsencode(name) for name in train.names + held_out.names} == set(names)
