@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes import benchmark_report, measure, run_folder
+from recipes import benchmark_report, measure, run_data, run_folder, terminal
 from recipes.benchmark import BenchmarkConfig
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from recipes.finetune_setup import EMBEDDED_MODEL
-from recipes.network_flags import parse_feed
-from transfer import MetaGraph, load_meta_graph
+from recipes.network_flags import parse_feed, parse_renames
+from transfer import MetaGraph, child_process, files, load_meta_graph, retention
 from transfer.cache import Cache
 from transfer.cuts import Cut, default_cuts, list_cuts
+from transfer.preprocess import parse_size
 from transfer.surgery import Network, cut
 
 SCRATCH = "scratch"
@@ -50,8 +48,10 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
         ValueError, OSError: if the flags do not fit, or the model cannot be opened.
     """
     _check(config)
+    if config.image_folder:  # what the runs say is in their logs
+        run_data.open_and_warn(None, data_dir=None, image_folder=config.image_folder)
     graph, network = _open(config)
-    size = config.image_size or graph.card.image_size
+    size = parse_size(config.image_size) if config.image_size else graph.card.image_size
     cuts = list_cuts(network, size)
     labels = config.cuts.split(",") if config.cuts else [*default_cuts(network, size), "none"]
     if config.cuts is None:
@@ -72,13 +72,13 @@ def _run_all(config: BenchmarkConfig, cuts: Sequence[Cut]) -> tuple[str, int]:
     records = []
     runs = list(_runs(config))
     for number, item in enumerate(runs, 1):
-        _say(f"{number} of {len(runs)}: {item.label}, seed {item.config.seed}")
+        terminal.say(f"{number} of {len(runs)}: {item.label}, seed {item.config.seed}")
         records.append(_record(item, config.keep_models))
         last_of_row = number == len(runs) or runs[number].label != item.label
         if last_of_row and not config.keep_models:
-            shutil.rmtree(_cache_of(item), ignore_errors=True)
+            Cache(_cache_of(item), 0).clear()
         run_folder.write_json(out / RESULTS, {"limits": limits, "runs": records})
-        _say(benchmark_report.describe(records[-1]))
+        terminal.say(benchmark_report.describe(records[-1]))
     table = benchmark_report.write(out, limits, records, cuts)
     return table, sum("error" in record for record in records)
 
@@ -105,7 +105,10 @@ def _check(config: BenchmarkConfig) -> None:
 
 def _open(config: BenchmarkConfig) -> tuple[MetaGraph, Network]:
     """What the runs will take, to know its cuts."""
-    graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
+    graph = load_meta_graph(
+        EMBEDDED_MODEL if config.model == EMBEDDED else config.model,
+        rename=parse_renames(config.rename),
+    )
     feeds = dict(parse_feed(assignment) for assignment in config.feed)
     tap = graph.tensor(config.tap or graph.card.tap or "fc7")
     return graph, graph.network(tap, config.input, feeds, config.keep_dropout)
@@ -163,37 +166,31 @@ def _record(item: Run, keep_models: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"label": item.label, "seed": item.config.seed}
     path = item.folder / run_folder.METRICS
     if not path.is_file():
-        shutil.rmtree(item.folder, ignore_errors=True)  # of a run that was cut off
+        run_folder.remove(item.folder)  # of a run that was cut off
         before = measure.sgemm_gflops()
         error = _start(item.verb, item.config, item.folder, item.environment)
         if error is not None:
             return record | {"error": error}
-        metrics = json.loads(path.read_text())
+        metrics = run_folder.read_json(path)
         # Machines are faster at one time than at another, so each run has its own limit.
         metrics["sgemm_gflops"] = (before + measure.sgemm_gflops()) / 2
         used = Cache(_cache_of(item), 0).entries()
         metrics["disk_mb"] = round(sum(entry.num_bytes for entry in used) / 1e6, 4)
         run_folder.write_json(path, metrics)
         if not keep_models:
-            _drop_model(item.folder)
-    return record | json.loads(path.read_text())
-
-
-def _drop_model(folder: Path) -> None:
-    for path in folder.glob(f"{run_folder.MODEL}.*"):
-        path.unlink()
-    for name in (run_folder.CHECKPOINTS, run_folder.EVENTS):
-        shutil.rmtree(folder / name, ignore_errors=True)
+            retention.delete(item.folder / run_folder.MODEL)
+            run_folder.remove(item.folder, only_working=True)
+    return record | run_folder.read_json(path)
 
 
 def _limits(config: BenchmarkConfig) -> dict[str, float]:
     """What the machine can do; see ``recipes.benchmark_limits``."""
     path = config.out / LIMITS
     if not path.is_file():
-        _say("the machine: matrix products, a forward pass, the input pipeline")
+        terminal.say("the machine: matrix products, a forward pass, the input pipeline")
         (item, *_) = _runs(config)
         folder = config.out / "limits"
-        shutil.rmtree(folder, ignore_errors=True)
+        run_folder.remove(folder)
         options = dataclasses.replace(item.config, freeze_until="tap", random_weights=False)
         error = _start(
             "benchmark-limits",
@@ -204,7 +201,7 @@ def _limits(config: BenchmarkConfig) -> dict[str, float]:
         if error is not None:
             raise ValueError(error)  # what the runs would fail with, too
         os.replace(folder / LIMITS, path)
-    return json.loads(path.read_text())
+    return run_folder.read_json(path)
 
 
 def _start(
@@ -214,11 +211,12 @@ def _start(
 
     Its output goes to a log beside its folder.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder.parent)
     flags, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
     run_folder.write_text(flags, run_folder.to_yaml(config))
+    files.unshare(log)
     with log.open("w", encoding="utf-8") as file:
-        command = [sys.executable, "-m", "recipes.cli", verb, "--config", str(flags)]
+        command = child_process.command("recipes.cli", verb, "--config", flags)
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         try:
             status = process.wait()
@@ -230,7 +228,3 @@ def _start(
         return None
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
     return f"{lines[-1].removeprefix('error: ')} (exit status {status}, see {log})"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -34,7 +34,7 @@ def run(config: FinetuneConfig) -> None:
     work = prepare(config)
     preprocess = work.classifier.preprocess
     forward = Compiled(work.classifier.backbone)
-    shape = [EXTRACTION_BATCH, preprocess.size, preprocess.size, preprocess.channels]
+    shape = [EXTRACTION_BATCH, *preprocess.shape]
     images = tf.random.stateless_uniform(shape, [0, 0])
     forward(images)  # traces, and touches its memory for the first time
 

@@ -14,23 +14,27 @@ from transfer.cache import Cache, Listed
 
 
 def show(directory: Path, *, as_json: bool) -> None:
-    """Print all entries, those that were used last first."""
-    listed = sorted(_cache(directory).entries(), key=lambda e: e.last_used, reverse=True)
+    """Print all entries, those that were used last first; warn of what is damaged."""
+    cache = _cache(directory)
+    listed = sorted(cache.entries(), key=lambda e: e.last_used, reverse=True)
+    for name, reason in cache.damaged().items():
+        print(f"warning: {_printable(name)} is not an entry: {reason}", file=sys.stderr)
     if as_json:
         print(json.dumps([dataclasses.asdict(entry) for entry in listed], indent=2))
         return
     for entry in listed:
         used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
         key = entry.key
+        splits = key.get("splits")
         what = (
             f"{key.get('cut')} of {Path(str(key.get('model'))).name}, {key.get('dataset')} "
-            f"{'+'.join(key.get('splits', []))}"
+            f"{'+'.join(map(str, splits)) if isinstance(splits, list) else splits}"
         )
         if key.get("view_seed") is not None:
             what += f", view {key['view_seed']}"
         print(
             f"{entry.digest[:12]}  {used}  {entry.num_bytes / 1e6:10,.1f} MB  "
-            f"{entry.num_rows:8,} images  {what}"
+            f"{entry.num_rows:8,} images  {_printable(what)}"
         )
     total = sum(entry.num_bytes for entry in listed)
     print(f"{len(listed)} entries, {total / 1e6:,.1f} MB in {directory}")
@@ -61,6 +65,8 @@ def clear(directory: Path, digests: Sequence[str], older_than_days: float | None
     for entry in chosen:
         if entry not in deleted:
             print(f"{entry.digest[:12]} is in use, and stays", file=sys.stderr)
+        elif (folder := cache.directory / entry.digest).exists():
+            print(f"{str(folder)!r} stays: it holds other files", file=sys.stderr)
 
 
 def _is_old(entry: Listed, days: float | None) -> bool:
@@ -68,4 +74,14 @@ def _is_old(entry: Listed, days: float | None) -> bool:
 
 
 def _cache(directory: Path) -> Cache:
-    return Cache(directory, limit_bytes=0)  # nothing is added
+    """Raises:
+    NotADirectoryError: if it is a file."""
+    cache = Cache(directory, limit_bytes=0)  # nothing is added
+    if cache.directory.exists() and not cache.directory.is_dir():
+        raise NotADirectoryError(f"{str(directory)!r} is a file; expected the folder of a cache")
+    return cache
+
+
+def _printable(text: str) -> str:
+    """Without what a terminal would take for a command."""
+    return "".join(c if c.isprintable() else "?" for c in text)

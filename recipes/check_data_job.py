@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tabulate import tabulate
 
-from recipes import measure
+from recipes import measure, run_data, terminal
 from recipes.check_data import CheckDataConfig
 from recipes.finetune_setup import EMBEDDED_MODEL
+from recipes.fingerprint_cache import remembered
 from transfer import Backbone, data_checks, load_meta_graph
-from transfer.data import Split, train_and_eval_splits
+from transfer.data import Split
 from transfer.features import EXTRACTION_BATCH, Compiled, extract
-from transfer.sources import open_source, other_files
 
 
 def run(config: CheckDataConfig) -> tuple[str, bool]:
     """What was found, to print, and whether it is free of the worst."""
-    source = open_source(
-        config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
+    source = run_data.open_and_warn(
+        config.dataset, data_dir=config.data_dir, image_folder=config.image_folder
     )
-    train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
-    # One selection, so that each image is looked at once.
-    both = Split(source, train.parts + held_out.parts)
+    with remembered(source):
+        train, held_out = run_data.splits(source, config)
+        # One selection, so that each image is looked at once.
+        both = Split(source, train.parts + held_out.parts)
+        found = data_checks.look(both, lambda files: measure.progress(files, "images"))
     in_train = np.arange(len(both)) < len(train)
-    found = data_checks.look(both, lambda files: measure.progress(files, "images"))
     names = both.names
     groups = data_checks.duplicates(found)
     leaks = [group for group in groups if 0 < in_train[group].sum() < len(group)]
@@ -45,7 +45,8 @@ def run(config: CheckDataConfig) -> tuple[str, bool]:
         ],
     }
     if config.image_folder:
-        findings["passed_over"] = other_files(Path(config.image_folder).expanduser())
+        findings["passed_over"] = [name for name, _ in source.passed_over.files]
+        findings["empty_classes"] = source.passed_over.empty_classes
     if config.model != "none":
         readable = both.where(~found.unreadable)
         counts = np.bincount(readable.labels, minlength=len(source.class_names))
@@ -90,7 +91,7 @@ def _doubtful(config: CheckDataConfig, split: Split) -> list[dict[str, Any]]:
 
 def _text(findings: dict[str, Any], show: int) -> str:
     classes = findings["classes"]
-    rows = [[name, *counts] for name, counts in classes.items()]
+    rows = [[terminal.escaped(name), *counts] for name, counts in classes.items()]
     rows.sort(key=lambda row: row[1])
     parts = [
         f"{findings['dataset']}: {findings['num_train']} images to train on, "
@@ -101,14 +102,14 @@ def _text(findings: dict[str, Any], show: int) -> str:
             tablefmt="plain",
             disable_numparse=True,  # a class may be called 001
         ),
-        *findings["balance"],
+        *map(terminal.escaped, findings["balance"]),
         _list("unreadable", findings["unreadable"], show),
         _list("in both splits", map(" = ".join, findings["in_both_splits"]), show),
         _list("twice in a split", map(" = ".join, findings["duplicates"]), show),
         _list("the same with another label", map(" = ".join, findings["other_label"]), show),
     ]
     if passed_over := findings.get("passed_over"):
-        parts.append(_list("files that are no images to train on", passed_over, show))
+        parts.append(_list("files passed over", passed_over, show))
     if not_judged := findings.get("not_judged"):
         parts.append(_list("too few images to judge their labels", not_judged, show))
     if "doubtful_labels" in findings:
@@ -127,6 +128,6 @@ def _text(findings: dict[str, Any], show: int) -> str:
 
 
 def _list(what: str, items: Any, show: int) -> str:
-    lines = list(items)
+    lines = [terminal.escaped(line) for line in items]
     more = [f"  ... and {len(lines) - show} more"] if len(lines) > show else []
     return "\n".join([f"{what}: {len(lines)}", *(f"  {line}" for line in lines[:show]), *more])

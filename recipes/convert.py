@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from recipes import terminal
 from recipes.startup import job
 
 
@@ -28,13 +29,21 @@ class ConvertConfig:
     convolutional: bool = False
     """Write fc6 to fc8 as convolutions, so that images of any size from 32 pixels up fit."""
     preprocess: str | None = None
-    """What the weights expect: caffe, slim, torch, tf, unit or none. [default: what the weights of
-    this layout were published with]"""
+    """What the weights expect: caffe, slim, torch, tf, unit or none; or means of their own, e.g.
+    '{"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}'. [default: what the file says; for a
+    file that is known by its hash, what it was published with; else what others of its layout were,
+    with a warning]"""
     labels: Path | None = None
-    """File with one class name a line. [default: the names of ImageNet where there are 1000]"""
+    """File with one class name a line. [default: the file's own, or the names of ImageNet where
+    there are 1000]"""
     spatial_order: Literal["auto", "rows", "columns"] = "auto"
     """Which of the spatial axes of the kernels comes first; old MatConvNet files have the columns
     first. auto: by the age of the file."""
+    pooling: Literal["flatten", "average"] | None = None
+    """What stands before the first fully connected layer; needed where its inputs are as many as
+    the last convolution has outputs and the file does not say."""
+    leave_out: tuple[str, ...] = ()
+    """Arrays of the file that do not matter for its features, e.g. 'extras.*'; repeatable."""
 
 
 def convert(
@@ -53,7 +62,7 @@ def convert(
         from recipes.convert_job import run
 
         lines = run(file, config)
-    print("\n".join(lines))
+    print("\n".join(map(terminal.escaped, lines)))
     return 0
 
 

@@ -40,6 +40,9 @@ class EvaluateConfig:
     against: Path | None = None
     """Another run, with the same classes, to compare with on the same images: McNemar's test, and
     the images on which they differ in changes.csv."""
+    skip_unreadable: int = 0
+    """Leave out up to this many images that cannot be decoded, and list them. By default, one such
+    image ends the evaluation."""
     assert_accuracy_at_least: float | None = None
     """Exit with status 1 if the accuracy, 0 to 1, is lower."""
 
@@ -55,8 +58,10 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
         raise ValueError(f"--assert-accuracy-at-least must be 0 to 1, got {wanted}")
     with job():
         from recipes.evaluate_job import run as evaluate_run
+        from recipes.run_data import skip_suggested
 
-        figures = evaluate_run(run, config)
+        with skip_suggested():
+            figures = evaluate_run(run, config)
     print(measure.describe_accuracy(figures, "images"))
     print(f"top-5    {figures['top5']:.4f}")
     print(f"loss     {figures['loss']:.4f}")

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recipes import evaluate_report, measure, run_data, run_folder
+from recipes import evaluate_report, measure, run_data, run_folder, terminal
+from recipes.csv_files import write_row
 from recipes.evaluate import EvaluateConfig
 from recipes.evaluate_report import Evaluated
 from recipes.finetune import cut_of
-from transfer import Classifier, metrics
-from transfer.data import Source, Split, whole_eval_split
+from recipes.fingerprint_cache import remembered
+from transfer import Classifier, data_checks, metrics
+from transfer.data import MAX_COMPARED, Source, Split, whole_eval_split
 from transfer.evaluation import confusion_matrix, predict, probabilities, summarize
 from transfer.features import EXTRACTION_BATCH, Compiled, stream
-from transfer.sources import open_source
+from transfer.files import is_regular
 
 CHANGES = "changes.csv"
+_CHANGES_COLUMNS = ("image", "label", "prediction", "prediction of the other")
 
 
 def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
@@ -34,6 +35,9 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     settings = run_folder.read_config(folder)
     classifier = Classifier.load(folder / run_folder.MODEL)
     split = _split(folder, config, settings)
+    unreadable: dict[str, str] = {}
+    if config.skip_unreadable:
+        (split,), unreadable = run_data.without_unreadable([split], config.skip_unreadable)
     to_logit = _class_order(split.source, classifier.labels)
     batch_size = EXTRACTION_BATCH if config.batch_size is None else config.batch_size
     if batch_size < 1:
@@ -44,6 +48,8 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
         "dataset": split.source.name,
         "splits": [name for name, _ in split.parts],
     }
+    if config.skip_unreadable:
+        figures["unreadable"] = run_data.report_unreadable(unreadable)
     figures |= metrics.measure(logits, labels, classifier.labels)
     figures |= summarize(logits, labels)
     if config.against is not None:
@@ -54,7 +60,7 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
         figures["against"] |= metrics.compare(predictions, others, labels)
         _write_changes(folder / CHANGES, split, classifier.labels, predictions, others, labels)
     else:
-        (folder / CHANGES).unlink(missing_ok=True)  # of another evaluation
+        _remove_changes(folder / CHANGES)  # of another evaluation
     run_folder.write_json(folder / run_folder.EVALUATION, figures)
     run_folder.add_to_metrics(folder, "evaluation", figures)
     _write_predictions(folder / run_folder.PREDICTIONS, split, classifier.labels, logits, labels)
@@ -101,36 +107,56 @@ def _split(folder: Path, config: EvaluateConfig, settings: dict[str, Any]) -> Sp
     elif config.dataset or config.data_dir:
         ours["image_folder"] = None
         ours |= {k: v for k in ("dataset", "data_dir") if (v := getattr(config, k))}
-    source = open_source(
-        ours["dataset"] or "", data_dir=ours["data_dir"], image_folder=ours["image_folder"]
+    source = run_data.open_and_warn(
+        ours["dataset"], data_dir=ours["data_dir"], image_folder=ours["image_folder"]
     )
     if config.eval_split != "auto":
         split = source.split(config.eval_split)
         _warn_of_trained_images(folder, split)
+        _warn_of_copies(folder, split)
         return split
     # A dataset may have moved; a folder is another one in another place.
     same = all(ours[name] == theirs[name] for name in ("dataset", "image_folder"))
     if same or run_data.is_of_run(folder, source):
-        return run_data.held_out(folder, source)
-    return whole_eval_split(source)
+        return run_data.held_out(folder, source)  # finetune has warned of copies among them
+    split = whole_eval_split(source)
+    _warn_of_copies(folder, split)
+    return split
 
 
 def _warn_of_trained_images(folder: Path, split: Split) -> None:
     if not run_data.is_of_run(folder, split.source):
         return
     if count := run_data.num_not_held_out(folder, split):
-        print(
+        terminal.say(
             f"warning: the run in {str(folder)!r} did not hold out {count} of these {len(split)} "
-            "images; it may have been trained on them, and its figures are then too high",
-            file=sys.stderr,
+            "images; it may have been trained on them, and its figures are then too high"
         )
+
+
+def _warn_of_copies(folder: Path, split: Split) -> None:
+    """Of images that the run may have been trained on, where there are few enough to compare."""
+    try:
+        train = run_data.trained_on(folder, run_data.open_data(folder))
+    except (OSError, ValueError):
+        return  # its data are gone
+    ids = {*train.ids}
+    others = split.where(np.array([id_ not in ids for id_ in split.ids], bool))
+    if not len(others) or len(train) + len(others) > MAX_COMPARED:
+        return
+    found = []
+    for images in (train, others):
+        with remembered(images.source):
+            found.append(images.fingerprints(lambda files: measure.progress(files, "images")))
+    for line in data_checks.describe_leaks(*found):
+        terminal.say(f"warning: {line}")
 
 
 def _command(folder: Path, config: EvaluateConfig) -> list[str]:
     """What evaluates the run like this again."""
     words = ["vgg-transfer", "evaluate", str(folder)]
     for name, value in vars(config).items():
-        if value not in (None, "auto") and name != "assert_accuracy_at_least":
+        if value not in (None, "auto", 0) and name != "assert_accuracy_at_least":
             words += [f"--{name.replace('_', '-')}", str(value)]
     return words
 
@@ -152,13 +178,12 @@ def _write_predictions(
     path: Path, split: Split, classes: list[str], logits: np.ndarray, labels: np.ndarray
 ) -> None:
     rows = io.StringIO(newline="")
-    writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow(["image", "label", "prediction", *(f"p({name})" for name in classes)])
+    write_row(rows, ["image", "label", "prediction", *(f"p({name})" for name in classes)])
     predictions = logits.argmax(-1)
     for name, label, prediction, p in zip(
         split.names, labels, predictions, probabilities(logits), strict=True
     ):
-        writer.writerow([name, classes[label], classes[prediction], *(f"{x:.6g}" for x in p)])
+        write_row(rows, [name, classes[label], classes[prediction], *(f"{x:.6g}" for x in p)])
     run_folder.write_text(path, rows.getvalue())
 
 
@@ -172,20 +197,28 @@ def _write_changes(
 ) -> None:
     """The images on which two runs differ."""
     rows = io.StringIO(newline="")
-    writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow(["image", "label", "prediction", "prediction of the other"])
+    write_row(rows, _CHANGES_COLUMNS)
     for name, label, mine, theirs in zip(split.names, labels, predictions, others, strict=True):
         if mine != theirs:
-            writer.writerow([name, classes[label], classes[mine], classes[theirs]])
+            write_row(rows, [name, classes[label], classes[mine], classes[theirs]])
     run_folder.write_text(path, rows.getvalue())
+
+
+def _remove_changes(path: Path) -> None:
+    """Delete what ``_write_changes`` wrote; any other file of this name stays."""
+    if not is_regular(path):
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        is_ours = file.readline() == f"{','.join(_CHANGES_COLUMNS)}\n"
+    if is_ours:
+        path.unlink()
 
 
 def _write_confusion(
     path: Path, classes: list[str], logits: np.ndarray, labels: np.ndarray
 ) -> None:
     rows = io.StringIO(newline="")
-    writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow(["label \\ prediction", *classes])
+    write_row(rows, ["label \\ prediction", *classes])
     for name, counts in zip(classes, confusion_matrix(logits, labels), strict=True):
-        writer.writerow([name, *counts])
+        write_row(rows, [name, *counts])
     run_folder.write_text(path, rows.getvalue())

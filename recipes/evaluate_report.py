@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import shlex
 import warnings
 from collections.abc import Sequence
@@ -15,16 +14,16 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
-from recipes import evaluate_plots, run_folder
+from recipes import evaluate_plots, run_folder, yaml_files
 from transfer import Classifier
 from transfer.card import read_card
 from transfer.data import Split
 from transfer.evaluation import probabilities
 from transfer.explain import grad_cam, overlay
+from transfer.files import make_folder, write_bytes
 from transfer.images import decode
 from transfer.preprocess import to_channels
 
@@ -60,7 +59,7 @@ class Evaluated:
 
 def write(run: Path, evaluated: Evaluated) -> Path:
     """Write ``plots/`` and ``report.html`` into a run's folder; returns the page."""
-    (run / PLOTS).mkdir(exist_ok=True)
+    make_folder(run / PLOTS)
     p = probabilities(evaluated.logits)
     history = run_folder.read_history(run)
     plots = {
@@ -95,7 +94,7 @@ def write(run: Path, evaluated: Evaluated) -> Path:
         mistakes=_pictures(evaluated, p, _most_confident_mistakes(p, evaluated.labels)),
         uncertain=_pictures(evaluated, p, _least_certain(p)),
         classes=evaluated.figures["classes"],
-        config=yaml.safe_dump(config, sort_keys=False),
+        config=yaml_files.to_yaml(config),
         versions=_versions(run),
         trained_on=read_card(run / f"{run_folder.MODEL}.json").trained_on,
         commands=[shlex.join(train), shlex.join(evaluated.command)],
@@ -181,9 +180,10 @@ def _png(figure: Figure, path: Path) -> str:
         # Matplotlib's own font has no signs of many scripts; the names are on the page as text.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(data, format="png", dpi=120)
-    path.write_bytes(data.getvalue())
+    write_bytes(path, data.getvalue())
     return base64.b64encode(data.getvalue()).decode()
 
 
 def _versions(run: Path) -> dict[str, str]:
-    return json.loads((run / run_folder.METRICS).read_text(encoding="utf-8"))["versions"]
+    versions = run_folder.read_json(run / run_folder.METRICS).get("versions")
+    return versions if isinstance(versions, dict) else {}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import os
+import re
 import shutil
 import sys
 import time
@@ -21,7 +22,14 @@ from recipes.export import ExportConfig
 from transfer import Card, Classifier
 from transfer.data import Split
 from transfer.exports import meta_graph, onnx, saved_model, tflite
-from transfer.images import decode
+from transfer.files import (
+    draft_folder,
+    refuse_link,
+    remove_drafts,
+    remove_folder,
+    write_names,
+)
+from transfer.images import is_for_tensorflow, read_image
 from transfer.preprocess import to_channels
 
 tf1 = tf.compat.v1
@@ -61,12 +69,14 @@ def run(folder: Path, config: ExportConfig) -> tuple[dict[str, Any], Path]:
     for name in ("num_images", "num_examples"):
         if getattr(config, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+    if config.out is None:
+        refuse_link(folder / EXPORTS)
     out = (config.out or folder / EXPORTS).resolve()
     classifier = Classifier.load(folder / run_folder.MODEL)
     source = run_data.open_data(folder)
     held_out = run_data.held_out(folder, source)
     others = run_data.trained_on(folder, source)
-    files = _files(run_data.some(held_out, config.num_images))
+    files = list(map(_for_tensorflow, _files(run_data.some(held_out, config.num_images))))
     job = Job(
         folder / run_folder.MODEL,
         classifier,
@@ -102,17 +112,27 @@ def run(folder: Path, config: ExportConfig) -> tuple[dict[str, Any], Path]:
 def _figures(out: Path) -> dict[str, Any]:
     """Those of earlier exports to the same folder."""
     path = out / FIGURES
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"exports": {}}
+    return run_folder.read_json(path) if path.is_file() else {"exports": {}}
 
 
 def _check_ours(folder: Path, figures: dict[str, Any]) -> None:
     """Raises:
-    FileExistsError: if there is something that is no earlier export."""
-    if folder.exists() and not any(k.split()[0] == folder.name for k in figures["exports"]):
+    FileExistsError: if there is something that is not part of an earlier export."""
+    if not os.path.lexists(folder):
+        return
+    is_listed = any(k.split()[0] == folder.name for k in figures["exports"])
+    if not is_listed or folder.is_symlink() or not folder.is_dir():
         raise FileExistsError(
             f"{str(folder)!r} is there already and is no export of this command; choose another "
             "--out"
         )
+    for path in folder.rglob("*"):
+        is_known = _WRITTEN[folder.name].fullmatch(path.relative_to(folder).as_posix())
+        if path.is_symlink() or not (path.is_dir() or is_known):
+            raise FileExistsError(
+                f"{str(path)!r} is not part of an export, and would be deleted with the export "
+                "that is there; move it away, or choose another --out"
+            )
 
 
 def _formats(config: ExportConfig) -> list[str]:
@@ -135,10 +155,10 @@ def _export(
 ) -> tuple[dict[str, Any], list[str]]:
     """Write a format to its folder: the files of it that give what is expected. Returns their
     figures, and what is wrong with the others."""
-    draft, folder = out / f".{name}.tmp", out / name
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+    folder = out / name
+    out.mkdir(parents=True, exist_ok=True)
+    remove_drafts(out, _WRITTEN[name])
+    with draft_folder(out) as draft:
         figures, failures = {}, []
         for kind, path, predict in _FORMATS[name](job, draft):
             found, rate = _timed(predict, job.pixels)
@@ -153,10 +173,8 @@ def _export(
         run_folder.write_text(
             draft / "README.md", export_readmes.text(name, job.prefix, job.classifier, figures)
         )
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_folder(folder, _WRITTEN[name])
         draft.rename(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return figures, failures
 
 
@@ -251,9 +269,22 @@ _FORMATS: dict[str, Callable[[Job, Path], Exported]] = {
 }
 
 
+_README = r"README\.md"
+_LABELS = r"labels\.txt"
+_DATA = r"data-\d{5}-of-\d{5}"
+_WRITTEN = {
+    "meta_graph": re.compile(rf"checkpoint|model\.(meta|json|index|{_DATA})|{_LABELS}|{_README}"),
+    "saved_model": re.compile(
+        rf"1/((saved_model|fingerprint)\.pb|variables/variables\.(index|{_DATA}))|{_README}"
+    ),
+    "tflite": re.compile(rf"model_[a-z0-9]+\.tflite|{_LABELS}|{_README}"),
+    "onnx": re.compile(rf"model\.onnx(\.data)?|{_LABELS}|{_README}"),
+}
+"""Paths of what an export writes, in its folder."""
+
+
 def _write_labels(job: Job, folder: Path) -> None:
-    lines = "".join(f"{name}\n" for name in job.classifier.labels)
-    run_folder.write_text(folder / run_folder.LABELS, lines)
+    write_names(folder / run_folder.LABELS, job.classifier.labels)
 
 
 def _files(split: Split) -> list[bytes]:
@@ -262,7 +293,14 @@ def _files(split: Split) -> list[bytes]:
 
 def _resized(classifier: Classifier, file: bytes) -> np.ndarray:
     preprocess = classifier.preprocess
-    return preprocess.resize(to_channels(decode(tf.constant(file)), preprocess.channels)).numpy()
+    return preprocess.resize(to_channels(read_image(file), preprocess.channels)).numpy()
+
+
+def _for_tensorflow(file: bytes) -> bytes:
+    """The same picture as a file that a SavedModel decodes."""
+    if is_for_tensorflow(file):
+        return file
+    return tf.io.encode_png(read_image(file)).numpy()
 
 
 def _in_one_batch(function: Callable[[Any], Any], pixels: np.ndarray) -> np.ndarray:

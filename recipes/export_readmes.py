@@ -32,7 +32,9 @@ print(labels[probabilities.argmax()], probabilities.max())
 _SAVED_MODEL = """\
 # {name}: a SavedModel
 
-* `serving_default` takes `image_bytes`, string `[batch]`: JPEG, PNG, GIF or BMP files;
+* `serving_default` takes `image_bytes`, string `[batch]`: JPEG, PNG, GIF or BMP files,
+  turned as their metadata say, and WebP where TensorFlow decodes it; others are refused: decode
+  them and use `pixels`;
 * `pixels` takes `pixels`, uint8 `[batch, height, width, 3]`: RGB, of any size;
 * both give `probabilities`, float32 `[batch, {num_classes}]`, and `label`, string `[batch]`;
 * `labels` takes nothing and gives `labels`, string `[{num_classes}]`, in the order of the
@@ -63,23 +65,23 @@ _PREPARE = """\
 import numpy as np
 from PIL import Image, ImageOps
 
-SIZE = {size}
+HEIGHT, WIDTH = {height}, {width}
 
 
 def prepare(path):
     image = ImageOps.exif_transpose(Image.open(path)).convert("{mode}")
-    scale = SIZE / min(image.size)
+    scale = max(HEIGHT / image.height, WIDTH / image.width)
     image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BILINEAR)
-    left, top = (image.width - SIZE) // 2, (image.height - SIZE) // 2
-    image = image.crop((left, top, left + SIZE, top + SIZE))
-    return np.array(image, np.float32).reshape(1, SIZE, SIZE, {channels})
+    left, top = (image.width - WIDTH) // 2, (image.height - HEIGHT) // 2
+    image = image.crop((left, top, left + WIDTH, top + HEIGHT))
+    return np.array(image, np.float32).reshape(1, HEIGHT, WIDTH, {channels})
 """
 
 _TFLITE = """\
 # {name}: TFLite
 
-Three files that take and give the same: float32 `[batch, {size}, {size}, {channels}]` in 0 to 255,
-resized so that the shorter side has {size} pixels and cut to the middle, and float32
+Three files that take and give the same: float32 `[batch, {height}, {width}, {channels}]` in 0 to
+255, resized until they cover {height}x{width} pixels and cut to the middle, and float32
 `[batch, {num_classes}]` probabilities in the order of `labels.txt`. `float16` has half the size,
 `int8` a quarter and computes in integers.
 
@@ -100,8 +102,8 @@ print(labels[probabilities.argmax()], probabilities.max())
 _ONNX = """\
 # {name}: ONNX
 
-`pixels` takes float32 `[batch, {size}, {size}, {channels}]` in 0 to 255, resized so that the
-shorter side has {size} pixels and cut to the middle; `probabilities` gives float32
+`pixels` takes float32 `[batch, {height}, {width}, {channels}]` in 0 to 255, resized until they
+cover {height}x{width} pixels and cut to the middle; `probabilities` gives float32
 `[batch, {num_classes}]`, in the order of `labels.txt`.
 
 ```python
@@ -142,7 +144,8 @@ def text(
         "channels": preprocess.channels,
         "mode": "RGB" if preprocess.channels == 3 else "L",
         "num_classes": len(classifier.labels),
-        "size": preprocess.size,
+        "height": preprocess.height,
+        "width": preprocess.width,
     }
     words["prepare"] = _PREPARE.format(**words).strip()
     rows = "".join(

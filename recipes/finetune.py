@@ -39,6 +39,9 @@ class FinetuneConfig:
     training are found and set. May be given several times."""
     keep_dropout: bool = False
     """Leave dropout on that the graph has always on. By default it is on in training only."""
+    rename: tuple[str, ...] = ()
+    """NAME=KEY where the checkpoint's keys differ from the graph's names by a rule, e.g.
+    weights=kernel; an empty NAME stands for the beginning. May be given several times."""
     use_ema: bool = False
     """Start from the moving averages of the weights."""
     random_weights: bool = False
@@ -67,8 +70,8 @@ class FinetuneConfig:
     head is trained, and 900 otherwise; at least 5 and 3, at most 200 and 60]"""
     batch_size: int | None = None
     """Images per step. [default: 32, or all where there are fewer]"""
-    image_size: int | None = None
-    """Height and width in pixels. [default: what the model takes]"""
+    image_size: int | str | None = None
+    """In pixels: one number, or HEIGHTxWIDTH, e.g. 100x200. [default: what the model takes]"""
     preprocess: str | None = None
     """What the weights expect: caffe, slim, torch, tf, unit or none. [default: the card's]"""
     solver: Literal["gradient", "lbfgs"] = "gradient"
@@ -136,6 +139,9 @@ class FinetuneConfig:
     deterministic: bool = False
     """Use only operations that always give the same bits, where a GPU has quicker ones. On a CPU
     the same flags give the same files anyway."""
+    skip_unreadable: int = 0
+    """Leave out up to this many images that cannot be decoded, and list them: all images are
+    decoded once before the run. By default, one such image ends the run."""
     seed: int = 0
     """Seed of the head, the order, the few shots and the augmentation."""
     out: Path | None = None

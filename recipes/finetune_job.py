@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from recipes import interruption, measure, run_folder
+from recipes import interruption, measure, run_data, run_folder
 from recipes.finetune import FinetuneConfig, cut_of
 from recipes.finetune_inputs import Inputs
 from recipes.finetune_setup import Job, prepare, write_down
@@ -40,7 +40,7 @@ def run(config: FinetuneConfig, replicas: Replicas | None = None) -> tuple[dict[
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     clock = measure.Clock()
-    with replicas.watched():
+    with replicas.watched(), run_data.skip_suggested():
         with clock("load_s"):
             job = prepare(config, replicas)
         with (
@@ -103,6 +103,7 @@ def _train_and_evaluate(job: Job, clock: measure.Clock, signals: Signals) -> dic
         "train_images_per_s": measure.rate(num_trained, seconds["train_s"]),
     }
     metrics["activations"] = {"computed": extracted, "found": found}
+    metrics["unreadable"] = run_data.report_unreadable(job.unreadable)
     return metrics
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import sys
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -13,21 +13,37 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from recipes import measure, run_folder
+from recipes import measure, run_data, run_folder, terminal
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from recipes.finetune_stages import Stage, asked_for, resolve, rms
-from recipes.network_flags import parse_feed, report, warn_if_prepared_twice
+from recipes.fingerprint_cache import remembered
+from recipes.network_flags import (
+    parse_feed,
+    parse_renames,
+    report,
+    warn_if_prepared_twice,
+    warn_if_stopped,
+)
 from transfer import Backbone, Classifier, Head, MetaGraph, data_checks, load_meta_graph
-from transfer.data import Split, few_shot, train_and_eval_splits
+from transfer.backbone import GraphLayer
+from transfer.data import (
+    MAX_COMPARED,
+    Source,
+    Split,
+    UnreadableImageError,
+    few_shot,
+    find_unreadable,
+)
 from transfer.distribution import Replicas
+from transfer.exports.meta_graph import check_savable
+from transfer.files import write_names
 from transfer.head import average_over_space
-from transfer.preprocess import Preprocess
-from transfer.sources import open_source
+from transfer.model_plan import plan
+from transfer.preprocess import Preprocess, parse_size, show_size
 from transfer.surgery import is_seeded
 
 EMBEDDED_MODEL = str(files("pretrained") / "vgg_small")
 DEFAULT_BATCH = 32
-FILES_READ_TWICE = 10_000  # at most; takes a second or two
 # Deviation of the logits before training. A new head that is sure of what it does not know costs
 # steps to unlearn, and spoils the backbone's weights in the meantime.
 FIRST_LOGITS = 0.1
@@ -36,7 +52,7 @@ FIRST_LOGITS = 0.1
 @dataclass(frozen=True)
 class Job:
     """What to train on what; ``config`` has nothing left to default. ``images`` tells those that
-    are trained and evaluated on from all others."""
+    are trained and evaluated on from all others, ``unreadable`` says of those left out, why."""
 
     config: FinetuneConfig
     out: Path
@@ -46,6 +62,7 @@ class Job:
     train: Split
     held_out: Split
     images: dict[str, Any]
+    unreadable: dict[str, str]
     replicas: Replicas
 
     @property
@@ -66,9 +83,17 @@ def prepare(config: FinetuneConfig, replicas: Replicas | None = None) -> Job:
     replicas = replicas or Replicas()
     replicas.check_same("set of flags", _alike(config))
     _check(config, replicas)
-    graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
-    train, held_out = _splits(config)
-    images = _look_at(train, held_out)
+    graph = load_meta_graph(
+        EMBEDDED_MODEL if config.model == EMBEDDED else config.model,
+        rename=parse_renames(config.rename),
+    )
+    source = run_data.open_and_warn(
+        config.dataset, data_dir=config.data_dir, image_folder=config.image_folder
+    )
+    is_kept = config.cache == "disk"
+    with remembered(source, config.cache_dir) if is_kept else contextlib.nullcontext():
+        train, held_out, unreadable = _splits(config, source)
+        images = _look_at(train, held_out)
     config = replace(config, batch_size=config.batch_size or min(DEFAULT_BATCH, len(train)))
     classifier, features, config = _classifier(config, graph, train, replicas)
     replicas.check_same("choice of images", images)
@@ -77,7 +102,9 @@ def prepare(config: FinetuneConfig, replicas: Replicas | None = None) -> Job:
     out = config.out or run_folder.default_out(train.source.name, config.freeze_until)
     out = Path(replicas.from_chief(str(out.resolve())))
     config = replace(config, out=out)
-    return Job(config, out, graph, classifier, stages, train, held_out, images, replicas)
+    return Job(
+        config, out, graph, classifier, stages, train, held_out, images, unreadable, replicas
+    )
 
 
 def write_down(job: Job) -> None:
@@ -96,15 +123,15 @@ def write_down(job: Job) -> None:
     }
     path = out / run_folder.PROVENANCE
     if path.is_file():
-        began = json.loads(path.read_text(encoding="utf-8"))
-        changed = [part for part in ("model", "dataset") if began[part] != provenance[part]]
+        began = run_folder.read_json(path)
+        changed = [part for part in ("model", "dataset") if began.get(part) != provenance[part]]
         if changed:
             raise ValueError(
                 f"cannot resume the run in {str(out)!r}: its {' and '.join(changed)} changed since "
                 f"it began (see {path.name}); start anew, with another --out"
             )
         return
-    run_folder.write_text(out / run_folder.HELD_OUT, "".join(f"{n}\n" for n in job.held_out.names))
+    write_names(out / run_folder.HELD_OUT, job.held_out.names)
     run_folder.write_json(path, provenance)
 
 
@@ -119,9 +146,9 @@ def _check(config: FinetuneConfig, replicas: Replicas) -> None:
     limits = {
         "epochs": (config.epochs, 1),
         "batch size": (config.batch_size, 1),
-        "image size": (config.image_size, 1),
         "shots per class": (config.shots_per_class, 1),
         "early stopping": (config.early_stopping, 1),
+        "skip unreadable": (config.skip_unreadable, 0),
         "accumulate": (config.accumulate, 1),
         "max to keep": (config.max_to_keep, 0),
         "learning rate": (config.learning_rate, 0),
@@ -156,6 +183,8 @@ def _check(config: FinetuneConfig, replicas: Replicas) -> None:
             "--views are kept, and with --mixup several workers keep nothing, for the two that are "
             "mixed would lie with two of them; leave out one of the two"
         )
+    if config.image_size is not None:
+        parse_size(config.image_size)
     if replicas.is_chief and (config.out is not None or config.resume):
         run_folder.check(config.out, resume=config.resume)
 
@@ -177,11 +206,14 @@ def _check_lbfgs(config: FinetuneConfig) -> None:
         raise ValueError(f"--solver lbfgs has no use for {', '.join(given)}; leave out one of them")
 
 
-def _splits(config: FinetuneConfig) -> tuple[Split, Split]:
-    source = open_source(
-        config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
-    )
-    train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
+def _splits(config: FinetuneConfig, source: Source) -> tuple[Split, Split, dict[str, str]]:
+    """To train and to evaluate on; and what is left out of both, with the reasons."""
+    train, held_out = run_data.splits(source, config)
+    unreadable: dict[str, str] = {}
+    if config.skip_unreadable:
+        (train, held_out), unreadable = run_data.without_unreadable(
+            (train, held_out), config.skip_unreadable
+        )
     if config.shots_per_class is not None:
         train = few_shot(train, config.shots_per_class, config.seed)
     if config.batch_size is not None and config.batch_size > len(train):
@@ -189,32 +221,44 @@ def _splits(config: FinetuneConfig) -> tuple[Split, Split]:
             f"batch size {config.batch_size} does not fit {len(train)} training images; "
             f"choose 1 to {len(train)}"
         )
-    return train, held_out
+    return train, held_out, unreadable
 
 
 def _look_at(train: Split, held_out: Split) -> dict[str, Any]:
-    """Warn of what can be said of the labels, and of the files where there are not too many to
-    read; returns what tells the images from others."""
+    """Warn of classes without images, and of images that are on both sides, where there are few
+    enough to decode all of them; returns what tells the images from others."""
     lines = data_checks.describe_balance(train.source.class_names, train.labels, held_out.labels)
     splits = {"training": train, "held_out": held_out}
-    if len(train) + len(held_out) <= FILES_READ_TWICE:
-        marks = {what: data_checks.digests(split) for what, split in splits.items()}
-        if shared := {*marks["training"]} & {*marks["held_out"]}:
-            lines.append(
-                f"{len(shared)} images are both trained and evaluated on, under two names, so that "
-                "the accuracy is too high; vgg-transfer check-data lists them"
+    count = len(train) + len(held_out)
+    if count <= MAX_COMPARED:
+        found = {
+            what: split.fingerprints(lambda files: measure.progress(files, "images"))
+            for what, split in splits.items()
+        }
+        unreadable = [split.where(~found[what]["readable"]) for what, split in splits.items()]
+        if any(map(len, unreadable)):
+            raise UnreadableImageError(
+                {name: why for split in unreadable for name, why in find_unreadable(split).items()}
             )
+        leaks = data_checks.describe_leaks(found["training"], found["held_out"])
+        lines += [f"{line}; vgg-transfer check-data lists them" for line in leaks]
+        marks = {what: [*map(bytes, prints["sha256"])] for what, prints in found.items()}
         hashed = "files and labels"
     else:
+        lines.append(
+            f"{count:,} images are more than the {MAX_COMPARED:,} that are compared before "
+            "training, so near-duplicates may be both trained and evaluated on; vgg-transfer "
+            "check-data compares any number"
+        )
         marks = {what: [n.encode() for n in split.names] for what, split in splits.items()}
         hashed = "names and labels"
     for line in lines:
-        print(f"warning: {line}", file=sys.stderr)
-    found: dict[str, Any] = {"sha256_of": hashed}
+        terminal.say(f"warning: {line}")
+    images: dict[str, Any] = {"sha256_of": hashed}
     for what, split in splits.items():
         digest = hashlib.sha256(b"\0".join(marks[what]) + split.labels.tobytes())
-        found[what] = {"images": len(split), "sha256": digest.hexdigest()}
-    return found
+        images[what] = {"images": len(split), "sha256": digest.hexdigest()}
+    return images
 
 
 def _classifier(
@@ -222,12 +266,20 @@ def _classifier(
 ) -> tuple[Classifier, np.ndarray, FinetuneConfig]:
     """The classifier before training, the features of a few images, and the config with what was
     found out."""
-    tap = graph.tensor(config.tap or graph.card.tap or "fc7")
     feeds = dict(parse_feed(assignment) for assignment in config.feed)
-    network = graph.network(tap, config.input, feeds, config.keep_dropout)
+    planned = plan(
+        graph,
+        config.tap,
+        input=config.input,
+        feeds=feeds,
+        keep_dropout=config.keep_dropout,
+        use_ema=config.use_ema,
+        preprocess=config.preprocess,
+        image_size=None if config.image_size is None else parse_size(config.image_size),
+    )
+    tap, network, preprocess = planned.tap, planned.network, planned.preprocess
     report(config, tap, network)
     labels = train.source.class_names
-    preprocess = graph.preprocess(network.input, config.preprocess, config.image_size)
     warn_if_prepared_twice(network, preprocess.mode)
     # The values of the variables are the chief's for all, but the variables must be the same.
     replicas.check_same("model", network.variables)
@@ -256,6 +308,7 @@ def _classifier(
         )
         classifier = Classifier(backbone, head, preprocess, labels)
         classifier.build_from_size()
+    check_savable(classifier)
     return (
         classifier,
         features,
@@ -270,7 +323,9 @@ def _classifier(
             tap=tap,
             input=network.input,
             preprocess=preprocess.mode,
-            image_size=preprocess.size,
+            image_size=preprocess.size
+            if isinstance(preprocess.size, int)
+            else show_size(preprocess.size),
         ),
     )
 
@@ -284,6 +339,8 @@ def _stages(
         resolve(stage, classifier, config.tap, features, steps_per_epoch)
         for stage in asked_for(config)
     ]
+    for stage in stages:
+        warn_if_stopped(_after(classifier.backbone, stage.cut).network, stage.cut)
     last = stages[-1]
     if config.solver == "lbfgs" and last.cut != config.tap.removesuffix(":0"):
         raise ValueError(
@@ -300,6 +357,11 @@ def _stages(
         learning_rate=last.learning_rate,
         backbone_lr_scale=last.backbone_lr_scale,
     )
+
+
+def _after(backbone: GraphLayer, cut: str) -> GraphLayer:
+    """What a stage trains of the backbone."""
+    return backbone if cut == "none" else backbone.split(cut)[1]
 
 
 def _features_of_a_few(backbone: Backbone, split: Split, preprocess: Preprocess) -> np.ndarray:

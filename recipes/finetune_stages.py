@@ -11,7 +11,7 @@ import numpy as np
 from recipes.finetune import FinetuneConfig, cut_of
 from transfer.backbone import GraphLayer
 from transfer.classifier import Classifier
-from transfer.cuts import blocks
+from transfer.cuts import blocks, stopped
 from transfer.optimizers import cosine, make_optimizer
 from transfer.training import ParameterGroup
 
@@ -164,11 +164,13 @@ def parameter_groups(
 
 
 def _trainable_blocks(layer: GraphLayer) -> Iterable[list[keras.Variable]]:
-    """The trainable variables of a layer by block, the block nearest to the head first."""
+    """The variables of a layer that are trained, by block, the block nearest to the head first."""
     by_name = dict(zip(layer.variable_names, layer.graph_variables, strict=True))
-    for names in reversed(blocks(layer.network)):
-        if variables := [by_name[name] for name in names if by_name[name].trainable]:
-            yield variables
+    untrained = {name for names in stopped(layer.network).values() for name in names}
+    for block in reversed(blocks(layer.network)):
+        names = [name for name in block if by_name[name].trainable and name not in untrained]
+        if names:
+            yield [by_name[name] for name in names]
 
 
 def _merged(

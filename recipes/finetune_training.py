@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +11,12 @@ import keras
 import numpy as np
 from sklearn.utils.class_weight import compute_class_weight
 
-from recipes import measure, run_folder
+from recipes import measure, run_folder, terminal
 from recipes.finetune_inputs import Inputs
 from recipes.finetune_setup import Job
 from recipes.finetune_stages import parameter_groups
 from recipes.interruption import Signals
+from transfer import files
 from transfer.backbone import GraphLayer
 from transfer.run_checkpoint import RunCheckpoint
 from transfer.training import ParameterGroup, Trainer, random_states
@@ -82,7 +81,7 @@ class StageTrainer:
         trainer = self.trainer
         self._checkpoint.restore(trainer)
         for line in self._checkpoint.damaged:
-            print(f"warning: {line}; going on from the one before", file=sys.stderr)
+            terminal.say(f"warning: {line}; going on from the one before")
         if not self.is_done:
             if self._job.replicas.is_chief:
                 self._remove_stages(number + 1)
@@ -94,7 +93,7 @@ class StageTrainer:
         """Later stages began with what this one must end with first."""
         for later in range(first, len(self._job.stages)):
             folder = self._job.out / run_folder.CHECKPOINTS / f"stage-{later}"
-            shutil.rmtree(folder, ignore_errors=True)
+            files.remove_folder(folder, files.CHECKPOINT_FILES)
 
     @property
     def is_done(self) -> bool:

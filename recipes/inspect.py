@@ -23,6 +23,9 @@ from recipes.startup import job
 class InspectConfig:
     """Flags of ``vgg-transfer inspect``, with their defaults."""
 
+    rename: tuple[str, ...] = ()
+    """NAME=KEY where the checkpoint's keys differ from the graph's names by a rule, e.g.
+    weights=kernel. May be given several times."""
     json: Annotated[bool, Parameter(negative=())] = False
     """Print JSON, for programs."""
 
@@ -37,7 +40,7 @@ def inspect(model: Path, /, config: InspectConfig = InspectConfig()) -> int:
     with job():
         from recipes.inspect_job import run
 
-        text = run(model, as_json=config.json)
+        text = run(model, rename=config.rename, as_json=config.json)
     print(text)
     return 0
 

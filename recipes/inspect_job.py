@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from recipes import terminal
+from recipes.network_flags import parse_renames
 from transfer import load_meta_graph
 from transfer.inspection import Coverage, Inspection, Tensor, Variables, inspect
 
@@ -14,16 +16,16 @@ MAX_ROWS = 8
 _CUTS = "cuts for --freeze-until: an image's activations, arithmetic before, parameters after"
 
 
-def run(model: Path, *, as_json: bool) -> str:
+def run(model: Path, *, as_json: bool, rename: Sequence[str] = ()) -> str:
     """Inspect a model; returns what to print.
 
     Raises:
         FileNotFoundError, ValueError: if there is no graph to look at.
     """
-    found = inspect(load_meta_graph(model))
+    found = inspect(load_meta_graph(model, rename=parse_renames(rename)))
     if as_json:
         return json.dumps(dataclasses.asdict(found), indent=2)
-    return "\n".join(_lines(found))
+    return "\n".join(map(terminal.escaped, _lines(found)))
 
 
 def _lines(found: Inspection) -> Iterable[str]:
@@ -47,7 +49,10 @@ def _lines(found: Inspection) -> Iterable[str]:
     yield from _section("feeds", feeds)
     yield from _section(_CUTS, _cuts(found))
     yield from _section("hazards", found.hazards)
-    tried = [found.command, "with your own images: --image-folder DIR"] if found.command else []
+    if found.command:
+        tried = [found.command, "with your own images: --image-folder DIR"]
+    else:
+        tried = [f"nothing works as it is: {found.command_problem}"]
     yield from _section("try first", tried)
 
 

@@ -66,7 +66,7 @@ def run(config: FinetuneConfig) -> Path:
         (stage,) = work.stages
         classifier, config = work.classifier, work.config
         is_full = stage.cut == "none"
-        inputs = keras.Input((config.image_size, config.image_size, classifier.preprocess.channels))
+        inputs = keras.Input(classifier.preprocess.shape)
         classifier.backbone.trainable = is_full
         base = classifier.backbone if is_full else InferenceMode(classifier.backbone)
         model = keras.Model(inputs, classifier.head(base(inputs)))

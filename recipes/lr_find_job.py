@@ -11,12 +11,13 @@ import keras
 import numpy as np
 from matplotlib.figure import Figure
 
-from recipes import measure, run_folder
+from recipes import measure, run_data, run_folder
 from recipes.finetune import FinetuneConfig, cut_of
 from recipes.finetune_inputs import Inputs
 from recipes.finetune_setup import Job, prepare
 from recipes.finetune_stages import parameter_groups
 from recipes.finetune_training import new_trainer
+from transfer.files import replacing
 from transfer.lr_find import RangeTest, range_test
 from transfer.training import Batch
 
@@ -34,11 +35,13 @@ def run(config: FinetuneConfig, *, lowest: float, highest: float, steps: int) ->
         raise ValueError("lr-find tries one cut; leave out --schedule, --solver and --resume")
     keras.utils.set_random_seed(config.seed)
     out = config.out or run_folder.default_out("lr-find")
-    job = prepare(replace(config, out=out, lr_schedule="constant", learning_rate=1.0))
-    with run_folder.opened(job.config):
+    with run_data.skip_suggested():
+        job = prepare(replace(config, out=out, lr_schedule="constant", learning_rate=1.0))
+    with run_folder.opened(job.config), run_data.skip_suggested():
         found = _trial(job, lowest=lowest, highest=highest, steps=steps)
         _write_table(job.out / "lr_find.csv", found)
-        _plot(found).savefig(job.out / "lr_find.png", dpi=150)
+        with replacing(job.out / "lr_find.png") as path:
+            _plot(found).savefig(path, format="png", dpi=150)
     return found.suggestion, job.out
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from recipes import terminal
+
 
 class Clock:
     """Wall time by stage: ``with clock("train_s"): ...``; ``seconds["total_s"]`` is all of it."""
@@ -115,11 +117,11 @@ def describe_accuracy(figures: dict, what: str) -> str:
     )
 
 
-def progress(batches: Iterable, what: str) -> Iterable:
+def progress(batches: Iterable, what: str, unit: str = "batch") -> Iterable:
     """The same batches, with a progress bar on standard error."""
     from tqdm import tqdm
 
-    return tqdm(batches, desc=what, unit="batch", file=sys.stderr, mininterval=1.0, leave=False)
+    return tqdm(batches, desc=what, unit=unit, file=sys.stderr, mininterval=1.0, leave=False)
 
 
 def download_bar(what: str, done: int, total: int) -> Any:
@@ -127,7 +129,7 @@ def download_bar(what: str, done: int, total: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(
-        desc=what,
+        desc=terminal.escaped(what),
         initial=done,
         total=total,
         unit="B",

@@ -7,6 +7,7 @@ loads the model once a process.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,7 +30,7 @@ except ImportError as error:
 from recipes import run_folder
 from recipes.predict_beam import PredictBeamConfig
 from recipes.predict_job import as_json, check, prepare_images, reason, top
-from transfer import Classifier
+from transfer import Classifier, image_files
 from transfer.features import Compiled
 from transfer.images import read_image
 from transfer.preprocess import Preprocess
@@ -115,6 +116,8 @@ class Read(beam.DoFn):
     def process(self, file: Any) -> Iterator[Any]:
         name = file.metadata.path
         try:
+            if os.path.exists(name):  # of the local file system, which may have pipes
+                image_files.check(Path(name))
             with file.open() as opened:
                 pixels = self._prepare(read_image(opened.read())).numpy()
         except Exception as error:  # a damaged file makes its reader raise anything

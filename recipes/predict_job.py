@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import json
 import os
@@ -19,17 +18,18 @@ import tensorflow as tf
 from PIL import Image
 from tqdm import tqdm
 
-from recipes import run_folder
+from recipes import run_folder, terminal
+from recipes.csv_files import write_row
 from recipes.predict import PredictConfig
 from recipes.predict_beam import PredictBeamConfig
-from transfer import Classifier
+from transfer import Classifier, image_files
 from transfer.explain import grad_cam, overlay
 from transfer.features import Compiled
+from transfer.files import replacing
+from transfer.image_files import PassedOver, PixelBudget
 from transfer.images import read_image
 from transfer.preprocess import Preprocess, to_channels
-from transfer.sources import IMAGE_SUFFIXES
 
-_SUFFIXES = frozenset((*IMAGE_SUFFIXES, ".jpe", ".jfif", ".tif", ".tiff", ".webp"))
 _READERS = 4  # threads; decoding lets go of Python's lock
 
 Prediction = list[tuple[str, float]]
@@ -51,13 +51,15 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
     network = Compiled(classifier.probabilities_of_resized)
     explain = None if config.explain is None else Explainer(classifier, config.explain)
     write = _WRITERS[config.format](results)
+    passed_over = PassedOver()
     done = num_failed = 0
     start = time.perf_counter()
     with tqdm(unit="image", file=sys.stderr, mininterval=1.0, leave=False) as bar:
-        for names, pixels, failures in _batches(find_images(images), classifier, config.batch_size):
+        paths = find_images(images, passed_over)
+        for names, pixels, failures in _batches(paths, classifier, config.batch_size):
             for name, reason in failures:
                 bar.clear()
-                print(f"error: {name}: {reason}", file=sys.stderr)
+                terminal.say(f"error: {name}: {reason}")
             num_failed += len(failures)
             if names:
                 probabilities = np.asarray(network(tf.stack(pixels)))
@@ -68,7 +70,10 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
             done += len(names)
             bar.update(len(names) + len(failures))
     if not done + num_failed:
-        raise ValueError("no image was found in what was named")
+        reasons = "".join(f"; {line}" for line in passed_over.describe())
+        raise ValueError(f"no image was found in what was named{reasons}")
+    for line in passed_over.describe():
+        print(f"warning: {line}", file=sys.stderr)
     rate = done / (time.perf_counter() - start)
     failed = f", {num_failed} could not be read" if num_failed else ""
     print(f"{done} images, {rate:.1f} images/s{failed}", file=sys.stderr)
@@ -99,12 +104,14 @@ class Explainer:
         for name, image, heat in zip(names, pixels.numpy(), heats, strict=True):
             self._count += 1
             path = self._folder / f"{self._count:06d}-{Path(name).stem}.png"
-            Image.fromarray(overlay(image, heat)).save(path)
+            with replacing(path) as temporary:
+                Image.fromarray(overlay(image, heat)).save(temporary, "PNG")
 
 
-def find_images(words: Iterable[str]) -> Iterator[Path]:
+def find_images(words: Iterable[str], passed_over: PassedOver) -> Iterator[Path]:
     """The files that words mean, one after the other: folders are searched for images, patterns are
-    resolved, ``-`` reads a path a line from standard input."""
+    resolved, ``-`` reads a path a line from standard input. Files of folders that are not images go
+    to ``passed_over``."""
     for word in words:
         path = Path(word).expanduser()
         if word == "-":
@@ -112,14 +119,14 @@ def find_images(words: Iterable[str]) -> Iterator[Path]:
             lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
             yield from (Path(line) for line in lines if line.strip())
         elif path.exists() or not glob.has_magic(word):
-            yield from _in_folder(path) if path.is_dir() else (path,)
+            yield from _in_folder(path, passed_over) if path.is_dir() else (path,)
         else:
             for found in map(Path, glob.iglob(str(path), recursive=True)):
                 # Where ** is, what is in a folder is found by itself.
                 if not found.is_dir():
                     yield found
                 elif "**" not in word:
-                    yield from _in_folder(found)
+                    yield from _in_folder(found, passed_over)
 
 
 def top(probabilities: np.ndarray, labels: Sequence[str], count: int) -> Prediction:
@@ -128,18 +135,8 @@ def top(probabilities: np.ndarray, labels: Sequence[str], count: int) -> Predict
     return [(labels[index], float(probabilities[index])) for index in order]
 
 
-def _in_folder(folder: Path) -> Iterator[Path]:
-    """Its images, and those of the folders in it; links to folders are not followed, which may go
-    round in circles. A folder that cannot be read is given itself, to be reported."""
-    unreadable: list[Path] = []
-    for root, folders, files in os.walk(folder, onerror=lambda e: unreadable.append(e.filename)):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in _SUFFIXES:
-                yield Path(root, name)
-        yield from map(Path, unreadable)
-        unreadable.clear()
-    yield from map(Path, unreadable)
+def _in_folder(folder: Path, passed_over: PassedOver) -> Iterator[Path]:
+    return image_files.find(folder, passed_over, in_order=True)
 
 
 def _batches(
@@ -148,9 +145,11 @@ def _batches(
     """Names and resized images of each batch, and the names of what could not be read with the
     reasons; the next batches are read while one is predicted."""
     prepare = prepare_images(classifier.preprocess)
+    budget = PixelBudget()
 
     def read(path: Path) -> tf.Tensor:
-        return prepare(read_image(path.read_bytes()))
+        with budget.hold(path):
+            return prepare(read_image(image_files.read(path)))
 
     with ThreadPoolExecutor(_READERS) as pool:
         waiting: list[tuple[Path, Future]] = []
@@ -196,18 +195,17 @@ def _shown(path: Path) -> str:
 def _table(file: TextIO) -> Callable[[str, Prediction], None]:
     def write(name: str, found: Prediction) -> None:
         cells = "  ".join(f"{label} {probability:.4f}" for label, probability in found)
-        print(f"{name}  {cells}", file=file, flush=True)
+        print(terminal.escaped(f"{name}  {cells}"), file=file, flush=True)
 
     return write
 
 
 def _csv(file: TextIO) -> Callable[[str, Prediction], None]:
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["image", "rank", "label", "probability"])
+    write_row(file, ["image", "rank", "label", "probability"])
 
     def write(name: str, found: Prediction) -> None:
         for rank, (label, probability) in enumerate(found, 1):
-            writer.writerow([name, rank, label, f"{probability:.6g}"])
+            write_row(file, [name, rank, label, f"{probability:.6g}"])
 
     return write
 
@@ -222,7 +220,8 @@ def _jsonl(file: TextIO) -> Callable[[str, Prediction], None]:
 def as_json(name: str, found: Prediction) -> str:
     """A line of ``--format jsonl``."""
     predictions = [{"label": label, "probability": p} for label, p in found]
-    return json.dumps({"image": name, "predictions": predictions}, ensure_ascii=False)
+    line = json.dumps({"image": name, "predictions": predictions}, ensure_ascii=False)
+    return terminal.escaped_json(line)
 
 
 _WRITERS = {"table": _table, "csv": _csv, "jsonl": _jsonl}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -10,16 +9,17 @@ from typing import Any
 
 import keras
 
-from recipes import interruption, measure, run_folder
+from recipes import interruption, measure, run_data, run_folder, terminal
 from recipes.interruption import Signals
 from recipes.pretrain import PretrainConfig
 from transfer import Backbone, Card, Preprocess, load_meta_graph, pretraining, save_meta_graph, vgg
 from transfer.card import write_card
-from transfer.data import Split, train_and_eval_splits
+from transfer.data import Split
 from transfer.evaluation import predict, summarize
 from transfer.features import Compiled
+from transfer.files import write_names
+from transfer.preprocess import for_card
 from transfer.run_checkpoint import RunCheckpoint
-from transfer.sources import open_source
 from transfer.training import ParameterGroup, Trainer, epoch_seed
 
 CHECKPOINT_S = 600.0
@@ -42,12 +42,12 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
         run_folder.check(config.out, resume=config.resume)
     keras.utils.set_random_seed(config.seed)
     architecture = vgg.ARCHITECTURES[config.arch]
-    source = open_source(
+    source = run_data.open_and_warn(
         "" if config.image_folder else config.dataset,
         data_dir=config.data_dir,
         image_folder=config.image_folder,
     )
-    train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
+    train, held_out = run_data.splits(source, config)
     _small_images(config, architecture)  # before anything is written
     out = (config.out or run_folder.default_out(source.name, config.arch)).resolve()
     config = replace(config, out=out)
@@ -55,6 +55,7 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
         run_folder.opened(config),
         interruption.resumable("pretrain", out, run_folder.CONFIG) as signals,
     ):
+        write_names(out / run_folder.HELD_OUT, held_out.names)
         return _train_and_save(config, train, held_out, signals)
 
 
@@ -75,12 +76,12 @@ def _train_and_save(
     num_epochs = config.epochs + config.fc_epochs
     prefix = out / config.arch
     labels = out / f"{config.arch}.labels.txt"
-    run_folder.write_text(labels, "".join(f"{name}\n" for name in class_names))
+    write_names(labels, class_names)
     card = Card(
         input="images:0",
         tap="fc7:0",
         image_size=architecture.image_size,
-        preprocess=config.preprocess,
+        preprocess=for_card(config.preprocess),
         labels=labels.name,
         outputs={"logits": "fc8:0", "probabilities": "prob:0"},
         source=_command(config),
@@ -114,7 +115,7 @@ def _trained(
         if config.resume:
             checkpoint.restore(trainer)
             for line in checkpoint.damaged:
-                print(f"warning: {line}; going on from the one before", file=sys.stderr)
+                terminal.say(f"warning: {line}; going on from the one before")
             if trainer.epoch >= epochs:
                 return
             run_folder.keep_history(config.out, trainer.epoch)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
-import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -18,7 +16,9 @@ import numpy as np
 
 from recipes import convert_job, measure
 from recipes.convert import ConvertConfig
-from transfer import Backbone, Preprocess, load_meta_graph
+from recipes.convert_job import file_md5
+from transfer import Backbone, load_meta_graph, retention
+from transfer.files import draft_folder, unshare, write_text
 
 TIMEOUT_S = 8.0
 _CHUNK = 2**20
@@ -67,8 +67,8 @@ def run(name: str, out: Path, *, convolutional: bool) -> list[str]:
     convert_job.check_out(out)
     download(weights)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".converting-") as folder:
-        draft = Path(folder) / out.name
+    with draft_folder(out.parent) as folder:
+        draft = folder / out.name
         config = ConvertConfig(out=draft, convolutional=convolutional)
         *lines, _ = convert_job.run(weights.path, config)
         difference = compare(draft, weights)
@@ -78,7 +78,10 @@ def run(name: str, out: Path, *, convolutional: bool) -> list[str]:
                 f"probability; expected at most {_TOLERANCE:g}; nothing was written, report this"
             )
         for path in sorted(draft.parent.iterdir()):
-            os.replace(path, out.parent / path.name)
+            if path.name != retention.STATE:  # there may be one, which lists other checkpoints
+                os.replace(path, out.parent / path.name)
+        state, _ = retention.plan(out, out.name, None, None)
+        write_text(out.with_name(retention.STATE), state)
     return [*lines, f"probabilities differ from Keras' by at most {difference:.1g}", str(out)]
 
 
@@ -89,10 +92,11 @@ def download(weights: Weights) -> None:
         ConnectionError, ValueError: see ``run``; what has come so far stays for the next time.
     """
     path = weights.path
-    if path.is_file() and _md5(path) == weights.md5:
+    if path.is_file() and file_md5(path) == weights.md5:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
+    unshare(part)
     done = part.stat().st_size if part.is_file() else 0
     request = urllib.request.Request(weights.url, headers={"Range": f"bytes={done}-"})
     try:
@@ -106,7 +110,7 @@ def download(weights: Weights) -> None:
     except (OSError, http.client.HTTPException) as error:
         reason = str(error) or type(error).__name__
         raise ConnectionError(_manual(weights, reason)) from error
-    if _md5(part) != weights.md5:
+    if file_md5(part) != weights.md5:
         part.unlink()
         raise ValueError(
             f"what came from {weights.url} is not the published file (its MD5 differs); it was "
@@ -119,7 +123,7 @@ def compare(prefix: Path, weights: Weights) -> float:
     """The largest difference between a probability of the model and of Keras' own, on an image of
     noise and one of stripes."""
     graph = load_meta_graph(prefix)
-    preprocess = Preprocess(graph.card.preprocess, graph.card.image_size)
+    preprocess = graph.preprocess(graph.card.input)
     shape = (1, preprocess.size, preprocess.size, 3)
     noise = np.random.default_rng(0).uniform(0, 255, shape).astype(np.float32)
     stripes = np.linspace(0, 255, preprocess.size, dtype=np.float32)[:, None, None]
@@ -169,14 +173,6 @@ def _receive(response: Any, part: Path, done: int) -> None:
             done += len(chunk)
     if done < total:
         raise ConnectionError(f"it was cut after {done:,} of {total:,} bytes; pull again to go on")
-
-
-def _md5(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _manual(weights: Weights, reason: str) -> str:

@@ -6,16 +6,17 @@ import contextlib
 import csv
 import dataclasses
 import json
-import shutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import filelock
-import yaml
 
+from recipes import yaml_files
+from transfer import files
 from transfer.checkpoint import check_path
-from transfer.files import write_text
+from transfer.files import read_text, write_text
 
 CONFIG = "config.yaml"
 LABELS = "labels.txt"
@@ -30,6 +31,17 @@ EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
 _LOCK = ".lock"
+_MAX_JSON_BYTES = 2**26  # metrics of tens of thousands of classes
+
+_WORKING_FILES = (
+    rf"{CHECKPOINTS}/{files.CHECKPOINT_FILES.pattern}"
+    rf"|{EVENTS}/(.+/)?events\.out\.tfevents\.[^/]+"
+)
+_RUN_FILES = (
+    r"\.lock|(config\.yaml|labels\.txt|held_out\.txt|history\.csv|(metrics|provenance|limits)\.json)"
+    rf"|checkpoint|{MODEL}(-\d+)?\.(meta|json|index|data-\d{{5}}-of-\d{{5}})|{_WORKING_FILES}"
+)
+"""Paths of what a run writes, in its folder."""
 
 
 def check(out: Path | None, *, resume: bool) -> None:
@@ -67,18 +79,28 @@ def opened(config: Any) -> Iterator[None]:
     check(out, resume=config.resume)
     out.mkdir(parents=True, exist_ok=True)
     try:
-        lock = filelock.FileLock(out / _LOCK).acquire(timeout=0)
+        lock = files.lock(out / _LOCK).acquire(timeout=0)
     except filelock.Timeout:
         raise BlockingIOError(
             f"another process works in {str(out)!r}; wait for it, or choose another --out"
         ) from None
     with lock:
-        for left in out.glob(".saving-*"):  # of a run that was killed while it saved its model
-            shutil.rmtree(left, ignore_errors=True)
+        for name in (EVENTS, CHECKPOINTS):
+            for folder in (out / name, *(out / name).glob("*")):
+                files.refuse_link(folder)
+        files.remove_drafts(out)  # of a run that was killed while it saved its model
         if config.resume and _has_begun(out):
             _check_resumed(out, config)
         write_text(out / CONFIG, to_yaml(config))
         yield
+
+
+def remove(run: Path, *, only_working: bool = False) -> None:
+    """Delete the files of a run and its folder, or only its checkpoints and events. Other files
+    stay, and so do the folders that they are in."""
+    files.remove_drafts(run)
+    names = _WORKING_FILES if only_working else _RUN_FILES
+    files.remove_folder(run, re.compile(names))
 
 
 def _is_passing(path: Path) -> bool:
@@ -95,6 +117,7 @@ def keep_history(run: Path, epochs: int) -> None:
     of one whose line was cut short."""
     path = run / HISTORY
     if not path.is_file():
+        files.unshare(path)  # a link to nothing, which the next epoch would write through
         return
     with path.open(newline="", encoding="utf-8") as file:
         lines = file.readlines()
@@ -124,14 +147,34 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What ``write_json`` wrote.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it does not hold a JSON object.
+    """
+    try:
+        values = json.loads(read_text(path, _MAX_JSON_BYTES), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is not a JSON file of a run: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(values).__name__}; expected a JSON object")
+    return values
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
 def add_to_metrics(run: Path, name: str, figures: Any) -> None:
     """Write figures into a run's ``metrics.json``, beside those of its training."""
     path = run / METRICS
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {name: figures})
+    write_json(path, read_json(path) | {name: figures})
 
 
 def to_yaml(config: Any) -> str:
-    return yaml.safe_dump(_plain(config), sort_keys=False)
+    return yaml_files.to_yaml(_plain(config))
 
 
 def _check_resumed(run: Path, config: Any) -> None:
@@ -175,7 +218,7 @@ def read_config(run: Path) -> dict[str, Any]:
     path = run / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{str(run)!r} is no run folder: it has no {CONFIG}")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return yaml_files.read_flags(path)
 
 
 def default_out(*words: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ import numpy as np
 import tensorflow as tf
 
 from recipes.cli import main
+from recipes.network_flags import parse_feed, parse_renames
+from transfer import load_meta_graph
+from transfer.model_plan import ModelPlan, plan
+from transfer.preprocess import parse_size
 
 
 def finetune(out: Path, model: Path, folder: Path, *flags: Any) -> int:
@@ -23,6 +28,29 @@ def finetune(out: Path, model: Path, folder: Path, *flags: Any) -> int:
         del arguments["--epochs"]
     flags = tuple(item for pair in arguments.items() for item in pair) + flags
     return main(["finetune", *map(str, flags)])
+
+
+def flags_of(command: str) -> dict[str, str]:
+    """Of a command that ``inspect`` printed."""
+    words = shlex.split(command)
+    assert words[:2] == ["vgg-transfer", "finetune"]
+    pairs = [word.split("=", 1) if word.startswith("--rename=") else [word] for word in words[2:]]
+    words = [word for pair in pairs for word in pair]
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def planned(flags: dict[str, str]) -> ModelPlan:
+    """What ``finetune`` begins with, given these flags."""
+    rename = [flags["--rename"]] if "--rename" in flags else []
+    graph = load_meta_graph(flags["--model"], rename=parse_renames(rename))
+    return plan(
+        graph,
+        flags.get("--tap"),
+        input=flags.get("--input"),
+        feeds=dict([parse_feed(flags["--feed"])] if "--feed" in flags else []),
+        preprocess=flags.get("--preprocess"),
+        image_size=parse_size(flags["--image-size"]) if "--image-size" in flags else None,
+    )
 
 
 def metrics(out: Path) -> dict[str, Any]:

@@ -1,6 +1,10 @@
 """The layer against a stock TF1 session on the same files."""
 
+import base64
+import copy
 import json
+import pickle
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -8,9 +12,10 @@ import pytest
 import tensorflow as tf
 from conftest import save_vgg
 
-from transfer import Backbone, load_meta_graph, save_meta_graph, vgg
+from transfer import Backbone, Card, Head, load_meta_graph, save_meta_graph, vgg
 
 tf1 = tf.compat.v1
+PRETRAINED = Path(__file__).parents[1] / "pretrained" / "vgg_small"
 RTOL = 1e-5  # of the largest value
 
 
@@ -138,6 +143,9 @@ def test_a_mixed_precision_policy_changes_nothing(model, images):
     try:
         prefix, suffix = Backbone(load_meta_graph(model)).split("pool1")
         np.testing.assert_array_equal(suffix(prefix(images)), expected)
+        assert {layer.compute_dtype for layer in (prefix, suffix)} == {"float32"}
+        with pytest.raises(ValueError, match="dtype='float16', but the graph computes in float32"):
+            Backbone(load_meta_graph(model), dtype="float16")
     finally:
         keras.config.set_dtype_policy("float32")
 
@@ -172,6 +180,171 @@ def test_it_is_an_ordinary_keras_layer(model, images, tmp_path):
     np.testing.assert_allclose(
         served.serve(tf.constant(images)), model(images), rtol=1e-5, atol=1e-6
     )
+
+
+def normalising(tmp_path):
+    """Batch norm both ways, with variables whose names say nothing."""
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
+        net = tf.nn.conv2d(x, tf1.get_variable("a", [3, 3, 3, 4]), 1, "SAME")
+        fused = [tf1.get_variable(name, [4]) for name in ("b", "c", "d", "e")]
+        net, _, _ = tf1.nn.fused_batch_norm(net, *fused, is_training=False)
+        mean, variance, offset, scale = (tf1.get_variable(name, [4]) for name in "fghi")
+        net = tf.nn.batch_normalization(net, mean, variance, offset, scale, 1e-3)
+        net = tf.nn.relu(net) - tf1.get_variable("slope", [4]) * tf.nn.relu(-net)
+        tf.reduce_mean(net, [1, 2], name="tap")
+        shapes = {v.op.name: v.shape for v in tf1.global_variables()}
+    save_meta_graph(graph, tmp_path / "bn", {n: np.full(s, 0.5) for n, s in shapes.items()})
+    return load_meta_graph(tmp_path / "bn")
+
+
+def test_new_layers_begin_with_he_normal_weights_and_scales_of_one(tmp_path):
+    backbone = Backbone(normalising(tmp_path), "tap")
+    new = Backbone.from_config(backbone.get_config())
+    other = Backbone(normalising(tmp_path), "tap")
+    other.randomize(seed=0)
+    for layer in (new, other):
+        values = {name: value.numpy() for name, value in layer.values().items()}
+        assert {name for name, value in values.items() if (value == 1).all()} == set("begi")
+        assert {n for n, value in values.items() if (value == 0).all()} == {*"cdfh", "slope"}
+        assert values["a"].std() == pytest.approx(np.sqrt(2 / 27), rel=0.3)
+
+
+def clones(backbone):
+    model = keras.Sequential([keras.Input((16, 16, 3)), backbone, keras.layers.Dense(2)])
+    yield keras.models.clone_model(model)
+    yield keras.Sequential.from_config(model.get_config())
+    yield keras.models.model_from_json(model.to_json())
+
+
+def test_clones_begin_as_keras_layers_do_and_say_so(tmp_path, images):
+    architecture = vgg.Architecture(((32, 32), (64,)), fc=64, image_size=16)
+    backbone = Backbone(load_meta_graph(save_vgg(tmp_path / "m", architecture)), name="vgg")
+    for clone in clones(backbone):
+        layer = clone.layers[0]
+        for name, value in layer.values().items():
+            fan_in = np.prod(value.shape[:-1])
+            if name.endswith("weights"):
+                expected = np.sqrt(2 / fan_in)  # keras.initializers.HeNormal
+                assert np.std(value) == pytest.approx(expected, rel=0.15), name
+            else:
+                assert not np.any(value), name
+            assert (value != backbone.values()[name]).numpy().any() == name.endswith("weights")
+        with pytest.warns(UserWarning, match="layer 'vgg' .* random, not pretrained.*set_weights"):
+            clone(images)
+        clone.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        before = [w.numpy() for w in clone.trainable_weights]
+        clone.fit(images, np.array([0, 1, 0, 1, 0]), verbose=0)
+        assert all((w != b).numpy().any() for w, b in zip(layer.weights, before, strict=False))
+
+
+def test_clones_with_the_weights_copied_do_not_warn(model, images, recwarn):
+    backbone = Backbone(load_meta_graph(model))
+    for clone in clones(backbone):
+        clone.layers[0].set_weights(backbone.get_weights())
+        np.testing.assert_array_equal(clone.layers[0](images), backbone(images))
+    assert not [w for w in recwarn if "pretrained" in str(w.message)]
+
+
+def test_scikit_learns_wrapper_trains_its_clone(model):
+    """Keras clones the model, without its weights; bright and dark are told apart all the same."""
+    inner = [keras.layers.Reshape((16, 16, 3)), Backbone(load_meta_graph(model))]
+    network = keras.Sequential(
+        [keras.Input((768,)), *inner, keras.layers.Dense(2, activation="softmax")]
+    )
+    network.compile("adam", "categorical_crossentropy")
+    labels = np.arange(40) % 2
+    pixels = np.random.default_rng(0).random((40, 768), np.float32) * 0.3 + 0.7 * labels[:, None]
+    wrapper = keras.wrappers.SKLearnClassifier(network)
+    with pytest.warns(UserWarning, match="random, not pretrained"):
+        wrapper.fit(pixels, labels, epochs=30, verbose=0)
+    assert (wrapper.model_.predict(pixels, verbose=0).argmax(-1) == labels).mean() > 0.9
+
+
+def test_copies_have_the_weights(model, images, recwarn):
+    backbone = Backbone(load_meta_graph(model))
+    for copied in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
+        np.testing.assert_array_equal(copied(images), backbone(images))
+        assert copied.graph_variables[0] is not backbone.graph_variables[0]
+    assert not [w for w in recwarn if "pretrained" in str(w.message)]
+
+
+def with_parts(backbone):
+    prefix, suffix = backbone.split("pool2")
+    inputs = keras.Input((16, 16, 3))
+    return keras.Model(inputs, [backbone(inputs), prefix(inputs), suffix(prefix(inputs))])
+
+
+def test_a_saved_model_keeps_what_its_layers_share(model, images, tmp_path):
+    built = with_parts(Backbone(load_meta_graph(model), "fc7"))
+    built.save(tmp_path / "m.keras")
+    loaded, other = (keras.models.load_model(tmp_path / "m.keras") for _ in range(2))
+    assert len(loaded.weights) == len(built.weights) == 10
+    for found, expected in zip(loaded(images), built(images), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    for variable in loaded.layers[1].graph_variables:
+        variable.assign(variable * 2)
+    whole, _, parts = loaded(images)
+    np.testing.assert_array_equal(whole, parts)
+    assert (whole != built(images)[0]).numpy().any()
+    np.testing.assert_array_equal(other(images)[0], built(images)[0])  # a load of its own
+
+
+def test_models_saved_with_graphs_as_they_are_still_load(model, images):
+    backbone = Backbone(load_meta_graph(model))
+    config = backbone.get_config()
+    del config["compressed_graphs"], config["shared"], config["to_load_it"]
+    config["dtype"] = keras.dtype_policies.get("mixed_float16")  # was written, and not heeded
+    graphs = [base64.b64encode(g.SerializeToString()) for g in backbone.network.graphs]
+    loaded = Backbone.from_config({**config, "graph_defs": [g.decode() for g in graphs]})
+    loaded.set_weights(backbone.get_weights())
+    np.testing.assert_array_equal(loaded(images), backbone(images))
+    assert loaded.compute_dtype == "float32"
+
+
+@pytest.mark.parametrize("damage", [lambda g: g[:-8], lambda g: g[:4] + "AAAA" + g[8:]])
+def test_a_damaged_graph_in_a_configuration_is_refused(model, damage):
+    config = Backbone(load_meta_graph(model)).get_config()
+    config["compressed_graphs"] = [damage(g) for g in config["compressed_graphs"]]
+    with pytest.raises(ValueError, match="damaged"):
+        Backbone.from_config(config)
+
+
+def test_a_configuration_is_short_and_says_what_to_import():
+    """Keras prints it where the package is not imported."""
+    config = keras.saving.serialize_keras_object(Backbone(PRETRAINED))
+    assert len(repr(config)) < 3500
+    assert "import transfer before keras.models.load_model" in repr(config)
+
+
+def test_the_maximum_over_space(model, images):
+    raw = Backbone(load_meta_graph(model), "pool2", pooling=None)(images)
+    pooled = Backbone(load_meta_graph(model), "pool2", pooling="max")
+    expected = keras.layers.GlobalMaxPooling2D()(raw)
+    np.testing.assert_array_equal(pooled(images), expected)
+    np.testing.assert_array_equal(Backbone.from_config(pooled.get_config()).pooling, "max")
+    with pytest.raises(ValueError, match="pooling='sum' is not known; choose from: 'avg', 'max'"):
+        Backbone(load_meta_graph(model), "pool2", pooling="sum")
+
+
+def test_the_tap_is_the_cards(tmp_path, images):
+    path = save_vgg(tmp_path / "m", card=Card(tap="fc6:0"))
+    expected = Backbone(load_meta_graph(path), "fc6")(images)
+    for graph in (load_meta_graph(path), path, str(path), f"{path}.meta"):
+        np.testing.assert_array_equal(Backbone(graph)(images), expected)
+    assert Backbone(save_vgg(tmp_path / "other")).network.output == "fc7:0"
+    with pytest.raises(TypeError, match="graph is of type int; expected"):
+        Backbone(3)
+
+
+def test_a_tf1_graph_is_refused_with_the_way_out(model):
+    backbone = Backbone(load_meta_graph(model))
+    with tf.Graph().as_default():
+        x = tf1.placeholder(tf.float32, [None, 16, 16, 3])
+        for use in (lambda: Backbone(load_meta_graph(model)), lambda: backbone(x), lambda: Head(2)):
+            with pytest.raises(RuntimeError, match=r"import_meta_graph .* build_head"):
+                use()
 
 
 @pytest.mark.slow

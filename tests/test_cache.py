@@ -6,10 +6,12 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
 
+from recipes.cli import main
 from transfer.cache import Cache
 
 SHAPE = (3, 2)
@@ -202,15 +204,124 @@ def test_what_is_being_written_stays(tmp_path):
     assert names(cache) == []
 
 
-def test_foreign_folders_are_left_alone(cache, entry):
-    other = cache.directory / "photos"
-    other.mkdir()
-    (other / "a.jpg").write_bytes(b"mine")
-    (entry.folder / "notes.txt").write_text("mine")
+def test_files_of_others_are_left_alone(cache, entry):
+    mine = [
+        *("photos/a.jpg", "photos/key.json", "photos/index.bin", "photos/rows.bin", "key.json"),
+        *(f"{'0' * 32}/key.json", f"{'0' * 32}/index.bin", f"{'0' * 32}/rows.bin"),
+        *(f"{entry.folder.name}/notes.txt", f"{entry.folder.name}/.key.json.tmp", "locks/a.txt"),
+    ]
+    text = (entry.folder / "key.json").read_text()  # a copy of a key, under another name
+    for name in mine:
+        (cache.directory / name).parent.mkdir(exist_ok=True)
+        (cache.directory / name).write_text(text)
+    entry.append(ids(1), rows(1))
     assert [e.digest for e in cache.entries()] == [entry.folder.name]
-    assert not cache.delete(entry.folder.name)
-    assert (entry.folder / "notes.txt").exists()
-    assert (other / "a.jpg").exists()
+    assert cache.damaged().keys() == {"photos", "0" * 32}
+    for name in ("photos", "0" * 32, ".", "..", "../cache/photos", "absent", "f" * 32):
+        assert not cache.delete(name)
+    cache.limit_bytes = 0
+    cache.make_room(0)
+    cache.clear()
+    assert cache.entries() == []
+    assert {cache.directory / name for name in mine} == {
+        path for path in cache.directory.rglob("*") if path.is_file()
+    }
+
+
+def test_links_are_never_followed(cache, entry, tmp_path):
+    other = Cache(tmp_path / "other", 10**6)
+    theirs = fill(other, "theirs", 3, 1000).folder
+    entry.append(ids(1), rows(1))
+    for name in ("rows.bin", "index.bin"):
+        (entry.folder / name).unlink()
+        (entry.folder / name).symlink_to(theirs / name)
+    (cache.directory / theirs.name).symlink_to(theirs)  # looks like an entry
+    before = {path.name: path.read_bytes() for path in theirs.iterdir()}
+    assert [e.digest for e in cache.entries()] == [entry.folder.name]
+    assert not cache.delete(theirs.name)
+    with pytest.raises(NotADirectoryError, match="is a link"):
+        cache.entry({"name": "theirs"}, SHAPE, "float32")
+    assert again(cache).missing(ids(0, 1)).all()
+    again(cache).append(ids(1), rows(1))
+    np.testing.assert_array_equal(again(cache).read(ids(1))[:], rows(1))
+    (entry.folder / "index.bin").unlink()
+    (entry.folder / "index.bin").symlink_to(theirs / "index.bin")
+    assert cache.delete(entry.folder.name)
+    assert [path.name for path in entry.folder.iterdir()] == ["index.bin"]
+    assert {path.name: path.read_bytes() for path in theirs.iterdir()} == before
+
+
+def test_a_directory_that_is_a_link_is_the_users_wish(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "disk")
+    cache = Cache(tmp_path / "cache", 10**6)
+    entry = fill(cache, "a", 2, 1000)
+    assert entry.folder.resolve().parent == tmp_path / "disk"
+    assert cache.delete(entry.folder.name)
+    assert not entry.folder.exists()
+
+
+def test_a_backup_by_hard_links_keeps_its_rows(cache, entry, tmp_path):
+    entry.append(ids(1), rows(1))
+    backup = {name: tmp_path / name for name in ("rows.bin", "index.bin")}
+    for name, path in backup.items():
+        os.link(entry.folder / name, path)
+    before = {name: path.read_bytes() for name, path in backup.items()}
+    again(cache).append(ids(2), rows(2))
+    np.testing.assert_array_equal(again(cache).read(ids(1, 2))[:], rows(1, 2))
+    assert {name: path.read_bytes() for name, path in backup.items()} == before
+
+
+def test_a_damaged_key_is_named_and_the_others_are_there(cache, entry, tmp_path):
+    link = tmp_path / "elsewhere.json"
+    link.write_text("{}")
+    bad = {
+        "empty": lambda path: path.write_bytes(b""),
+        "binary": lambda path: path.write_bytes(bytes(range(256))),
+        "list": lambda path: path.write_text("[1, 2]"),
+        "deep": lambda path: path.write_text("[" * 10**5),
+        "nan": lambda path: path.write_text('{"layout": NaN, "row_shape": [], "dtype": 1}'),
+        "link": lambda path: path.symlink_to(link),
+        "loop": lambda path: path.symlink_to(path),
+        "pipe": os.mkfifo,
+        "folder": os.mkdir,
+        "large": lambda path: path.write_bytes(b" " * 2**21),
+    }
+    for name, make in bad.items():
+        (cache.directory / name).mkdir()
+        make(cache.directory / name / "key.json")
+    assert [e.digest for e in cache.entries()] == [entry.folder.name]
+    assert cache.damaged().keys() == bad.keys()
+    assert all("key.json" in reason for reason in cache.damaged().values())
+    cache.clear()
+    assert {path.name for path in cache.directory.iterdir()} == bad.keys()
+
+
+def test_an_entry_of_an_earlier_version_is_read_and_deleted(cache):
+    """As it was written then: the key in place, without a temporary file."""
+    text = json.dumps(
+        {"cut": "pool4", "dtype": "float32", "layout": 1, "row_shape": [3, 2], "sha256": "00"},
+        indent=1,
+    )
+    folder = cache.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
+    folder.mkdir(parents=True)
+    (folder / "key.json").write_text(text)
+    (folder / "rows.bin").write_bytes(rows(5).tobytes())
+    record = ids(1)[0] + np.uint32(zlib.crc32(rows(5))).tobytes()
+    (folder / "index.bin").write_bytes(record)
+    found = cache.entry(KEY, SHAPE, "float32")
+    assert found.folder == folder
+    np.testing.assert_array_equal(found.read(ids(1))[:], rows(5))
+    assert cache.delete(folder.name)
+    assert not folder.exists()
+
+
+def test_a_cleared_cache_is_gone(cache, entry):
+    entry.append(ids(1), rows(1))
+    (entry.folder / f".key.json.{'0' * 16}.tmp").write_text("of a process that was killed")
+    cache.clear()
+    assert not cache.directory.exists()
+    assert cache.entries() == []
 
 
 def test_the_key_can_be_read(cache, entry):
@@ -248,3 +359,30 @@ def test_two_processes_share_an_entry(tmp_path):
         "missing 0",
         "missing 40",
     ]
+
+
+def test_the_command_names_what_is_damaged_and_lists_the_others(cache, entry, tmp_path, capfd):
+    entry.append(ids(1), rows(1))
+    for name in ("\x1b[31mred", "0" * 32):
+        (cache.directory / name).mkdir()
+        (cache.directory / name / "key.json").write_bytes(b"")
+    (entry.folder / "notes.txt").write_text("mine")
+    assert main(["cache", "list", "--cache-dir", str(cache.directory)]) == 0
+    printed = capfd.readouterr()
+    assert printed.out.splitlines()[0].startswith(entry.folder.name[:12])
+    assert printed.out.splitlines()[1].startswith("1 entries, 0.0 MB in ")
+    assert [line.partition(":")[2] for line in printed.err.splitlines()] == [
+        f" {name} is not an entry: its key.json is not JSON (Expecting value: line 1 column 1 "
+        "(char 0))"
+        for name in ("?[31mred", "0" * 32)
+    ]
+    assert main(["cache", "list", "--json", "--cache-dir", str(cache.directory)]) == 0
+    (listed,) = json.loads(capfd.readouterr().out)
+    assert listed["key"]["cut"] == "pool4"
+    assert main(["cache", "clear", "--cache-dir", str(cache.directory)]) == 0
+    printed = capfd.readouterr()
+    assert printed.out == "1 entries deleted, 0.0 MB\n"
+    assert "stays: it holds other files" in printed.err
+    (tmp_path / "file").write_text("mine")
+    assert main(["cache", "clear", "--cache-dir", str(tmp_path / "file")]) == 1
+    assert "file' is a file; expected the folder of a cache" in capfd.readouterr().err

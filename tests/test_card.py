@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from transfer.card import Card, read_card, write_card
@@ -10,6 +12,16 @@ def test_a_card_survives_writing_and_reading(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
 
 
+def test_card_keeps_means_of_its_own(tmp_path):
+    means = {"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}
+    write_card(tmp_path / "m.json", Card(preprocess=means))
+    assert json.loads((tmp_path / "m.json").read_text())["preprocess"] == means
+    assert read_card(tmp_path / "m.json").preprocess == means
+    (tmp_path / "m.json").write_text('{"preprocess": 3}')
+    with pytest.raises(ValueError, match="preprocess is 3; expected a str | dict"):
+        read_card(tmp_path / "m.json")
+
+
 def test_keys_that_are_not_known_are_left_out(tmp_path):
     (tmp_path / "m.json").write_text('{"tap": "fc7:0", "colour": "blue"}')
     assert read_card(tmp_path / "m.json") == Card(tap="fc7:0")
@@ -20,7 +32,7 @@ def test_keys_that_are_not_known_are_left_out(tmp_path):
     [
         ("{", "is not a card"),
         ("[]", "expected a JSON object"),
-        ('{"image_size": "big"}', "image_size is 'big'; expected a int"),
+        ('{"image_size": "big"}', "image_size is 'big'; expected an int, or height"),
         ('{"tap": 7}', "tap is 7; expected a str"),
     ],
 )
@@ -28,3 +40,11 @@ def test_what_is_no_card_is_refused(tmp_path, text, message):
     (tmp_path / "m.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_card(tmp_path / "m.json")
+
+
+def test_image_sizes_are_one_number_or_two(tmp_path):
+    write_card(tmp_path / "m.json", Card(image_size=(100, 200)))
+    assert '"image_size": [' in (tmp_path / "m.json").read_text()
+    assert read_card(tmp_path / "m.json").image_size == (100, 200)
+    (tmp_path / "m.json").write_text('{"image_size": [64, 64]}')
+    assert read_card(tmp_path / "m.json").image_size == 64

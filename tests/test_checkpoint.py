@@ -8,6 +8,7 @@ import tensorflow as tf
 from stock import control_flow_v1
 
 from transfer import checkpoint, load_meta_graph
+from transfer.checkpoint import Checkpoint, MismatchError
 from transfer.surgery import Variable
 
 tf1 = tf.compat.v1
@@ -286,3 +287,47 @@ def test_a_variable_of_unknown_shape_takes_what_there_is(tmp_path):
     source = checkpoint.Checkpoint(save(tmp_path / "m"))
     matched, _, _ = source.compare([Variable("a", tf.float32, None)], {})
     assert list(matched) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("written", "rename"),
+    [
+        (lambda name: name.replace("weights", "kernel"), ("weights", "kernel")),
+        (lambda name: f"net/vgg/{name}", ("", "net/vgg/")),
+        (lambda name: name.removeprefix("tower/"), ("tower/", "")),
+        (lambda name: name.replace("tower/fc", "tower/dense_"), ("fc", "dense_")),
+    ],
+)
+def test_one_substitution_that_explains_all_is_proposed(tmp_path, written, rename):
+    names = ["tower/fc6/weights", "tower/fc7/weights", "tower/fc7/biases"]
+    with tf.Graph().as_default(), tf1.Session() as session:
+        x = tf1.placeholder(tf.float32, [None, 3], name="x")
+        values = [tf1.get_variable(n, [3, 3] if "w" in n[9:] else [3]) for n in names]
+        tf.add(x @ values[0] @ values[1], values[2], name="tap")
+        session.run(tf1.global_variables_initializer())
+        saver = tf1.train.Saver({written(v.op.name): v for v in values})
+        saver.save(session, str(tmp_path / "m"), write_meta_graph=False)
+        expected = session.run(values)
+        tf1.train.export_meta_graph(str(tmp_path / "m.meta"), clear_extraneous_savers=True)
+    graph = load_meta_graph(tmp_path / "m")
+    network = graph.network("tap", "x")
+    with pytest.raises(MismatchError, match=f"--rename={rename[0]}={rename[1]} gives") as error:
+        graph.match(network.variables)
+    assert error.value.rename == rename
+    renamed = load_meta_graph(tmp_path / "m", rename=dict([rename]))
+    found = renamed.read(renamed.network("tap", "x").variables)
+    for name, value in zip(names, expected, strict=True):
+        np.testing.assert_array_equal(found[name], value)
+    with pytest.raises(ValueError, match="--rename gone=there leads to no entry"):
+        load_meta_graph(tmp_path / "m", rename={"gone": "there"}).match(network.variables)
+
+
+def test_shapes_that_do_not_fit_are_no_rename(tmp_path):
+    with tf.Graph().as_default(), tf1.Session() as session:
+        saved = tf1.get_variable("kernel", [2, 2])
+        session.run(tf1.global_variables_initializer())
+        tf1.train.Saver([saved]).save(session, str(tmp_path / "m"), write_meta_graph=False)
+    source = Checkpoint(tmp_path / "m")
+    with pytest.raises(MismatchError, match="look for the checkpoint") as error:
+        source.match([Variable("weights", tf.float32, (3, 3))], {})
+    assert error.value.rename is None

@@ -4,8 +4,16 @@ import pytest
 import tensorflow as tf
 from conftest import VARIANTS, save_vgg
 
-from transfer import Backbone, Card, Classifier, Head, Preprocess, load_meta_graph
-from transfer.exports.meta_graph import save_classifier
+from transfer import (
+    Backbone,
+    Card,
+    Classifier,
+    Head,
+    Preprocess,
+    load_meta_graph,
+    save_meta_graph,
+)
+from transfer.exports.meta_graph import check_savable, save_classifier
 
 PHOTOS = np.random.default_rng(0).integers(0, 256, (4, 20, 30, 3)).astype(np.uint8)
 
@@ -104,6 +112,60 @@ def test_load_checks_the_labels(tmp_path, model, labels, message):
 def test_load_refuses_what_is_no_classifier(model):
     with pytest.raises(ValueError, match="is not a fine-tuned model: its card must name"):
         Classifier.load(model)
+
+
+def test_one_photo_needs_a_batch_axis(model):
+    classifier = new_classifier(model)
+    classifier(PHOTOS)
+    for use in (classifier, classifier.probabilities):
+        with pytest.raises(ValueError, match=r"\(20, 30, 3\); expected .*classifier\(images\[None"):
+            use(PHOTOS[0])
+    np.testing.assert_allclose(classifier(PHOTOS[0][None]), classifier(PHOTOS)[:1], atol=1e-5)
+
+
+def test_pixels_are_not_rounded_under_a_mixed_precision_policy(model):
+    photos = PHOTOS + np.float32(0.03)
+    expected = new_classifier(model)(photos)
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        np.testing.assert_array_equal(new_classifier(model)(photos), expected)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_features_pooled_by_their_maximum_are_written(model, tmp_path):
+    backbone = Backbone(load_meta_graph(model), "pool2", pooling="max")
+    classifier = Classifier(backbone, Head(3, seed=0), Preprocess("caffe", 16), ["a", "b", "c"])
+    classifier.build_from_size()
+    save_classifier(classifier, tmp_path / "m", Card())
+    loaded = Classifier.load(tmp_path / "m")
+    np.testing.assert_allclose(loaded(PHOTOS), classifier(PHOTOS), rtol=1e-5, atol=1e-6)
+    images = classifier.preprocess(PHOTOS)
+    np.testing.assert_allclose(Backbone(tmp_path / "m")(images), backbone(images), rtol=1e-5)
+
+
+def dynamic_flatten(prefix):
+    """As ``tf.layers.flatten`` of TensorFlow 1 writes it: the width is computed as it runs."""
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf.compat.v1.placeholder(tf.float32, [None, 16, 16, 3], name="images")
+        net = tf.nn.conv2d(x, tf.compat.v1.get_variable("kernel", [3, 3, 3, 4]), 2, "VALID")
+        net = tf.reshape(tf.nn.relu(net), tf.stack([tf.shape(net)[0], -1]), name="flatten")
+        net = tf.matmul(tf.ensure_shape(net, [None, 196]), tf.ones([196, 2]))
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 3, 4)) / 5
+    save_meta_graph(graph, prefix, {"kernel": kernel}, Card(tap="flatten:0"))
+    return prefix
+
+
+def test_a_tap_at_a_dynamic_flatten_is_written(tmp_path, stock_session):
+    classifier = new_classifier(dynamic_flatten(tmp_path / "m"))
+    check_savable(classifier)
+    save_classifier(classifier, tmp_path / "run" / "model", Card())
+    images = classifier.preprocess(PHOTOS).numpy()
+    logits = stock_session(tmp_path / "run" / "model").run("head/logits:0", {"images:0": images})
+    np.testing.assert_allclose(logits, classifier(PHOTOS), rtol=1e-4, atol=1e-5)
+    loaded = Classifier.load(tmp_path / "run")
+    np.testing.assert_allclose(loaded(PHOTOS), classifier(PHOTOS), rtol=1e-4, atol=1e-5)
 
 
 def test_save_refuses_other_heads(model, tmp_path):

@@ -7,23 +7,32 @@ import re
 import threading
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+import safetensors.numpy
+import tensorflow as tf
 from commands import finetune, metrics
 from test_published import (
     NUM_CLASSES,
     SMALL,
     VALUES,
+    write_caffe,
     write_frossard,
     write_keras_legacy,
     write_slim,
+    write_torch_zip,
 )
 
 from recipes import pull_job
 from recipes.cli import main
-from transfer import Backbone, Preprocess, load_meta_graph
+from transfer import Backbone, Classifier, Preprocess, load_meta_graph, vgg
+from transfer.exports.meta_graph import save_with_preprocessing
+from transfer.published import containers, layouts, origins
+
+REAL = Path(__file__).parents[2] / "shared" / "weights" / "vgg16_imagenet_notop.h5"
 
 
 def convert(file, out, *flags):
@@ -78,6 +87,100 @@ def test_flags_overrule_what_is_found(tmp_path, capsys):
     assert convert(tmp_path / "weights.npz", tmp_path / "b", *flags) == 1
     assert f"has 1 names; the model has {NUM_CLASSES} classes" in capsys.readouterr().err
     assert not (tmp_path / "b.meta").exists()
+
+
+def test_file_that_is_not_known_claims_nothing(tmp_path, capsys):
+    write_keras_legacy(tmp_path / "mine.h5")
+    assert convert(tmp_path / "mine.h5", tmp_path / "vgg") == 0
+    printed = capsys.readouterr().out
+    assert "origin and licence: unknown by the file's hash" in printed
+    assert "warning: the file is not one that is known by its hash; preprocess caffe is" in printed
+    card = json.loads((tmp_path / "vgg.json").read_text())
+    assert "licence" not in card and "trained_on" not in card and "labels" not in card
+
+
+@pytest.mark.parametrize("known_by", ["md5", "sha256"])
+def test_file_that_is_known_by_its_hash_is_named(tmp_path, monkeypatch, capsys, known_by):
+    path = tmp_path / "weights.pth"
+    write_torch_zip(path)
+    origin = origins.Origin("the Caffe weights", "CC BY 4.0", "caffe")
+    if known_by == "md5":
+        digest = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+        monkeypatch.setitem(origins._BY_MD5, digest, origin)
+    else:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        monkeypatch.setitem(origins._BY_SHA256, digest[:8], origin)
+    assert convert(path, tmp_path / "vgg") == 0
+    assert "layout: torchvision; preprocess: caffe, as published" in capsys.readouterr().out
+    card = json.loads((tmp_path / "vgg.json").read_text())
+    assert (card["preprocess"], card["licence"]) == ("caffe", "CC BY 4.0")
+    assert card["source"].startswith("weights.pth (the Caffe weights), layout of torchvision")
+
+
+def test_published_files_are_known():
+    caffe = origins.of_file("", "00b39a1b" + 56 * "0")
+    assert (caffe.preprocess, caffe.trained_on) == ("caffe", "ImageNet")
+    assert origins.of_file("", "397923af" + 56 * "0").preprocess == "torch"
+    assert origins.of_file(pull_job.PUBLISHED["vgg16"].md5, "").preprocess == "caffe"
+    assert origins.of_file(pull_job.PUBLISHED["vgg19"].md5, "").preprocess == "caffe"
+    assert origins.of_file("", 64 * "0") is None
+
+
+@pytest.mark.skipif(not REAL.is_file(), reason="no weights in ../shared")
+@pytest.mark.parametrize(("flip", "expected"), [(False, "caffe"), (True, "slim")])
+def test_first_convolution_of_oxford_is_known_in_any_file(tmp_path, flip, expected):
+    """In PyTorch's names and order of axes; with the order of the colours told apart."""
+    values = layouts.identify(containers.read(REAL)).values
+    state, index = {}, 0
+    for block in vgg.ARCHITECTURES["vgg16"].convolutions:
+        for layer, _ in block:
+            kernel = values[f"{layer}/weights"]
+            kernel = kernel[:, :, ::-1] if flip and layer == "conv1_1" else kernel
+            state[f"features.{index}.weight"] = np.ascontiguousarray(kernel.transpose(3, 2, 0, 1))
+            state[f"features.{index}.bias"] = values[f"{layer}/biases"]
+            index += 2
+        index += 1
+    safetensors.numpy.save_file(state, tmp_path / "a.safetensors")
+    assert convert(tmp_path / "a.safetensors", tmp_path / "vgg") == 0
+    assert load_meta_graph(tmp_path / "vgg").card.preprocess == expected
+
+
+def test_mean_of_other_classes_is_not_invented(tmp_path, capsys, image_folder):
+    write_caffe(tmp_path / "faces.caffemodel")
+    assert convert(tmp_path / "faces.caffemodel", tmp_path / "vgg") == 0
+    assert "nothing tells which mean the images of its 7 classes had" in capsys.readouterr().out
+    assert "preprocess" not in json.loads((tmp_path / "vgg.json").read_text())
+    assert finetune(tmp_path / "run", tmp_path / "vgg", image_folder) == 1
+    assert "say which with --preprocess" in capsys.readouterr().err
+
+
+def test_own_means_go_from_card_to_run_to_prediction(tmp_path, image_folder):
+    """The run's card, its activations and its exports see what the model's card says."""
+    means = {"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}
+    write_caffe(tmp_path / "faces.caffemodel")
+    flags = ["--preprocess", json.dumps(means)]
+    assert convert(tmp_path / "faces.caffemodel", tmp_path / "vgg", *flags) == 0
+    assert json.loads((tmp_path / "vgg.json").read_text())["preprocess"] == means
+    assert finetune(tmp_path / "run", tmp_path / "vgg", image_folder) == 0
+    graph = load_meta_graph(tmp_path / "run" / "model")
+    assert graph.card.preprocess == means
+    classifier = Classifier.load(tmp_path / "run" / "model")
+    pixels = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype(np.float32)
+    expected = np.asarray(classifier.probabilities(pixels))
+    by_hand = pixels[..., ::-1] - np.array(means["mean"], np.float32)
+    found = Backbone(graph, graph.card.outputs["probabilities"])(by_hand)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    shipped = save_with_preprocessing(tmp_path / "run" / "model", tmp_path / "shipped")
+    assert shipped.preprocess == "none"
+    found = Backbone(load_meta_graph(tmp_path / "shipped"), "probabilities")(pixels)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert main(["evaluate", str(tmp_path / "run")]) == 0
+
+
+def test_folder_is_no_file_of_weights(tmp_path, capsys):
+    for path in (tmp_path, "/"):
+        assert convert(path, tmp_path / "out" / "vgg") == 1
+        assert "is a folder; expected a file of weights" in capsys.readouterr().err
 
 
 def test_nothing_is_written_over_not_even_the_source(tmp_path, capsys):
@@ -191,7 +294,7 @@ def server(tmp_path, monkeypatch, keras_vgg):
     weights = replace(
         pull_job.PUBLISHED["vgg16"],
         url=f"http://127.0.0.1:{running.server_port}/vgg16_weights.h5",
-        md5=pull_job._md5(tmp_path / "published.h5"),
+        md5=pull_job.file_md5(tmp_path / "published.h5"),
         model=keras_vgg,
     )
     monkeypatch.setitem(pull_job.PUBLISHED, "vgg16", weights)
@@ -207,6 +310,18 @@ def test_pull_downloads_converts_and_compares(tmp_path, server, capsys):
     assert load_meta_graph(tmp_path / "vgg16").card.preprocess == "caffe"
     assert main(["pull", "vgg16", "--out", str(tmp_path / "again")]) == 0
     assert len(Handler.requests) == 1  # the second time it was there
+    state = tf.train.get_checkpoint_state(str(tmp_path))
+    assert [Path(p).name for p in state.all_model_checkpoint_paths] == ["vgg16", "again"]
+
+
+def test_a_download_does_not_go_through_a_link(tmp_path, server):
+    part, theirs = server.path.with_name(f"{server.path.name}.part"), tmp_path / "theirs"
+    part.parent.mkdir(parents=True)
+    theirs.write_bytes(b"theirs")
+    part.symlink_to(theirs)
+    pull_job.download(server)
+    assert server.path.read_bytes() == Handler.data
+    assert theirs.read_bytes() == b"theirs"
 
 
 def test_a_download_goes_on_where_it_was_cut(tmp_path, server):

@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import strangers
 import tensorflow as tf
 from conftest import TINY, graph_def_of, save_vgg
 
-from transfer import load_meta_graph, vgg
-from transfer.cuts import blocks, default_cuts, list_cuts
+from transfer import Backbone, load_meta_graph, vgg
+from transfer.cuts import blocks, default_cuts, list_cuts, stopped
 from transfer.surgery import extract
 
 tf1 = tf.compat.v1
@@ -138,3 +139,28 @@ def test_reading_changes_nothing():
     list_cuts(network)
     blocks(network)
     assert network.graph_def.SerializeToString(deterministic=True) == before
+
+
+def test_variables_behind_a_stopped_gradient_are_those_without_one(tmp_path):
+    prefix = strangers.save(strangers.gradients_that_stop, tmp_path / "m")
+    layer = Backbone(load_meta_graph(prefix), "fc7/relu")
+    with tf.GradientTape() as tape:
+        features = layer(np.ones([2, 16, 16, 3], np.float32), training=True)
+    gradients = tape.gradient(features, [v.value for v in layer.graph_variables])
+    without = [n for n, g in zip(layer.variable_names, gradients, strict=True) if g is None]
+    assert stopped(layer.network) == {"frozen:0": without}
+    assert without == ["conv1/weights", "conv1/biases"]
+    assert stopped(layer.split("frozen")[1].network) == {}
+    assert stopped(layer.split("conv1")[1].network) == {}  # nothing is left to train there
+
+
+def test_a_way_round_a_stopped_gradient_trains():
+    def build():
+        x = tf1.placeholder(tf.float32, [None, 4], name="x")
+        w, v = tf1.get_variable("w", [4, 4]), tf1.get_variable("v", [4, 4])
+        net = x @ w
+        inner = tf.stop_gradient(tf.stop_gradient(net, name="first") @ v, name="second")
+        tf.add(net, inner, name="tap")
+
+    network = extract(graph_def_of(build), "tap", "x", tf.float32, input_shape=(None, 4))
+    assert stopped(network) == {"second:0": ["v"]}

@@ -1,11 +1,17 @@
+import hashlib
+import itertools
+import os
 import shutil
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
 from transfer import data
+from transfer.features import Activations
+from transfer.images import read_image
 from transfer.preprocess import Preprocess
 from transfer.sources import open_source
 
@@ -88,6 +94,72 @@ def test_stratified_holdout():
     np.testing.assert_array_equal(held_out, backwards[::-1])
 
 
+def holdout_of_single_images(labels, names, share):
+    """Each class by itself, in the order of the hashes of the names."""
+    digests = np.array([hashlib.sha256(name.encode()).hexdigest() for name in names])
+    held_out = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        members = members[np.argsort(digests[members])]
+        held_out[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
+    return held_out
+
+
+def test_holdout_without_groups_is_that_of_single_images():
+    generator = np.random.default_rng(0)
+    for count in range(1, 100):
+        labels = generator.integers(0, generator.integers(1, 9), count)
+        names = [f"{count}/{index}.jpg" for index in range(count)]
+        expected = holdout_of_single_images(labels, names, 0.2)
+        np.testing.assert_array_equal(data.stratified_holdout(labels, names, 0.2), expected)
+        groups = [[index] for index in range(count)]
+        found = data.stratified_holdout(labels, names, 0.2, groups)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_holdout_keeps_groups_together():
+    generator = np.random.default_rng(1)
+    for count in range(10, 200):
+        labels = generator.integers(0, 4, count)
+        names = [f"{count}/{index}.jpg" for index in range(count)]
+        ends = np.cumsum(generator.integers(1, 5, count))
+        groups = np.split(generator.permutation(count), ends[ends < count])
+        groups = [group for group in groups if len(group) and generator.random() < 0.5]
+        held_out = data.stratified_holdout(labels, names, 0.2, groups)
+        assert all(len({*held_out[group]}) == 1 for group in groups)
+        for label in np.unique(labels):
+            share = held_out[labels == label].mean()
+            assert share < 1
+            if count > 100:
+                assert 0.1 < share < 0.3
+        order = generator.permutation(count)
+        places = np.argsort(order)
+        moved = [places[group] for group in groups]
+        again = data.stratified_holdout(labels[order], [names[i] for i in order], 0.2, moved)
+        np.testing.assert_array_equal(again, held_out[order])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([60], 20),  # of 100: all from the other 40
+        ([99], 1),
+        ([45, 55], 45),  # the smallest, where there are only groups
+        ([34, 33, 33], 33),
+        ([100], 0),  # one picture: it is trained on
+    ],
+)
+def test_holdout_where_groups_are_most_of_a_class(sizes, expected):
+    labels = np.repeat([0, 1], 100)
+    names = [f"{index}.jpg" for index in range(200)]
+    ends = np.cumsum(sizes)
+    groups = np.split(np.arange(ends[-1]), ends[:-1])
+    held_out = data.stratified_holdout(labels, names, 0.2, groups)
+    assert held_out[:100].sum() == expected
+    assert held_out[100:].sum() == 20
+    assert all(len({*held_out[group]}) == 1 for group in groups)
+
+
 def test_few_shot(digits_dir):
     train = open_source("digits", data_dir=str(digits_dir)).split("train")
     few = data.few_shot(train, 5, seed=1)
@@ -113,10 +185,26 @@ def test_unreadable_images_are_named(image_folder):
     whole = (image_folder / "red" / "02.jpg").read_bytes()
     (image_folder / "red" / "02.jpg").write_bytes(whole[: len(whole) // 3])
     split = open_source(image_folder=str(image_folder)).split("train")
-    with pytest.raises(ValueError, match="2 of 24 images cannot be decoded: ") as error:
-        list(split.batches(PREPROCESS, 4))
-    assert "red/00.jpg" in str(error.value)
-    assert "red/02.jpg" in str(error.value)
+    batches = split.batches(PREPROCESS, 24, shuffle_seed=1)
+    with pytest.raises(data.UnreadableImageError, match="2 images cannot be decoded: ") as error:
+        list(batches)
+    assert error.value.reasons.keys() == {"red/00.jpg", "red/02.jpg"}
+    assert "it is no image: it begins with b'not a pi'" in str(error.value)
+    assert data.find_unreadable(split) == error.value.reasons
+
+
+def test_only_the_batch_with_an_unreadable_image_is_read_again(image_folder, monkeypatch):
+    broken = image_folder / "red" / "00.jpg"
+    broken.write_bytes(broken.read_bytes()[:400])
+    split = open_source(image_folder=str(image_folder)).split("train")
+    read = []
+    monkeypatch.setattr(data, "read_image", lambda file: read.append(file) or read_image(file))
+    seen = 0
+    with pytest.raises(data.UnreadableImageError, match="1 image cannot be decoded: 'red/00.jpg'"):
+        for _ in split.batches(PREPROCESS, 5, shuffle_seed=3, first_batch=1):
+            seen += 1
+    assert len(read) == min(5, 24 - 5 * (seen + 1))
+    assert broken.read_bytes() in read
 
 
 def test_images_that_come_later_leave_the_held_out_ones_as_they_are(image_folder):
@@ -190,3 +278,228 @@ def test_a_split_has_no_image_twice(image_folder):
     with pytest.raises(ValueError, match="has images of 'train' twice"):
         source.split("train[:60%]+train[40%:]")
     assert len(source.split("train[:60%]+train[60%:]")) == 24
+
+
+def add_copies(root, number):
+    """Re-encoded and resized copies of ``number`` images of a folder, in their own class and in
+    another one; pairs of names."""
+    pairs = []
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    for place, folder in enumerate(folders):
+        for path in sorted(folder.iterdir())[:number]:
+            image = Image.open(path).convert("RGB")
+            image = image.resize([round(0.8 * side) for side in image.size])
+            other = folders[(place + len(pairs) % 2) % len(folders)]
+            copy = other / f"copy of {path.stem} of {folder.name}.jpg"
+            image.save(copy, quality=60)
+            pairs.append([str(file.relative_to(root)) for file in (path, copy)])
+    return pairs
+
+
+@pytest.fixture
+def smooth_folder(tmp_path):
+    """60 images of two classes, which look like photos in that neighbouring pixels are alike."""
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "smooth" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = generator.integers(0, 255, (5, 6, 3)).astype(np.uint8)
+            image = Image.fromarray(pixels).resize((96, 80), Image.Resampling.BICUBIC)
+            image.save(tmp_path / "smooth" / name / f"{number}.png")
+    return tmp_path / "smooth"
+
+
+def automatic_sides(root):
+    train, held_out = data.train_and_eval_splits(open_source(image_folder=str(root)))
+    assert not {*train.names} & {*held_out.names}
+    return {*train.names}, {*held_out.names}
+
+
+def test_copies_are_not_held_out_of_their_originals(smooth_folder):
+    before = automatic_sides(smooth_folder)
+    source = open_source(image_folder=str(smooth_folder))
+    split = source.split("train")
+    expected = data.stratified_holdout(split.labels, split.names, 0.2)
+    assert before[1] == {name for name, out in zip(split.names, expected, strict=True) if out}
+    pairs = add_copies(smooth_folder, 10)
+    train, held_out = automatic_sides(smooth_folder)
+    assert len(train) + len(held_out) == 80
+    assert 14 <= len(held_out) <= 18
+    for original, copy in pairs:
+        assert (original in held_out) == (copy in held_out), (original, copy)
+    # They are what made the difference.
+    split = open_source(image_folder=str(smooth_folder)).split("train")
+    alone = data.stratified_holdout(split.labels, split.names, 0.2)
+    alone = {name for name, out in zip(split.names, alone, strict=True) if out}
+    assert any((original in alone) != (copy in alone) for original, copy in pairs)
+    # Images that come later leave it as it is.
+    Image.effect_mandelbrot((50, 50), (-2, -1, 1, 1), 50).save(smooth_folder / "a" / "new.png")
+    assert len(held_out & automatic_sides(smooth_folder)[1]) >= len(held_out) - 1
+
+
+def test_too_many_images_are_not_compared(smooth_folder):
+    add_copies(smooth_folder, 10)
+    split = open_source(image_folder=str(smooth_folder)).split("train")
+    expected = data.stratified_holdout(split.labels, split.names, 0.2)
+    for limit, is_same in ((79, True), (80, False)):
+        source = open_source(image_folder=str(smooth_folder))
+        _, held_out = data.train_and_eval_splits(source, max_compared=limit)
+        assert np.array_equal(np.isin(split.names, held_out.names), expected) == is_same
+
+
+def test_a_folder_of_one_picture_a_class_still_has_a_holdout(tmp_path):
+    for name, color in (("a", "red"), ("b", "blue")):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            Image.new("RGB", (9, 9), color).save(tmp_path / name / f"{number}.png")
+    train, held_out = automatic_sides(tmp_path)
+    assert (len(train), len(held_out)) == (16, 4)
+
+
+def test_copies_of_photos_are_not_held_out_of_their_originals(shared_tfds, tmp_path):
+    flowers = open_source("tf_flowers", data_dir=shared_tfds).split("train[:300]")
+    for example in flowers.encoded():
+        folder = tmp_path / flowers.source.class_names[int(example["label"])]
+        folder.mkdir(exist_ok=True)
+        name = example["name"].numpy().decode().replace("/", "-")
+        (folder / f"{name}.jpg").write_bytes(example["image"].numpy())
+    pairs = add_copies(tmp_path, 12)
+    assert len(pairs) == 60
+    _, held_out = automatic_sides(tmp_path)
+    assert not [pair for pair in pairs if (pair[0] in held_out) != (pair[1] in held_out)]
+    assert 55 <= len(held_out) <= 80
+
+
+class Numbered:
+    """A source whose images are their positions, sorted by class; ``reads`` are those read, if it
+    is watched."""
+
+    def __init__(self, watched=False, **sizes):
+        self.watched, self.reads = watched, []
+        self.labels_of = {part: np.arange(size) // 100 for part, size in sizes.items()}
+        classes = [str(number) for number in range(max(sizes.values()) // 100 + 2)]
+        self.source = data.Source(
+            "numbered", classes, sizes, self.examples, self.labels, self.names, self.names
+        )
+
+    def labels(self, part):
+        return self.labels_of[part]
+
+    def names(self, part):
+        return [f"{part}/{number}" for number in range(len(self.labels_of[part]))]
+
+    def examples(self, part, positions):
+        def watch():
+            for position in positions.tolist():
+                self.reads.append(position)
+                yield position
+
+        dataset = tf.data.Dataset.from_tensor_slices(positions)
+        if self.watched:
+            dataset = dataset.from_generator(watch, output_signature=dataset.element_spec)
+        return dataset.map(
+            lambda position: {
+                "image": position,
+                "label": position // 100,
+                "name": tf.strings.join([f"{part}/", tf.strings.as_string(position)]),
+            }
+        )
+
+
+def as_it_is(image):
+    return image
+
+
+@pytest.fixture
+def undecoded(monkeypatch):
+    """Batches of what the images of a ``Numbered`` are: ``(positions, labels)``."""
+    monkeypatch.setattr(data, "decode", as_it_is)
+
+    def batches(split, batch_size=100, **options):
+        shown = split.batches(as_it_is, batch_size, **options)
+        return [(images.numpy(), labels.numpy()) for images, labels in shown]
+
+    return batches
+
+
+@pytest.mark.parametrize("size", [2, 100, 16_384, 40_000])
+def test_order_is_a_permutation_of_any_number_of_images(undecoded, size):
+    split = Numbered(train=size).source.split("train")
+    batches = undecoded(split, shuffle_seed=7)
+    order = np.concatenate([images for images, _ in batches])
+    np.testing.assert_array_equal(order, data.shuffled(size, 7))
+    np.testing.assert_array_equal(np.sort(order), np.arange(size))
+    np.testing.assert_array_equal(np.concatenate([y for _, y in batches]), split.labels[order])
+    rows = Activations([np.arange(size, dtype=np.float32)[:, None]], split.labels).batches(100, 7)
+    np.testing.assert_array_equal(order, np.concatenate([x for x, _ in rows])[:, 0])
+    if size <= 16_384:  # the order that earlier versions had
+        before = tf.data.Dataset.range(size).shuffle(16_384, seed=7).batch(size)
+        np.testing.assert_array_equal(order, before.get_single_element())
+    else:  # classes are mixed from the first batch to the last, as random draws mix them
+        num_classes = [len(np.unique(labels)) for _, labels in batches]
+        assert min(num_classes) > 70  # of 400 classes in 100 draws, 88.5 on average
+        means = np.array([images.mean() for images, _ in batches]) / size
+        np.testing.assert_allclose(means, 0.5, atol=0.15)
+
+
+def test_the_order_of_a_seed_stays():
+    assert data.shuffled(12, 0).tolist() == [0, 2, 10, 5, 9, 8, 4, 7, 1, 6, 3, 11]
+    large = [6, 4, 7, 9, 8, 11, 5, 3, 1, 2, 10, 0]
+    assert data.shuffled(12, 2**31 + 5).tolist() == large
+
+
+def test_parts_of_a_split_are_shuffled_together(undecoded):
+    split = Numbered(train=300, test=120).source.split("test[20:]+train[:50%]+train[250:]")
+    in_order = np.concatenate([np.arange(20, 120), np.arange(150), np.arange(250, 300)])
+    shown = [images for images, _ in undecoded(split, 7, shuffle_seed=3)]
+    np.testing.assert_array_equal(np.concatenate(shown), in_order[data.shuffled(300, 3)])
+    np.testing.assert_array_equal(np.concatenate([x for x, _ in undecoded(split)]), in_order)
+    some = split.where(np.arange(300) % 4 == 0)
+    found = [example["name"].numpy().decode() for example in some.encoded()]
+    assert found == some.names == split.names[::4]
+
+
+@pytest.mark.parametrize("piece", [(0, 1), (0, 3), (2, 3)])
+@pytest.mark.parametrize("expression", ["train", "train[:40]+test+train[60:]"])
+def test_a_resumed_epoch_is_the_rest_of_the_whole_and_reads_no_more(undecoded, expression, piece):
+    numbered = Numbered(watched=True, train=100, test=30)
+    split = numbered.source.split(expression)
+    options = {"shuffle_seed": 1, "batch_size": 8, "piece": piece}
+    whole = undecoded(split, **options)
+    numbered.reads.clear()
+    rest = undecoded(split, first_batch=9, **options)
+    assert sorted(numbered.reads) == sorted(np.concatenate([images for images, _ in rest]))
+    assert len(rest) == len(whole) - 9
+    for found, expected in zip(rest, whole[9:], strict=True):
+        np.testing.assert_array_equal(found, expected)
+    assert undecoded(split, first_batch=99, **options) == []
+
+
+def test_few_images_are_read_ahead(undecoded):
+    numbered = Numbered(watched=True, train=40_000)
+    batches = numbered.source.split("train").batches(as_it_is, 10, shuffle_seed=0)
+    assert len(list(itertools.islice(batches, 20))) == 20
+    assert len(numbered.reads) < 4_000
+
+
+def test_a_resumed_epoch_needs_no_file_of_an_earlier_batch(image_folder):
+    split = open_source(image_folder=str(image_folder)).split("train")
+    options = {"shuffle_seed": 2, "view_seed": 2}
+    whole = list(split.batches(PREPROCESS, 5, **options))
+    for position in data.shuffled(24, 2)[:15]:
+        (image_folder / split.names[position]).unlink()
+    rest = list(split.batches(PREPROCESS, 5, first_batch=3, **options))
+    for found, expected in zip(rest, whole[3:], strict=True):
+        np.testing.assert_array_equal(found[0], expected[0])
+        np.testing.assert_array_equal(found[1], expected[1])
+
+
+def test_names_of_files_may_be_any_bytes(tmp_path):
+    names = [b"a\xff.png", "ü\n.png".encode(), "\u2028.png".encode(), b"d.png"]
+    names = [os.path.join(folder, name) for folder in (b"x", b"y") for name in names]
+    for name in names:
+        (tmp_path / os.fsdecode(name)).parent.mkdir(exist_ok=True)
+        Image.new("L", (2, 2)).save(tmp_path / os.fsdecode(name))
+    train, held_out = data.train_and_eval_splits(open_source(image_folder=str(tmp_path)))
+    assert sum(len(y) for _, y in train.batches(PREPROCESS, 4, shuffle_seed=0)) == 6
+    assert {os.fsencode(name) for name in train.names + held_out.names} == set(names)

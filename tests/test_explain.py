@@ -58,6 +58,14 @@ def test_it_equals_keras(classifier, images):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_images_are_a_batch_of_the_networks_size(classifier, images):
+    explain = grad_cam(classifier)
+    whole = explain(images, np.zeros(5, np.int32))
+    np.testing.assert_allclose(explain(images[:2], np.zeros(2)), whole[:2], atol=1e-5)
+    with pytest.raises(ValueError, match=r"\(16, 16, 3\); expected \(None, 16, 16, 3\)"):
+        explain(images[0], np.zeros(1))
+
+
 def test_the_last_feature_maps_of_vgg16():
     from transfer.surgery import extract
 

@@ -39,12 +39,16 @@ def run(tmp_path_factory):
 @pytest.fixture
 def photo(run, tmp_path):
     """A JPEG that lies on its side, and the model's own probabilities for it."""
+    return on_its_side(run, tmp_path / "photo.jpg")
+
+
+def on_its_side(run, path):
     tags = Image.Exif()
     tags[ExifTags.Base.Orientation] = 6
     with Image.open(run.parent / "photos" / "red" / "04.jpg") as image:
-        image.save(tmp_path / "photo.jpg", exif=tags, quality=95)
-    pixels = decode((tmp_path / "photo.jpg").read_bytes())[None]
-    return tmp_path / "photo.jpg", Classifier.load(run / "model").probabilities(pixels)[0].numpy()
+        image.save(path, exif=tags, quality=95)
+    pixels = decode(tf.constant(path.read_bytes()))[None]
+    return path, Classifier.load(run / "model").probabilities(pixels)[0].numpy()
 
 
 def figures(run):
@@ -64,23 +68,26 @@ def test_every_export_is_compared_with_the_model(run):
 
 
 @pytest.mark.parametrize("name", ["meta_graph", "saved_model", "tflite", "onnx"])
-def test_the_readme_is_a_program_that_works(run, photo, name):
-    """Its Python code, as a newcomer runs it: in the folder of the export, without this project."""
-    path, expected = photo
+def test_the_readme_is_a_program_that_predicts_as_the_model(run, tmp_path, name):
+    """Its Python code, as a newcomer runs it: in the folder of the export, without this project.
+    On a JPEG and a PNG that lie on their sides."""
+    photos = [on_its_side(run, tmp_path / f"photo.{kind}") for kind in ("jpg", "png")]
     folder = run / "export" / name
     text = (folder / "README.md").read_text()
     code = text.partition("```python\n")[2].partition("```")[0]
-    (path.parent / "program.py").write_text(code.replace("photo.jpg", str(path)))
+    program = tmp_path / "program.py"
+    program.write_text("\n".join(code.replace("photo.jpg", str(path)) for path, _ in photos))
     result = subprocess.run(
-        [sys.executable, "-P", path.parent / "program.py"],
+        [sys.executable, "-P", program],
         cwd=folder, capture_output=True, text=True, env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
-    label, probability = result.stdout.split()
     labels = (run / "labels.txt").read_text().splitlines()
-    assert label == labels[expected.argmax()]
-    # Pillow decodes and resizes a little differently.
-    assert float(probability) == pytest.approx(expected.max(), abs=0.01)
+    for line, (_, expected) in zip(result.stdout.splitlines(), photos, strict=True):
+        label, probability = line.split()
+        assert label == labels[expected.argmax()]
+        # Pillow decodes and resizes a little differently.
+        assert float(probability) == pytest.approx(expected.max(), abs=0.01)
     assert f"| {next(k for k in KINDS if k.startswith(name))} |" in text
 
 
@@ -102,6 +109,15 @@ def test_predict_and_the_exports_agree(run, photo, capsys):
     assert main(["predict", str(run), str(path), "--format", "jsonl", "--top-k", "1"]) == 0
     (best,) = json.loads(capsys.readouterr().out)["predictions"]
     assert best["probability"] == pytest.approx(expected.max(), abs=1e-6)
+
+
+def test_the_saved_model_refuses_what_it_cannot_decode(run, tmp_path):
+    with Image.open(run.parent / "photos" / "red" / "04.jpg") as image:
+        image.save(tmp_path / "photo.tiff")
+    model = tf.saved_model.load(str(run / "export" / "saved_model" / "1"))
+    data = tf.constant([(tmp_path / "photo.tiff").read_bytes()])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="Unknown image file format"):
+        model.signatures["serving_default"](image_bytes=data)
 
 
 def test_the_shipped_meta_graph_opens_here_too(run):

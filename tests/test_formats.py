@@ -6,6 +6,7 @@ import shutil
 import keras
 import numpy as np
 import pytest
+import strangers
 import tensorflow as tf
 from conftest import StockSession, save_vgg
 from google.protobuf import text_format
@@ -453,3 +454,20 @@ def test_a_folder_that_is_none_of_these(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(FileNotFoundError, match=r"holds 0 graphs \(none\); expected one"):
         open_model(tmp_path)
+
+
+@pytest.mark.parametrize("path", ["", ".meta", ".index", ".data-00000-of-00001"])
+def test_files_without_a_name_are_those_of_their_folder(tmp_path, path):
+    """As ``saver.save(session, "model/")`` leaves them."""
+    prefix = strangers.save(strangers.vectors, f"{tmp_path}/model/")
+    assert (tmp_path / "model" / ".meta").is_file()
+    graph = load_meta_graph(tmp_path / "model" / path)
+    assert graph.checkpoint_prefix == graph.prefix == tmp_path / "model"
+    x = images(3, 256)
+    with tf.Graph().as_default(), tf1.Session() as session:
+        tf1.train.import_meta_graph(f"{prefix}.meta").restore(session, prefix)
+        expected = session.run("fc7/relu:0", {"images:0": x})
+    assert_close(Backbone(graph, "fc7/relu")(x), expected)
+    (tmp_path / "model" / ".data-00000-of-00001").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks its data: \.data-00000-of-00001"):
+        Backbone(graph, "fc7/relu")

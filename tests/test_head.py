@@ -200,6 +200,50 @@ def test_arguments_out_of_range(arguments, message):
             build_head(features, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": None}, "num_classes is None of type NoneType; expected an integer"),
+        ({"num_classes": True}, "num_classes is True of type bool; expected an integer"),
+        ({"num_classes": 2.0}, "num_classes is 2.0 of type float; expected an integer"),
+        ({"num_classes": "2"}, "num_classes is '2' of type str; expected an integer"),
+        ({"num_classes": 2, "hidden": 64}, r"hidden is 64 of type int; .*e.g. \(64,\)"),
+        ({"num_classes": 2, "hidden": "64"}, r"hidden is '64' of type str; expected a sequence"),
+        ({"num_classes": 2, "hidden": (6.5,)}, "a hidden width is 6.5 of type float"),
+    ],
+)
+def test_arguments_of_other_types(arguments, message):
+    _, fc7 = fc7_graph()
+    for features in (fc7, tf.constant(FEATURES)):
+        with pytest.raises(TypeError, match=message):
+            build_head(features, **arguments)
+    with pytest.raises(TypeError, match=message):
+        Head(**arguments)
+
+
+def test_integers_of_numpy_are_integers(tmp_path):
+    _, fc7 = fc7_graph()
+    assert build_head(fc7, np.int64(3), hidden=np.array([4])).shape.as_list() == [None, 3]
+    inputs = keras.Input([8])
+    model = keras.Model(inputs, Head(np.int64(3), hidden=np.array([4, 5]))(inputs))
+    model.save(tmp_path / "m.keras")
+    x = FEATURES[:, :8]
+    np.testing.assert_array_equal(keras.models.load_model(tmp_path / "m.keras")(x), model(x))
+
+
+def test_logits_are_float32_under_a_mixed_precision_policy():
+    expected = Head(2, hidden=(4,), seed=0)(FEATURES)
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        head = Head(2, hidden=(4,), seed=0)
+        np.testing.assert_array_equal(head(FEATURES), expected)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert (head.compute_dtype, head(FEATURES).dtype) == ("float32", tf.float32)
+    with pytest.raises(ValueError, match="dtype='float16', but a head computes in float32"):
+        Head(2, dtype="float16")
+
+
 @pytest.mark.parametrize("shape", [(None, 3, 4096), (None, None), None])
 def test_features_of_another_rank_or_unknown_width(shape):
     _, fc7 = fc7_graph(shape)

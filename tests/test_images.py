@@ -1,13 +1,16 @@
 """Files of all kinds, compared with Pillow's and TensorFlow's own readings."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from PIL import ExifTags, Image, ImageOps
 
-from transfer.images import decode, orientation, oriented, read_image
+from transfer.exports import decoding
+from transfer.images import decode, read_image, suffixes
+from transfer.orientation import orientation, oriented
 
 GENERATOR = np.random.default_rng(0)
 PIXELS = GENERATOR.integers(0, 255, (12, 17, 3)).astype(np.uint8)
@@ -59,22 +62,6 @@ def test_what_tensorflow_does_not_read(kind, options):
     np.testing.assert_array_equal(
         read_image(encoded(Image.fromarray(PIXELS), kind, **options)), PIXELS
     )
-
-
-@pytest.mark.parametrize("order", "<>")
-@pytest.mark.parametrize("code", range(1, 9))
-def test_orientation_of_a_jpeg_is_pillows(code, order):
-    tags = exif(code)
-    tags[ExifTags.Base.Make], tags[ExifTags.Base.Model] = "a camera", "of some make"
-    tags.endian = order
-    data = encoded(Image.fromarray(SLOPE), "JPEG", exif=tags.tobytes(), quality=95)
-    with Image.open(io.BytesIO(data)) as tagged:
-        upright = np.asarray(ImageOps.exif_transpose(tagged))
-        assert tagged.getexif()[ExifTags.Base.Orientation] == code
-    assert orientation(data) == code
-    found = read_image(data)
-    assert found.shape == upright.shape
-    assert np.abs(found.astype(int) - upright).max() <= 8  # of 255; decoders differ a little
 
 
 @pytest.mark.parametrize("code", range(1, 9))
@@ -156,7 +143,59 @@ def test_what_is_broken_is_said(data, message):
         read_image(data)
 
 
-def test_a_bomb_is_not_unpacked(monkeypatch):
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_a_bomb_is_not_unpacked(monkeypatch, kind):
+    """Eagerly and in a pipeline."""
     monkeypatch.setattr("transfer.images.MAX_PIXELS", 100)
-    with pytest.raises(ValueError, match="17 x 12 pixels; expected at most 100"):
-        read_image(encoded(Image.fromarray(PIXELS), "PNG"))
+    data = encoded(Image.fromarray(PIXELS), kind)
+    with pytest.raises(ValueError, match="1[27] x 1[27] pixels; expected at most 100"):
+        read_image(data)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="expected at most 100"):
+        list(tf.data.Dataset.from_tensors(data).map(decode))
+
+
+def kinds_of_bmp():
+    """Name to the bytes of a BMP that TensorFlow alone would read as another picture, or not."""
+    rgb = Image.fromarray(PIXELS)
+    out = {"1 bit": encoded(rgb.convert("1"), "BMP")}
+    rows = PIXELS[::-1].astype(np.uint32)
+    header = struct.pack("<IiiHHIIiiII", 40, 17, 12, 1, 32, 3, 0, 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xFF, 0xFF00, 0xFF0000)  # red first
+    pixels = (rows[..., 0] | rows[..., 1] << 8 | rows[..., 2] << 16).tobytes()
+    start = 14 + len(header) + len(masks)
+    head = b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start)
+    out["masks"] = head + header + masks + pixels
+    return out
+
+
+@pytest.mark.parametrize("name", kinds_of_bmp())
+def test_a_bmp_that_tensorflow_does_not_know_is_read_as_by_pillow(name):
+    data = kinds_of_bmp()[name]
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(image.convert("RGB"))
+    (found,) = tf.data.Dataset.from_tensors(data).map(decode)
+    np.testing.assert_array_equal(found, expected)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="kind of BMP is not decoded here"):
+        tf.function(decoding.decode)(tf.constant(data))
+
+
+@pytest.mark.parametrize("kind", sorted({"WEBP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI"}))
+def test_a_pipeline_decodes_what_a_program_does(kind):
+    data = encoded(Image.fromarray(SLOPE), kind)
+    (found,) = tf.data.Dataset.from_tensors(data).map(decode, num_parallel_calls=2)
+    np.testing.assert_array_equal(found, read_image(data))
+    assert np.abs(np.asarray(found).astype(int) - SLOPE).max() <= 30
+
+
+def test_a_postscript_file_is_not_run():
+    data = encoded(Image.fromarray(PIXELS), "EPS")
+    with pytest.raises(ValueError, match="it is no image"):
+        read_image(data)
+    assert not suffixes() & {".eps", ".ps", ".pdf", ".wmf", ".mpg"}
+
+
+def test_heic_says_what_to_install():
+    if ".heic" in suffixes():
+        pytest.skip("pillow-heif is installed")
+    with pytest.raises(ValueError, match=r"it is HEIC, which needs .* 'vgg-transfer\[heif\]'"):
+        read_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")

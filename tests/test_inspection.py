@@ -4,7 +4,9 @@ import json
 
 import numpy as np
 import pytest
+import strangers
 import tensorflow as tf
+from commands import flags_of, planned
 from conftest import NUM_CLASSES, TINY, save_vgg
 
 from transfer import Card, load_meta_graph, save_meta_graph, vgg
@@ -124,6 +126,13 @@ def test_meta_graphs_from_the_wild(shared_wild, case):
     assert (found.checkpoint.problem is None) == expected["weights"]
     is_loop = "while" in expected["hazard"]
     assert ("while loop" in (found.tap_error or "")) == is_loop
+    if found.command is not None:
+        assert expected["weights"]
+        assert planned(flags_of(found.command)).tap == expected["tap"]
+    elif not expected["weights"]:
+        assert ("while loop" if is_loop else "lacks its data") in found.command_problem
+    else:
+        assert found.command_problem
 
 
 def test_a_frozen_graph_needs_no_checkpoint(tmp_path):
@@ -142,3 +151,20 @@ def test_a_frozen_graph_needs_no_checkpoint(tmp_path):
     assert found.checkpoint.prefix is None
     assert found.taps[0].shape == (None, TINY.fc)
     assert found.tap_variables.count == 10
+
+
+def test_hazards_name_stopped_gradients_and_towers(tmp_path):
+    found = inspect(load_meta_graph(strangers.save(strangers.gradients_that_stop, tmp_path / "m")))
+    (hazard,) = [h for h in found.hazards if "stops gradients at 'frozen:0'" in h]
+    assert "conv1/weights, conv1/biases" in hazard
+    found = inspect(load_meta_graph(strangers.save(strangers.towers_of_a_split, tmp_path / "t")))
+    assert any("split between towers" in hazard for hazard in found.hazards)
+
+
+def test_missing_weights_are_said_with_the_command_that_needs_them(model):
+    for path in model.parent.glob("tiny.data*"):
+        path.unlink()
+    found = inspect(load_meta_graph(model))
+    assert found.command is None
+    assert "lacks its data" in found.command_problem
+    assert f"With it: vgg-transfer finetune --model {model}" in found.command_problem

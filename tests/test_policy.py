@@ -4,7 +4,7 @@ import pytest
 import tensorflow as tf
 
 from transfer import ForbiddenOpError, policy, surgery
-from transfer.backbone import as_function
+from transfer.network_function import as_function
 
 tf1 = tf.compat.v1
 

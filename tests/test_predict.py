@@ -12,6 +12,7 @@ from PIL import Image
 
 from recipes import predict_job
 from recipes.cli import main
+from transfer.image_files import PassedOver
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_files_folders_patterns_and_lists(run, image_folder, monkeypatch, capsys
 
 def test_links_to_folders_are_not_followed(image_folder):
     (image_folder / "red" / "round").symlink_to(image_folder)
-    assert len(list(predict_job.find_images([str(image_folder)]))) == 24
+    assert len(list(predict_job.find_images([str(image_folder)], PassedOver()))) == 24
 
 
 def test_names_need_not_be_text(run, image_folder, monkeypatch, capfd):
@@ -187,7 +188,7 @@ def test_only_a_few_batches_are_read_ahead(run, image_folder, monkeypatch, capsy
     path = image_folder / "red" / "00.jpg"
     asked = 0
 
-    def endless(words):
+    def endless(words, passed_over):
         nonlocal asked
         for _ in range(200):
             asked += 1

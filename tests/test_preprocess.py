@@ -1,9 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras.applications.imagenet_utils import preprocess_input
+from PIL import Image
 
-from transfer.preprocess import CONVENTIONS, Preprocess
+from transfer.preprocess import CONVENTIONS, Preprocess, for_card
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 3)).astype(np.uint8)
 
@@ -26,6 +29,47 @@ def test_normalize_equals_keras_applications(mode):
 def test_normalize_by_hand(mode, red):
     pixel = np.array([[[255, 0, 0]]], np.uint8)
     np.testing.assert_allclose(Preprocess(mode, 1)(pixel)[0, 0], red, atol=1e-4)
+
+
+def test_own_means_by_hand():
+    mode = {"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}
+    pixel = np.array([[[255, 0, 0]]], np.uint8)
+    for written in (mode, json.dumps(mode)):
+        found = Preprocess(written, 1)(pixel)[0, 0]
+        np.testing.assert_allclose(found, (-93.594, -104.7624, 125.8137), atol=1e-4)
+    scaled = {"mean": [10, 20, 30], "std": [2, 4, 5]}
+    np.testing.assert_allclose(Preprocess(scaled, 1)(pixel)[0, 0], (122.5, -5, -6), atol=1e-4)
+    gray = Preprocess({"mean": 100, "std": 50}, 1, channels=1)
+    np.testing.assert_allclose(gray(np.full((1, 1, 1), 200, np.uint8)), [[[2]]], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", CONVENTIONS)
+def test_named_convention_written_out_is_the_same(mode):
+    known = CONVENTIONS[mode]
+    written = {
+        "mean": list(known.mean),
+        "std": list(known.scale),
+        "order": "BGR" if known.bgr else "RGB",
+    }
+    assert Preprocess(written, 8).mode == Preprocess(json.dumps(written), 8).mode == mode
+    assert for_card(written) == mode
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ({"mean": [1, 2]}, "mean .1, 2.; expected one number, or one a channel"),
+        ({"mean": [1, 2, float("nan")]}, "expected one number, or one a channel"),
+        ({"mean": [1, 2, 3], "std": [0, 1, 1]}, "expected numbers above 0"),
+        ({"mean": [1, 2, 3], "order": "GBR"}, "expected RGB or BGR"),
+        ({"means": [1, 2, 3]}, "has 'means'; expected 'mean'"),
+        ('{"mean": [1, 2', "is not JSON"),
+        ("[1, 2, 3]", "is not known; choose from"),
+    ],
+)
+def test_means_that_are_none_are_refused(mode, message):
+    with pytest.raises(ValueError, match=message):
+        Preprocess(mode, 8)
 
 
 @pytest.mark.parametrize("mode", CONVENTIONS)
@@ -92,3 +136,29 @@ def test_what_cannot_be(arguments, message):
 def test_images_with_two_channels_are_refused():
     with pytest.raises(ValueError, match="images have 2 channels"):
         Preprocess("tf", 8)(np.zeros((4, 4, 2)))
+
+
+@pytest.mark.parametrize("shape", [(40, 200), (300, 90), (100, 100), (7, 9)])
+@pytest.mark.parametrize("size", [(20, 50), (50, 20)])
+def test_rectangles_are_covered_and_cut_to_the_middle(shape, size):
+    """Against Pillow: resized until both sides are long enough, then the centre."""
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    found = Preprocess("none", size)(image)
+    assert found.shape == (*size, 3)
+    scale = max(size[0] / shape[0], size[1] / shape[1])
+    height, width = (round(side * scale) for side in shape)
+    channels = [Image.fromarray(image[..., c].astype(np.float32)) for c in range(3)]
+    resized = np.stack(
+        [c.resize((width, height), Image.Resampling.BILINEAR) for c in channels], axis=-1
+    )
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    expected = resized[top : top + size[0], left : left + size[1]]
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_one_number_and_two_equal_ones_are_the_same_size():
+    assert Preprocess("none", (9, 9)) == Preprocess("none", [9, 9]) == Preprocess("none", 9)
+    assert Preprocess("none", [2, 3]).shape == (2, 3, 3)
+    for size in ((0, 3), (1, 2, 3), (1.5, 2)):
+        with pytest.raises(ValueError, match="image size"):
+            Preprocess("none", size)

@@ -2,10 +2,12 @@
 
 import contextlib
 import io
+import json
 import os
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 
 import h5py
@@ -338,6 +340,269 @@ def test_batch_norm_is_folded(tmp_path):
     actual = tf.nn.conv2d(x, found.values[f"{layer}/weights"], 1, "SAME")
     actual += found.values[f"{layer}/biases"]
     np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def batch_norm(x, mean, variance, beta, gamma, epsilon):
+    return (x - mean) / np.sqrt(variance + epsilon) * gamma + beta
+
+
+def torch_norm_state(gap):
+    """Convolutions with a batch norm ``gap`` places after each."""
+    generator = np.random.default_rng(0)
+    state, index = OrderedDict(), 0
+    for block in SMALL.convolutions:
+        for layer, width in block:
+            state[f"features.{index}.weight"] = outputs_first(layer)
+            state[f"features.{index}.bias"] = biases(layer)
+            for part in ("weight", "bias", "running_mean", "running_var"):
+                values = generator.uniform(0.5, 1.5, width).astype(np.float32)
+                state[f"features.{index + gap}.{part}"] = values
+            index += 3
+        index += 1
+    return state
+
+
+def test_batch_norm_after_relu_of_pytorch_is_refused(tmp_path):
+    write_torch_zip(tmp_path / "bn", torch_norm_state(1))
+    layouts.identify(containers.read(tmp_path / "bn"))
+    write_torch_zip(tmp_path / "bn", torch_norm_state(2))
+    with pytest.raises(ValueError, match="batch norm features.2 does not directly follow .*0: "):
+        layouts.identify(containers.read(tmp_path / "bn"))
+
+
+@pytest.mark.parametrize("has_gamma", [True, False])
+def test_batch_norm_of_slim_is_folded(tmp_path, has_gamma):
+    generator = np.random.default_rng(0)
+    norms = {}
+    with tf.Graph().as_default(), tf1.Session() as session:
+        variables = []
+        for layer in CONVOLUTIONS + CONNECTED:
+            scope = f"vgg_16/{layer[:5]}/{layer}" if layer in CONVOLUTIONS else f"vgg_16/{layer}"
+            values = kernel(layer) if layer in CONVOLUTIONS else windowed(layer)
+            variables.append(tf1.Variable(values, name=f"{scope}/weights", use_resource=False))
+            if layer == "fc8":
+                variables.append(
+                    tf1.Variable(biases(layer), name=f"{scope}/biases", use_resource=False)
+                )
+                continue
+            parts = ["beta", "moving_mean", "moving_variance"] + ["gamma"] * has_gamma
+            norms[layer] = {}
+            for part in parts:
+                value = generator.uniform(0.5, 1.5, values.shape[-1]).astype(np.float32)
+                norms[layer][part] = value
+                name = f"{scope}/BatchNorm/{part}"
+                variables.append(tf1.Variable(value, name=name, use_resource=False))
+        session.run(tf1.variables_initializer(variables))
+        tf1.train.Saver(variables).save(session, str(tmp_path / "bn"), write_meta_graph=False)
+    found = layouts.identify(containers.read(tmp_path / "bn"))
+    x = generator.normal(size=(2, 6, 6, 24)).astype(np.float32)
+    norm = norms["conv2_1"]
+    expected = batch_norm(
+        tf.nn.conv2d(x, kernel("conv2_1"), 1, "SAME"), norm["moving_mean"],
+        norm["moving_variance"], norm["beta"], norm.get("gamma", 1), 1e-3,
+    )  # fmt: skip
+    actual = tf.nn.conv2d(x, found.values["conv2_1/weights"], 1, "SAME")
+    np.testing.assert_allclose(actual + found.values["conv2_1/biases"], expected, atol=1e-4)
+    features = generator.normal(size=(2, SMALL.fc)).astype(np.float32)
+    norm = norms["fc7"]
+    expected = batch_norm(
+        features @ kernel("fc7"), norm["moving_mean"], norm["moving_variance"], norm["beta"],
+        norm.get("gamma", 1), 1e-3,
+    )  # fmt: skip
+    actual = features @ found.values["fc7/weights"] + found.values["fc7/biases"]
+    np.testing.assert_allclose(actual, expected, atol=1e-3)
+
+
+def test_arrays_that_are_not_understood_are_refused(tmp_path):
+    arrays = {}
+    for layer in CONVOLUTIONS + CONNECTED:
+        arrays |= {f"{layer}_W": kernel(layer), f"{layer}_b": biases(layer)}
+    np.savez(tmp_path / "a.npz", **arrays, norm1_1_scale=np.ones(24, np.float32))
+    with pytest.raises(ValueError, match=r"norm1_1_scale \(24,\) belong to no layer of a VGG"):
+        layouts.identify(containers.read(tmp_path / "a.npz"))
+    found = layouts.identify(containers.read(tmp_path / "a.npz"), leave_out=["norm*"])
+    assert_values(found)
+    assert found.left_out == ["norm1_1_scale"]
+    np.savez(
+        tmp_path / "a.npz", **arrays, other_W=np.ones((512, 5), "f4"), other_b=np.ones(5, "f4")
+    )
+    found = layouts.identify(containers.read(tmp_path / "a.npz"))
+    assert_values(found)
+    assert found.left_out == ["other_W", "other_b"]
+
+
+def test_matconvnet_file_says_its_mean_and_classes(tmp_path):
+    write_matconvnet(tmp_path / "plain")
+    layers = scipy.io.loadmat(tmp_path / "plain", appendmat=False)["layers"]
+    names = np.empty(NUM_CLASSES, object)
+    names[:] = [f"Person {n}" for n in range(NUM_CLASSES)]
+    mean = np.array([129.1863, 104.7624, 93.5940], np.float32)[None, None]
+    meta = {"normalization": {"averageImage": mean}, "classes": {"description": names}}
+    for content in (
+        {"layers": layers, "meta": meta},
+        {"net": {"layers": layers, "meta": meta}},
+        {"layers": layers, **meta},
+    ):
+        scipy.io.savemat(tmp_path / "face.mat", content)
+        found = layouts.identify(containers.read(tmp_path / "face.mat"))
+        assert_values(found)
+        np.testing.assert_allclose(found.preprocess["mean"], mean.ravel(), atol=1e-4)
+        assert list(found.labels) == list(names)
+
+
+def tower(levels=60):
+    """A tuple of two that are the same tuple of two that ...: hashed and printed for ever."""
+    below = b"".join(b"q%c0h%ch%c\x86" % (n, n, n) for n in range(levels))
+    return b")" + below
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x02}" + tower() + b"K\x01s.",
+        b"\x80\x02}(" + tower() + b"K\x01u.",
+        b"\x80\x02(" + tower() + b"K\x01d.",
+        b"\x80\x04\x8f(" + tower() + b"\x90.",
+        b"\x80\x04(" + tower() + b"\x91.",
+    ],
+    ids=["SETITEM", "SETITEMS", "DICT", "ADDITEMS", "FROZENSET"],
+)
+def test_keys_that_take_for_ever_to_hash_are_refused(tmp_path, pickled):
+    write_pickle(tmp_path / "a.npy", pickled)
+    with pytest.raises(ValueError, match="has a tuple as a key"):
+        containers.read(tmp_path / "a.npy")
+
+
+def test_storage_whose_key_takes_for_ever_to_print_is_refused(tmp_path):
+    storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        body = b"\x80\x02" + storage + tower() + b"X\x03\x00\x00\x00cpuK\x01tQ."
+        archive.writestr("a/data.pkl", body)
+    with pytest.raises(ValueError, match="a tuple in the place of a string"):
+        containers.read(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "name", ["torch\nFloatStorage", "torch\nFloatTensor", "collections\nOrderedDict"]
+)
+def test_file_cannot_change_how_others_are_read(tmp_path, name):
+    body = b"\x80\x02c" + name.encode() + b"\n}S'code'\nS'<i4'\nsb."
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("a/data.pkl", body)
+    with pytest.raises(ValueError, match="sets the state of a"):
+        containers.read(tmp_path / "a.pth")
+    write_torch_zip(tmp_path / "weights")
+    assert_values(layouts.identify(containers.read(tmp_path / "weights")))
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".", "is damaged"),
+        (b"\x80\x05\x8e" + struct.pack("<Q", 2**40) + b".", "is damaged"),
+        (b"\x80\x04\x95" + struct.pack("<Q", 2**40), "is damaged"),
+        (
+            b"\x80\x02(X" + struct.pack("<I", 10**5) + b"a" * 10**5 + b"q\x000c_codecs\nencode\n"
+            b"q\x010" + b"h\x01h\x00\x85R" * 1000 + b"t.",
+            "the same bytes again and again",
+        ),
+        (b"\x80\x02(" + b"N0" * 2 * 10**6 + b"t.", "operations"),
+    ],
+    ids=["bytearray", "bytes", "frame", "encode", "operations"],
+)
+def test_pickle_takes_no_more_than_its_file(tmp_path, pickled, message):
+    write_pickle(tmp_path / "a.npy", pickled)
+    with pytest.raises(ValueError, match=message):
+        containers.read(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("dimensions", [9, 4000, 20_000])
+def test_arrays_of_many_dimensions_are_refused(tmp_path, dimensions):
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (" + b"1," * dimensions + b"), }\n"
+    data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(4)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("conv1_1_W.npy", data)
+    with pytest.raises(ValueError, match=r"dimensions|too large|[Hh]eader"):
+        containers.read(tmp_path / "a.npz")
+    numbers = b"J\xff\xff\xff\x7f" * dimensions
+    write_pickle(
+        tmp_path / "a.npy",
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01("
+        + numbers + b"tcnumpy\ndtype\n(U\x02f4tR\x89U\x04abcdtb.",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="an array whose shape is none"):
+        containers.read(tmp_path / "a.npy")
+
+
+def test_hdf5_groups_that_contain_themselves_are_refused(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        group = file.create_group("a")
+        for number in range(10):
+            group[f"again{number}"] = group
+    with pytest.raises(ValueError, match="under another name already"):
+        containers.read(tmp_path / "a.h5")
+
+
+def test_hdf5_arrays_that_were_never_written_are_refused(tmp_path):
+    for shape, message in (((10**12,), "would take over"), ((10**8,), "never written")):
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file.create_dataset("block1_conv1/kernel:0", shape, "f4", chunks=(10**6,))
+        with pytest.raises(ValueError, match=message):
+            containers.read(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("block1_conv1/kernel:0", (2 * 10**5,), "f4", chunks=(1,))[:1000] = 1
+    with pytest.raises(ValueError, match="in 200,000 pieces"):
+        containers.read(tmp_path / "a.h5")
+
+
+def test_sparse_safetensors_are_not_read(tmp_path):
+    count = 25 * 10**9
+    entry = {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}
+    header = json.dumps({"features.0.weight": entry}).encode()
+    with (tmp_path / "a").open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        file.truncate(8 + len(header) + 4 * count)
+    with pytest.raises(ValueError, match="would take over"):
+        containers.read(tmp_path / "a")
+
+
+def element(kind, data):
+    return struct.pack("<II", kind, len(data)) + data + bytes(-len(data) % 8)
+
+
+def matrix(kind, dims, content, name=b"net"):
+    head = element(6, struct.pack("<II", kind, 0))
+    return element(14, head + element(5, struct.pack("<2i", *dims)) + element(1, name) + content)
+
+
+def test_matlab_files_ask_for_no_more_than_they_have(tmp_path):
+    header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM"
+    nested = matrix(6, (1, 1), element(9, bytes(8)))
+    for _ in range(20):
+        nested = matrix(1, (1, 1), nested)
+    packed = zlib.compress(nested)
+    for content, message in (
+        (nested, "nested over 12 deep"),
+        (struct.pack("<II", 15, len(packed)) + packed, "nested over 12 deep"),
+        (matrix(1, (2**31 - 1, 1), element(9, b"")), "2,147,483,647 elements in"),
+        (
+            matrix(2, (2**31 - 1, 1), element(5, struct.pack("<i", 1)) + element(1, b"a")),
+            "2,147,483,647 elements in",
+        ),
+        (matrix(6, (2**20, 2**10), element(9, bytes(8))), r"\(1048576, 1024\) in 8 bytes"),
+    ):
+        (tmp_path / "a.mat").write_bytes(header + content)
+        with pytest.raises(ValueError, match=message):
+            containers.read(tmp_path / "a.mat")
+
+
+def test_protocol_buffers_of_nothing_are_passed_over_quickly(tmp_path):
+    (tmp_path / "a.pb").write_bytes(b"\x0a\x00" * 10**6)
+    with pytest.raises(ValueError, match="it is none of"):
+        containers.read(tmp_path / "a.pb")
+    (tmp_path / "a.caffemodel").write_bytes(b"\xa2\x06\x00" * 10**5)
+    with pytest.raises(ValueError, match="has 100,000 layers"):
+        containers.read(tmp_path / "a.caffemodel")
 
 
 class Payload:

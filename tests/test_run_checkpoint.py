@@ -93,9 +93,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
 def test_a_session_that_was_killed_while_it_wrote_one_leaves_nothing(tmp_path):
     trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path)
     fit(trainer, 1, checkpoint=checkpoint)
-    (tmp_path / ".writing-step-2.index").write_bytes(b"half")
-    (tmp_path / ".writing-step-2_temp").mkdir()
-    (tmp_path / ".writing-step-2_temp" / "part").write_bytes(b"half")
+    (tmp_path / ".writing-step-2.index").write_bytes(b"half")  # by an earlier version
+    for folder in (".writing-step-2_temp", ".saving-0123456789abcdef/step-2_temp"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "part-00000-of-00001.index").write_bytes(b"half")
     assert RunCheckpoint(tmp_path).restore(new_trainer())
     checkpoint.save(trainer)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -178,13 +179,17 @@ def test_the_best_of_an_epoch_that_is_still_to_come_is_forgotten(tmp_path):
     assert names(tmp_path) == ["best-1", "step-1", "step-2"]
 
 
-def test_a_full_disk_leaves_the_last_one(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_last_one(tmp_path):
     trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path)
     fit(trainer, epochs=1, checkpoint=checkpoint)
-    blocker = tmp_path / ".writing-step-2_temp"
-    blocker.write_text("in the way of TensorFlow's temporary folder")
-    with pytest.raises(OSError, match=r"cannot write checkpoint .*step-1 is whole: make room"):
-        checkpoint.save(trainer)
+    resource = pytest.importorskip("resource", reason="limits of a process are Unix")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match=r"cannot write checkpoint .*step-1 is whole: make room"):
+            checkpoint.save(trainer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path) == ["step-1"]
     assert RunCheckpoint(tmp_path).restore(new_trainer())
 
@@ -195,3 +200,23 @@ def test_restored_weights_are_those_that_were_saved(tmp_path):
     assert not np.array_equal(weights(restored.model)[0], weights(trainer.model)[0])
     RunCheckpoint(tmp_path).restore(restored)
     assert_same(weights(restored.model), weights(trainer.model))
+
+
+def test_files_and_links_of_others_stay_as_they_are(tmp_path):
+    directory, theirs = tmp_path / "checkpoints", tmp_path / "theirs.txt"
+    directory.mkdir()
+    theirs.write_text("theirs")
+    kept = {".writing-plan.txt", ".saving-photos", "step-1.notes.txt", "best-0.txt"}
+    (directory / ".saving-photos").mkdir()
+    for name in (".writing-plan.txt", ".saving-photos/a.jpg", "step-1.notes.txt", "best-0.txt"):
+        (directory / name).write_text("mine")
+    # Names that are known before, such as TensorFlow's, are links.
+    for name in ("step-1.index", "step-1.data-00000-of-00001", ".writing-step-2.index"):
+        (directory / name).symlink_to(theirs)
+    trainer, checkpoint = new_trainer(), RunCheckpoint(directory)
+    for epochs in (1, 2, 3):
+        fit(trainer, epochs, validate=lambda: {"loss": 1.0}, checkpoint=checkpoint)
+    assert theirs.read_text() == "theirs"
+    assert kept <= {path.name for path in directory.iterdir()}
+    assert (directory / ".saving-photos" / "a.jpg").read_text() == "mine"
+    assert RunCheckpoint(directory).restore(new_trainer())

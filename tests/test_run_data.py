@@ -1,11 +1,15 @@
 """The images of a finished run."""
 
+import os
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from recipes import run_data, run_folder
-from transfer.data import Source
+from transfer.data import Source, Split
+from transfer.files import write_names
 
 
 @pytest.fixture
@@ -13,13 +17,15 @@ def source():
     """A test split whose labels nobody knows, as those of competitions."""
     labels = {"train": [0, 1, 0, 1], "validation": [0, 1], "test": [-1, -1]}
 
-    def read(part):
-        numbers = np.array(labels[part], np.int64)
-        return tf.data.Dataset.from_tensor_slices({"label": numbers})
+    def examples(part, positions):
+        return tf.data.Dataset.from_tensor_slices({"label": of(part)[positions]})
+
+    def of(part):
+        return np.array(labels[part], np.int64)
 
     sizes = {part: len(values) for part, values in labels.items()}
     names = {part: [f"{part}/{n}" for n in range(size)] for part, size in sizes.items()}
-    return Source("quiz", ["a", "b"], sizes, read, names.__getitem__, names.__getitem__)
+    return Source("quiz", ["a", "b"], sizes, examples, of, names.__getitem__, names.__getitem__)
 
 
 def run_of(folder, names):
@@ -41,3 +47,32 @@ def test_images_that_are_gone_are_named(tmp_path, source):
     run = run_of(tmp_path, ["validation/0", "validation/7"])
     with pytest.raises(ValueError, match="1 of the 2 images .* are gone .* 'validation/7'"):
         run_data.held_out(run, source)
+
+
+ODD = [
+    "validation/a\nb.jpg",
+    "validation/c\u2028d.jpg",
+    "validation/\udcff.jpg",
+    "validation/e\\n.jpg",
+]
+
+
+def test_held_out_images_may_have_any_name(tmp_path, source):
+    by_part = {"train": ["train/0"], "validation": ODD, "test": []}
+    sizes = {part: len(names) for part, names in by_part.items()}
+    source = replace(source, sizes=sizes, names=by_part.__getitem__)
+    run = run_of(tmp_path, [])
+    write_names(run / run_folder.HELD_OUT, ODD[:3])
+    assert run_data.held_out(run, source).names == ODD[:3]
+    assert run_data.num_not_held_out(run, Split(source, (("validation", np.arange(4)),))) == 1
+
+
+def test_a_list_that_is_empty_or_a_pipe_is_refused(tmp_path, source):
+    run = run_of(tmp_path, [])
+    with pytest.raises(ValueError, match=r"'.*held_out.txt' names no images"):
+        run_data.held_out(run, source)
+    (run / run_folder.HELD_OUT).unlink()
+    os.mkfifo(run / run_folder.HELD_OUT)
+    for read in (run_data.held_out, run_data.trained_on):
+        with pytest.raises(ValueError, match=r"held_out.txt' is not a regular file"):
+            read(run, source)

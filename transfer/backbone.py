@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import math
+import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import keras
@@ -16,23 +18,70 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from transfer import taps
 from transfer.distribution import seed_of_replica
-from transfer.gradients import with_fast_gradients
-from transfer.head import average_over_space
-from transfer.metagraph import MetaGraph
+from transfer.gradients import with_cpu_gradients
+from transfer.head import average_over_space, check_eager
+from transfer.metagraph import MetaGraph, load_meta_graph
+from transfer.network_function import as_function
 from transfer.policy import RANDOM_OPS
-from transfer.surgery import SEED, Network, Variable, canonical, cut, is_seeded
+from transfer.surgery import (
+    Network,
+    Variable,
+    canonical,
+    cut,
+    dtype_of,
+    find_scales,
+    infer,
+    is_seeded,
+    split_tensor_name,
+)
 
-Pooling = Literal["avg", None]
+Pooling = Literal["avg", "max", None]
+POOLINGS: tuple[Pooling, ...] = ("avg", "max", None)
+MAX_GRAPH_BYTES = 2**28
+"""Of a graph in a saved Keras model; those of large networks have a few million."""
+
+
+@keras.saving.register_keras_serializable("vgg_transfer")
+class SharedVariables:
+    """The variables that several layers have in common, those of a network and of its parts.
+
+    It says in the configuration of each that they are the same, so that the layers of a loaded
+    model share them again.
+    """
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, keras.Variable] = {}
+
+    def serialized(self) -> dict[str, Any]:
+        """As ``keras.saving.serialize_keras_object`` does it, but marked as shared each time: Keras
+        marks the second time only, and a copy of the first."""
+        config = keras.saving.serialize_keras_object(self)
+        return config | {"shared_object_id": id(self)}
+
+    def get_config(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SharedVariables:
+        return cls(**config)
 
 
 @keras.saving.register_keras_serializable("vgg_transfer")
 class GraphLayer(keras.layers.Layer):
     """A network's arithmetic as a layer: differentiable with respect to input and weights.
 
+    It computes in the type that the graph says, whatever the dtype policy.
+
     Args:
         network: what to compute.
-        values: name of a variable to its value, or to a Keras variable that is then shared.
-        pooling: ``"avg"`` averages a 4-D result over height and width; ``None`` leaves it as it is.
+        values: name of a variable to its value, to an initializer, or to a Keras variable that is
+            then shared.
+        pooling: ``"avg"`` and ``"max"`` take the mean and the maximum of a 4-D result over height
+            and width; ``None`` leaves it as it is.
+        shared: where the layers that share the variables know each other from.
+
+    Raises:
+        ValueError: if an argument is unknown, or in a TF1 graph.
     """
 
     def __init__(
@@ -41,18 +90,23 @@ class GraphLayer(keras.layers.Layer):
         values: Mapping[str, Any],
         *,
         pooling: Pooling = None,
+        shared: SharedVariables | None = None,
         **kwargs: Any,
     ):
-        # The graph says which types it computes in; a mixed-precision policy must not change them.
-        super().__init__(autocast=False, **kwargs)
+        check_eager(type(self).__name__)
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling={pooling!r} is not known; choose from: 'avg', 'max', None")
+        super().__init__(autocast=False, dtype=_dtype(network, kwargs.pop("dtype", None)), **kwargs)
         self.network = network
         self.pooling = pooling
+        self.shared = SharedVariables() if shared is None else shared
+        self._initial: tf.Tensor | None = None
         self.graph_variables = [
             self._variable(variable, values[variable.name]) for variable in network.variables
         ]
         self._inference = as_function(network)
         # In training only: a SavedModel cannot hold what computes a gradient in a way of its own.
-        for_training = with_fast_gradients(network.training or network.graph_def)
+        for_training = with_cpu_gradients(network.training or network.graph_def)
         self._training = as_function(replace(network, graph_def=for_training))
         # A seed is drawn only where one is needed: an evaluation must not change what the next step
         # of a training run draws.
@@ -64,23 +118,59 @@ class GraphLayer(keras.layers.Layer):
     def _variable(self, variable: Variable, value: Any) -> keras.Variable:
         if isinstance(value, keras.Variable):
             return value
-        return self.add_weight(
-            shape=value.shape,
+        made = self.add_weight(
+            shape=variable.shape if callable(value) else value.shape,
             dtype=variable.dtype.name,
-            initializer=lambda shape, dtype: value,
+            initializer=value if callable(value) else lambda shape, dtype: value,
             trainable=variable.trainable,
             autocast=False,
             name=variable.name.replace("/", "."),  # Keras allows no slash
         )
+        self.shared.by_name[variable.name] = made
+        return made
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """The network's output; with ``training``, dropout of the graph is on."""
+        """The network's output; with ``training``, dropout of the graph is on.
+
+        Raises:
+            ValueError: if the inputs have another shape than the graph takes (tf.errors.
+                InvalidArgumentError where that is not known before it runs), or the output does
+                not have a row for each of them.
+        """
+        if not tf.executing_eagerly():
+            check_eager(type(self).__name__)
+        if self._initial is not None:
+            self._warn_if_new()
         run = self._training if training else self._inference
         seed = None
         if self._draws[bool(training)]:
             seed = tf.cast(seed_of_replica(self._seeds.next()), tf.int32)
         outputs = run(inputs, [variable.value for variable in self.graph_variables], seed)
-        return average_over_space(outputs) if self.pooling == "avg" else outputs
+        if self.pooling == "max" and outputs.shape.rank == 4:
+            return tf.reduce_max(outputs, axis=[1, 2])
+        return outputs if self.pooling is None else average_over_space(outputs)
+
+    def _warn_if_new(self) -> None:
+        """Once, where a layer that was made from a configuration is used with the weights that it
+        began with."""
+        with keras.SymbolicScope() as scope:
+            if scope.original_scope is not None:
+                return  # shapes only
+        with tf.init_scope():
+            is_new = bool(tf.reduce_all(tf.equal(self._initial, self._first_kernel())))
+        self._initial = None
+        if is_new:
+            warnings.warn(
+                f"layer {self.name!r} was made from a configuration, which holds no weights: they "
+                "are random, not pretrained. keras.models.clone_model and keras.wrappers copy no "
+                "weights; call clone.set_weights(model.get_weights()), or give the wrapper a "
+                "function that makes the model, or warm_start=True",
+                stacklevel=2,
+            )
+
+    def _first_kernel(self) -> tf.Tensor | None:
+        kernels = [v for v in self.graph_variables if len(v.shape) > 1]
+        return tf.convert_to_tensor(kernels[0]) if kernels else None
 
     def split(self, at: str) -> tuple[GraphLayer, GraphLayer]:
         """Cut in two: ``suffix(prefix(x))`` is ``self(x)``. The weights are shared, not copied.
@@ -93,11 +183,22 @@ class GraphLayer(keras.layers.Layer):
         Raises:
             ValueError: if it is not in between, a branch goes round it, or there are several.
         """
-        shared = dict(zip(self.variable_names, self.graph_variables, strict=True))
+        variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
         first, second = cut(self.network, self.tensor(at))
+        if second.input != self.network.input:
+            nodes = {node.name: node for node in self.network.graph_def.node}
+            operation, index = split_tensor_name(second.input)
+            second = replace(
+                second,
+                input_shape=infer(self.network).get(second.input),
+                input_dtype=dtype_of(nodes[operation], index),
+            )
+        options: dict[str, Any] = {"shared": self.shared}
         return (
-            GraphLayer(first, shared, name=f"{self.name}_prefix"),
-            GraphLayer(second, shared, pooling=self.pooling, name=f"{self.name}_suffix"),
+            GraphLayer(first, variables, name=f"{self.name}_prefix", **options),
+            GraphLayer(
+                second, variables, pooling=self.pooling, name=f"{self.name}_suffix", **options
+            ),
         )
 
     def tensor(self, name: str) -> str:
@@ -140,22 +241,28 @@ class GraphLayer(keras.layers.Layer):
 
     def randomize(self, seed: int) -> None:
         """Forget what was learnt: He-normal weights (arXiv 1502.01852); scales and variances of
-        batch norm 1, all else of one dimension 0."""
+        normalisations 1, all else of one dimension 0."""
         generator = np.random.default_rng(seed)
+        scales = _scales(self.network)
         for name, variable in zip(self.variable_names, self.graph_variables, strict=True):
             shape = tuple(variable.shape)
+            if not tf.as_dtype(variable.dtype).is_floating:
+                continue  # nothing learnt
             if len(shape) > 1:
                 value = generator.standard_normal(shape) * np.sqrt(2 / np.prod(shape[:-1]))
             else:
-                value = np.full(shape, float(name.endswith(("gamma", "variance"))))
+                value = np.full(shape, float(name in scales))
             variable.assign(value)
 
     def get_config(self) -> dict[str, Any]:
-        """All of the network, so that a Keras model with this layer can be saved and loaded."""
+        """All of the network, so that a Keras model with this layer can be saved and loaded.
+
+        The graphs are compressed: Keras prints the configuration of a layer that it does not know.
+        """
         network = self.network
         return super().get_config() | {
-            "graph_defs": [
-                base64.b64encode(graph_def.SerializeToString()).decode("ascii")
+            "compressed_graphs": [
+                base64.b64encode(zlib.compress(graph_def.SerializeToString(), 9)).decode("ascii")
                 for graph_def in network.graphs
             ],
             "batch_size": network.batch_size,
@@ -168,6 +275,8 @@ class GraphLayer(keras.layers.Layer):
                 for name, variable in zip(self.variable_names, self.graph_variables, strict=True)
             ],
             "pooling": self.pooling,
+            "shared": self.shared.serialized(),
+            "to_load_it": "import transfer before keras.models.load_model",
         }
 
     @property
@@ -178,9 +287,13 @@ class GraphLayer(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GraphLayer:
+        """A layer with new weights as Keras' layers have them: He normal, see ``randomize``. Learnt
+        values come with ``load_model`` or ``set_weights``."""
         config = dict(config)
+        config.pop("to_load_it", None)
+        config.pop("dtype", None)  # the graph says it
         input_dtype = config.pop("input_dtype")
-        graphs = [GraphDef.FromString(base64.b64decode(g)) for g in config.pop("graph_defs")]
+        graphs = _graphs(config)
         network = Network(
             graph_def=graphs[0],
             training=graphs[1] if graphs[1:] else None,
@@ -194,10 +307,15 @@ class GraphLayer(keras.layers.Layer):
                 for name, dtype, shape, trainable in config.pop("variables")
             ),
         )
-        values = {v.name: tf.zeros(v.shape, v.dtype) for v in network.variables}
+        shared = config.pop("shared", None)
+        shared = (
+            SharedVariables() if shared is None else keras.saving.deserialize_keras_object(shared)
+        )
         # A subclass builds itself from files; here all is at hand, and Keras needs the same class.
         layer = cls.__new__(cls)
-        GraphLayer.__init__(layer, network, values, **config)
+        values = _initializers(network) | shared.by_name
+        GraphLayer.__init__(layer, network, values, shared=shared, **config)
+        layer._initial = layer._first_kernel()
         return layer
 
 
@@ -210,17 +328,20 @@ class Backbone(GraphLayer):
     ``transfer.preprocess``.
 
     Args:
-        graph: from ``load_meta_graph``. Only the weights that the tap needs are read.
-        tap: tensor or operation with the features.
+        graph: from ``load_meta_graph``, or the path of a model for it. Only the weights that the
+            tap needs are read.
+        tap: tensor or operation with the features; by default the card's, or else ``fc7``.
         input: tensor or operation that takes the images; found by itself where there is but one.
         feeds: values of other placeholders, e.g. ``{"Placeholder_2:0": 0.8}``. A ``keep_prob`` and
             an ``is_training`` are found by what they feed and need no value.
         keep_dropout: leave dropout on in inference where the graph has it always on.
         use_ema: take the moving averages of the weights, where the checkpoint has them.
-        pooling: ``None`` gives the tap as it is.
+        pooling: ``"max"`` takes the maximum over height and width; ``None`` gives the tap as it is.
 
     Raises:
-        ValueError: if a tensor is unknown (near names are suggested) or the weights do not fit.
+        TypeError: if ``graph`` is neither a ``MetaGraph`` nor a path.
+        ValueError: if a tensor is unknown (near names are suggested), the weights do not fit, or it
+            is made in a TF1 graph.
         FileNotFoundError: if a file of the checkpoint is missing.
         ForbiddenOpError: if the tap needs more than arithmetic.
 
@@ -231,8 +352,8 @@ class Backbone(GraphLayer):
 
     def __init__(
         self,
-        graph: MetaGraph,
-        tap: str = "fc7",
+        graph: MetaGraph | str | Path,
+        tap: str | None = None,
         *,
         input: str | None = None,
         feeds: Mapping[str, float | bool] | None = None,
@@ -241,75 +362,62 @@ class Backbone(GraphLayer):
         pooling: Pooling = "avg",
         **kwargs: Any,
     ):
-        network = graph.network(tap, input, feeds, keep_dropout)
+        check_eager("Backbone")
+        if isinstance(graph, str | Path):
+            graph = load_meta_graph(graph)
+        if not isinstance(graph, MetaGraph):
+            raise TypeError(
+                f"graph is of type {type(graph).__name__}; expected what load_meta_graph gives, or "
+                "the path of a model"
+            )
+        network = graph.network(tap or graph.card.tap or "fc7", input, feeds, keep_dropout)
         values = graph.read(network.variables, use_ema)
         super().__init__(network, values, pooling=pooling, **kwargs)
 
 
-def as_function(network: Network) -> Any:
-    """``(inputs, list of weights, seed) -> output`` as a ``tf.function`` of its own.
-
-    A function of its own, because a gradient tape does not see operations that are imported into
-    the function in which it was opened. The seed, int32 ``[2]``, may be ``None`` where no random
-    numbers are drawn.
-    """
-    names = [canonical(variable.name) for variable in network.variables]
-
-    def apply(inputs: tf.Tensor, weights: list[tf.Tensor], seed: tf.Tensor | None) -> tf.Tensor:
-        tensors = {network.input: inputs, **dict(zip(names, weights, strict=True))}
-        if network.output in tensors:
-            return tf.identity(tensors[network.output])
-        tensors[SEED] = tf.zeros([2], tf.int32) if seed is None else seed
-        # Each graph has its own part of the weights. The identity brings a tensor of an outer
-        # function into this one, which the import does not.
-        used = {canonical(edge) for node in network.graph_def.node for edge in node.input}
-        return tf.graph_util.import_graph_def(
-            network.graph_def,
-            input_map={name: tf.identity(t) for name, t in tensors.items() if name in used},
-            return_elements=[network.output],
-            name="network",
-        )[0]
-
-    def run(inputs: tf.Tensor, weights: list[tf.Tensor], seed: tf.Tensor | None) -> tf.Tensor:
-        inputs = as_input(network, inputs)
-        if network.batch_size is None:
-            return apply(inputs, weights, seed)
-
-        def one(batch: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
-            own = None if seed is None else tf.random.fold_in(seed, number)
-            return apply(batch, weights, own)
-
-        return _in_batches(one, inputs, network.batch_size)
-
-    return tf.function(run, autograph=False, reduce_retracing=True)
+def _dtype(network: Network, asked_for: Any) -> str:
+    """The type that a network computes in: that of its weights, or else of its output."""
+    nodes = {node.name: node for node in network.graph_def.node}
+    operation, index = split_tensor_name(network.output)
+    kinds = [v.dtype for v in network.variables if v.dtype.is_floating]
+    kinds += [dtype_of(nodes[operation], index)] if operation in nodes else [network.input_dtype]
+    dtype = next((kind.name for kind in kinds if kind is not None and kind.is_floating), "float32")
+    if asked_for not in (None, dtype):
+        asked_for = getattr(asked_for, "name", asked_for)
+        if asked_for != dtype:
+            raise ValueError(f"dtype={asked_for!r}, but the graph computes in {dtype}")
+    return dtype
 
 
-def as_input(network: Network, images: tf.Tensor) -> tf.Tensor:
-    """Images in the type that a network takes, and as vectors where it takes vectors."""
-    if network.input_shape is not None and (len(network.input_shape), images.ndim) == (2, 4):
-        images = tf.reshape(images, [-1, math.prod(images.shape[1:])])
-    if network.input_dtype not in (None, images.dtype):
-        if network.input_dtype.is_integer:
-            images = tf.round(tf.cast(images, tf.float32))
-        images = tf.saturate_cast(images, network.input_dtype)
-    return images
+def _scales(network: Network) -> set[str]:
+    return find_scales(network.graph_def.node, [v.name for v in network.variables])
 
 
-def _in_batches(function: Any, inputs: tf.Tensor, size: int) -> tf.Tensor:
-    """Apply a function that takes just ``size`` examples to any number of them; the last are filled
-    up with the first ones, and what comes of those is dropped."""
-    count = tf.shape(inputs)[0]
-    num_batches = -(-count // size)
-    missing = tf.range(num_batches * size - count) % tf.maximum(count, 1)
-    filled = tf.concat([inputs, tf.gather(inputs, missing)], 0)
-    batches = tf.reshape(filled, tf.concat([[num_batches, size], tf.shape(inputs)[1:]], 0))
-    batches = tf.ensure_shape(batches, [None, size, *inputs.shape[1:]])
-    one_batch = tf.TensorSpec([size, *inputs.shape[1:]], inputs.dtype)
-    number = tf.TensorSpec([], tf.int32)
-    (output,) = tf.function(function).get_concrete_function(one_batch, number).outputs
-    outputs = tf.map_fn(
-        lambda batch: function(*batch),
-        (batches, tf.range(num_batches)),
-        fn_output_signature=tf.TensorSpec(output.shape, output.dtype),
-    )
-    return tf.reshape(outputs, tf.concat([[-1], tf.shape(outputs)[2:]], 0))[:count]
+def _initializers(network: Network) -> dict[str, keras.initializers.Initializer]:
+    scales = _scales(network)
+    return {
+        v.name: keras.initializers.HeNormal()
+        if len(v.shape or ()) > 1 and v.dtype.is_floating
+        else keras.initializers.Constant(float(v.name in scales))
+        for v in network.variables
+    }
+
+
+def _graphs(config: dict[str, Any]) -> list[GraphDef]:
+    """The graphs of a configuration, which are taken out of it."""
+    if "graph_defs" in config:  # not compressed, as in older files
+        return [GraphDef.FromString(base64.b64decode(g)) for g in config.pop("graph_defs")]
+    graphs = []
+    for compressed in config.pop("compressed_graphs"):
+        stream = zlib.decompressobj()
+        try:
+            data = stream.decompress(base64.b64decode(compressed), MAX_GRAPH_BYTES)
+        except zlib.error:
+            data = b""
+        if not stream.eof:
+            raise ValueError(
+                "the model is damaged: its graph is not whole, or has over "
+                f"{MAX_GRAPH_BYTES:,} bytes"
+            )
+        graphs.append(GraphDef.FromString(data))
+    return graphs

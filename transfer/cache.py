@@ -10,17 +10,24 @@ Layout of a cache directory::
 The digest is that of ``key.json``: another key, another entry. Rows are written before their
 records, and a row counts once its record is there and its CRC fits, so that nothing that a crash, a
 full disk or a bad block leaves behind is ever taken for activations.
+
+The directory may hold files of other programs. A folder is an entry only if the digest of its
+``key.json`` is the folder's name; of an entry, only files of these names are ever deleted. Links
+are not followed, except for the directory itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
+import os
+import re
 import shutil
+import stat
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +35,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from transfer import files
+
 _KEY, _ROWS, _INDEX, _LOCKS = "key.json", "rows.bin", "index.bin", "locks"
 _LAYOUT = 1  # of the files; another one is another entry
+_MAX_KEY_BYTES = 2**20
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _RECORD = np.dtype([("id", "S16"), ("crc", "<u4")])
 
 
@@ -69,10 +80,11 @@ class Cache:
         """
         described = {"layout": _LAYOUT, **key, "row_shape": list(row_shape), "dtype": dtype}
         text = json.dumps(described, indent=1, sort_keys=True)
-        folder = self.directory / hashlib.sha256(text.encode()).hexdigest()[:32]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self.directory / _digest(text.encode())
+        self.directory.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         # Written each time: the same text, and its time tells when the entry was last used.
-        (folder / _KEY).write_text(text, encoding="utf-8")
+        files.write_text(folder / _KEY, text)
         return Entry(folder, self._lock(folder.name), tuple(row_shape), np.dtype(dtype))
 
     def make_room(self, num_bytes: int, keep: Iterable[Entry] = ()) -> None:
@@ -111,19 +123,17 @@ class Cache:
             )
 
     def entries(self) -> list[Listed]:
-        """All entries; what is no entry is passed over."""
+        """All entries. Other folders are passed over."""
         found = []
-        for path in sorted(self.directory.glob(f"*/{_KEY}")):
-            folder = path.parent
+        for folder in self._folders():
             try:
-                key = json.loads(path.read_text(encoding="utf-8"))
-                last_used = path.stat().st_mtime
+                key, last_used = _read_key(folder)
             except (OSError, ValueError):
-                key, last_used = {}, 0.0  # deleted or damaged: the first to go
+                continue
             found.append(
                 Listed(
                     folder.name,
-                    key if isinstance(key, dict) else {},
+                    key,
                     _size(folder / _INDEX) // _RECORD.itemsize,
                     sum(_size(folder / name) for name in (_KEY, _ROWS, _INDEX)),
                     last_used,
@@ -131,28 +141,66 @@ class Cache:
             )
         return found
 
+    def damaged(self) -> dict[str, str]:
+        """Folders with a ``key.json`` that are not entries, which stay: name to reason."""
+        reasons = {}
+        for folder in self._folders():
+            try:
+                _read_key(folder)
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:
+                reasons[folder.name] = getattr(error, "strerror", None) or str(error)
+        return reasons
+
     def delete(self, digest: str) -> bool:
-        """Delete an entry; false if somebody writes to it."""
+        """Delete the files of an entry, and its folder unless it holds other files; false if
+        another process writes to it, or it is not an entry."""
+        folder = self.directory / digest
+        if not _DIGEST.fullmatch(digest) or not files.is_regular(folder / _KEY):
+            return False
         lock = self._lock(digest)
         try:
             lock.acquire(blocking=False)
         except Timeout:
             return False
         try:
-            folder = self.directory / digest
-            for name in (_INDEX, _ROWS, _KEY):  # rows without records are no rows
-                (folder / name).unlink(missing_ok=True)
-            folder.rmdir()
-        except OSError:
-            return False  # open elsewhere, or with files that are not ours
+            _read_key(folder)
+            for name in (_INDEX, _ROWS):  # rows do not count without their records
+                if files.is_regular(folder / name):
+                    (folder / name).unlink()
+            for path in folder.iterdir():  # of a process that was killed
+                if files.is_temporary(path.name, _KEY) and files.is_regular(path):
+                    path.unlink()
+            (folder / _KEY).unlink()  # last: without it, the rest is not known to be an entry
+        except (OSError, ValueError):
+            return False
         finally:
             lock.release()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
         return True
+
+    def clear(self) -> None:
+        """Delete all entries, and the directory unless it holds other files."""
+        for entry in self.entries():
+            self.delete(entry.digest)
+        locks = re.compile(rf"{_DIGEST.pattern}\.lock")
+        files.remove_folder(self.directory / _LOCKS, locks)
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()
+
+    def _folders(self) -> list[Path]:
+        """Those in the directory, without links to folders."""
+        if not self.directory.exists():
+            return []
+        with os.scandir(self.directory) as found:
+            return sorted(Path(f.path) for f in found if f.is_dir(follow_symlinks=False))
 
     def _lock(self, digest: str) -> FileLock:
         # Outside the folder, so that a folder can be deleted under its lock.
-        (self.directory / _LOCKS).mkdir(parents=True, exist_ok=True)
-        return FileLock(self.directory / _LOCKS / f"{digest}.lock")
+        files.make_folder(self.directory / _LOCKS)
+        return files.lock(self.directory / _LOCKS / f"{digest}.lock")
 
 
 class Entry:
@@ -166,7 +214,7 @@ class Entry:
         self.row_bytes = int(np.prod(row_shape)) * dtype.itemsize
         self._intact = np.zeros(0, bool)  # of the records: their rows were looked at, and fit
 
-    @contextmanager
+    @contextlib.contextmanager
     def lock(self, waiting: Any = None) -> Iterator[None]:
         """Hold the entry alone; needed for ``append``.
 
@@ -286,15 +334,48 @@ class StoredRows:
         return self._rows[self._positions[examples]]
 
 
+def _digest(key: bytes) -> str:
+    """The name of an entry's folder."""
+    return hashlib.sha256(key).hexdigest()[:32]
+
+
+def _read_key(folder: Path) -> tuple[dict[str, Any], float]:
+    """The key of an entry, and when it was last used.
+
+    Raises:
+        FileNotFoundError: if the folder has no ``key.json``.
+        OSError, ValueError: if the folder is not an entry; says why.
+    """
+    path = folder / _KEY
+    status = path.lstat()
+    if folder.is_symlink() or not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"its {_KEY} is not a regular file")
+    if status.st_size > _MAX_KEY_BYTES:
+        raise ValueError(f"its {_KEY} has over {_MAX_KEY_BYTES:,} bytes")
+    text = path.read_bytes()
+    try:
+        key = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {_KEY} is not JSON ({error})") from error
+    if not isinstance(key, dict) or not {"layout", "row_shape", "dtype"} <= key.keys():
+        raise ValueError(f"its {_KEY} does not describe activations")
+    if _digest(text) != folder.name:
+        raise ValueError(f"the digest of its {_KEY} is not the name of the folder")
+    return key, status.st_mtime
+
+
 def _append(path: Path, offset: int, values: np.ndarray) -> None:
-    with path.open("r+b" if path.exists() else "w+b") as file:
+    files.unshare(path)
+    with path.open("r+b" if path.exists() else "xb") as file:
         file.truncate(offset)
         file.seek(offset)
         file.write(values.data)
 
 
 def _size(path: Path) -> int:
+    """Bytes of a regular file; 0 for anything else."""
     try:
-        return path.stat().st_size
+        status = path.lstat()
     except OSError:
         return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0

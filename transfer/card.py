@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transfer.files import write_text
+from transfer.files import read_text, write_text
+from transfer.preprocess import Size, as_size
 
 MAX_BYTES = 2**20
 
@@ -22,10 +23,12 @@ class Card:
     """Tensor that takes the preprocessed images, e.g. ``images:0``."""
     tap: str | None = None
     """Tensor with the features, e.g. ``fc7:0``."""
-    image_size: int | None = None
-    """Height and width of the input in pixels."""
-    preprocess: str | None = None
-    """Input convention: a key of ``transfer.preprocess.CONVENTIONS``."""
+    image_size: Size | None = None
+    """Height and width of the input in pixels: one number, or both."""
+    preprocess: str | dict[str, Any] | None = None
+    """Input convention: a key of ``transfer.preprocess.CONVENTIONS``, or means of the model itself:
+    ``{"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}``; see
+    ``transfer.preprocess.convention``."""
     labels: str | None = None
     """File with one class name a line, in the order of the logits; relative to the card."""
     feeds: dict[str, float | bool] = field(default_factory=dict)
@@ -62,24 +65,32 @@ def read_card(path: Path) -> Card:
     Raises:
         ValueError: if the file is not a card.
     """
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{str(path)!r} is not a card: it has over {MAX_BYTES:,} bytes")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path, MAX_BYTES))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{str(path)!r} is not a card: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{str(path)!r} is not a card: expected a JSON object")
-    kinds: dict[str, type] = {
-        "image_size": int,
+    kinds: dict[str, Any] = {
         "keep_dropout": bool,
         "feeds": dict,
         "outputs": dict,
     }
-    kinds |= {"sha256": dict, "eval": dict}
+    kinds |= {"sha256": dict, "eval": dict, "preprocess": str | dict}
     known = {f.name: values[f.name] for f in dataclasses.fields(Card) if f.name in values}
+    if "image_size" in known:
+        try:
+            known["image_size"] = as_size(known["image_size"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{str(path)!r}: image_size is {known['image_size']!r}; expected an int, or height "
+                "and width"
+            ) from error
     for key, value in known.items():
+        if key == "image_size":
+            continue
         kind = kinds.get(key, str)
         if not isinstance(value, kind):
-            raise ValueError(f"{str(path)!r}: {key} is {value!r}; expected a {kind.__name__}")
+            name = getattr(kind, "__name__", str(kind))
+            raise ValueError(f"{str(path)!r}: {key} is {value!r}; expected a {name}")
     return Card(**known)

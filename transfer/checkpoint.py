@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import glob
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +54,15 @@ class Entry:
             size if extent == "-" else int(extent.split(",")[1])
             for size, extent in zip(full_shape, extents, strict=True)
         )
+
+
+class MismatchError(ValueError):
+    """A checkpoint does not have what a graph needs. ``rename`` is the one substitution, part of a
+    name and part of a key, after which it would; ``None`` if there is no such."""
+
+    def __init__(self, message: str, rename: tuple[str, str] | None):
+        super().__init__(message)
+        self.rename = rename
 
 
 class Checkpoint:
@@ -121,21 +131,55 @@ class Checkpoint:
         """The entry of each variable, all names, shapes and types checked; see ``compare``.
 
         Raises:
-            ValueError: lists all that is missing or different, and what the checkpoint has instead.
+            MismatchError: lists all that is missing or different, and what the checkpoint has
+                instead.
         """
         matched, missing, different = self.compare(variables, entries)
         if missing or different:
             taken = {entry.key for entry in matched.values()}
             extra = sorted(key for key in self._shapes if key not in taken)
-            raise ValueError(
+            rename = None if different else self._explaining(variables, entries, missing, extra)
+            raise MismatchError(
                 f"checkpoint {self.prefix!r} does not fit the graph: {len(missing)} of "
                 f"{len(variables)} variables missing ({', '.join(missing) or 'none'}), "
                 f"{len(different)} different ({', '.join(different) or 'none'}), "
                 f"{len(extra)} that the tap does not need ({', '.join(extra[:8]) or 'none'}"
-                f"{', ...' * (len(extra) > 8)}); look for the checkpoint that was saved with this "
-                "graph"
+                f"{', ...' * (len(extra) > 8)}); "
+                + (
+                    f"--rename={rename[0]}={rename[1]} gives each of the missing ones an entry"
+                    if rename
+                    else "look for the checkpoint that was saved with this graph"
+                ),
+                rename,
             )
         return matched
+
+    def _explaining(
+        self,
+        variables: Sequence[Variable],
+        entries: Mapping[str, Entry],
+        missing: Sequence[str],
+        extra: Sequence[str],
+    ) -> tuple[str, str] | None:
+        """The one substitution, part of a name and part of a key, after which nothing is
+        missing."""
+        lacking = {
+            entries.get(v.name, Entry(v.name)).key: v for v in variables if v.name in set(missing)
+        }
+        if not lacking:
+            return None
+
+        def fits(name: str, key: str) -> bool:
+            shape = lacking[name].shape
+            return key in free and shape in (None, self._shapes[key])
+
+        free, first = set(extra), next(iter(lacking))
+        for key in sorted(extra, key=lambda key: abs(len(key) - len(first))):
+            for part, other in _substitutions(first, key):
+                found = [substituted(name, part, other) for name in lacking]
+                if len({*found}) == len(found) and all(map(fits, lacking, found)):
+                    return part, other
+        return None
 
     def read(self, entries: Mapping[str, Entry]) -> dict[str, tf.Tensor]:
         """The values of some entries, all in one pass over the file.
@@ -159,12 +203,9 @@ class Checkpoint:
 
     def _check_size(self, entries: Mapping[str, Entry]) -> None:
         """A file that is cut short is told from one that is damaged, before memory is asked for."""
-        if not _index(Path(self.prefix)).is_file():
+        if not _index(self._files).is_file():
             return
-        shards = Path(self.prefix).parent.glob(
-            f"{glob.escape(Path(self.prefix).name)}.data-?????-of-?????"
-        )
-        found = sum(path.stat().st_size for path in shards)
+        found = sum(path.stat().st_size for path in _shards(self._files))
         keys = {entry.key for entry in entries.values()}
         needed = sum(math.prod(self._shapes[key]) * self._dtypes[key].size for key in keys)
         if found < needed:
@@ -189,6 +230,8 @@ def check_path(path: str | Path) -> None:
 
 def exists(prefix: Path) -> bool:
     """Whether there is a checkpoint of this prefix, complete or not."""
+    if not prefix.name:  # such as /
+        return False
     return (
         _index(prefix).is_file()
         or prefix.is_file()
@@ -276,6 +319,71 @@ def partition_entries(
     return entries
 
 
+def substituted(name: str, part: str, other: str) -> str:
+    """A name with ``other`` for ``part``; at its beginning where ``part`` is empty."""
+    return name.replace(part, other) if part else other + name
+
+
+def renamed_entries(
+    names: Sequence[str],
+    entries: Mapping[str, Entry],
+    shapes: Mapping[str, Sequence[int]],
+    rename: Mapping[str, str],
+) -> dict[str, Entry]:
+    """Where the variables are whose keys differ from their names by a rule.
+
+    Args:
+        names: of the variables.
+        entries: of those that are not stored under their names.
+        shapes: of the checkpoint's entries.
+        rename: parts of names to parts of keys, put in one after the other. What then names no
+            entry stays what it was.
+
+    Raises:
+        ValueError: if one of them leads to no entry.
+    """
+    found, used = {}, set()
+    for name in names:
+        entry = entries.get(name, Entry(name))
+        key, passed = entry.key, []
+        for part, other in rename.items():
+            if part in key:
+                key = substituted(key, part, other)
+                passed.append(part)
+        if passed and key in shapes:
+            found[name] = Entry(key, entry.slice)
+            used.update(passed)
+    for part in rename.keys() - used:
+        raise ValueError(
+            f"--rename {part}={rename[part]} leads to no entry of the checkpoint; it is "
+            "NAME=KEY, a part of the graph's names and what the checkpoint has in its place: "
+            f"the graph has {', '.join(names[:3])}, the checkpoint {', '.join([*shapes][:3])}"
+        )
+    return found
+
+
+def _substitutions(name: str, key: str) -> Iterator[tuple[str, str]]:
+    """The parts, of a name and of a key, in which they differ: of their paths, and of their
+    letters."""
+    for split, join in ((lambda text: text.split("/"), "/"), (list, "")):
+        old, new = split(name), split(key)
+        start = _num_common(old, new)
+        end = _num_common(old[start:][::-1], new[start:][::-1])
+        middles = old[start : len(old) - end], new[start : len(new) - end]
+        if join and not middles[0] and start == 0:
+            yield "", join.join(middles[1]) + join  # in another scope
+        elif join and not middles[1] and start == 0:
+            yield join.join(middles[0]) + join, ""
+        elif middles[0]:
+            yield join.join(middles[0]), join.join(middles[1])
+
+
+def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
+    """How many items two lists begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def average_entries(names: Sequence[str], source: Checkpoint) -> dict[str, Entry]:
     """For each variable that has a moving average in the checkpoint, where that is.
 
@@ -315,13 +423,14 @@ def check_files(prefix: Path) -> None:
     if _index(prefix).is_file():
         shards = [
             _SHARD.search(path.name)
-            for path in prefix.parent.glob(f"{glob.escape(prefix.name)}.data-?????-of-?????")
+            for path in _shards(prefix)
             if path.is_file()  # a pipe would be read for ever
         ]
         found = {(int(match[1]), int(match[2])) for match in shards if match}
         count = max((total for _, total in found), default=1)
+        name = _index(prefix).name.removesuffix(".index")
         missing = [
-            f"{prefix.name}.data-{shard:05d}-of-{count:05d}"
+            f"{name}.data-{shard:05d}-of-{count:05d}"
             for shard in range(count)
             if (shard, count) not in found
         ]
@@ -348,10 +457,27 @@ def _stored(prefix: Path) -> dict[str, Stored]:
 
 def _to_open(prefix: Path) -> str:
     """What TensorFlow opens: the prefix, or a pattern for the files of a sharded V1 checkpoint."""
+    if _index(prefix).parent == prefix:
+        return f"{prefix}/"
     return (
         str(prefix) if _index(prefix).is_file() or prefix.is_file() else f"{prefix}-?????-of-?????"
     )
 
 
+def file_of(prefix: Path, suffix: str) -> Path:
+    """The file of a model or a checkpoint with a suffix such as ``.meta``.
+
+    ``saver.save(session, "model/")`` gives files without a name, ``model/.meta``: there the prefix
+    is the folder.
+    """
+    nameless, named = prefix / suffix, prefix.with_name(prefix.name + suffix)
+    return nameless if nameless.is_file() and not named.exists() else named
+
+
 def _index(prefix: Path) -> Path:
-    return prefix.with_name(prefix.name + ".index")
+    return file_of(prefix, ".index")
+
+
+def _shards(prefix: Path) -> Iterator[Path]:
+    name = _index(prefix).name.removesuffix(".index")
+    return _index(prefix).parent.glob(f"{glob.escape(name)}.data-?????-of-?????")

@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from transfer.backbone import Backbone
+from transfer.files import read_names
 from transfer.metagraph import load_meta_graph
 from transfer.preprocess import Preprocess
 
@@ -34,7 +35,8 @@ class Classifier(keras.Model):
         labels: Sequence[str],
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
+        # Under a mixed-precision policy Keras would round the pixels to float16.
+        super().__init__(autocast=False, dtype="float32", **kwargs)
         self.backbone = backbone
         self.head = head
         self.preprocess = preprocess
@@ -42,7 +44,18 @@ class Classifier(keras.Model):
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Logits, float32 ``[batch, num_classes]``, of images as they are: RGB or gray, 0..255, of
-        any size, ``[batch, height, width, channels]``."""
+        any size, ``[batch, height, width, channels]``.
+
+        Raises:
+            ValueError: if they have another number of dimensions.
+        """
+        images = tf.convert_to_tensor(images)
+        if images.shape.rank not in (None, 4):
+            one = ": for one image, classifier(images[None])" if images.shape.rank == 3 else ""
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; expected [batch, height, width, "
+                f"channels]{one}"
+            )
         return self.head(self.backbone(self.preprocess(images)), training=training)
 
     def build_from_size(self) -> int:
@@ -51,15 +64,15 @@ class Classifier(keras.Model):
         Returns:
             The number of logits.
         """
-        size, channels = self.preprocess.size, self.preprocess.channels
-        return int(self(tf.zeros([1, size, size, channels])).shape[-1])
+        return int(self(keras.Input(self.preprocess.shape)).shape[-1])
 
     def get_config(self) -> dict[str, Any]:
         """All parts, so that ``save`` and ``keras.models.load_model`` work."""
         parts = {"backbone": self.backbone, "head": self.head}
         config = {k: keras.saving.serialize_keras_object(v) for k, v in parts.items()}
         return config | {
-            "preprocess": dataclasses.asdict(self.preprocess),
+            "preprocess": dataclasses.asdict(self.preprocess)
+            | {"size": self.preprocess.plain_size},
             "labels": self.labels,
             "name": self.name,
         }
@@ -81,8 +94,8 @@ class Classifier(keras.Model):
         return tf.nn.softmax(self(images, training=False))
 
     def probabilities_of_resized(self, pixels: tf.Tensor) -> tf.Tensor:
-        """The same of what ``preprocess.resize`` gives: float32 ``[batch, size, size, channels]``
-        in 0..255."""
+        """The same of what ``preprocess.resize`` gives: float32 ``[batch, height, width,
+        channels]`` in 0..255."""
         features = self.backbone(self.preprocess.normalize(pixels))
         return tf.nn.softmax(self.head(features, training=False))
 
@@ -124,9 +137,7 @@ class Classifier(keras.Model):
                 f"the card of {str(graph.prefix)!r} has its labels in {card.labels!r}; "
                 "expected a file beside the card"
             )
-        # Not splitlines: that also breaks lines at characters that a class name may have.
-        text = (graph.prefix.parent / card.labels).read_text(encoding="utf-8")
-        labels = text.removesuffix("\n").split("\n")
+        labels = read_names(graph.prefix.parent / card.labels)
         network = Backbone(graph, card.outputs["logits"], pooling=None, name="network")
         backbone, head = network.split(card.tap)
         classifier = cls(backbone, head, graph.preprocess(card.input), labels)

@@ -6,13 +6,14 @@ Read off the graph; nothing is run, and no weights are needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
+from transfer.preprocess import Size
 from transfer.surgery import (
     Network,
     canonical,
@@ -52,12 +53,12 @@ class Cut:
     ends_stage: bool
 
 
-def list_cuts(network: Network, image_size: int | None = None) -> list[Cut]:
+def list_cuts(network: Network, image_size: Size | None = None) -> list[Cut]:
     """The cuts worth making, one a layer, from the input to the tap, which comes last.
 
     Args:
         network: from the input to the tap.
-        image_size: height and width where the graph leaves them open.
+        image_size: where the graph leaves height and width open.
     """
     graphs = [_separating(network, graph_def) for graph_def in network.graphs]
     both = set.intersection(*map(set, graphs))
@@ -94,7 +95,7 @@ def list_cuts(network: Network, image_size: int | None = None) -> list[Cut]:
     return cuts
 
 
-def default_cuts(network: Network, image_size: int | None = None) -> list[str]:
+def default_cuts(network: Network, image_size: Size | None = None) -> list[str]:
     """The cuts to compare: the tap, and the last two stages before the fully connected layers."""
     stages = [cut for cut in list_cuts(network, image_size) if cut.ends_stage]
     spatial = [c.tensor for c in stages if c.shape is not None and len(c.shape) == 3]
@@ -103,7 +104,7 @@ def default_cuts(network: Network, image_size: int | None = None) -> list[str]:
     return [network.output, *reversed(middle)]
 
 
-def last_feature_maps(network: Network, image_size: int | None = None) -> str | None:
+def last_feature_maps(network: Network, image_size: Size | None = None) -> str | None:
     """The last tensor ``[batch, height, width, channels]`` with more than one place that separates
     the input from the tap and is not pooled: ``relu5_3`` of a VGG16. ``None`` if there is none."""
     shapes = _shapes(network, image_size)
@@ -135,6 +136,44 @@ def blocks(network: Network) -> list[list[str]]:
         if node.op in _POOLS and found[-1]:
             found.append([])
     return [block for block in found if block]
+
+
+def stopped(network: Network) -> dict[str, list[str]]:
+    """Trainable variables that no gradient of the output reaches, because the graph stops it
+    (``tf.stop_gradient``), by the last tensor that does so."""
+    graph_def = network.training or network.graph_def
+    by_name = {node.name: node for node in graph_def.node}
+    names = {variable.name for variable in network.variables if variable.trainable}
+    trained, stops = _reached(by_name, [network.output], names)
+    found: dict[str, list[str]] = {}
+    for stop in sorted(stops, key=list(by_name).index, reverse=True):
+        behind, pending = set[str](), [stop]
+        while pending:  # what other stops hide belongs to this one, too, if it is nearer
+            reached, more = _reached(by_name, data_inputs(by_name[pending.pop()]), names)
+            behind |= reached
+            pending += more
+        mine = behind - trained - {name for others in found.values() for name in others}
+        if mine:
+            found[f"{stop}:0"] = [v.name for v in network.variables if v.name in mine]
+    return found
+
+
+def _reached(
+    by_name: Mapping[str, NodeDef], tensors: Iterable[str], names: Collection[str]
+) -> tuple[set[str], set[str]]:
+    """Which of some variables gradients of tensors reach, and the nodes that stop them."""
+    pending, seen, stops = [operation_of(tensor) for tensor in tensors], set[str](), set[str]()
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        node = by_name.get(name)
+        if node is not None and node.op == "StopGradient":
+            stops.add(name)
+        elif node is not None:
+            pending += [operation_of(edge) for edge in data_inputs(node)]
+    return seen & set(names), stops
 
 
 def _in_order(graph_def: GraphDef) -> list[NodeDef]:
@@ -207,18 +246,23 @@ def _upstream(tensor: str, by_name: Mapping[str, NodeDef]) -> set[str]:
     return found
 
 
-def _shapes(network: Network, image_size: int | None) -> dict[str, Shape]:
+def _shapes(network: Network, image_size: Size | None) -> dict[str, Shape]:
     """Of one example, as far as TensorFlow can tell."""
     shape = network.input_shape
+    sides = (
+        (image_size, image_size)
+        if image_size is None or isinstance(image_size, int)
+        else image_size
+    )
     if shape is not None and network.batch_size is None:
-        open_sizes = (1, image_size, image_size)
+        open_sizes = (1, *sides)
         shape = tuple(
             open_sizes[i] if size is None and i < 3 and len(shape) == 4 else size
             for i, size in enumerate(shape)
         )
         shape = (1, *shape[1:])
     elif image_size is not None and shape is None:
-        shape = (1, image_size, image_size, 3)
+        shape = (1, *sides, 3)
     try:
         return infer(replace(network, input_shape=shape))
     except ValueError:

@@ -11,7 +11,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,13 +24,17 @@ import tensorflow_datasets as tfds
 
 from transfer.augment import random_view
 from transfer.distribution import NO_LABEL, pieces_of_batches
-from transfer.images import decode
+from transfer.image_files import PassedOver
+from transfer.images import decode, read_image, reason
+from transfer.near_duplicates import FINGERPRINT, fingerprints, near_duplicates
 from transfer.preprocess import Preprocess
 
 HELD_OUT_SHARE = 0.2  # of a dataset that comes with nothing but a training split
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "val", "valid", "dev", "test", "testing")
-SHUFFLE_BUFFER = 16_384  # encoded images; up to this many, a shuffle is perfect
+_READERS = 4  # threads; decoding lets go of Python's lock
+MAX_COMPARED = 10_000
+"""Images up to which the automatic hold-out looks for near-duplicates: it decodes all of them."""
 _AUTO = "auto"
 
 
@@ -39,12 +46,16 @@ class Source:
         name: for people.
         class_names: in the order of the labels.
         sizes: split's name to the number of its examples.
-        read: split's name to its examples in a fixed order: ``{"image": encoded bytes, "label":
-            int64, "name": str}``.
+        examples: split's name and positions in its fixed order, int64 ``[n]`` in any order, to
+            these examples: ``{"image": encoded bytes, "label": int64, "name": bytes}``. Reads no
+            other image.
+        labels: split's name to int64, one per example, in that order.
         names: split's name to the names of its examples, in that order, without reading an image.
         ids: split's name to what tells its examples from all others, bytes ``[16]`` each, in that
             order: another id where an image has changed. What is computed of an image is kept
             under it.
+        passed_over: the files of a folder that are not among the examples.
+        fingerprints: id to ``near_duplicates.FINGERPRINT``, of the images that were looked at.
 
     Raises:
         ValueError: if there are fewer than two classes.
@@ -53,10 +64,12 @@ class Source:
     name: str
     class_names: list[str]
     sizes: Mapping[str, int]
-    read: Callable[[str], tf.data.Dataset]
+    examples: Callable[[str, np.ndarray], tf.data.Dataset]
+    labels: Callable[[str], np.ndarray]
     names: Callable[[str], list[str]]
     ids: Callable[[str], list[bytes]]
-    _labels: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    passed_over: PassedOver = field(default_factory=PassedOver)
+    fingerprints: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.class_names) < 2:
@@ -102,22 +115,6 @@ class Source:
         _check_labels(split)
         return split
 
-    def labels(self, split_name: str) -> np.ndarray:
-        """int64, one per example of a split; read once."""
-        if split_name not in self._labels:
-            labels = self.read(split_name).map(lambda example: example["label"])
-            self._labels[split_name] = np.fromiter(labels.as_numpy_iterator(), np.int64)
-        return self._labels[split_name]
-
-    def examples(self, split_name: str, indices: np.ndarray) -> tf.data.Dataset:
-        """The examples of a split at sorted positions, still encoded."""
-        first, last = int(indices[0]), int(indices[-1])
-        wanted = np.zeros(last - first + 1, bool)
-        wanted[indices - first] = True
-        wanted = tf.constant(wanted)
-        examples = self.read(split_name).skip(first).take(last - first + 1).enumerate()
-        return examples.filter(lambda index, _: wanted[index]).map(lambda _, example: example)
-
 
 @dataclass(frozen=True)
 class Split:
@@ -152,6 +149,15 @@ class Split:
         by_part = {part: self.source.ids(part) for part, _ in self.parts}
         return [by_part[part][index] for part, indices in self.parts for index in indices]
 
+    def fingerprints(self, progress: Callable[[Iterable], Iterable] = iter) -> np.ndarray:
+        """``near_duplicates.FINGERPRINT`` ``[len(self)]``; reads and decodes the images whose
+        fingerprints the source does not have yet."""
+        known = self.source.fingerprints
+        rest = self.where(np.array([id_ not in known for id_ in self.ids], bool))
+        if len(rest):
+            known.update(zip(rest.ids, fingerprints(rest, progress), strict=True))
+        return np.array([known[id_] for id_ in self.ids], FINGERPRINT)
+
     def where(self, keep: np.ndarray) -> Split:
         """The examples at which the boolean array ``keep`` ``[len(self)]`` is true."""
         ends = np.cumsum([len(indices) for _, indices in self.parts])[:-1]
@@ -174,8 +180,21 @@ class Split:
 
     def encoded(self) -> tf.data.Dataset:
         """``{"image": encoded bytes, "label": int64, "name": bytes}`` in order."""
-        datasets = [self.source.examples(name, idx) for name, idx in self.parts if len(idx)]
-        return functools.reduce(lambda first, second: first.concatenate(second), datasets)
+        return self.examples(np.arange(len(self)))
+
+    def examples(self, positions: np.ndarray) -> tf.data.Dataset:
+        """The same at positions in the split, int64 ``[n]``, in any order; reads no others."""
+        sizes = [len(indices) for _, indices in self.parts]
+        part_of = np.repeat(np.arange(len(sizes)), sizes)[positions]
+        indices = np.concatenate([indices for _, indices in self.parts])[positions]
+        used = np.unique(part_of) if len(positions) else [0]
+        datasets = [self.source.examples(self.parts[p][0], indices[part_of == p]) for p in used]
+        if len(datasets) == 1:
+            return datasets[0]
+        choices = np.searchsorted(used, part_of)  # each part is read in its own order
+        return tf.data.Dataset.choose_from_datasets(
+            datasets, tf.data.Dataset.from_tensor_slices(choices), stop_on_empty_dataset=False
+        )
 
     def batches(
         self,
@@ -195,9 +214,9 @@ class Split:
             shuffle_seed: gives the order; ``None`` keeps the split's.
             view_seed: gives a random view (shift, flip) of each image, the same in any order;
                 ``None`` shows the images as they are.
-            first_batch: where to begin, from 0; what comes before is not decoded.
+            first_batch: where to begin, from 0; images of earlier batches are not read.
             piece: number and count of the processes that share each batch; this one gets, and
-                decodes, its piece. See ``distribution``.
+                reads, its piece. See ``distribution``.
         """
         return Batches(self, preprocess, batch_size, shuffle_seed, view_seed, first_batch, piece)
 
@@ -219,12 +238,7 @@ class Batches:
 
     def dataset(self) -> tf.data.Dataset:
         """The same as a ``tf.data.Dataset``; unreadable images raise TensorFlow's own errors."""
-        examples = self.split.encoded()
-        if self.shuffle_seed is not None:
-            buffer = min(len(self.split), SHUFFLE_BUFFER)
-            examples = examples.shuffle(buffer, seed=self.shuffle_seed)
-        examples = examples.skip(self.first_batch * self.batch_size)
-        examples, rows = self._of_piece(examples)
+        examples, rows = self._examples()
         return (
             examples.map(self._to_pair, num_parallel_calls=tf.data.AUTOTUNE)
             .batch(rows)
@@ -232,20 +246,28 @@ class Batches:
             .prefetch(tf.data.AUTOTUNE)
         )
 
-    def _of_piece(self, examples: tf.data.Dataset) -> tuple[tf.data.Dataset, int]:
-        """The examples of this process, and how many a batch has of them."""
-        if self.piece == (0, 1):
-            return examples, self.batch_size
-        rest = max(0, len(self.split) - self.first_batch * self.batch_size)
-        is_read, stands_in = pieces_of_batches(rest, self.batch_size, *self.piece)
-        rows = int(is_read[: self.batch_size].sum())
-        read, without_label = tf.constant(is_read), tf.constant(stands_in)
+    def _examples(self) -> tuple[tf.data.Dataset, int]:
+        """The examples of this process from the first batch on, still encoded, and how many a
+        batch has of them."""
+        order = np.arange(len(self.split))
+        if self.shuffle_seed is not None:
+            order = shuffled(len(self.split), self.shuffle_seed)
+        return self._of_piece(order[self.first_batch * self.batch_size :])
 
-        def labelled(number: tf.Tensor, example: dict) -> dict:
-            label = tf.where(without_label[number], tf.cast(NO_LABEL, tf.int64), example["label"])
+    def _of_piece(self, order: np.ndarray) -> tuple[tf.data.Dataset, int]:
+        """Of the examples at these positions, those of this process, and how many of them a batch
+        has."""
+        if self.piece == (0, 1):
+            return self.split.examples(order), self.batch_size
+        is_read, stands_in = pieces_of_batches(len(order), self.batch_size, *self.piece)
+        rows = int(is_read[: self.batch_size].sum())
+
+        def labelled(example: dict, without_label: tf.Tensor) -> dict:
+            label = tf.where(without_label, tf.cast(NO_LABEL, tf.int64), example["label"])
             return example | {"label": label}
 
-        mine = examples.enumerate().filter(lambda number, _: read[number]).map(labelled)
+        stand_ins = tf.data.Dataset.from_tensor_slices(stands_in[is_read])
+        mine = tf.data.Dataset.zip(self.split.examples(order[is_read]), stand_ins).map(labelled)
         return mine, max(1, rows)
 
     def _to_pair(self, example: dict) -> tuple[tf.Tensor, tf.Tensor]:
@@ -257,63 +279,114 @@ class Batches:
         return self.preprocess(image), example["label"]
 
     def __iter__(self) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
+        """Raises:
+        UnreadableImageError: names the images of a batch that cannot be read."""
+        done = 0
         try:
-            yield from self.dataset()
-        except tf.errors.InvalidArgumentError as error:
-            unreadable = find_unreadable(self.split)
+            for pair in self.dataset():
+                yield pair
+                done += 1
+        except tf.errors.OpError as error:
+            unreadable = self._unreadable(done)
             if not unreadable:
                 raise
-            more = f" and {len(unreadable) - 5} more" if len(unreadable) > 5 else ""
-            raise ValueError(
-                f"{len(unreadable)} of {len(self.split)} images cannot be decoded: "
-                f"{', '.join(unreadable[:5])}{more}; repair or remove them "
-                "(expected JPEG, PNG, GIF or BMP)"
-            ) from error
+            raise UnreadableImageError(unreadable) from error
+
+    def _unreadable(self, number: int) -> dict[str, str]:
+        """The images of a batch, by its number, that cannot be read, with the reasons."""
+        batches = replace(self, first_batch=self.first_batch + number)
+        examples, rows = batches._examples()
+        examples = examples.take(rows).as_numpy_iterator()
+        try:
+            return dict(filter(None, map(_look, examples)))
+        except tf.errors.OpError as error:  # a file is gone, a shard is damaged
+            raise ValueError(f"an image cannot be read ({reason(error)})") from error
+
+
+class UnreadableImageError(ValueError):
+    """Images that cannot be decoded: ``reasons`` by name."""
+
+    def __init__(self, reasons: Mapping[str, str]):
+        self.reasons = dict(reasons)
+        shown = [f"{name!r} ({reason})" for name, reason in itertools.islice(reasons.items(), 5)]
+        more = f" and {len(reasons) - 5} more" if len(reasons) > 5 else ""
+        images = "1 image" if len(reasons) == 1 else f"{len(reasons)} images"
+        super().__init__(
+            f"{images} cannot be decoded: {', '.join(shown)}{more}; repair or remove them"
+        )
 
 
 def shuffled(num_examples: int, seed: int) -> np.ndarray:
-    """Positions in a random order, int64 ``[num_examples]``: that of ``Split.batches`` with this
-    seed, for up to ``SHUFFLE_BUFFER`` images."""
+    """A random permutation of positions, int64 ``[num_examples]``: the order of ``Split.batches``
+    and of ``Activations.batches`` with this seed."""
     positions = tf.data.Dataset.range(num_examples).shuffle(num_examples, seed=seed)
     return positions.batch(num_examples).get_single_element().numpy()
 
 
-def find_unreadable(split: Split) -> list[str]:
-    """Names of the images of a split that do not decode."""
-    unreadable = []
-    for example in split.encoded():
-        try:
-            decode(example["image"])
-        except tf.errors.InvalidArgumentError:
-            unreadable.append(example["name"].numpy().decode())
+def find_unreadable(
+    split: Split, progress: Callable[[Iterable], Iterable] = iter
+) -> dict[str, str]:
+    """Decode every image once, on several threads: those that cannot be read, with the reasons."""
+    examples = iter(progress(split.encoded().prefetch(_READERS).as_numpy_iterator()))
+    unreadable: dict[str, str] = {}
+    with ThreadPoolExecutor(_READERS) as pool:
+        while chunk := list(itertools.islice(examples, 8 * _READERS)):
+            unreadable.update(filter(None, pool.map(_look, chunk)))
     return unreadable
 
 
+def _look(example: dict) -> tuple[str, str] | None:
+    """The name of an image that cannot be read, and the reason."""
+    try:
+        read_image(example["image"])
+    except ValueError as error:
+        return os.fsdecode(example["name"]), str(error)
+    return None
+
+
+def training_split(source: Source, train_split: str = _AUTO) -> Split:
+    """The split to take training images from; held-out images are still in it.
+
+    Raises:
+        ValueError: if it is unknown or empty.
+    """
+    return source.split(_first(source, TRAIN_SPLITS) if train_split == _AUTO else train_split)
+
+
+def is_automatic(source: Source, eval_split: str = _AUTO) -> bool:
+    """Whether images to evaluate on are held out of the training split."""
+    return eval_split == _AUTO and not {*EVAL_SPLITS} & {*source.split_names}
+
+
 def train_and_eval_splits(
-    source: Source, train_split: str = _AUTO, eval_split: str = _AUTO
+    source: Source,
+    train_split: str = _AUTO,
+    eval_split: str = _AUTO,
+    *,
+    max_compared: int = MAX_COMPARED,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> tuple[Split, Split]:
     """The two splits to train and to evaluate on, which never share an image.
 
-    ``auto`` takes ``train`` and the first there is of validation and test. Where there is none, 20
-    % of each class is held out of the training split, always the same images.
+    ``auto`` takes ``train`` and the first of validation and test that exists. Where neither does,
+    20 % of each class is held out of the training split, always the same images, with
+    near-duplicates on the same side.
+
+    Args:
+        source: where the images are.
+        train_split: a split expression, or ``auto``.
+        eval_split: likewise.
+        max_compared: near-duplicates are looked for among at most this many training images.
+        progress: wraps the images that are decoded to find them.
 
     Raises:
         ValueError: if a split is unknown or empty, or the two overlap.
     """
-    train = source.split(_first(source, TRAIN_SPLITS) if train_split == _AUTO else train_split)
-    candidates = [name for name in EVAL_SPLITS if name in source.split_names]
-    if eval_split != _AUTO:
-        evaluation = source.split(eval_split)
-    elif candidates:
-        evaluation = source.split(candidates[0])
-    else:
-        evaluation = train.where(stratified_holdout(train.labels, train.names, HELD_OUT_SHARE))
-        if not len(evaluation):
-            raise ValueError(
-                f"{source.name!r} has too few images to hold some out for evaluation: "
-                f"{len(train)} in {len(source.class_names)} classes"
-            )
+    train = training_split(source, train_split)
+    if is_automatic(source, eval_split):
+        evaluation = _held_out(train, max_compared, progress)
         return train.without(evaluation), evaluation
+    evaluation = source.split(_first(source, EVAL_SPLITS) if eval_split == _AUTO else eval_split)
     rest = train.without(evaluation)
     shared = len(train) - len(rest)
     if shared and train_split != _AUTO:
@@ -326,24 +399,71 @@ def train_and_eval_splits(
     return rest, evaluation
 
 
+def _held_out(train: Split, max_compared: int, progress: Callable[[Iterable], Iterable]) -> Split:
+    groups: list[list[int]] = []
+    if len(train) <= max_compared:
+        groups = near_duplicates(train.fingerprints(progress))
+    held_out = stratified_holdout(train.labels, train.names, HELD_OUT_SHARE, groups)
+    if not held_out.any():  # every class is one picture
+        held_out = stratified_holdout(train.labels, train.names, HELD_OUT_SHARE)
+    if not held_out.any():
+        raise ValueError(
+            f"{train.source.name!r} has too few images to hold some out for evaluation: "
+            f"{len(train)} in {len(train.source.class_names)} classes"
+        )
+    return train.where(held_out)
+
+
 def whole_eval_split(source: Source) -> Split:
     """What to evaluate a finished classifier on: validation or test, else all there is."""
     return source.split(_first(source, EVAL_SPLITS + TRAIN_SPLITS))
 
 
-def stratified_holdout(labels: np.ndarray, names: Sequence[str], share: float) -> np.ndarray:
+def stratified_holdout(
+    labels: np.ndarray, names: Sequence[str], share: float, groups: Sequence[Sequence[int]] = ()
+) -> np.ndarray:
     """Boolean ``[len(labels)]``: true for ``share`` of each class.
 
     Which ones follows from a hash of their names, so that a few images more or less change little.
     At least one example of each class that has two or more, none of a class that has only one.
+
+    Args:
+        labels: int ``[num_examples]``.
+        names: one per example.
+        share: of each class, 0 to 1.
+        groups: positions that stay on one side, such as near-duplicates, whatever their classes. A
+            group goes by the hash of its first name, and is trained on where it is too large for
+            what is held out. A class that is a single group has nothing held out.
     """
-    digests = np.array([hashlib.sha256(name.encode()).hexdigest() for name in names])
+    digests = [hashlib.sha256(os.fsencode(name)).hexdigest() for name in names]
+    grouped = {min(group, key=names.__getitem__): [*group] for group in groups}
+    others = {position for group in groups for position in group} - grouped.keys()
+    firsts = sorted({*range(len(names))} - others, key=digests.__getitem__)
+    sizes = Counter(labels.tolist())
+    wanted = {label: min(max(1, round(share * n)), n - 1) for label, n in sizes.items()}
     held_out = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        members = members[np.argsort(digests[members])]
-        count = min(max(1, round(share * len(members))), len(members) - 1)
-        held_out[members[:count]] = True
+    taken: Counter[int] = Counter()
+
+    def take(members: list[int], limits: Mapping[int, int]) -> None:
+        """Hold a group out, if it fits the limits of all its classes."""
+        counts = Counter(labels[members].tolist())
+        if all(taken[label] + n <= limits[label] for label, n in counts.items()):
+            held_out[members] = True
+            taken.update(counts)
+
+    for first, label in zip(firsts, labels[firsts].tolist(), strict=True):
+        if first in grouped:
+            take(grouped[first], wanted)
+        elif taken[label] < wanted[label]:
+            held_out[first] = True
+            taken[label] += 1
+    # Where all groups of a class are larger than what is wanted, the smallest one.
+    most = {label: n - 1 for label, n in sizes.items()}
+    smallest_first = sorted((grouped[first] for first in firsts if first in grouped), key=len)
+    for label in sorted(sizes):
+        for members in smallest_first if wanted[label] else ():
+            if not taken[label] and label in labels[members]:
+                take(members, most)
     return held_out
 
 

@@ -37,7 +37,11 @@ def grad_cam(classifier: Classifier) -> Callable[[Any, Any], np.ndarray]:
     prefix, suffix = backbone.split(at)
     rest = keras.Sequential([suffix, classifier.head])
 
-    @tf.function(autograph=False, reduce_retracing=True)
+    size = classifier.preprocess.size
+    images_spec = tf.TensorSpec([None, size, size, classifier.preprocess.channels], tf.float32)
+    signature = [images_spec, tf.TensorSpec([None], tf.int64)]
+
+    @tf.function(autograph=False, input_signature=signature)
     def explain(images: tf.Tensor, classes: tf.Tensor) -> tf.Tensor:
         maps = prefix(images)
         with tf.GradientTape() as tape:
@@ -48,7 +52,16 @@ def grad_cam(classifier: Classifier) -> Callable[[Any, Any], np.ndarray]:
         found = tf.nn.relu(tf.reduce_sum(weights * maps, axis=-1))
         return tf.math.divide_no_nan(found, tf.reduce_max(found, axis=[1, 2], keepdims=True))
 
-    return lambda images, classes: explain(tf.constant(images), tf.constant(classes)).numpy()
+    def run(images: Any, classes: Any) -> np.ndarray:
+        images = tf.convert_to_tensor(images, tf.float32)
+        if not images.shape.is_compatible_with(images_spec.shape):
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; expected {tuple(images_spec.shape)}: a "
+                "batch of preprocessed images"
+            )
+        return explain(images, tf.cast(classes, tf.int64)).numpy()
+
+    return run
 
 
 def overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:

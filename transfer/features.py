@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from transfer.data import shuffled
 from transfer.distribution import NO_LABEL, Replicas
+from transfer.network_function import compiled_per_rank
 
 EXTRACTION_BATCH = 32
 """Images per batch wherever something is computed to be kept or evaluated. One size, and the same
@@ -160,9 +161,7 @@ class Compiled:
 
     def __init__(self, layer: Callable[[Any], Any], replicas: Replicas | None = None):
         self.replicas = Replicas() if replicas is None else replicas
-        self.function = tf.function(
-            lambda inputs: layer(inputs), autograph=False, reduce_retracing=True
-        )
+        self._function = compiled_per_rank(lambda inputs: layer(inputs))
         self._on_each = tf.function(
             lambda inputs: self.replicas.strategy.run(layer, (inputs,)),
             autograph=False,
@@ -170,7 +169,7 @@ class Compiled:
         )
 
     def __call__(self, inputs: Any) -> tf.Tensor:
-        return self.function(inputs)
+        return self._function(inputs)
 
     def on_replicas(self, batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[np.ndarray, Any]]:
         """``(outputs, labels)`` of each batch, in order; as many at once as there are replicas."""

@@ -62,8 +62,8 @@ def open_model(path: Path) -> ModelFiles:
         return _open_saved_model(path if path.is_dir() else path.parent)
     if path.suffix in _GRAPHS and path.is_file():
         return _open_graph(path)
-    prefix = path.with_name(_SUFFIX.sub("", path.name))
-    meta_path = prefix.with_name(prefix.name + ".meta")
+    prefix = _prefix_of(path)
+    meta_path = checkpoint.file_of(prefix, ".meta")
     if not meta_path.is_file():
         for suffix in _GRAPHS:
             if prefix.with_name(prefix.name + suffix).is_file():
@@ -177,9 +177,15 @@ def _no_graph(path: Path, meta_path: Path) -> str:
             p.name for p in meta_path.parent.iterdir() if p.suffix in (".meta", *_GRAPHS)
         )
     message = f"no meta graph {str(meta_path)!r}"
-    if path.is_file() or checkpoint.exists(path.with_name(_SUFFIX.sub("", path.name))):
+    if path.is_file() or checkpoint.exists(_prefix_of(path)):
         message += "; a checkpoint alone holds weights but no network, put its .meta beside it"
     return f"{message}; graphs in that folder: {', '.join(siblings) or 'none'}"
+
+
+def _prefix_of(path: Path) -> Path:
+    """What the files of a model are named after; the folder of those without a name."""
+    name = _SUFFIX.sub("", path.name)
+    return path.with_name(name) if name else path.parent.resolve()
 
 
 def _find_checkpoint(prefix: Path) -> Path | None:

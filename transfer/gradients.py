@@ -1,9 +1,15 @@
-"""Gradients of convolutions as a CPU computes them soonest.
+"""Gradients of convolutions: by the kernels that a CPU runs fastest, and by none that is wrong.
 
-On a CPU TensorFlow has two implementations of a convolution. oneDNN's (``TF_ENABLE_ONEDNN_OPTS=1``)
-is the faster one for the outputs and for the gradient of the inputs. For the gradient of the kernel
-it is so with AVX-512; without, it is the slower one, up to twice. It does not take that of a
-convolution whose padding is given in numbers. So the same padding is given in numbers there.
+On a CPU TensorFlow has two implementations of a convolution, Eigen's and oneDNN's
+(``TF_ENABLE_ONEDNN_OPTS=1``). oneDNN's is the faster one for the outputs and for the gradient of
+the inputs. The gradient of the kernel is replaced in two cases:
+
+* Without AVX-512, oneDNN is up to twice as slow at it as Eigen. oneDNN does not take a convolution
+  whose padding is given in numbers, so the same padding is given in numbers.
+* For a strided 1x1 convolution with fewer input channels than a vector register holds (8 with AVX2,
+  16 with AVX-512), oneDNN writes past its workspace: the gradient is wrong, or the process dies
+  (https://github.com/uxlfoundation/oneDNN/issues/6035). oneDNN has no float64, so it is computed in
+  float64.
 """
 
 from __future__ import annotations
@@ -15,20 +21,26 @@ import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
-_NAME = "VggTransferConv2D"
+_FAST = "VggTransferConv2D"
+_STRIDED = "VggTransferStridedConv2D"
+_STRIDED_TRANSPOSE = "VggTransferStridedConv2DTranspose"
 _AVX512 = frozenset({"AVX512F", "AVX512_SKX", "X86_V4"})  # NumPy's names, those of 2.4 last
+_MAX_REGISTER = 16
+"""Floats in a vector register of AVX-512."""
 
 
-def with_fast_gradients(graph_def: GraphDef) -> GraphDef:
-    """The same graph, whose gradients are computed sooner; on a GPU, and on a processor with
-    AVX-512, the graph as it is."""
-    if tf.config.list_logical_devices("GPU") or has_avx512():
+def with_cpu_gradients(graph_def: GraphDef) -> GraphDef:
+    """The same graph with the gradients above; on a GPU, the graph as it is."""
+    if tf.config.list_logical_devices("GPU"):
+        return graph_def
+    kinds = {node.name: kind for node in graph_def.node if (kind := _kind(node)) is not None}
+    if not kinds:
         return graph_def
     marked = GraphDef()
     marked.CopyFrom(graph_def)
     for node in marked.node:
-        if _is_plain(node):
-            node.attr["_gradient_op_type"].s = _NAME.encode()
+        if node.name in kinds:
+            node.attr["_gradient_op_type"].s = kinds[node.name].encode()
     return marked
 
 
@@ -38,27 +50,31 @@ def has_avx512() -> bool:
     return not _AVX512.isdisjoint([*known.get("baseline", []), *known.get("found", [])])
 
 
+def _kind(node: NodeDef) -> str | None:
+    """The gradient that a node takes instead of TensorFlow's."""
+    if node.op not in ("Conv2D", "Conv2DBackpropInput"):
+        return None
+    if "data_format" in node.attr and node.attr["data_format"].s not in (b"", b"NHWC"):
+        return None
+    if {*node.attr["strides"].list.i} != {1}:
+        return _STRIDED if node.op == "Conv2D" else _STRIDED_TRANSPOSE
+    return _FAST if _is_plain(node) and not has_avx512() else None
+
+
 def _is_plain(node: NodeDef) -> bool:
     """A convolution that moves by one pixel and pads by nothing or to its own size.
 
     Then the padding does not depend on the size of the image.
     """
-    if node.op != "Conv2D":
-        return False
-    steps = [*node.attr["strides"].list.i]
-    if "dilations" in node.attr:
-        steps += node.attr["dilations"].list.i
-    layout = node.attr["data_format"].s if "data_format" in node.attr else b"NHWC"
-    padding = node.attr["padding"].s
-    return {*steps} == {1} and layout in (b"", b"NHWC") and padding in (b"SAME", b"VALID")
+    dilations = {*node.attr["dilations"].list.i} if "dilations" in node.attr else {1}
+    return node.op == "Conv2D" and dilations == {1} and node.attr["padding"].s != b"EXPLICIT"
 
 
-@tf.RegisterGradient(_NAME)
-def _gradient(op: tf.Operation, gradient: tf.Tensor) -> list[Any]:
+@tf.RegisterGradient(_FAST)
+def _fast_gradient(op: tf.Operation, gradient: tf.Tensor) -> list[Any]:
     """Of the inputs and of the kernel ``[height, width, in, out]``."""
     inputs, kernel = op.inputs
     padding = op.get_attr("padding").decode()
-    height, width = kernel.shape[:2]
     to_inputs = tf.raw_ops.Conv2DBackpropInput(
         input_sizes=tf.shape(inputs),
         filter=kernel,
@@ -66,15 +82,63 @@ def _gradient(op: tf.Operation, gradient: tf.Tensor) -> list[Any]:
         strides=[1, 1, 1, 1],
         padding=padding,
     )
+    pads: dict[str, Any] = {"padding": padding}
+    height, width, *_ = _sizes(kernel)
+    if height is not None and width is not None:
+        sides = [*_pads(padding, height), *_pads(padding, width)]
+        pads = {"padding": "EXPLICIT", "explicit_paddings": [0, 0, *sides, 0, 0]}
     to_kernel = tf.raw_ops.Conv2DBackpropFilter(
         input=inputs,
         filter_sizes=tf.shape(kernel),
         out_backprop=gradient,
         strides=[1, 1, 1, 1],
-        padding="EXPLICIT",
-        explicit_paddings=[0, 0, *_pads(padding, height), *_pads(padding, width), 0, 0],
+        **pads,
     )
     return [to_inputs, to_kernel]
+
+
+@tf.RegisterGradient(_STRIDED)
+def _strided_gradient(op: tf.Operation, gradient: tf.Tensor) -> list[Any]:
+    """Of the inputs and of the kernel of a strided convolution."""
+    inputs, kernel = op.inputs
+    to_inputs = tf.raw_ops.Conv2DBackpropInput(
+        input_sizes=tf.shape(inputs), filter=kernel, out_backprop=gradient, **_attributes(op)
+    )
+    return [to_inputs, _strided_kernel_gradient(op, inputs, kernel, gradient)]
+
+
+@tf.RegisterGradient(_STRIDED_TRANSPOSE)
+def _strided_transpose_gradient(op: tf.Operation, gradient: tf.Tensor) -> list[Any]:
+    """Of the sizes, the kernel and the inputs of a strided transposed convolution."""
+    _, kernel, inputs = op.inputs
+    to_inputs = tf.raw_ops.Conv2D(input=gradient, filter=kernel, **_attributes(op))
+    return [None, _strided_kernel_gradient(op, gradient, kernel, inputs), to_inputs]
+
+
+def _strided_kernel_gradient(
+    op: tf.Operation, inputs: tf.Tensor, kernel: tf.Tensor, outputs: tf.Tensor
+) -> tf.Tensor:
+    """Of the kernel of the convolution that takes ``inputs``, in float64 where oneDNN may fail."""
+    height, width, channels, _ = _sizes(kernel)
+    may_be_one = height in (1, None) and width in (1, None)
+    may_fail = may_be_one and (channels is None or channels < _MAX_REGISTER)
+    dtype = tf.float64 if may_fail else inputs.dtype
+    to_kernel = tf.raw_ops.Conv2DBackpropFilter(
+        input=tf.cast(inputs, dtype),
+        filter_sizes=tf.shape(kernel),
+        out_backprop=tf.cast(outputs, dtype),
+        **_attributes(op),
+    )
+    return tf.cast(to_kernel, kernel.dtype)
+
+
+def _sizes(kernel: tf.Tensor) -> list[int | None]:
+    return kernel.shape.as_list() if kernel.shape.rank == 4 else [None] * 4
+
+
+def _attributes(op: tf.Operation) -> dict[str, Any]:
+    names = ("strides", "padding", "explicit_paddings", "use_cudnn_on_gpu", "dilations")
+    return {name: op.get_attr(name) for name in names}
 
 
 def _pads(padding: str, size: int) -> tuple[int, int]:

@@ -11,10 +11,12 @@ averaged over space (for 1x1 that is flattening). Logits are float32 ``[batch, n
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from transfer.distribution import seed_of_replica
@@ -35,8 +37,12 @@ class Head(keras.layers.Layer):
         bias: initial value of its biases. 0.05 for both is customary for this recipe.
         seed: for weights and dropout that can be repeated.
 
+    It computes in float32, whatever the dtype policy: Keras advises so for the last layer.
+
     Raises:
-        ValueError: if a width, a share or a deviation is out of range.
+        TypeError: if a width is not an integer.
+        ValueError: if a width, a share or a deviation is out of range, or ``dtype`` another one.
+        RuntimeError: in a TF1 graph.
     """
 
     def __init__(
@@ -51,11 +57,16 @@ class Head(keras.layers.Layer):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
+        check_eager("Head")
+        num_classes, hidden = _widths(num_classes, hidden)
         _check(num_classes, hidden, dropout, weights_stddev)
+        dtype = kwargs.pop("dtype", None) or "float32"
+        if dtype != "float32" and getattr(dtype, "name", dtype) != "float32":
+            raise ValueError(f"dtype={dtype!r}, but a head computes in float32")
+        super().__init__(autocast=False, dtype="float32", **kwargs)
         self.num_classes = num_classes
         self.stop_gradient = stop_gradient
-        self.hidden = tuple(hidden)
+        self.hidden = hidden
         self.dropout = dropout
         self.weights_stddev = weights_stddev
         self.bias = bias
@@ -67,17 +78,20 @@ class Head(keras.layers.Layer):
                 "relu",
                 kernel_initializer=keras.initializers.HeNormal(next(seeds)),
                 name=f"hidden_{number}",
+                dtype="float32",
             )
             for number, width in enumerate(self.hidden, 1)
         ]
         self.dropout_layers = [
-            ReplicaDropout(dropout, seed=next(seeds)) for _ in range(len(self.hidden) + 1)
+            ReplicaDropout(dropout, seed=next(seeds), dtype="float32")
+            for _ in range(len(self.hidden) + 1)
         ]
         self.classifier = keras.layers.Dense(
             num_classes,
             kernel_initializer=keras.initializers.TruncatedNormal(0.0, weights_stddev, next(seeds)),
             bias_initializer=keras.initializers.Constant(bias),
             name="classifier",
+            dtype="float32",
         )
 
     def build(self, input_shape: Sequence[int | None]) -> None:
@@ -120,6 +134,11 @@ class Head(keras.layers.Layer):
         )
         return super().get_config() | {name: getattr(self, name) for name in names}
 
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Head:
+        # Older files have the dtype policy that was set when they were written.
+        return cls(**{name: value for name, value in config.items() if name != "dtype"})
+
 
 class ReplicaDropout(keras.layers.Dropout):
     """Keras' layer, but each of several replicas drops others."""
@@ -160,6 +179,7 @@ def build_head(
         Logits ``[batch, num_classes]``; or ``(logits, probabilities)``.
 
     Raises:
+        TypeError: if a width is not an integer.
         ValueError: if the features have another rank or no static width, or an argument is out of
             range.
 
@@ -198,6 +218,20 @@ def average_over_space(features: Any) -> Any:
     return tf.reduce_mean(features, axis=[1, 2]) if len(features.shape) == 4 else features
 
 
+def check_eager(layer: str) -> None:
+    """Refuse a Keras layer where a TF1 graph is built, which could not run it.
+
+    Raises:
+        RuntimeError: says what to do instead.
+    """
+    if not tf1.executing_eagerly_outside_functions():
+        raise RuntimeError(
+            f"{layer} is a Keras layer: it works eagerly and in a tf.function, not inside "
+            "tf.Graph().as_default(); leave the graph's context, or, in a TF1 program, import the "
+            "meta graph with tf.compat.v1.train.import_meta_graph and give its tap to build_head"
+        )
+
+
 def _in_plain_graph(features: Any) -> bool:
     """Whether a tensor lives in a graph that is run by sessions, rather than in a
     ``tf.function``."""
@@ -221,6 +255,7 @@ def _build_in_graph(
     bias: float,
     seed: int | None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
+    num_classes, hidden = _widths(num_classes, hidden)
     _check(num_classes, hidden, dropout, weights_stddev)
     _feature_width(features.shape)
     seeds = _seeds(seed)
@@ -266,6 +301,28 @@ def _feature_width(shape: Sequence[int | None]) -> int:
             "channels] with a known last dimension"
         )
     return int(shape[-1])
+
+
+def _widths(num_classes: Any, hidden: Any) -> tuple[int, tuple[int, ...]]:
+    """As Python's integers, which a configuration can hold."""
+    if isinstance(hidden, str) or not isinstance(hidden, Iterable):
+        raise TypeError(
+            f"hidden is {hidden!r} of type {type(hidden).__name__}; expected a sequence of "
+            "integers, e.g. (64,)"
+        )
+    widths = [_integer("a hidden width", width) for width in hidden]
+    return _integer("num_classes", num_classes), tuple(widths)
+
+
+def _integer(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} is {value!r} of type {type(value).__name__}; expected an integer"
+        ) from None
 
 
 def _check(num_classes: int, hidden: Sequence[int], dropout: float, weights_stddev: float) -> None:

@@ -1,55 +1,168 @@
 """Image files of any kind to pixels, the right way up.
 
-``decode`` is TensorFlow's reading, one for training, evaluation, prediction and export. What
-TensorFlow does not decode ``read_image`` leaves to Pillow: WebP, TIFF, CMYK, 16 bits, and whatever
-else it knows.
+``decode`` is for pipelines of ``tf.data``, ``read_image`` for programs; they give the same pixels.
+JPEG, PNG, GIF and most BMP files are decoded by TensorFlow's operations, all others by Pillow.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import io
 import re
+import struct
+import threading
+from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
 import tensorflow as tf
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
-_LIKE_TENSORFLOW = {  # format to Pillow's modes
-    "BMP": ("RGB",),
-    "GIF": ("L", "P", "RGB", "RGBA"),
-    "JPEG": ("L", "RGB", "CMYK"),
-    "MPO": ("L", "RGB", "CMYK"),  # a JPEG with more pictures behind it
-    "PNG": ("L", "LA", "P", "RGB", "RGBA", "I;16"),
+from transfer.orientation import jpeg_segments, orientation, oriented
+
+if importlib.util.find_spec("pillow_heif"):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+
+KINDS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".mpo",),  # a JPEG with more pictures behind it
+    "PNG": (".png", ".apng"),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif", ".hif"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "TGA": (".tga",),
+    "PCX": (".pcx",),
+    "QOI": (".qoi",),
+    "SGI": (".sgi",),
+    "SUN": (".ras",),
+    "DDS": (".dds",),
+    "PSD": (".psd",),
+    "ICO": (".ico",),
 }
+"""Pillow's names of the kinds of files that are read, and their suffixes. Those are left out whose
+decoding runs another program (EPS, WMF) or that hold more than pictures (PDF, MPEG, HDF5)."""
+
 MAX_PIXELS = 2**28
 """Of one image; what has more is taken for a decompression bomb."""
+MAX_BYTES = 2**30
+"""Of one file."""
 
-_HEAD_BYTES = 4096  # in which a JPEG's EXIF begins
-_MAX_TAGS = 64
-_ORIENTATION_TAG = 0x0112  # EXIF 2.32 (CIPA DC-008), table 4
-_EXIF = b"Exif\0\0"  # begins the segment; table 45
+_NEEDS = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # of Pillow's own features
+_HEIF = "needs pillow-heif: pip install 'vgg-transfer[heif]'"
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
+_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL ")  # which some versions of TensorFlow decode
+_BY_PILLOW = 0
+_STRIP = 512  # rows
+_opening = threading.Lock()
+
+
+def suffixes() -> frozenset[str]:
+    """The suffixes of the files that can be read here, in lower case."""
+    return frozenset(s for kind, names in KINDS.items() if _is_known(kind) for s in names)
+
+
+def why_not(suffix: str) -> str:
+    """Why a file with a suffix that is not among ``suffixes()`` is not read."""
+    for kind, names in KINDS.items():
+        if suffix.lower() in names:
+            return _HEIF if kind == "HEIF" else f"Pillow was built without {kind} here"
+    return "not a kind of image that is read"
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
-    """Decode an image file with TensorFlow, eagerly or in a graph.
+    """Decode an image file of any kind, eagerly or in a graph of this process.
 
     Args:
-        encoded: string ``[]``: JPEG, PNG, GIF (first frame) or BMP.
+        encoded: string ``[]``, the bytes of the file.
 
     Returns:
-        uint8 RGB ``[height, width, 3]``, turned as the EXIF orientation of a JPEG says. Alpha is
-        dropped, gray is repeated.
+        uint8 RGB ``[height, width, 3]``, turned as its metadata say. Of several images in a file
+        it is the first. Alpha is dropped, gray is repeated, 16 bits become 8.
 
     Raises:
-        tf.errors.InvalidArgumentError: if it is none of these, or is damaged.
+        tf.errors.InvalidArgumentError: in a graph, if it is not an image, is damaged or too large;
+            eagerly a ValueError that says why.
     """
-    image = tf.io.decode_image(encoded, channels=3, expand_animations=False)
-    image.set_shape([None, None, 3])
-    is_bmp = tf.equal(tf.strings.substr(encoded, 0, 2), b"BM")
-    image = tf.cond(is_bmp, lambda: _with_palette(encoded, image), lambda: image)
-    is_jpeg = tf.equal(tf.strings.substr(encoded, 0, 2), b"\xff\xd8")
-    code = tf.cond(is_jpeg, lambda: orientation(encoded), lambda: tf.constant(1))
+    if tf.executing_eagerly():
+        return tf.convert_to_tensor(read_image(tf.convert_to_tensor(encoded).numpy()))
+    code = tf.numpy_function(_decoder, [encoded], tf.int32, stateful=False)
+    code.set_shape([])
+    return _as_image(
+        tf.cond(
+            tf.equal(code, _BY_PILLOW),
+            lambda: tf.numpy_function(_with_pillow, [encoded], tf.uint8, stateful=False),
+            lambda: _with_tensorflow(encoded, code),
+        )
+    )
+
+
+def read_image(data: bytes) -> np.ndarray:
+    """The same of the bytes of a file: uint8 RGB ``[height, width, 3]``.
+
+    Raises:
+        ValueError: says why, if it is not an image, is damaged, cut short, or too large.
+    """
+    if not data:
+        raise ValueError("it is empty")
+    code = _decoder(data)
+    if code == _BY_PILLOW:
+        return _with_pillow(data)
+    try:
+        # Eagerly, so that an error says what is wrong and not where in a graph.
+        decode_eagerly = _with_tensorflow.python_function
+        return np.asarray(memoryview(decode_eagerly(tf.constant(data), tf.constant(code))))
+    except tf.errors.OpError as error:
+        raise ValueError(f"it cannot be decoded ({reason(error)})") from error
+
+
+def is_for_tensorflow(data: bytes) -> bool:
+    """Whether TensorFlow's operations decode a file, as an exported graph does."""
+    return bool(_decoder(data) != _BY_PILLOW)
+
+
+def reason(error: BaseException) -> str:
+    """What an error of TensorFlow or Pillow says, without where in TensorFlow it was."""
+    text = " ".join(str(getattr(error, "message", error)).split())
+    text = re.sub(r"^\{\{.*?\}\} | \[Op:.*$|\[\[\{\{node .*$", "", text)
+    return text.strip()[:200]
+
+
+def num_pixels(file: IO[bytes]) -> int:
+    """Width times height by the head of a file; 0 where it cannot be told."""
+    try:
+        with _opened(file) as image:
+            return image.width * image.height
+    except Exception:  # a damaged file makes its reader raise anything
+        return 0
+
+
+@tf.function(
+    input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int32)], autograph=False
+)
+def _with_tensorflow(encoded: tf.Tensor, code: tf.Tensor) -> tf.Tensor:
+    image = decode_as_stored(encoded)
     return tf.cond(code > 1, lambda: oriented(image, code), lambda: image)
+
+
+def decode_as_stored(encoded: tf.Tensor) -> tf.Tensor:
+    """What TensorFlow makes of a file, as it lies in it: uint8 RGB ``[height, width, 3]``."""
+    image = _as_image(tf.io.decode_image(encoded, channels=3, expand_animations=False))
+    is_bmp = tf.equal(tf.strings.substr(encoded, 0, 2), b"BM")
+    return tf.cond(is_bmp, lambda: _with_palette(encoded, image), lambda: image)
+
+
+def _as_image(pixels: tf.Tensor) -> tf.Tensor:
+    pixels.set_shape([None, None, 3])
+    return pixels
 
 
 def _with_palette(encoded: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
@@ -72,94 +185,111 @@ def _with_palette(encoded: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
     return tf.cond(number(28, tf.uint16) == 8, coloured, lambda: image)
 
 
-def orientation(encoded: tf.Tensor) -> tf.Tensor:
-    """The EXIF orientation of a JPEG file: int32 ``[]``, 1 to 8; 1 is upright, and where nothing is
-    said."""
-    head = tf.strings.substr(encoded, 0, _HEAD_BYTES)
-    parts = tf.strings.split(head, _EXIF, maxsplit=1)
-    has_exif = tf.size(parts) > 1
-    return tf.cond(has_exif, lambda: _orientation_tag(parts[1]), lambda: tf.constant(1))
-
-
-def _orientation_tag(tiff: tf.Tensor) -> tf.Tensor:
-    """Of EXIF's own part, which is laid out as a TIFF file."""
-    data = tf.cast(tf.io.decode_raw(tiff, tf.uint8), tf.int32)
-    data = tf.pad(data, [[0, _HEAD_BYTES - tf.size(data)]])
-    is_little_endian = data[0] == ord("I")
-
-    def number(position: tf.Tensor) -> tf.Tensor:
-        """The 16 bits at a position, or at several."""
-        position = tf.clip_by_value(position, 0, _HEAD_BYTES - 2)
-        first, second = tf.gather(data, position), tf.gather(data, position + 1)
-        return tf.where(is_little_endian, first + 256 * second, 256 * first + second)
-
-    # The offset of the first directory has 32 bits; one beyond 16 would not lie in the head.
-    directory = number(tf.where(is_little_endian, 4, 6))
-    entries = directory + 2 + 12 * tf.range(_MAX_TAGS)
-    tags = tf.where(tf.range(_MAX_TAGS) < number(directory), number(entries), 0)
-    is_it = tags == _ORIENTATION_TAG
-    code = number(entries[tf.argmax(is_it)] + 8)
-    return tf.where(tf.reduce_any(is_it) & (code >= 1) & (code <= 8), code, 1)
-
-
-def oriented(image: tf.Tensor, code: tf.Tensor) -> tf.Tensor:
-    """``[height, width, channels]`` turned and flipped as an EXIF orientation, 1 to 8, demands."""
-
-    def transposed() -> tf.Tensor:
-        # By places: oneDNN says on standard error that it has no transposition of integers.
-        height, width, channels = tf.unstack(tf.shape(image))
-        places = width * tf.range(height)[None, :] + tf.range(width)[:, None]
-        return tf.gather(tf.reshape(image, [-1, channels]), places)
-
-    upright = tf.cond(code >= 5, transposed, lambda: image)
-
-    def is_one_of(*codes: int) -> tf.Tensor:
-        return tf.reduce_any(code == tf.constant(codes))
-
-    upright = tf.cond(is_one_of(3, 4, 7, 8), lambda: upright[::-1], lambda: upright)
-    return tf.cond(is_one_of(2, 3, 6, 7), lambda: upright[:, ::-1], lambda: upright)
-
-
-def read_image(data: bytes) -> np.ndarray:
-    """Decode an image file of any kind.
-
-    Args:
-        data: the bytes of the file.
-
-    Returns:
-        uint8 RGB ``[height, width, 3]``, turned as its EXIF orientation says, but for PNG and GIF.
-        Alpha is dropped, gray is repeated, 16 bits become 8.
+def _decoder(data: bytes) -> np.int32:
+    """The orientation, 1 to 8, of a file that TensorFlow decodes, or ``_BY_PILLOW``.
 
     Raises:
-        ValueError: if it is no image, is damaged, cut short, or too large.
+        ValueError: if it is too large.
     """
-    if not data:
-        raise ValueError("it is empty")
+    code, size = 1, None
+    if data.startswith(b"\xff\xd8\xff"):
+        code, size = orientation(data), _size_of_jpeg(data)
+    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+        code, size = orientation(data), _unpacked(">II", data, 16)
+    elif data.startswith(b"GIF8"):
+        size = _unpacked("<HH", data, 6)
+    elif data.startswith(b"BM") and _is_plain_bmp(data):
+        size = _unpacked("<ii", data, 18)
+    elif not data.startswith(_JPEG_XL):
+        code = _BY_PILLOW
+    if size is not None:
+        _check_size(*size)
+    return np.int32(code)
+
+
+def _size_of_jpeg(data: bytes) -> tuple[int, ...] | None:
+    """Height and width."""
+    for marker, start, _ in jpeg_segments(data):
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame
+            return _unpacked(">HH", data, start + 1)
+    return None
+
+
+def _is_plain_bmp(data: bytes) -> bool:
+    """One that TensorFlow reads rightly: not packed, with colours in the usual order."""
+    header = _unpacked("<I", data, 14)
+    depth, packing = _unpacked("<H", data, 28), _unpacked("<I", data, 30)
+    return (
+        header is not None and header[0] >= 40 and packing == (0,) and depth in ((8,), (24,), (32,))
+    )
+
+
+def _unpacked(form: str, data: bytes, position: int) -> tuple[int, ...] | None:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(
-                    f"it has {width} x {height} pixels; expected at most {MAX_PIXELS:,}"
-                )
-            if image.mode in _LIKE_TENSORFLOW.get(image.format or "", ()):
-                return decode(tf.constant(data)).numpy()
-            return _with_pillow(image)
+        return struct.unpack_from(form, data, position)
+    except struct.error:  # the file ends before
+        return None
+
+
+def _check_size(width: int, height: int) -> None:
+    if abs(width * height) > MAX_PIXELS:
+        raise ValueError(
+            f"it has {abs(width)} x {abs(height)} pixels; expected at most {MAX_PIXELS:,} in all"
+        )
+
+
+def _with_pillow(data: bytes) -> np.ndarray:
+    """uint8 RGB ``[height, width, 3]``.
+
+    Raises:
+        ValueError: see ``read_image``.
+    """
+    try:
+        with _opened(io.BytesIO(data)) as image:
+            _check_size(*image.size)
+            ImageOps.exif_transpose(image, in_place=True)
+            return _rgb(image)
+    except ValueError:
+        raise
     except UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
+            raise ValueError(f"it is HEIC, which {_HEIF}") from None
         raise ValueError(f"it is no image: it begins with {data[:8]!r}") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError, tf.errors.OpError) as error:
-        reason = " ".join(str(getattr(error, "message", error)).split())
-        reason = re.sub(r"^\{\{.*?\}\} | \[Op:.*$", "", reason)  # where in TensorFlow it was
-        raise ValueError(f"it cannot be decoded ({reason[:200]})") from error
+    except Exception as error:  # a damaged file makes its reader raise anything
+        raise ValueError(f"it cannot be decoded ({reason(error)})") from error
 
 
-def _with_pillow(image: Image.Image) -> np.ndarray:
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith(("I", "F")):  # 16 or 32 bits of gray
-        values = np.asarray(upright, np.float64)
-        top = 65535 if upright.mode.startswith("I") else 1 if values.max() <= 1 else 255
+@contextlib.contextmanager
+def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
+    """The head of a file, read by Pillow, whatever its size; pixels are read later."""
+    # Pillow's own limit is a variable of the module, and warns at a third of ours.
+    with _opening:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            image = Image.open(file, formats=[kind for kind in KINDS if _is_known(kind)])
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    with image:
+        yield image
+
+
+def _is_known(kind: str) -> bool:
+    """Whether Pillow decodes files of a kind here."""
+    Image.init()
+    return kind in Image.OPEN and (kind not in _NEEDS or bool(features.check(_NEEDS[kind])))
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits of gray
+        values = np.asarray(image, np.float64)
+        top = 65535 if image.mode.startswith("I") else 1 if values.max() <= 1 else 255
         gray = np.clip(values * (255 / top), 0, 255).round().astype(np.uint8)
         return np.repeat(gray[..., None], 3, -1)
-    if upright.mode in ("LA", "PA", "La", "RGBa"):
-        upright = upright.convert("RGBA")
-    return np.asarray(upright.convert("RGB"))
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    # By strips, so that a large image is not in memory three times.
+    for top in range(0, image.height, _STRIP):
+        strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
+        if strip.mode in ("LA", "PA", "La", "RGBa"):
+            strip = strip.convert("RGBA")
+        pixels[top : top + _STRIP] = np.asarray(strip.convert("RGB"))
+    return pixels

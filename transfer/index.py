@@ -7,7 +7,9 @@ are both sorted tables in the format of LevelDB (doc/table_format.md in its sour
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,10 +24,18 @@ from tensorflow.core.util.saved_tensor_slice_pb2 import SavedTensorSlices
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER_BYTES = 48
+_BLOCK_TRAILER_BYTES = 5
+# Keys are compressed by what they share with the one before, so that a small file may hold many
+# long ones. A VGG with its optimizer has about a hundred keys.
 _MAX_KEY_BYTES = 2**14
+_MAX_KEYS = 2**18
+_MAX_BYTES_OF_KEYS = 2**26
+_MAX_EXTENTS = 2**18  # of slices, one for each of their dimensions
+_MAX_VALUE_BYTES = 2**20  # of what describes one variable
+_MAX_LIST_BYTES = 2**24  # of the list of all variables in a V1 checkpoint
 _MAX_DIMENSIONS = 254  # TensorFlow's own limit
 _MAX_ELEMENTS = 2**40
-MAX_INDEX_BYTES = 2**28
+MAX_INDEX_BYTES = 2**25
 
 
 @dataclass(frozen=True)
@@ -42,11 +52,13 @@ def read_v2(path: Path) -> dict[str, Stored]:
     Raises:
         ValueError: if the file is no index, or an entry makes no sense.
     """
+    if not path.is_file():
+        raise ValueError("it is not a file")
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise ValueError(f"it has over {MAX_INDEX_BYTES:,} bytes, too many for an index")
     entries: dict[str, Stored] = {}
-    num_shards = None
-    for key, value in table(path.read_bytes()):
+    num_shards, num_extents = None, 0
+    for key, value in table(path.read_bytes(), _MAX_VALUE_BYTES):
         if not key:
             num_shards = _parse(BundleHeaderProto, value, key).num_shards
             continue
@@ -61,8 +73,9 @@ def read_v2(path: Path) -> dict[str, Stored]:
             or (is_whole and entry.size != num_bytes)
         ):
             raise ValueError(f"its entry {_show(key)} makes no sense")
-        for extents in entry.slices:
-            _check_slice(extents, stored.shape, key)
+        num_extents += _check_slices(entry.slices, stored.shape, key)
+        if num_extents > _MAX_EXTENTS:
+            raise ValueError(f"it has over {_MAX_EXTENTS:,} slices, too many for a checkpoint")
         if not key.startswith(b"\0"):  # a part of a partitioned variable, under a key of its own
             entries[key.decode("utf-8", "replace")] = stored
     if num_shards is None:
@@ -80,50 +93,84 @@ def read_v1(paths: Sequence[Path]) -> dict[str, Stored]:
     for path in paths:
         if path.stat().st_size > 2**31 - 1:
             raise ValueError("it has over 2 GB, too many for a V1 checkpoint")
-        first = next(table(path.read_bytes()), None)
+        with _mapped(path) as content:
+            first = next(table(content, _MAX_LIST_BYTES), None)
         if first is None or first[0]:
             raise ValueError(f"{path.name} does not begin with a list of what is in it")
         for tensor in _parse(SavedTensorSlices, first[1], b"").meta.tensor:
             key = tensor.name.encode()
             stored = Stored(_shape(tensor.shape, key), _dtype(tensor.type, key))
-            for extents in tensor.slice:
-                _check_slice(extents, stored.shape, key)
+            _check_slices(tensor.slice, stored.shape, key)
             entries[tensor.name] = stored
     return entries
 
 
-def table(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a table, in order."""
+@contextlib.contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    if not path.is_file() or not path.stat().st_size:
+        raise ValueError(f"{path.name} is empty, or not a file")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        yield content
+
+
+def table(
+    content: bytes | mmap.mmap, max_value_bytes: int = MAX_INDEX_BYTES
+) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of a table, in order.
+
+    Raises:
+        ValueError: if it is damaged, blocks overlap, keys or values are larger than those of a
+            checkpoint, or there are too many.
+    """
     if len(content) < _FOOTER_BYTES or content[-8:] != struct.pack("<Q", _MAGIC):
         raise ValueError("it is no table of TensorFlow, or it was cut short")
     footer = content[-_FOOTER_BYTES:]
     _, position = _handle(footer, 0)
     index, _ = _handle(footer, position)
-    for _, value in _block(content, *index):
-        yield from _block(content, *_handle(value, 0)[0])
+    num_keys = num_bytes = end = 0
+    for num_blocks, (_, value) in enumerate(_block(content, *index, max_value_bytes), 1):
+        (offset, size), _ = _handle(value, 0)
+        if offset < end:
+            raise ValueError(f"its block at {offset:,} overlaps the block before it")
+        if num_blocks > _MAX_KEYS:
+            raise ValueError(f"it has over {_MAX_KEYS:,} blocks, too many for a checkpoint")
+        end = offset + size + _BLOCK_TRAILER_BYTES
+        for key, found in _block(content, offset, size, max_value_bytes):
+            num_keys += 1
+            num_bytes += len(key)
+            if num_keys > _MAX_KEYS or num_bytes > _MAX_BYTES_OF_KEYS:
+                raise ValueError(
+                    f"it has over {_MAX_KEYS:,} keys, or over {_MAX_BYTES_OF_KEYS:,} bytes of "
+                    "keys, too many for a checkpoint"
+                )
+            yield key, found
 
 
-def _block(content: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]:
+def _block(
+    content: bytes | mmap.mmap, offset: int, size: int, max_value_bytes: int
+) -> Iterator[tuple[bytes, bytes]]:
     """Keys, each written as what is new after a part of the one before, and values."""
-    if offset + size + 5 > len(content):
+    if offset + size + _BLOCK_TRAILER_BYTES > len(content):
         raise ValueError("a block of it lies outside of the file")
     if content[offset + size]:
         raise ValueError("it is compressed; write the checkpoint again with TensorFlow")
-    block = content[offset : offset + size]
-    restarts = struct.unpack("<I", block[-4:])[0] if len(block) >= 4 else 0
-    end = len(block) - 4 * (restarts + 1)
-    position, key = 0, b""
+    restarts = struct.unpack_from("<I", content, offset + size - 4)[0] if size >= 4 else 0
+    end = offset + size - 4 * (restarts + 1)
+    position, key = offset, b""
     while position < end:
-        shared, position = _varint(block, position)
-        added, position = _varint(block, position)
-        length, position = _varint(block, position)
-        if shared > len(key) or position + added + length > end or added > _MAX_KEY_BYTES:
+        shared, position = _varint(content, position)
+        added, position = _varint(content, position)
+        length, position = _varint(content, position)
+        if shared > len(key) or position + added + length > end:
             raise ValueError("an entry of it lies outside of its block")
-        key = key[:shared] + block[position : position + added]
-        if len(key) > _MAX_KEY_BYTES:
-            raise ValueError("a key of it is too long")
+        if shared + added > _MAX_KEY_BYTES or length > max_value_bytes:
+            raise ValueError(
+                f"an entry of it has {shared + added:,} bytes of key and {length:,} "
+                "of value, too many for a checkpoint"
+            )
+        key = key[:shared] + content[position : position + added]
         position += added
-        yield key, block[position : position + length]
+        yield key, content[position : position + length]
         position += length
 
 
@@ -133,7 +180,7 @@ def _handle(content: bytes, position: int) -> tuple[tuple[int, int], int]:
     return (offset, size), position
 
 
-def _varint(content: bytes, position: int) -> tuple[int, int]:
+def _varint(content: bytes | mmap.mmap, position: int) -> tuple[int, int]:
     value = 0
     for shift in range(0, 64, 7):
         if position >= len(content):
@@ -167,6 +214,15 @@ def _dtype(number: int, key: bytes) -> tf.DType:
         return tf.as_dtype(number)
     except TypeError:
         raise ValueError(f"its entry {_show(key)} has elements of unknown type {number}") from None
+
+
+def _check_slices(slices: Sequence[TensorSliceProto], shape: tuple[int, ...], key: bytes) -> int:
+    """How many extents they have in all."""
+    if len(slices) * max(1, len(shape)) > _MAX_EXTENTS:
+        raise ValueError(f"its entry {_show(key)} has {len(slices):,} slices, too many")
+    for extents in slices:
+        _check_slice(extents, shape, key)
+    return len(slices) * max(1, len(shape))
 
 
 def _check_slice(extents: TensorSliceProto, shape: tuple[int, ...], key: bytes) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,10 +15,11 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from transfer import preparation, repair, surgery, taps
 from transfer.checkpoint import Checkpoint, average_entries, check_files
-from transfer.cuts import Cut, list_cuts
+from transfer.cuts import Cut, list_cuts, stopped
 from transfer.formats import state
 from transfer.metagraph import MetaGraph
 from transfer.policy import RANDOM_OPS
+from transfer.suggestions import suggest, unknown_feeds, upstream_of
 
 Shape = tuple[int | None, ...] | None
 
@@ -69,7 +69,8 @@ class Inspection:
     that are constants included), ``feeds`` the placeholders that tell training from inference,
     ``unknown_feeds`` other placeholders that the first tap needs and that want a value.
     ``tap_error`` says why the first tap cannot be a layer; ``None`` if it can. ``cuts`` are those
-    of its network, from the input on.
+    of its network, from the input on. ``command`` passed all checks that fine-tuning begins with;
+    where it is ``None``, ``command_problem`` says why and what would work.
     """
 
     model: str
@@ -88,6 +89,7 @@ class Inspection:
     cuts: list[Cut]
     hazards: list[str]
     command: str | None
+    command_problem: str | None
 
 
 def inspect(graph: MetaGraph) -> Inspection:
@@ -102,7 +104,13 @@ def inspect(graph: MetaGraph) -> Inspection:
     ranked = taps.rank(nodes, lambda names: covered is None or set(names) <= covered, graph.outputs)
     first = ranked[0].tensor if ranked else None
     input, network, error = _try(graph, first)
-    upstream = _upstream(graph, first, input)
+    suggestion = suggest(graph, [tap.tensor for tap in ranked])
+    shortcoming = None
+    if network is None and suggestion.network is not None:
+        network = suggestion.network
+        shortcoming = error if network.input != input else None
+        input, error = network.input, None
+    upstream = upstream_of(graph, first, input)
     modes = surgery.find_modes(upstream, input)
     return Inspection(
         model=str(graph.prefix),
@@ -117,11 +125,17 @@ def inspect(graph: MetaGraph) -> Inspection:
         tap_variables=_sum(network.variables if network else ()),
         checkpoint=coverage,
         feeds=modes,
-        unknown_feeds=_unknown_feeds(upstream, input, modes),
+        unknown_feeds=[] if first is None or input is None else unknown_feeds(graph, first, input),
         cuts=[] if network is None else list_cuts(network, graph.card.image_size),
         hazards=_hazards(graph, upstream, input, network, coverage, ranked)
+        + (
+            []
+            if shortcoming is None
+            else [f"the first tap needs {input!r} as its input: {shortcoming}"]
+        )
         + ([] if error is None else [f"the first tap cannot be used: {error}"]),
-        command=_command(graph, first, network, _unknown_feeds(upstream, input, modes)),
+        command=suggestion.command,
+        command_problem=suggestion.problem,
     )
 
 
@@ -176,15 +190,6 @@ def _try(
         return input, None, str(error)
 
 
-def _upstream(graph: MetaGraph, tap: str | None, input: str | None) -> list[NodeDef]:
-    if tap is None:
-        return []
-    try:
-        return surgery.ancestors(graph.nodes.values(), tap, stop_at=[input] if input else [])
-    except ValueError:
-        return []
-
-
 def _inputs(graph: MetaGraph, chosen: str | None) -> list[Tensor]:
     """Where data come in: all placeholders, and what is dequeued and used."""
     used = surgery.outputs(graph.nodes.values())
@@ -223,14 +228,6 @@ def _sum(variables: Iterable[surgery.Variable]) -> Variables:
     sizes = [(math.prod(v.shape or ()), v.dtype.size) for v in variables]
     num_bytes = sum(count * size for count, size in sizes)
     return Variables(len(sizes), sum(count for count, _ in sizes), round(num_bytes / 1e6, 1))
-
-
-def _unknown_feeds(
-    upstream: Sequence[NodeDef], input: str | None, modes: Sequence[surgery.Mode]
-) -> list[str]:
-    known = {mode.tensor for mode in modes} | {input}
-    names = [f"{node.name}:0" for node in surgery.placeholders(upstream)]
-    return [name for name in names if name not in known]
 
 
 def _hazards(
@@ -284,6 +281,11 @@ def _hazards(
         found.append(
             "batch norm before the tap takes the statistics of the batch, in inference too"
         )
+    for tensor, names in (stopped(network) if network is not None else {}).items():
+        found.append(
+            f"stops gradients at {tensor!r}: what lies before it stays untrained under any "
+            f"--freeze-until ({len(names)} variables: {_few(names)})"
+        )
     if network is not None and network.batch_size is not None:
         found.append(f"takes batches of {network.batch_size} only; others are filled up")
     prepared = preparation.find(network) if network is not None else None
@@ -316,43 +318,6 @@ def _inference(network: surgery.Network | None) -> Iterable[NodeDef]:
 
 def _copies(ranked: Sequence[taps.Tap]) -> int:
     return sum(", the last layer" in tap.why for tap in ranked)
-
-
-def _command(
-    graph: MetaGraph, tap: str | None, network: surgery.Network | None, unknown: Sequence[str]
-) -> str | None:
-    """What to try first, on the embedded images; ``None`` where no image fits."""
-    if tap is None or (network is None and not unknown):
-        return None
-    words = ["vgg-transfer", "finetune", "--model", str(graph.prefix)]
-    words += [] if graph.card.tap else ["--tap", tap.removesuffix(":0")]
-    for name in unknown:
-        words += ["--feed", f"{name}=1.0"]
-    if network is not None:
-        mode = graph.card.preprocess or _likely_convention(network)
-        words += [] if graph.card.preprocess else ["--preprocess", mode]
-        try:
-            graph.preprocess(network.input, mode)
-        except ValueError:
-            words += ["--image-size", "224"]
-            try:
-                graph.preprocess(network.input, mode, 224)
-            except ValueError:
-                return None
-    return shlex.join(words)
-
-
-def _likely_convention(network: surgery.Network) -> str:
-    """A guess; the original weights are all that many networks called VGG have."""
-    if network.input_dtype is not None and network.input_dtype.is_integer:
-        return "none"
-    prepared = preparation.find(network)
-    if prepared.means or prepared.swaps:
-        # 0 to 255, unless it multiplies by that first.
-        return "unit" if any(scale > 1 for scale in prepared.scales) else "none"
-    channels = (network.input_shape or (3,))[-1]
-    is_vgg = any("conv5_3" in v.name or "conv3_3" in v.name for v in network.variables)
-    return "caffe" if is_vgg and channels == 3 else "unit"
 
 
 def _few(names: Sequence[str], count: int = 3) -> str:

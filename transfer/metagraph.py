@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -18,10 +19,21 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 
-from transfer import checkpoint, formats, objects, repair, surgery, taps
+from transfer import checkpoint, formats, inputs, objects, repair, surgery, taps
 from transfer.card import Card, read_card
 from transfer.objects import KEY
-from transfer.preprocess import CONVENTIONS, Preprocess
+from transfer.preprocess import CONVENTIONS, Preprocess, Size, canonical
+
+
+class SharedBatchError(ValueError):
+    """Towers share the batch of the input: the tap gives fewer rows than images go in.
+
+    ``inputs`` are tensors that a tower takes its own part from, the first one first.
+    """
+
+    def __init__(self, message: str, inputs: Sequence[str]):
+        super().__init__(message)
+        self.inputs = tuple(inputs)
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class MetaGraph:
         format: "meta graph", "frozen graph" or "SavedModel".
         outputs: tensors that a SavedModel serves.
         objects: of a SavedModel of TensorFlow 2, variable to the path of its object.
+        rename: parts of variables' names to what the checkpoint's keys have in their place.
     """
 
     prefix: Path
@@ -50,6 +63,7 @@ class MetaGraph:
     format: str = "meta graph"
     outputs: tuple[str, ...] = ()
     objects: Mapping[str, objects.Path] = field(default_factory=dict, repr=False)
+    rename: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def nodes(self) -> dict[str, NodeDef]:
@@ -90,7 +104,8 @@ class MetaGraph:
         feeds: Mapping[str, float | bool] | None = None,
         keep_dropout: bool = False,
     ) -> surgery.Network:
-        """The arithmetic from the input to the tap.
+        """The arithmetic from the input to the tap. Images, and all that has a height and a width,
+        are channels last, whatever they are in the graph.
 
         Args:
             tap: tensor or operation with the features, or a short name (see ``tensor``).
@@ -116,6 +131,7 @@ class MetaGraph:
             raise ValueError(
                 f"input {name!r} takes elements of type {dtype.name}, not pixels; name the tensor "
                 "after the images are decoded as the input"
+                + _one_of(inputs.candidates(list(self.nodes.values()), output, [name]))
             )
         network = surgery.extract(
             self.graph_def,
@@ -126,7 +142,23 @@ class MetaGraph:
             keep_dropout or self.card.keep_dropout,
             surgery.static_shape(node, index),
         )
-        return surgery.free_batch(network)
+        network = surgery.free_batch(network)
+        self._check_rows(network)
+        return surgery.channels_last(network)
+
+    def _check_rows(self, network: surgery.Network) -> None:
+        """Refuse towers that share a batch: half the labels would be compared with nothing."""
+        shared = inputs.shared_batch(network)
+        if shared is None:
+            return
+        rows, parts = shared
+        parts = [part for part in parts if surgery.operation_of(part) in self.nodes]
+        raise SharedBatchError(
+            f"the images of input {network.input!r} are split between towers: tap "
+            f"{network.output!r} gives {rows} of a row for each; name the part of this tower as "
+            "the input" + _one_of(parts),
+            parts,
+        )
 
     @property
     def local_variables(self) -> set[str]:
@@ -159,15 +191,39 @@ class MetaGraph:
                 ``use_ema``, if there are no moving averages.
         """
         constants = {v.name: n for v in variables if (n := self.nodes[v.name]).op == "Const"}
-        stored = [variable for variable in variables if variable.name not in constants]
         values = {
             name: tf.constant(tf.make_ndarray(node.attr["value"].tensor))
             for name, node in constants.items()
         }
-        if stored:
+        if stored := self._stored(variables):
             source = checkpoint.Checkpoint(self.checkpoint_prefix or self.prefix)
             values |= source.read(source.match(stored, self.entries(source, use_ema)))
         return values
+
+    def match(self, variables: Sequence[surgery.Variable], use_ema: bool = False) -> None:
+        """Check that ``read`` will find what it needs, without the data where there is an index.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint.
+            ValueError: if it does not fit.
+        """
+        if stored := self._stored(variables):
+            prefix = self.checkpoint_prefix or self.prefix
+            source = checkpoint.Checkpoint(prefix, index_only=True)
+            source.match(stored, self.entries(source, use_ema))
+
+    def check_files(self, variables: Sequence[surgery.Variable]) -> None:
+        """Look whether the files that ``read`` needs are there.
+
+        Raises:
+            FileNotFoundError: names those that are missing.
+        """
+        if self._stored(variables):
+            checkpoint.check_files(self.checkpoint_prefix or self.prefix)
+
+    def _stored(self, variables: Sequence[surgery.Variable]) -> list[surgery.Variable]:
+        """Those that are not constants of the graph."""
+        return [v for v in variables if self.nodes[v.name].op != "Const"]
 
     def entries(
         self, source: checkpoint.Checkpoint, use_ema: bool = False
@@ -175,7 +231,8 @@ class MetaGraph:
         """Where a checkpoint has the value of each variable that is not stored under its name.
 
         Raises:
-            ValueError: with ``use_ema``, if the checkpoint has no moving averages.
+            ValueError: with ``use_ema``, if the checkpoint has no moving averages; if a part of
+                ``rename`` leads to no entry.
         """
         variables = [node for node in self.nodes.values() if node.op in surgery.VARIABLES]
         entries = checkpoint.partition_entries(variables, source.shapes)
@@ -187,17 +244,21 @@ class MetaGraph:
             entries |= {name: checkpoint.Entry(key) for name, key in keys.items()}
         if use_ema:
             entries |= checkpoint.average_entries([n.name for n in variables], source)
-        return entries
+        names = [node.name for node in variables]
+        return entries | checkpoint.renamed_entries(names, entries, source.shapes, self.rename)
 
     def preprocess(
-        self, input: str, mode: str | None = None, image_size: int | None = None
+        self,
+        input: str,
+        mode: str | Mapping[str, Any] | None = None,
+        image_size: Size | None = None,
     ) -> Preprocess:
         """What the images that go into a tensor must be put through.
 
         Args:
             input: the tensor.
             mode: input convention; by default the card's.
-            image_size: height and width; by default what the graph states, or else the card.
+            image_size: by default what the graph states, or else the card.
 
         Raises:
             ValueError: if the convention or the size is not known, or the graph takes another size.
@@ -209,6 +270,7 @@ class MetaGraph:
                 f"{str(self.prefix)!r}, and the wrong convention costs accuracy without any error; "
                 f"say which with --preprocess: {', '.join(CONVENTIONS)}"
             )
+        mode = canonical(mode)
         node, index = self.node(input), surgery.split_tensor_name(input)[1]
         shape = surgery.static_shape(node, index) or (None, None, None, None)
         dtype = surgery.dtype_of(node, index)
@@ -218,21 +280,27 @@ class MetaGraph:
                 f"images itself; preprocess={mode!r} does not fit, use none"
             )
         if len(shape) == 2:
-            shape = _as_image(shape[1]) or shape
+            shape = _as_image(shape[1], image_size) or shape
         if len(shape) != 4:
             raise ValueError(
                 f"input {input!r} has shape {shape}; expected images: "
-                "[batch, height, width, channels], or square ones as vectors"
+                "[batch, height, width, channels], or vectors of square ones or of the image size"
             )
+        if surgery.is_channels_first(shape):
+            shape = (shape[0], *shape[2:], shape[1])
         _, height, width, channels = shape
-        size = image_size or height or self.card.image_size
+        stated = (height, width) if height and width else height or width
+        size = image_size or stated or self.card.image_size
         if size is None:
             raise ValueError(f"input {input!r} takes any image size; give one as the image size")
-        if (height or size, width or size) != (size, size):
+        preprocess = Preprocess(mode, size, channels or 3)
+        if (height or preprocess.height, width or preprocess.width) != preprocess.shape[:2]:
+            taken = "x".join(str(side or "any") for side in (height, width))
             raise ValueError(
-                f"input {input!r} takes images of {height}x{width} pixels, not {size}x{size}"
+                f"input {input!r} takes images of {taken} pixels, not "
+                f"{preprocess.height}x{preprocess.width}"
             )
-        return Preprocess(mode, size, channels or 3)
+        return preprocess
 
     def find_input(self, output: str, feeds: Mapping[str, float | bool] | None = None) -> str:
         """The tensor that takes the images on the way to an output.
@@ -257,15 +325,26 @@ class MetaGraph:
         for found in (images, known, names):
             if len(found) == 1:
                 return found[0]
-        shown = f"{len(names)} tensors might be it ({', '.join(names)})"
+        shown = f"{len(names)} tensors might be it ({', '.join(names)}); name it as the input"
+        if not names:
+            shown = "the tap depends on no placeholder for them; name a tensor that has them"
+            shown += _one_of(inputs.candidates(list(self.nodes.values()), output))
         raise ValueError(
-            f"cannot tell which tensor of {str(self.prefix)!r} takes the images: "
-            f"{shown if names else 'the tap depends on no placeholder'}; name it as the input"
+            f"cannot tell which tensor of {str(self.prefix)!r} takes the images: {shown}"
         )
 
 
-def _as_image(length: int | None) -> tuple[None, int, int, int] | None:
-    """The square image, gray or in colour, that a vector of this length may be."""
+def _one_of(tensors: Sequence[str]) -> str:
+    """The end of a message that says which tensors would do."""
+    return f": {', '.join(tensors[:4])}" if tensors else ""
+
+
+def _as_image(length: int | None, size: Size | None) -> tuple[None, int, int, int] | None:
+    """The image, gray or in colour, that a vector of this length may be: of this size, or
+    square."""
+    for channels in (1, 3):
+        if isinstance(size, tuple) and math.prod(size) * channels == length:
+            return None, *size, channels
     for channels in (1, 3):
         size = math.isqrt((length or 0) // channels)
         if size > 1 and size * size * channels == length:
@@ -273,13 +352,16 @@ def _as_image(length: int | None) -> tuple[None, int, int, int] | None:
     return None
 
 
-def load_meta_graph(path: str | Path) -> MetaGraph:
+def load_meta_graph(path: str | Path, *, rename: Mapping[str, str] | None = None) -> MetaGraph:
     """Parse a model and find its checkpoint and card. Runs nothing, reads no weights.
 
     Args:
         path: a prefix (``pretrained/vgg16``), the ``.meta``, ``.index`` or ``.data-...`` file, a V1
             checkpoint with its ``.meta``, a frozen graph (``.pb`` or ``.pbtxt``), a SavedModel, or
             a folder with one of these in it.
+        rename: where the checkpoint's keys differ from the graph's names by a rule, parts of the
+            names to what the keys have in their place: ``{"weights": "kernel"}``. An empty part
+            stands for the beginning of the name: ``{"": "vgg_16/"}``.
 
     Raises:
         FileNotFoundError: if there is no such model.
@@ -289,7 +371,7 @@ def load_meta_graph(path: str | Path) -> MetaGraph:
     surgery.check(files.meta.graph_def.node)
     graph_def = surgery.inline(files.meta.graph_def)
     surgery.check(graph_def.node)
-    card_path = files.prefix.with_name(files.prefix.name + ".json")
+    card_path = checkpoint.file_of(files.prefix, ".json")
     return MetaGraph(
         prefix=files.prefix,
         meta=files.meta,
@@ -305,4 +387,5 @@ def load_meta_graph(path: str | Path) -> MetaGraph:
             for info in signature.outputs.values()
         ),
         objects=objects.variable_paths(files.meta),
+        rename=dict(rename or {}),
     )

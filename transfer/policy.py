@@ -13,6 +13,8 @@ import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
+from transfer import attributes
+
 _ELEMENTWISE = """
     Abs Acos Acosh Add AddN AddV2 Asin Asinh Atan Atan2 Atanh BiasAdd BiasAddV1 Bitcast Cast Ceil
     ClipByValue Cos Cosh Digamma Div DivNoNan Elu Equal Erf Erfc Exp Expm1 Floor FloorDiv FloorMod
@@ -75,7 +77,8 @@ def check(graph_def: GraphDef) -> None:
 
     Raises:
         ForbiddenOpError: names every such operation with a node that uses it.
-        ValueError: if the constants are too large, or not what they say.
+        ValueError: if the constants are too large, or not what they say, or an attribute is one
+            that TensorFlow does not survive.
     """
     refused = {node.op: node.name for node in graph_def.node if not _is_arithmetic(node)}
     if refused:
@@ -84,6 +87,8 @@ def check(graph_def: GraphDef) -> None:
             f"the graph uses {found}; a loaded model may only do arithmetic, and call no "
             "functions. Choose a tap, or an input, so that what lies between does without"
         )
+    for node in graph_def.node:
+        attributes.check(node)
     check_constants(graph_def.node)
 
 

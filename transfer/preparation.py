@@ -5,12 +5,14 @@ Many a program has this in its graph. Where images were prepared before, it woul
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
-from transfer.preprocess import CONVENTIONS, Convention
+from transfer.preprocess import Convention, convention
 from transfer.surgery import Network, canonical, constant, data_inputs, operation_of
 
 _LAYERS = frozenset({"Conv2D", "DepthwiseConv2dNative", "MatMul", "BatchMatMulV2"})
@@ -46,15 +48,15 @@ class Preparation:
             parts.append("swaps red and blue")
         return " and ".join(parts)
 
-    def repeats(self, mode: str) -> str | None:
+    def repeats(self, mode: str | Mapping[str, Any]) -> str | None:
         """What preprocessing in this mode would do a second time; ``None`` if nothing."""
-        convention = CONVENTIONS[mode]
+        meaning = convention(mode)
         twice = []
-        if self.means and any(convention.mean):
+        if self.means and any(meaning.mean):
             twice.append("subtract a mean")
-        if self.swaps and convention.bgr:
+        if self.swaps and meaning.bgr:
             twice.append("swap red and blue")
-        if self.scales and _shrinks(convention) and min(map(abs, self.scales)) < 1:
+        if self.scales and _shrinks(meaning) and min(map(abs, self.scales)) < 1:
             twice.append("scale")
         return " and ".join(twice) or None
 
@@ -84,7 +86,8 @@ def find(network: Network) -> Preparation:
             means.append(float(picture.mean()))  # a mean image
         elif node.op in ("Mul", "Div", "RealDiv") and number is not None:
             factors = number.ravel().astype(float)
-            scales += [float(f) for f in (factors if node.op == "Mul" else 1 / factors)]
+            factors = factors if node.op == "Mul" else 1 / factors
+            scales += [float(factor) for factor in factors if factor != 1]
         elif node.op in ("ReverseV2", "GatherV2", "StridedSlice"):
             swaps = swaps or _reverses(node, values)
         elif node.op in ("Concat", "ConcatV2", "Pack"):

@@ -18,10 +18,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from transfer import files
+from transfer.checkpoint import PART
 from transfer.index import read_v2
 from transfer.training import EpochSums, Trainer
 
-_DRAFT = ".writing-"
+_LEFT = re.compile(r"\.writing-(step|best)-\d+(_temp|\.index|\.data-\d{5}-of-\d{5})")
+"""Names of what earlier versions left behind when they were killed."""
 # What TensorFlow's readers raise for files that are cut short, changed, or of another model.
 _UNREADABLE = (tf.errors.OpError, AssertionError, IndexError, RuntimeError, ValueError)
 
@@ -155,16 +158,16 @@ class RunCheckpoint:
                 f"{str(self.directory)!r} was removed while the run went on; its checkpoints are "
                 "lost"
             )
-        path, draft = self.directory / name, self.directory / f"{_DRAFT}{name}"
-        self._delete(f"{_DRAFT}*")  # of a session that was killed
+        path = self.directory / name
+        self._remove_drafts()
         try:
-            tf.train.Checkpoint(**state).write(str(draft))
-            # TensorFlow writes the index under its final name, and may be killed at that. Here it
-            # is whole, and comes last.
-            for part in sorted(self.directory.glob(f"{draft.name}.*")):
-                os.replace(part, self.directory / part.name.removeprefix(_DRAFT))
+            with files.draft_folder(self.directory) as draft:
+                tf.train.Checkpoint(**state).write(str(draft / name))
+                # TensorFlow writes the index under its final name, and may be killed at that. Here
+                # it is whole, and comes last.
+                for part in sorted(draft.iterdir()):
+                    os.replace(part, self.directory / part.name)
         except (OSError, tf.errors.OpError) as error:
-            self._delete(draft.name)
             left = [f"step-{number}" for number in self._numbers("step")]
             raise OSError(
                 f"cannot write checkpoint {str(path)!r} ({_first_line(error)}); "
@@ -187,14 +190,21 @@ class RunCheckpoint:
             return
         # The index first: what has none is no checkpoint.
         for path in sorted(self.directory.glob(f"{name}.*"), reverse=True):
-            with contextlib.suppress(OSError):
-                path.unlink()
-        for folder in self.directory.glob(f"{name}_temp*"):
-            for path in folder.glob("*"):
+            if PART.search(path.name):
                 with contextlib.suppress(OSError):
                     path.unlink()
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+
+    def _remove_drafts(self) -> None:
+        """Of sessions that were killed."""
+        if not self._is_mine:
+            return
+        files.remove_drafts(self.directory)
+        for path in self.directory.glob(".writing-*"):
+            if _LEFT.fullmatch(path.name):
+                if path.is_dir():
+                    files.remove_folder(path, files.CHECKPOINT_FILES)
+                elif files.is_regular(path):
+                    path.unlink(missing_ok=True)
 
 
 def _state(trainer: Trainer) -> dict[str, Any]:

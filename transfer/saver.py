@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import operator
 import os
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ import tensorflow as tf
 from transfer import checkpoint, retention
 from transfer.card import Card, write_card
 from transfer.checkpoint import Entry
+from transfer.files import draft_folder
 
 tf1 = tf.compat.v1
 
@@ -90,8 +90,7 @@ def save_meta_graph(
     chosen = _choose(graph, variables)
     _check_values(chosen, values)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=prefix.parent, prefix=".saving-") as temporary:
-        draft = Path(temporary)
+    with draft_folder(prefix.parent) as draft:
         _write_values(draft / saved.name, chosen, values)
         if write_meta_graph is not False:
             model = saved.name if write_meta_graph else prefix.name

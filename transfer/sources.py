@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
+import os
 import threading
 import urllib.error
 import urllib.request
@@ -13,11 +15,11 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
+from transfer import image_files
 from transfer.data import EVAL_SPLITS, TRAIN_SPLITS, Source
-
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
-# Examples in the order of the shards, so that position i is the one that tfds calls split[i].
-_IN_ORDER = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
+from transfer.image_files import PassedOver, class_folders
+from transfer.images import suffixes
+from transfer.records import Records, open_records
 
 
 def open_source(
@@ -62,18 +64,17 @@ def _open_image_folder(folder: Path) -> Source:
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {str(folder)!r} does not exist")
     folder = folder.resolve()
-    splits = [child for child in _folders(folder) if child.name in TRAIN_SPLITS + EVAL_SPLITS]
-    splits = [child for child in splits if any(_images(c) for c in _folders(child))] or [folder]
-    by_class = {
-        split: {child.name: images for child in _folders(split) if (images := _images(child))}
-        for split in splits
-    }
+    passed_over = PassedOver()
+    splits, by_class = _split_folders(folder, passed_over)
     class_names = sorted({name for classes in by_class.values() for name in classes})
-    if not class_names:
-        raise ValueError(
-            f"image folder {str(folder)!r} has no images; expected one folder per class with "
-            f"{', '.join(IMAGE_SUFFIXES)} files: class/image.jpg, or train/class/image.jpg"
-        )
+    passed_over.empty_classes = sorted(
+        {child.name for split in splits for child in class_folders(split)} - {*class_names}
+    )
+    passed_over.files = [
+        (os.path.relpath(name, folder), reason) for name, reason in passed_over.files
+    ]
+    if len(class_names) < 2:
+        raise ValueError(_too_few_classes(folder, class_names, passed_over))
     files = {
         "train" if split == folder else split.name: [
             (path, class_names.index(name)) for name, paths in classes.items() for path in paths
@@ -84,14 +85,28 @@ def _open_image_folder(folder: Path) -> Source:
     def names(split_name: str) -> list[str]:
         return [str(path.relative_to(folder)) for path, _ in files[split_name]]
 
-    def read(split_name: str) -> tf.data.Dataset:
-        paths = [str(path) for path, _ in files[split_name]]
-        labels = np.array([label for _, label in files[split_name]], np.int64)
-        return tf.data.Dataset.from_tensor_slices((paths, names(split_name), labels)).map(
-            lambda path, name, label: {
-                "image": tf.io.read_file(path),
-                "label": label,
-                "name": name,
+    @functools.cache
+    def labels(split_name: str) -> np.ndarray:
+        return np.array([label for _, label in files[split_name]], np.int64)
+
+    @functools.cache
+    def columns(split_name: str) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+        # Names of files are bytes: not all of them are UTF-8.
+        paths = [os.fsencode(path) for path, _ in files[split_name]]
+        return (
+            tf.constant(paths, tf.string),
+            tf.constant([os.fsencode(name) for name in names(split_name)], tf.string),
+            tf.constant(labels(split_name)),
+        )
+
+    def examples(split_name: str, positions: np.ndarray) -> tf.data.Dataset:
+        # Positions, not paths: a path takes a hundred bytes, and an epoch has one per image.
+        paths, names, labels = columns(split_name)
+        return tf.data.Dataset.from_tensor_slices(positions).map(
+            lambda position: {
+                "image": tf.io.read_file(paths[position]),
+                "label": labels[position],
+                "name": names[position],
             },
             num_parallel_calls=tf.data.AUTOTUNE,
         )
@@ -99,11 +114,8 @@ def _open_image_folder(folder: Path) -> Source:
     def ids(split_name: str) -> list[bytes]:
         return [_digest(str(path), *_state_of(path)) for path, _ in files[split_name]]
 
-    sizes = {name: len(examples) for name, examples in files.items()}
-    source = Source(folder.name, class_names, sizes, read, names, ids)
-    for split_name, examples in files.items():
-        source._labels[split_name] = np.array([label for _, label in examples], np.int64)
-    return source
+    sizes = {name: len(found) for name, found in files.items()}
+    return Source(folder.name, class_names, sizes, examples, labels, names, ids, passed_over)
 
 
 def _state_of(path: Path) -> tuple[int, ...]:
@@ -116,40 +128,70 @@ def _digest(*words: object) -> bytes:
     return hashlib.blake2b(repr(words).encode(), digest_size=16).digest()
 
 
-def _folders(folder: Path) -> list[Path]:
-    """The folders in a folder, but for hidden ones and the litter of macOS."""
-    return sorted(
-        child
-        for child in folder.iterdir()
-        if child.is_dir() and not child.name.startswith(".") and child.name != "__MACOSX"
-    )
+def _split_folders(
+    folder: Path, passed_over: PassedOver
+) -> tuple[list[Path], dict[Path, dict[str, list[Path]]]]:
+    """The folders of the splits, or the folder itself where there are none; of each, the images by
+    class."""
+    children = class_folders(folder)
+    splits = [child for child in children if child.name in TRAIN_SPLITS + EVAL_SPLITS]
+    splits = [child for child in splits if any(map(_has_images, class_folders(child)))] or [folder]
+    by_class = {
+        split: {
+            child.name: images
+            for child in class_folders(split)
+            if (images := _images(child, passed_over))
+        }
+        for split in splits
+    }
+    for split in {*splits, folder}:
+        image_files.outside_classes(split, passed_over)
+    if splits != [folder]:
+        beside = (
+            path for c in children if c not in splits for path in image_files.find(c, PassedOver())
+        )
+        passed_over.files += [(str(path), "outside the split folders") for path in beside]
+    return splits, by_class
 
 
-def _images(folder: Path) -> list[Path]:
-    """The images in a folder and below, by their suffix, shuffled the same way each time.
+def _has_images(folder: Path) -> bool:
+    return any(True for _ in image_files.find(folder, PassedOver()))
+
+
+def _images(folder: Path, passed_over: PassedOver) -> list[Path]:
+    """The images in a folder and below, shuffled the same way each time.
 
     Not in the order of their names: neighbours there are often alike (frames of a film).
+
+    Raises:
+        ValueError: if one is a pipe or a device, whose reading may never end, or too large.
     """
-    images = [
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    ]
-    return sorted(images, key=lambda path: hashlib.sha256(path.name.encode()).digest())
+    images = []
+    for path in image_files.find(folder, passed_over):
+        try:
+            image_files.check(path)
+        except (OSError, ValueError) as error:
+            if isinstance(error, ValueError) and not path.is_dir():
+                raise ValueError(f"image {str(path)!r} cannot be read: {error}") from None
+            # Links to nothing, and folders that cannot be listed, hold no image.
+            reason = "a folder that cannot be listed" if path.is_dir() else "a link to nothing"
+            passed_over.files.append((str(path), reason))
+            passed_over.num_images -= not path.is_dir()
+            continue
+        images.append(path)
+    return sorted(images, key=lambda path: hashlib.sha256(os.fsencode(path.name)).digest())
 
 
-def other_files(folder: Path) -> list[str]:
-    """Files below a folder of images that are passed over, by their names: of kinds that TensorFlow
-    does not decode, or no images at all. Those in the folder itself are nobody's images."""
-    others = [
-        path.relative_to(folder)
-        for path in folder.rglob("*")
-        if path.suffix.lower() not in IMAGE_SUFFIXES and path.parent != folder and path.is_file()
-    ]
-    return sorted(
-        str(path) for path in others if not any(part.startswith(".") for part in path.parts)
+def _too_few_classes(folder: Path, class_names: list[str], passed_over: PassedOver) -> str:
+    reasons = "".join(f"; {line}" for line in passed_over.describe())
+    if class_names:
+        return (
+            f"image folder {str(folder)!r} has 1 class {class_names}; a classifier needs at least "
+            f"2{reasons}"
+        )
+    return (
+        f"image folder {str(folder)!r} has no images{reasons}; expected one folder per class with "
+        f"{', '.join(sorted(suffixes()))} files: class/image.jpg, or train/class/image.jpg"
     )
 
 
@@ -172,20 +214,36 @@ def _from_builder(builder: tfds.core.DatasetBuilder, name: str) -> Source:
     image_key = _only_feature(features, tfds.features.Image, name)
     label_key = _only_feature(features, tfds.features.ClassLabel, name)
 
-    def read(split_name: str) -> tf.data.Dataset:
-        examples = builder.as_dataset(
-            split=split_name,
-            decoders={image_key: tfds.decode.SkipDecoding()},
-            read_config=_IN_ORDER,
-            shuffle_files=False,
+    @functools.cache
+    def records(split_name: str) -> Records:
+        return open_records(builder, split_name)
+
+    def deserialize(record: tf.Tensor) -> dict[str, tf.Tensor]:
+        return features.deserialize_example(
+            record, decoders={image_key: tfds.decode.SkipDecoding()}
         )
-        return examples.enumerate().map(
-            lambda index, example: {
+
+    def examples(split_name: str, positions: np.ndarray) -> tf.data.Dataset:
+        def labelled(position: tf.Tensor, record: tf.Tensor) -> dict[str, tf.Tensor]:
+            example = deserialize(record)
+            return {
                 "image": example[image_key],
                 "label": example[label_key],
-                "name": tf.strings.join([split_name, tf.strings.as_string(index)], "/"),
+                "name": tf.strings.join([split_name, tf.strings.as_string(position)], "/"),
             }
+
+        return tf.data.Dataset.zip(
+            tf.data.Dataset.from_tensor_slices(positions), records(split_name).read(positions)
+        ).map(labelled, num_parallel_calls=tf.data.AUTOTUNE)
+
+    @functools.cache
+    def labels(split_name: str) -> np.ndarray:
+        found = (
+            records(split_name)
+            .read_all()
+            .map(lambda record: deserialize(record)[label_key], num_parallel_calls=tf.data.AUTOTUNE)
         )
+        return np.fromiter(found.as_numpy_iterator(), np.int64)
 
     def ids(split_name: str) -> list[bytes]:
         info = builder.info.splits[split_name]
@@ -198,7 +256,8 @@ def _from_builder(builder: tfds.core.DatasetBuilder, name: str) -> Source:
         name,
         list(features[label_key].names or ()),
         sizes,
-        read,
+        examples,
+        labels,
         names=lambda split_name: [f"{split_name}/{index}" for index in range(sizes[split_name])],
         ids=ids,
     )

@@ -22,11 +22,13 @@ tf1 = tf.compat.v1
 @dataclass(frozen=True)
 class Architecture:
     """``blocks``: the widths of each block's 3x3 convolutions; a 2x2 max-pooling ends each
-    block."""
+    block. ``pooling``: what is before fc6, ``flatten`` or ``average``, the average over space, for
+    images of any size."""
 
     blocks: tuple[tuple[int, ...], ...]
     fc: int = 4096
     image_size: int = 224
+    pooling: str = "flatten"
 
     def __post_init__(self) -> None:
         if self.image_size < 2 ** len(self.blocks):
@@ -34,6 +36,9 @@ class Architecture:
                 f"image size {self.image_size} is too small for {len(self.blocks)} poolings; "
                 f"expected at least {2 ** len(self.blocks)} pixels"
             )
+
+        if self.pooling not in ("flatten", "average"):
+            raise ValueError(f"pooling is {self.pooling!r}; expected flatten or average")
 
     @property
     def pooled_size(self) -> int:
@@ -79,7 +84,7 @@ def kernel_shapes(
             channels = width
     if num_classes is None:
         return shapes
-    window = (architecture.pooled_size,) * 2
+    window = (architecture.pooled_size if architecture.pooling == "flatten" else 1,) * 2
     for name, inputs, outputs, size in (
         ("fc6", channels, architecture.fc, window),
         ("fc7", architecture.fc, architecture.fc, (1, 1)),
@@ -133,11 +138,13 @@ def build_graph(
         num_classes: width of fc8; ``None`` ends the network with its last pooling.
         convolutional: fc layers as convolutions; then images of any size work for which the
             poolings leave a pixel (32 for five of them). What is smaller than the window of fc6 has
-            zeros around it.
+            zeros around it. After an average over space they see one pixel.
         use_resource: resource variables, as TensorFlow 2 makes them, rather than reference ones.
     """
     shapes = kernel_shapes(architecture, num_classes, convolutional=convolutional)
-    size = None if convolutional or num_classes is None else architecture.image_size
+    is_average = architecture.pooling == "average"
+    is_any = convolutional or is_average or num_classes is None
+    size = None if is_any else architecture.image_size
     graph = tf.Graph()
     with graph.as_default():
         net = tf1.placeholder(tf.float32, [None, size, size, 3], name="images")
@@ -170,7 +177,9 @@ def build_graph(
             net = tf.nn.max_pool2d(net, 2, 2, "SAME", name=f"pool{number}")
         if num_classes is None:
             return graph
-        if convolutional:
+        if is_average:
+            net = tf.reduce_mean(net, [1, 2], keepdims=convolutional, name="average_pool")
+        elif convolutional:
             net = _padded(net, architecture.pooled_size)
         else:
             net = tf.reshape(net, [-1, shapes["fc6"][0]], name="flatten")

@@ -2,6 +2,8 @@
 
     python tests/fuzzing --count 3000
     python tests/fuzzing --only meta:123        one input again, with its traceback
+    python tests/fuzzing --operations 20000     calls of allowed operations instead
+    python tests/fuzzing --operation 123        one of these again
 
 An input is a model of which one file is changed: bits, bytes and lengths of any file; and, with
 all checksums right, what protobufs, checkpoint tables and JSON say. Each follows from its kind and
@@ -10,6 +12,8 @@ Right is a result, a ``ValueError`` or an ``OSError``; in the call itself, also 
 of shapes that do not fit (``InvalidArgumentError``) or of too large a result
 (``ResourceExhaustedError``). Wrong is any other exception, the end of the process, over 20 seconds,
 or over 2 GB of memory.
+
+Files of published weights are read, and their layout is told.
 
 Models are made here, and those in ``../shared/wild`` are used where they are. Nothing is left
 behind.
@@ -24,6 +28,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import operations
 from common import KINDS, OUTCOMES, WILD, WORKERS, Base, Result
 from supervisor import Supervisor
 
@@ -101,6 +106,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="number of the first input of a kind")
     parser.add_argument("--kinds", default=",".join(KINDS), help="separated by commas")
     parser.add_argument("--only", metavar="KIND:NUMBER", help="try this input, and say all of it")
+    parser.add_argument("--operations", type=int, metavar="COUNT", help="see operations.py")
+    parser.add_argument("--operation", type=int, metavar="NUMBER", help="make this call again")
     parser.add_argument("--wild", type=Path, default=WILD, help="folder with cases.json, or none")
     parser.add_argument("--limit", type=float, default=20.0, help="seconds for an input")
     parser.add_argument("--memory", type=int, default=2048, help="megabytes for an input")
@@ -120,6 +127,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    if options.operations is not None or options.operation is not None:
+        first = options.seed if options.operation is None else options.operation
+        numbers = range(first, first + (options.operations or 1))
+        with tempfile.TemporaryDirectory(prefix="fuzz-", ignore_cleanup_errors=True) as temporary:
+            verbose = options.verbose or options.operation is not None
+            workers = min(WORKERS, len(numbers))
+            return operations.main(numbers, Path(temporary), workers, options.limit, verbose)
     wild = options.wild if (options.wild / "cases.json").is_file() else None
     command = "python tests/fuzzing" + ("" if wild == WILD else f" --wild {wild or 'none'}")
     with tempfile.TemporaryDirectory(prefix="fuzz-", ignore_cleanup_errors=True) as temporary:

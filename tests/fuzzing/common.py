@@ -26,6 +26,7 @@ KINDS = {
     "savedmodel": 4,
     "state": 1,
     "card": 1,
+    "weights": 4,
 }
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from common import Base, Message
 from protobufs import serialized
+from weights import weights_bases
 
 
 def make_bases(root: Path, wild: Path | None) -> list[Base]:
     """Small models of every kind, and the ones from the wild."""
     import tensorflow as tf
 
-    bases = [*_made_bases(root)]
+    bases = [*_made_bases(root), *weights_bases(root)]
     if wild is not None:
         bases += _wild_bases(wild)
     tf.keras.backend.clear_session()

@@ -25,6 +25,7 @@ import psutil
 from common import ROOT, Base, Result, pick
 from inputs import make_input
 from models import make_bases
+from weights import tiny_architecture
 
 Report = Callable[[str, Any], None]
 
@@ -49,6 +50,7 @@ def try_input(base: Base, folder: Path, report: Report) -> dict[str, Any]:
 
     from transfer import Backbone, load_meta_graph
     from transfer.inspection import inspect
+    from transfer.published import containers, layouts
 
     def build() -> Backbone:
         tap = base.tap
@@ -63,6 +65,13 @@ def try_input(base: Base, folder: Path, report: Report) -> dict[str, Any]:
 
     stage = ""
     try:
+        if base.kind == "weights":
+            tiny_architecture()
+            report("stage", stage := "load")
+            container = containers.read(folder / base.path)
+            report("stage", stage := "identify")
+            layouts.identify(container)
+            return {"outcome": "fine", "stage": stage}
         report("stage", stage := "load")
         graph = load_meta_graph(folder / base.path)
         report("stage", stage := "inspect")

@@ -96,7 +96,7 @@ def test_conditionals_keep_the_dependencies_that_choose_the_branch():
         finally:
             tf1.enable_control_flow_v2()
 
-    from transfer.backbone import as_function
+    from transfer.network_function import as_function
 
     run = as_function(surgery.extract(graph_def_of(build), "tap", "x"))
     for value in (2.0, -3.0):

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
-from transfer.backbone import Backbone, GraphLayer, as_input
+from transfer.backbone import Backbone, GraphLayer
 from transfer.card import Card
 from transfer.classifier import Classifier
-from transfer.files import write_text
+from transfer.files import write_bytes, write_names
 from transfer.head import Head, build_head
 from transfer.metagraph import load_meta_graph
-from transfer.preprocess import Preprocess
+from transfer.network_function import as_input, output_shape
+from transfer.preprocess import Preprocess, for_card
 from transfer.saver import save_meta_graph
-from transfer.surgery import SEED, canonical, is_seeded, split_tensor_name
+from transfer.surgery import SEED, canonical, cut, extract, is_seeded, split_tensor_name
 
 tf1 = tf.compat.v1
 
@@ -47,7 +47,7 @@ def save_classifier(classifier: Classifier, prefix: str | Path, card: Card, **op
     graph, tensors, values = _to_graph(classifier)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     labels = prefix.with_name("labels.txt")
-    write_text(labels, "".join(f"{name}\n" for name in classifier.labels))
+    write_names(labels, classifier.labels)
     card = replace(
         card,
         input=tensors["input"],
@@ -56,10 +56,27 @@ def save_classifier(classifier: Classifier, prefix: str | Path, card: Card, **op
         keep_dropout=is_seeded(classifier.backbone.network.graph_def),
         outputs={name: tensors[name] for name in ("logits", "probabilities")},
         image_size=classifier.preprocess.size,
-        preprocess=classifier.preprocess.mode,
+        preprocess=for_card(classifier.preprocess.mode),
         labels=labels.name,
     )
     save_meta_graph(graph, prefix, values, card, **options)
+
+
+def check_savable(classifier: Classifier) -> None:
+    """Whether ``save_classifier`` can write a classifier and ``Classifier.load`` read it: all but
+    the files is done.
+
+    Raises:
+        ValueError: if not; says why.
+    """
+    try:
+        graph, tensors, _ = _to_graph(classifier)
+        written = graph.as_graph_def(add_shapes=True)
+        cut(extract(written, tensors["logits"], tensors["input"]), tensors["tap"])
+    except (ValueError, TypeError, KeyError, tf.errors.OpError) as error:
+        raise ValueError(
+            f"a model fine-tuned from this graph cannot be written: {error}"
+        ) from error
 
 
 def save_with_preprocessing(model: str | Path, prefix: str | Path) -> Card:
@@ -96,7 +113,7 @@ def save_with_preprocessing(model: str | Path, prefix: str | Path) -> Card:
     )
     labels = str(source.card.labels)
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source.prefix.with_name(labels), prefix.with_name(labels))
+    write_bytes(prefix.with_name(labels), source.prefix.with_name(labels).read_bytes())
     save_meta_graph(graph, prefix, network.values(), card)
     return card
 
@@ -110,9 +127,15 @@ def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[st
         tap_name = backbone.network.output
         if tap_name == backbone.network.input:
             tap_name = input_name
+        features = graph.get_tensor_by_name(tap_name)
+        example = graph.get_tensor_by_name(input_name).shape[1:]
+        features.set_shape(output_shape(backbone.network, example.as_list()))
+        if backbone.pooling == "max" and features.shape.rank == 4:
+            features = tf.reduce_max(features, [1, 2], name="max_over_space")
+            tap_name = features.name
         with tf1.variable_scope("", use_resource=False):
             logits, probabilities = build_head(
-                graph.get_tensor_by_name(tap_name),
+                features,
                 head.num_classes,
                 hidden=head.hidden,
                 return_probabilities=True,
@@ -143,7 +166,7 @@ def _import_backbone(
             with tf1.name_scope("preprocess"):
                 images = as_input(network, preprocess(pixels))
         else:
-            shape = (preprocess.size, preprocess.size, preprocess.channels)
+            shape = preprocess.shape
             if network.input_shape is not None and len(network.input_shape) == 2:
                 shape = network.input_shape[1:]
             images = tf1.placeholder(

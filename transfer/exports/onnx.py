@@ -30,7 +30,7 @@ def check_installed() -> None:
 def save(classifier: Classifier, path: Path) -> None:
     """Write a classifier as an ONNX model.
 
-    It takes ``pixels``, float32 ``[batch, size, size, channels]`` in 0..255, and gives
+    It takes ``pixels``, float32 ``[batch, height, width, channels]`` in 0..255, and gives
     ``probabilities``, float32 ``[batch, num_classes]``.
 
     Raises:
@@ -41,7 +41,7 @@ def save(classifier: Classifier, path: Path) -> None:
     import tf2onnx
 
     preprocess = classifier.preprocess
-    shape = [None, preprocess.size, preprocess.size, preprocess.channels]
+    shape = [None, *preprocess.shape]
 
     @tf.function(autograph=False, input_signature=[tf.TensorSpec(shape, tf.float32, "pixels")])
     def run(pixels: tf.Tensor) -> dict[str, tf.Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.classifier import Classifier
-from transfer.images import decode
+from transfer.exports.decoding import decode
 from transfer.preprocess import to_channels
 
 
@@ -18,7 +18,8 @@ def save(classifier: Classifier, folder: Path) -> None:
 
     ========================  ==========================================================
     ``serving_default``       ``image_bytes``: string ``[batch]``, JPEG, PNG, GIF or BMP
-                              files; those of JPEG are turned as their EXIF says
+                              files, and WebP where TensorFlow decodes it; turned as
+                              their metadata say
     ``pixels``                ``pixels``: uint8 ``[batch, height, width, 3]``
     ``labels``                nothing in; ``labels``: string ``[num_classes]``
     ========================  ==========================================================
@@ -58,7 +59,7 @@ class _Servable(tf.Module):
         def read(encoded: tf.Tensor) -> tf.Tensor:
             return preprocess.resize(to_channels(decode(encoded), preprocess.channels))
 
-        shape = [preprocess.size, preprocess.size, preprocess.channels]
+        shape = preprocess.shape
         pixels = tf.map_fn(read, image_bytes, fn_output_signature=tf.TensorSpec(shape, tf.float32))
         return self._answer(pixels)
 

@@ -36,7 +36,7 @@ def convert(
             operation of the network.
     """
     preprocess = classifier.preprocess
-    shape = [None, preprocess.size, preprocess.size, preprocess.channels]
+    shape = [None, *preprocess.shape]
     function = tf.function(classifier.probabilities_of_resized, autograph=False)
     concrete = function.get_concrete_function(tf.TensorSpec(shape, tf.float32, "pixels"))
     # The converter would take the weights, which reach the graph as arguments, for variables.

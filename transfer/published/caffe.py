@@ -6,84 +6,63 @@ Field numbers from caffe.proto (github.com/BVLC/caffe, src/caffe/proto).
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.descriptor_pb2 import FieldDescriptorProto
-from google.protobuf.message import DecodeError
 
-_MESSAGES: dict[str, list[tuple[str, int, str, bool]]] = {
-    # message: (field, number, type, repeated)
-    "BlobShape": [("dim", 1, "int64", True)],
-    "BlobProto": [
-        ("num", 1, "int32", False),
-        ("channels", 2, "int32", False),
-        ("height", 3, "int32", False),
-        ("width", 4, "int32", False),
-        # Packed floats, which are written as bytes are; so they need not become Python objects.
-        ("data", 5, "bytes", False),
-        ("shape", 7, "BlobShape", False),
-    ],
-    "V1LayerParameter": [("name", 4, "string", False), ("blobs", 6, "BlobProto", True)],
-    "LayerParameter": [("name", 1, "string", False), ("blobs", 7, "BlobProto", True)],
-    "NetParameter": [
-        ("name", 1, "string", False),
-        ("layers", 2, "V1LayerParameter", True),
-        ("layer", 100, "LayerParameter", True),
-    ],
-}
+from transfer.published import wire
+
+_MAX_LAYERS, _MAX_BLOBS = 10_000, 16
+# NetParameter: layer, and layers of before 2015; in each: name and blobs.
+_LAYERS = {100: (1, 7), 2: (4, 6)}
+_LEGACY_SHAPE, _DATA, _SHAPE, _DIM = (1, 2, 3, 4), 5, 7, 1  # BlobProto, BlobShape
 
 
-def _net_parameter() -> Any:
-    file = descriptor_pb2.FileDescriptorProto(
-        name="vgg_transfer/caffe.proto", package="vgg_transfer.caffe", syntax="proto2"
-    )
-    for message_name, fields in _MESSAGES.items():
-        message = file.message_type.add(name=message_name)
-        for name, number, kind, is_repeated in fields:
-            field = message.field.add(name=name, number=number)
-            field.label = (
-                FieldDescriptorProto.LABEL_REPEATED
-                if is_repeated
-                else FieldDescriptorProto.LABEL_OPTIONAL
-            )
-            if kind in _MESSAGES:
-                field.type = FieldDescriptorProto.TYPE_MESSAGE
-                field.type_name = f".vgg_transfer.caffe.{kind}"
-            else:
-                field.type = getattr(FieldDescriptorProto, f"TYPE_{kind.upper()}")
-                if is_repeated:
-                    field.options.packed = True
-    pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
-    found = pool.FindMessageTypeByName("vgg_transfer.caffe.NetParameter")
-    return message_factory.GetMessageClass(found)
-
-
-NetParameter = _net_parameter()
-
-
-def arrays(data: bytes) -> dict[str, np.ndarray]:
+def arrays(data: memoryview) -> dict[str, np.ndarray]:
     """``<layer>/0`` (weights, ``[outputs, inputs, height, width]`` or ``[outputs, inputs]``) and
-    ``<layer>/1`` (biases); empty if the data are no network."""
-    net = NetParameter()
+    ``<layer>/1`` (biases): views of the data; empty if the data are no network.
+
+    Raises:
+        ValueError: if it is a network that is damaged.
+    """
     try:
-        net.ParseFromString(data)
-    except DecodeError:
+        layers = [(number, value) for number, value in wire.fields(data) if number in _LAYERS]
+    except ValueError:
         return {}
+    if len(layers) > _MAX_LAYERS:
+        raise ValueError(f"it has {len(layers):,} layers; expected at most {_MAX_LAYERS:,}")
     found = {}
-    for layer in [*net.layers, *net.layer]:
-        for number, blob in enumerate(layer.blobs):
-            legacy = (blob.num, blob.channels, blob.height, blob.width)
-            shape = tuple(blob.shape.dim) or legacy
-            num_values = len(blob.data) // 4
-            if min(shape) < 1 or math.prod(shape) * 4 != len(blob.data):
-                raise ValueError(f"its layer {layer.name!r} has {num_values} values for {shape}")
-            # Before it had shapes, Caffe padded them with ones in front.
-            while len(shape) > 1 and shape[0] == 1 and number == 1:
-                shape = shape[1:]
-            if len(shape) == 4 and shape[:2] == (1, 1):
-                shape = shape[2:]
-            found[f"{layer.name}/{number}"] = np.frombuffer(blob.data, "<f4").reshape(shape)
+    for number, layer in layers:
+        name_field, blobs_field = _LAYERS[number]
+        if isinstance(layer, int):
+            return {}
+        parts = [part for part in wire.fields(layer) if part[0] in (name_field, blobs_field)]
+        name = next((wire.text(value) for field, value in parts if field == name_field), "")
+        blobs = [value for field, value in parts if field == blobs_field]
+        if len(blobs) > _MAX_BLOBS:
+            raise ValueError(f"its layer {name!r} has {len(blobs):,} arrays")
+        for index, blob in enumerate(blobs):
+            found[f"{name}/{index}"] = _array(name, index, blob)
     return found
+
+
+def _array(name: str, index: int, blob: wire.Value) -> np.ndarray:
+    legacy = dict.fromkeys(_LEGACY_SHAPE, 0)
+    content: wire.Value = memoryview(b"")
+    shape: tuple[int, ...] = ()
+    for field, value in wire.fields(memoryview(b"") if isinstance(blob, int) else blob):
+        if field in legacy and isinstance(value, int):
+            legacy[field] = value
+        elif field == _DATA:
+            content = value
+        elif field == _SHAPE and not isinstance(value, int):
+            shape = wire.integers([dim for number, dim in wire.fields(value) if number == _DIM])
+    shape = shape or tuple(legacy.values())
+    num_bytes = 0 if isinstance(content, int) else len(content)
+    if isinstance(content, int) or min(shape) < 1 or math.prod(shape) * 4 != num_bytes:
+        raise ValueError(f"its layer {name!r} has {num_bytes // 4} values for {shape}")
+    # Before it had shapes, Caffe padded them with ones in front.
+    while len(shape) > 1 and shape[0] == 1 and index == 1:
+        shape = shape[1:]
+    if len(shape) == 4 and shape[:2] == (1, 1):
+        shape = shape[2:]
+    return np.frombuffer(content, "<f4").reshape(shape)

@@ -7,22 +7,24 @@ table of stand-ins that only note what they are given; any other name ends the r
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
-import pickletools
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from functools import cached_property, partial
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
 """First object of PyTorch's format before 1.6; source: torch/serialization.py, MAGIC_NUMBER."""
+_MAX_PICKLE_BYTES = 2**28
 _MAX_OBJECTS, _MAX_DEPTH, _MAX_MEMO = 20_000, 6, 10**6
-_PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
+_MAX_OPERATIONS, _MAX_KEY_PARTS, _MAX_DIMENSIONS = 15 * 10**5, 8, 8
 _TORCH_TYPES = {
     "DoubleStorage": "<f8",
     "FloatStorage": "<f4",
@@ -51,28 +53,42 @@ def numpy_arrays(file: IO[bytes]) -> dict[str, np.ndarray]:
     return _arrays(_load(file, _NUMPY))
 
 
-def torch_arrays(file: IO[bytes]) -> dict[str, np.ndarray]:
+def torch_arrays(file: IO[bytes], max_bytes: int) -> dict[str, np.ndarray]:
     """The tensors that ``torch.save`` wrote before PyTorch 1.6; path in the object
     (``state_dict/features.0.weight``) to array.
+
+    Args:
+        file: at its beginning.
+        max_bytes: of all tensors together.
 
     Raises:
         UnsafePickleError, ValueError: see ``numpy_arrays``.
     """
-    storages = _Storages()
+    storages = _Storages(max_bytes)
     magic, _, system, found = (_load(file, _TORCH, storages.of) for _ in range(4))
     if magic != TORCH_MAGIC or not isinstance(system, dict) or not system.get("little_endian"):
         raise ValueError("it is no PyTorch file of a little-endian machine")
-    for key in _load(file, {}):
-        storage = storages.get(key)
+    keys = _load(file, {})
+    if not isinstance(keys, list):
+        raise ValueError("it is damaged: its storages are no list")
+    for key in keys:
+        storage = storages.get(_text(key))
         if file.read(8) != struct.pack("<q", storage.count):
-            raise ValueError(f"its storage {key!r} has another size than its tensors need")
-        data = file.read(storage.count * storage.dtype.itemsize)
-        storage.values = _values(data, storage.dtype, storage.count)
+            raise ValueError(f"its storage {storage.key!r} has another size than its tensors need")
+        storage.read = storages.limited(
+            partial(_read_at, file, file.tell(), storage.num_bytes), storage
+        )
+        file.seek(storage.num_bytes, io.SEEK_CUR)
     return _arrays(found)
 
 
-def torch_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
-    """The same of PyTorch 1.6 and newer. The archive's sizes were looked at.
+def _read_at(file: IO[bytes], position: int, num_bytes: int) -> bytes:
+    file.seek(position)
+    return file.read(num_bytes)
+
+
+def torch_archive(archive: zipfile.ZipFile, max_bytes: int) -> dict[str, np.ndarray]:
+    """The same of PyTorch 1.6 and newer.
 
     Raises:
         UnsafePickleError, ValueError: see ``numpy_arrays``.
@@ -85,23 +101,37 @@ def torch_archive(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     order = f"{root}byteorder"
     if order in names and archive.read(order) != b"little":
         raise ValueError("it was written on a big-endian machine")
-    storages = _Storages()
+    storages = _Storages(max_bytes)
     with archive.open(pickles[0]) as file:
-        found = _load(file, _TORCH, storages.of)
+        size = archive.getinfo(pickles[0]).file_size
+        if size > _MAX_PICKLE_BYTES:
+            raise ValueError(f"its data.pkl has {size:,} bytes; expected names and shapes")
+        found = _load(file, _TORCH, storages.of, size)
     for storage in storages.all:
         name = f"{root}data/{storage.key}"
         if name not in names:
             raise ValueError(f"its storage {storage.key!r} is missing; it was cut short")
-        if archive.getinfo(name).file_size != storage.count * storage.dtype.itemsize:
+        if archive.getinfo(name).file_size != storage.num_bytes:
             raise ValueError(f"its storage {storage.key!r} has another size than its tensors need")
-        storage.values = _values(archive.read(name), storage.dtype, storage.count)
+        storage.read = storages.limited(partial(archive.read, name), storage)
     return _arrays(found)
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Python's own unpickler, the one in Python: it can be interrupted, its operations can be
+    counted, and those that would run for ever or change a class can be replaced."""
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    read: Callable[[int], bytes]
+    readline: Callable[[], bytes]
+    stack: list[Any]
+    memo: dict[int, Any]
+    append: Callable[[Any], None]
+    pop_mark: Callable[[], list[Any]]
+
     def __init__(
         self,
-        file: IO[bytes],
+        file: _Operations,
         stand_ins: Mapping[tuple[str, str], Any],
         persistent: Callable[[Any], Any] | None,
     ):
@@ -109,41 +139,168 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file, encoding="latin1")
         self._stand_ins = stand_ins
         self._persistent = persistent
+        self._file = file
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._stand_ins:
             raise UnsafePickleError(
                 f"it asks for {module}.{name}, which is no data; nothing of it was run"
             )
+        if (module, name) == ("_codecs", "encode"):
+            return self._encode
         return self._stand_ins[module, name]
+
+    def get_extension(self, code: int) -> None:
+        raise UnsafePickleError(f"it asks for extension {code}, which is no data")
 
     def persistent_load(self, pid: Any) -> Any:
         if self._persistent is None:
             raise UnsafePickleError("it refers to objects outside of it")
         return self._persistent(pid)
 
+    def _encode(self, text: Any, encoding: Any = "latin1") -> bytes:
+        """``_codecs.encode``: bytes in pickles of protocol 2. A text may be encoded once: what a
+        pickle holds once could otherwise be made a thousand times."""
+        data = _text(text).encode("latin1")
+        self._file.allow(len(data))
+        return data
+
+    def _load_frame(self) -> None:
+        self.read(8)  # frames only say how much may be read ahead
+
+    def _load_bytearray(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))
+
+    def _load_put(self) -> None:
+        self._put(int(self.readline()[:-1]))
+
+    def _load_long_binput(self) -> None:
+        self._put(struct.unpack("<I", self.read(4))[0])
+
+    def _put(self, place: int) -> None:
+        if not 0 <= place <= _MAX_MEMO:
+            raise ValueError(f"its memo has a place {place}")
+        self.memo[place] = self.stack[-1]
+
+    def _load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_items(self.stack[-1], [key, value])
+
+    def _load_setitems(self) -> None:
+        items = self.pop_mark()
+        self._set_items(self.stack[-1], items)
+
+    def _load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set_items(self.stack[-1], items)
+
+    @staticmethod
+    def _set_items(target: Any, items: Sequence[Any]) -> None:
+        if not isinstance(target, dict):
+            raise ValueError(f"it sets items of a {type(target).__name__}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            target[_key(key)] = value
+
+    def _load_frozenset(self) -> None:
+        self.append(frozenset(map(_key, self.pop_mark())))
+
+    def _load_additems(self) -> None:
+        items = self.pop_mark()
+        target = self.stack[-1]
+        if not isinstance(target, set):
+            raise ValueError(f"it adds to a {type(target).__name__}")
+        target.update(map(_key, items))
+
+    def _load_build(self) -> None:
+        state, target = self.stack.pop(), self.stack[-1]
+        if not isinstance(target, _DType | _Array | _Tensor | _Dict):
+            raise UnsafePickleError(
+                f"it sets the state of a {type(target).__name__}, which has none; nothing was set"
+            )
+        target.__setstate__(state)
+
+
+for _operation, _replacement in (
+    (pickle.FRAME, _Unpickler._load_frame),
+    (pickle.BYTEARRAY8, _Unpickler._load_bytearray),
+    (pickle.PUT, _Unpickler._load_put),
+    (pickle.LONG_BINPUT, _Unpickler._load_long_binput),
+    (pickle.SETITEM, _Unpickler._load_setitem),
+    (pickle.SETITEMS, _Unpickler._load_setitems),
+    (pickle.DICT, _Unpickler._load_dict),
+    (pickle.FROZENSET, _Unpickler._load_frozenset),
+    (pickle.ADDITEMS, _Unpickler._load_additems),
+    (pickle.BUILD, _Unpickler._load_build),
+):
+    _Unpickler.dispatch[_operation[0]] = _replacement
+
+
+class _Operations:
+    """A file as the unpickler reads it: a limited number of times, and never more than is left."""
+
+    def __init__(self, file: IO[bytes], size: int):
+        self._file, self._left, self._extra = file, size, size
+        self._operations = _MAX_OPERATIONS
+
+    def read(self, size: int) -> bytes:
+        return self._counted(self._file.read(min(size, self._left)))
+
+    def readline(self) -> bytes:
+        return self._counted(self._file.readline(self._left))
+
+    def allow(self, size: int) -> None:
+        """Ask for memory beside what is read; of that there may be as much as the file has."""
+        self._extra -= size
+        if self._extra < 0:
+            raise ValueError("it makes the same bytes again and again")
+
+    def _counted(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        self._operations -= 1
+        if self._operations < 0:
+            raise ValueError(f"it has over {_MAX_OPERATIONS:,} operations")
+        return data
+
 
 def _load(
     file: IO[bytes],
     stand_ins: Mapping[tuple[str, str], Any],
     persistent: Callable[[Any], Any] | None = None,
+    size: int | None = None,
 ) -> Any:
+    """One object. ``size``: of the rest of the file; by default it is looked up."""
     try:
-        start = file.tell()
-        _check_memo(file)
-        file.seek(start)
-        return _Unpickler(file, stand_ins, persistent).load()
+        if size is None:
+            start = file.tell()
+            size = file.seek(0, io.SEEK_END) - start
+            file.seek(start)
+        return _Unpickler(_Operations(file, size), stand_ins, persistent).load()
     except UnsafePickleError:
         raise
     except Exception as error:  # whatever a damaged pickle runs into
         raise ValueError(f"it is damaged ({type(error).__name__}: {error})") from error
 
 
-def _check_memo(file: IO[bytes]) -> None:
-    """Refuse a place in the memo that is too high: Python makes room for all below it."""
-    for operation, argument, _ in pickletools.genops(file):
-        if operation.name in _PUTS and int(argument or 0) > _MAX_MEMO:
-            raise ValueError(f"its memo has a place {argument}")
+def _key(value: Any) -> Any:
+    """A key whose hash takes a moment: a tuple of a few levels, in which each holds the one below
+    it twice, is hashed for ever."""
+    parts = value if type(value) is tuple and len(value) <= _MAX_KEY_PARTS else (value,)
+    for part in parts:
+        is_small = type(part) is int and abs(part) < 2**60
+        if not (is_small or part is None or type(part) in (str, bytes, bool)):
+            raise ValueError(f"it has a {type(value).__name__} as a key; expected text or numbers")
+    return value
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    """A shape that an array can have."""
+    if not isinstance(value, tuple | list) or len(value) > _MAX_DIMENSIONS:
+        raise ValueError("it has an array whose shape is none")
+    if not all(type(extent) is int and 0 <= extent < 2**40 for extent in value):
+        raise ValueError("it has an array whose shape is none")
+    return tuple(value)
 
 
 def _text(value: Any) -> str:
@@ -189,6 +346,7 @@ class _Array:
             return data[0] if len(data) == 1 else list(data)
         if isinstance(data, str):
             data = data.encode("latin1")
+        shape = _shape(shape)
         return _shaped(_values(data, resolved, math.prod(shape)), shape, bool(is_fortran))
 
 
@@ -199,15 +357,9 @@ class _Buffer:
         self.data, self.dtype, self.shape, self.order = data, dtype, shape, order
 
     def resolve(self) -> np.ndarray:
-        values = _values(bytes(self.data), self.dtype.resolve(), math.prod(self.shape))
-        return _shaped(values, self.shape, self.order == "F")
-
-
-class _Bytes:
-    """Stands for ``_codecs.encode``: bytes in pickles of protocol 2."""
-
-    def __new__(cls, text: str, encoding: str = "latin1") -> bytes:  # type: ignore[misc]
-        return _text(text).encode("latin1")
+        shape = _shape(self.shape)
+        values = _values(self.data, self.dtype.resolve(), math.prod(shape))
+        return _shaped(values, shape, self.order == "F")
 
 
 class _Dict(dict):
@@ -219,10 +371,22 @@ class _Dict(dict):
 
 @dataclass
 class _Storage:
+    """``read`` gives its bytes; they are asked for when a tensor is needed, and once."""
+
     key: str
     dtype: np.dtype
     count: int
-    values: np.ndarray | None = None
+    read: Callable[[], bytes] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+    @cached_property
+    def values(self) -> np.ndarray:
+        if self.read is None:
+            raise ValueError("it has a tensor without its values; it was cut short")
+        return _values(self.read(), self.dtype, self.count)
 
 
 @dataclass(frozen=True)
@@ -244,17 +408,17 @@ class _Tensor:
         self.storage, self.offset, self.size, self.stride = state[:4]
 
     def resolve(self) -> np.ndarray:
-        size = tuple(int(n) for n in self.size)
+        size, stride = _shape(self.size), _shape(self.stride)
         count = math.prod(size)
         expected = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
-        strides = zip(size, self.stride, expected, strict=True)
+        strides = zip(size, stride, expected, strict=True)
         if any(extent != 1 and stride != wanted for extent, stride, wanted in strides):
             raise ValueError("it has a tensor that is not contiguous; save it after contiguous()")
-        values = self.storage.values
-        if values is None:
-            raise ValueError("it has a tensor without its values; it was cut short")
-        if min((0, self.offset, *size)) < 0 or self.offset + count > len(values):
+        if not isinstance(self.storage, _Storage) or type(self.offset) is not int:
+            raise ValueError("it has a tensor without a storage")
+        if self.offset < 0 or self.offset + count > self.storage.count:
             raise ValueError("it has a tensor outside of its storage")
+        values = self.storage.values
         return values[self.offset : self.offset + count].reshape(size)
 
 
@@ -275,7 +439,7 @@ def _reconstruct(*_: Any) -> _Array:
 _NUMPY: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _DType,
-    ("_codecs", "encode"): _Bytes,
+    ("_codecs", "encode"): None,  # a method of the unpickler
     ("collections", "OrderedDict"): _Dict,
 }
 for _module in ("numpy.core", "numpy._core"):
@@ -293,21 +457,37 @@ _TORCH |= {("torch", name.replace("Storage", "Tensor")): _Tensor for name in _TO
 class _Storages:
     """Those that the tensors of a file share, by their key."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int) -> None:
         self._by_key: dict[str, _Storage] = {}
+        self._max_bytes = self._left = max_bytes
+
+    def limited(self, read: Callable[[], bytes], storage: _Storage) -> Callable[[], bytes]:
+        """``read``, unless all that is read would be too much."""
+
+        def checked() -> bytes:
+            self._left -= storage.num_bytes
+            if self._left < 0:
+                raise ValueError(
+                    f"its arrays would take over {self._max_bytes:,} bytes; a VGG takes less than "
+                    "half of that"
+                )
+            return read()
+
+        return checked
 
     def of(self, pid: Any) -> _Storage:
         """For ``("storage", type, key, device, number of elements, ...)``."""
         kind, storage_type, key, _, count = pid[:5]
-        if kind != "storage" or not isinstance(storage_type, _StorageType):
-            raise UnsafePickleError(f"it refers to {kind!r} outside of it")
-        new = _Storage(str(key), np.dtype(storage_type.code), int(count))
+        if _text(kind) != "storage" or not isinstance(storage_type, _StorageType):
+            raise UnsafePickleError(f"it refers to {_text(kind)!r} outside of it")
+        (count,) = _shape([count])
+        new = _Storage(_text(key), np.dtype(storage_type.code), count)
         return self._by_key.setdefault(new.key, new)
 
-    def get(self, key: Any) -> _Storage:
-        if str(key) not in self._by_key:
+    def get(self, key: str) -> _Storage:
+        if key not in self._by_key:
             raise ValueError(f"no tensor needs its storage {key!r}; it is damaged")
-        return self._by_key[str(key)]
+        return self._by_key[key]
 
     @property
     def all(self) -> list[_Storage]:
@@ -315,33 +495,40 @@ class _Storages:
 
 
 def _arrays(found: Any) -> dict[str, np.ndarray]:
-    """All arrays in an object, by their path.
+    """All arrays in an object, by their path; those of an optimizer are not read.
 
     The depth and the number of objects are limited: a pickle of a few bytes can refer to itself.
     """
     arrays: dict[str, np.ndarray] = {}
+    resolved: dict[int, Any] = {}
     pending: list[tuple[tuple[str, ...], Any]] = [((), found)]
     for _ in range(_MAX_OBJECTS):
         if not pending:
             return arrays
         path, value = pending.pop()
         if isinstance(value, _Array | _Buffer | _Tensor | _Parameter):
-            pending.append((path, value.resolve()))
+            if id(value) not in resolved:
+                resolved[id(value)] = value.resolve()
+            pending.append((path, resolved[id(value)]))
         elif isinstance(value, np.ndarray):
             arrays["/".join(path)] = value
         elif isinstance(value, dict | list | tuple):
             items = value.items() if isinstance(value, dict) else enumerate(value)
             if len(path) == _MAX_DEPTH:
                 break
-            pending += [((*path, str(key)), item) for key, item in reversed(list(items))]
+            pending += [
+                ((*path, str(key)), item)
+                for key, item in reversed(list(items))
+                if not str(key).startswith("optimizer")
+            ]
     raise ValueError(f"it holds over {_MAX_OBJECTS:,} objects, or is nested over {_MAX_DEPTH} deep")
 
 
 def _values(data: bytes, dtype: np.dtype, count: int) -> np.ndarray:
-    if not isinstance(data, bytes) or count < 0 or len(data) != count * dtype.itemsize:
+    if not isinstance(data, bytes | bytearray) or count < 0 or len(data) != count * dtype.itemsize:
         raise ValueError("it has an array whose data do not fill its shape; it was cut short")
     return np.frombuffer(data, dtype)
 
 
-def _shaped(values: np.ndarray, shape: Any, is_fortran: bool) -> np.ndarray:
-    return values.reshape(tuple(int(n) for n in shape), order="F" if is_fortran else "C")
+def _shaped(values: np.ndarray, shape: tuple[int, ...], is_fortran: bool) -> np.ndarray:
+    return values.reshape(shape, order="F" if is_fortran else "C")

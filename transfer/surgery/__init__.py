@@ -21,12 +21,16 @@ from transfer.surgery.graphs import (
     placeholders,
     split_tensor_name,
     static_shape,
+    with_nodes,
 )
+from transfer.surgery.guards import unproven, with_guards
+from transfer.surgery.layout import channels_last, is_channels_first
 from transfer.surgery.modes import Mode
 from transfer.surgery.modes import find as find_modes
 from transfer.surgery.network import Network, Variable, cut, extract, variable
 from transfer.surgery.randomness import SEED, is_seeded
-from transfer.surgery.shapes import free_batch, infer
+from transfer.surgery.scales import find_scales
+from transfer.surgery.shapes import Shape, free_batch, infer, output_shapes
 
 __all__ = [
     "MAX_TRACE",
@@ -35,9 +39,11 @@ __all__ = [
     "VARIABLES",
     "Mode",
     "Network",
+    "Shape",
     "Variable",
     "ancestors",
     "canonical",
+    "channels_last",
     "check",
     "constant",
     "cut",
@@ -47,14 +53,20 @@ __all__ = [
     "extract",
     "find_dropout",
     "find_modes",
+    "find_scales",
     "free_batch",
     "infer",
     "inline",
+    "is_channels_first",
     "is_seeded",
     "operation_of",
+    "output_shapes",
     "outputs",
     "placeholders",
     "split_tensor_name",
     "static_shape",
+    "unproven",
     "variable",
+    "with_guards",
+    "with_nodes",
 ]

@@ -10,7 +10,7 @@ zero, and branches of different shapes are broadcast to one.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import ChainMap, deque
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -52,21 +52,37 @@ _FOLDED = {
     "LessEqual": np.less_equal,
 }
 
-Branches = dict[str, int]
+Branches = Mapping[str, int]
 """Predicate to the side (0 or 1) on which a node lives."""
+MAX_BRANCHES = 5_000_000
+"""Branches of all nodes of a graph; those that a node shares with its input count once."""
 
 
 def branches(nodes: Sequence[NodeDef]) -> dict[str, Branches]:
-    """Operation to the branches that it lives in; nodes come with their inputs before them."""
+    """Operation to the branches that it lives in; nodes come with their inputs before them.
+
+    Raises:
+        ValueError: if conditionals are nested so deeply that there are over ``MAX_BRANCHES``.
+    """
     by_name = {node.name: node for node in nodes}
     found: dict[str, Branches] = {}
+    count = 0
     for node in nodes:
         lives: Branches = {}
         for edge in node.input:
-            lives |= _branches_of(edge, by_name, found)
-        if node.op in MERGES:
-            lives.pop(predicate_of(node, by_name, found) or "", None)
+            of_input = _branches_of(edge, by_name, found)
+            if of_input is not lives:
+                count += len(of_input)
+                lives = {**lives, **of_input} if lives and of_input else lives or of_input
+        predicate = predicate_of(node, by_name, found) if node.op in MERGES else None
+        if predicate in lives:
+            lives = {p: side for p, side in lives.items() if p != predicate}
         found[node.name] = lives
+        if count > MAX_BRANCHES:
+            raise ValueError(
+                f"the graph nests conditionals too deeply: {node.name!r} is inside {len(lives):,}; "
+                "it is damaged, or made to harm"
+            )
     return found
 
 
@@ -92,9 +108,9 @@ def _branches_of(
     node = by_name.get(operation_of(edge))
     if node is None:
         return {}
-    lives = dict(found.get(node.name, {}))
+    lives = found.get(node.name, {})
     if node.op in SWITCHES and not edge.startswith("^"):
-        lives[root(by_name, node.input[1])] = split_tensor_name(edge)[1]
+        return {**lives, root(by_name, node.input[1]): split_tensor_name(edge)[1]}
     return lives
 
 
@@ -123,6 +139,7 @@ def resolve(
             the statistics of a network in use are the learnt ones, and nothing here updates them.
     """
     by_name = {node.name: node for node in nodes}
+    in_use = ChainMap(dict(inference or {}), by_name)
     lives = branches(nodes)
     renamed: dict[str, str] = {}
     resolved = []
@@ -143,12 +160,12 @@ def resolve(
         elif predicate is not None:
             side = known_value(by_name, predicate)
             if side is not None and inference:
-                in_use = known_value({**by_name, **inference}, predicate)
-                if in_use not in (None, side) and (
-                    _is_statistics(by_name, node.input[int(in_use)])
+                used = known_value(in_use, predicate)
+                if used not in (None, side) and (
+                    _is_statistics(by_name, node.input[int(used)])
                     or _is_norm(by_name, lives, node.input[int(side)], predicate)
                 ):
-                    side = in_use
+                    side = used
             resolved += _merged(node, edges, new_name(predicate), side)
             renamed[f"{node.name}:1"] = f"{node.name}/value_index:0"
         elif edges == list(node.input):

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
+from tensorflow.core.framework.types_pb2 import DT_INVALID, DT_RESOURCE, DT_VARIANT
 from tensorflow.python.framework import op_def_registry
 
 REFERENCE_VARIABLES = frozenset({"Variable", "VariableV2", "AutoReloadVariable"})
@@ -178,8 +179,8 @@ def dtype_of(node: NodeDef, index: int = 0) -> tf.DType | None:
     Raises:
         ValueError: if there is no such type.
     """
-    kind: int | None = None
-    for name in ("dtype", "DstT", "T"):
+    kind = _fixed_type(node, index)
+    for name in ("dtype", "DstT", "element_dtype", "T"):
         if kind is None and name in node.attr:
             listed = node.attr[name].list.type
             kind = listed[index] if index < len(listed) else node.attr[name].type
@@ -192,6 +193,16 @@ def dtype_of(node: NodeDef, index: int = 0) -> tf.DType | None:
         raise ValueError(
             f"the graph is damaged: {node.name!r} has elements of type {kind}, which there is not"
         ) from None
+
+
+def _fixed_type(node: NodeDef, index: int) -> int | None:
+    """The type of an output that is the same whatever the operands are: of a resized image."""
+    op_def = op_def_registry.get(node.op)
+    arguments = [] if op_def is None else op_def.output_arg[: index + 1]
+    if len(arguments) <= index or any(a.number_attr or a.type_list_attr for a in arguments):
+        return None
+    kind = arguments[index].type
+    return None if kind in (DT_INVALID, DT_RESOURCE, DT_VARIANT) else kind
 
 
 def num_elements(node: NodeDef) -> int:

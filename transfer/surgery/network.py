@@ -290,6 +290,8 @@ def _constant(node: NodeDef, value: float | bool) -> NodeDef:
     is_number = node.op in VARIABLES and not node.attr["shape"].shape.dim
     if not node.op.startswith("Placeholder") and not is_number:
         raise ValueError(f"cannot feed {node.name!r}: it is a {node.op}, not a placeholder")
+    if dtype is not None and dtype.is_integer and float(value).is_integer():
+        value = int(value)
     try:
         tensor = tf.make_tensor_proto(value, dtype)
     except (TypeError, ValueError):

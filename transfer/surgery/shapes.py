@@ -9,12 +9,13 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
-from tensorflow.core.framework.types_pb2 import DT_INT64
+from tensorflow.core.framework.types_pb2 import DT_INT32, DT_INT64
 
 from transfer.surgery import dropout
 from transfer.surgery.graphs import canonical, constant, downstream, operation_of, with_nodes
@@ -26,7 +27,15 @@ tf1 = tf.compat.v1
 Shape = tuple[int | None, ...] | None
 MAX_ELEMENTS = 2**31
 """Of one tensor for a handful of examples; VGG16's largest has 3e6 an example."""
+_STATES_BATCH = {"Reshape": 1, "Conv2DBackpropInput": 0}
+"""Operation to its operand with the sizes of what it gives."""
+MAX_TOTAL = 2**32
+"""Elements of all tensors together, per example; VGG19's have 3e8 for images of 512 pixels."""
+MAX_GROWN = 2**28
+"""Elements, per example, of tensors ``GROWTH`` times as large as all that they are made from."""
+GROWTH = 64
 _PROBES = (3, 5)
+_SMALL_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 
 
 def infer(network: Network) -> dict[str, Shape]:
@@ -37,6 +46,25 @@ def infer(network: Network) -> dict[str, Shape]:
             ``MAX_ELEMENTS`` elements.
     """
     return _infer(network, network.graph_def, network.input_shape)
+
+
+def output_shapes(network: Network, example: Sequence[int | None]) -> dict[int, Shape]:
+    """Batch size to the output's shape, for two batch sizes.
+
+    What both agree on holds for every batch: a width that a reshape computes from the batch size is
+    known here, where an open batch size hides it.
+
+    Args:
+        network: its arithmetic for inference counts.
+        example: shape of one example of the input; ``None`` for dimensions that are not known.
+
+    Raises:
+        ValueError: if the graph does not take such batches.
+    """
+    return {
+        batch: _infer(network, network.graph_def, (batch, *example))[network.output]
+        for batch in _PROBES
+    }
 
 
 def free_batch(network: Network) -> Network:
@@ -58,8 +86,10 @@ def free_batch(network: Network) -> Network:
         return network
     batch_size = input_shape[0]
     if batch_size is None:
+        if _ignores_batch(network, input_shape):
+            return network  # no value per example: a mean of all
         # The placeholder leaves the batch open, and something after it does not.
-        batch_size = (infer(network)[network.output] or (None,))[0]
+        batch_size = (infer(network)[network.output] or (None,))[0] or _only_batch(network)
     if batch_size is None:
         return network
     fixed = (batch_size, *input_shape[1:])
@@ -84,12 +114,40 @@ def _takes_any_batch(network: Network, graph_def: GraphDef, input_shape: Sequenc
     return None in first_dims or first_dims[0] != first_dims[1]
 
 
+def _only_batch(network: Network) -> int | None:
+    """The batch that a graph states in a reshape or a transposed convolution, else the smallest
+    that fits: two towers take even ones."""
+    constants = {node.name: node for node in network.graph_def.node if node.op == "Const"}
+    stated = []
+    for node in network.graph_def.node:
+        if node.op in _STATES_BATCH:
+            value = constant(constants.get(operation_of(node.input[_STATES_BATCH[node.op]])))
+            stated += [] if value is None else [int(size) for size in value.ravel()[:1]]
+    input_shape = network.input_shape or ()
+    for batch in (*sorted({size for size in stated if size > 1}), *_SMALL_BATCHES):
+        with contextlib.suppress(ValueError):
+            shapes = [_infer(network, g, (batch, *input_shape[1:])) for g in network.graphs]
+            if all((shape[network.output] or (None,))[0] in (None, batch) for shape in shapes):
+                return batch
+    return None
+
+
+def _ignores_batch(network: Network, input_shape: Sequence) -> bool:
+    """Whether the output has one shape for batches of all sizes."""
+    try:
+        first, second = output_shapes(network, input_shape[1:]).values()
+    except ValueError:
+        return False
+    return first == second
+
+
 def _open_batch(network: Network, graph_def: GraphDef, shapes: Mapping[str, Shape]) -> GraphDef:
-    """The graph with the batch left open in each reshape that keeps it, and in dropout's masks."""
+    """The graph with the batch left open in each reshape that keeps it, in transposed convolutions,
+    and in dropout's masks."""
     batch = (shapes[network.input] or (None,))[0]
     live = downstream(graph_def.node, [network.input]) | {operation_of(network.input)}
     states_batch = {
-        node.name
+        node.name: np.ravel(value)
         for node in graph_def.node
         if (value := constant(node)) is not None and np.ravel(value)[:1].tolist() == [batch]
     }
@@ -105,6 +163,13 @@ def _open_batch(network: Network, graph_def: GraphDef, shapes: Mapping[str, Shap
             target = NodeDef(name=f"{node.name}/open_batch", op="Shape", input=[masks[node.name]])
             target.attr["T"].type = node.attr["dtype"].type  # a mask has the type of its values
             target.attr["out_type"].type = DT_INT64
+        elif (
+            node.op == "Conv2DBackpropInput"
+            and operation_of(node.input[0]) in states_batch
+            and (shapes.get(canonical(node.input[2])) or (None,))[0] == batch
+        ):
+            nodes += _open_sizes(node, states_batch[operation_of(node.input[0])])
+            copy.input[0] = nodes[-1].name
         if target is not None:
             nodes.append(target)
             copy.input[1 if node.op == "Reshape" else 0] = target.name
@@ -126,6 +191,29 @@ def _open_target(
     return target
 
 
+def _open_sizes(convolution: NodeDef, sizes: np.ndarray) -> list[NodeDef]:
+    """The size of what a transposed convolution gives, with the batch of what it takes; last."""
+    name = f"{convolution.name}/open_batch"
+    shape = NodeDef(name=f"{name}/shape", op="Shape", input=[convolution.input[2]])
+    shape.attr["T"].CopyFrom(convolution.attr["T"])
+    shape.attr["out_type"].type = DT_INT32
+    begin, one = _integers(f"{name}/begin", [0]), _integers(f"{name}/one", [1])
+    batch = NodeDef(name=f"{name}/batch", op="Slice", input=[shape.name, begin.name, one.name])
+    batch.attr["T"].type = batch.attr["Index"].type = DT_INT32
+    rest, axis = _integers(f"{name}/rest", sizes[1:]), _integers(f"{name}/axis", 0)
+    whole = NodeDef(name=name, op="ConcatV2", input=[batch.name, rest.name, axis.name])
+    whole.attr["N"].i = 2
+    whole.attr["T"].type = whole.attr["Tidx"].type = DT_INT32
+    return [shape, begin, one, batch, rest, axis, whole]
+
+
+def _integers(name: str, value: Any) -> NodeDef:
+    node = NodeDef(name=name, op="Const")
+    node.attr["dtype"].type = DT_INT32
+    node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value, tf.int32))
+    return node
+
+
 def _infer(network: Network, graph_def: GraphDef, input_shape: Shape) -> dict[str, Shape]:
     with tf.Graph().as_default() as graph:
         leaves = {network.input: tf1.placeholder(network.input_dtype or tf.float32, input_shape)}
@@ -143,14 +231,41 @@ def _infer(network: Network, graph_def: GraphDef, input_shape: Shape) -> dict[st
             for operation in graph.get_operations()
             for tensor in operation.outputs
         }
+        made_from = {
+            tensor.name.removeprefix("n/"): [_sizes(tensor) for tensor in operation.inputs]
+            for operation in graph.get_operations()
+            for tensor in operation.outputs
+        }
+    _check_sizes(shapes, made_from, (input_shape or (None,))[0] or 1)
+    return shapes | {name: _sizes(leaf) for name, leaf in leaves.items()}
+
+
+def _check_sizes(
+    shapes: Mapping[str, Shape], made_from: Mapping[str, Sequence[Shape]], batch: int
+) -> None:
+    """Refuse tensors that would fill the memory, each by itself or all together."""
+    total = grown = 0
     for name, shape in shapes.items():
-        num_elements = math.prod(size or 1 for size in shape or ())
-        if num_elements > MAX_ELEMENTS:
+        elements = _num_elements(shape)
+        if elements > MAX_ELEMENTS:
             raise ValueError(
-                f"tensor {name!r} would have {num_elements:,} elements, more than "
+                f"tensor {name!r} would have {elements:,} elements, more than "
                 f"{MAX_ELEMENTS:,}; the graph is damaged, or made to harm"
             )
-    return shapes | {name: _sizes(leaf) for name, leaf in leaves.items()}
+        per_example = elements // batch if shape and shape[0] == batch else elements
+        total += per_example
+        if per_example > GROWTH * sum(map(_num_elements, made_from[name])):
+            grown += per_example
+        for what, number, most in (("", total, MAX_TOTAL), ("filled ", grown, MAX_GROWN)):
+            if number > most:
+                raise ValueError(
+                    f"the {what}tensors up to {name!r} would have {number:,} elements together, "
+                    f"more than {most:,}; the graph is damaged, or made to harm"
+                )
+
+
+def _num_elements(shape: Shape) -> int:
+    return math.prod(size or 1 for size in shape or ())
 
 
 def _sizes(tensor: tf.Tensor) -> Shape:

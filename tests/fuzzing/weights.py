@@ -1,0 +1,57 @@
+"""Files of published weights to begin with, in every layout, of a VGG of a few hundred numbers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, Base
+
+
+def tiny_architecture() -> Any:
+    """Known to this process from now on, so that its files are converted."""
+    from transfer import vgg
+
+    tiny = vgg.Architecture(((2,), (2,), (3,), (3,), (4,)), fc=5, image_size=64)
+    return vgg.ARCHITECTURES.setdefault("tiny", tiny)
+
+
+def weights_bases(root: Path) -> Iterator[Base]:
+    import keras
+
+    from transfer import vgg
+
+    sys.path.append(str(ROOT / "tests"))
+    import test_published as published
+
+    tiny = tiny_architecture()
+    published.SMALL, published.NUM_CLASSES = tiny, 3
+    published.VALUES = vgg.random_weights(tiny, 3)
+    published.CONVOLUTIONS = [name for block in tiny.convolutions for name, _ in block]
+    published.WINDOW, published.CHANNELS = tiny.pooled_size, tiny.blocks[-1][-1]
+
+    def base(name: str, file: str) -> Base:
+        folder = root / f"weights-{name}"
+        return Base("weights", name, folder, file, (file,), "fc7", None, ())
+
+    writers = {name: writer for name, (writer, *_) in published.WRITERS.items() if name != "slim"}
+    writers |= {"torch": published.write_torch_zip, "old torch": published.write_torch_legacy}
+    for name, writer in writers.items():
+        found = base(name, "weights")
+        found.folder.mkdir()
+        writer(found.folder / found.path)
+        yield found
+
+    layers = [keras.Input((64, 64, 3))]
+    for (width,) in tiny.blocks:
+        layers += [keras.layers.Conv2D(width, 3, padding="same")]
+        layers += [keras.layers.BatchNormalization(), keras.layers.ReLU()]
+        layers += [keras.layers.MaxPooling2D()]
+    model = keras.Sequential([*layers, keras.layers.Flatten(), keras.layers.Dense(3)])
+    for suffix in (".h5", ".keras"):
+        found = base(f"saved{suffix}", f"weights{suffix}")
+        found.folder.mkdir()
+        model.save(found.folder / found.path)
+        yield found

@@ -1,0 +1,58 @@
+"""Child processes import this project's code and the environment's, not the working folder's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from transfer import child_process
+
+WOULD_BE_IMPORTED = ("transfer", "recipes", "numpy", "random", "runpy", "json", "tensorflow")
+
+
+@pytest.fixture
+def newcomers_folder(tmp_path: Path) -> Path:
+    """Files and folders of names that this project imports; each ends the process."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for number, name in enumerate(WOULD_BE_IMPORTED):
+        module = folder / name / "__init__.py" if number % 2 else folder / f"{name}.py"
+        module.parent.mkdir(exist_ok=True)
+        module.write_text(f"raise SystemExit('imported the {name} of the working folder')")
+    return folder
+
+
+def run(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("safe_path", ["", "1"])
+def test_working_folder_is_not_imported(newcomers_folder: Path, safe_path: str) -> None:
+    command = child_process.command("recipes.cli", "finetune", "--help")
+    done = run(command, newcomers_folder, PYTHONSAFEPATH=safe_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--freeze-until" in done.stdout
+
+
+def test_code_of_a_clone_is_found_and_given_its_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone, work, other = tmp_path / "clone", tmp_path / "work", tmp_path / "other"
+    for folder in (clone, work, other):
+        folder.mkdir()
+    (clone / "mine.py").write_text("import sys, theirs\nprint(__name__, sys.argv[1:], theirs.X)")
+    (other / "theirs.py").write_text("X = 'from PYTHONPATH'")
+    monkeypatch.setattr(child_process, "_ROOT", clone)
+    done = run(child_process.command("mine", "a b", 3), work, PYTHONPATH=str(other))
+    assert done.stdout.strip() == "__main__ ['a b', '3'] from PYTHONPATH", done.stderr

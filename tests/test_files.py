@@ -1,0 +1,154 @@
+"""Files written atomically, and deleted with care, beside links and files of other people."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from pathlib import Path
+
+import pytest
+
+from transfer import files
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A file outside of the folder that is written to."""
+    path = tmp_path / "theirs.txt"
+    path.write_text("theirs")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "results"
+    path.mkdir()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "file", "pipe", "nothing"])
+def test_a_name_that_is_taken_is_replaced_and_not_followed(
+    folder: Path, theirs: Path, kind: str
+) -> None:
+    path = folder / "metrics.json"
+    if kind == "hard link":
+        os.link(theirs, path)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "file":
+        path.write_text("before")
+    elif kind != "nothing":
+        path.symlink_to(theirs if kind == "link" else folder / "absent")
+    files.write_text(path, "mine\r\n")
+    assert path.read_bytes() == b"mine\r\n"
+    assert files.is_regular(path)
+    assert theirs.read_text() == "theirs"
+    assert [p.name for p in folder.iterdir()] == ["metrics.json"]
+
+
+def test_temporary_names_cannot_be_known(folder: Path, theirs: Path) -> None:
+    for name in (".metrics.json.tmp", "metrics.json.tmp"):
+        (folder / name).symlink_to(theirs)
+    seen = set()
+    for _ in range(3):
+        with files.replacing(folder / "metrics.json") as temporary:
+            assert temporary.parent == folder
+            assert files.is_temporary(temporary.name, "metrics.json")
+            assert not files.is_temporary(temporary.name, "other.json")
+            assert files.is_regular(temporary)
+            seen.add(temporary.name)
+    assert len(seen) == 3
+    assert theirs.read_text() == "theirs"
+
+
+def test_a_long_name_is_written(folder: Path) -> None:
+    path = folder / ("ä" * 120 + ".json")
+    files.write_text(path, "x")
+    assert path.read_text() == "x"
+
+
+def test_the_mode_is_that_of_the_users_mask(folder: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        files.write_text(folder / "a", "x")
+        with files.draft_folder(folder) as draft:
+            assert stat.S_IMODE(draft.stat().st_mode) == 0o750
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((folder / "a").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_was_there_stays_where_writing_fails(folder: Path, error: type) -> None:
+    path = folder / "a"
+    path.write_text("before")
+    with pytest.raises(error), files.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(path, "\udcff")
+    assert path.read_text() == "before"
+    assert [p.name for p in folder.iterdir()] == ["a"]
+
+
+def test_an_error_names_the_file(folder: Path) -> None:
+    (folder / "report.html").mkdir()
+    with pytest.raises(IsADirectoryError, match="results/report.html'"):
+        files.write_text(folder / "report.html", "x")
+    with pytest.raises(FileNotFoundError, match="absent/report.html'"):
+        files.write_text(folder / "absent" / "report.html", "x")
+    with pytest.raises(FileNotFoundError, match="elsewhere"), files.replacing(folder / "a"):
+        (folder / "elsewhere").read_text()
+    assert [p.name for p in folder.iterdir()] == ["report.html"]
+
+
+def test_a_folder_that_is_a_link_is_refused(folder: Path, tmp_path: Path) -> None:
+    files.make_folder(folder / "plots")
+    files.make_folder(folder / "plots")
+    (folder / "events").symlink_to(tmp_path)
+    with pytest.raises(NotADirectoryError, match="events' is a link; .* remove it"):
+        files.make_folder(folder / "events")
+
+
+@pytest.mark.parametrize("is_hard", [False, True])
+def test_a_lock_leaves_what_its_name_pointed_to(folder: Path, theirs: Path, is_hard: bool) -> None:
+    path = folder / ".lock"
+    os.link(theirs, path) if is_hard else path.symlink_to(theirs)
+    with files.lock(path):
+        assert files.is_regular(path)
+    assert theirs.read_text() == "theirs"
+
+
+def test_only_known_files_are_deleted(folder: Path, theirs: Path) -> None:
+    for name in ("a.index", "deep/b.index", "deep/notes.txt", "empty/c.index"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    (folder / "d.index").symlink_to(theirs)
+    (folder / "linked").symlink_to(theirs.parent)
+    (theirs.parent / "e.index").write_text("theirs")
+    names = re.compile(r"(.+/)?[^/]+\.index")
+    files.remove_folder(folder, names)
+    left = sorted(path.relative_to(folder).as_posix() for path in folder.iterdir())
+    assert left == ["d.index", "deep", "linked"]
+    assert (folder / "deep" / "notes.txt").exists()
+    assert theirs.read_text() == (theirs.parent / "e.index").read_text() == "theirs"
+    files.remove_folder(folder / "linked", names)
+    assert (theirs.parent / "e.index").exists()
+    files.remove_folder(folder / "absent", names)
+
+
+def test_drafts_of_killed_processes_are_deleted_and_other_folders_stay(folder: Path) -> None:
+    for name in (
+        ".saving-0123456789abcdef",
+        ".saving-ab_cdef1",
+        ".saving-photos",
+        ".saving-01234567",
+    ):
+        (folder / name).mkdir()
+        (folder / name / "model.index").write_text("x")
+    (folder / ".saving-01234567" / "a.jpg").write_text("mine")
+    files.remove_drafts(folder)
+    assert sorted(p.name for p in folder.iterdir()) == [".saving-01234567", ".saving-photos"]
+    assert (folder / ".saving-photos" / "model.index").exists()
+    assert (folder / ".saving-01234567" / "a.jpg").exists()

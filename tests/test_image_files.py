@@ -1,0 +1,224 @@
+"""Which files of a folder are images, which are passed over, and what is said of them."""
+
+import json
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+from commands import finetune, metrics
+from conftest import make_image_folder
+from PIL import Image
+
+from recipes.cli import main
+from transfer.image_files import PassedOver, PixelBudget, find, read
+from transfer.images import KINDS, suffixes
+from transfer.preprocess import Preprocess
+from transfer.sources import open_source
+
+HEIC = "needs pillow-heif: pip install 'vgg-transfer[heif]'"
+needs_no_heif = pytest.mark.skipif(".heic" in suffixes(), reason="pillow-heif is installed")
+needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Two classes with images of many kinds, other files, and what systems leave behind."""
+    root = make_image_folder(tmp_path / "photos")
+    for name, color in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):
+        image = Image.new("RGB", (20, 24), color)
+        for suffix in (".webp", ".TIF", ".jfif", ".jpe", ".jp2", ".ppm"):
+            kind = next(kind for kind, names in KINDS.items() if suffix.lower() in names)
+            image.save(root / name / f"more{suffix}", kind)
+        for file in ("a.heic", "b.HEIC", "c.svg", ".hidden.svg", ".DS_Store", "Thumbs.db"):
+            (root / name / file).write_bytes(b"")
+    (root / "green").mkdir()
+    (root / "green" / "d.heic").write_bytes(b"")
+    image.save(root / "loose.jpg")
+    return root
+
+
+@needs_no_heif
+def test_all_kinds_are_used_and_the_rest_is_counted(mixed):
+    source = open_source(image_folder=str(mixed))
+    split = source.split("train")
+    assert len(split) == 24 + 12
+    batches = list(split.batches(Preprocess("none", 8), 5))
+    pixels = np.concatenate([images for images, _ in batches])
+    labels = np.concatenate([labels for _, labels in batches])
+    is_red = pixels[..., 0].mean((1, 2)) > pixels[..., 2].mean((1, 2))
+    np.testing.assert_array_equal(is_red, labels == source.class_names.index("red"))
+    assert source.passed_over.describe() == [
+        f"8 of 44 files passed over: 5 .heic ({HEIC}), 2 .svg (not a kind of image that is read), "
+        "1 .jpg (outside the class folders)",
+        "1 class has no readable images: green",
+    ]
+
+
+@needs_no_heif
+def test_every_verb_says_what_is_passed_over(tmp_path, model, mixed, capsys):
+    expected = "8 of 44 files passed over: 5 .heic"
+    out = tmp_path / "run"
+    assert finetune(out, model, mixed) == 0
+    assert f"warning: {expected}" in capsys.readouterr().err
+    assert metrics(out)["unreadable"] == {"count": 0, "names": []}
+    assert main(["evaluate", str(out), "--image-folder", str(mixed)]) == 0
+    assert f"warning: {expected}" in capsys.readouterr().err
+    assert main(["check-data", "--image-folder", str(mixed), "--model", "none", "--json"]) == 0
+    printed, err = capsys.readouterr()
+    found = json.loads(printed)
+    assert f"warning: {expected}" in err
+    assert (found["unreadable"], found["empty_classes"]) == ([], ["green"])
+    assert sorted(found["passed_over"])[-1] == "red/c.svg"
+    assert main(["predict", str(out), str(mixed), "--top-k", "1"]) == 0
+    printed, err = capsys.readouterr()
+    assert len(printed.splitlines()) == 37  # with the one that is in no class
+    assert "warning: 7 of 44 files passed over: 5 .heic" in err
+
+
+@needs_no_heif
+def test_too_few_classes_say_what_was_skipped(mixed):
+    for path in (mixed / "blue").iterdir():
+        if path.suffix.lower() in suffixes():
+            path.unlink()
+    with pytest.raises(ValueError, match=r"has 1 class \['red'\]; .* 8 of 26 files") as error:
+        open_source(image_folder=str(mixed))
+    assert "2 classes have no readable images: blue, green" in str(error.value)
+    with pytest.raises(ValueError, match="has no images; .* 2 .heic"):
+        (mixed / "red").rename(mixed.parent / "elsewhere")
+        (mixed / "blue").rename(mixed.parent / "elsewhere too")
+        (mixed / "green" / "e.heic").write_bytes(b"")
+        (mixed / "loose.jpg").unlink()
+        open_source(image_folder=str(mixed))
+
+
+def test_folders_beside_the_splits_are_counted(tmp_path):
+    make_image_folder(tmp_path / "photos" / "train", 4)
+    make_image_folder(tmp_path / "photos" / "extra", 3)
+    source = open_source(image_folder=str(tmp_path / "photos"))
+    assert len(source.split("train")) == 8
+    (line,) = source.passed_over.describe()
+    assert line.startswith("6 of 14 files passed over: ")
+    assert "4 .jpg (outside the split folders), 2 .png (outside the split folders)" in line
+
+
+def test_links_are_said(image_folder):
+    (image_folder / "red" / "gone.jpg").symlink_to(image_folder / "nowhere.jpg")
+    (image_folder / "red" / "round").symlink_to(image_folder)
+    source = open_source(image_folder=str(image_folder))
+    assert len(source.split("train")) == 24
+    assert sorted(source.passed_over.files) == [
+        ("red/gone.jpg", "a link to nothing"),
+        ("red/round", "a link to a folder"),
+    ]
+    assert source.passed_over.num_images == 24
+
+
+@needs_pipes
+@pytest.mark.parametrize("kind", ["a named pipe", "a device"])
+def test_what_may_never_end_is_refused_at_once(tmp_path, model, image_folder, kind, capsys):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder) == 0
+    path = image_folder / "red" / "endless.png"
+    os.mkfifo(path) if kind == "a named pipe" else path.symlink_to("/dev/zero")
+    message = f"endless.png' cannot be read: it is {kind}; expected a regular file"
+    for verb in (["finetune", "--out", str(tmp_path / "other")], ["check-data"]):
+        assert main([*verb, "--image-folder", str(image_folder)]) == 1
+        assert message in capsys.readouterr().err
+    assert main(["evaluate", str(out)]) == 1
+    assert message in capsys.readouterr().err
+    for word in (path, path.parent):
+        assert main(["predict", str(out), str(word)]) == 1
+        assert f"error: {path}: it is {kind}; expected" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=kind):
+        read(path)
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    path = tmp_path / "x.jpg"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # sparse
+    with pytest.raises(ValueError, match="it has 1,099,511,627,776 bytes; expected at most"):
+        read(path)
+
+
+def test_files_are_found_in_the_order_of_their_names(image_folder):
+    passed_over = PassedOver()
+    paths = [str(path) for path in find(image_folder, passed_over, in_order=True)]
+    assert paths == sorted(paths)
+    assert (len(paths), passed_over.describe()) == (24, [])
+
+
+def test_large_images_wait_and_small_ones_do_not(tmp_path):
+    sides = {"large": 100, "small": 10}
+    for name, side in sides.items():
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+    budget = PixelBudget(15_000)
+    held, most = [], []
+
+    def work(name):
+        with budget.hold(tmp_path / f"{name}.png"):
+            held.append(name)
+            most.append(held.count("large"))
+            time.sleep(0.02)
+            held.remove(name)
+
+    threads = [threading.Thread(target=work, args=[name]) for name in ["large", "small"] * 6]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert (len(most), max(most)) == (12, 1)
+
+
+def spoil(root):
+    """A text, half a JPEG, and damage that only decoding finds; the names."""
+    whole = (root / "red" / "02.jpg").read_bytes()
+    (root / "red" / "02.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "blue" / "00.jpg").write_bytes(b"<html>404</html>")
+    noise = Image.effect_noise((64, 64), 90).convert("RGB")
+    noise.save(root / "blue" / "03.png")
+    data = bytearray((root / "blue" / "03.png").read_bytes())
+    data[len(data) // 2] ^= 255
+    (root / "blue" / "03.png").write_bytes(data)
+    return {"red/02.jpg", "blue/00.jpg", "blue/03.png"}
+
+
+def test_unreadable_images_are_left_out_where_that_is_asked_for(
+    tmp_path, model, image_folder, capsys
+):
+    names = spoil(image_folder)
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder) == 1
+    err = capsys.readouterr().err
+    assert "2 images cannot be decoded: " in err  # those that a look at their ends finds
+    assert "'red/02.jpg'" in err and "'blue/00.jpg'" in err and "--skip-unreadable N" in err
+    assert not out.exists()
+    assert finetune(out, model, image_folder, "--skip-unreadable", 2) == 1
+    assert "3 images cannot be decoded: " in capsys.readouterr().err
+    assert finetune(out, model, image_folder, "--skip-unreadable", 3) == 0
+    err = capsys.readouterr().err
+    assert "warning: blue/00.jpg was left out: it is no image" in err
+    found = metrics(out)
+    assert found["unreadable"]["count"] == 3
+    assert set(found["unreadable"]["names"]) == names
+    assert main(["evaluate", str(out)]) == 0
+    assert metrics(out)["evaluation"]["accuracy"] == found["eval"]["accuracy"]
+    assert main(["export", str(out), "--format", "saved_model,tflite"]) == 0
+    for name in names:  # as without them
+        (image_folder / name).unlink()
+    assert finetune(tmp_path / "without", model, image_folder) == 0
+    assert metrics(tmp_path / "without")["eval"] == found["eval"]
+
+
+def test_evaluate_leaves_out_unreadable_images(tmp_path, model, image_folder, capsys):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder) == 0
+    spoil(image_folder)
+    other = ["evaluate", str(out), "--image-folder", str(image_folder), "--eval-split", "train"]
+    assert main(other) == 1
+    assert "cannot be decoded: " in capsys.readouterr().err
+    assert main([*other, "--skip-unreadable", "5"]) == 0
+    found = metrics(out)["evaluation"]
+    assert (found["num_examples"], found["unreadable"]["count"]) == (21, 3)

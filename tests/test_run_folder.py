@@ -1,0 +1,171 @@
+"""Run folders of other people, in which any name may be a link to somewhere else."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from commands import finetune
+from conftest import make_image_folder, save_vgg
+
+from recipes import evaluate_job, run_folder
+from recipes.cli import main
+from transfer import Card
+
+FLAGS = ("--freeze-until", "pool2", "--cache", "memory", "--max-to-keep", 1)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A model, images, and an evaluated run."""
+    folder = tmp_path_factory.mktemp("setting")
+    card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
+    model = save_vgg(folder / "model" / "tiny", card=card)
+    photos = make_image_folder(folder / "photos")
+    assert finetune(folder / "run", model, photos, *FLAGS) == 0
+    assert main(["evaluate", str(folder / "run")]) == 0
+    assert main(["export", str(folder / "run"), "--format", "tflite"]) == 0
+    return model, photos, folder / "run"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def linked(source: Path, run: Path, link) -> Path:
+    """A copy of a run, all of whose files are links."""
+    for path in sorted(source.rglob("*")):
+        copy = run / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir(parents=True)
+        else:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            link(path, copy)
+    return run
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_nothing_is_written_through_the_files_of_a_run(setting, tmp_path, link) -> None:
+    model, photos, run = setting
+    theirs = shutil.copytree(run, tmp_path / "theirs")
+    out = linked(theirs, tmp_path / "run", link)
+    (out / ".lock").unlink()
+    link(theirs / "metrics.json", out / ".lock")
+    for name in ("metrics.json", "evaluation.json", "report.html", "confusion.csv", "labels.txt"):
+        link(theirs / name, out / f".{name}.tmp")
+    link(theirs / "config.yaml", out / "changes.csv")
+    before = contents(theirs)
+    assert main(["evaluate", str(out)]) == 0
+    assert (out / "plots" / "confusion.png").read_bytes() == before["plots/confusion.png"]
+    # A run that is resumed does an epoch once more, and the rest.
+    assert finetune(out, model, photos, *FLAGS, "--resume", "--epochs", 4) == 0
+    assert contents(theirs) == before
+    assert len((out / "history.csv").read_text().splitlines()) == 1 + 4
+
+
+def test_links_to_nothing_make_nothing(setting, tmp_path) -> None:
+    model, photos, run = setting
+    out = shutil.copytree(run, tmp_path / "run")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    names = ["evaluation.json", "report.html", "predictions.csv", "confusion.csv", "history.csv"]
+    names += [".lock", "plots/confusion.png", ".metrics.json.tmp", "changes.csv"]
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+        (out / name).symlink_to(elsewhere / Path(name).name)
+    shutil.rmtree(out / "checkpoints")  # so that no epoch is done, and none is kept
+    assert main(["evaluate", str(out)]) == 0
+    assert finetune(out, model, photos, *FLAGS, "--resume") == 0
+    assert list(elsewhere.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["plots", "events", "events/train", "checkpoints", "export"])
+def test_a_folder_of_a_run_that_is_a_link_is_refused(setting, tmp_path, capfd, name) -> None:
+    model, photos, run = setting
+    out = shutil.copytree(run, tmp_path / "run")
+    shutil.move(out / name, tmp_path / "theirs")
+    (out / name).symlink_to(tmp_path / "theirs")
+    before = contents(tmp_path / "theirs")
+    if name == "plots":
+        assert main(["evaluate", str(out)]) == 1
+    elif name == "export":
+        assert main(["export", str(out), "--format", "tflite"]) == 1
+    else:
+        assert finetune(out, model, photos, *FLAGS, "--resume", "--epochs", 4) == 1
+    (line,) = [li for li in capfd.readouterr().err.splitlines() if li.startswith("error: ")]
+    assert f"{name}' is a link; expected a folder" in line
+    assert contents(tmp_path / "theirs") == before
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(setting, tmp_path, capfd) -> None:
+    out = shutil.copytree(setting[2], tmp_path / "run")
+    (out / "plots" / "confusion.png").unlink()
+    (out / "plots" / "confusion.png").mkdir()
+    assert main(["evaluate", str(out)]) == 1
+    (line,) = [li for li in capfd.readouterr().err.splitlines() if li.startswith("error: ")]
+    assert "Is a directory: " in line and "plots/confusion.png" in line
+
+
+def test_a_run_may_go_to_a_folder_that_the_user_linked(setting, tmp_path) -> None:
+    model, photos, _ = setting
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    assert finetune(tmp_path / "run", model, photos, "--cache", "memory", "--epochs", 1) == 0
+    assert (tmp_path / "disk" / "metrics.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "model_float32.tflite"])
+def test_files_of_the_user_stay_in_an_export(setting, tmp_path, capfd, name) -> None:
+    out = shutil.copytree(setting[2], tmp_path / "run")
+    notes = out / "export" / "tflite" / name
+    if name == "notes.txt":
+        notes.write_text("mine")
+    else:
+        (tmp_path / "theirs").write_text("mine")
+        notes.unlink()
+        notes.symlink_to(tmp_path / "theirs")
+    (out / "export" / ".tflite.tmp").mkdir()
+    (out / "export" / ".tflite.tmp" / "a.jpg").write_text("mine")
+    assert main(["export", str(out), "--format", "tflite"]) == 1
+    assert f"{name}' is not part of an export" in capfd.readouterr().err
+    assert notes.read_text() == "mine"
+    notes.unlink()
+    if name == "notes.txt":
+        assert main(["export", str(out), "--format", "tflite"]) == 0
+    assert (out / "export" / ".tflite.tmp" / "a.jpg").read_text() == "mine"
+
+
+def test_the_users_own_list_of_changes_stays(tmp_path) -> None:
+    path = tmp_path / "changes.csv"
+    path.write_text("version,change\n1,mine\n")
+    evaluate_job._remove_changes(path)
+    assert path.read_text() == "version,change\n1,mine\n"
+    path.unlink()
+    evaluate_job._remove_changes(path)
+    split = SimpleNamespace(names=["a.jpg"])
+    one, two = np.array([0]), np.array([1])
+    evaluate_job._write_changes(path, split, ["blue", "red"], one, two, one)
+    assert path.read_text().splitlines()[1] == "a.jpg,blue,blue,red"
+    evaluate_job._remove_changes(path)
+    assert not path.exists()
+
+
+def test_only_files_of_a_run_are_removed(setting, tmp_path) -> None:
+    out = shutil.copytree(setting[2], tmp_path / "run")
+    for name in ("notes.txt", "events/notes.txt", "checkpoints/notes.txt", "model.notes.txt"):
+        (out / name).write_text("mine")
+    shutil.rmtree(out / "export")
+    written_by_evaluate = {"evaluation.json", "report.html", "predictions.csv", "confusion.csv"}
+    run_folder.remove(out, only_working=True)
+    left = contents(out).keys()
+    assert {"checkpoints/notes.txt", "events/notes.txt", "model.meta", "metrics.json"} <= left
+    assert not any(name.startswith("checkpoints/stage") or "tfevents" in name for name in left)
+    run_folder.remove(out)
+    left = {name for name in contents(out) if not name.startswith("plots/")}
+    mine = {"notes.txt", "events/notes.txt", "checkpoints/notes.txt", "model.notes.txt"}
+    assert left == mine | written_by_evaluate

@@ -1,0 +1,139 @@
+"""Records of a prepared tfds dataset by their position: only those asked for are read.
+
+Data contract: ``Records`` are the serialized examples of one split. Position i is the example that
+tfds calls ``split[i]``: the shards one after the other, each in its own order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.file_adapters import FileFormat
+
+# https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details: the length of
+# the record, uint64, and its checksum; the record; its checksum.
+_HEADER_BYTES, _FOOTER_BYTES = 12, 4
+_READ_TOGETHER = 32  # records; a call into Python takes longer than one of them
+
+
+class Records(Protocol):
+    """The serialized examples of a split."""
+
+    def read(self, positions: np.ndarray) -> tf.data.Dataset:
+        """Records, bytes, at positions, int64 ``[n]``, in any order."""
+
+    def read_all(self) -> tf.data.Dataset:
+        """All of them in order, from the first byte to the last."""
+
+
+def open_records(builder: tfds.core.DatasetBuilder, split_name: str) -> Records:
+    """The records of a split.
+
+    Raises:
+        ValueError: if the dataset is in a format that is only read from the beginning, or its files
+            are not those that its description names.
+    """
+    file_format = builder.info.file_format or FileFormat.TFRECORD
+    if file_format == FileFormat.TFRECORD:
+        instructions = builder.info.splits[split_name].file_instructions
+        return TFRecords(
+            [instruction.filename for instruction in instructions],
+            [instruction.examples_in_shard for instruction in instructions],
+        )
+    if file_format in FileFormat.with_random_access():
+        return IndexedRecords(builder, split_name)
+    readable = sorted({FileFormat.TFRECORD, *FileFormat.with_random_access()}, key=str)
+    raise ValueError(
+        f"dataset {builder.info.full_name!r} is prepared as {file_format.value}, whose records "
+        "cannot be read in any order; expected "
+        f"{', '.join(one.value for one in readable)}: convert it with `tfds convert_format`"
+    )
+
+
+class TFRecords:
+    """TFRecord files, read at the byte where a record begins. Checksums are verified.
+
+    Args:
+        files: shards, in order.
+        num_examples: of each shard.
+
+    Raises:
+        ValueError: if a file is damaged or has another number of records.
+    """
+
+    def __init__(self, files: Sequence[str], num_examples: Sequence[int]):
+        self._files = tf.constant(list(files), tf.string)
+        offsets = [_offsets(Path(file)) for file in files]
+        for file, found, expected in zip(files, offsets, num_examples, strict=True):
+            if len(found) != expected:
+                raise ValueError(
+                    f"{str(file)!r} has {len(found)} records; expected {expected}, as the "
+                    "dataset's dataset_info.json says: copy or prepare it again"
+                )
+        self._offsets = np.concatenate([*offsets, np.zeros(0, np.int64)])
+        self._file_numbers = np.repeat(np.arange(len(files)), [len(found) for found in offsets])
+
+    def read(self, positions: np.ndarray) -> tf.data.Dataset:
+        places = self._file_numbers[positions], self._offsets[positions]
+        return tf.data.Dataset.from_tensor_slices(places).map(
+            self._read_one, num_parallel_calls=tf.data.AUTOTUNE
+        )
+
+    def read_all(self) -> tf.data.Dataset:
+        return tf.data.TFRecordDataset(self._files)
+
+    def _read_one(self, file_number: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
+        # tf.data.TFRecordDataset has no argument for where to begin; the operation under it has.
+        from_there = tf.raw_ops.TFRecordDatasetV2(
+            filenames=self._files[file_number][None],
+            compression_type="",
+            buffer_size=0,  # reads what the record has, and not more
+            byte_offsets=offset[None],
+        )
+        records = tf.data.experimental.from_variant(from_there, tf.TensorSpec([], tf.string))
+        return records.take(1).get_single_element()
+
+
+class IndexedRecords:
+    """Files with an index of their own: ArrayRecord, and Parquet, which tfds keeps in memory."""
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split_name: str):
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        self._source = builder.as_data_source(split_name, deserialize_method=raw)
+
+    def read(self, positions: np.ndarray) -> tf.data.Dataset:
+        def read_some(chosen: np.ndarray) -> np.ndarray:
+            return np.array([bytes(x) for x in self._source.__getitems__(chosen.tolist())], object)
+
+        def in_graph(chosen: tf.Tensor) -> tf.Tensor:
+            return tf.ensure_shape(tf.numpy_function(read_some, [chosen], tf.string), [None])
+
+        batches = tf.data.Dataset.from_tensor_slices(positions).batch(_READ_TOGETHER)
+        return batches.map(in_graph).unbatch()
+
+    def read_all(self) -> tf.data.Dataset:
+        return self.read(np.arange(len(self._source)))
+
+
+def _offsets(path: Path) -> np.ndarray:
+    """Where each record of a TFRecord file begins, int64 ``[num_records]``; reads their lengths."""
+    offsets, position = [], 0
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        while position < size:
+            file.seek(position)
+            length = int.from_bytes(file.read(_HEADER_BYTES)[:8], "little")
+            offsets.append(position)
+            position += _HEADER_BYTES + length + _FOOTER_BYTES
+    if position != size:
+        raise ValueError(
+            f"{str(path)!r} is cut short or damaged: record {len(offsets) - 1} would end at byte "
+            f"{position:,} of {size:,}; copy or prepare the dataset again"
+        )
+    return np.array(offsets, np.int64)
