@@ -179,8 +179,9 @@ def to_yaml(config: Any) -> str:
 
 def _check_resumed(run: Path, config: Any) -> None:
     """Whether a run that is resumed has the flags that it began with. Epochs may differ, and what
-    has no part in the result."""
-    began, now = read_config(run), _plain(config)
+    has no part in the result. A flag that is newer than the run had its default."""
+    began = {**_plain(type(config)()), **read_config(run)}
+    now = _plain(config)
     may_differ = ("epochs", "fc_epochs", "out", "strategy")
     different = [
         f"--{name.replace('_', '-')} was {began.get(name)!r} and is {now.get(name)!r}"

@@ -234,6 +234,16 @@ def test_resume_with_more_epochs_goes_on(tmp_path, model, image_folder):
     assert metrics(tmp_path / "whole")["eval"] == metrics(tmp_path / "parts")["eval"]
 
 
+def test_runs_from_before_a_flag_existed_are_resumed(tmp_path, model, image_folder):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder, "--epochs", 1) == 0
+    config = out / "config.yaml"
+    kept = [line for line in config.read_text().splitlines(True) if "skip_unreadable" not in line]
+    config.write_text("".join(kept))
+    assert finetune(out, model, image_folder, "--epochs", 2, "--resume") == 0
+    assert metrics(out)["train"]["epochs"] == 2
+
+
 def test_resume_with_other_flags_is_refused(tmp_path, model, image_folder, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--epochs", 1) == 0
