@@ -22,6 +22,9 @@ from transfer.images import suffixes
 from transfer.records import Records, open_records
 
 
+_LABELS_TOGETHER = 1024  # one by one, most of the time would go into handing them over
+
+
 def open_source(
     dataset: str = "", *, data_dir: str | None = None, image_folder: str | None = None
 ) -> Source:
@@ -242,8 +245,9 @@ def _from_builder(builder: tfds.core.DatasetBuilder, name: str) -> Source:
             records(split_name)
             .read_all()
             .map(lambda record: deserialize(record)[label_key], num_parallel_calls=tf.data.AUTOTUNE)
+            .batch(_LABELS_TOGETHER)
         )
-        return np.fromiter(found.as_numpy_iterator(), np.int64)
+        return np.concatenate([np.zeros(0, np.int64), *found.as_numpy_iterator()])
 
     def ids(split_name: str) -> list[bytes]:
         info = builder.info.splits[split_name]
