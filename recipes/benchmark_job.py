@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes import benchmark_report, measure, run_folder
+from recipes import benchmark_report, measure, run_folder, terminal
 from recipes.benchmark import BenchmarkConfig
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from recipes.finetune_setup import EMBEDDED_MODEL
@@ -72,13 +71,13 @@ def _run_all(config: BenchmarkConfig, cuts: Sequence[Cut]) -> tuple[str, int]:
     records = []
     runs = list(_runs(config))
     for number, item in enumerate(runs, 1):
-        _say(f"{number} of {len(runs)}: {item.label}, seed {item.config.seed}")
+        terminal.say(f"{number} of {len(runs)}: {item.label}, seed {item.config.seed}")
         records.append(_record(item, config.keep_models))
         last_of_row = number == len(runs) or runs[number].label != item.label
         if last_of_row and not config.keep_models:
             shutil.rmtree(_cache_of(item), ignore_errors=True)
         run_folder.write_json(out / RESULTS, {"limits": limits, "runs": records})
-        _say(benchmark_report.describe(records[-1]))
+        terminal.say(benchmark_report.describe(records[-1]))
     table = benchmark_report.write(out, limits, records, cuts)
     return table, sum("error" in record for record in records)
 
@@ -168,7 +167,7 @@ def _record(item: Run, keep_models: bool) -> dict[str, Any]:
         error = _start(item.verb, item.config, item.folder, item.environment)
         if error is not None:
             return record | {"error": error}
-        metrics = json.loads(path.read_text())
+        metrics = run_folder.read_json(path)
         # Machines are faster at one time than at another, so each run has its own limit.
         metrics["sgemm_gflops"] = (before + measure.sgemm_gflops()) / 2
         used = Cache(_cache_of(item), 0).entries()
@@ -176,7 +175,7 @@ def _record(item: Run, keep_models: bool) -> dict[str, Any]:
         run_folder.write_json(path, metrics)
         if not keep_models:
             _drop_model(item.folder)
-    return record | json.loads(path.read_text())
+    return record | run_folder.read_json(path)
 
 
 def _drop_model(folder: Path) -> None:
@@ -190,7 +189,7 @@ def _limits(config: BenchmarkConfig) -> dict[str, float]:
     """What the machine can do; see ``recipes.benchmark_limits``."""
     path = config.out / LIMITS
     if not path.is_file():
-        _say("the machine: matrix products, a forward pass, the input pipeline")
+        terminal.say("the machine: matrix products, a forward pass, the input pipeline")
         (item, *_) = _runs(config)
         folder = config.out / "limits"
         shutil.rmtree(folder, ignore_errors=True)
@@ -204,7 +203,7 @@ def _limits(config: BenchmarkConfig) -> dict[str, float]:
         if error is not None:
             raise ValueError(error)  # what the runs would fail with, too
         os.replace(folder / LIMITS, path)
-    return json.loads(path.read_text())
+    return run_folder.read_json(path)
 
 
 def _start(
@@ -230,7 +229,3 @@ def _start(
         return None
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [""]
     return f"{lines[-1].removeprefix('error: ')} (exit status {status}, see {log})"
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import math
 import platform
@@ -19,6 +18,7 @@ from scipy import stats
 from tabulate import tabulate
 
 from recipes import run_folder
+from recipes.csv_files import write_row
 from transfer.cuts import Cut
 
 SUMMARY = "benchmark.json"
@@ -207,11 +207,11 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     columns = ["label", "seeds", "failed", "epochs", "accuracy", "accuracy_low", "accuracy_high"]
     columns += [name for name in _COLUMNS if name not in columns]
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    write_row(text, columns)
     for row in rows:
         low, high = row.get("accuracy_ci95", (None, None))
-        writer.writerow(row | {"accuracy_low": low, "accuracy_high": high})
+        cells = row | {"accuracy_low": low, "accuracy_high": high}
+        write_row(text, (cells.get(name, "") for name in columns))
     run_folder.write_text(path, text.getvalue())
 
 

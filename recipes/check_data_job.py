@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from recipes import measure
+from recipes import measure, run_data, terminal
 from recipes.check_data import CheckDataConfig
 from recipes.finetune_setup import EMBEDDED_MODEL
+from recipes.fingerprint_cache import remembered
 from transfer import Backbone, data_checks, load_meta_graph
-from transfer.data import Split, train_and_eval_splits
+from transfer.data import Split
 from transfer.features import EXTRACTION_BATCH, Compiled, extract
 from transfer.sources import open_source, other_files
 
@@ -23,11 +24,12 @@ def run(config: CheckDataConfig) -> tuple[str, bool]:
     source = open_source(
         config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
     )
-    train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
-    # One selection, so that each image is looked at once.
-    both = Split(source, train.parts + held_out.parts)
+    with remembered(source):
+        train, held_out = run_data.splits(source, config)
+        # One selection, so that each image is looked at once.
+        both = Split(source, train.parts + held_out.parts)
+        found = data_checks.look(both, lambda files: measure.progress(files, "images"))
     in_train = np.arange(len(both)) < len(train)
-    found = data_checks.look(both, lambda files: measure.progress(files, "images"))
     names = both.names
     groups = data_checks.duplicates(found)
     leaks = [group for group in groups if 0 < in_train[group].sum() < len(group)]
@@ -90,7 +92,7 @@ def _doubtful(config: CheckDataConfig, split: Split) -> list[dict[str, Any]]:
 
 def _text(findings: dict[str, Any], show: int) -> str:
     classes = findings["classes"]
-    rows = [[name, *counts] for name, counts in classes.items()]
+    rows = [[terminal.escaped(name), *counts] for name, counts in classes.items()]
     rows.sort(key=lambda row: row[1])
     parts = [
         f"{findings['dataset']}: {findings['num_train']} images to train on, "
@@ -101,7 +103,7 @@ def _text(findings: dict[str, Any], show: int) -> str:
             tablefmt="plain",
             disable_numparse=True,  # a class may be called 001
         ),
-        *findings["balance"],
+        *map(terminal.escaped, findings["balance"]),
         _list("unreadable", findings["unreadable"], show),
         _list("in both splits", map(" = ".join, findings["in_both_splits"]), show),
         _list("twice in a split", map(" = ".join, findings["duplicates"]), show),
@@ -127,6 +129,6 @@ def _text(findings: dict[str, Any], show: int) -> str:
 
 
 def _list(what: str, items: Any, show: int) -> str:
-    lines = list(items)
+    lines = [terminal.escaped(line) for line in items]
     more = [f"  ... and {len(lines) - show} more"] if len(lines) > show else []
     return "\n".join([f"{what}: {len(lines)}", *(f"  {line}" for line in lines[:show]), *more])

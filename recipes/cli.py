@@ -1,7 +1,8 @@
 """``vgg-transfer VERB``: reads flags, runs the verb, turns errors into one line and an exit status.
 
-Exit status: 0 done, 1 an error (one line on standard error; ``--debug`` shows where), 2 wrong
-usage, 130 or 143 interrupted (Ctrl-C, SIGTERM). Nothing here imports TensorFlow, so that ``--help``
+Exit status: 0 done, or whoever reads the results has had enough of them; 1 an error (one line on
+standard error; ``--debug`` shows where), 2 wrong usage, 130 or 143 interrupted (Ctrl-C, SIGTERM).
+Nothing here imports TensorFlow, so that ``--help``
 answers at once.
 """
 
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
+from recipes import terminal, yaml_files
 from recipes.interruption import Interrupted
 
 VERBS = (
@@ -63,7 +65,8 @@ def _launch(
     """
     del debug  # read in main, where errors are caught
     if config is not None:
-        app.config = (cyclopts.config.Yaml(config, must_exist=True, use_commands_as_keys=False),)
+        flags = yaml_files.read_flags(config.expanduser())
+        app.config = (cyclopts.config.Dict(flags, source=str(config), use_commands_as_keys=False),)
     return app(tokens, exit_on_error=False, print_error=False)
 
 
@@ -75,15 +78,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         # It turns oneDNN on for some processors only; AVX2 gains as much. See docs/performance.md.
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
     app.config = ()  # not that of an earlier call, which the parsing of --config would read
+    with terminal.escaping():
+        return _run(arguments)
+
+
+def _run(arguments: list[str]) -> int:
     try:
-        return app.meta(arguments, exit_on_error=False, print_error=False) or 0
+        status = app.meta(arguments, exit_on_error=False, print_error=False) or 0
+        sys.stdout.flush()
+        return status
     except cyclopts.CycloptsError as error:
         print(f"error: {_one_line(error)} (see --help)", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"error: {error if str(error) else 'interrupted'}", file=sys.stderr)
+        print(f"error: {terminal.escaped(str(error)) or 'interrupted'}", file=sys.stderr)
         return error.status if isinstance(error, Interrupted) else 130
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # how rich ends, which prints --help
+            return 0
+        raise
     except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            # Which one is closed: that of the results (predict | head -1), or of the progress?
+            closed = [terminal.is_closed(stream) for stream in (sys.stdout, sys.stderr)]
+            if any(closed):
+                return 0 if closed[0] else 141  # as of a process that SIGPIPE ends
         if "--debug" in arguments:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)

@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from recipes import terminal
 from recipes.startup import job
 
 
@@ -53,7 +54,7 @@ def convert(
         from recipes.convert_job import run
 
         lines = run(file, config)
-    print("\n".join(lines))
+    print("\n".join(map(terminal.escaped, lines)))
     return 0
 
 

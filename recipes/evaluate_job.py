@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import io
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recipes import evaluate_report, measure, run_data, run_folder
+from recipes import evaluate_report, measure, run_data, run_folder, terminal
+from recipes.csv_files import write_row
 from recipes.evaluate import EvaluateConfig
 from recipes.evaluate_report import Evaluated
 from recipes.finetune import cut_of
-from transfer import Classifier, metrics
-from transfer.data import Source, Split, whole_eval_split
+from recipes.fingerprint_cache import remembered
+from transfer import Classifier, data_checks, metrics
+from transfer.data import MAX_COMPARED, Source, Split, whole_eval_split
 from transfer.evaluation import confusion_matrix, predict, probabilities, summarize
 from transfer.features import EXTRACTION_BATCH, Compiled, stream
 from transfer.sources import open_source
@@ -107,23 +107,43 @@ def _split(folder: Path, config: EvaluateConfig, settings: dict[str, Any]) -> Sp
     if config.eval_split != "auto":
         split = source.split(config.eval_split)
         _warn_of_trained_images(folder, split)
+        _warn_of_copies(folder, split)
         return split
     # A dataset may have moved; a folder is another one in another place.
     same = all(ours[name] == theirs[name] for name in ("dataset", "image_folder"))
     if same or run_data.is_of_run(folder, source):
-        return run_data.held_out(folder, source)
-    return whole_eval_split(source)
+        return run_data.held_out(folder, source)  # finetune has warned of copies among them
+    split = whole_eval_split(source)
+    _warn_of_copies(folder, split)
+    return split
 
 
 def _warn_of_trained_images(folder: Path, split: Split) -> None:
     if not run_data.is_of_run(folder, split.source):
         return
     if count := run_data.num_not_held_out(folder, split):
-        print(
+        terminal.say(
             f"warning: the run in {str(folder)!r} did not hold out {count} of these {len(split)} "
-            "images; it may have been trained on them, and its figures are then too high",
-            file=sys.stderr,
+            "images; it may have been trained on them, and its figures are then too high"
         )
+
+
+def _warn_of_copies(folder: Path, split: Split) -> None:
+    """Of images that the run may have been trained on, where there are few enough to compare."""
+    try:
+        train = run_data.trained_on(folder, run_data.open_data(folder))
+    except (OSError, ValueError):
+        return  # its data are gone
+    ids = {*train.ids}
+    others = split.where(np.array([id_ not in ids for id_ in split.ids], bool))
+    if not len(others) or len(train) + len(others) > MAX_COMPARED:
+        return
+    found = []
+    for images in (train, others):
+        with remembered(images.source):
+            found.append(images.fingerprints(lambda files: measure.progress(files, "images")))
+    for line in data_checks.describe_leaks(*found):
+        terminal.say(f"warning: {line}")
 
 
 def _command(folder: Path, config: EvaluateConfig) -> list[str]:
@@ -152,13 +172,12 @@ def _write_predictions(
     path: Path, split: Split, classes: list[str], logits: np.ndarray, labels: np.ndarray
 ) -> None:
     rows = io.StringIO(newline="")
-    writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow(["image", "label", "prediction", *(f"p({name})" for name in classes)])
+    write_row(rows, ["image", "label", "prediction", *(f"p({name})" for name in classes)])
     predictions = logits.argmax(-1)
     for name, label, prediction, p in zip(
         split.names, labels, predictions, probabilities(logits), strict=True
     ):
-        writer.writerow([name, classes[label], classes[prediction], *(f"{x:.6g}" for x in p)])
+        write_row(rows, [name, classes[label], classes[prediction], *(f"{x:.6g}" for x in p)])
     run_folder.write_text(path, rows.getvalue())
 
 
@@ -172,11 +191,10 @@ def _write_changes(
 ) -> None:
     """The images on which two runs differ."""
     rows = io.StringIO(newline="")
-    writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow(["image", "label", "prediction", "prediction of the other"])
+    write_row(rows, ["image", "label", "prediction", "prediction of the other"])
     for name, label, mine, theirs in zip(split.names, labels, predictions, others, strict=True):
         if mine != theirs:
-            writer.writerow([name, classes[label], classes[mine], classes[theirs]])
+            write_row(rows, [name, classes[label], classes[mine], classes[theirs]])
     run_folder.write_text(path, rows.getvalue())
 
 
@@ -184,8 +202,7 @@ def _write_confusion(
     path: Path, classes: list[str], logits: np.ndarray, labels: np.ndarray
 ) -> None:
     rows = io.StringIO(newline="")
-    writer = csv.writer(rows, lineterminator="\n")
-    writer.writerow(["label \\ prediction", *classes])
+    write_row(rows, ["label \\ prediction", *classes])
     for name, counts in zip(classes, confusion_matrix(logits, labels), strict=True):
-        writer.writerow([name, *counts])
+        write_row(rows, [name, *counts])
     run_folder.write_text(path, rows.getvalue())

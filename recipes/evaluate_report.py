@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import shlex
 import warnings
 from collections.abc import Sequence
@@ -15,11 +14,10 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
-from recipes import evaluate_plots, run_folder
+from recipes import evaluate_plots, run_folder, yaml_files
 from transfer import Classifier
 from transfer.card import read_card
 from transfer.data import Split
@@ -95,7 +93,7 @@ def write(run: Path, evaluated: Evaluated) -> Path:
         mistakes=_pictures(evaluated, p, _most_confident_mistakes(p, evaluated.labels)),
         uncertain=_pictures(evaluated, p, _least_certain(p)),
         classes=evaluated.figures["classes"],
-        config=yaml.safe_dump(config, sort_keys=False),
+        config=yaml_files.to_yaml(config),
         versions=_versions(run),
         trained_on=read_card(run / f"{run_folder.MODEL}.json").trained_on,
         commands=[shlex.join(train), shlex.join(evaluated.command)],
@@ -186,4 +184,5 @@ def _png(figure: Figure, path: Path) -> str:
 
 
 def _versions(run: Path) -> dict[str, str]:
-    return json.loads((run / run_folder.METRICS).read_text(encoding="utf-8"))["versions"]
+    versions = run_folder.read_json(run / run_folder.METRICS).get("versions")
+    return versions if isinstance(versions, dict) else {}

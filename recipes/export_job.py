@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import sys
 import time
@@ -103,7 +102,7 @@ def run(folder: Path, config: ExportConfig) -> tuple[dict[str, Any], Path]:
 def _figures(out: Path) -> dict[str, Any]:
     """Those of earlier exports to the same folder."""
     path = out / FIGURES
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"exports": {}}
+    return run_folder.read_json(path) if path.is_file() else {"exports": {}}
 
 
 def _check_ours(folder: Path, figures: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from recipes import measure
+from recipes import measure, terminal
 from recipes.cache import default_directory
 from recipes.finetune_setup import Job
 from transfer.backbone import GraphLayer
@@ -73,11 +72,11 @@ class Keeper:
             try:
                 return self._on_disk(wanted)
             except OSError as error:
-                _say(f"{error}; trying memory")
+                terminal.say(f"{error}; trying memory")
         num_images = sum(len(item.split) for item in wanted)
         needed, free = num_images * self._row_bytes / 1e6, measure.available_memory_mb()
         if needed > free / 2:
-            _say(
+            terminal.say(
                 f"the activations at {self._cut} would take {needed:,.0f} MB and {free:,.0f} MB of "
                 "memory are free: they are computed anew in each epoch; a later --freeze-until or "
                 "--cache-dtype float16 needs less"
@@ -113,7 +112,7 @@ class Keeper:
             cache.make_room(needed, keep=entries)
             self.num_extracted = num_missing
             self.num_found = sum(map(len, missing)) - num_missing
-            _say(
+            terminal.say(
                 f"activations at {self._cut}: {self.num_found} images found, {num_missing} to "
                 f"compute, {needed / 1e6:,.0f} MB, in {directory}"
             )
@@ -170,8 +169,4 @@ class Keeper:
         return key
 
     def _say_waiting(self) -> None:
-        _say(f"another process computes the activations at {self._cut}: waiting for it")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+        terminal.say(f"another process computes the activations at {self._cut}: waiting for it")

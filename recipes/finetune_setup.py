@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import sys
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from recipes import measure, run_folder
+from recipes import measure, run_data, run_folder, terminal
 from recipes.finetune import EMBEDDED, FinetuneConfig
 from recipes.finetune_stages import Stage, asked_for, resolve, rms
+from recipes.fingerprint_cache import remembered
 from recipes.network_flags import parse_feed, report, warn_if_prepared_twice
 from transfer import Backbone, Classifier, Head, MetaGraph, data_checks, load_meta_graph
-from transfer.data import Split, few_shot, train_and_eval_splits
+from transfer.data import MAX_COMPARED, Source, Split, few_shot
 from transfer.distribution import Replicas
 from transfer.files import write_names
 from transfer.head import average_over_space
@@ -28,7 +29,6 @@ from transfer.surgery import is_seeded
 
 EMBEDDED_MODEL = str(files("pretrained") / "vgg_small")
 DEFAULT_BATCH = 32
-FILES_READ_TWICE = 10_000  # at most; takes a second or two
 # Deviation of the logits before training. A new head that is sure of what it does not know costs
 # steps to unlearn, and spoils the backbone's weights in the meantime.
 FIRST_LOGITS = 0.1
@@ -68,8 +68,13 @@ def prepare(config: FinetuneConfig, replicas: Replicas | None = None) -> Job:
     replicas.check_same("set of flags", _alike(config))
     _check(config, replicas)
     graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
-    train, held_out = _splits(config)
-    images = _look_at(train, held_out)
+    source = open_source(
+        config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
+    )
+    is_kept = config.cache == "disk"
+    with remembered(source, config.cache_dir) if is_kept else contextlib.nullcontext():
+        train, held_out = _splits(config, source)
+        images = _look_at(train, held_out)
     config = replace(config, batch_size=config.batch_size or min(DEFAULT_BATCH, len(train)))
     classifier, features, config = _classifier(config, graph, train, replicas)
     replicas.check_same("choice of images", images)
@@ -97,8 +102,8 @@ def write_down(job: Job) -> None:
     }
     path = out / run_folder.PROVENANCE
     if path.is_file():
-        began = json.loads(path.read_text(encoding="utf-8"))
-        changed = [part for part in ("model", "dataset") if began[part] != provenance[part]]
+        began = run_folder.read_json(path)
+        changed = [part for part in ("model", "dataset") if began.get(part) != provenance[part]]
         if changed:
             raise ValueError(
                 f"cannot resume the run in {str(out)!r}: its {' and '.join(changed)} changed since "
@@ -178,11 +183,8 @@ def _check_lbfgs(config: FinetuneConfig) -> None:
         raise ValueError(f"--solver lbfgs has no use for {', '.join(given)}; leave out one of them")
 
 
-def _splits(config: FinetuneConfig) -> tuple[Split, Split]:
-    source = open_source(
-        config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
-    )
-    train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
+def _splits(config: FinetuneConfig, source: Source) -> tuple[Split, Split]:
+    train, held_out = run_data.splits(source, config)
     if config.shots_per_class is not None:
         train = few_shot(train, config.shots_per_class, config.seed)
     if config.batch_size is not None and config.batch_size > len(train):
@@ -194,28 +196,35 @@ def _splits(config: FinetuneConfig) -> tuple[Split, Split]:
 
 
 def _look_at(train: Split, held_out: Split) -> dict[str, Any]:
-    """Warn of what can be said of the labels, and of the files where there are not too many to
-    read; returns what tells the images from others."""
+    """Warn of classes without images, and of images that are on both sides, where there are few
+    enough to decode all of them; returns what tells the images from others."""
     lines = data_checks.describe_balance(train.source.class_names, train.labels, held_out.labels)
     splits = {"training": train, "held_out": held_out}
-    if len(train) + len(held_out) <= FILES_READ_TWICE:
-        marks = {what: data_checks.digests(split) for what, split in splits.items()}
-        if shared := {*marks["training"]} & {*marks["held_out"]}:
-            lines.append(
-                f"{len(shared)} images are both trained and evaluated on, under two names, so that "
-                "the accuracy is too high; vgg-transfer check-data lists them"
-            )
+    count = len(train) + len(held_out)
+    if count <= MAX_COMPARED:
+        found = {
+            what: split.fingerprints(lambda files: measure.progress(files, "images"))
+            for what, split in splits.items()
+        }
+        leaks = data_checks.describe_leaks(found["training"], found["held_out"])
+        lines += [f"{line}; vgg-transfer check-data lists them" for line in leaks]
+        marks = {what: [*map(bytes, prints["sha256"])] for what, prints in found.items()}
         hashed = "files and labels"
     else:
+        lines.append(
+            f"{count:,} images are more than the {MAX_COMPARED:,} that are compared before "
+            "training, so near-duplicates may be both trained and evaluated on; vgg-transfer "
+            "check-data compares any number"
+        )
         marks = {what: [n.encode() for n in split.names] for what, split in splits.items()}
         hashed = "names and labels"
     for line in lines:
-        print(f"warning: {line}", file=sys.stderr)
-    found: dict[str, Any] = {"sha256_of": hashed}
+        terminal.say(f"warning: {line}")
+    images: dict[str, Any] = {"sha256_of": hashed}
     for what, split in splits.items():
         digest = hashlib.sha256(b"\0".join(marks[what]) + split.labels.tobytes())
-        found[what] = {"images": len(split), "sha256": digest.hexdigest()}
-    return found
+        images[what] = {"images": len(split), "sha256": digest.hexdigest()}
+    return images
 
 
 def _classifier(

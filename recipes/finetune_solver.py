@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
-from recipes import run_folder
+from recipes import run_folder, terminal
 from recipes.finetune_inputs import Inputs
 from recipes.finetune_setup import Job
 from recipes.finetune_training import Progress, scalars
@@ -49,9 +48,11 @@ class StageSolver:
         )
         head.classifier.kernel.assign(solution.kernel)
         head.classifier.bias.assign(solution.bias)
-        _say(f"lbfgs: C {solution.C:g}, {solution.num_iterations} iterations")
+        terminal.say(f"lbfgs: C {solution.C:g}, {solution.num_iterations} iterations")
         if not solution.converged:
-            _say("lbfgs stopped before it converged: with a smaller --lbfgs-c it is sooner done")
+            terminal.say(
+                "lbfgs stopped before it converged: with a smaller --lbfgs-c it is sooner done"
+            )
         row = {"epoch": 0.0} | scalars(summarize(*predict(head, [(features, labels)])))
         held_out = scalars(inputs.evaluator(self._model)())
         row |= {f"val_{name}": value for name, value in held_out.items()}
@@ -68,7 +69,3 @@ class StageSolver:
         """float32 ``[num_examples, width]`` and int64 ``[num_examples]``."""
         to_features = Compiled(self._model.layers[0])  # averages where a tap has four dimensions
         return inputs.train_in_order(to_features)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ import keras
 import numpy as np
 from sklearn.utils.class_weight import compute_class_weight
 
-from recipes import measure, run_folder
+from recipes import measure, run_folder, terminal
 from recipes.finetune_inputs import Inputs
 from recipes.finetune_setup import Job
 from recipes.finetune_stages import parameter_groups
@@ -82,7 +81,7 @@ class StageTrainer:
         trainer = self.trainer
         self._checkpoint.restore(trainer)
         for line in self._checkpoint.damaged:
-            print(f"warning: {line}; going on from the one before", file=sys.stderr)
+            terminal.say(f"warning: {line}; going on from the one before")
         if not self.is_done:
             if self._job.replicas.is_chief:
                 self._remove_stages(number + 1)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from recipes import terminal
 from transfer import load_meta_graph
 from transfer.inspection import Coverage, Inspection, Tensor, Variables, inspect
 
@@ -23,7 +24,7 @@ def run(model: Path, *, as_json: bool) -> str:
     found = inspect(load_meta_graph(model))
     if as_json:
         return json.dumps(dataclasses.asdict(found), indent=2)
-    return "\n".join(_lines(found))
+    return "\n".join(map(terminal.escaped, _lines(found)))
 
 
 def _lines(found: Inspection) -> Iterable[str]:

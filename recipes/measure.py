@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from recipes import terminal
+
 
 class Clock:
     """Wall time by stage: ``with clock("train_s"): ...``; ``seconds["total_s"]`` is all of it."""
@@ -127,7 +129,7 @@ def download_bar(what: str, done: int, total: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(
-        desc=what,
+        desc=terminal.escaped(what),
         initial=done,
         total=total,
         unit="B",

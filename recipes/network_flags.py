@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 
+from recipes import terminal
 from recipes.finetune import FinetuneConfig
 from transfer import preparation
 from transfer.surgery import Network
@@ -36,15 +36,14 @@ def report(config: FinetuneConfig, tap: str, network: Network) -> None:
     if network.batch_size is not None:
         lines.append(f"the graph takes batches of {network.batch_size} only; others are filled up")
     for line in lines:
-        print(line, file=sys.stderr)
+        terminal.say(line)
 
 
 def warn_if_prepared_twice(network: Network, mode: str) -> None:
     """Where the graph subtracts a mean or swaps colours, and preprocessing does so, too."""
     prepared = preparation.find(network)
     if twice := prepared.repeats(mode):
-        print(
+        terminal.say(
             f"warning: the graph prepares its images itself (it {prepared}); --preprocess {mode} "
-            f"will {twice} again, before it",
-            file=sys.stderr,
+            f"will {twice} again, before it"
         )

@@ -17,6 +17,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from recipes import terminal
 from recipes.startup import job
 
 
@@ -54,6 +55,8 @@ def predict(run: Path, /, *images: Images, config: PredictConfig = PredictConfig
         images: files, folders, patterns such as '*.jpg', or - for a list on standard input.
     """
     results = sys.stdout
+    if config.format == "jsonl" or (config.format == "csv" and not results.isatty()):
+        results = terminal.raw(results)  # names as they are, for programs
     with job():
         from recipes.predict_job import run as predict_run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 import json
 import os
@@ -19,7 +18,8 @@ import tensorflow as tf
 from PIL import Image
 from tqdm import tqdm
 
-from recipes import run_folder
+from recipes import run_folder, terminal
+from recipes.csv_files import write_row
 from recipes.predict import PredictConfig
 from recipes.predict_beam import PredictBeamConfig
 from transfer import Classifier
@@ -57,7 +57,7 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
         for names, pixels, failures in _batches(find_images(images), classifier, config.batch_size):
             for name, reason in failures:
                 bar.clear()
-                print(f"error: {name}: {reason}", file=sys.stderr)
+                terminal.say(f"error: {name}: {reason}")
             num_failed += len(failures)
             if names:
                 probabilities = np.asarray(network(tf.stack(pixels)))
@@ -196,18 +196,17 @@ def _shown(path: Path) -> str:
 def _table(file: TextIO) -> Callable[[str, Prediction], None]:
     def write(name: str, found: Prediction) -> None:
         cells = "  ".join(f"{label} {probability:.4f}" for label, probability in found)
-        print(f"{name}  {cells}", file=file, flush=True)
+        print(terminal.escaped(f"{name}  {cells}"), file=file, flush=True)
 
     return write
 
 
 def _csv(file: TextIO) -> Callable[[str, Prediction], None]:
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["image", "rank", "label", "probability"])
+    write_row(file, ["image", "rank", "label", "probability"])
 
     def write(name: str, found: Prediction) -> None:
         for rank, (label, probability) in enumerate(found, 1):
-            writer.writerow([name, rank, label, f"{probability:.6g}"])
+            write_row(file, [name, rank, label, f"{probability:.6g}"])
 
     return write
 
@@ -222,7 +221,8 @@ def _jsonl(file: TextIO) -> Callable[[str, Prediction], None]:
 def as_json(name: str, found: Prediction) -> str:
     """A line of ``--format jsonl``."""
     predictions = [{"label": label, "probability": p} for label, p in found]
-    return json.dumps({"image": name, "predictions": predictions}, ensure_ascii=False)
+    line = json.dumps({"image": name, "predictions": predictions}, ensure_ascii=False)
+    return terminal.escaped_json(line)
 
 
 _WRITERS = {"table": _table, "csv": _csv, "jsonl": _jsonl}

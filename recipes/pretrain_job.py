@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 import keras
 
-from recipes import interruption, measure, run_folder
+from recipes import interruption, measure, run_data, run_folder, terminal
 from recipes.interruption import Signals
 from recipes.pretrain import PretrainConfig
 from transfer import Backbone, Card, Preprocess, load_meta_graph, pretraining, save_meta_graph, vgg
 from transfer.card import write_card
-from transfer.data import Split, train_and_eval_splits
+from transfer.data import Split
 from transfer.evaluation import predict, summarize
 from transfer.features import Compiled
 from transfer.files import write_names
@@ -48,7 +47,7 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
         data_dir=config.data_dir,
         image_folder=config.image_folder,
     )
-    train, held_out = train_and_eval_splits(source, config.train_split, config.eval_split)
+    train, held_out = run_data.splits(source, config)
     _small_images(config, architecture)  # before anything is written
     out = (config.out or run_folder.default_out(source.name, config.arch)).resolve()
     config = replace(config, out=out)
@@ -56,6 +55,7 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
         run_folder.opened(config),
         interruption.resumable("pretrain", out, run_folder.CONFIG) as signals,
     ):
+        write_names(out / run_folder.HELD_OUT, held_out.names)
         return _train_and_save(config, train, held_out, signals)
 
 
@@ -115,7 +115,7 @@ def _trained(
         if config.resume:
             checkpoint.restore(trainer)
             for line in checkpoint.damaged:
-                print(f"warning: {line}; going on from the one before", file=sys.stderr)
+                terminal.say(f"warning: {line}; going on from the one before")
             if trainer.epoch >= epochs:
                 return
             run_folder.keep_history(config.out, trainer.epoch)

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from recipes import terminal
 from recipes.startup import job
 
 
@@ -31,7 +32,7 @@ def pull(
         from recipes.pull_job import run
 
         lines = run(name, out or Path("models") / name, convolutional=convolutional)
-    print("\n".join(lines))
+    print("\n".join(map(terminal.escaped, lines)))
     return 0
 
 

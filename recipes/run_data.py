@@ -1,13 +1,21 @@
-"""The images of a finished run: those it held out, and those it was trained on."""
+"""The images of a run: those to train and to evaluate on, and those of a finished run."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from recipes import run_folder
-from transfer.data import Source, Split, train_and_eval_splits
+from recipes import measure, run_folder
+from transfer.data import (
+    MAX_COMPARED,
+    Source,
+    Split,
+    is_automatic,
+    train_and_eval_splits,
+    training_split,
+)
 from transfer.files import read_names
 from transfer.sources import open_source
 
@@ -54,8 +62,35 @@ def held_out(folder: Path, source: Source) -> Split:
 def trained_on(folder: Path, source: Source) -> Split:
     """The images that the run took its training images from."""
     settings = run_folder.read_config(folder)
-    train, _ = train_and_eval_splits(source, settings["train_split"], settings["eval_split"])
+    train = training_split(source, settings["train_split"])
     return train.without(held_out(folder, source))
+
+
+def splits(source: Source, config: Any) -> tuple[Split, Split]:
+    """The images to train and to evaluate on, by the flags of a verb. A run that is resumed goes on
+    with the images that it held out.
+
+    Raises:
+        ValueError: see ``train_and_eval_splits``.
+    """
+    max_compared = MAX_COMPARED
+    if getattr(config, "resume", False) and is_automatic(source, config.eval_split):
+        if (config.out / run_folder.HELD_OUT).is_file():
+            names = {*held_out(config.out, source).names}
+            train = training_split(source, config.train_split)
+            is_held_out = np.array([name in names for name in train.names], bool)
+            return train.where(~is_held_out), train.where(is_held_out)
+        if (config.out / run_folder.CHECKPOINTS).is_dir():
+            max_compared = (
+                0  # by an earlier version of pretrain, which wrote down and compared none
+            )
+    return train_and_eval_splits(
+        source,
+        config.train_split,
+        config.eval_split,
+        max_compared=max_compared,
+        progress=lambda images: measure.progress(images, "images"),
+    )
 
 
 def is_of_run(folder: Path, source: Source) -> bool:

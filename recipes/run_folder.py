@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import yaml
 
+from recipes import yaml_files
 from transfer.checkpoint import check_path
-from transfer.files import write_text
+from transfer.files import read_text, write_text
 
 CONFIG = "config.yaml"
 LABELS = "labels.txt"
@@ -30,6 +30,7 @@ EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
 _LOCK = ".lock"
+_MAX_JSON_BYTES = 2**26  # metrics of tens of thousands of classes
 
 
 def check(out: Path | None, *, resume: bool) -> None:
@@ -124,14 +125,34 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What ``write_json`` wrote.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it does not hold a JSON object.
+    """
+    try:
+        values = json.loads(read_text(path, _MAX_JSON_BYTES), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is not a JSON file of a run: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} holds a {type(values).__name__}; expected a JSON object")
+    return values
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
 def add_to_metrics(run: Path, name: str, figures: Any) -> None:
     """Write figures into a run's ``metrics.json``, beside those of its training."""
     path = run / METRICS
-    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {name: figures})
+    write_json(path, read_json(path) | {name: figures})
 
 
 def to_yaml(config: Any) -> str:
-    return yaml.safe_dump(_plain(config), sort_keys=False)
+    return yaml_files.to_yaml(_plain(config))
 
 
 def _check_resumed(run: Path, config: Any) -> None:
@@ -175,7 +196,7 @@ def read_config(run: Path) -> dict[str, Any]:
     path = run / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{str(run)!r} is no run folder: it has no {CONFIG}")
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+    return yaml_files.read_flags(path)
 
 
 def default_out(*words: str) -> Path:

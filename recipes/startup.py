@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from recipes import terminal
+
 
 @contextlib.contextmanager
 def job(strategy: str = "none") -> Iterator[Any]:
@@ -33,7 +35,7 @@ def job(strategy: str = "none") -> Iterator[Any]:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(terminal.raw(sys.stderr)):  # Keras' bars move the cursor
         yield replicas
 
 

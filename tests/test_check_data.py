@@ -1,10 +1,14 @@
 """`vgg-transfer check-data`, and the part of it that finetune runs."""
 
+import itertools
 import json
 
+import numpy as np
+import pytest
 from commands import finetune
 from PIL import Image
 
+from recipes import finetune_setup, run_data
 from recipes.cli import main
 
 
@@ -86,3 +90,97 @@ def test_finetune_warns(tmp_path, model, image_folder, capsys):
 def test_finetune_is_silent_about_sound_data(tmp_path, model, image_folder, capsys):
     assert finetune(tmp_path / "run", model, image_folder) == 0
     assert "warning" not in capsys.readouterr().err
+
+
+def test_finetune_warns_of_near_duplicates_across_given_splits(tmp_path, model, capsys):
+    root = tmp_path / "splits"
+    generator = np.random.default_rng(0)
+    for split, name in itertools.product(("train", "test"), ("a", "b")):
+        (root / split / name).mkdir(parents=True)
+        for number in range(6):
+            pixels = generator.integers(0, 255, (5, 6, 3)).astype(np.uint8)
+            image = Image.fromarray(pixels).resize((96, 80), Image.Resampling.BICUBIC)
+            image.save(root / split / name / f"{number}.png")
+    assert finetune(tmp_path / "without", model, root) == 0
+    assert "warning" not in capsys.readouterr().err
+    for number in range(3):
+        image = Image.open(root / "train" / "a" / f"{number}.png")
+        image.resize((77, 64)).save(root / "test" / "b" / f"copy{number}.jpg", quality=60)
+    assert finetune(tmp_path / "with", model, root) == 0
+    warning = (
+        "warning: 3 of the images that are evaluated on are near-duplicates of training images"
+    )
+    assert warning in capsys.readouterr().err
+    status, out = check(root, capsys, "--strict", "--model", "none")
+    assert status == 1
+    assert "in both splits: 3\n" in out
+
+
+def test_finetune_says_when_near_duplicates_are_not_compared(
+    tmp_path, model, image_folder, capsys, monkeypatch
+):
+    monkeypatch.setattr(finetune_setup, "MAX_COMPARED", 23)
+    assert finetune(tmp_path / "run", model, image_folder) == 0
+    err = capsys.readouterr().err
+    assert "warning: 24 images are more than the 23 that are compared before training" in err
+
+
+def test_copies_are_on_the_side_of_their_originals_in_all_verbs(
+    tmp_path, model, image_folder, capsys
+):
+    for path in sorted(image_folder.glob("*/*.*")):
+        image = Image.open(path).convert("RGB")
+        image.save(path.with_name(f"copy-{path.stem}.jpg"), quality=60)
+    assert finetune(tmp_path / "run", model, image_folder) == 0
+    assert "warning" not in capsys.readouterr().err
+    held_out = (tmp_path / "run" / "held_out.txt").read_text().splitlines()
+    stems = [name.replace("copy-", "").split(".")[0] for name in held_out]
+    assert len(held_out) == 2 * len({*stems})
+    status, out = check(image_folder, capsys, "--json", "--strict", "--model", "none")
+    found = json.loads(out)
+    assert status == 0
+    assert found["num_held_out"] == len(held_out)
+    assert found["in_both_splits"] == []
+    assert len(found["duplicates"]) == 24
+
+
+def test_resumed_runs_keep_the_images_that_they_held_out(tmp_path, model, image_folder, capsys):
+    """Those of an earlier version, which did not compare images."""
+    for path in sorted(image_folder.glob("*/*.*")):
+        image = Image.open(path).convert("RGB")
+        image.save(path.with_name(f"copy-{path.stem}.jpg"), quality=60)
+    out = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_data, "MAX_COMPARED", 0)
+        assert finetune(out, model, image_folder, "--epochs", 1) == 0
+    held_out = (out / "held_out.txt").read_text()
+    assert "near-duplicates of training images" in capsys.readouterr().err
+    assert finetune(out, model, image_folder, "--epochs", 2, "--resume") == 0
+    assert (out / "held_out.txt").read_text() == held_out
+    assert len((out / "history.csv").read_text().splitlines()) == 3
+    assert finetune(tmp_path / "anew", model, image_folder, "--epochs", 1) == 0
+    assert (tmp_path / "anew" / "held_out.txt").read_text() != held_out
+
+
+def test_evaluate_warns_of_copies_of_training_images(tmp_path, model, image_folder, capsys):
+    assert finetune(tmp_path / "run", model, image_folder) == 0
+    held_out = (tmp_path / "run" / "held_out.txt").read_text().splitlines()
+    trained = [
+        path
+        for path in sorted(image_folder.glob("*/*.*"))
+        if str(path.relative_to(image_folder)) not in held_out
+    ]
+    other = tmp_path / "other"
+    for name in ("blue", "red"):
+        (other / name).mkdir(parents=True)
+        Image.effect_mandelbrot((50, 50), (-2, -1, 1, 1), 50).save(other / name / "new.png")
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "run"), "--image-folder", str(other)]) == 0
+    assert "warning" not in capsys.readouterr().err
+    for path in trained[:3]:
+        Image.open(path).convert("RGB").save(other / "red" / f"{path.stem}.jpg", quality=60)
+    (other / "red" / "same.png").write_bytes(trained[-1].read_bytes())
+    assert main(["evaluate", str(tmp_path / "run"), "--image-folder", str(other)]) == 0
+    err = capsys.readouterr().err
+    assert "warning: 3 of the images that are evaluated on are near-duplicates of training" in err
+    assert "warning: 1 images are both trained and evaluated on, under two names" in err

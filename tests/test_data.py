@@ -1,3 +1,4 @@
+import hashlib
 import shutil
 
 import numpy as np
@@ -86,6 +87,72 @@ def test_stratified_holdout():
     assert np.bincount(labels[held_out], minlength=4).tolist() == [20, 2, 1, 0]
     backwards = data.stratified_holdout(labels[::-1], names[::-1], 0.2)
     np.testing.assert_array_equal(held_out, backwards[::-1])
+
+
+def holdout_of_single_images(labels, names, share):
+    """Each class by itself, in the order of the hashes of the names."""
+    digests = np.array([hashlib.sha256(name.encode()).hexdigest() for name in names])
+    held_out = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        members = members[np.argsort(digests[members])]
+        held_out[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
+    return held_out
+
+
+def test_holdout_without_groups_is_that_of_single_images():
+    generator = np.random.default_rng(0)
+    for count in range(1, 100):
+        labels = generator.integers(0, generator.integers(1, 9), count)
+        names = [f"{count}/{index}.jpg" for index in range(count)]
+        expected = holdout_of_single_images(labels, names, 0.2)
+        np.testing.assert_array_equal(data.stratified_holdout(labels, names, 0.2), expected)
+        groups = [[index] for index in range(count)]
+        found = data.stratified_holdout(labels, names, 0.2, groups)
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_holdout_keeps_groups_together():
+    generator = np.random.default_rng(1)
+    for count in range(10, 200):
+        labels = generator.integers(0, 4, count)
+        names = [f"{count}/{index}.jpg" for index in range(count)]
+        ends = np.cumsum(generator.integers(1, 5, count))
+        groups = np.split(generator.permutation(count), ends[ends < count])
+        groups = [group for group in groups if len(group) and generator.random() < 0.5]
+        held_out = data.stratified_holdout(labels, names, 0.2, groups)
+        assert all(len({*held_out[group]}) == 1 for group in groups)
+        for label in np.unique(labels):
+            share = held_out[labels == label].mean()
+            assert share < 1
+            if count > 100:
+                assert 0.1 < share < 0.3
+        order = generator.permutation(count)
+        places = np.argsort(order)
+        moved = [places[group] for group in groups]
+        again = data.stratified_holdout(labels[order], [names[i] for i in order], 0.2, moved)
+        np.testing.assert_array_equal(again, held_out[order])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([60], 20),  # of 100: all from the other 40
+        ([99], 1),
+        ([45, 55], 45),  # the smallest, where there are only groups
+        ([34, 33, 33], 33),
+        ([100], 0),  # one picture: it is trained on
+    ],
+)
+def test_holdout_where_groups_are_most_of_a_class(sizes, expected):
+    labels = np.repeat([0, 1], 100)
+    names = [f"{index}.jpg" for index in range(200)]
+    ends = np.cumsum(sizes)
+    groups = np.split(np.arange(ends[-1]), ends[:-1])
+    held_out = data.stratified_holdout(labels, names, 0.2, groups)
+    assert held_out[:100].sum() == expected
+    assert held_out[100:].sum() == 20
+    assert all(len({*held_out[group]}) == 1 for group in groups)
 
 
 def test_few_shot(digits_dir):
@@ -190,3 +257,93 @@ def test_a_split_has_no_image_twice(image_folder):
     with pytest.raises(ValueError, match="has images of 'train' twice"):
         source.split("train[:60%]+train[40%:]")
     assert len(source.split("train[:60%]+train[60%:]")) == 24
+
+
+def add_copies(root, number):
+    """Re-encoded and resized copies of ``number`` images of a folder, in their own class and in
+    another one; pairs of names."""
+    pairs = []
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    for place, folder in enumerate(folders):
+        for path in sorted(folder.iterdir())[:number]:
+            image = Image.open(path).convert("RGB")
+            image = image.resize([round(0.8 * side) for side in image.size])
+            other = folders[(place + len(pairs) % 2) % len(folders)]
+            copy = other / f"copy of {path.stem} of {folder.name}.jpg"
+            image.save(copy, quality=60)
+            pairs.append([str(file.relative_to(root)) for file in (path, copy)])
+    return pairs
+
+
+@pytest.fixture
+def smooth_folder(tmp_path):
+    """60 images of two classes, which look like photos in that neighbouring pixels are alike."""
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "smooth" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = generator.integers(0, 255, (5, 6, 3)).astype(np.uint8)
+            image = Image.fromarray(pixels).resize((96, 80), Image.Resampling.BICUBIC)
+            image.save(tmp_path / "smooth" / name / f"{number}.png")
+    return tmp_path / "smooth"
+
+
+def automatic_sides(root):
+    train, held_out = data.train_and_eval_splits(open_source(image_folder=str(root)))
+    assert not {*train.names} & {*held_out.names}
+    return {*train.names}, {*held_out.names}
+
+
+def test_copies_are_not_held_out_of_their_originals(smooth_folder):
+    before = automatic_sides(smooth_folder)
+    source = open_source(image_folder=str(smooth_folder))
+    split = source.split("train")
+    expected = data.stratified_holdout(split.labels, split.names, 0.2)
+    assert before[1] == {name for name, out in zip(split.names, expected, strict=True) if out}
+    pairs = add_copies(smooth_folder, 10)
+    train, held_out = automatic_sides(smooth_folder)
+    assert len(train) + len(held_out) == 80
+    assert 14 <= len(held_out) <= 18
+    for original, copy in pairs:
+        assert (original in held_out) == (copy in held_out), (original, copy)
+    # They are what made the difference.
+    split = open_source(image_folder=str(smooth_folder)).split("train")
+    alone = data.stratified_holdout(split.labels, split.names, 0.2)
+    alone = {name for name, out in zip(split.names, alone, strict=True) if out}
+    assert any((original in alone) != (copy in alone) for original, copy in pairs)
+    # Images that come later leave it as it is.
+    Image.effect_mandelbrot((50, 50), (-2, -1, 1, 1), 50).save(smooth_folder / "a" / "new.png")
+    assert len(held_out & automatic_sides(smooth_folder)[1]) >= len(held_out) - 1
+
+
+def test_too_many_images_are_not_compared(smooth_folder):
+    add_copies(smooth_folder, 10)
+    split = open_source(image_folder=str(smooth_folder)).split("train")
+    expected = data.stratified_holdout(split.labels, split.names, 0.2)
+    for limit, is_same in ((79, True), (80, False)):
+        source = open_source(image_folder=str(smooth_folder))
+        _, held_out = data.train_and_eval_splits(source, max_compared=limit)
+        assert np.array_equal(np.isin(split.names, held_out.names), expected) == is_same
+
+
+def test_a_folder_of_one_picture_a_class_still_has_a_holdout(tmp_path):
+    for name, color in (("a", "red"), ("b", "blue")):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            Image.new("RGB", (9, 9), color).save(tmp_path / name / f"{number}.png")
+    train, held_out = automatic_sides(tmp_path)
+    assert (len(train), len(held_out)) == (16, 4)
+
+
+def test_copies_of_photos_are_not_held_out_of_their_originals(shared_tfds, tmp_path):
+    flowers = open_source("tf_flowers", data_dir=shared_tfds).split("train[:300]")
+    for example in flowers.encoded():
+        folder = tmp_path / flowers.source.class_names[int(example["label"])]
+        folder.mkdir(exist_ok=True)
+        name = example["name"].numpy().decode().replace("/", "-")
+        (folder / f"{name}.jpg").write_bytes(example["image"].numpy())
+    pairs = add_copies(tmp_path, 12)
+    assert len(pairs) == 60
+    _, held_out = automatic_sides(tmp_path)
+    assert not [pair for pair in pairs if (pair[0] in held_out) != (pair[1] in held_out)]
+    assert 55 <= len(held_out) <= 80

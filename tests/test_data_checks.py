@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from transfer import data_checks
+from transfer.near_duplicates import FINGERPRINT
 from transfer.sources import open_source
 
 
@@ -94,3 +95,44 @@ def test_balance():
         "--class-weights balanced",
     ]
     assert data_checks.describe_balance(names[:2], np.array([0, 1]), np.array([0, 1])) == []
+
+
+def test_large_photos_are_the_same_as_small_copies(folder):
+    """They are decoded at an eighth of their size."""
+    for seed in (3, 4):
+        large = photo(seed, (1210, 1117))
+        large.save(folder / "a" / f"large{seed}.jpg", quality=90)
+        turned = large.transpose(Image.Transpose.ROTATE_90)  # shown upright by EXIF: 6
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        turned.save(folder / "b" / f"turned{seed}.jpg", exif=exif)
+        large.resize((121, 112)).save(folder / "b" / f"small{seed}.jpg", quality=70)
+    (folder / "a" / "3.png").unlink()
+    (folder / "a" / "4.png").unlink()
+    assert groups(folder) == [
+        {f"a/large{seed}.jpg", f"b/small{seed}.jpg", f"b/turned{seed}.jpg"} for seed in (3, 4)
+    ]
+
+
+def test_thousand_copies_are_one_group():
+    found = np.zeros(1000, FINGERPRINT)
+    generator = np.random.default_rng(0)
+    found["sha256"] = [generator.bytes(32) for _ in found]
+    found["readable"] = True
+    found["thumbnail"] = np.asarray(photo(0, (32, 32)).convert("L"))
+    assert data_checks.near_duplicates(found) == [[*range(1000)]]
+
+
+def test_photos_that_are_the_same_in_a_public_dataset(shared_tfds):
+    """Counted by comparing all pairs of full-size thumbnails."""
+    split = open_source("tf_flowers", data_dir=shared_tfds).split("train")
+    found = data_checks.duplicates(data_checks.look(split))
+    assert found == [
+        [214, 1204],
+        [725, 1007],
+        [1050, 2568],
+        [1739, 2380],
+        [1987, 2916],
+        [2215, 3061],
+        [2468, 2485],
+    ]

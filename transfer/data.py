@@ -11,7 +11,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,12 +23,15 @@ import tensorflow_datasets as tfds
 from transfer.augment import random_view
 from transfer.distribution import NO_LABEL, pieces_of_batches
 from transfer.images import decode
+from transfer.near_duplicates import FINGERPRINT, fingerprints, near_duplicates
 from transfer.preprocess import Preprocess
 
 HELD_OUT_SHARE = 0.2  # of a dataset that comes with nothing but a training split
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "val", "valid", "dev", "test", "testing")
 SHUFFLE_BUFFER = 16_384  # encoded images; up to this many, a shuffle is perfect
+MAX_COMPARED = 10_000
+"""Images up to which the automatic hold-out looks for near-duplicates: it decodes all of them."""
 _AUTO = "auto"
 
 
@@ -45,6 +49,7 @@ class Source:
         ids: split's name to what tells its examples from all others, bytes ``[16]`` each, in that
             order: another id where an image has changed. What is computed of an image is kept
             under it.
+        fingerprints: id to ``near_duplicates.FINGERPRINT``, of the images that were looked at.
 
     Raises:
         ValueError: if there are fewer than two classes.
@@ -57,6 +62,7 @@ class Source:
     names: Callable[[str], list[str]]
     ids: Callable[[str], list[bytes]]
     _labels: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    fingerprints: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.class_names) < 2:
@@ -151,6 +157,15 @@ class Split:
         """16 bytes per example; see ``Source``."""
         by_part = {part: self.source.ids(part) for part, _ in self.parts}
         return [by_part[part][index] for part, indices in self.parts for index in indices]
+
+    def fingerprints(self, progress: Callable[[Iterable], Iterable] = iter) -> np.ndarray:
+        """``near_duplicates.FINGERPRINT`` ``[len(self)]``; reads and decodes the images whose
+        fingerprints the source does not have yet."""
+        known = self.source.fingerprints
+        rest = self.where(np.array([id_ not in known for id_ in self.ids], bool))
+        if len(rest):
+            known.update(zip(rest.ids, fingerprints(rest, progress), strict=True))
+        return np.array([known[id_] for id_ in self.ids], FINGERPRINT)
 
     def where(self, keep: np.ndarray) -> Split:
         """The examples at which the boolean array ``keep`` ``[len(self)]`` is true."""
@@ -289,31 +304,49 @@ def find_unreadable(split: Split) -> list[str]:
     return unreadable
 
 
+def training_split(source: Source, train_split: str = _AUTO) -> Split:
+    """The split to take training images from; held-out images are still in it.
+
+    Raises:
+        ValueError: if it is unknown or empty.
+    """
+    return source.split(_first(source, TRAIN_SPLITS) if train_split == _AUTO else train_split)
+
+
+def is_automatic(source: Source, eval_split: str = _AUTO) -> bool:
+    """Whether images to evaluate on are held out of the training split."""
+    return eval_split == _AUTO and not {*EVAL_SPLITS} & {*source.split_names}
+
+
 def train_and_eval_splits(
-    source: Source, train_split: str = _AUTO, eval_split: str = _AUTO
+    source: Source,
+    train_split: str = _AUTO,
+    eval_split: str = _AUTO,
+    *,
+    max_compared: int = MAX_COMPARED,
+    progress: Callable[[Iterable], Iterable] = iter,
 ) -> tuple[Split, Split]:
     """The two splits to train and to evaluate on, which never share an image.
 
-    ``auto`` takes ``train`` and the first there is of validation and test. Where there is none, 20
-    % of each class is held out of the training split, always the same images.
+    ``auto`` takes ``train`` and the first of validation and test that exists. Where neither does,
+    20 % of each class is held out of the training split, always the same images, with
+    near-duplicates on the same side.
+
+    Args:
+        source: where the images are.
+        train_split: a split expression, or ``auto``.
+        eval_split: likewise.
+        max_compared: near-duplicates are looked for among at most this many training images.
+        progress: wraps the images that are decoded to find them.
 
     Raises:
         ValueError: if a split is unknown or empty, or the two overlap.
     """
-    train = source.split(_first(source, TRAIN_SPLITS) if train_split == _AUTO else train_split)
-    candidates = [name for name in EVAL_SPLITS if name in source.split_names]
-    if eval_split != _AUTO:
-        evaluation = source.split(eval_split)
-    elif candidates:
-        evaluation = source.split(candidates[0])
-    else:
-        evaluation = train.where(stratified_holdout(train.labels, train.names, HELD_OUT_SHARE))
-        if not len(evaluation):
-            raise ValueError(
-                f"{source.name!r} has too few images to hold some out for evaluation: "
-                f"{len(train)} in {len(source.class_names)} classes"
-            )
+    train = training_split(source, train_split)
+    if is_automatic(source, eval_split):
+        evaluation = _held_out(train, max_compared, progress)
         return train.without(evaluation), evaluation
+    evaluation = source.split(_first(source, EVAL_SPLITS) if eval_split == _AUTO else eval_split)
     rest = train.without(evaluation)
     shared = len(train) - len(rest)
     if shared and train_split != _AUTO:
@@ -326,24 +359,71 @@ def train_and_eval_splits(
     return rest, evaluation
 
 
+def _held_out(train: Split, max_compared: int, progress: Callable[[Iterable], Iterable]) -> Split:
+    groups: list[list[int]] = []
+    if len(train) <= max_compared:
+        groups = near_duplicates(train.fingerprints(progress))
+    held_out = stratified_holdout(train.labels, train.names, HELD_OUT_SHARE, groups)
+    if not held_out.any():  # every class is one picture
+        held_out = stratified_holdout(train.labels, train.names, HELD_OUT_SHARE)
+    if not held_out.any():
+        raise ValueError(
+            f"{train.source.name!r} has too few images to hold some out for evaluation: "
+            f"{len(train)} in {len(train.source.class_names)} classes"
+        )
+    return train.where(held_out)
+
+
 def whole_eval_split(source: Source) -> Split:
     """What to evaluate a finished classifier on: validation or test, else all there is."""
     return source.split(_first(source, EVAL_SPLITS + TRAIN_SPLITS))
 
 
-def stratified_holdout(labels: np.ndarray, names: Sequence[str], share: float) -> np.ndarray:
+def stratified_holdout(
+    labels: np.ndarray, names: Sequence[str], share: float, groups: Sequence[Sequence[int]] = ()
+) -> np.ndarray:
     """Boolean ``[len(labels)]``: true for ``share`` of each class.
 
     Which ones follows from a hash of their names, so that a few images more or less change little.
     At least one example of each class that has two or more, none of a class that has only one.
+
+    Args:
+        labels: int ``[num_examples]``.
+        names: one per example.
+        share: of each class, 0 to 1.
+        groups: positions that stay on one side, such as near-duplicates, whatever their classes. A
+            group goes by the hash of its first name, and is trained on where it is too large for
+            what is held out. A class that is a single group has nothing held out.
     """
-    digests = np.array([hashlib.sha256(name.encode()).hexdigest() for name in names])
+    digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
+    grouped = {min(group, key=names.__getitem__): [*group] for group in groups}
+    others = {position for group in groups for position in group} - grouped.keys()
+    firsts = sorted({*range(len(names))} - others, key=digests.__getitem__)
+    sizes = Counter(labels.tolist())
+    wanted = {label: min(max(1, round(share * n)), n - 1) for label, n in sizes.items()}
     held_out = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        members = members[np.argsort(digests[members])]
-        count = min(max(1, round(share * len(members))), len(members) - 1)
-        held_out[members[:count]] = True
+    taken: Counter[int] = Counter()
+
+    def take(members: list[int], limits: Mapping[int, int]) -> None:
+        """Hold a group out, if it fits the limits of all its classes."""
+        counts = Counter(labels[members].tolist())
+        if all(taken[label] + n <= limits[label] for label, n in counts.items()):
+            held_out[members] = True
+            taken.update(counts)
+
+    for first, label in zip(firsts, labels[firsts].tolist(), strict=True):
+        if first in grouped:
+            take(grouped[first], wanted)
+        elif taken[label] < wanted[label]:
+            held_out[first] = True
+            taken[label] += 1
+    # Where all groups of a class are larger than what is wanted, the smallest one.
+    most = {label: n - 1 for label, n in sizes.items()}
+    smallest_first = sorted((grouped[first] for first in firsts if first in grouped), key=len)
+    for label in sorted(sizes):
+        for members in smallest_first if wanted[label] else ():
+            if not taken[label] and label in labels[members]:
+                take(members, most)
     return held_out
 
 

@@ -1,0 +1,44 @@
+"""Fingerprints of images on disk, so that the next command does not decode these images again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from recipes.cache import default_directory
+from transfer.cache import Cache
+from transfer.data import MAX_COMPARED, Source
+from transfer.near_duplicates import FINGERPRINT
+
+_LIMIT_BYTES = 10**9  # of a million images
+
+
+@contextlib.contextmanager
+def remembered(source: Source, cache_dir: Path | None = None) -> Iterator[None]:
+    """While images of a source are compared: fingerprints that are on disk are found, new ones are
+    kept. Where the disk cannot be read or written to, they are computed, and forgotten."""
+    if sum(source.sizes.values()) > 2 * MAX_COMPARED:
+        yield
+        return
+    directory = (cache_dir or default_directory()) / "fingerprints"
+    cache = Cache(directory, _LIMIT_BYTES)
+    key = {"kind": "fingerprints", "dataset": source.name, "tensorflow": version("tensorflow")}
+    with contextlib.suppress(OSError):
+        entry = cache.entry(key, [FINGERPRINT.itemsize], "uint8")
+        ids = np.array([id_ for name in source.sizes for id_ in source.ids(name)], object)
+        found = ids[~entry.missing(ids)].tolist()
+        rows = np.ascontiguousarray(entry.read(found)[:]).view(FINGERPRINT)[:, 0]
+        source.fingerprints.update(zip(found, rows, strict=True))
+    known = {*source.fingerprints}
+    yield
+    if new := [id_ for id_ in source.fingerprints if id_ not in known]:
+        rows = np.array([source.fingerprints[id_] for id_ in new], FINGERPRINT)
+        with contextlib.suppress(OSError):
+            entry = cache.entry(key, [FINGERPRINT.itemsize], "uint8")
+            with entry.lock():
+                cache.make_room(rows.nbytes, keep=[entry])
+                entry.append(new, rows[:, None].view(np.uint8))

@@ -1,0 +1,86 @@
+"""Text for a terminal, in which characters that it would obey are shown as escapes.
+
+Names of files, classes and tensors come from other people, and may hold escape sequences that
+recolour, clear or overwrite the screen, and marks that reverse the direction of writing
+(https://trojansource.codes).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f"  # controls
+    "\u2028\u2029"  # line and paragraph separators
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # direction of writing
+    "\ud800-\udfff]"  # bytes of a file name that are not UTF-8
+)
+_BAR = re.compile("(\n|\x1b\\[A)+|\r?")  # how tqdm's progress bars move the cursor, in one write
+
+
+def escaped(text: str) -> str:
+    """One line: line breaks are shown as well."""
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def say(line: str) -> None:
+    """Write a line to standard error."""
+    print(escaped(line), file=sys.stderr, flush=True)
+
+
+def escaped_json(text: str) -> str:
+    """JSON that means the same."""
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+class EscapingStream:
+    """A stream that writes to another one; line breaks and tabs stay."""
+
+    def __init__(self, raw: TextIO) -> None:
+        self.raw = self.rich_proxied_file = raw  # the second name: where rich writes its colours
+
+    def write(self, text: str) -> int:
+        bar = _BAR.match(text).end()
+        kept = re.split("([\n\t])", text[bar:])
+        kept[::2] = map(escaped, kept[::2])
+        self.raw.write(text[:bar] + "".join(kept))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+
+def raw(stream: Any) -> TextIO:
+    """The stream itself, for programs and for what moves the cursor."""
+    return stream.raw if isinstance(stream, EscapingStream) else stream
+
+
+@contextlib.contextmanager
+def escaping() -> Iterator[None]:
+    """Standard output and error escape what they are given."""
+    with (
+        contextlib.redirect_stdout(EscapingStream(raw(sys.stdout))),
+        contextlib.redirect_stderr(EscapingStream(raw(sys.stderr))),
+    ):
+        yield
+
+
+def is_closed(stream: Any) -> bool:
+    """Whether the reader of a stream that failed has gone, as that of ``predict | head -1`` does.
+    What would still be written there is dropped, so that Python does not complain as it exits."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
+        return True
+    return False
