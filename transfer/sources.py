@@ -21,7 +21,6 @@ from transfer.image_files import PassedOver, class_folders
 from transfer.images import suffixes
 from transfer.records import Records, open_records
 
-
 _LABELS_TOGETHER = 1024  # one by one, most of the time would go into handing them over
 
 
