@@ -160,8 +160,8 @@ def kinds_of_bmp():
     out = {"1 bit": encoded(rgb.convert("1"), "BMP")}
     rows = PIXELS[::-1].astype(np.uint32)
     header = struct.pack("<IiiHHIIiiII", 40, 17, 12, 1, 32, 3, 0, 0, 0, 0, 0)
-    masks = struct.pack("<III", 0xFF, 0xFF00, 0xFF0000)  # red first
-    pixels = (rows[..., 0] | rows[..., 1] << 8 | rows[..., 2] << 16).tobytes()
+    masks = struct.pack("<III", 0xFF000000, 0xFF0000, 0xFF00)  # the byte without a colour first
+    pixels = (rows[..., 0] << 24 | rows[..., 1] << 16 | rows[..., 2] << 8).tobytes()
     start = 14 + len(header) + len(masks)
     head = b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start)
     out["masks"] = head + header + masks + pixels

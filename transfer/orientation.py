@@ -65,6 +65,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 def oriented(image: tf.Tensor, code: tf.Tensor) -> tf.Tensor:
     """``[height, width, channels]`` turned and flipped as an orientation, 1 to 8, demands."""
+    image = tf.convert_to_tensor(image)
     height, width, channels = tf.unstack(tf.shape(image))
 
     def is_one_of(*codes: int) -> tf.Tensor:

@@ -239,6 +239,23 @@ class Preprocess:
         return (tf.cast(images, tf.float32) - meaning.mean) / meaning.scale
 
 
+def _without_ends(images: tf.Tensor, longest: int) -> tf.Tensor:
+    """The middle of images that are very long: a line of a pixel's height would otherwise be made
+    as long as it is high, before all but its middle is cut off."""
+    images = tf.convert_to_tensor(images)
+    shape = tf.shape(images)[-3:-1]
+    kept = tf.minimum(shape, longest * tf.reduce_min(shape))
+    top, left = tf.unstack((shape - kept) // 2)
+
+    def middle() -> tf.Tensor:
+        return images[..., top : top + kept[0], left : left + kept[1], :]
+
+    if images.dtype != tf.uint8:
+        return middle()
+    # Images from files may be large: those that are not long are not copied.
+    return tf.cond(tf.reduce_any(kept < shape), middle, lambda: images)
+
+
 def _resized(images: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
     def as_floats() -> tf.Tensor:
         return tf.image.resize(tf.cast(images, tf.float32), target, antialias=True)
@@ -247,20 +264,10 @@ def _resized(images: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
         return as_floats()
 
     def as_bytes() -> tf.Tensor:
-        """The same values, more slowly, without four bytes for each of the image."""
+        """The same values, more slowly, without a copy that has four bytes for each."""
         return tf.cast(tf.image.resize(images, target, antialias=True), tf.float32)
 
     return tf.cond(tf.size(images) < _LARGE, as_floats, as_bytes)
-
-
-def _without_ends(images: tf.Tensor, longest: int) -> tf.Tensor:
-    """The middle of images that are very long: a line of a pixel's height would otherwise be made
-    as long as it is high, before all but its middle is cut off."""
-    images = tf.convert_to_tensor(images)
-    shape = tf.shape(images)[-3:-1]
-    kept = tf.minimum(shape, longest * tf.reduce_min(shape))
-    top, left = tf.unstack((shape - kept) // 2)
-    return images[..., top : top + kept[0], left : left + kept[1], :]
 
 
 def to_channels(images: tf.Tensor, channels: int) -> tf.Tensor:

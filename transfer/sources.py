@@ -72,9 +72,9 @@ def _open_image_folder(folder: Path) -> Source:
     passed_over.empty_classes = sorted(
         {child.name for split in splits for child in class_folders(split)} - {*class_names}
     )
-    passed_over.files = [
+    passed_over.files = sorted(
         (os.path.relpath(name, folder), reason) for name, reason in passed_over.files
-    ]
+    )
     if len(class_names) < 2:
         raise ValueError(_too_few_classes(folder, class_names, passed_over))
     files = {

@@ -95,7 +95,7 @@ def _in_segments(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         # ends the metadata.
         is_alone = (marker >= 0xFFD0) & (marker <= 0xFFD8)
         after = tf.where(marker == 0xFFFF, 1, tf.where(is_alone, 2, 2 + length))
-        is_end = (marker < 0xFF00) | (marker == 0xFFDA) | (marker == 0xFFD9)
+        is_end = (marker <= 0xFF00) | (marker == 0xFFDA) | (marker == 0xFFD9)
         return tf.where(is_end, size, position + after), exif, xmp
 
     exif, xmp = _walk(step, tf.constant(2), size - 4)
