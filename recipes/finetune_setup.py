@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import sys
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -250,7 +251,9 @@ def _look_at(train: Split, held_out: Split) -> dict[str, Any]:
             "training, so near-duplicates may be both trained and evaluated on; vgg-transfer "
             "check-data compares any number"
         )
-        marks = {what: [n.encode() for n in split.names] for what, split in splits.items()}
+        marks = {
+            what: [os.fsencode(name) for name in split.names] for what, split in splits.items()
+        }
         hashed = "names and labels"
     for line in lines:
         terminal.say(f"warning: {line}")

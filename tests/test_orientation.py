@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -111,8 +112,9 @@ def _entry(kind, count, value):
 
 
 def upright(data):
-    """Pillow's reading."""
-    with Image.open(io.BytesIO(data)) as image:
+    """Pillow's reading, which warns of odd metadata."""
+    with Image.open(io.BytesIO(data)) as image, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
