@@ -204,3 +204,8 @@ def test_resource_variables_and_convolutions(tmp_path, image_folder, convolution
     assert finetune(tmp_path / "run", model, image_folder, "--freeze-until", "none") == 0
     assert main(["export", str(tmp_path / "run"), "--format", "tflite,onnx"]) == 0
     assert Path(tmp_path / "run" / "export" / "onnx" / "labels.txt").read_text() == "blue\nred\n"
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="precision 'int4' is not known; choose from: float32"):
+        tflite.convert(None, "int4")

@@ -209,6 +209,8 @@ def test_arguments_out_of_range(arguments, message):
         ({"num_classes": "2"}, "num_classes is '2' of type str; expected an integer"),
         ({"num_classes": 2, "hidden": 64}, r"hidden is 64 of type int; .*e.g. \(64,\)"),
         ({"num_classes": 2, "hidden": "64"}, r"hidden is '64' of type str; expected a sequence"),
+        ({"num_classes": 2, "dropout": None}, "dropout is None of type NoneType; expected a num"),
+        ({"num_classes": 2, "bias": "0"}, "bias is '0' of type str; expected a number"),
         ({"num_classes": 2, "hidden": (6.5,)}, "a hidden width is 6.5 of type float"),
     ],
 )

@@ -126,3 +126,10 @@ def test_cosine_rises_and_falls():
     rates = [float(schedule(step)) for step in (0, 5, 10, 55, 100, 120)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.1, 0.0, 0.0], abs=1e-6)
     assert float(cosine(0.2, 100, 0)(0)) == pytest.approx(0.2)
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(
+        ValueError, match="optimizer 'rmsprop' is not known; choose from: adam, sgd"
+    ):
+        make_optimizer("rmsprop", 0.1)

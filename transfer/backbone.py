@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
+import itertools
 import warnings
 import zlib
 from collections.abc import Mapping
@@ -81,7 +83,8 @@ class GraphLayer(keras.layers.Layer):
         shared: where the layers that share the variables know each other from.
 
     Raises:
-        ValueError: if an argument is unknown, or in a TF1 graph.
+        ValueError: if ``pooling`` is unknown, or ``dtype`` another than the graph's.
+        RuntimeError: in a TF1 graph.
     """
 
     def __init__(
@@ -101,9 +104,10 @@ class GraphLayer(keras.layers.Layer):
         self.pooling = pooling
         self.shared = SharedVariables() if shared is None else shared
         self._initial: tf.Tensor | None = None
-        self.graph_variables = [
-            self._variable(variable, values[variable.name]) for variable in network.variables
-        ]
+        # Keras saves variables in the order in which they come in here, whoever made them.
+        self.graph_variables: list[keras.Variable] = []
+        for variable in network.variables:
+            self.graph_variables.append(self._variable(variable, values[variable.name]))
         self._inference = as_function(network)
         # In training only: a SavedModel cannot hold what computes a gradient in a way of its own.
         for_training = with_fast_gradients(network.training or network.graph_def)
@@ -188,11 +192,9 @@ class GraphLayer(keras.layers.Layer):
         if second.input != self.network.input:
             nodes = {node.name: node for node in self.network.graph_def.node}
             operation, index = split_tensor_name(second.input)
-            second = replace(
-                second,
-                input_shape=infer(self.network).get(second.input),
-                input_dtype=dtype_of(nodes[operation], index),
-            )
+            second = replace(second, input_dtype=dtype_of(nodes[operation], index))
+            with contextlib.suppress(ValueError):  # no shapes without a batch size
+                second = replace(second, input_shape=infer(self.network).get(second.input))
         options: dict[str, Any] = {"shared": self.shared}
         return (
             GraphLayer(first, variables, name=f"{self.name}_prefix", **options),
@@ -260,19 +262,18 @@ class GraphLayer(keras.layers.Layer):
         The graphs are compressed: Keras prints the configuration of a layer that it does not know.
         """
         network = self.network
+        graphs = [graph_def.SerializeToString() for graph_def in network.graphs]
         return super().get_config() | {
-            "compressed_graphs": [
-                base64.b64encode(zlib.compress(graph_def.SerializeToString(), 9)).decode("ascii")
-                for graph_def in network.graphs
-            ],
+            "graph_sizes": [len(graph) for graph in graphs],
+            "compressed_graphs": base64.b64encode(zlib.compress(b"".join(graphs), 9)).decode(),
             "batch_size": network.batch_size,
             "input_shape": network.input_shape,
             "input": network.input,
             "input_dtype": network.input_dtype.name if network.input_dtype else None,
             "output": network.output,
             "variables": [
-                [name, variable.dtype, list(variable.shape), variable.trainable]
-                for name, variable in zip(self.variable_names, self.graph_variables, strict=True)
+                [known.name, variable.dtype, list(variable.shape), known.trainable]
+                for known, variable in zip(network.variables, self.graph_variables, strict=True)
             ],
             "pooling": self.pooling,
             "shared": self.shared.serialized(),
@@ -311,6 +312,8 @@ class GraphLayer(keras.layers.Layer):
         shared = (
             SharedVariables() if shared is None else keras.saving.deserialize_keras_object(shared)
         )
+        if not isinstance(shared, SharedVariables):
+            raise ValueError("the model is damaged: its layers share something else than variables")
         # A subclass builds itself from files; here all is at hand, and Keras needs the same class.
         layer = cls.__new__(cls)
         values = _initializers(network) | shared.by_name
@@ -340,8 +343,8 @@ class Backbone(GraphLayer):
 
     Raises:
         TypeError: if ``graph`` is neither a ``MetaGraph`` nor a path.
-        ValueError: if a tensor is unknown (near names are suggested), the weights do not fit, or it
-            is made in a TF1 graph.
+        ValueError: if a tensor is unknown (near names are suggested) or the weights do not fit.
+        RuntimeError: in a TF1 graph.
         FileNotFoundError: if a file of the checkpoint is missing.
         ForbiddenOpError: if the tap needs more than arithmetic.
 
@@ -407,17 +410,15 @@ def _graphs(config: dict[str, Any]) -> list[GraphDef]:
     """The graphs of a configuration, which are taken out of it."""
     if "graph_defs" in config:  # not compressed, as in older files
         return [GraphDef.FromString(base64.b64decode(g)) for g in config.pop("graph_defs")]
-    graphs = []
-    for compressed in config.pop("compressed_graphs"):
-        stream = zlib.decompressobj()
-        try:
-            data = stream.decompress(base64.b64decode(compressed), MAX_GRAPH_BYTES)
-        except zlib.error:
-            data = b""
-        if not stream.eof:
-            raise ValueError(
-                "the model is damaged: its graph is not whole, or has over "
-                f"{MAX_GRAPH_BYTES:,} bytes"
-            )
-        graphs.append(GraphDef.FromString(data))
-    return graphs
+    stream, data = zlib.decompressobj(), b""
+    sizes = config.pop("graph_sizes")
+    with contextlib.suppress(zlib.error):
+        data = stream.decompress(base64.b64decode(config.pop("compressed_graphs")), MAX_GRAPH_BYTES)
+    if not stream.eof or len(data) != sum(sizes):
+        raise ValueError(
+            f"the model is damaged: its graph is not whole, or has over {MAX_GRAPH_BYTES:,} bytes"
+        )
+    ends = [*itertools.accumulate(sizes)]
+    return [
+        GraphDef.FromString(data[end - size : end]) for size, end in zip(sizes, ends, strict=True)
+    ]

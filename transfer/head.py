@@ -11,6 +11,7 @@ averaged over space (for 1x1 that is flattening). Logits are float32 ``[batch, n
 from __future__ import annotations
 
 import itertools
+import numbers
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -59,7 +60,7 @@ class Head(keras.layers.Layer):
     ):
         check_eager("Head")
         num_classes, hidden = _widths(num_classes, hidden)
-        _check(num_classes, hidden, dropout, weights_stddev)
+        _check(num_classes, hidden, dropout, weights_stddev, bias)
         dtype = kwargs.pop("dtype", None) or "float32"
         if dtype != "float32" and getattr(dtype, "name", dtype) != "float32":
             raise ValueError(f"dtype={dtype!r}, but a head computes in float32")
@@ -256,7 +257,7 @@ def _build_in_graph(
     seed: int | None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     num_classes, hidden = _widths(num_classes, hidden)
-    _check(num_classes, hidden, dropout, weights_stddev)
+    _check(num_classes, hidden, dropout, weights_stddev, bias)
     _feature_width(features.shape)
     seeds = _seeds(seed)
 
@@ -325,7 +326,15 @@ def _integer(name: str, value: Any) -> int:
         ) from None
 
 
-def _check(num_classes: int, hidden: Sequence[int], dropout: float, weights_stddev: float) -> None:
+def _check(
+    num_classes: int, hidden: Sequence[int], dropout: float, weights_stddev: float, bias: float
+) -> None:
+    numbers_given = {"dropout": dropout, "weights_stddev": weights_stddev, "bias": bias}
+    for name, value in numbers_given.items():
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(
+                f"{name} is {value!r} of type {type(value).__name__}; expected a number"
+            )
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
     if any(width < 1 for width in hidden):

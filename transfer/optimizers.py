@@ -86,7 +86,12 @@ def make_optimizer(
         learning_rate: a number, or a schedule over calls of ``apply``.
         weight_decay: of kernels, decoupled: each step takes so much times the learning rate.
         accumulate: calls of ``apply`` whose gradients are averaged for one update.
+
+    Raises:
+        ValueError: if the kind is unknown.
     """
+    if kind not in ("adam", "sgd"):
+        raise ValueError(f"optimizer {kind!r} is not known; choose from: adam, sgd")
     options: dict[str, Any] = {"weight_decay": weight_decay or None}
     if accumulate > 1:
         options["gradient_accumulation_steps"] = accumulate

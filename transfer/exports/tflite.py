@@ -32,9 +32,13 @@ def convert(
             activations say which range the integers cover. A hundred are enough.
 
     Raises:
-        ValueError: if there are no examples where they are needed, or TFLite has no kernel for an
-            operation of the network.
+        ValueError: if the precision is unknown, there are no examples where they are needed, or
+            TFLite has no kernel for an operation of the network.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision {precision!r} is not known; choose from: {', '.join(PRECISIONS)}"
+        )
     preprocess = classifier.preprocess
     shape = [None, preprocess.size, preprocess.size, preprocess.channels]
     function = tf.function(classifier.probabilities_of_resized, autograph=False)

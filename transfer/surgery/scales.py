@@ -39,6 +39,10 @@ def find_scales(nodes: Iterable[NodeDef], variables: Iterable[str]) -> set[str]:
         others = [operations.get(source(edge)) for edge in edges]
         return any(node is not None and node.op in _RECTIFIERS for node in others)
 
+    # The mean of tf.nn.batch_normalization: offset - mean * (scale / deviation).
+    subtracted = {
+        operation_of(data_inputs(node)[-1]) for node in nodes if node.op in ("Sub", "Neg")
+    }
     found = {name for name in variables if name.endswith(("gamma", "variance"))}
     for node in nodes:
         edges = data_inputs(node)
@@ -50,6 +54,6 @@ def find_scales(nodes: Iterable[NodeDef], variables: Iterable[str]) -> set[str]:
                 {source(e) for e in data_inputs(inner)} if inner and inner.op in _SUMS else set()
             )
             found.add(source(edges[0]))
-        elif node.op in _PRODUCTS and not is_rectified(edges):
+        elif node.op in _PRODUCTS and not is_rectified(edges) and node.name not in subtracted:
             found |= {source(edge) for edge in edges}
     return found & variables
