@@ -22,7 +22,7 @@ from transfer.surgery.graphs import (
     split_tensor_name,
     static_shape,
 )
-from transfer.surgery.guards import unproven, with_guards
+from transfer.surgery.guards import ranks_of, unproven, with_guards
 from transfer.surgery.modes import Mode
 from transfer.surgery.modes import find as find_modes
 from transfer.surgery.network import Network, Variable, cut, extract, variable
@@ -55,6 +55,7 @@ __all__ = [
     "operation_of",
     "outputs",
     "placeholders",
+    "ranks_of",
     "split_tensor_name",
     "static_shape",
     "unproven",
