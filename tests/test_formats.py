@@ -11,9 +11,10 @@ import tensorflow as tf
 from conftest import StockSession, save_vgg
 from google.protobuf import text_format
 from stock import assert_close, images
+from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
-from transfer import Backbone, formats, load_meta_graph, surgery
+from transfer import Backbone, formats, load_meta_graph, surgery, wire
 from transfer.formats import open_model
 
 tf1 = tf.compat.v1
@@ -209,6 +210,38 @@ def test_text_that_is_no_graph(tmp_path, name, kind, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"is not a {kind}"):
         open_model(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "field", [b"\x12\x02\x0a\x00", b"\x12\x06\x0a\x04\x1a\x00\x1a\x00", b"\x22\x00"]
+)
+def test_small_file_of_empty_messages_is_refused_before_it_is_parsed(tmp_path, monkeypatch, field):
+    """Two bytes in the file are over a hundred in memory."""
+    path = tmp_path / "m.meta"
+    path.write_bytes(field * (10_000_000 // len(field)))
+    monkeypatch.setattr(wire, "MAX_FIELDS", 100_000)
+    monkeypatch.setattr(MetaGraphDef, "FromString", lambda content: pytest.fail("parsed"))
+    with pytest.raises(ValueError, match="m.meta' is not a meta graph: it has over 100,000 fields"):
+        load_meta_graph(path)
+
+
+def fields_of(message):
+    """Fields of a message on the wire, by protobuf's own view of it."""
+    total = 0
+    for field, value in message.ListFields():
+        is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
+        values = [value] if not hasattr(value, "append") and not is_map else list(value)
+        packed = not field.message_type and field.type not in (field.TYPE_BYTES, field.TYPE_STRING)
+        total += 1 if packed else len(values) + 2 * is_map * len(values)
+        for part in [value[key] for key in values] if is_map else values:
+            total += fields_of(part) if hasattr(part, "ListFields") else 0
+    return total
+
+
+def test_fields_are_counted_as_protobuf_sees_them(meta):
+    content = meta.with_name(meta.name + ".meta").read_bytes()
+    expected = fields_of(MetaGraphDef.FromString(content))
+    assert wire.count_fields(content, MetaGraphDef.DESCRIPTOR) == expected > 1000
 
 
 def test_text_that_is_too_large(tmp_path, monkeypatch):

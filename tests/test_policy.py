@@ -141,3 +141,68 @@ def test_all_that_is_allowed_exists():
 )
 def test_never_allowed(op):
     assert op not in policy.ALLOWED_OPS
+
+
+def convolution_with(attribute, values, op="Conv2D"):
+    """A convolution of images, one of whose attributes is replaced."""
+    graph = tf.Graph()
+    with graph.as_default():
+        x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
+        if op == "Conv2D":
+            net = tf.nn.conv2d(x, tf.ones([1, 1, 3, 3]), 1, "SAME", name="call")
+        elif op == "MaxPool":
+            net = tf.nn.max_pool2d(x, 2, 1, "SAME", name="call")
+        elif op == "Conv2DBackpropInput":
+            net = tf.nn.conv2d_transpose(x, tf.ones([1, 1, 3, 3]), [1, 8, 8, 3], 1, name="call")
+        elif op == "Conv3D":
+            net = tf.nn.conv3d(x[..., None], tf.ones([1, 1, 1, 1, 1]), [1] * 5, "SAME", name="call")
+        elif op == "GatherV2":
+            net = tf.gather(x, [0], axis=0, name="call")
+        elif op == "LRN":
+            net = tf.nn.lrn(x, name="call")
+        elif op == "SpaceToDepth":
+            net = tf.nn.space_to_depth(x, 2, name="call")
+        elif op == "Split":
+            net = tf.split(x, 3, axis=3, name="call")[0]
+        tf.nn.relu(net, name="tap")
+    graph_def = graph.as_graph_def()
+    node = next(node for node in graph_def.node if node.op == op)
+    if isinstance(values, list):
+        node.attr[attribute].list.i[:] = values
+    else:
+        node.attr[attribute].i = values
+    return graph_def
+
+
+@pytest.mark.parametrize(
+    ("op", "attribute", "values"),
+    [
+        ("Conv2D", "strides", [1, 0, 1, 1]),
+        ("Conv2D", "strides", [1, 1]),
+        ("Conv2D", "strides", []),
+        ("Conv2D", "dilations", [1, 2**31, 1, 1]),
+        ("Conv2D", "dilations", [1, 1, 1, 1, 1]),
+        ("Conv2D", "explicit_paddings", [0, 0, 1, 1, 1, 1, 0, 0]),
+        ("Conv2DBackpropInput", "strides", [1, 2**31, 0, 1]),
+        ("Conv2DBackpropInput", "dilations", [2**31, 1, 1, 1]),
+        ("Conv3D", "strides", [1, 1, -1, 1, 1]),
+        ("MaxPool", "ksize", [1, 0, 2, 1]),
+        ("MaxPool", "ksize", [1, 2**62, 2, 1]),
+        ("MaxPool", "strides", [1, -(2**63), 1, 1]),
+        ("GatherV2", "batch_dims", 2**31 - 1),
+        ("GatherV2", "batch_dims", -(2**31)),
+        ("LRN", "depth_radius", -1),
+        ("SpaceToDepth", "block_size", 2**31),
+        ("Split", "num_split", 2**31 - 1),
+    ],
+)
+def test_attributes_that_crash_tensorflow_are_refused(op, attribute, values):
+    with pytest.raises(ValueError, match=rf"'call.*' \({op}\) has .*{attribute}.*expected|split"):
+        surgery.extract(convolution_with(attribute, values, op), "tap", "x")
+
+
+def test_attributes_of_ordinary_operations_pass():
+    ops = ("Conv2D", "MaxPool", "Conv2DBackpropInput", "Conv3D", "GatherV2", "LRN", "Split")
+    for op in ops:
+        graph_def = convolution_with("unknown_to_everyone", 5, op)
+        assert op in {node.op for node in surgery.extract(graph_def, "tap", "x").graph_def.node}

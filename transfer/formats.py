@@ -17,7 +17,7 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
-from transfer import checkpoint
+from transfer import checkpoint, wire
 
 _SUFFIX = re.compile(r"(\.(meta|index|json|data-\d{5}-of-\d{5})|-\d{5}-of-\d{5})$")
 _STEP = re.compile(r"-\d+$")
@@ -119,6 +119,10 @@ def _parse(path: Path, kind: type[M], name: str) -> M:
         raise ValueError(
             f"{str(path)!r} is a pointer of Git LFS, not the file itself; fetch it: git lfs pull"
         )
+    try:
+        wire.check(content, kind.DESCRIPTOR)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not a {name}: {error}") from None
     try:
         message = kind.FromString(content)
         if message.ListFields():

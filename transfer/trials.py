@@ -13,6 +13,7 @@ import contextlib
 import faulthandler
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -36,6 +37,7 @@ MAX_BYTES = 2**31
 """Of memory in the first call, above ten times the images and the weights."""
 _SIZE = 96
 """Height and width of images where any size fits."""
+_SCRIPT = "import sys; sys.path[:] = sys.argv[1:]; from transfer.trials import main; main()"
 _tried: dict[bytes, str] = {}
 
 
@@ -140,11 +142,9 @@ def _try_once(call: Call, unproven: Sequence[str]) -> None:
 
 def run_child(call: Call) -> str:
     """What ended a process that makes a call; empty if nothing did."""
-    # Not from the working folder: -I leaves it out of the path.
-    script = f"import sys; sys.path[:] = {sys.path!r}; from transfer.trials import main; main()"
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
-            [sys.executable, "-I", "-c", script],
+            [sys.executable, "-I", "-c", _SCRIPT, *_search_path()],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=log,
@@ -167,6 +167,13 @@ def run_child(call: Call) -> str:
         name = signal.Signals(-child.returncode).name
         return f"died with {name}" + (f" ({reason[-200:]})" if "Check failed" in reason else "")
     return f"failed ({reason[-200:]})"
+
+
+def _search_path() -> list[str]:
+    """Where this process imports from, without the working folder; ``-I`` leaves that out."""
+    own = str(Path(__file__).resolve().parents[1])
+    here = {"", os.getcwd()} - {own}
+    return [own, *(path for path in sys.path if path not in here)]
 
 
 def main() -> None:

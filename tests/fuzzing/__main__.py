@@ -108,6 +108,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="KIND:NUMBER", help="try this input, and say all of it")
     parser.add_argument("--operations", type=int, metavar="COUNT", help="see operations.py")
     parser.add_argument("--operation", type=int, metavar="NUMBER", help="make this call again")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="processes at a time")
     parser.add_argument("--wild", type=Path, default=WILD, help="folder with cases.json, or none")
     parser.add_argument("--limit", type=float, default=20.0, help="seconds for an input")
     parser.add_argument("--memory", type=int, default=2048, help="megabytes for an input")
@@ -132,13 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         numbers = range(first, first + (options.operations or 1))
         with tempfile.TemporaryDirectory(prefix="fuzz-", ignore_cleanup_errors=True) as temporary:
             verbose = options.verbose or options.operation is not None
-            workers = min(WORKERS, len(numbers))
+            workers = min(options.workers, len(numbers))
             return operations.main(numbers, Path(temporary), workers, options.limit, verbose)
     wild = options.wild if (options.wild / "cases.json").is_file() else None
     command = "python tests/fuzzing" + ("" if wild == WILD else f" --wild {wild or 'none'}")
     with tempfile.TemporaryDirectory(prefix="fuzz-", ignore_cleanup_errors=True) as temporary:
         root = Path(temporary)
-        workers = 1 if options.only is not None else WORKERS
+        workers = 1 if options.only is not None else options.workers
         supervisor = Supervisor(root, workers, options.limit, options.memory)
         try:
             made = root / "bases"

@@ -397,7 +397,8 @@ class Caller:
         if self.number is None:
             raise RuntimeError(f"a worker died before it was given anything:\n{text}")
         check = re.search(r"Check failed: .{,120}", text)
-        message = f"exit code {self.process.exitcode} in {self.stage}: {check[0] if check else ''}"
+        reason = check[0] if check else text[-300:]
+        message = f"exit code {self.process.exitcode} in {self.stage}: {reason}"
         if self.stage == "trial":
             outcome = "trial"
         lost = Outcome(self.number, outcome, self.op, message)

@@ -319,3 +319,41 @@ def test_nodes_are_not_changed():
     nodes = surgery.ancestors(graph_def.node, "tap", stop_at=["x"])
     conditionals.resolve(nodes, "tap:0")
     assert graph_def.SerializeToString(deterministic=True) == before
+
+
+def nested(depth):
+    """Switches inside of switches, each with its own predicate, merged from the inside out."""
+    graph = tf.Graph()
+    with graph.as_default():
+        x = x_of()
+        net, merges = x, []
+        for i in range(depth):
+            positive = tf.reduce_any(x > float(i))
+            outer, net = tf.raw_ops.Switch(data=net, pred=positive)
+            merges.append(outer)
+        for outer in reversed(merges):
+            net = tf.raw_ops.Merge(inputs=[outer, net + 1.0])[0]
+        tf.nn.relu(net, name="tap")
+    return graph.as_graph_def()
+
+
+def test_deeply_nested_conditionals_are_refused(monkeypatch):
+    monkeypatch.setattr(conditionals, "MAX_BRANCHES", 10_000)
+    network = surgery.extract(nested(20), "tap", "x")
+    assert not ops(network) & {"Switch", "Merge"}
+    with pytest.raises(ValueError, match="nests conditionals too deeply"):
+        surgery.extract(nested(200), "tap", "x")
+
+
+def test_nodes_share_the_branches_that_they_live_in():
+    """So that a long branch takes no more memory than a short one."""
+    graph = tf.Graph()
+    with graph.as_default():
+        x = x_of()
+        net = tf.raw_ops.Switch(data=x, pred=tf.reduce_any(x > 0.0))[1]
+        for _ in range(5):
+            net = net + 1.0
+    lives = conditionals.branches(graph.as_graph_def().node)
+    inside = [branches for branches in lives.values() if branches]
+    assert len(inside) == 5
+    assert len({id(branches) for branches in inside}) == 1

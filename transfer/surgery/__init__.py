@@ -23,7 +23,7 @@ from transfer.surgery.graphs import (
     static_shape,
     with_nodes,
 )
-from transfer.surgery.guards import unproven, with_guards
+from transfer.surgery.guards import ranks_of, unproven, with_guards
 from transfer.surgery.layout import channels_last, is_channels_first
 from transfer.surgery.modes import Mode
 from transfer.surgery.modes import find as find_modes
@@ -63,6 +63,7 @@ __all__ = [
     "output_shapes",
     "outputs",
     "placeholders",
+    "ranks_of",
     "split_tensor_name",
     "static_shape",
     "unproven",

@@ -22,6 +22,8 @@ SWITCHES = frozenset({"Switch", "RefSwitch"})
 _LOOPS = frozenset({"Enter", "Exit", "LoopCond", "NextIteration", "RefEnter", "RefExit"})
 MAX_CONSTANT_ELEMENTS = 2**20
 MAX_OUTPUTS = 10_000
+MAX_NODES = 500_000
+"""Of a graph; programs that train on eight GPUs have 200,000."""
 MAX_TRACE = 100
 _LOOP_CALLS = frozenset({"StatelessWhile", "While"})
 
@@ -60,6 +62,8 @@ def check(nodes: Iterable[NodeDef]) -> None:
         if not node.name or node.name in seen:
             raise ValueError(f"the graph is damaged: two nodes are named {node.name!r}")
         seen.add(node.name)
+        if len(seen) > MAX_NODES:
+            raise ValueError(f"the graph has over {MAX_NODES:,} nodes; it is damaged")
         op_def = op_def_registry.get(node.op)
         for argument in () if op_def is None else op_def.output_arg:
             if argument.number_attr and node.attr[argument.number_attr].i > MAX_OUTPUTS:
