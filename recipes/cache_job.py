@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+from recipes import terminal
 from transfer.cache import Cache, Listed
 
 
@@ -18,7 +19,7 @@ def show(directory: Path, *, as_json: bool) -> None:
     cache = _cache(directory)
     listed = sorted(cache.entries(), key=lambda e: e.last_used, reverse=True)
     for name, reason in cache.damaged().items():
-        print(f"warning: {_printable(name)} is not an entry: {reason}", file=sys.stderr)
+        print(f"warning: {terminal.escaped(name)} is not an entry: {reason}", file=sys.stderr)
     if as_json:
         print(json.dumps([dataclasses.asdict(entry) for entry in listed], indent=2))
         return
@@ -34,7 +35,7 @@ def show(directory: Path, *, as_json: bool) -> None:
             what += f", view {key['view_seed']}"
         print(
             f"{entry.digest[:12]}  {used}  {entry.num_bytes / 1e6:10,.1f} MB  "
-            f"{entry.num_rows:8,} images  {_printable(what)}"
+            f"{entry.num_rows:8,} images  {terminal.escaped(what)}"
         )
     total = sum(entry.num_bytes for entry in listed)
     print(f"{len(listed)} entries, {total / 1e6:,.1f} MB in {directory}")
@@ -80,8 +81,3 @@ def _cache(directory: Path) -> Cache:
     if cache.directory.exists() and not cache.directory.is_dir():
         raise NotADirectoryError(f"{str(directory)!r} is a file; expected the folder of a cache")
     return cache
-
-
-def _printable(text: str) -> str:
-    """Without what a terminal would take for a command."""
-    return "".join(c if c.isprintable() else "?" for c in text)
