@@ -66,7 +66,9 @@ def _launch(
     del debug  # read in main, where errors are caught
     if config is not None:
         flags = yaml_files.read_flags(config.expanduser())
-        app.config = (cyclopts.config.Dict(flags, source=str(config), use_commands_as_keys=False),)
+        # By verb: in a flat file, cyclopts passes over flags that are called as a verb is (cache).
+        by_verb = dict.fromkeys((*VERBS, *BENCHMARK_VERBS), flags)
+        app.config = (cyclopts.config.Dict(by_verb, source=str(config)),)
     return app(tokens, exit_on_error=False, print_error=False)
 
 

@@ -138,6 +138,19 @@ def image_folder(tmp_path: Path) -> Path:
     return make_image_folder(tmp_path / "photos")
 
 
+@pytest.fixture
+def smooth_folder(tmp_path: Path) -> Path:
+    """60 images of two classes, whose neighbouring pixels are alike, as those of photos are."""
+    generator = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "smooth" / name).mkdir(parents=True)
+        for number in range(30):
+            pixels = generator.integers(0, 255, (5, 6, 3)).astype(np.uint8)
+            image = Image.fromarray(pixels).resize((96, 80), Image.Resampling.BICUBIC)
+            image.save(tmp_path / "smooth" / name / f"{number:02d}.png")
+    return tmp_path / "smooth"
+
+
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data dir for the embedded digits, prepared once."""

@@ -126,60 +126,60 @@ def test_finetune_says_when_near_duplicates_are_not_compared(
 
 
 def test_copies_are_on_the_side_of_their_originals_in_all_verbs(
-    tmp_path, model, image_folder, capsys
+    tmp_path, model, smooth_folder, capsys
 ):
-    for path in sorted(image_folder.glob("*/*.*")):
+    for path in sorted(smooth_folder.glob("*/*.*")):
         image = Image.open(path).convert("RGB")
         image.save(path.with_name(f"copy-{path.stem}.jpg"), quality=60)
-    assert finetune(tmp_path / "run", model, image_folder) == 0
+    assert finetune(tmp_path / "run", model, smooth_folder) == 0
     assert "warning" not in capsys.readouterr().err
     held_out = (tmp_path / "run" / "held_out.txt").read_text().splitlines()
     stems = [name.replace("copy-", "").split(".")[0] for name in held_out]
-    assert len(held_out) == 2 * len({*stems})
-    status, out = check(image_folder, capsys, "--json", "--strict", "--model", "none")
+    assert len(held_out) == 2 * len({*stems}) == 24
+    status, out = check(smooth_folder, capsys, "--json", "--strict", "--model", "none")
     found = json.loads(out)
     assert status == 0
     assert found["num_held_out"] == len(held_out)
     assert found["in_both_splits"] == []
-    assert len(found["duplicates"]) == 24
+    assert len(found["duplicates"]) == 60
 
 
-def test_resumed_runs_keep_the_images_that_they_held_out(tmp_path, model, image_folder, capsys):
+def test_resumed_runs_keep_the_images_that_they_held_out(tmp_path, model, smooth_folder, capsys):
     """Those of an earlier version, which did not compare images."""
-    for path in sorted(image_folder.glob("*/*.*")):
+    for path in sorted(smooth_folder.glob("*/*.*")):
         image = Image.open(path).convert("RGB")
         image.save(path.with_name(f"copy-{path.stem}.jpg"), quality=60)
     out = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_data, "MAX_COMPARED", 0)
-        assert finetune(out, model, image_folder, "--epochs", 1) == 0
+        assert finetune(out, model, smooth_folder, "--epochs", 1) == 0
     held_out = (out / "held_out.txt").read_text()
     assert "near-duplicates of training images" in capsys.readouterr().err
-    assert finetune(out, model, image_folder, "--epochs", 2, "--resume") == 0
+    assert finetune(out, model, smooth_folder, "--epochs", 2, "--resume") == 0
     assert (out / "held_out.txt").read_text() == held_out
     assert len((out / "history.csv").read_text().splitlines()) == 3
-    assert finetune(tmp_path / "anew", model, image_folder, "--epochs", 1) == 0
+    assert finetune(tmp_path / "anew", model, smooth_folder, "--epochs", 1) == 0
     assert (tmp_path / "anew" / "held_out.txt").read_text() != held_out
 
 
-def test_evaluate_warns_of_copies_of_training_images(tmp_path, model, image_folder, capsys):
-    assert finetune(tmp_path / "run", model, image_folder) == 0
+def test_evaluate_warns_of_copies_of_training_images(tmp_path, model, smooth_folder, capsys):
+    assert finetune(tmp_path / "run", model, smooth_folder) == 0
     held_out = (tmp_path / "run" / "held_out.txt").read_text().splitlines()
     trained = [
         path
-        for path in sorted(image_folder.glob("*/*.*"))
-        if str(path.relative_to(image_folder)) not in held_out
+        for path in sorted(smooth_folder.glob("*/*.*"))
+        if str(path.relative_to(smooth_folder)) not in held_out
     ]
     other = tmp_path / "other"
-    for name in ("blue", "red"):
+    for name in ("a", "b"):
         (other / name).mkdir(parents=True)
         Image.effect_mandelbrot((50, 50), (-2, -1, 1, 1), 50).save(other / name / "new.png")
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "run"), "--image-folder", str(other)]) == 0
     assert "warning" not in capsys.readouterr().err
     for path in trained[:3]:
-        Image.open(path).convert("RGB").save(other / "red" / f"{path.stem}.jpg", quality=60)
-    (other / "red" / "same.png").write_bytes(trained[-1].read_bytes())
+        Image.open(path).convert("RGB").save(other / "b" / f"{path.stem}.jpg", quality=60)
+    (other / "b" / "same.png").write_bytes(trained[-1].read_bytes())
     assert main(["evaluate", str(tmp_path / "run"), "--image-folder", str(other)]) == 0
     err = capsys.readouterr().err
     assert "warning: 3 of the images that are evaluated on are near-duplicates of training" in err

@@ -296,19 +296,6 @@ def add_copies(root, number):
     return pairs
 
 
-@pytest.fixture
-def smooth_folder(tmp_path):
-    """60 images of two classes, which look like photos in that neighbouring pixels are alike."""
-    generator = np.random.default_rng(0)
-    for name in ("a", "b"):
-        (tmp_path / "smooth" / name).mkdir(parents=True)
-        for number in range(30):
-            pixels = generator.integers(0, 255, (5, 6, 3)).astype(np.uint8)
-            image = Image.fromarray(pixels).resize((96, 80), Image.Resampling.BICUBIC)
-            image.save(tmp_path / "smooth" / name / f"{number}.png")
-    return tmp_path / "smooth"
-
-
 def automatic_sides(root):
     train, held_out = data.train_and_eval_splits(open_source(image_folder=str(root)))
     assert not {*train.names} & {*held_out.names}

@@ -68,7 +68,6 @@ def test_hostile_configs_are_one_line_errors(tmp_path, capsys, text):
         ["finetune", "--config", config],
         ["finetune", "--config", config, "--out", str(out), "--resume"],
         ["evaluate", str(out)],
-        ["export", str(out)],
     ):
         assert cli.main(words) == 1
         error = capsys.readouterr().err

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,8 +18,11 @@ _THUMBNAIL = 32
 _LEAST_PIXELS = 4 * _THUMBNAIL  # a side that a JPEG keeps where it is decoded at a smaller scale
 _LARGEST_JPEG = 2**29  # bytes of pixels from which TensorFlow refuses to decode one
 _HASH = 8  # low frequencies a side of which the hash is made
-_BAND_BITS = 16
-_SAME = 4.0  # grey levels that two thumbnails may differ by, in the mean
+_SHUFFLES = 8  # of its bits, each of which is cut into four bands
+_NEXT = 64  # hashes with the same band that one is compared with
+_PAIRS_AT_ONCE = 4096
+_SAME = 4.0  # gray levels that two thumbnails may differ by, in the mean,
+_SAME_CONTRAST = 0.4  # and how much of a standard deviation: textures have little contrast
 _FLAT = 2.0  # standard deviation below which a thumbnail shows nothing
 
 FINGERPRINT = np.dtype(
@@ -61,21 +63,13 @@ def fingerprints(
     return found
 
 
-def identical(digests: Sequence[bytes]) -> list[list[int]]:
-    """Groups of positions with the same file; each sorted, of two or more."""
-    by_digest: dict[bytes, list[int]] = defaultdict(list)
-    for index, digest in enumerate(digests):
-        by_digest[digest].append(index)
-    return [group for group in by_digest.values() if len(group) > 1]
-
-
 def near_duplicates(found: np.ndarray) -> list[list[int]]:
     """Groups of positions with the same picture: the same file, or one of another size or quality.
 
     Pictures are compared if their perceptual hashes (the signs of the lowest frequencies of a
     cosine transform: Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions",
-    2010, section 3.2.1) agree in a quarter, and are the same if their thumbnails differ by at most
-    4 gray levels in the mean.
+    2010, section 3.2.1) are alike, and are the same if their thumbnails differ by at most 4 gray
+    levels in the mean, and by little of their contrast.
 
     Args:
         found: ``FINGERPRINT`` ``[num_images]``.
@@ -83,16 +77,23 @@ def near_duplicates(found: np.ndarray) -> list[list[int]]:
     Returns:
         Sorted groups of two or more; no position is in two of them.
     """
-    digests = [digest.tobytes() for digest in found["sha256"]]
-    pairs = [(group[0], other) for group in identical(digests) for other in group[1:]]
-    thumbnails = found["thumbnail"].astype(np.float32)
-    positions = np.flatnonzero(found["readable"] & (thumbnails.std((1, 2)) > _FLAT))
-    thumbnails = thumbnails[positions]
-    for group in _candidates(_hashes(thumbnails)) if len(positions) else []:
-        pairs += [
-            (positions[first], positions[other]) for first, other in _links(thumbnails, group)
-        ]
-    return _groups(pairs, len(found))
+    # As strings, whose zeros at the end do not count: at a fixed length they still differ.
+    digests = np.ascontiguousarray(found["sha256"]).view("S32")
+    component = np.unique(digests, return_inverse=True)[1].ravel()
+    shows = found["readable"] & (found["thumbnail"].std((1, 2)) > _FLAT)
+    thumbnails = found["thumbnail"][shows].astype(np.float32)
+    positions = np.flatnonzero(shows)
+    for pairs in _candidates(_hashes(thumbnails)) if len(positions) else ():
+        first, other = pairs[:, component[positions[pairs[0]]] != component[positions[pairs[1]]]]
+        is_same = _is_same(thumbnails, first, other)
+        if not is_same.any():
+            continue
+        ends = component[positions[first[is_same]]], component[positions[other[is_same]]]
+        graph = scipy.sparse.coo_matrix((np.ones(len(ends[0])), ends), 2 * component.shape)
+        component = scipy.sparse.csgraph.connected_components(graph, directed=False)[1][component]
+    order = np.argsort(component, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(component[order])) + 1)
+    return sorted(group.tolist() for group in groups if len(group) > 1)
 
 
 def _fingerprint(file: bytes) -> tuple[bytes, bool, Any]:
@@ -141,46 +142,37 @@ def _shrunk(image: tf.Tensor) -> tf.Tensor:
 
 
 def _hashes(thumbnails: np.ndarray) -> np.ndarray:
-    """uint64 ``[num_images]``."""
+    """Bool ``[num_images, 64]``."""
     low = scipy.fft.dctn(thumbnails, axes=(1, 2))[:, :_HASH, :_HASH].reshape(len(thumbnails), -1)
-    bits = low > np.median(low, axis=1, keepdims=True) if len(low) else low > 0
-    return np.packbits(bits, axis=1).view(np.uint64).ravel()
+    return low > np.median(low, axis=1, keepdims=True) if len(low) else low > 0
 
 
-def _candidates(hashes: np.ndarray) -> list[np.ndarray]:
-    """Groups of positions whose hashes share a band of 16 bits, which those of one picture nearly
-    always do."""
-    groups = []
-    for shift in range(0, 64, _BAND_BITS):
-        bands = (hashes >> np.uint64(shift)) & np.uint64(2**_BAND_BITS - 1)
-        order = np.argsort(bands, kind="stable")
-        ends = np.flatnonzero(np.diff(bands[order])) + 1
-        groups += [group for group in np.split(order, ends) if len(group) > 1]
-    return groups
+def _candidates(hashes: np.ndarray) -> Iterable[np.ndarray]:
+    """Pairs of positions whose hashes agree in one of 32 choices of 16 bits, int ``[2, pairs]``.
+
+    Those of one picture nearly always do: if 8 bits differ, all choices have one in 2 % of the
+    cases. Where many hashes agree, each is paired with the next ones only.
+    """
+    generator = np.random.default_rng(0)
+    for _ in range(_SHUFFLES):
+        shuffled = hashes[:, generator.permutation(hashes.shape[1])]
+        packed = np.ascontiguousarray(np.packbits(shuffled, axis=1))
+        for band in packed.view(np.uint16).T:
+            order = np.argsort(band, kind="stable")
+            for step in range(1, min(_NEXT, len(order) - 1) + 1):
+                pairs = np.stack([order[:-step], order[step:]])
+                pairs = pairs[:, band[pairs[0]] == band[pairs[1]]]
+                if not pairs.size:
+                    break
+                yield pairs
 
 
-def _links(thumbnails: np.ndarray, group: np.ndarray) -> Iterable[tuple[int, int]]:
-    """Pairs of equal pictures that connect all equal ones of a group; each image is linked once, so
-    that a thousand copies are a thousand pairs."""
-    rest = group
-    while len(rest) > 1:
-        reached, rest = [rest[0]], rest[1:]
-        while reached and len(rest):
-            first = reached.pop()
-            is_same = np.abs(thumbnails[rest] - thumbnails[first]).mean((1, 2)) <= _SAME
-            yield from ((first, other) for other in rest[is_same])
-            reached += [*rest[is_same]]
-            rest = rest[~is_same]
-
-
-def _groups(pairs: Sequence[tuple[int, int]], count: int) -> list[list[int]]:
-    """What pairs connect."""
-    if not pairs:
-        return []
-    first, second = np.array(pairs).T
-    graph = scipy.sparse.coo_matrix((np.ones(len(pairs)), (first, second)), (count, count))
-    _, component = scipy.sparse.csgraph.connected_components(graph, directed=False)
-    members: dict[int, list[int]] = defaultdict(list)
-    for index in np.unique(np.array(pairs)):
-        members[component[index]].append(int(index))
-    return sorted(members.values())
+def _is_same(thumbnails: np.ndarray, first: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Whether pictures are the same, bool ``[len(first)]``."""
+    same = np.zeros(len(first), bool)
+    for start in range(0, len(first), _PAIRS_AT_ONCE):
+        chunk = slice(start, start + _PAIRS_AT_ONCE)
+        pictures = thumbnails[first[chunk]]
+        limit = np.minimum(_SAME, _SAME_CONTRAST * pictures.std((1, 2)))
+        same[chunk] = np.abs(pictures - thumbnails[other[chunk]]).mean((1, 2)) <= limit
+    return same
