@@ -201,9 +201,9 @@ def test_only_the_batch_with_an_unreadable_image_is_read_again(image_folder, mon
     monkeypatch.setattr(data, "read_image", lambda file: read.append(file) or read_image(file))
     seen = 0
     with pytest.raises(data.UnreadableImageError, match="1 image cannot be decoded: 'red/00.jpg'"):
-        for _ in split.batches(PREPROCESS, 5, shuffle_seed=3, first_batch=1):
+        for _ in split.batches(PREPROCESS, 5, shuffle_seed=3):
             seen += 1
-    assert len(read) == min(5, 24 - 5 * (seen + 1))
+    assert len(read) == min(5, 24 - 5 * seen)
     assert broken.read_bytes() in read
 
 
@@ -430,6 +430,7 @@ def test_order_is_a_permutation_of_any_number_of_images(undecoded, size):
 
 
 def test_the_order_of_a_seed_stays():
+    tf.random.set_seed(87654321)  # what TensorFlow takes where none is set; another test may have
     assert data.shuffled(12, 0).tolist() == [0, 2, 10, 5, 9, 8, 4, 7, 1, 6, 3, 11]
     large = [6, 4, 7, 9, 8, 11, 5, 3, 1, 2, 10, 0]
     assert data.shuffled(12, 2**31 + 5).tolist() == large

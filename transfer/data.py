@@ -318,7 +318,8 @@ class UnreadableImageError(ValueError):
 
 def shuffled(num_examples: int, seed: int) -> np.ndarray:
     """A random permutation of positions, int64 ``[num_examples]``: the order of ``Split.batches``
-    and of ``Activations.batches`` with this seed."""
+    and of ``Activations.batches`` with this seed. As with all of TensorFlow's seeds, the global one
+    (``tf.random.set_seed``) has a part in it; a run sets that to its own."""
     positions = tf.data.Dataset.range(num_examples).shuffle(num_examples, seed=seed)
     return positions.batch(num_examples).get_single_element().numpy()
 

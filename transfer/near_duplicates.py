@@ -18,8 +18,9 @@ _THUMBNAIL = 32
 _LEAST_PIXELS = 4 * _THUMBNAIL  # a side that a JPEG keeps where it is decoded at a smaller scale
 _LARGEST_JPEG = 2**29  # bytes of pixels from which TensorFlow refuses to decode one
 _HASH = 8  # low frequencies a side of which the hash is made
-_SHUFFLES = 8  # of its bits, each of which is cut into four bands
-_NEXT = 64  # hashes with the same band that one is compared with
+_ALIKE = 16  # of its 64 bits may differ where pictures are compared,
+_NEAREST = 64  # each with this many others at most
+_DISTANCES_AT_ONCE = 2**24
 _PAIRS_AT_ONCE = 4096
 _SAME = 4.0  # gray levels that two thumbnails may differ by, in the mean,
 _SAME_CONTRAST = 0.4  # and how much of a standard deviation: textures have little contrast
@@ -148,23 +149,19 @@ def _hashes(thumbnails: np.ndarray) -> np.ndarray:
 
 
 def _candidates(hashes: np.ndarray) -> Iterable[np.ndarray]:
-    """Pairs of positions whose hashes agree in one of 32 choices of 16 bits, int ``[2, pairs]``.
-
-    Those of one picture nearly always do: if 8 bits differ, all choices have one in 2 % of the
-    cases. Where many hashes agree, each is paired with the next ones only.
-    """
-    generator = np.random.default_rng(0)
-    for _ in range(_SHUFFLES):
-        shuffled = hashes[:, generator.permutation(hashes.shape[1])]
-        packed = np.ascontiguousarray(np.packbits(shuffled, axis=1))
-        for band in packed.view(np.uint16).T:
-            order = np.argsort(band, kind="stable")
-            for step in range(1, min(_NEXT, len(order) - 1) + 1):
-                pairs = np.stack([order[:-step], order[step:]])
-                pairs = pairs[:, band[pairs[0]] == band[pairs[1]]]
-                if not pairs.size:
-                    break
-                yield pairs
+    """Pairs of positions whose hashes are alike, int ``[2, pairs]``: each with the nearest of those
+    after it."""
+    signs = np.where(hashes, 1, -1).astype(np.float32)
+    count = len(signs)
+    rows = max(1, _DISTANCES_AT_ONCE // count)
+    for start in range(0, count - 1, rows):
+        first = np.arange(start, min(start + rows, count))
+        agreement = signs[first] @ signs[start:].T  # bits that agree less those that differ
+        agreement[first[:, None] >= np.arange(start, count)] = -np.inf
+        nearest = np.argpartition(-agreement, min(_NEAREST, agreement.shape[1]) - 1)[:, :_NEAREST]
+        is_alike = np.take_along_axis(agreement, nearest, 1) >= signs.shape[1] - 2 * _ALIKE
+        row, column = np.nonzero(is_alike)
+        yield np.stack([first[row], start + nearest[row, column]])
 
 
 def _is_same(thumbnails: np.ndarray, first: np.ndarray, other: np.ndarray) -> np.ndarray:
