@@ -148,7 +148,10 @@ def _of_exif(exif: bytes) -> int | None:
             tag, kind, number = struct.unpack_from(f"{order}HHI", exif, entry)
             if tag == ORIENTATION_TAG:
                 # TIFF 6.0, section 2: the types of whole numbers.
-                form = {3: "H", 4: "I", 8: "h", 9: "i", 13: "I"}.get(kind) if number == 1 else None
+                form = {3: "H", 4: "I", 8: "h", 9: "i", 13: "I"}.get(kind)
+                # Of two short numbers Pillow takes the first; more would lie elsewhere.
+                if number != 1 and (number != 2 or kind not in (3, 8)):
+                    form = None
                 code = struct.unpack_from(order + form, exif, entry + 8)[0] if form else 0
     except struct.error:  # it ends before
         pass

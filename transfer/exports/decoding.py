@@ -236,8 +236,11 @@ def _of_exif(data: tf.Tensor) -> tf.Tensor:
     is_it = (tf.range(_MAX_TAGS) < count) & (number(entries, 2) == ORIENTATION_TAG)
     entry = entries[tf.reduce_max(tf.where(is_it, tf.range(_MAX_TAGS), 0))]
     kind = number(entry + 2, 2)
-    code = tf.where((kind == 3) | (kind == 8), number(entry + 8, 2), number(entry + 8, 4))
+    is_short = (kind == 3) | (kind == 8)
+    code = tf.where(is_short, number(entry + 8, 2), number(entry + 8, 4))
     is_whole = tf.reduce_any(kind == tf.constant([3, 4, 8, 9, 13]))  # TIFF 6.0, section 2: Types
-    code = tf.where(is_whole & (number(entry + 4, 4) == 1), code, 0)
+    how_many = number(entry + 4, 4)
+    is_here = (how_many == 1) | (is_short & (how_many == 2))
+    code = tf.where(is_whole & is_here, code, 0)
     is_tiff = tf.reduce_any(data[0] == tf.constant([*b"IM"])) & (data[0] == data[1])
     return tf.where(is_tiff & tf.reduce_any(is_it), code, -1)
