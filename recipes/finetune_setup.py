@@ -41,7 +41,7 @@ from transfer.files import write_names
 from transfer.head import average_over_space
 from transfer.model_plan import plan
 from transfer.preprocess import Preprocess, parse_size, show_size
-from transfer.surgery import is_seeded
+from transfer.surgery import Network, cut, is_seeded
 
 EMBEDDED_MODEL = str(files("pretrained") / "vgg_small")
 DEFAULT_BATCH = 32
@@ -343,7 +343,7 @@ def _stages(
         for stage in asked_for(config)
     ]
     for stage in stages:
-        warn_if_stopped(_after(classifier.backbone, stage.cut).network, stage.cut)
+        warn_if_stopped(_after(classifier.backbone, stage.cut), stage.cut)
     last = stages[-1]
     if config.solver == "lbfgs" and last.cut != config.tap.removesuffix(":0"):
         raise ValueError(
@@ -362,9 +362,10 @@ def _stages(
     )
 
 
-def _after(backbone: GraphLayer, cut: str) -> GraphLayer:
-    """What a stage trains of the backbone."""
-    return backbone if cut == "none" else backbone.split(cut)[1]
+def _after(backbone: GraphLayer, at: str) -> Network:
+    """What a stage trains of the backbone. Not as a layer: a layer with dropout draws a seed, so
+    that one more would change what the run draws."""
+    return backbone.network if at == "none" else cut(backbone.network, backbone.tensor(at))[1]
 
 
 def _features_of_a_few(backbone: Backbone, split: Split, preprocess: Preprocess) -> np.ndarray:

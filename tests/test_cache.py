@@ -374,7 +374,7 @@ def test_the_command_names_what_is_damaged_and_lists_the_others(cache, entry, tm
     assert [line.partition(":")[2] for line in printed.err.splitlines()] == [
         f" {name} is not an entry: its key.json is not JSON (Expecting value: line 1 column 1 "
         "(char 0))"
-        for name in ("?[31mred", "0" * 32)
+        for name in ("\\x1b[31mred", "0" * 32)
     ]
     assert main(["cache", "list", "--json", "--cache-dir", str(cache.directory)]) == 0
     (listed,) = json.loads(capfd.readouterr().out)
