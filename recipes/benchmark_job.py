@@ -48,9 +48,9 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
         ValueError, OSError: if the flags do not fit, or the model cannot be opened.
     """
     _check(config)
+    graph, network = _open(config)
     if config.image_folder:  # what the runs say is in their logs
         run_data.open_and_warn(None, data_dir=None, image_folder=config.image_folder)
-    graph, network = _open(config)
     size = parse_size(config.image_size) if config.image_size else graph.card.image_size
     cuts = list_cuts(network, size)
     labels = config.cuts.split(",") if config.cuts else [*default_cuts(network, size), "none"]

@@ -64,7 +64,7 @@ def test_what_cannot_be_read_is_an_error_in_one_line(folder, capfd, verb) -> Non
 def test_a_folder_is_not_a_file_of_weights(folder, capfd, path) -> None:
     line = check_fails(["convert", path, "--out", "out/m"], capfd)
     shown = str(Path(path))
-    assert line.startswith(f"error: {shown!r} is not a regular file; expected a file of weights")
+    assert line.startswith(f"error: {shown!r} is a folder; expected a file of weights")
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "pipe", "text", "loop"])
