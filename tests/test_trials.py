@@ -100,7 +100,7 @@ def test_hidden_shapes_that_fit_change_neither_values_nor_gradients(children):
 
 
 def test_known_shapes_need_no_child_and_no_guards(children):
-    kernel = tf.ones([3, 3, 3, 4])
+    kernel = np.ones([3, 3, 3, 4], np.float32)
     layer = layer_of(lambda x: tf.nn.max_pool2d(tf.nn.conv2d(x, kernel, 1, "SAME"), 2, 2, "SAME"))
     layer(IMAGES)
     layer(IMAGES[:1], training=True)
@@ -133,7 +133,7 @@ def test_tensors_that_fill_the_memory_together_are_refused(hidden, children):
         trials.checked_graph(layer_of(build).network, tf.TensorSpec([2, 8, 8, 3]), [])
         assert len(children) == 1
         return
-    with pytest.raises(ValueError, match="335,544,320 elements together, more than 268,435,456"):
+    with pytest.raises(ValueError, match=r"[\d,]+ elements together, more than 268,435,456"):
         surgery.infer(layer_of(build).network)
 
 
