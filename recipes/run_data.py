@@ -77,7 +77,8 @@ def trained_on(folder: Path, source: Source) -> Split:
     settings = run_folder.read_config(folder)
     train = training_split(source, settings["train_split"])
     rest = train.without(held_out(folder, source))
-    metrics = run_folder.read_json(folder / run_folder.METRICS)
+    path = folder / run_folder.METRICS
+    metrics = run_folder.read_json(path) if path.is_file() else {}
     left_out = set(metrics.get("unreadable", {}).get("names", ()))
     return rest.where(np.array([name not in left_out for name in rest.names], bool))
 

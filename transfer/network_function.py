@@ -138,10 +138,10 @@ def _checked(network: Network, inputs: tf.Tensor) -> tf.Tensor:
                 "static shape, e.g. tf.ensure_shape(images, [None, 224, 224, 3])"
             )
         return tf.ensure_shape(inputs, [None, *expected[1:]])
-    if found.rank == 0:
-        raise ValueError("the input is a single number; expected a batch")
     if expected is None:
         return inputs
+    if found.rank == 0 and len(expected):
+        raise ValueError("the input is a single number; expected a batch")
     if len(expected) == 2 and found.rank == 4:  # images for a network that takes vectors
         if found[1:].is_fully_defined() and expected[1] not in (None, math.prod(found[1:])):
             raise ValueError(_mismatch(found, expected))

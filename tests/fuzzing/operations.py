@@ -292,7 +292,8 @@ def make_call(number: int, report: Report) -> tuple[str, str, str]:
         gradients = tape.gradient(result, [images, *layer.trainable_variables])
         del gradients
     except Exception as error:
-        clean = (ValueError, LookupError, tf.errors.OpError)
+        # A TypeError: gradients of some operations do not take all types that these take.
+        clean = (ValueError, TypeError, LookupError, tf.errors.OpError)
         outcome = stage if isinstance(error, clean) else "unexpected"
         return outcome, call.op, f"{type(error).__name__}: {str(error)[:500]}"
     return "fine", call.op, ""

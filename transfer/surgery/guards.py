@@ -22,7 +22,7 @@ Shape = tuple[int | None, ...] | None
 
 _NORM = (4, 1, 1, 1, 1)
 _RESIZE = (4, 1)
-RANKS: dict[str, tuple[int, ...]] = {
+RANKS: dict[str, tuple[int | None, ...]] = {
     "AvgPool": (4,),
     "AvgPool3D": (5,),
     "BatchNormWithGlobalNormalization": _NORM,
@@ -50,8 +50,9 @@ RANKS: dict[str, tuple[int, ...]] = {
     "ScaleAndTranslate": (4, 1, 1, 1),
     "SpaceToBatch": (4, 2),
     "SpaceToDepth": (4,),
+    "SplitV": (None, 1, 0),
 }
-"""Operation to the ranks of its inputs."""
+"""Operation to the ranks of its inputs; ``None`` is any."""
 _SIZED_BY_VALUE = """
     Bincount BroadcastTo CropAndResize Fill LinSpace MatrixDiagV2 MatrixDiagV3 MirrorPad Multinomial
     OneHot Pad PadV2 RandomStandardNormal RandomUniform RandomUniformInt Range ResizeArea
@@ -64,7 +65,7 @@ SIZED_BY_VALUE = frozenset(_SIZED_BY_VALUE.split())
 """Operations whose output is as large as the value of an input says."""
 
 
-def ranks_of(node: NodeDef) -> tuple[int, ...]:
+def ranks_of(node: NodeDef) -> tuple[int | None, ...]:
     """The ranks that an operation demands of its inputs; empty if it takes any."""
     if node.op == "FusedBatchNormV3":
         layout = node.attr["data_format"].s if "data_format" in node.attr else b""
@@ -77,7 +78,10 @@ def unproven(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> list[str]:
     return [
         node.name
         for node in graph_def.node
-        if any(_lacks(node, number, shapes) for number in range(len(ranks_of(node))))
+        if any(
+            rank is not None and _lacks(node, number, shapes)
+            for number, rank in enumerate(ranks_of(node))
+        )
         or (node.op in SIZED_BY_VALUE and not _is_known(shapes.get(f"{node.name}:0")))
     ]
 
@@ -89,7 +93,7 @@ def with_guards(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> GraphDef:
         copy = NodeDef()
         copy.CopyFrom(node)
         for number, rank in enumerate(ranks_of(node)):
-            if _lacks(node, number, shapes):
+            if rank is not None and _lacks(node, number, shapes):
                 guards = _guards(node, number, rank)
                 nodes += guards
                 copy.input[number] = guards[-1].name
