@@ -199,7 +199,7 @@ class Call:
         ranks = surgery.ranks_of(_node_of(self.op))
         rank = int(rng.integers(6))
         if ranks and position < len(ranks) and rng.random() < 0.75:
-            rank = ranks[position]
+            rank = rank if ranks[position] is None else ranks[position]
         elif rng.random() < 0.4:
             rank = int(pick([0, 1, 2, 4], rng))
         shape = [int(size) for size in rng.integers(1, 9, rank)]
