@@ -314,16 +314,7 @@ def test_older_pytorch_files(tmp_path, rebuild):
 
 def test_batch_norm_is_folded(tmp_path):
     generator = np.random.default_rng(0)
-    state, index = OrderedDict(), 0
-    for block in SMALL.convolutions:
-        for layer, width in block:
-            state[f"features.{index}.weight"] = outputs_first(layer)
-            state[f"features.{index}.bias"] = biases(layer)
-            for part in ("weight", "bias", "running_mean", "running_var"):
-                values = generator.uniform(0.5, 1.5, width).astype(np.float32)
-                state[f"features.{index + 1}.{part}"] = values
-            index += 3
-        index += 1
+    state = torch_norm_state(1)
     names = dict(zip(CONVOLUTIONS, [k for k in state if k.endswith("weight")][::2], strict=True))
     write_torch_zip(tmp_path / "bn", state)
     found = layouts.identify(containers.read(tmp_path / "bn"))
