@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes import benchmark_report, measure, run_folder
+from recipes import benchmark_report
 from recipes.benchmark import BenchmarkConfig
-from recipes.finetune import EMBEDDED, FinetuneConfig
-from recipes.finetune_setup import EMBEDDED_MODEL
-from recipes.network_flags import parse_feed
+from recipes.finetune_flags import FinetuneConfig
+from recipes.finetune_request import flags_of, parse_feed
 from transfer import MetaGraph, load_meta_graph
 from transfer.cache import Cache
+from transfer.core import measurement
 from transfer.cuts import Cut, default_cuts, list_cuts
+from transfer.runs import run_folder
 from transfer.surgery import Network, cut
 
 SCRATCH = "scratch"
@@ -61,7 +62,7 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
     out = config.out or run_folder.default_out("benchmark", config.dataset or "digits")
     out = out.resolve()
     config = dataclasses.replace(config, out=out)
-    with run_folder.opened(config):
+    with run_folder.opened(out, flags_of(config), resume=config.resume):
         table, num_failed = _run_all(config, cuts)
     return table, out, num_failed
 
@@ -105,7 +106,7 @@ def _check(config: BenchmarkConfig) -> None:
 
 def _open(config: BenchmarkConfig) -> tuple[MetaGraph, Network]:
     """What the runs will take, to know its cuts."""
-    graph = load_meta_graph(EMBEDDED_MODEL if config.model == EMBEDDED else config.model)
+    graph = load_meta_graph(config.model)
     feeds = dict(parse_feed(assignment) for assignment in config.feed)
     tap = graph.tensor(config.tap or graph.card.tap or "fc7")
     return graph, graph.network(tap, config.input, feeds, config.keep_dropout)
@@ -164,13 +165,13 @@ def _record(item: Run, keep_models: bool) -> dict[str, Any]:
     path = item.folder / run_folder.METRICS
     if not path.is_file():
         shutil.rmtree(item.folder, ignore_errors=True)  # of a run that was cut off
-        before = measure.sgemm_gflops()
+        before = measurement.sgemm_gflops()
         error = _start(item.verb, item.config, item.folder, item.environment)
         if error is not None:
             return record | {"error": error}
         metrics = json.loads(path.read_text())
         # Machines are faster at one time than at another, so each run has its own limit.
-        metrics["sgemm_gflops"] = (before + measure.sgemm_gflops()) / 2
+        metrics["sgemm_gflops"] = (before + measurement.sgemm_gflops()) / 2
         used = Cache(_cache_of(item), 0).entries()
         metrics["disk_mb"] = round(sum(entry.num_bytes for entry in used) / 1e6, 4)
         run_folder.write_json(path, metrics)
@@ -216,7 +217,7 @@ def _start(
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     flags, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
-    run_folder.write_text(flags, run_folder.to_yaml(config))
+    run_folder.write_text(flags, run_folder.to_yaml(flags_of(config)))
     with log.open("w", encoding="utf-8") as file:
         command = [sys.executable, "-m", "recipes.cli", verb, "--config", str(flags)]
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 from tabulate import tabulate
 
-from recipes import run_folder
 from transfer.cuts import Cut
+from transfer.runs import run_folder
 
 SUMMARY = "benchmark.json"
 TABLE = "benchmark.csv"

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from recipes import measure
 from recipes.check_data import CheckDataConfig
-from recipes.finetune_setup import EMBEDDED_MODEL
 from transfer import Backbone, data_checks, load_meta_graph
+from transfer.core import measurement
 from transfer.data import Split, train_and_eval_splits
 from transfer.features import EXTRACTION_BATCH, Compiled, extract
 from transfer.sources import open_source, other_files
@@ -27,7 +26,7 @@ def run(config: CheckDataConfig) -> tuple[str, bool]:
     # One selection, so that each image is looked at once.
     both = Split(source, train.parts + held_out.parts)
     in_train = np.arange(len(both)) < len(train)
-    found = data_checks.look(both, lambda files: measure.progress(files, "images"))
+    found = data_checks.look(both, lambda files: measurement.progress(files, "images"))
     names = both.names
     groups = data_checks.duplicates(found)
     leaks = [group for group in groups if 0 < in_train[group].sum() < len(group)]
@@ -69,10 +68,10 @@ def _counts(
 
 
 def _doubtful(config: CheckDataConfig, split: Split) -> list[dict[str, Any]]:
-    graph = load_meta_graph(EMBEDDED_MODEL if config.model == "embedded" else config.model)
+    graph = load_meta_graph(config.model)
     backbone = Backbone(graph, graph.card.tap or "fc7")
     preprocess = graph.preprocess(backbone.network.input, config.preprocess)
-    batches = measure.progress(split.batches(preprocess, EXTRACTION_BATCH), "features")
+    batches = measurement.progress(split.batches(preprocess, EXTRACTION_BATCH), "features")
     features = extract(Compiled(backbone), batches, len(split))
     p, order = data_checks.doubtful_labels(features, split.labels)
     names, labels = split.names, split.source.class_names

@@ -6,12 +6,12 @@ import glob
 from importlib.resources import files
 from pathlib import Path
 
-from recipes import run_folder
 from recipes.convert import ConvertConfig
 from transfer import Card, checkpoint, save_meta_graph, vgg
 from transfer.preprocess import CONVENTIONS
 from transfer.published import containers, layouts
 from transfer.published.layouts import Published
+from transfer.runs import run_folder
 from transfer.saver import file_sha256
 
 NUM_IMAGENET_CLASSES = 1000

@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from recipes import evaluate_report, measure, run_data, run_folder
+from recipes import evaluate_report
 from recipes.evaluate import EvaluateConfig
 from recipes.evaluate_report import Evaluated
-from recipes.finetune import cut_of
 from transfer import Classifier, metrics
+from transfer.core import measurement
 from transfer.data import Source, Split, whole_eval_split
 from transfer.evaluation import confusion_matrix, predict, probabilities, summarize
 from transfer.features import EXTRACTION_BATCH, Compiled, stream
+from transfer.finetuning.options import cut_of
+from transfer.runs import run_data, run_folder
 from transfer.sources import open_source
 
 CHANGES = "changes.csv"
@@ -70,7 +72,7 @@ def _predict(
     """Logits and the dataset's labels."""
     frozen, trained = classifier.split(cut_of(freeze_until))
     batches: Iterable = split.batches(classifier.preprocess, batch_size)
-    batches = measure.progress(batches, "evaluation")
+    batches = measurement.progress(batches, "evaluation")
     if frozen is not None:
         # In two steps, as in training, so that not a bit is different.
         batches = stream(Compiled(frozen), batches)

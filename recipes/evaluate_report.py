@@ -19,7 +19,7 @@ import yaml
 from matplotlib.figure import Figure
 from PIL import Image
 
-from recipes import evaluate_plots, run_folder
+from recipes import evaluate_plots
 from transfer import Classifier
 from transfer.card import read_card
 from transfer.data import Split
@@ -27,6 +27,7 @@ from transfer.evaluation import probabilities
 from transfer.explain import grad_cam, overlay
 from transfer.images import decode
 from transfer.preprocess import to_channels
+from transfer.runs import run_folder
 
 REPORT = "report.html"
 PLOTS = "plots"

@@ -19,7 +19,6 @@ import tensorflow as tf
 from PIL import Image
 from tqdm import tqdm
 
-from recipes import run_folder
 from recipes.predict import PredictConfig
 from recipes.predict_beam import PredictBeamConfig
 from transfer import Classifier
@@ -27,6 +26,7 @@ from transfer.explain import grad_cam, overlay
 from transfer.features import Compiled
 from transfer.images import read_image
 from transfer.preprocess import Preprocess, to_channels
+from transfer.runs import run_folder
 from transfer.sources import IMAGE_SUFFIXES
 
 _SUFFIXES = frozenset((*IMAGE_SUFFIXES, ".jpe", ".jfif", ".tif", ".tiff", ".webp"))

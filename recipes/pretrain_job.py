@@ -10,15 +10,18 @@ from typing import Any
 
 import keras
 
-from recipes import interruption, measure, run_folder
-from recipes.interruption import Signals
+from recipes import console
+from recipes.finetune_request import flags_of
 from recipes.pretrain import PretrainConfig
 from transfer import Backbone, Card, Preprocess, load_meta_graph, pretraining, save_meta_graph, vgg
 from transfer.card import write_card
+from transfer.core import measurement
 from transfer.data import Split, train_and_eval_splits
 from transfer.evaluation import predict, summarize
 from transfer.features import Compiled
 from transfer.run_checkpoint import RunCheckpoint
+from transfer.runs import interruption, run_folder
+from transfer.runs.interruption import Signals
 from transfer.sources import open_source
 from transfer.training import ParameterGroup, Trainer, epoch_seed
 
@@ -52,8 +55,8 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
     out = (config.out or run_folder.default_out(source.name, config.arch)).resolve()
     config = replace(config, out=out)
     with (
-        run_folder.opened(config),
-        interruption.resumable("pretrain", out, run_folder.CONFIG) as signals,
+        run_folder.opened(out, flags_of(config), resume=config.resume),
+        interruption.resumable(out) as signals,
     ):
         return _train_and_save(config, train, held_out, signals)
 
@@ -124,7 +127,7 @@ def _trained(
             steps_per_epoch=steps_per_epoch,
             validate=lambda: {k: v for k, v in figures(whole).items() if isinstance(v, float)},
             callbacks=[keras.callbacks.CSVLogger(config.out / run_folder.HISTORY, append=True)],
-            verbose=measure.verbosity(),
+            verbose=console.verbosity(),
             checkpoint=checkpoint,
             uninterrupted=signals.held,
         )
@@ -199,7 +202,7 @@ def _decoded(
     needed = len(train) * pixels.size**2 * pixels.channels / 1e6
     if needed > KEPT_DECODED_MB:
         return None
-    images = measure.progress(train.batches(pixels, config.batch_size), "training images")
+    images = measurement.progress(train.batches(pixels, config.batch_size), "training images")
     return pretraining.DecodedImages(images, len(train), train.labels)
 
 

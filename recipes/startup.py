@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from recipes import console
+
 
 @contextlib.contextmanager
 def job(strategy: str = "none") -> Iterator[Any]:
@@ -33,6 +35,7 @@ def job(strategy: str = "none") -> Iterator[Any]:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
+    console.log_to_stderr()
     with contextlib.redirect_stdout(sys.stderr):
         yield replicas
 

@@ -26,8 +26,9 @@ def main(strategy: str, runs: str) -> int:
         cpu = tf.config.list_physical_devices("CPU")[0]
         two = [tf.config.LogicalDeviceConfiguration()] * 2
         tf.config.set_logical_device_configuration(cpu, two)
-    from recipes.cli import app
     from recipes.finetune_job import run
+
+    from recipes.cli import app
     from transfer.distribution import open_replicas
 
     replicas = open_replicas(strategy)

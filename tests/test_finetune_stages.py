@@ -9,9 +9,9 @@ import pytest
 import tensorflow as tf
 import yaml
 from commands import finetune, largest_difference, metrics, saved_values
-
-from recipes.finetune import FinetuneConfig
 from recipes.finetune_stages import Stage, asked_for, head_learning_rate
+
+from recipes.finetune_flags import FinetuneConfig
 from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph, save_meta_graph
 from transfer.features import Compiled
 from transfer.training import ParameterGroup, Trainer

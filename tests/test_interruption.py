@@ -10,10 +10,10 @@ import pytest
 import yaml
 from commands import finetune, largest_difference, metrics
 
-from recipes import run_folder
 from recipes.cli import main
-from recipes.interruption import Interrupted, Signals, resumable
 from transfer.evaluation import predict
+from transfer.runs import run_folder
+from transfer.runs.interruption import Interrupted, Signals, resumable
 from transfer.training import Trainer
 
 FLAGS = ("--freeze-until", "pool2", "--dropout", 0.2, "--early-stopping", 2)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from recipes import run_data, run_folder
 from transfer.data import Source
+from transfer.runs import run_data, run_folder
 
 
 @pytest.fixture

@@ -241,6 +241,7 @@ class Backbone(GraphLayer):
         pooling: Pooling = "avg",
         **kwargs: Any,
     ):
+        self.graph = graph
         network = graph.network(tap, input, feeds, keep_dropout)
         values = graph.read(network.variables, use_ema)
         super().__init__(network, values, pooling=pooling, **kwargs)

@@ -26,11 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 from filelock import FileLock, Timeout
 
 _KEY, _ROWS, _INDEX, _LOCKS = "key.json", "rows.bin", "index.bin", "locks"
 _LAYOUT = 1  # of the files; another one is another entry
 _RECORD = np.dtype([("id", "S16"), ("crc", "<u4")])
+
+
+def default_directory() -> Path:
+    """The user's cache folder: ``~/.cache`` or ``$XDG_CACHE_HOME`` on Linux."""
+    return Path(platformdirs.user_cache_dir("vgg-transfer")) / "activations"
 
 
 @dataclass(frozen=True)

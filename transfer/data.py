@@ -45,6 +45,7 @@ class Source:
         ids: split's name to what tells its examples from all others, bytes ``[16]`` each, in that
             order: another id where an image has changed. What is computed of an image is kept
             under it.
+        origin: the arguments of ``open_source`` that open it again.
 
     Raises:
         ValueError: if there are fewer than two classes.
@@ -56,6 +57,7 @@ class Source:
     read: Callable[[str], tf.data.Dataset]
     names: Callable[[str], list[str]]
     ids: Callable[[str], list[bytes]]
+    origin: Mapping[str, str | None] = field(default_factory=dict)
     _labels: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +103,12 @@ class Source:
             raise ValueError(f"split {expression!r} of {self.name!r} has no images")
         _check_labels(split)
         return split
+
+    def train_and_eval_splits(
+        self, train_split: str = _AUTO, eval_split: str = _AUTO
+    ) -> tuple[Split, Split]:
+        """Training and held-out images, see ``train_and_eval_splits``."""
+        return train_and_eval_splits(self, train_split, eval_split)
 
     def labels(self, split_name: str) -> np.ndarray:
         """int64, one per example of a split; read once."""

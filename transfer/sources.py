@@ -7,6 +7,7 @@ import hashlib
 import threading
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,20 @@ def open_source(
         ValueError, FileNotFoundError: if it cannot be found, is not about classifying images, or is
             neither prepared nor can be downloaded.
     """
+    source = _open(dataset, data_dir, image_folder)
+    origin = {
+        "dataset": dataset or (None if image_folder or data_dir else "digits"),
+        "data_dir": _absolute(data_dir),
+        "image_folder": _absolute(image_folder),
+    }
+    return replace(source, origin=origin)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
+
+
+def _open(dataset: str, data_dir: str | None, image_folder: str | None) -> Source:
     if image_folder is not None:
         if dataset or data_dir:
             raise ValueError("give either an image folder or a dataset with its data dir, not both")

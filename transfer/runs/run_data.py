@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes import run_folder
 from transfer.data import Source, Split, train_and_eval_splits
+from transfer.runs import run_folder
 from transfer.sources import open_source
 
 
@@ -51,7 +51,9 @@ def held_out(folder: Path, source: Source) -> Split:
 def trained_on(folder: Path, source: Source) -> Split:
     """The images that the run took its training images from."""
     settings = run_folder.read_config(folder)
-    train, _ = train_and_eval_splits(source, settings["train_split"], settings["eval_split"])
+    train, _ = train_and_eval_splits(
+        source, settings.get("train_split", "auto"), settings.get("eval_split", "auto")
+    )
     return train.without(held_out(folder, source))
 
 

@@ -1,13 +1,12 @@
-"""The folder of a run: what is in it, under which name, and written so that none sees a half."""
+"""The folder of a run: names of its files, its lock, its configuration and its history."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +40,7 @@ def check(out: Path | None, *, resume: bool) -> None:
             nothing at all the run begins: it may have been killed before it had written anything.
     """
     if out is None:
-        raise ValueError("--resume needs the folder of the run: give --out")
+        raise ValueError("resume=True needs the folder of the run")
     check_path(out.resolve())
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{str(out)!r} is a file; expected a folder to write the run to")
@@ -51,31 +50,30 @@ def check(out: Path | None, *, resume: bool) -> None:
     if resume:
         raise FileNotFoundError(f"{str(out)!r} holds no run to resume: it has no {CONFIG}")
     raise FileExistsError(
-        f"{str(out)!r} is not empty; choose another --out, or --resume to continue its run"
+        f"{str(out)!r} is not empty; choose another folder, or resume=True to continue its run"
     )
 
 
 @contextlib.contextmanager
-def opened(config: Any) -> Iterator[None]:
-    """Take the folder ``config.out`` for a run, with its flags written down; see ``check``.
+def opened(out: Path, config: Mapping[str, Any], *, resume: bool = False) -> Iterator[None]:
+    """Take a folder for a run and write its configuration; see ``check``.
 
     Raises:
-        BlockingIOError: if another process has it.
-        ValueError: if the run is resumed with other flags than those that it began with.
+        BlockingIOError: if another process uses it.
+        ValueError: if the run is resumed with another configuration.
     """
-    out = config.out
-    check(out, resume=config.resume)
+    check(out, resume=resume)
     out.mkdir(parents=True, exist_ok=True)
     try:
         lock = filelock.FileLock(out / _LOCK).acquire(timeout=0)
     except filelock.Timeout:
         raise BlockingIOError(
-            f"another process works in {str(out)!r}; wait for it, or choose another --out"
+            f"another process works in {str(out)!r}; wait for it, or choose another folder"
         ) from None
     with lock:
         for left in out.glob(".saving-*"):  # of a run that was killed while it saved its model
             shutil.rmtree(left, ignore_errors=True)
-        if config.resume and _has_begun(out):
+        if resume and _has_begun(out):
             _check_resumed(out, config)
         write_text(out / CONFIG, to_yaml(config))
         yield
@@ -130,33 +128,31 @@ def add_to_metrics(run: Path, name: str, figures: Any) -> None:
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | {name: figures})
 
 
-def to_yaml(config: Any) -> str:
+def to_yaml(config: Mapping[str, Any]) -> str:
     return yaml.safe_dump(_plain(config), sort_keys=False)
 
 
-def _check_resumed(run: Path, config: Any) -> None:
+def _check_resumed(run: Path, config: Mapping[str, Any]) -> None:
     """Whether a run that is resumed has the flags that it began with. Epochs may differ, and what
     has no part in the result."""
     began, now = read_config(run), _plain(config)
     may_differ = ("epochs", "fc_epochs", "out", "strategy")
     different = [
-        f"--{name.replace('_', '-')} was {began.get(name)!r} and is {now.get(name)!r}"
+        f"{name} was {began.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(began.keys() | now.keys())
         if name not in may_differ and began.get(name) != now.get(name)
     ]
     if different:
         raise ValueError(
-            f"cannot resume the run in {str(run)!r} with other flags: {', '.join(different)}; "
-            f"give --config {run / CONFIG} with --resume"
+            f"cannot resume the run in {str(run)!r} with other options: {', '.join(different)}; "
+            f"{run / CONFIG} has those that it began with"
         )
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    """What a config says, in YAML's own types."""
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration in YAML's own types, without what is not set."""
     values = {
-        key: value
-        for key, value in dataclasses.asdict(config).items()
-        if value not in (None, ()) and key != "resume"
+        key: value for key, value in config.items() if value not in (None, ()) and key != "resume"
     }
     kinds = {tuple: list, Path: str}
     for key, value in values.items():
