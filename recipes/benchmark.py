@@ -9,13 +9,12 @@ Each run is a process of its own. Takes the flags of ``finetune``, for all runs 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
 from cyclopts import Parameter
 
-from recipes.finetune import FinetuneConfig
+from recipes.finetune_flags import FinetuneConfig
 from recipes.startup import job
 
 
@@ -47,9 +46,3 @@ def benchmark(config: BenchmarkConfig = BenchmarkConfig()) -> int:
     print(table)
     print(out)
     return 1 if num_failed else 0
-
-
-if __name__ == "__main__":
-    from recipes.cli import main
-
-    sys.exit(main(["benchmark", *sys.argv[1:]]))

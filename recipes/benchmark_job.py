@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes import benchmark_report, measure, run_data, run_folder, terminal
+from recipes import benchmark_report, terminal
 from recipes.benchmark import BenchmarkConfig
-from recipes.finetune import EMBEDDED, FinetuneConfig
-from recipes.finetune_setup import EMBEDDED_MODEL
+from recipes.finetune_flags import FinetuneConfig
+from recipes.finetune_request import flags_of
 from recipes.network_flags import parse_feed, parse_renames
-from transfer import MetaGraph, child_process, files, load_meta_graph, retention
+from transfer import MetaGraph, child_process, files, load_meta_graph, open_source, retention
 from transfer.cache import Cache
+from transfer.core import measurement
 from transfer.cuts import Cut, default_cuts, list_cuts
 from transfer.preprocess import parse_size
+from transfer.runs import run_folder
 from transfer.surgery import Network, cut
 
 SCRATCH = "scratch"
@@ -50,7 +52,7 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
     _check(config)
     graph, network = _open(config)
     if config.image_folder:  # what the runs say is in their logs
-        run_data.open_and_warn(None, data_dir=None, image_folder=config.image_folder)
+        open_source(image_folder=config.image_folder)
     size = parse_size(config.image_size) if config.image_size else graph.card.image_size
     cuts = list_cuts(network, size)
     labels = config.cuts.split(",") if config.cuts else [*default_cuts(network, size), "none"]
@@ -61,7 +63,7 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
     out = config.out or run_folder.default_out("benchmark", config.dataset or "digits")
     out = out.resolve()
     config = dataclasses.replace(config, out=out)
-    with run_folder.opened(config):
+    with run_folder.opened(out, flags_of(config), resume=config.resume):
         table, num_failed = _run_all(config, cuts)
     return table, out, num_failed
 
@@ -105,10 +107,7 @@ def _check(config: BenchmarkConfig) -> None:
 
 def _open(config: BenchmarkConfig) -> tuple[MetaGraph, Network]:
     """What the runs will take, to know its cuts."""
-    graph = load_meta_graph(
-        EMBEDDED_MODEL if config.model == EMBEDDED else config.model,
-        rename=parse_renames(config.rename),
-    )
+    graph = load_meta_graph(config.model, rename=parse_renames(config.rename))
     feeds = dict(parse_feed(assignment) for assignment in config.feed)
     tap = graph.tensor(config.tap or graph.card.tap or "fc7")
     return graph, graph.network(tap, config.input, feeds, config.keep_dropout)
@@ -167,13 +166,13 @@ def _record(item: Run, keep_models: bool) -> dict[str, Any]:
     path = item.folder / run_folder.METRICS
     if not path.is_file():
         run_folder.remove(item.folder)  # of a run that was cut off
-        before = measure.sgemm_gflops()
+        before = measurement.sgemm_gflops()
         error = _start(item.verb, item.config, item.folder, item.environment)
         if error is not None:
             return record | {"error": error}
         metrics = run_folder.read_json(path)
         # Machines are faster at one time than at another, so each run has its own limit.
-        metrics["sgemm_gflops"] = (before + measure.sgemm_gflops()) / 2
+        metrics["sgemm_gflops"] = (before + measurement.sgemm_gflops()) / 2
         used = Cache(_cache_of(item), 0).entries()
         metrics["disk_mb"] = round(sum(entry.num_bytes for entry in used) / 1e6, 4)
         run_folder.write_json(path, metrics)
@@ -213,7 +212,7 @@ def _start(
     """
     files.make_folder(folder.parent)
     flags, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")
-    run_folder.write_text(flags, run_folder.to_yaml(config))
+    run_folder.write_text(flags, run_folder.to_yaml(flags_of(config)))
     files.unshare(log)
     with log.open("w", encoding="utf-8") as file:
         command = child_process.command("recipes.cli", verb, "--config", flags)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from recipes.finetune import DEFAULTS, FinetuneConfig
+from recipes.finetune_flags import DEFAULTS, FinetuneConfig
 from recipes.startup import job
 
 _PASSES = 10  # of a batch through the network
@@ -27,11 +27,13 @@ def run(config: FinetuneConfig) -> None:
     alone), ``pipeline_images_per_s`` (read, decoded, resized, preprocessed)."""
     import tensorflow as tf
 
-    from recipes import measure, run_folder
-    from recipes.finetune_setup import prepare
+    from recipes.finetune_request import request
+    from transfer.core import measurement
     from transfer.features import EXTRACTION_BATCH, Compiled
+    from transfer.finetuning.setup import prepare
+    from transfer.runs import run_folder
 
-    work = prepare(config)
+    work = prepare(request(config))
     preprocess = work.classifier.preprocess
     forward = Compiled(work.classifier.backbone)
     shape = [EXTRACTION_BATCH, *preprocess.shape]
@@ -51,14 +53,14 @@ def run(config: FinetuneConfig) -> None:
             pass
 
     limits = {
-        "sgemm_gflops": measure.sgemm_gflops(),
+        "sgemm_gflops": measurement.sgemm_gflops(),
         "forward_images_per_s": round(EXTRACTION_BATCH / one_pass, 2),
         "pipeline_images_per_s": round(num_images / _best(pipeline), 1),
         "images_training": len(work.train),
         "images_held_out": len(work.held_out),
     }
-    with run_folder.opened(work.config):
-        run_folder.write_json(work.out / "limits.json", limits)
+    with run_folder.opened(work.run_dir, work.config):
+        run_folder.write_json(work.run_dir / "limits.json", limits)
 
 
 def _best(work: Callable[[], Any], repeat: int = 3) -> float:

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from scipy import stats
 from tabulate import tabulate
 
-from recipes import run_folder
 from recipes.csv_files import write_row
 from transfer.cuts import Cut
 from transfer.files import replacing
+from transfer.runs import run_folder
 
 SUMMARY = "benchmark.json"
 TABLE = "benchmark.csv"

@@ -8,19 +8,12 @@ Everything there can be computed again.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import platformdirs
 from cyclopts import Parameter
 
 from recipes.startup import job
-
-
-def default_directory() -> Path:
-    """In the user's folder for caches: ``~/.cache`` or ``$XDG_CACHE_HOME`` on Linux."""
-    return Path(platformdirs.user_cache_dir("vgg-transfer")) / "activations"
 
 
 def cache(
@@ -41,6 +34,7 @@ def cache(
     """List or clear the activations that are kept on disk."""
     with job():
         from recipes.cache_job import clear, show
+        from transfer.cache import default_directory
 
     directory = cache_dir or default_directory()
     if action == "list":
@@ -52,9 +46,3 @@ def cache(
             raise ValueError("--json is for cache list")
         clear(directory, digests, older_than_days)
     return 0
-
-
-if __name__ == "__main__":
-    from recipes.cli import main
-
-    sys.exit(main(["cache", *sys.argv[1:]]))

@@ -9,7 +9,6 @@ labels that look wrong, rare and missing classes.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -53,9 +52,3 @@ def check_data(config: CheckDataConfig = CheckDataConfig()) -> int:
         text, is_sound = run(config)
     print(text)
     return 1 if config.strict and not is_sound else 0
-
-
-if __name__ == "__main__":
-    from recipes.cli import main
-
-    sys.exit(main(["check-data", *sys.argv[1:]]))

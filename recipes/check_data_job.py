@@ -8,26 +8,28 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from recipes import measure, run_data, terminal
+from recipes import terminal
 from recipes.check_data import CheckDataConfig
-from recipes.finetune_setup import EMBEDDED_MODEL
-from recipes.fingerprint_cache import remembered
-from transfer import Backbone, data_checks, load_meta_graph
+from transfer import Backbone, data_checks, load_meta_graph, open_source
+from transfer.activations.fingerprints import remembered
+from transfer.core import measurement
 from transfer.data import Split
 from transfer.features import EXTRACTION_BATCH, Compiled, extract
+from transfer.runs import run_data
 
 
 def run(config: CheckDataConfig) -> tuple[str, bool]:
     """What was found, to print, and whether it is free of the worst."""
-    source = run_data.open_and_warn(
-        config.dataset, data_dir=config.data_dir, image_folder=config.image_folder
+    source = open_source(
+        config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
     )
     with remembered(source):
-        train, held_out = run_data.splits(source, config)
+        train, held_out = run_data.splits(source, config.train_split, config.eval_split)
         # One selection, so that each image is looked at once.
         both = Split(source, train.parts + held_out.parts)
-        found = data_checks.look(both, lambda files: measure.progress(files, "images"))
+        found = data_checks.look(both, lambda files: measurement.progress(files, "images", "image"))
     in_train = np.arange(len(both)) < len(train)
+
     names = both.names
     groups = data_checks.duplicates(found)
     leaks = [group for group in groups if 0 < in_train[group].sum() < len(group)]
@@ -70,10 +72,10 @@ def _counts(
 
 
 def _doubtful(config: CheckDataConfig, split: Split) -> list[dict[str, Any]]:
-    graph = load_meta_graph(EMBEDDED_MODEL if config.model == "embedded" else config.model)
+    graph = load_meta_graph(config.model)
     backbone = Backbone(graph, graph.card.tap or "fc7")
     preprocess = graph.preprocess(backbone.network.input, config.preprocess)
-    batches = measure.progress(split.batches(preprocess, EXTRACTION_BATCH), "features")
+    batches = measurement.progress(split.batches(preprocess, EXTRACTION_BATCH), "features")
     features = extract(Compiled(backbone), batches, len(split))
     p, order = data_checks.doubtful_labels(features, split.labels)
     names, labels = split.names, split.source.class_names

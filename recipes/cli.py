@@ -9,8 +9,10 @@ answers at once.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +20,9 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import App, Parameter
 
-from recipes import terminal, yaml_files
-from recipes.interruption import Interrupted
+from recipes import console, terminal
+from recipes.finetune_flags import FinetuneConfig
+from transfer.core import yaml_files
 
 VERBS = (
     "inspect",
@@ -36,6 +39,7 @@ VERBS = (
     "convert",
     "pretrain",
 )
+_FLAGS = {"run_dir": "out", "feeds": "feed"}  # where they differ from the library's arguments
 BENCHMARK_VERBS = ("benchmark-limits", "keras-baseline")  # processes that it starts
 
 app = App(
@@ -94,7 +98,7 @@ def _run(arguments: list[str]) -> int:
         return 2
     except KeyboardInterrupt as error:
         print(f"error: {terminal.escaped(str(error)) or 'interrupted'}", file=sys.stderr)
-        return error.status if isinstance(error, Interrupted) else 130
+        return error.status if isinstance(error, console.Stopped) else 130
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):  # how rich ends, which prints --help
             return 0
@@ -112,11 +116,29 @@ def _run(arguments: list[str]) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = with_flags(" ".join(str(error).split()))
     # What the project raises on purpose speaks for itself; anything else needs its type.
     expected = (ValueError, ArithmeticError, OSError, cyclopts.CycloptsError)
     return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def with_flags(text: str) -> str:
+    """A message of the library with its arguments as flags.
+
+    ``views=N`` becomes ``--views N``, ``resume=True`` ``--resume``, ``run_dir`` ``--out``.
+    """
+    flags = {option.name: option.name for option in fields(FinetuneConfig)} | _FLAGS
+    either = "|".join(sorted(flags, key=len, reverse=True))
+    text = re.sub(
+        rf"(?<![\w./:'\"-])({either})(=True\b|=(?=\S)|(?![\w./:'\"=]))",
+        lambda found: _as_flag(flags[found[1]], found),
+        text,
+    )
+    return text
+
+
+def _as_flag(flag: str, found: re.Match[str]) -> str:
+    name, value = found.groups()
+    if not value and "_" not in name:
+        return name  # may be an ordinary word
+    return f"--{flag.replace('_', '-')}{' ' if value == '=' else ''}"

@@ -8,7 +8,6 @@ What a file is follows from what it holds, not from its name. Nothing in it is r
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -64,9 +63,3 @@ def convert(
         lines = run(file, config)
     print("\n".join(map(terminal.escaped, lines)))
     return 0
-
-
-if __name__ == "__main__":
-    from recipes.cli import main
-
-    sys.exit(main(["convert", *sys.argv[1:]]))

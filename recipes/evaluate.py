@@ -11,13 +11,12 @@ evaluation.json, predictions.csv and confusion.csv to the run's folder.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from cyclopts import Parameter
 
-from recipes import measure
+from recipes import console
 from recipes.startup import job
 
 
@@ -57,12 +56,12 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
     if wanted is not None and not 0 <= wanted <= 1:
         raise ValueError(f"--assert-accuracy-at-least must be 0 to 1, got {wanted}")
     with job():
+        from recipes.data_errors import skip_suggested
         from recipes.evaluate_job import run as evaluate_run
-        from recipes.run_data import skip_suggested
 
         with skip_suggested():
             figures = evaluate_run(run, config)
-    print(measure.describe_accuracy(figures, "images"))
+    print(console.describe_accuracy(figures, "images"))
     print(f"top-5    {figures['top5']:.4f}")
     print(f"loss     {figures['loss']:.4f}")
     if other := figures.get("against"):
@@ -74,9 +73,3 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
     if wanted is not None and figures["accuracy"] < wanted:
         raise ValueError(f"accuracy {figures['accuracy']:.4f} is below {wanted}")
     return 0
-
-
-if __name__ == "__main__":
-    from recipes.cli import main
-
-    sys.exit(main(["evaluate", *sys.argv[1:]]))

@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from recipes import evaluate_report, measure, run_data, run_folder, terminal
+from recipes import evaluate_report, terminal
 from recipes.csv_files import write_row
 from recipes.evaluate import EvaluateConfig
 from recipes.evaluate_report import Evaluated
-from recipes.finetune import cut_of
-from recipes.fingerprint_cache import remembered
-from transfer import Classifier, data_checks, metrics
+from transfer import Classifier, data_checks, metrics, open_source
+from transfer.activations.fingerprints import remembered
+from transfer.core import measurement
 from transfer.data import MAX_COMPARED, Source, Split, whole_eval_split
 from transfer.evaluation import confusion_matrix, predict, probabilities, summarize
 from transfer.features import EXTRACTION_BATCH, Compiled, stream
 from transfer.files import is_regular
+from transfer.finetuning.options import cut_of
+from transfer.runs import run_data, run_folder
 
 CHANGES = "changes.csv"
 _CHANGES_COLUMNS = ("image", "label", "prediction", "prediction of the other")
@@ -35,9 +37,10 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     settings = run_folder.read_config(folder)
     classifier = Classifier.load(folder / run_folder.MODEL)
     split = _split(folder, config, settings)
-    unreadable: dict[str, str] = {}
     if config.skip_unreadable:
-        (split,), unreadable = run_data.without_unreadable([split], config.skip_unreadable)
+        split = split.readable(
+            config.skip_unreadable, lambda it: measurement.progress(it, "check", "image")
+        )
     to_logit = _class_order(split.source, classifier.labels)
     batch_size = EXTRACTION_BATCH if config.batch_size is None else config.batch_size
     if batch_size < 1:
@@ -49,7 +52,7 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
         "splits": [name for name, _ in split.parts],
     }
     if config.skip_unreadable:
-        figures["unreadable"] = run_data.report_unreadable(unreadable)
+        figures["unreadable"] = run_data.unreadable(split)
     figures |= metrics.measure(logits, labels, classifier.labels)
     figures |= summarize(logits, labels)
     if config.against is not None:
@@ -76,7 +79,7 @@ def _predict(
     """Logits and the dataset's labels."""
     frozen, trained = classifier.split(cut_of(freeze_until))
     batches: Iterable = split.batches(classifier.preprocess, batch_size)
-    batches = measure.progress(batches, "evaluation")
+    batches = measurement.progress(batches, "evaluation")
     if frozen is not None:
         # In two steps, as in training, so that not a bit is different.
         batches = stream(Compiled(frozen), batches)
@@ -107,8 +110,8 @@ def _split(folder: Path, config: EvaluateConfig, settings: dict[str, Any]) -> Sp
     elif config.dataset or config.data_dir:
         ours["image_folder"] = None
         ours |= {k: v for k in ("dataset", "data_dir") if (v := getattr(config, k))}
-    source = run_data.open_and_warn(
-        ours["dataset"], data_dir=ours["data_dir"], image_folder=ours["image_folder"]
+    source = open_source(
+        ours["dataset"] or "", data_dir=ours["data_dir"], image_folder=ours["image_folder"]
     )
     if config.eval_split != "auto":
         split = source.split(config.eval_split)
@@ -147,7 +150,9 @@ def _warn_of_copies(folder: Path, split: Split) -> None:
     found = []
     for images in (train, others):
         with remembered(images.source):
-            found.append(images.fingerprints(lambda files: measure.progress(files, "images")))
+            found.append(
+                images.fingerprints(lambda files: measurement.progress(files, "images", "image"))
+            )
     for line in data_checks.describe_leaks(*found):
         terminal.say(f"warning: {line}")
 

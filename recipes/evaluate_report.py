@@ -17,15 +17,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from recipes import evaluate_plots, run_folder, yaml_files
+from recipes import evaluate_plots
 from transfer import Classifier
 from transfer.card import read_card
+from transfer.core import yaml_files
 from transfer.data import Split
 from transfer.evaluation import probabilities
 from transfer.explain import grad_cam, overlay
 from transfer.files import make_folder, write_bytes
 from transfer.images import decode
 from transfer.preprocess import to_channels
+from transfer.runs import run_folder
 
 REPORT = "report.html"
 PLOTS = "plots"

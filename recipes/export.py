@@ -10,7 +10,6 @@ came out is in export.json.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +51,3 @@ def export(run: Path, /, config: ExportConfig = ExportConfig()) -> int:
         )
     print(folder)
     return 0
-
-
-if __name__ == "__main__":
-    from recipes.cli import main
-
-    sys.exit(main(["export", *sys.argv[1:]]))

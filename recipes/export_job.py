@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from recipes import export_readmes, measure, run_data, run_folder
+from recipes import export_readmes
 from recipes.export import ExportConfig
 from transfer import Card, Classifier
+from transfer.core import measurement
 from transfer.data import Split
 from transfer.exports import meta_graph, onnx, saved_model, tflite
 from transfer.files import (
@@ -31,6 +32,7 @@ from transfer.files import (
 )
 from transfer.images import is_for_tensorflow, read_image
 from transfer.preprocess import to_channels
+from transfer.runs import run_data, run_folder
 
 tf1 = tf.compat.v1
 
@@ -90,7 +92,7 @@ def run(folder: Path, config: ExportConfig) -> tuple[dict[str, Any], Path]:
     live = partial(_in_one_batch, classifier.probabilities_of_resized)
     expected, rate = _timed(live, job.pixels)
     figures = _figures(out) | {"num_images": len(files), "images_per_s": rate}
-    figures |= {"versions": measure.versions()}
+    figures |= {"versions": measurement.versions()}
     for name in formats:
         _check_ours(out / name, figures)
     failures = []

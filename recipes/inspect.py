@@ -8,7 +8,6 @@ Works without the weights, and runs nothing of the model.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -43,9 +42,3 @@ def inspect(model: Path, /, config: InspectConfig = InspectConfig()) -> int:
         text = run(model, rename=config.rename, as_json=config.json)
     print(text)
     return 0
-
-
-if __name__ == "__main__":
-    from recipes.cli import main
-
-    sys.exit(main(["inspect", *sys.argv[1:]]))

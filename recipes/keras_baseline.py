@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from recipes.finetune import DEFAULTS, FinetuneConfig
+from recipes.finetune_flags import DEFAULTS, FinetuneConfig
 from recipes.startup import job
 
 
@@ -27,10 +27,12 @@ def run(config: FinetuneConfig) -> Path:
     """Train and evaluate; writes ``metrics.json`` and returns the folder."""
     import keras
 
-    from recipes import measure, run_folder
-    from recipes.finetune_setup import prepare
+    from recipes.finetune_request import request
+    from transfer.core import measurement
     from transfer.evaluation import predict, summarize
     from transfer.features import EXTRACTION_BATCH, Compiled
+    from transfer.finetuning.setup import prepare
+    from transfer.runs import run_folder
 
     class EpochTimes(keras.callbacks.Callback):
         """Wall time of each epoch, without its validation."""
@@ -60,11 +62,11 @@ def run(config: FinetuneConfig) -> Path:
             return self.base(inputs, training=False)
 
     keras.utils.set_random_seed(config.seed)
-    clock, times = measure.Clock(), EpochTimes()
+    clock, times = measurement.Clock(), EpochTimes()
     with clock("load_s"):
-        work = prepare(config)
+        work = prepare(request(config))
         (stage,) = work.stages
-        classifier, config = work.classifier, work.config
+        classifier, options = work.classifier, work.options
         is_full = stage.cut == "none"
         inputs = keras.Input(classifier.preprocess.shape)
         classifier.backbone.trainable = is_full
@@ -77,7 +79,7 @@ def run(config: FinetuneConfig) -> Path:
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
         )
-        train = work.train.batches(classifier.preprocess, config.batch_size, shuffle_seed=0)
+        train = work.train.batches(classifier.preprocess, options.batch_size, shuffle_seed=0)
         held_out = work.held_out.batches(classifier.preprocess, EXTRACTION_BATCH)
     with clock("train_s"):
         history = model.fit(
@@ -96,23 +98,25 @@ def run(config: FinetuneConfig) -> Path:
             "epochs": stage.epochs,
             "steps": stage.epochs * work.steps_per_epoch,
             "final_loss": history.history["loss"][-1],
-            "epoch_s": measure.usual(times.seconds),
+            "epoch_s": measurement.usual(times.seconds),
         },
         "time": {"extract_s": 0.0} | seconds,
         "throughput": {
             "extract_images_per_s": 0.0,
-            "train_images_per_s": measure.rate(stage.epochs * len(work.train), seconds["train_s"]),
+            "train_images_per_s": measurement.rate(
+                stage.epochs * len(work.train), seconds["train_s"]
+            ),
         },
-        "memory": {"peak_rss_mb": measure.peak_rss_mb()},
+        "memory": {"peak_rss_mb": measurement.peak_rss_mb()},
         "params": {
             "total": model.count_params(),
             "trainable": sum(int(v.value.shape.num_elements()) for v in model.trainable_variables),
         },
         "activations": {"computed": 0, "found": 0},
-        "cut": config.freeze_until,
-        "seed": config.seed,
-        "versions": measure.versions(),
+        "cut": work.last_cut,
+        "seed": options.seed,
+        "versions": measurement.versions(),
     }
-    with run_folder.opened(config):
-        run_folder.write_json(work.out / run_folder.METRICS, metrics)
-    return work.out
+    with run_folder.opened(work.run_dir, work.config):
+        run_folder.write_json(work.run_dir / run_folder.METRICS, metrics)
+    return work.run_dir

@@ -7,12 +7,11 @@ Takes the flags of ``finetune``; nothing that is trained is kept.
 
 from __future__ import annotations
 
-import sys
 from typing import Annotated
 
 from cyclopts import Parameter
 
-from recipes.finetune import DEFAULTS, FinetuneConfig
+from recipes.finetune_flags import DEFAULTS, FinetuneConfig
 from recipes.startup import job
 
 
@@ -31,9 +30,3 @@ def lr_find(
     print(f"--learning-rate {found:g}")
     print(out)
     return 0
-
-
-if __name__ == "__main__":
-    from recipes.cli import main
-
-    sys.exit(main(["lr-find", *sys.argv[1:]]))

@@ -11,14 +11,17 @@ import keras
 import numpy as np
 from matplotlib.figure import Figure
 
-from recipes import measure, run_data, run_folder
-from recipes.finetune import FinetuneConfig, cut_of
-from recipes.finetune_inputs import Inputs
-from recipes.finetune_setup import Job, prepare
-from recipes.finetune_stages import parameter_groups
-from recipes.finetune_training import new_trainer
+from recipes.data_errors import skip_suggested
+from recipes.finetune_flags import FinetuneConfig
+from recipes.finetune_request import request
 from transfer.files import replacing
+from transfer.finetuning.hyperparameters import parameter_groups
+from transfer.finetuning.inputs import Inputs
+from transfer.finetuning.options import cut_of
+from transfer.finetuning.setup import RunContext, prepare
+from transfer.finetuning.stage import new_trainer
 from transfer.lr_find import RangeTest, range_test
+from transfer.runs import run_folder
 from transfer.training import Batch
 
 
@@ -35,27 +38,29 @@ def run(config: FinetuneConfig, *, lowest: float, highest: float, steps: int) ->
         raise ValueError("lr-find tries one cut; leave out --schedule, --solver and --resume")
     keras.utils.set_random_seed(config.seed)
     out = config.out or run_folder.default_out("lr-find")
-    with run_data.skip_suggested():
-        job = prepare(replace(config, out=out, lr_schedule="constant", learning_rate=1.0))
-    with run_folder.opened(job.config), run_data.skip_suggested():
-        found = _trial(job, lowest=lowest, highest=highest, steps=steps)
-        _write_table(job.out / "lr_find.csv", found)
-        with replacing(job.out / "lr_find.png") as path:
-            _plot(found).savefig(path, format="png", dpi=150)
-    return found.suggestion, job.out
+    config = replace(config, out=out, lr_schedule="constant", learning_rate=1.0)
+    with skip_suggested():
+        context = prepare(request(config))
+        out = context.run_dir
+        with run_folder.opened(out, context.config):
+            found = _trial(context, lowest=lowest, highest=highest, steps=steps)
+            _write_table(out / "lr_find.csv", found)
+            with replacing(out / "lr_find.png") as path:
+                _plot(found).savefig(path, format="png", dpi=150)
+    return found.suggestion, out
 
 
-def _trial(job: Job, *, lowest: float, highest: float, steps: int) -> RangeTest:
-    (stage,) = job.stages
-    frozen, model = job.classifier.split(cut_of(stage.cut))
-    groups = parameter_groups(job.config, job.classifier, stage, job.steps_per_epoch)
-    trainer = new_trainer(job, model, groups)
-    inputs = Inputs(job, stage.cut, frozen)
+def _trial(context: RunContext, *, lowest: float, highest: float, steps: int) -> RangeTest:
+    (stage,) = context.stages
+    frozen, model = context.classifier.split(cut_of(stage.cut))
+    groups = parameter_groups(context.options, context.classifier, stage, context.steps_per_epoch)
+    trainer = new_trainer(context, model, groups)
+    inputs = Inputs(context, stage.cut, frozen)
     trainer.frozen = inputs.frozen
     batches = itertools.islice(_endless(inputs), steps)
     return range_test(
         trainer,
-        measure.progress(batches, "trial"),
+        context.progress(batches, "trial"),
         lowest=lowest,
         highest=highest,
         steps=steps,

@@ -62,9 +62,3 @@ def predict(run: Path, /, *images: Images, config: PredictConfig = PredictConfig
 
         num_failed = predict_run(run, images, config, results)
     return 1 if num_failed else 0
-
-
-if __name__ == "__main__":
-    from recipes.cli import main
-
-    sys.exit(main(["predict", *sys.argv[1:]]))

@@ -11,7 +11,6 @@ HDFS, on S3 or on Google Cloud Storage. What comes after ``--`` is for Beam. Nee
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 
 from cyclopts import Parameter
@@ -47,9 +46,3 @@ def predict_beam(run: str, pattern: str, /, *options: str, config: PredictBeamCo
         done, failed = run_pipeline(run, pattern, config, options)
     print(f"{done} images, {failed} of which could not be read")
     return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    from recipes.cli import main
-
-    sys.exit(main(["predict-beam", *sys.argv[1:]]))

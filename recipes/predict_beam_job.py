@@ -27,13 +27,13 @@ except ImportError as error:
         f"predict-beam needs Apache Beam ({error}): pip install 'vgg-transfer[beam]'"
     ) from error
 
-from recipes import run_folder
 from recipes.predict_beam import PredictBeamConfig
 from recipes.predict_job import as_json, check, prepare_images, reason, top
 from transfer import Classifier, image_files
 from transfer.features import Compiled
 from transfer.images import read_image
 from transfer.preprocess import Preprocess
+from transfer.runs import run_folder
 
 _FAILED = "failed"
 _READ, _UNREADABLE = "images read", "images unreadable"

@@ -18,7 +18,7 @@ import tensorflow as tf
 from PIL import Image
 from tqdm import tqdm
 
-from recipes import run_folder, terminal
+from recipes import terminal
 from recipes.csv_files import write_row
 from recipes.predict import PredictConfig
 from recipes.predict_beam import PredictBeamConfig
@@ -29,6 +29,7 @@ from transfer.files import replacing
 from transfer.image_files import PassedOver, PixelBudget
 from transfer.images import read_image
 from transfer.preprocess import Preprocess, to_channels
+from transfer.runs import run_folder
 
 _READERS = 4  # threads; decoding lets go of Python's lock
 

@@ -10,13 +10,12 @@ which takes about two hours on two cores. Its card says what it reached.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from cyclopts import Parameter
 
-from recipes import measure
+from recipes import console
 from recipes.startup import job
 
 
@@ -82,13 +81,8 @@ def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
     with job():
         from recipes.pretrain_job import run
 
-        figures, prefix = run(config)
-    print(measure.describe_accuracy(figures, "held-out images"))
+        with console.resumable("pretrain"):
+            figures, prefix = run(config)
+    print(console.describe_accuracy(figures, "held-out images"))
     print(prefix)
     return 0
-
-
-if __name__ == "__main__":
-    from recipes.cli import main
-
-    sys.exit(main(["pretrain", *sys.argv[1:]]))

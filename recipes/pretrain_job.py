@@ -9,17 +9,29 @@ from typing import Any
 
 import keras
 
-from recipes import interruption, measure, run_data, run_folder, terminal
-from recipes.interruption import Signals
+from recipes import console, terminal
+from recipes.finetune_request import flags_of
 from recipes.pretrain import PretrainConfig
-from transfer import Backbone, Card, Preprocess, load_meta_graph, pretraining, save_meta_graph, vgg
+from transfer import (
+    Backbone,
+    Card,
+    Preprocess,
+    load_meta_graph,
+    open_source,
+    pretraining,
+    save_meta_graph,
+    vgg,
+)
 from transfer.card import write_card
+from transfer.core import measurement
 from transfer.data import Split
 from transfer.evaluation import predict, summarize
 from transfer.features import Compiled
 from transfer.files import write_names
 from transfer.preprocess import for_card
 from transfer.run_checkpoint import RunCheckpoint
+from transfer.runs import interruption, run_data, run_folder
+from transfer.runs.interruption import Signals
 from transfer.training import ParameterGroup, Trainer, epoch_seed
 
 CHECKPOINT_S = 600.0
@@ -42,18 +54,23 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
         run_folder.check(config.out, resume=config.resume)
     keras.utils.set_random_seed(config.seed)
     architecture = vgg.ARCHITECTURES[config.arch]
-    source = run_data.open_and_warn(
+    source = open_source(
         "" if config.image_folder else config.dataset,
         data_dir=config.data_dir,
         image_folder=config.image_folder,
     )
-    train, held_out = run_data.splits(source, config)
+    train, held_out = run_data.splits(
+        source,
+        config.train_split,
+        config.eval_split,
+        resumed=config.out if config.resume else None,
+    )
     _small_images(config, architecture)  # before anything is written
     out = (config.out or run_folder.default_out(source.name, config.arch)).resolve()
     config = replace(config, out=out)
     with (
-        run_folder.opened(config),
-        interruption.resumable("pretrain", out, run_folder.CONFIG) as signals,
+        run_folder.opened(out, flags_of(config), resume=config.resume),
+        interruption.resumable(out) as signals,
     ):
         write_names(out / run_folder.HELD_OUT, held_out.names)
         return _train_and_save(config, train, held_out, signals)
@@ -125,7 +142,7 @@ def _trained(
             steps_per_epoch=steps_per_epoch,
             validate=lambda: {k: v for k, v in figures(whole).items() if isinstance(v, float)},
             callbacks=[keras.callbacks.CSVLogger(config.out / run_folder.HISTORY, append=True)],
-            verbose=measure.verbosity(),
+            verbose=console.verbosity(),
             checkpoint=checkpoint,
             uninterrupted=signals.held,
         )
@@ -200,7 +217,7 @@ def _decoded(
     needed = len(train) * pixels.size**2 * pixels.channels / 1e6
     if needed > KEPT_DECODED_MB:
         return None
-    images = measure.progress(train.batches(pixels, config.batch_size), "training images")
+    images = measurement.progress(train.batches(pixels, config.batch_size), "training images")
     return pretraining.DecodedImages(images, len(train), train.labels)
 
 

@@ -7,7 +7,6 @@ The weights are those of Keras Applications, which were converted from the origi
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -34,9 +33,3 @@ def pull(
         lines = run(name, out or Path("models") / name, convolutional=convolutional)
     print("\n".join(map(terminal.escaped, lines)))
     return 0
-
-
-if __name__ == "__main__":
-    from recipes.cli import main
-
-    sys.exit(main(["pull", *sys.argv[1:]]))

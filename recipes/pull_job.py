@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from recipes import convert_job, measure
+from recipes import console, convert_job
 from recipes.convert import ConvertConfig
 from recipes.convert_job import file_md5
 from transfer import Backbone, load_meta_graph, retention
@@ -164,7 +164,7 @@ def _receive(response: Any, part: Path, done: int) -> None:
     total = done + int(response.headers.get("Content-Length", 0))
     with (
         part.open("r+b" if done else "wb") as file,
-        measure.download_bar(part.stem, done, total) as bar,
+        console.download_bar(part.stem, done, total) as bar,
     ):
         file.seek(done)
         while chunk := response.read(_CHUNK):

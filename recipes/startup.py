@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from recipes import terminal
+from recipes import console, terminal
 
 
 @contextlib.contextmanager
@@ -35,7 +35,8 @@ def job(strategy: str = "none") -> Iterator[Any]:
         finally:
             os.dup2(saved, 2)
             os.close(saved)
-    with contextlib.redirect_stdout(terminal.raw(sys.stderr)):  # Keras' bars move the cursor
+    console.log_to_stderr()
+    with contextlib.redirect_stdout(terminal.raw(sys.stderr)):  # Keras bars move the cursor
         yield replicas
 
 

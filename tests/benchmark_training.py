@@ -23,8 +23,8 @@ import keras
 import numpy as np
 
 from recipes.benchmark_report import training_multiply_adds
-from recipes.measure import sgemm_gflops
 from transfer import Backbone, Head, load_meta_graph, save_meta_graph, vgg
+from transfer.core.measurement import sgemm_gflops
 from transfer.cuts import list_cuts
 from transfer.optimizers import make_optimizer
 from transfer.training import ParameterGroup, Trainer

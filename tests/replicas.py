@@ -26,15 +26,20 @@ def main(strategy: str, runs: str) -> int:
         cpu = tf.config.list_physical_devices("CPU")[0]
         two = [tf.config.LogicalDeviceConfiguration()] * 2
         tf.config.set_logical_device_configuration(cpu, two)
+    from recipes import console
     from recipes.cli import app
-    from recipes.finetune_job import run
+    from recipes.finetune_request import request
     from transfer.distribution import open_replicas
+    from transfer.finetuning.run import run
+
+    console.log_to_stderr()
 
     replicas = open_replicas(strategy)
     assert replicas.count == 2
     for flags in json.loads(runs):
         _, bound, _ = app.parse_args(["finetune", *flags])
-        run(bound.arguments["config"], replicas)
+        with replicas.watched():
+            run(request(bound.arguments["config"], replicas))
     return 0
 
 

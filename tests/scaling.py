@@ -94,7 +94,6 @@ def measure() -> dict[str, Any]:
     import psutil
     import tensorflow as tf
 
-    from recipes.finetune_setup import EMBEDDED_MODEL
     from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph
     from transfer.distribution import open_replicas, sum_over_replicas
     from transfer.optimizers import make_optimizer
@@ -102,7 +101,7 @@ def measure() -> dict[str, Any]:
 
     replicas = open_replicas("auto")
     keras.utils.set_random_seed(0)
-    graph = load_meta_graph(EMBEDDED_MODEL)
+    graph = load_meta_graph("embedded")
     with replicas.strategy.scope():
         labels = list(map(str, range(NUM_CLASSES)))
         classifier = Classifier(

@@ -8,8 +8,9 @@ import pytest
 from commands import finetune
 from PIL import Image
 
-from recipes import finetune_setup, run_data
 from recipes.cli import main
+from transfer.finetuning import setup
+from transfer.runs import run_data
 
 
 def spoil(root):
@@ -119,7 +120,7 @@ def test_finetune_warns_of_near_duplicates_across_given_splits(tmp_path, model, 
 def test_finetune_says_when_near_duplicates_are_not_compared(
     tmp_path, model, image_folder, capsys, monkeypatch
 ):
-    monkeypatch.setattr(finetune_setup, "MAX_COMPARED", 23)
+    monkeypatch.setattr(setup, "MAX_COMPARED", 23)
     assert finetune(tmp_path / "run", model, image_folder) == 0
     err = capsys.readouterr().err
     assert "warning: 24 images are more than the 23 that are compared before training" in err

@@ -10,10 +10,14 @@ import tensorflow as tf
 import yaml
 from commands import finetune, largest_difference, metrics, saved_values
 
-from recipes.finetune import FinetuneConfig
-from recipes.finetune_stages import Stage, asked_for, head_learning_rate
 from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph, save_meta_graph
 from transfer.features import Compiled
+from transfer.finetuning.hyperparameters import (
+    StageRequest,
+    head_learning_rate,
+    requested_stages,
+)
+from transfer.finetuning.options import FineTuneOptions
 from transfer.training import ParameterGroup, Trainer
 
 tf1 = tf.compat.v1
@@ -84,13 +88,15 @@ def test_an_interrupted_schedule_goes_on(tmp_path, model, image_folder, monkeypa
     ],
 )
 def test_schedules(text, stages):
-    assert asked_for(FinetuneConfig(schedule=text)) == [Stage(*stage, 1.0) for stage in stages]
+    assert requested_stages(FineTuneOptions(schedule=text)) == [
+        StageRequest(*stage, 1.0) for stage in stages
+    ]
 
 
 @pytest.mark.parametrize("text", ["fc7", "fc7:0", "fc7:x", ":3", "fc7:1:2:3", "", "fc7:1,,none:1"])
 def test_what_is_no_schedule(text):
     with pytest.raises(ValueError, match="expected CUT:EPOCHS or CUT:EPOCHS:RATE"):
-        asked_for(FinetuneConfig(schedule=text))
+        requested_stages(FineTuneOptions(schedule=text))
 
 
 def test_a_cut_equals_full_training_with_a_prefix_that_has_no_learning_rate(

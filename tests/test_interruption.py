@@ -10,10 +10,10 @@ import pytest
 import yaml
 from commands import finetune, largest_difference, metrics
 
-from recipes import run_folder
 from recipes.cli import main
-from recipes.interruption import Interrupted, Signals, resumable
 from transfer.evaluation import predict
+from transfer.runs import run_folder
+from transfer.runs.interruption import Interrupted, Signals, resumable
 from transfer.training import Trainer
 
 FLAGS = ("--freeze-until", "pool2", "--dropout", 0.2, "--early-stopping", 2)
@@ -95,7 +95,7 @@ def test_a_signal_while_it_validates(tmp_path, setting, monkeypatch, call):
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("recipes.finetune_inputs.predict", signalled)
+        patch.setattr("transfer.finetuning.inputs.predict", signalled)
         assert finetune(out, model, photos, *FLAGS) == 143
     assert finetune(out, model, photos, *FLAGS, "--resume") == 0
     assert_same_end(whole, out)

@@ -6,12 +6,18 @@ def test_public_names_are_these():
         "Backbone",
         "Card",
         "Classifier",
+        "Features",
+        "FineTuneResult",
         "ForbiddenOpError",
         "Head",
         "MetaGraph",
         "Preprocess",
         "build_head",
+        "extract_features",
+        "fine_tune",
         "load_meta_graph",
+        "open_source",
         "save_meta_graph",
     ]
-    assert all(hasattr(transfer, name) for name in transfer.__all__)
+    assert sorted(dir(transfer)) == sorted(transfer.__all__)
+    assert all(getattr(transfer, name).__doc__ for name in transfer.__all__)

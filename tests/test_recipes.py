@@ -262,7 +262,7 @@ def test_activations_that_do_not_fit_are_computed_anew(
 ):
     flags = ["--freeze-until", "pool1", "--cache", "memory"]
     assert finetune(tmp_path / "kept", model, image_folder, *flags) == 0
-    monkeypatch.setattr("recipes.measure.available_memory_mb", lambda: 0.001)
+    monkeypatch.setattr("transfer.core.measurement.available_memory_mb", lambda: 0.001)
     assert finetune(tmp_path / "anew", model, image_folder, *flags) == 0
     assert "computed anew in each epoch" in capsys.readouterr().err
     kept, anew = (metrics(tmp_path / name)["eval"] for name in ("kept", "anew"))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from recipes import run_data, run_folder
 from transfer.data import Source, Split
 from transfer.files import write_names
+from transfer.runs import run_data, run_folder
 
 
 @pytest.fixture

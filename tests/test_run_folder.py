@@ -12,9 +12,10 @@ import pytest
 from commands import finetune
 from conftest import make_image_folder, save_vgg
 
-from recipes import evaluate_job, run_folder
+from recipes import evaluate_job
 from recipes.cli import main
 from transfer import Card
+from transfer.runs import run_folder
 
 FLAGS = ("--freeze-until", "pool2", "--cache", "memory", "--max-to-keep", 1)
 

@@ -12,8 +12,8 @@ from conftest import make_image_folder, save_vgg
 from replicas import SCRIPT, WAIT_S, Process, start_workers
 
 from recipes.cli import main
-from recipes.run_folder import read_history
 from transfer import Card
+from transfer.runs.run_folder import read_history
 
 SGD = ("--optimizer", "sgd", "--learning-rate", "0.01", "--clip-norm", "0.5")
 RUNS = {

@@ -10,11 +10,11 @@ from commands import finetune, flags_of, metrics, planned, saved_values
 from conftest import make_image_folder
 
 from recipes.cli import main
-from recipes.finetune import FinetuneConfig
-from recipes.run_folder import read_config
+from recipes.finetune_flags import FinetuneConfig
 from transfer import load_meta_graph
 from transfer.inspection import inspect
 from transfer.preprocess import parse_size
+from transfer.runs.run_folder import read_config
 
 tf1 = tf.compat.v1
 

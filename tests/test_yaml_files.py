@@ -4,8 +4,9 @@ import time
 import pytest
 import yaml
 
-from recipes import cli, run_folder
-from recipes.yaml_files import MAX_BYTES, read_flags
+from recipes import cli
+from transfer.core.yaml_files import MAX_BYTES, read_flags
+from transfer.runs import run_folder
 
 ALIASES = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"

@@ -1,34 +1,89 @@
 """Transfer learning with pretrained VGG networks that come as TensorFlow meta graphs.
 
-The library takes values, returns values and raises; it does not print, parse flags or exit.
+Load a network, put a head on it, fine-tune it:
+
+* ``load_meta_graph`` parses a model and runs nothing; ``MetaGraph``, ``Card`` describe it.
+* ``Backbone`` is its network up to a tap, as a Keras layer; ``build_head``, ``Head`` and
+  ``Preprocess`` are the rest of a classifier.
+* ``open_source`` opens labelled images; ``fine_tune`` trains a ``Classifier`` on them.
+* ``save_meta_graph`` writes models that stock TensorFlow opens.
+
+The library takes values, returns values and raises; it logs and does not print, parse flags or
+exit. Names are imported on first use, so that ``import transfer`` does not import TensorFlow.
 """
 
-import keras
+from __future__ import annotations
 
-if keras.backend.backend() != "tensorflow":
-    raise ImportError(
-        f"Keras runs on {keras.backend.backend()!r} but a meta graph needs 'tensorflow'; "
-        "set KERAS_BACKEND=tensorflow before the first import"
-    )
+import importlib
+from typing import TYPE_CHECKING, Any
 
-from transfer.backbone import Backbone
-from transfer.card import Card
-from transfer.classifier import Classifier
-from transfer.head import Head, build_head
-from transfer.metagraph import MetaGraph, load_meta_graph
-from transfer.policy import ForbiddenOpError
-from transfer.preprocess import Preprocess
-from transfer.saver import save_meta_graph
+if TYPE_CHECKING:
+    from transfer.activations.features import Features, extract_features
+    from transfer.backbone import Backbone
+    from transfer.card import Card
+    from transfer.classifier import Classifier
+    from transfer.finetuning.run import FineTuneResult, fine_tune
+    from transfer.head import Head, build_head
+    from transfer.metagraph import MetaGraph, load_meta_graph
+    from transfer.policy import ForbiddenOpError
+    from transfer.preprocess import Preprocess
+    from transfer.saver import save_meta_graph
+    from transfer.sources import open_source
+
+# In the order in which a user meets them.
+_MODULES = {
+    "load_meta_graph": "transfer.metagraph",
+    "MetaGraph": "transfer.metagraph",
+    "Card": "transfer.card",
+    "Backbone": "transfer.backbone",
+    "build_head": "transfer.head",
+    "Head": "transfer.head",
+    "Preprocess": "transfer.preprocess",
+    "Classifier": "transfer.classifier",
+    "open_source": "transfer.sources",
+    "extract_features": "transfer.activations.features",
+    "Features": "transfer.activations.features",
+    "fine_tune": "transfer.finetuning.run",
+    "FineTuneResult": "transfer.finetuning.run",
+    "save_meta_graph": "transfer.saver",
+    "ForbiddenOpError": "transfer.policy",
+}
 
 __all__ = [
     "Backbone",
     "Card",
     "Classifier",
+    "Features",
+    "FineTuneResult",
     "ForbiddenOpError",
     "Head",
     "MetaGraph",
     "Preprocess",
     "build_head",
+    "extract_features",
+    "fine_tune",
     "load_meta_graph",
+    "open_source",
     "save_meta_graph",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _check_backend()
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(_MODULES)
+
+
+def _check_backend() -> None:
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        raise ImportError(
+            f"Keras runs on {keras.backend.backend()!r} but a meta graph needs 'tensorflow'; "
+            "set KERAS_BACKEND=tensorflow before the first import"
+        )

@@ -373,6 +373,7 @@ class Backbone(GraphLayer):
                 f"graph is of type {type(graph).__name__}; expected what load_meta_graph gives, or "
                 "the path of a model"
             )
+        self.graph = graph
         network = graph.network(tap or graph.card.tap or "fc7", input, feeds, keep_dropout)
         values = graph.read(network.variables, use_ema)
         super().__init__(network, values, pooling=pooling, **kwargs)

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 from filelock import FileLock, Timeout
 
 from transfer import files
@@ -42,6 +43,11 @@ _LAYOUT = 1  # of the files; another one is another entry
 _MAX_KEY_BYTES = 2**20
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _RECORD = np.dtype([("id", "S16"), ("crc", "<u4")])
+
+
+def default_directory() -> Path:
+    """The user's cache folder: ``~/.cache`` or ``$XDG_CACHE_HOME`` on Linux."""
+    return Path(platformdirs.user_cache_dir("vgg-transfer")) / "activations"
 
 
 @dataclass(frozen=True)

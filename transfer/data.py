@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from transfer.image_files import PassedOver
 from transfer.images import decode, read_image, reason
 from transfer.near_duplicates import FINGERPRINT, fingerprints, near_duplicates
 from transfer.preprocess import Preprocess
+
+logger = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 0.2  # of a dataset that comes with nothing but a training split
 TRAIN_SPLITS = ("train", "training")
@@ -55,7 +58,9 @@ class Source:
             order: another id where an image has changed. What is computed of an image is kept
             under it.
         passed_over: the files of a folder that are not among the examples.
+        origin: the arguments of ``open_source`` that open it again.
         fingerprints: id to ``near_duplicates.FINGERPRINT``, of the images that were looked at.
+        unreadable: name to the reason, of the images that ``Split.readable`` left out.
 
     Raises:
         ValueError: if there are fewer than two classes.
@@ -69,7 +74,9 @@ class Source:
     names: Callable[[str], list[str]]
     ids: Callable[[str], list[bytes]]
     passed_over: PassedOver = field(default_factory=PassedOver)
+    origin: Mapping[str, str | None] = field(default_factory=dict)
     fingerprints: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
+    unreadable: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.class_names) < 2:
@@ -114,6 +121,12 @@ class Source:
             raise ValueError(f"split {expression!r} of {self.name!r} has no images")
         _check_labels(split)
         return split
+
+    def train_and_eval_splits(
+        self, train_split: str = _AUTO, eval_split: str = _AUTO, *, skip_unreadable: int = 0
+    ) -> tuple[Split, Split]:
+        """Training and held-out images, see ``train_and_eval_splits``."""
+        return train_and_eval_splits(self, train_split, eval_split, skip_unreadable=skip_unreadable)
 
 
 @dataclass(frozen=True)
@@ -169,6 +182,25 @@ class Split:
                 for (name, indices), mask in zip(self.parts, masks, strict=True)
             ),
         )
+
+    def readable(self, limit: int, progress: Callable[[Iterable], Iterable] = iter) -> Split:
+        """The examples whose images can be decoded; all are decoded once. The others are listed in
+        ``source.unreadable``.
+
+        Raises:
+            UnreadableImageError: if the source has more than ``limit`` of them.
+            ValueError: if none is left.
+        """
+        found, unreadable = find_unreadable(self, progress), self.source.unreadable
+        unreadable |= found
+        if len(unreadable) > limit:
+            raise UnreadableImageError(unreadable)
+        for name, why in found.items():
+            logger.warning(f"{name} was left out: {why}")
+        kept = self.where(np.array([name not in unreadable for name in self.names], bool))
+        if not len(kept):
+            raise ValueError("no image is left of a split without those that cannot be decoded")
+        return kept
 
     def without(self, other: Split) -> Split:
         """The examples that are not in ``other``."""
@@ -364,6 +396,7 @@ def train_and_eval_splits(
     train_split: str = _AUTO,
     eval_split: str = _AUTO,
     *,
+    skip_unreadable: int = 0,
     max_compared: int = MAX_COMPARED,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> tuple[Split, Split]:
@@ -377,17 +410,24 @@ def train_and_eval_splits(
         source: where the images are.
         train_split: a split expression, or ``auto``.
         eval_split: likewise.
+        skip_unreadable: leave out up to so many images that cannot be decoded, before any are held
+            out; see ``Split.readable``. 0 decodes none here.
         max_compared: near-duplicates are looked for among at most this many training images.
-        progress: wraps the images that are decoded to find them.
+        progress: wraps the images that are decoded.
 
     Raises:
         ValueError: if a split is unknown or empty, or the two overlap.
+        UnreadableImageError: if there are more unreadable images than may be left out.
     """
     train = training_split(source, train_split)
+    if skip_unreadable:
+        train = train.readable(skip_unreadable, progress)
     if is_automatic(source, eval_split):
         evaluation = _held_out(train, max_compared, progress)
         return train.without(evaluation), evaluation
     evaluation = source.split(_first(source, EVAL_SPLITS) if eval_split == _AUTO else eval_split)
+    if skip_unreadable:
+        evaluation = evaluation.readable(skip_unreadable, progress)
     rest = train.without(evaluation)
     shared = len(train) - len(rest)
     if shared and train_split != _AUTO:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ class SharedBatchError(ValueError):
     def __init__(self, message: str, inputs: Sequence[str]):
         super().__init__(message)
         self.inputs = tuple(inputs)
+
+
+EMBEDDED = "embedded"
+"""Name of the small VGG that comes with the project."""
+_EMBEDDED_PREFIX = Path(str(files("pretrained") / "vgg_small"))
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,12 @@ class MetaGraph:
     outputs: tuple[str, ...] = ()
     objects: Mapping[str, objects.Path] = field(default_factory=dict, repr=False)
     rename: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """How run folders and caches refer to the model: its absolute prefix, or ``embedded``."""
+        prefix = self.prefix.resolve()
+        return EMBEDDED if prefix == _EMBEDDED_PREFIX.resolve() else str(prefix)
 
     @cached_property
     def nodes(self) -> dict[str, NodeDef]:
@@ -358,7 +370,8 @@ def load_meta_graph(path: str | Path, *, rename: Mapping[str, str] | None = None
     Args:
         path: a prefix (``pretrained/vgg16``), the ``.meta``, ``.index`` or ``.data-...`` file, a V1
             checkpoint with its ``.meta``, a frozen graph (``.pb`` or ``.pbtxt``), a SavedModel, or
-            a folder with one of these in it.
+            a folder with one of these in it. ``"embedded"`` is the small VGG that comes with the
+            project.
         rename: where the checkpoint's keys differ from the graph's names by a rule, parts of the
             names to what the keys have in their place: ``{"weights": "kernel"}``. An empty part
             stands for the beginning of the name: ``{"": "vgg_16/"}``.
@@ -367,25 +380,27 @@ def load_meta_graph(path: str | Path, *, rename: Mapping[str, str] | None = None
         FileNotFoundError: if there is no such model.
         ValueError: if the file is no graph, is damaged, or the folder holds several.
     """
-    files = formats.open_model(Path(path).expanduser())
-    surgery.check(files.meta.graph_def.node)
-    graph_def = surgery.inline(files.meta.graph_def)
+    if str(path) == EMBEDDED:
+        path = _EMBEDDED_PREFIX
+    model = formats.open_model(Path(path).expanduser())
+    surgery.check(model.meta.graph_def.node)
+    graph_def = surgery.inline(model.meta.graph_def)
     surgery.check(graph_def.node)
-    card_path = checkpoint.file_of(files.prefix, ".json")
+    card_path = checkpoint.file_of(model.prefix, ".json")
     return MetaGraph(
-        prefix=files.prefix,
-        meta=files.meta,
+        prefix=model.prefix,
+        meta=model.meta,
         graph_def=graph_def,
-        checkpoint_prefix=files.checkpoint_prefix,
+        checkpoint_prefix=model.checkpoint_prefix,
         card=read_card(card_path) if card_path.is_file() else Card(),
-        tensorflow_version=files.meta.meta_info_def.tensorflow_version,
-        format=files.format,
+        tensorflow_version=model.meta.meta_info_def.tensorflow_version,
+        format=model.format,
         outputs=tuple(
             info.name
-            for name, signature in sorted(files.meta.signature_def.items())
+            for name, signature in sorted(model.meta.signature_def.items())
             if name == "serving_default"
             for info in signature.outputs.values()
         ),
-        objects=objects.variable_paths(files.meta),
+        objects=objects.variable_paths(model.meta),
         rename=dict(rename or {}),
     )

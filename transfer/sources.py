@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import logging
 import os
 import threading
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +23,15 @@ from transfer.image_files import PassedOver, class_folders
 from transfer.images import suffixes
 from transfer.records import Records, open_records
 
+logger = logging.getLogger(__name__)
+
 _LABELS_TOGETHER = 1024  # one by one, most of the time would go into handing them over
 
 
 def open_source(
     dataset: str = "", *, data_dir: str | None = None, image_folder: str | None = None
 ) -> Source:
-    """Open a dataset; prepare it if tfds can do so.
+    """Open a dataset; prepare it if tfds can do so. Logs which files of a folder are passed over.
 
     Args:
         dataset: a tfds name such as ``tf_flowers`` or ``cmaterdb/telugu:1.0.0``, or ``digits``
@@ -41,6 +45,22 @@ def open_source(
         ValueError, FileNotFoundError: if it cannot be found, is not about classifying images, or is
             neither prepared nor can be downloaded.
     """
+    source = _open(dataset, data_dir, image_folder)
+    origin = {
+        "dataset": dataset or (None if image_folder or data_dir else "digits"),
+        "data_dir": _absolute(data_dir),
+        "image_folder": _absolute(image_folder),
+    }
+    for line in source.passed_over.describe():
+        logger.warning(line)
+    return replace(source, origin=origin)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().resolve())
+
+
+def _open(dataset: str, data_dir: str | None, image_folder: str | None) -> Source:
     if image_folder is not None:
         if dataset or data_dir:
             raise ValueError("give either an image folder or a dataset with its data dir, not both")

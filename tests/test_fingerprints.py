@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recipes.fingerprint_cache import remembered
 from transfer import data, near_duplicates
+from transfer.activations.fingerprints import remembered
 from transfer.sources import open_source
 
 

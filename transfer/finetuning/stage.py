@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +12,18 @@ import keras
 import numpy as np
 from sklearn.utils.class_weight import compute_class_weight
 
-from recipes import measure, run_folder, terminal
-from recipes.finetune_inputs import Inputs
-from recipes.finetune_setup import Job
-from recipes.finetune_stages import parameter_groups
-from recipes.interruption import Signals
 from transfer import files
 from transfer.backbone import GraphLayer
+from transfer.core import measurement
+from transfer.finetuning.hyperparameters import parameter_groups
+from transfer.finetuning.inputs import Inputs
+from transfer.finetuning.setup import RunContext
 from transfer.run_checkpoint import RunCheckpoint
+from transfer.runs import run_folder
+from transfer.runs.interruption import Signals
 from transfer.training import ParameterGroup, Trainer, random_states
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,10 @@ class Progress:
 
 
 class StageTrainer:
-    """What trains a stage, brought to where the run was where it is resumed.
+    """Trains a stage by gradient steps, from its last checkpoint where the run is resumed.
 
     Args:
-        job: the run.
+        context: the run.
         number: of the stage, from 0.
         frozen, model: the two sides of the stage's cut.
         before: how far the run was at the end of the stage before.
@@ -48,51 +52,51 @@ class StageTrainer:
 
     def __init__(
         self,
-        job: Job,
+        context: RunContext,
         number: int,
         frozen: GraphLayer | None,
         model: keras.Model,
         before: Progress,
     ):
-        config = job.config
-        self._job = job
+        options = context.options
+        self._context = context
         self._before = before
-        self._stage = stage = job.stages[number]
-        with job.replicas.strategy.scope():
-            groups = parameter_groups(config, job.classifier, stage, job.steps_per_epoch)
-        self.trainer = new_trainer(job, model, groups)
+        self._stage = stage = context.stages[number]
+        with context.replicas.strategy.scope():
+            groups = parameter_groups(options, context.classifier, stage, context.steps_per_epoch)
+        self.trainer = new_trainer(context, model, groups)
         self.trainer.step, self.trainer.epoch = before.step, before.epoch
         if frozen is not None:
             self.trainer.random_states = random_states(frozen)
         self._checkpoint = RunCheckpoint(
-            job.out / run_folder.CHECKPOINTS / f"stage-{number}",
-            every_s=60 * config.checkpoint_minutes,
-            is_mine=job.replicas.is_chief,
+            context.run_dir / run_folder.CHECKPOINTS / f"stage-{number}",
+            every_s=60 * options.checkpoint_minutes,
+            is_mine=context.replicas.is_chief,
         )
-        if config.resume:
-            with job.replicas.chief_first():
+        if context.request.resume:
+            with context.replicas.chief_first():
                 self._resume(number)
             trainer = self.trainer
             at = (trainer.epoch, trainer.step, trainer.sums, trainer.model.stop_training)
-            job.replicas.check_same("checkpoint", at)
+            context.replicas.check_same("checkpoint", at)
         self._first_step = self.trainer.step
 
     def _resume(self, number: int) -> None:
         trainer = self.trainer
         self._checkpoint.restore(trainer)
         for line in self._checkpoint.damaged:
-            terminal.say(f"warning: {line}; going on from the one before")
+            logger.warning(f"{line}; continuing from the previous one")
         if not self.is_done:
-            if self._job.replicas.is_chief:
+            if self._context.replicas.is_chief:
                 self._remove_stages(number + 1)
-        elif self._job.config.early_stopping is not None:
+        elif self._context.options.early_stopping is not None:
             # As Keras does at the end of the training, after the last checkpoint.
             trainer.model.set_weights(self._checkpoint.best_weights(trainer))
 
     def _remove_stages(self, first: int) -> None:
         """Later stages began with what this one must end with first."""
-        for later in range(first, len(self._job.stages)):
-            folder = self._job.out / run_folder.CHECKPOINTS / f"stage-{later}"
+        for later in range(first, len(self._context.stages)):
+            folder = self._context.run_dir / run_folder.CHECKPOINTS / f"stage-{later}"
             files.remove_folder(folder, files.CHECKPOINT_FILES)
 
     @property
@@ -105,11 +109,11 @@ class StageTrainer:
 
     def fit(self, inputs: Inputs, save: Callable[..., Any], signals: Signals) -> None:
         """Train to the end of the stage; ``save`` writes the model after an epoch."""
-        job, trainer, replicas = self._job, self.trainer, self._job.replicas
-        if job.config.resume:
+        context, trainer, replicas = self._context, self.trainer, self._context.replicas
+        if context.request.resume:
             with replicas.chief_first():
                 if replicas.is_chief:
-                    run_folder.keep_history(job.out, trainer.epoch)
+                    run_folder.keep_history(context.run_dir, trainer.epoch)
         early_stopping = self._early_stopping()
         trainer.frozen = inputs.frozen
         validate = inputs.evaluator(trainer.model)
@@ -119,10 +123,14 @@ class StageTrainer:
             trainer.fit(
                 inputs.train,
                 epochs=self._last_epoch,
-                steps_per_epoch=job.steps_per_epoch,
+                steps_per_epoch=context.steps_per_epoch,
                 validate=lambda: scalars(validate()),
-                callbacks=early_stopping + (self._writers(save) if replicas.is_chief else []),
-                verbose=measure.verbosity() if replicas.is_chief else 0,
+                callbacks=[
+                    *early_stopping,
+                    *(self._writers(save) if replicas.is_chief else []),
+                    *context.request.callbacks,
+                ],
+                verbose=context.request.verbose if replicas.is_chief else 0,
                 checkpoint=self._checkpoint if replicas.is_chief else None,
                 uninterrupted=signals.held if alone else contextlib.nullcontext,
                 is_stopped=lambda: not alone and signals.received is not None,
@@ -130,31 +138,31 @@ class StageTrainer:
 
     def _writers(self, save: Callable[..., Any]) -> list[keras.callbacks.Callback]:
         """What writes to the run folder."""
-        job, config = self._job, self._job.config
-        goes_on = config.resume or self._before.epoch > 0
+        context, options = self._context, self._context.options
+        goes_on = context.request.resume or self._before.epoch > 0
         callbacks: list[keras.callbacks.Callback] = [
-            keras.callbacks.CSVLogger(job.out / run_folder.HISTORY, append=goes_on),
-            EpochEvents(job.out / run_folder.EVENTS, write_graph=False),
+            keras.callbacks.CSVLogger(context.run_dir / run_folder.HISTORY, append=goes_on),
+            EpochEvents(context.run_dir / run_folder.EVENTS, write_graph=False),
         ]
-        if config.max_to_keep:
-            options = {
-                "max_to_keep": config.max_to_keep,
-                "keep_checkpoint_every_n_hours": config.keep_checkpoint_every_n_hours,
+        if options.max_to_keep:
+            retention = {
+                "max_to_keep": options.max_to_keep,
+                "keep_checkpoint_every_n_hours": options.keep_checkpoint_every_n_hours,
             }
             callbacks.append(
                 keras.callbacks.LambdaCallback(
                     on_epoch_end=lambda epoch, logs: save(
-                        epoch + 1, step=self.trainer.step, **options
+                        epoch + 1, step=self.trainer.step, **retention
                     )
                 )
             )
         return callbacks
 
     def _early_stopping(self) -> list[keras.callbacks.Callback]:
-        patience = self._job.config.early_stopping
+        patience = self._context.options.early_stopping
         if patience is None:
             return []
-        history = run_folder.read_history(self._job.out).get("val_loss", [])
+        history = run_folder.read_history(self._context.run_dir).get("val_loss", [])
         return [
             ResumedEarlyStopping(
                 history[self._before.epoch : self.trainer.epoch],
@@ -173,7 +181,7 @@ class StageTrainer:
             trainer.step,
             self._before.steps_now + trainer.step - self._first_step,
             sum(int(np.prod(v.shape)) for v in trainer.trainable_variables),
-            measure.usual(trainer.epoch_seconds),
+            measurement.usual(trainer.epoch_seconds),
         )
 
 
@@ -221,28 +229,28 @@ class EpochEvents(keras.callbacks.TensorBoard):
         pass
 
 
-def new_trainer(job: Job, model: keras.Model, groups: list[ParameterGroup]) -> Trainer:
+def new_trainer(context: RunContext, model: keras.Model, groups: list[ParameterGroup]) -> Trainer:
     """A trainer of the run's loss, at the beginning."""
-    config = job.config
+    options = context.options
     return Trainer(
         model,
         groups,
-        label_smoothing=config.label_smoothing,
-        class_weights=_class_weights(job),
-        mixup=config.mixup,
-        clip_norm=config.clip_norm,
-        seed=config.seed,
-        replicas=job.replicas,
+        label_smoothing=options.label_smoothing,
+        class_weights=_class_weights(context),
+        mixup=options.mixup,
+        clip_norm=options.clip_norm,
+        seed=options.seed,
+        replicas=context.replicas,
     )
 
 
-def _class_weights(job: Job) -> np.ndarray | None:
+def _class_weights(context: RunContext) -> np.ndarray | None:
     """float ``[num_classes]``; 1 for classes without an example."""
-    if job.config.class_weights == "none":
+    if context.options.class_weights == "none":
         return None
-    labels = job.train.labels
+    labels = context.train.labels
     present = np.unique(labels)
-    weights = np.ones(len(job.classifier.labels))
+    weights = np.ones(len(context.classifier.labels))
     weights[present] = compute_class_weight("balanced", classes=present, y=labels)
     return weights
 

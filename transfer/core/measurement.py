@@ -14,8 +14,6 @@ from typing import Any
 
 import psutil
 
-from recipes import terminal
-
 
 class Clock:
     """Wall time by stage: ``with clock("train_s"): ...``; ``seconds["total_s"]`` is all of it."""
@@ -92,8 +90,8 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Of the repository that the command is run in: its commit, and whether files differ from it;
-    ``None`` where there is none."""
+    """Commit of the repository in the working folder, and whether files differ from it; ``None``
+    outside a repository."""
 
     def git(*words: str) -> str:
         command = ["git", *words]
@@ -108,37 +106,8 @@ def git_revision() -> dict[str, Any] | None:
         return None
 
 
-def describe_accuracy(figures: dict, what: str) -> str:
-    """The accuracy with its interval, for a person."""
-    low, high = figures["accuracy_ci95"]
-    return (
-        f"accuracy {figures['accuracy']:.4f} on {figures['num_examples']} {what} "
-        f"(95 % interval {low:.4f} to {high:.4f})"
-    )
-
-
 def progress(batches: Iterable, what: str, unit: str = "batch") -> Iterable:
     """The same batches, with a progress bar on standard error."""
     from tqdm import tqdm
 
     return tqdm(batches, desc=what, unit=unit, file=sys.stderr, mininterval=1.0, leave=False)
-
-
-def download_bar(what: str, done: int, total: int) -> Any:
-    """A progress bar of bytes on standard error, for ``with`` and ``update``."""
-    from tqdm import tqdm
-
-    return tqdm(
-        desc=terminal.escaped(what),
-        initial=done,
-        total=total,
-        unit="B",
-        unit_scale=True,
-        file=sys.stderr,
-        leave=False,
-    )
-
-
-def verbosity() -> int:
-    """For Keras: a bar for a person, a line an epoch for a log file."""
-    return 1 if sys.stderr.isatty() else 2

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recipes.cache import default_directory
-from transfer.cache import Cache
+from transfer.cache import Cache, default_directory
 from transfer.data import MAX_COMPARED, Source
 from transfer.near_duplicates import FINGERPRINT
 
@@ -30,7 +29,7 @@ def remembered(source: Source, cache_dir: Path | None = None) -> Iterator[None]:
     with contextlib.suppress(OSError):
         entry = cache.entry(key, [FINGERPRINT.itemsize], "uint8")
         ids = np.array([id_ for name in source.sizes for id_ in source.ids(name)], object)
-        found = ids[~entry.missing(ids)].tolist()
+        found = ids[~entry.missing(ids.tolist())].tolist()
         rows = np.ascontiguousarray(entry.read(found)[:]).view(FINGERPRINT)[:, 0]
         source.fingerprints.update(zip(found, rows, strict=True))
     known = {*source.fingerprints}

@@ -1,64 +1,65 @@
-"""A head that is solved for at once: ``--solver lbfgs``."""
+"""Fit the head as a convex problem: ``solver="lbfgs"``."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
-from recipes import run_folder, terminal
-from recipes.finetune_inputs import Inputs
-from recipes.finetune_setup import Job
-from recipes.finetune_training import Progress, scalars
-from recipes.interruption import Signals
 from transfer.evaluation import predict, summarize
 from transfer.features import Compiled
+from transfer.finetuning.inputs import Inputs
+from transfer.finetuning.setup import RunContext
+from transfer.finetuning.stage import Progress, scalars
 from transfer.linear import fit_logistic_regression
+from transfer.runs import run_folder
+from transfer.runs.interruption import Signals
+
+logger = logging.getLogger(__name__)
 
 
 class StageSolver:
     """Does the work of a ``StageTrainer`` with scikit-learn's logistic regression.
 
     Args:
-        job: the run, of one stage.
+        context: the run, of one stage.
         model: from the activations at the tap to the logits, with the classifier's head.
     """
 
     is_done = False
 
-    def __init__(self, job: Job, model: keras.Model):
-        self._job = job
+    def __init__(self, context: RunContext, model: keras.Model):
+        self._context = context
         self._model = model
         self.progress = Progress()
 
     def fit(self, inputs: Inputs, save: Callable[..., Any], signals: Signals) -> None:
         """Put the solution into the head, and its figures into the history."""
         del save, signals  # there are no epochs to save a model after
-        config, head = self._job.config, self._job.classifier.head
+        options, head = self._context.options, self._context.classifier.head
         features, labels = self._features(inputs)
         solution = fit_logistic_regression(
             features,
             labels,
             head.num_classes,
-            C=config.lbfgs_c,
-            seed=config.seed,
-            class_weight="balanced" if config.class_weights == "balanced" else None,
+            C=options.lbfgs_c,
+            seed=options.seed,
+            class_weight="balanced" if options.class_weights == "balanced" else None,
         )
         head.classifier.kernel.assign(solution.kernel)
         head.classifier.bias.assign(solution.bias)
-        terminal.say(f"lbfgs: C {solution.C:g}, {solution.num_iterations} iterations")
+        logger.info(f"lbfgs: C {solution.C:g}, {solution.num_iterations} iterations")
         if not solution.converged:
-            terminal.say(
-                "lbfgs stopped before it converged: with a smaller --lbfgs-c it is sooner done"
-            )
+            logger.warning("lbfgs stopped before it converged: a smaller lbfgs_c converges sooner")
         row = {"epoch": 0.0} | scalars(summarize(*predict(head, [(features, labels)])))
         held_out = scalars(inputs.evaluator(self._model)())
         row |= {f"val_{name}": value for name, value in held_out.items()}
         text = f"{','.join(row)}\n{','.join(map(str, row.values()))}\n"
-        if self._job.replicas.is_chief:
-            run_folder.write_text(self._job.out / run_folder.HISTORY, text)
+        if self._context.replicas.is_chief:
+            run_folder.write_text(self._context.run_dir / run_folder.HISTORY, text)
         self.progress = Progress(
             epoch=1,
             step=solution.num_iterations,

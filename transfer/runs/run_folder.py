@@ -1,21 +1,20 @@
-"""The folder of a run: what is in it, under which name, and written so that none sees a half."""
+"""The folder of a run: names of its files, its lock, its configuration and its history."""
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from recipes import yaml_files
 from transfer import files
 from transfer.checkpoint import check_path
+from transfer.core import yaml_files
 from transfer.files import read_text, write_text
 
 CONFIG = "config.yaml"
@@ -31,6 +30,7 @@ EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
 _LOCK = ".lock"
+_MAY_DIFFER = ("epochs", "fc_epochs", "out", "strategy")  # of a run that is resumed
 _MAX_JSON_BYTES = 2**26  # metrics of tens of thousands of classes
 
 _WORKING_FILES = (
@@ -53,7 +53,7 @@ def check(out: Path | None, *, resume: bool) -> None:
             nothing at all the run begins: it may have been killed before it had written anything.
     """
     if out is None:
-        raise ValueError("--resume needs the folder of the run: give --out")
+        raise ValueError("resume=True needs the folder of the run")
     check_path(out.resolve())
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{str(out)!r} is a file; expected a folder to write the run to")
@@ -63,34 +63,47 @@ def check(out: Path | None, *, resume: bool) -> None:
     if resume:
         raise FileNotFoundError(f"{str(out)!r} holds no run to resume: it has no {CONFIG}")
     raise FileExistsError(
-        f"{str(out)!r} is not empty; choose another --out, or --resume to continue its run"
+        f"{str(out)!r} is not empty; choose another folder, or resume=True to continue its run"
     )
 
 
 @contextlib.contextmanager
-def opened(config: Any) -> Iterator[None]:
-    """Take the folder ``config.out`` for a run, with its flags written down; see ``check``.
+def opened(
+    out: Path,
+    config: Mapping[str, Any],
+    *,
+    resume: bool = False,
+    defaults: Mapping[str, Any] | None = None,
+    may_differ: Collection[str] = (),
+) -> Iterator[None]:
+    """Take a folder for a run and write its configuration; see ``check``.
+
+    Args:
+        out: the folder.
+        config: what the run is made with.
+        resume: go on with the run in the folder.
+        defaults: values of options that are newer than a run that is resumed.
+        may_differ: options that a resumed run may have other values of, beside its epochs.
 
     Raises:
-        BlockingIOError: if another process has it.
-        ValueError: if the run is resumed with other flags than those that it began with.
+        BlockingIOError: if another process uses it.
+        ValueError: if the run is resumed with another configuration.
     """
-    out = config.out
-    check(out, resume=config.resume)
+    check(out, resume=resume)
     out.mkdir(parents=True, exist_ok=True)
     try:
         lock = files.lock(out / _LOCK).acquire(timeout=0)
     except filelock.Timeout:
         raise BlockingIOError(
-            f"another process works in {str(out)!r}; wait for it, or choose another --out"
+            f"another process works in {str(out)!r}; wait for it, or choose another folder"
         ) from None
     with lock:
         for name in (EVENTS, CHECKPOINTS):
             for folder in (out / name, *(out / name).glob("*")):
                 files.refuse_link(folder)
         files.remove_drafts(out)  # of a run that was killed while it saved its model
-        if config.resume and _has_begun(out):
-            _check_resumed(out, config)
+        if resume and _has_begun(out):
+            _check_resumed(out, config, defaults or {}, {*_MAY_DIFFER, *may_differ})
         write_text(out / CONFIG, to_yaml(config))
         yield
 
@@ -173,34 +186,32 @@ def add_to_metrics(run: Path, name: str, figures: Any) -> None:
     write_json(path, read_json(path) | {name: figures})
 
 
-def to_yaml(config: Any) -> str:
+def to_yaml(config: Mapping[str, Any]) -> str:
     return yaml_files.to_yaml(_plain(config))
 
 
-def _check_resumed(run: Path, config: Any) -> None:
-    """Whether a run that is resumed has the flags that it began with. Epochs may differ, and what
-    has no part in the result. A flag that is newer than the run had its default."""
-    began = {**_plain(type(config)()), **read_config(run)}
+def _check_resumed(
+    run: Path, config: Mapping[str, Any], defaults: Mapping[str, Any], may_differ: Collection[str]
+) -> None:
+    """Refuse a resumed run with other options than it began with."""
+    began = {**_plain(defaults), **read_config(run)}
     now = _plain(config)
-    may_differ = ("epochs", "fc_epochs", "out", "strategy")
     different = [
-        f"--{name.replace('_', '-')} was {began.get(name)!r} and is {now.get(name)!r}"
+        f"{name} was {began.get(name)!r} and is {now.get(name)!r}"
         for name in sorted(began.keys() | now.keys())
         if name not in may_differ and began.get(name) != now.get(name)
     ]
     if different:
         raise ValueError(
-            f"cannot resume the run in {str(run)!r} with other flags: {', '.join(different)}; "
-            f"give --config {run / CONFIG} with --resume"
+            f"cannot resume the run in {str(run)!r} with other options: {', '.join(different)}; "
+            f"{run / CONFIG} has those that it began with"
         )
 
 
-def _plain(config: Any) -> dict[str, Any]:
-    """What a config says, in YAML's own types."""
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration in YAML's own types, without what is not set."""
     values = {
-        key: value
-        for key, value in dataclasses.asdict(config).items()
-        if value not in (None, ()) and key != "resume"
+        key: value for key, value in config.items() if value not in (None, ()) and key != "resume"
     }
     kinds = {tuple: list, Path: str}
     for key, value in values.items():

@@ -1,33 +1,39 @@
-"""What Ctrl-C and a scheduler's SIGTERM do to a run that can be resumed.
+"""Ctrl-C and SIGTERM in a run that can be resumed.
 
-The step that is being done is finished, a checkpoint is written, and the last line says how to go
-on. A second signal ends the run at once; it then goes on from the checkpoint before.
+The current step is finished, a checkpoint is written, and the run ends with ``Interrupted``. A
+second signal ends the run at once; it then continues from the previous checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was asked to end; ``status`` is what a shell expects of the process then."""
+    """A run was asked to end and can be resumed.
 
-    def __init__(self, message: str, number: int = signal.SIGINT):
-        super().__init__(message)
+    ``run_dir`` is its folder, ``status`` the exit status that a shell expects.
+    """
+
+    def __init__(self, run_dir: Path, number: int = signal.SIGINT):
+        super().__init__(f"interrupted; call again with run_dir={str(run_dir)!r}, resume=True")
+        self.run_dir = run_dir
         self.status = 128 + number
 
 
 class Signals:
-    """Turns signals into ``KeyboardInterrupt``, but not within ``held``: there it waits."""
+    """Turns signals into ``KeyboardInterrupt``, which is delayed within ``held``."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -39,11 +45,11 @@ class Signals:
         self.received = number
         if not (is_first and self._is_held):
             raise KeyboardInterrupt
-        print("finishing the step; once more to stop at once", file=sys.stderr)
+        logger.info("finishing the step; press Ctrl-C again to stop at once")
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """While something is done that must not be left half done."""
+        """Delay the interrupt while something must not be left half done."""
         self._is_held = True
         try:
             yield
@@ -54,11 +60,11 @@ class Signals:
 
 
 @contextlib.contextmanager
-def resumable(verb: str, run: Path, config_name: str) -> Iterator[Signals]:
-    """While a run goes on in its folder.
+def resumable(run_dir: Path) -> Iterator[Signals]:
+    """Handle signals while a run works in its folder; restores the handlers afterwards.
 
     Raises:
-        Interrupted: instead of a ``KeyboardInterrupt``; says how to go on.
+        Interrupted: in place of a ``KeyboardInterrupt``.
     """
     signals = Signals()
     before: dict[int, Any] = {}
@@ -67,11 +73,7 @@ def resumable(verb: str, run: Path, config_name: str) -> Iterator[Signals]:
     try:
         yield signals
     except KeyboardInterrupt as error:
-        raise Interrupted(
-            f"interrupted; go on with: vgg-transfer {verb} --config {run / config_name} "
-            f"--out {run} --resume",
-            signals.received or signal.SIGINT,
-        ) from error
+        raise Interrupted(run_dir, signals.received or signal.SIGINT) from error
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""The stages of a fine-tuning run: where each cuts, for how long and how fast it trains."""
+"""The stages of a fine-tuning run: where each one cuts, its epochs and its learning rates."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from recipes.finetune import FinetuneConfig, cut_of
 from transfer.backbone import GraphLayer
 from transfer.classifier import Classifier
 from transfer.cuts import blocks, stopped
+from transfer.finetuning.options import FineTuneOptions, cut_of
 from transfer.optimizers import cosine, make_optimizer
 from transfer.training import ParameterGroup
 
-# A head on kept features: its steps cost next to nothing.
+# A head on cached features: its steps cost next to nothing.
 HEAD_LEARNING_RATE, HEAD_WIDTH, HEAD_STEPS, HEAD_EPOCHS = 6e-3, 512, 2000, (5, 200)
 # A VGG without batch norm diverges or stalls at 1e-3.
 BACKBONE_LEARNING_RATE, BACKBONE_STEPS, BACKBONE_EPOCHS = 1e-4, 900, (3, 60)
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Some epochs with everything up to a tensor frozen.
+class StageRequest:
+    """A stage as the options describe it; ``None`` is decided by ``resolve``.
 
-    ``cut`` is the name of the tensor without its ``:0``, or ``none``; ``learning_rate`` is the
-    head's, and that of the backbone is ``backbone_lr_scale`` times it. What is ``None`` is to be
-    chosen.
+    ``cut`` is a tensor, a short name of one, ``tap`` or ``none``.
     """
 
     cut: str
@@ -35,62 +33,76 @@ class Stage:
     learning_rate: float | None
     backbone_lr_scale: float | None = None
 
+
+@dataclass(frozen=True)
+class Stage:
+    """Some epochs with everything up to a tensor frozen.
+
+    ``cut`` is the name of the tensor without its ``:0``, or ``none``. ``learning_rate`` is the
+    head's; the backbone's is ``backbone_lr_scale`` times that.
+    """
+
+    cut: str
+    epochs: int
+    learning_rate: float
+    backbone_lr_scale: float
+
     def __str__(self) -> str:
-        return ":".join(str(v) for v in (self.cut, self.epochs, self.learning_rate) if v)
+        return f"{self.cut}:{self.epochs}:{self.learning_rate}"
 
 
-def asked_for(config: FinetuneConfig) -> list[Stage]:
-    """The stages that the flags name.
+def requested_stages(options: FineTuneOptions) -> list[StageRequest]:
+    """The stages that the options name.
 
     Raises:
         ValueError: if the schedule is not of the form ``CUT:EPOCHS[:RATE],...``.
     """
-    if config.schedule is None:
-        scale = config.backbone_lr_scale
-        return [Stage(config.freeze_until, config.epochs, config.learning_rate, scale)]
-    if config.epochs is not None:
-        raise ValueError("--schedule has epochs of its own; leave --epochs out")
-    # The head of a later stage is trained already: it needs no rate of its own.
-    scale = 1.0 if config.backbone_lr_scale is None else config.backbone_lr_scale
-    return [_parse(part, config.learning_rate, scale) for part in config.schedule.split(",")]
+    if options.schedule is None:
+        scale = options.backbone_lr_scale
+        return [StageRequest(options.freeze_until, options.epochs, options.learning_rate, scale)]
+    if options.epochs is not None:
+        raise ValueError("schedule has its own epochs; leave epochs=N out")
+    # The head of a later stage is trained already: it needs no learning rate of its own.
+    scale = 1.0 if options.backbone_lr_scale is None else options.backbone_lr_scale
+    return [_parse(part, options.learning_rate, scale) for part in options.schedule.split(",")]
 
 
-def _parse(part: str, default_rate: float | None, scale: float) -> Stage:
+def _parse(part: str, default_rate: float | None, scale: float) -> StageRequest:
     # A tensor's name may end in :0, which is not a number of epochs.
     words = part.strip().replace(":0:", ":").split(":")
     try:
         cut, epochs, *rate = words
-        stage = Stage(cut, int(epochs), float(rate[0]) if rate else default_rate, scale)
-        if cut and len(rate) < 2 and stage.epochs > 0 and not (stage.learning_rate or 0) < 0:
+        stage = StageRequest(cut, int(epochs), float(rate[0]) if rate else default_rate, scale)
+        if cut and len(rate) < 2 and int(epochs) > 0 and not (stage.learning_rate or 0) < 0:
             return stage
     except ValueError:
         pass
     raise ValueError(
-        f"--schedule {part!r}: expected CUT:EPOCHS or CUT:EPOCHS:RATE, like 'fc7:20,none:3:0.0001'"
+        f"schedule={part!r}: expected CUT:EPOCHS or CUT:EPOCHS:RATE, like 'fc7:20,none:3:0.0001'"
     )
 
 
 def resolve(
-    stage: Stage,
+    request: StageRequest,
     classifier: Classifier,
     tap: str,
     features: np.ndarray,
     steps_per_epoch: int,
 ) -> Stage:
-    """The stage with nothing left to default.
+    """Decide what a request leaves open.
 
     Args:
-        stage: as asked for; its cut may be ``tap``, or a short name.
+        request: its cut may be ``tap``, or a short name.
         classifier: built.
         tap: the tensor with the features.
-        features: ``[images, width]`` of a few, as the head gets them.
+        features: float ``[images, width]`` of a few images, as the head gets them.
         steps_per_epoch: on the training images.
 
     Raises:
-        ValueError: if the cut is no tensor, or does not separate the input from the tap; or if all
-            was to be trained and nothing in the backbone can be.
+        ValueError: if the cut is not a tensor, or does not separate the input from the tap; or if
+            everything is to be trained and nothing in the backbone is trainable.
     """
-    backbone, cut = classifier.backbone, stage.cut
+    backbone, cut = classifier.backbone, request.cut
     if cut == "tap":
         cut = tap.removesuffix(":0")
     elif cut != "none":
@@ -100,15 +112,15 @@ def resolve(
     if only_head and cut == "none":
         raise ValueError(
             "nothing in the backbone can be trained: its weights are constants of the graph; "
-            "leave --freeze-until out to train a head only"
+            "leave freeze_until out to train a head only"
         )
-    rate, scale = stage.learning_rate, stage.backbone_lr_scale
+    rate, scale = request.learning_rate, request.backbone_lr_scale
     if rate is None and (only_head or scale is None):
         rate = head_learning_rate(features)
         scale = BACKBONE_LEARNING_RATE / rate if scale is None else scale
     elif rate is None:
         rate = BACKBONE_LEARNING_RATE
-    epochs = stage.epochs
+    epochs = request.epochs
     if epochs is None:
         steps, (least, most) = (
             (HEAD_STEPS, HEAD_EPOCHS) if only_head else (BACKBONE_STEPS, BACKBONE_EPOCHS)
@@ -118,44 +130,47 @@ def resolve(
 
 
 def head_learning_rate(features: np.ndarray) -> float:
-    """For Adam, 0.006 for up to 512 features with a root mean square of 1.
+    """Adam's learning rate for a head: 0.006 for up to 512 features with RMS 1.
 
-    Adam moves all weights by the learning rate, so that a logit moves by the rate times the sum of
-    the features: smaller features want a higher one, and more features a lower one (arXiv
-    2203.03466, table 3).
+    Adam moves each weight by the learning rate, so a logit moves by the rate times the sum of the
+    features: small features need a higher rate, many features a lower one (arXiv 2203.03466,
+    table 3).
+
+    Args:
+        features: float ``[images, width]``.
     """
     rate = HEAD_LEARNING_RATE / rms(features) * min(1, HEAD_WIDTH / features.shape[1])
     return float(f"{rate:.2g}")
 
 
 def rms(features: np.ndarray) -> float:
-    """Root mean square; 1 where all are zero."""
+    """Root mean square; 1 if all values are zero."""
     return float(np.sqrt(np.mean(np.square(features)))) or 1.0
 
 
 def parameter_groups(
-    config: FinetuneConfig, classifier: Classifier, stage: Stage, steps_per_epoch: int
+    options: FineTuneOptions, classifier: Classifier, stage: Stage, steps_per_epoch: int
 ) -> list[ParameterGroup]:
-    """Which optimizer updates which variables: the head's, then the backbone's by block."""
+    """Optimizers and the variables they update: the head's, then the backbone's by block."""
     _, trained = classifier.split(cut_of(stage.cut))
     head = classifier.head.trainable_variables
     rates = [(stage.learning_rate, head)]
     suffix = trained.layers[0]
     for distance, block in enumerate(_trainable_blocks(suffix)):
-        scale = stage.backbone_lr_scale * config.block_lr_decay**distance
+        scale = stage.backbone_lr_scale * options.block_lr_decay**distance
         rates.append((stage.learning_rate * scale, block))
     total = steps_per_epoch * stage.epochs
-    is_cosine = config.lr_schedule == "cosine"
-    if config.lr_schedule == "auto":
+    is_cosine = options.lr_schedule == "cosine"
+    if options.lr_schedule == "auto":
         is_cosine = len(rates) > 1
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), total // 10)
+    warmup = min(round(options.warmup_epochs * steps_per_epoch), total // 10)
     return [
         ParameterGroup(
             make_optimizer(
-                config.optimizer,
+                options.optimizer,
                 cosine(rate, total, warmup) if is_cosine else rate,
-                weight_decay=config.weight_decay,
-                accumulate=config.accumulate,
+                weight_decay=options.weight_decay,
+                accumulate=options.accumulate,
             ),
             variables,
         )
@@ -176,7 +191,7 @@ def _trainable_blocks(layer: GraphLayer) -> Iterable[list[keras.Variable]]:
 def _merged(
     rates: list[tuple[float, list[keras.Variable]]],
 ) -> list[tuple[float, list[keras.Variable]]]:
-    """Groups of one rate as one, so that there are no more optimizers than rates."""
+    """Merge groups with the same rate, so that there is one optimizer for each rate."""
     by_rate: dict[float, list[keras.Variable]] = {}
     for rate, variables in rates:
         by_rate.setdefault(rate, []).extend(variables)

@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recipes import measure, run_folder
+from transfer.core import measurement
 from transfer.data import (
     MAX_COMPARED,
     Source,
     Split,
-    UnreadableImageError,
-    find_unreadable,
     is_automatic,
     train_and_eval_splits,
     training_split,
 )
 from transfer.files import read_names
+from transfer.runs import run_folder
 from transfer.sources import open_source
-
-
-def open_and_warn(dataset: str | None, *, data_dir: str | None, image_folder: str | None) -> Source:
-    """``open_source``, with a warning of the files of a folder that are passed over."""
-    source = open_source(dataset or "", data_dir=data_dir, image_folder=image_folder)
-    for line in source.passed_over.describe():
-        print(f"warning: {line}", file=sys.stderr)
-    return source
 
 
 def open_data(folder: Path) -> Source:
@@ -83,35 +72,53 @@ def trained_on(folder: Path, source: Source) -> Split:
     return rest.where(np.array([name not in left_out for name in rest.names], bool))
 
 
-def splits(source: Source, config: Any) -> tuple[Split, Split]:
-    """The images to train and to evaluate on, by the flags of a verb. A run that is resumed goes on
-    with the images that it held out.
+def splits(
+    source: Source,
+    train_split: str,
+    eval_split: str,
+    *,
+    skip_unreadable: int = 0,
+    resumed: Path | None = None,
+) -> tuple[Split, Split]:
+    """``train_and_eval_splits`` with progress bars. A run that is resumed goes on with the images
+    that it held out.
+
+    Args:
+        source: where the images are.
+        train_split: a split expression, or ``auto``.
+        eval_split: likewise.
+        skip_unreadable: see ``train_and_eval_splits``.
+        resumed: folder of the run that goes on, if any.
 
     Raises:
         ValueError: see ``train_and_eval_splits``.
     """
     max_compared = MAX_COMPARED
-    if getattr(config, "resume", False) and is_automatic(source, config.eval_split):
-        if (config.out / run_folder.HELD_OUT).is_file():
-            names = {*held_out(config.out, source).names}
-            train = training_split(source, config.train_split)
+    if resumed is not None and is_automatic(source, eval_split):
+        if (resumed / run_folder.HELD_OUT).is_file():
+            names = {*held_out(resumed, source).names}
+            train = training_split(source, train_split)
+            if skip_unreadable:
+                train = train.readable(skip_unreadable, _progress)
             is_held_out = np.array([name in names for name in train.names], bool)
             return train.where(~is_held_out), train.where(is_held_out)
-        if (config.out / run_folder.CHECKPOINTS).is_dir():
-            max_compared = (
-                0  # by an earlier version of pretrain, which wrote down and compared none
-            )
+        if (resumed / run_folder.CHECKPOINTS).is_dir():
+            max_compared = 0  # by an earlier version of pretrain, which compared none
     return train_and_eval_splits(
         source,
-        config.train_split,
-        config.eval_split,
+        train_split,
+        eval_split,
+        skip_unreadable=skip_unreadable,
         max_compared=max_compared,
-        progress=lambda images: measure.progress(images, "images"),
+        progress=_progress,
     )
 
 
 def is_of_run(folder: Path, source: Source) -> bool:
     """Whether these are the run's own images, whatever they were called when they were opened."""
+    settings = run_folder.read_config(folder)
+    if all(settings.get(name) == value for name, value in source.origin.items()):
+        return True
     try:
         own = open_data(folder)
     except (OSError, ValueError):
@@ -126,39 +133,10 @@ def num_not_held_out(folder: Path, split: Split) -> int:
     return len({*split.names} - {*read_names(folder / run_folder.HELD_OUT)})
 
 
-def without_unreadable(splits: Sequence[Split], limit: int) -> tuple[list[Split], dict[str, str]]:
-    """Splits without the images that cannot be decoded, and these with the reasons; all images are
-    decoded once.
-
-    Raises:
-        UnreadableImageError: if there are more than ``limit``.
-    """
-    unreadable: dict[str, str] = {}
-    for split in splits:
-        unreadable |= find_unreadable(split, lambda it: measure.progress(it, "check", "image"))
-    if len(unreadable) > limit:
-        raise UnreadableImageError(unreadable)
-    kept = [split.where(np.array([n not in unreadable for n in split.names])) for split in splits]
-    if not all(map(len, kept)):
-        raise ValueError("no image is left of a split without those that cannot be decoded")
-    return kept, unreadable
-
-
-@contextlib.contextmanager
-def skip_suggested() -> Iterator[None]:
-    """Errors about images that cannot be decoded name the flag that leaves these out."""
-    try:
-        yield
-    except UnreadableImageError as error:
-        raise ValueError(f"{error}, or leave them out with --skip-unreadable N") from error
-
-
-def report_unreadable(unreadable: Mapping[str, str]) -> dict[str, Any]:
-    """List the images that were left out, on standard error; returns what ``metrics.json`` says of
-    them."""
-    for name, reason in unreadable.items():
-        print(f"warning: {name} was left out: {reason}", file=sys.stderr)
-    return {"count": len(unreadable), "names": list(unreadable)}
+def unreadable(*splits: Split) -> dict[str, Any]:
+    """What metrics say of the images that ``Split.readable`` left out of the sources of splits."""
+    names = {name: None for split in splits for name in split.source.unreadable}
+    return {"count": len(names), "names": [*names]}
 
 
 def some(split: Split, count: int) -> Split:
@@ -166,3 +144,7 @@ def some(split: Split, count: int) -> Split:
     keep = np.zeros(len(split), bool)
     keep[np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(int)] = True
     return split.where(keep)
+
+
+def _progress(images: Iterable) -> Iterable:
+    return measurement.progress(images, "images", "image")

@@ -1,4 +1,4 @@
-"""What the trained part of a classifier is fed with: kept activations, or else images."""
+"""Inputs of the trained part of a classifier: cached activations, or else images."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from recipes.finetune_activations import Keeper, Wanted
-from recipes.finetune_setup import Job
+from transfer.activations.store import ActivationStore, ExtractionRequest
 from transfer.backbone import GraphLayer
 from transfer.data import Split
 from transfer.evaluation import predict, summarize
 from transfer.features import EXTRACTION_BATCH, Activations, Compiled, stream
+from transfer.finetuning.setup import RunContext
 from transfer.surgery import is_seeded
 from transfer.training import epoch_seed
 
@@ -29,38 +29,52 @@ class Inputs:
     ``num_extracted`` images were computed now, ``num_found`` were there already.
     """
 
-    def __init__(self, job: Job, cut: str, frozen: GraphLayer | None):
-        self._job = job
+    def __init__(self, context: RunContext, cut: str, frozen: GraphLayer | None):
+        self._context = context
         self._layer = frozen
-        self._frozen = None if frozen is None else Compiled(frozen, job.replicas)
-        share = job.replicas.share
-        self._mine_held_out = share(len(job.held_out), EXTRACTION_BATCH)
-        self._mine_train = share(len(job.train), EXTRACTION_BATCH)
+        self._frozen: Compiled | None = None
+        share = context.replicas.share
+        self._mine_held_out = share(len(context.held_out), EXTRACTION_BATCH)
+        self._mine_train = share(len(context.train), EXTRACTION_BATCH)
         self.num_extracted = self.num_found = 0
-        config = job.config
+        options = context.options
         self._held_out = self._train = None
-        if frozen is None or is_seeded(frozen.network.graph_def):
+        if frozen is None:
             return
-        views = [epoch_seed(config.seed, view) for view in range(config.views)] or [None]
-        if config.augment and not config.views:
+        self._frozen = compiled = Compiled(frozen, context.replicas)
+        if is_seeded(frozen.network.graph_def):
+            return
+        views: list[int | None] = [
+            epoch_seed(options.seed, view) for view in range(options.views)
+        ] or [None]
+        if options.augment and not options.views:
             views = []  # new ones in each epoch
-        if config.mixup and job.replicas.num_workers > 1:
+        if options.mixup and context.replicas.num_workers > 1:
             views = []  # the two that are mixed would lie with two workers
-        held_out = _part(job.held_out, self._mine_held_out)
-        train = _part(job.train, self._mine_train)
-        wanted = [Wanted("held-out", held_out, None)]
-        wanted += [Wanted("training", train, view) for view in views]
-        keeper = Keeper(job, cut, frozen, self._frozen)
-        rows = keeper.keep(wanted)
-        self.num_extracted, self.num_found = keeper.num_extracted, keeper.num_found
+        held_out = _part(context.held_out, self._mine_held_out)
+        train = _part(context.train, self._mine_train)
+        requests = [ExtractionRequest("held-out", held_out, None)]
+        requests += [ExtractionRequest("training", train, view) for view in views]
+        store = ActivationStore(
+            frozen,
+            context.classifier.preprocess,
+            cut=cut,
+            model=context.request.origin["model"],
+            policy=context.cache_policy,
+            compiled=compiled,
+            replicas=context.replicas,
+            progress=context.progress,
+        )
+        rows = store.rows(requests)
+        self.num_extracted, self.num_found = store.num_extracted, store.num_found
         # Where one worker has no room for its rows, none may train on those that it has: together
         # they would miss some.
-        if job.replicas.total(int(rows is None)) or rows is None:
+        if context.replicas.total(int(rows is None)) or rows is None:
             return
         self._held_out = Activations(rows[:1], held_out.labels)
         if views:
             here = None if self._mine_train.all() else self._mine_train
-            self._train = Activations(rows[1:], job.train.labels, here)
+            self._train = Activations(rows[1:], context.train.labels, here)
 
     @property
     def frozen(self) -> GraphLayer | None:
@@ -70,19 +84,19 @@ class Inputs:
     def train(self, epoch: int, first_batch: int = 0) -> Iterable:
         """Shuffled batches of ``(inputs, labels)`` for an epoch, from one of them on: of each, what
         is this worker's."""
-        config = self._job.config
-        seed = view = epoch_seed(config.seed, epoch)
+        options = self._context.options
+        seed = view = epoch_seed(options.seed, epoch)
         if self._train is not None:
-            return self._train.batches(config.batch_size, seed, epoch, first_batch)
-        if config.views:  # there was no room to keep them
-            view = epoch_seed(config.seed, epoch % config.views)
+            return self._train.batches(options.batch_size, seed, epoch, first_batch)
+        if options.views:  # there was no room to keep them
+            view = epoch_seed(options.seed, epoch % options.views)
         return self._images(
-            self._job.train,
-            config.batch_size,
+            self._context.train,
+            options.batch_size,
             shuffle_seed=seed,
-            view_seed=view if config.augment or config.views else None,
+            view_seed=view if options.augment or options.views else None,
             first_batch=first_batch,
-            piece=(self._job.replicas.worker, self._job.replicas.num_workers),
+            piece=(self._context.replicas.worker, self._context.replicas.num_workers),
         )
 
     def train_in_order(self, layer: Callable[[Any], Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -92,28 +106,28 @@ class Inputs:
             float32 ``[num_views * num_examples, width]``, with the width that the head takes, and
             int64 ``[num_views * num_examples]``.
         """
-        job, mine = self._job, self._mine_train
-        width = job.classifier.head.classifier.kernel.shape[0]
+        context, mine = self._context, self._mine_train
+        width = context.classifier.head.classifier.kernel.shape[0]
         if self._train is None:
-            views = [self._computed(_part(job.train, mine))]
+            views = [self._computed(_part(context.train, mine))]
         else:
             # As one view each, of the rows that are here.
-            labels = job.train.labels[mine]
+            labels = context.train.labels[mine]
             views = [
                 Activations([rows], labels).batches(EXTRACTION_BATCH) for rows in self._train.views
             ]
         found = [self._joined(layer, view, mine, width) for view in views]
-        return np.concatenate(found), np.tile(job.train.labels, len(found))
+        return np.concatenate(found), np.tile(context.train.labels, len(found))
 
     def evaluator(self, model: keras.Model) -> Callable[[], dict[str, Any]]:
         """A function that evaluates a model on what was held out, with its weights at that time."""
-        job, mine = self._job, self._mine_held_out
-        forward = Compiled(model, job.replicas)
+        context, mine = self._context, self._mine_held_out
+        forward = Compiled(model, context.replicas)
 
         def evaluate() -> dict[str, Any]:
-            width = len(job.classifier.labels)
+            width = len(context.classifier.labels)
             logits = self._joined(forward, self._evaluation_batches(), mine, width)
-            return summarize(logits, job.held_out.labels)
+            return summarize(logits, context.held_out.labels)
 
         return evaluate
 
@@ -124,19 +138,19 @@ class Inputs:
         rows = np.zeros((0, width), np.float32)
         if mine.any():
             rows, _ = predict(layer, batches)
-        return self._job.replicas.join(rows.reshape(len(rows), width), mine)
+        return self._context.replicas.join(rows.reshape(len(rows), width), mine)
 
     def _evaluation_batches(self) -> Iterable:
         if self._held_out is not None:
             return self._held_out.batches(EXTRACTION_BATCH)
-        return self._computed(_part(self._job.held_out, self._mine_held_out))
+        return self._computed(_part(self._context.held_out, self._mine_held_out))
 
     def _computed(self, split: Split) -> Iterable:
         images = self._images(split, EXTRACTION_BATCH)
         return images if self._frozen is None else stream(self._frozen, images)
 
     def _images(self, split: Split, batch_size: int, **options: Any) -> Iterable:
-        return split.batches(self._job.classifier.preprocess, batch_size, **options)
+        return split.batches(self._context.classifier.preprocess, batch_size, **options)
 
 
 def _part(split: Split, mine: np.ndarray) -> Split:

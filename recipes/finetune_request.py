@@ -1,0 +1,81 @@
+"""From the flags of ``finetune`` to a request of the library: model and images opened."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import fields
+from typing import Any
+
+import tensorflow as tf
+
+from recipes import console
+from recipes.finetune_flags import FinetuneConfig
+from recipes.network_flags import parse_feed, parse_renames
+from transfer.activations.fingerprints import remembered
+from transfer.distribution import Replicas
+from transfer.finetuning.options import FineTuneOptions
+from transfer.finetuning.setup import RunRequest
+from transfer.metagraph import load_meta_graph
+from transfer.runs import run_data, run_folder
+from transfer.sources import open_source
+
+# Beside the options, what config.yaml has of the flags.
+_RECORDED = (
+    "feed",
+    "rename",
+    "train_split",
+    "eval_split",
+    "strategy",
+    "deterministic",
+    "skip_unreadable",
+)
+
+
+def request(config: FinetuneConfig, replicas: Replicas | None = None) -> RunRequest:
+    """Open model and images.
+
+    Raises:
+        ValueError, OSError: see the library functions.
+    """
+    options = FineTuneOptions(
+        **{option.name: getattr(config, option.name) for option in fields(FineTuneOptions)}
+    )
+    config.check()
+    replicas = replicas or Replicas()
+    if replicas.is_chief and (config.out is not None or config.resume):
+        run_folder.check(config.out, resume=config.resume)
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    graph = load_meta_graph(config.model, rename=parse_renames(config.rename))
+    source = open_source(
+        config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
+    )
+    kept = remembered(source, config.cache_dir) if config.cache == "disk" else None
+    with kept or contextlib.nullcontext():
+        train, held_out = run_data.splits(
+            source,
+            config.train_split,
+            config.eval_split,
+            skip_unreadable=config.skip_unreadable,
+            resumed=config.out if config.resume else None,
+        )
+    recorded = {name: getattr(config, name) for name in _RECORDED}
+    return RunRequest(
+        graph,
+        train,
+        held_out,
+        options,
+        dict(parse_feed(assignment) for assignment in config.feed),
+        config.out,
+        config.resume,
+        {"model": graph.name, **source.origin, **recorded},
+        command=["vgg-transfer", *sys.argv[1:]],
+        verbose=console.verbosity(),
+        replicas=replicas,
+    )
+
+
+def flags_of(config: Any) -> dict[str, Any]:
+    """All flags of a verb, for ``config.yaml``."""
+    return {option.name: getattr(config, option.name) for option in fields(config)}

@@ -1,0 +1,90 @@
+"""Features of labelled images for any other tool: scikit-learn, t-SNE, nearest neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from transfer.activations.store import ActivationStore, CachePolicy, ExtractionRequest
+from transfer.backbone import Backbone
+from transfer.data import Split
+from transfer.head import average_over_space
+from transfer.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of the images of a split, in its order.
+
+    ``values`` are float32 ``[num_examples, width]``, ``labels`` int64 ``[num_examples]``, ``names``
+    the names of the images, and ``class_names`` a name per label.
+    """
+
+    values: np.ndarray
+    labels: np.ndarray
+    names: list[str]
+    class_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def extract_features(
+    backbone: Backbone,
+    split: Split,
+    preprocess: Preprocess | None = None,
+    *,
+    cache: Literal["disk", "memory"] = "disk",
+    cache_dir: str | Path | None = None,
+    cache_limit: float = 20.0,
+) -> Features:
+    """Run a backbone once over the images of a split.
+
+    The features are kept in the activation cache, and found there by later calls and by
+    ``fine_tune`` runs that freeze everything up to the same tap.
+
+    Args:
+        backbone: preprocessed images to features; a ``Backbone``.
+        split: of a source, see ``open_source``.
+        preprocess: what the backbone's weights expect. Default: that of the card of the model.
+        cache: ``disk`` keeps the features for later calls, ``memory`` does not.
+        cache_dir: folder of the cache. Default: the user's cache folder.
+        cache_limit: largest size of that folder in GB.
+
+    Returns:
+        The features, with labels and names.
+
+    Raises:
+        ValueError: if no preprocessing is given and the card does not say it, or images cannot be
+            decoded.
+
+    Example:
+        >>> from sklearn.svm import LinearSVC
+        >>> from transfer import Backbone, extract_features, load_meta_graph, open_source
+        >>> train, held_out = open_source("digits").train_and_eval_splits()
+        >>> backbone = Backbone(load_meta_graph("pretrained/vgg_small"))
+        >>> features = extract_features(backbone, train)
+        >>> features.values.shape[1]
+        512
+        >>> svm = LinearSVC().fit(features.values, features.labels)
+    """
+    tap = backbone.network.output
+    if preprocess is None:
+        preprocess = backbone.graph.preprocess(backbone.network.input)
+    # The layer that a run with this cut caches, without the average over space.
+    layer, _ = backbone.split(tap)
+    store = ActivationStore(
+        layer,
+        preprocess,
+        cut=tap.removesuffix(":0"),
+        model=backbone.graph.name,
+        policy=CachePolicy(cache, None if cache_dir is None else Path(cache_dir), cache_limit),
+    )
+    rows = store.rows([ExtractionRequest("training", split, None)])
+    if rows is None:
+        raise MemoryError("the features do not fit in memory; use cache='disk'")
+    values = average_over_space(np.asarray(rows[0][np.arange(len(split))], np.float32))
+    return Features(np.asarray(values), split.labels, split.names, split.source.class_names)

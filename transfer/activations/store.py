@@ -1,0 +1,205 @@
+"""Compute the activations at a cut once and keep them: on disk, in memory, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import keras
+import numpy as np
+
+from transfer.backbone import GraphLayer
+from transfer.cache import Cache, Entry, default_directory
+from transfer.core import measurement
+from transfer.data import Batches, Split
+from transfer.distribution import Replicas
+from transfer.features import (
+    EXTRACTION_BATCH,
+    Compiled,
+    Rows,
+    extract,
+    stream,
+    whole_batches,
+)
+from transfer.preprocess import Preprocess
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExtractionRequest:
+    """Images whose activations are needed; ``role`` is ``training`` or ``held-out``."""
+
+    role: str
+    split: Split
+    view_seed: int | None
+
+
+@dataclass(frozen=True)
+class CachePolicy:
+    """Where activations are kept.
+
+    Args:
+        mode: ``disk`` keeps them for later runs, ``memory`` for this process, ``off`` not at all.
+        directory: of the cache on disk; ``None`` is ``default_directory()``.
+        limit_gb: largest size of that directory, in units of 1e9 bytes.
+        dtype: float16 halves the size and keeps three digits.
+    """
+
+    mode: Literal["disk", "memory", "off"] = "disk"
+    directory: Path | None = None
+    limit_gb: float = 20.0
+    dtype: Literal["float32", "float16"] = "float32"
+
+
+class ActivationStore:
+    """Provides the activations of a layer, computing those that are missing.
+
+    Args:
+        layer: from preprocessed images to the activations.
+        preprocess: applied to every image.
+        cut: name of the tensor at the end of the layer.
+        model: name of the model.
+        policy: where to keep activations.
+        compiled: the layer as a function that is called for each batch.
+        replicas: processes that share the work.
+        progress: wraps the batches, given a description.
+
+    ``num_extracted`` images were computed, ``num_found`` were in the cache.
+    """
+
+    def __init__(
+        self,
+        layer: GraphLayer,
+        preprocess: Preprocess,
+        *,
+        cut: str,
+        model: str,
+        policy: CachePolicy,
+        compiled: Compiled | None = None,
+        replicas: Replicas | None = None,
+        progress: Callable[[Iterable, str], Iterable] = lambda batches, _: batches,
+    ):
+        self._layer = layer
+        self._preprocess = preprocess
+        self._cut = cut
+        self._model = model
+        self._policy = policy
+        self._replicas = replicas or Replicas()
+        self._compiled = compiled or Compiled(layer, self._replicas)
+        self._progress = progress
+        self.num_extracted = self.num_found = 0
+
+    def rows(self, requests: Sequence[ExtractionRequest]) -> list[Rows] | None:
+        """The rows of each request, in the order of its split; ``None`` if they do not fit."""
+        if self._policy.mode == "off":
+            return None
+        if self._policy.mode == "disk":
+            try:
+                return self._on_disk(requests)
+            except OSError as error:
+                logger.warning(f"{error}; keeping the activations in memory instead")
+        num_images = sum(len(item.split) for item in requests)
+        needed, free = num_images * self._row_bytes / 1e6, measurement.available_memory_mb()
+        if needed > free / 2:
+            logger.info(
+                f"the activations at {self._cut} would take {needed:,.0f} MB and {free:,.0f} MB of "
+                "memory are free: they are computed anew in each epoch; a later freeze_until or "
+                "cache_dtype=float16 needs less"
+            )
+            return None
+        self.num_found = 0
+        self.num_extracted = num_images
+        dtype = self._policy.dtype
+        return [
+            extract(self._compiled, self._images(item), len(item.split), dtype)
+            if len(item.split)
+            else np.zeros((0, *self._row_shape), dtype)
+            for item in requests
+        ]
+
+    def _on_disk(self, requests: Sequence[ExtractionRequest]) -> list[Rows]:
+        directory = self._policy.directory or default_directory()
+        cache = Cache(directory, limit_bytes=int(self._policy.limit_gb * 1e9))
+        digest, shape = self._layer.digest(), self._row_shape
+        entries = [
+            cache.entry(self._key(item, digest), shape, self._policy.dtype) for item in requests
+        ]
+        with contextlib.ExitStack() as locks:
+            # In one order everywhere, so that no two processes wait for each other.
+            for entry in sorted(entries, key=lambda entry: entry.folder):
+                locks.enter_context(entry.lock(self._say_waiting))
+            missing = [
+                whole_batches(entry.missing(item.split.ids))
+                for entry, item in zip(entries, requests, strict=True)
+            ]
+            num_missing = sum(int(mask.sum()) for mask in missing)
+            needed = num_missing * self._row_bytes
+            cache.make_room(needed, keep=entries)
+            self.num_extracted = num_missing
+            self.num_found = sum(map(len, missing)) - num_missing
+            logger.info(
+                f"activations at {self._cut}: {self.num_found} images found, {num_missing} to "
+                f"compute, {needed / 1e6:,.0f} MB, in {directory}"
+            )
+            for entry, item, mask in zip(entries, requests, missing, strict=True):
+                if mask.any():
+                    self._compute(entry, item, mask)
+            return [
+                entry.read(item.split.ids) for entry, item in zip(entries, requests, strict=True)
+            ]
+
+    def _compute(self, entry: Entry, request: ExtractionRequest, missing: np.ndarray) -> None:
+        rest = ExtractionRequest(request.role, request.split.where(missing), request.view_seed)
+        ids, done = rest.split.ids, 0
+        for rows, _ in stream(self._compiled, self._images(rest)):
+            entry.append(ids[done : done + len(rows)], rows)
+            done += len(rows)
+
+    def _images(self, request: ExtractionRequest) -> Iterable:
+        batches: Batches = request.split.batches(
+            self._preprocess, EXTRACTION_BATCH, view_seed=request.view_seed
+        )
+        return self._progress(batches, f"features of the {request.role} images")
+
+    @property
+    def _row_shape(self) -> tuple[int, ...]:
+        images = keras.KerasTensor((EXTRACTION_BATCH, *self._preprocess.shape), "float32")
+        return tuple(self._layer.compute_output_spec(images).shape[1:])
+
+    @property
+    def _row_bytes(self) -> int:
+        return int(np.prod(self._row_shape)) * np.dtype(self._policy.dtype).itemsize
+
+    def _key(self, request: ExtractionRequest, digest: str) -> dict[str, Any]:
+        """All that a row depends on, but for the image; and names, for people."""
+        split = request.split
+        key = {
+            "model": self._model,
+            "cut": self._cut,
+            "sha256": digest,
+            "preprocess": self._preprocess.mode,
+            "image_size": self._preprocess.plain_size,
+            "channels": self._preprocess.channels,
+            "dataset": split.source.name,
+            "splits": [part for part, indices in split.parts if len(indices)],
+            "view_seed": request.view_seed,
+            "versions": {package: version(package) for package in ("vgg-transfer", "tensorflow")},
+        }
+        if self._replicas.num_workers > 1:
+            # No two workers write to the same file.
+            key["worker"] = [self._replicas.worker, self._replicas.num_workers]
+        if request.role == "held-out":
+            # Rows depend on their company, in the last bit. An evaluation is to be the same to
+            # that bit, whatever was computed before.
+            key["examples"] = hashlib.sha256(b"".join(split.ids)).hexdigest()
+        return key
+
+    def _say_waiting(self) -> None:
+        logger.info(f"another process computes the activations at {self._cut}: waiting for it")

@@ -1,0 +1,193 @@
+"""The options of ``fine_tune``, with their defaults. Imports no TensorFlow."""
+
+# No `from __future__ import annotations`: command-line flags inherit from these options, and their
+# types are looked up in the module of the subclass.
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class FineTuneOptions:
+    """Options of ``fine_tune``. ``None`` means the default that the option describes."""
+
+    tap: str | None = None
+    """Tensor with the features; a short name works. [default: the card's, else fc7]"""
+    input: str | None = None
+    """Tensor that takes the images. [default: the card's, else the only candidate]"""
+    keep_dropout: bool = False
+    """Keep dropout active at inference where the graph has it always on. By default it is active
+    in training only."""
+    use_ema: bool = False
+    """Start from the moving averages of the weights."""
+    random_weights: bool = False
+    """Start from random weights instead of the pretrained ones, to measure their benefit."""
+    shots_per_class: int | None = None
+    """Train on this number of images per class, drawn with the seed. [default: all]"""
+    freeze_until: str = "tap"
+    """The cut: everything up to this tensor is frozen. 'tap' trains a new head on frozen features,
+    any tensor between input and tap such as pool4 trains what follows it, 'none' trains
+    everything."""
+    schedule: str | None = None
+    """Several cuts in one run, each with its epochs and an optional learning rate:
+    'fc7:20,pool4:5:0.0002,none:3'. Replaces freeze_until and epochs."""
+    epochs: int | None = None
+    """Passes over the training images. [default: about 2000 steps where only the head is trained,
+    900 otherwise; at least 5 and 3, at most 200 and 60 epochs]"""
+    batch_size: int | None = None
+    """Images per step. [default: 32, or all where there are fewer]"""
+    image_size: int | str | None = None
+    """In pixels: one number, or HEIGHTxWIDTH, e.g. 100x200. [default: the model's]"""
+    preprocess: str | None = None
+    """Preprocessing that the weights expect: caffe, slim, torch, tf, unit or none.
+    [default: the card's]"""
+    solver: Literal["gradient", "lbfgs"] = "gradient"
+    """lbfgs fits scikit-learn's logistic regression on standardised features. It needs a frozen
+    backbone and a head without hidden layers."""
+    lbfgs_c: float | None = None
+    """Inverse strength of the L2 penalty of lbfgs. [default: chosen by cross-validation]"""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """sgd has momentum 0.9."""
+    learning_rate: float | None = None
+    """Learning rate of the head. [default: scaled by the features' RMS and width, 0.006 for up to
+    512 features with RMS 1; 0.0001 where more than the head is trained and a schedule or
+    backbone_lr_scale is given]"""
+    lr_schedule: Literal["auto", "constant", "cosine"] = "auto"
+    """cosine decays the learning rate to zero. auto: constant where only the head is trained, else
+    cosine."""
+    warmup_epochs: float = 0.5
+    """With cosine: epochs of linear warm-up, at most a tenth of the steps."""
+    backbone_lr_scale: float | None = None
+    """Learning rate of the backbone relative to the head's. [default: the value that makes it
+    0.0001 where learning_rate and schedule are not given, else 1]"""
+    block_lr_decay: float = 1.0
+    """Factor of the learning rate for each block further from the head."""
+    weight_decay: float = 0.0
+    """Decay of the kernels, times the learning rate per step; biases are not decayed."""
+    clip_norm: float | None = None
+    """Clip the global norm of a step's gradients to this value. [default: off]"""
+    accumulate: int = 1
+    """Steps whose gradients are averaged for one update."""
+    early_stopping: int | None = None
+    """Stop after this number of epochs without a lower validation loss, and restore the best
+    weights. The accuracy on these images is then slightly optimistic. [default: off]"""
+    hidden: tuple[int, ...] = ()
+    """Widths of hidden layers in the head."""
+    dropout: float = 0.0
+    """Dropout rate of the features while training."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
+    mixup: float = 0.0
+    """Parameter of the Beta distribution of mixup, e.g. 0.2; 0 turns it off. After a cut,
+    activations are mixed."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: weight classes inversely to their frequency."""
+    augment: bool = False
+    """Train on random shifts and flips, new ones in each epoch. The frozen part is then computed
+    in each epoch, unless there are views."""
+    views: int = 0
+    """Train on this number of random views of each image, whose activations are cached."""
+    cache: Literal["disk", "memory", "off"] = "disk"
+    """Where the activations at the cut are cached; disk keeps them for later runs."""
+    cache_dir: Path | None = None
+    """Folder of the activation cache. [default: vgg-transfer in the user's cache folder]"""
+    cache_limit: float = 20.0
+    """Largest size of that folder in GB; the least recently used entries are evicted."""
+    cache_dtype: Literal["float32", "float16"] = "float32"
+    """float16 halves the size and keeps three digits."""
+    max_to_keep: int = 0
+    """Also write the model after each epoch, as model-STEP, and keep the last ones."""
+    keep_checkpoint_every_n_hours: float | None = None
+    """With max_to_keep: additionally keep one model for each interval of this many hours."""
+    checkpoint_minutes: float = 10.0
+    """Interval of checkpoints within an epoch; each epoch ends with one."""
+    seed: int = 0
+    """Seed of the head, the order, the few shots and the augmentation."""
+
+    def check(self) -> None:
+        """Check what can be said of the options alone.
+
+        Raises:
+            ValueError: names the option, its value and what is expected.
+        """
+        limits = {
+            "epochs": 1,
+            "batch_size": 1,
+            "shots_per_class": 1,
+            "early_stopping": 1,
+            "accumulate": 1,
+            "max_to_keep": 0,
+            "learning_rate": 0,
+            "backbone_lr_scale": 0,
+            "block_lr_decay": 0,
+            "warmup_epochs": 0,
+            "weight_decay": 0,
+            "mixup": 0,
+            "views": 0,
+            "checkpoint_minutes": 0,
+        }
+        for name, least in limits.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name in ("clip_norm", "lbfgs_c", "cache_limit"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be more than 0, got {value}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be 0 to 1, got {self.label_smoothing}")
+        if self.views and self.cache == "off":
+            raise ValueError(
+                "views=N caches activations and cache=off caches none; use augment=True instead"
+            )
+        if self.solver == "lbfgs":
+            self._check_lbfgs()
+
+    def _check_lbfgs(self) -> None:
+        """Refuse options that lbfgs would ignore."""
+        ignored = {
+            "schedule": self.schedule,
+            "hidden": self.hidden,
+            "dropout": self.dropout,
+            "mixup": self.mixup,
+            "label_smoothing": self.label_smoothing,
+            "augment (without views)": self.augment and not self.views,
+            "early_stopping": self.early_stopping,
+            "max_to_keep": self.max_to_keep,
+        }
+        given = [name for name, value in ignored.items() if value]
+        if given:
+            raise ValueError(f"solver=lbfgs does not use {', '.join(given)}; leave out one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedOptions(FineTuneOptions):
+    """Options of a run that has been set up: what depends on model and images is decided."""
+
+    tap: str = field()
+    input: str = field()
+    preprocess: str = field()
+    image_size: int | str = field()
+    batch_size: int = field()
+
+
+def options_from(given: Mapping[str, Any]) -> FineTuneOptions:
+    """Options from keyword arguments.
+
+    Raises:
+        TypeError: for a name that is not an option; suggests the nearest one.
+    """
+    names = [option.name for option in fields(FineTuneOptions)]
+    for name in given:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(names)}"
+            raise TypeError(f"{name!r} is not an option of fine_tune{hint}")
+    return FineTuneOptions(**given)
+
+
+def cut_of(freeze_until: str) -> str | None:
+    """The tensor to cut at; ``None`` where nothing is frozen."""
+    return None if freeze_until == "none" else freeze_until

@@ -1,0 +1,248 @@
+"""The main job: from a pretrained network and labelled images to a fine-tuned classifier."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from transfer.card import Card, read_card, write_card
+from transfer.classifier import Classifier
+from transfer.core import measurement
+from transfer.data import Split
+from transfer.distribution import Replicas
+from transfer.exports.meta_graph import save_classifier
+from transfer.finetuning.inputs import Inputs
+from transfer.finetuning.options import FineTuneOptions, cut_of, options_from
+from transfer.finetuning.setup import (
+    SOURCES,
+    RunContext,
+    RunRequest,
+    prepare,
+    write_provenance,
+)
+from transfer.finetuning.solver import StageSolver
+from transfer.finetuning.stage import Progress, StageTrainer
+from transfer.metagraph import MetaGraph, load_meta_graph
+from transfer.runs import interruption, run_data, run_folder
+from transfer.runs.interruption import Signals
+
+
+@dataclass(frozen=True)
+class FineTuneResult:
+    """A finished run.
+
+    ``classifier`` is the fine-tuned model as it was read back from ``run_dir``, ``metrics`` what
+    ``metrics.json`` says (empty on a worker that is not the chief), and ``history`` the metrics of
+    each epoch by name.
+    """
+
+    classifier: Classifier
+    metrics: dict[str, Any]
+    history: dict[str, list[float]]
+    run_dir: Path
+
+
+def fine_tune(
+    graph: MetaGraph | str | Path,
+    train: Split,
+    held_out: Split,
+    *,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    feeds: Mapping[str, float | bool] | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+    verbose: int = 0,
+    replicas: Replicas | None = None,
+    **options: Any,
+) -> FineTuneResult:
+    """Fine-tune a pretrained network on labelled images, evaluate it, and write a run folder.
+
+    ``vgg-transfer finetune`` is this function with flags: the same defaults, cache and files. With
+    the same options and seed, results are bit-identical on a CPU. The seed is set globally with
+    ``keras.utils.set_random_seed``.
+
+    Args:
+        graph: the pretrained network, from ``load_meta_graph``, or a path for it.
+        train: training images; a split of ``open_source``.
+        held_out: images to evaluate on, of the same source, none of which is in ``train``.
+        run_dir: folder of the run, new or empty. Default: ``runs/<date-time>-<dataset>-<cut>``.
+        resume: continue the run in ``run_dir``, or begin it where there is none.
+        feeds: values of placeholders of the graph, see ``Backbone``.
+        callbacks: Keras callbacks, beside those that write the run folder.
+        verbose: 0 silent, 1 progress bars, 2 a line per epoch.
+        replicas: devices and processes that train together; see ``open_replicas``.
+        **options: the fields of ``FineTuneOptions``, such as ``freeze_until="pool4"``,
+            ``epochs=5`` or ``learning_rate=0.001``.
+
+    Returns:
+        The classifier, its metrics, history and folder.
+
+    Raises:
+        TypeError: for an unknown option.
+        ValueError, OSError: if options, model and images do not fit; nearly all before any slow
+            work.
+        NonFiniteLossError: if training diverges.
+        Interrupted: on Ctrl-C or SIGTERM; the run can be resumed.
+        LostWorkerError: if another worker is gone; the run can be resumed.
+
+    Example:
+        >>> from transfer import fine_tune, load_meta_graph, open_source
+        >>> graph = load_meta_graph("pretrained/vgg_small")
+        >>> train, held_out = open_source("digits").train_and_eval_splits()
+        >>> result = fine_tune(graph, train, held_out, run_dir="runs/digits", epochs=20)
+        >>> result.metrics["eval"]["accuracy"] > 0.9
+        True
+    """
+    if not isinstance(graph, MetaGraph):
+        graph = load_meta_graph(graph)
+    origin = {"model": graph.name, **train.source.origin}
+    return run(
+        RunRequest(
+            graph,
+            train,
+            held_out,
+            options_from(options),
+            feeds or {},
+            None if run_dir is None else Path(run_dir),
+            resume,
+            origin,
+            callbacks=callbacks,
+            verbose=verbose,
+            replicas=replicas or Replicas(),
+        )
+    )
+
+
+def run(request: RunRequest) -> FineTuneResult:
+    """What ``fine_tune`` does, for a request; see there."""
+    replicas = request.replicas
+    keras.utils.set_random_seed(request.options.seed)
+    clock = measurement.Clock()
+    with replicas.watched():
+        with clock("load_s"):
+            context = prepare(request)
+        with _opened(context), interruption.resumable(context.run_dir) as signals:
+            classifier, metrics = _train_and_evaluate(context, clock, signals)
+            if replicas.is_chief:
+                run_folder.write_json(context.run_dir / run_folder.METRICS, metrics)
+            replicas.barrier()  # none leaves while the chief may still need it
+    history = run_folder.read_history(context.run_dir)
+    return FineTuneResult(classifier, metrics, history, context.run_dir)
+
+
+@contextlib.contextmanager
+def _opened(context: RunContext) -> Iterator[None]:
+    """The run folder, which the chief writes and all workers read."""
+    replicas, run_dir = context.replicas, context.run_dir
+    is_chief = replicas.is_chief
+    folder = run_folder.opened(
+        run_dir,
+        context.config,
+        resume=context.request.resume,
+        defaults=dataclasses.asdict(FineTuneOptions()),
+        may_differ=SOURCES,
+    )
+    with folder if is_chief else contextlib.nullcontext():
+        with replicas.chief_first():
+            if is_chief:
+                write_provenance(context)
+            elif not (run_dir / run_folder.PROVENANCE).is_file():
+                raise FileNotFoundError(
+                    f"worker {replicas.worker} does not see what the chief wrote to "
+                    f"{str(run_dir)!r}; the run folder must be one that all workers share"
+                )
+        yield
+
+
+def _train_and_evaluate(
+    context: RunContext, clock: measurement.Clock, signals: Signals
+) -> tuple[Classifier, dict[str, Any]]:
+    """Run all stages; returns the saved classifier and, on the chief, ``metrics.json``."""
+    extracted = found = 0
+    progress = Progress()
+    for number, stage in enumerate(context.stages):
+        with clock("load_s"):
+            frozen, model = context.classifier.split(cut_of(stage.cut))
+            trainer: StageTrainer | StageSolver
+            if context.options.solver == "lbfgs":
+                trainer = StageSolver(context, model)
+            else:
+                trainer = StageTrainer(context, number, frozen, model, progress)
+        if not trainer.is_done or stage is context.stages[-1]:
+            with clock("extract_s"):
+                inputs = Inputs(context, stage.cut, frozen)
+            with clock("train_s"):
+                trainer.fit(inputs, functools.partial(_save, context), signals)
+            extracted += inputs.num_extracted
+            found += inputs.num_found
+        progress = trainer.progress
+    with clock("eval_s"):
+        classifier, evaluation = _save_and_evaluate(context, inputs, progress)
+    replicas = context.replicas
+    extracted, found = replicas.total(extracted), replicas.total(found)
+    if not replicas.is_chief:
+        return classifier, {}
+    metrics = _metrics(context, progress, evaluation)
+    metrics["time"] = seconds = clock.seconds
+    num_trained = progress.steps_now / context.steps_per_epoch * len(context.train)
+    metrics["throughput"] = {
+        "extract_images_per_s": measurement.rate(extracted, seconds["extract_s"]),
+        "train_images_per_s": measurement.rate(num_trained, seconds["train_s"]),
+    }
+    metrics["activations"] = {"computed": extracted, "found": found}
+    metrics["unreadable"] = run_data.unreadable(context.train, context.held_out)
+    return classifier, metrics
+
+
+def _save(context: RunContext, epochs: int, **options: Any) -> None:
+    prefix = context.run_dir / run_folder.MODEL
+    graph, train = context.request.graph, context.train
+    cuts = ", then ".join(stage.cut for stage in context.stages)
+    card = Card(
+        source=f"fine-tuned from {graph.prefix.name}, frozen until {cuts}",
+        licence=graph.card.licence,
+        trained_on=f"{train.source.name}, {len(train)} images, {epochs} epochs",
+    )
+    save_classifier(context.classifier, prefix, card, **options)
+
+
+def _save_and_evaluate(
+    context: RunContext, inputs: Inputs, progress: Progress
+) -> tuple[Classifier, dict[str, Any]]:
+    """Write the model, read it back and evaluate that: metrics are those of the files."""
+    replicas = context.replicas
+    with replicas.chief_first():
+        if replicas.is_chief:
+            _save(context, progress.epoch)
+    prefix = context.run_dir / run_folder.MODEL
+    classifier = Classifier.load(prefix)
+    _, saved = classifier.split(cut_of(context.last_cut))
+    evaluation = inputs.evaluator(saved)()
+    if replicas.is_chief:
+        card_path = prefix.with_name(f"{prefix.name}.json")
+        write_card(card_path, replace(read_card(card_path), eval=evaluation))
+    return classifier, evaluation
+
+
+def _metrics(context: RunContext, progress: Progress, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """``metrics.json``, except for times."""
+    final_loss = run_folder.read_history(context.run_dir)["loss"][-1]
+    return {
+        "eval": evaluation,
+        "train": {"epochs": progress.epoch, "steps": progress.step, "final_loss": final_loss}
+        | {"epoch_s": progress.epoch_s},
+        "time": {},
+        "throughput": {},
+        "memory": {"peak_rss_mb": measurement.peak_rss_mb()},
+        "params": {"total": context.classifier.count_params(), "trainable": progress.trainable},
+        "cut": context.last_cut,
+        "seed": context.options.seed,
+        "versions": measurement.versions(),
+    }

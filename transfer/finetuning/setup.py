@@ -1,0 +1,424 @@
+"""Everything about a fine-tuning run that is decided before the slow work begins."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from transfer import data_checks, preparation, surgery
+from transfer.activations.fingerprints import remembered
+from transfer.activations.store import CachePolicy
+from transfer.backbone import Backbone, GraphLayer
+from transfer.classifier import Classifier
+from transfer.core import measurement
+from transfer.cuts import stopped
+from transfer.data import MAX_COMPARED, Split, UnreadableImageError, few_shot, find_unreadable
+from transfer.distribution import Replicas
+from transfer.exports.meta_graph import check_savable
+from transfer.files import write_names
+from transfer.finetuning.hyperparameters import Stage, requested_stages, resolve, rms
+from transfer.finetuning.options import FineTuneOptions, ResolvedOptions
+from transfer.head import Head, average_over_space
+from transfer.metagraph import MetaGraph
+from transfer.model_plan import plan
+from transfer.preprocess import Preprocess, parse_size, show_size
+from transfer.runs import run_folder
+from transfer.surgery import Network, is_seeded
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_BATCH = 32
+# Standard deviation of the logits before training. Confident logits of a new head cost steps to
+# unlearn, and their gradients disturb the backbone's weights in the meantime.
+FIRST_LOGITS = 0.1
+# What workers may have different: where they find things.
+_PLACES = ("model", "data_dir", "image_folder", "out", "cache_dir", "cache_limit")
+SOURCES = ("model", "dataset", "data_dir", "image_folder")
+"""Where model and images come from, in ``config.yaml``; ``provenance.json`` tells their content."""
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What is asked of a run.
+
+    Args:
+        graph: the pretrained network.
+        train: training images.
+        held_out: images to evaluate on, from the same source.
+        options: see ``FineTuneOptions``.
+        feeds: values of placeholders, see ``Backbone``.
+        run_dir: folder of the run; ``None`` takes ``runs/<date-time>-<dataset>-<cut>``.
+        resume: continue the run in ``run_dir``.
+        origin: where model and images come from, written to ``config.yaml``; ``model`` must be
+            there.
+        command: written to ``provenance.json``.
+        callbacks: Keras callbacks that run beside the run's own.
+        verbose: 0 silent, 1 progress bars, 2 a line per epoch, as in Keras.
+        replicas: devices and processes that train together.
+    """
+
+    graph: MetaGraph
+    train: Split
+    held_out: Split
+    options: FineTuneOptions = field(default_factory=FineTuneOptions)
+    feeds: Mapping[str, float | bool] = field(default_factory=dict)
+    run_dir: Path | None = None
+    resume: bool = False
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    command: Sequence[str] = ()
+    callbacks: Sequence[keras.callbacks.Callback] = ()
+    verbose: int = 0
+    replicas: Replicas = field(default_factory=Replicas)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """A run that is set up: what to train on what.
+
+    ``fingerprint`` identifies the images that are trained and evaluated on.
+    """
+
+    request: RunRequest
+    options: ResolvedOptions
+    run_dir: Path
+    classifier: Classifier
+    stages: list[Stage]
+    train: Split
+    held_out: Split
+    fingerprint: dict[str, Any]
+
+    @property
+    def replicas(self) -> Replicas:
+        return self.request.replicas
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.train) // self.options.batch_size)
+
+    @property
+    def last_cut(self) -> str:
+        return self.stages[-1].cut
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What ``config.yaml`` says: the resolved options, and where model and images come from."""
+        options = dataclasses.asdict(self.options) | {"freeze_until": self.last_cut}
+        if self.options.schedule is not None:
+            options["schedule"] = ",".join(map(str, self.stages))
+        else:
+            stage = self.stages[-1]
+            options["epochs"] = stage.epochs
+            options["learning_rate"] = stage.learning_rate
+            options["backbone_lr_scale"] = stage.backbone_lr_scale
+        return {**self.request.origin, **options, "out": self.run_dir}
+
+    @property
+    def cache_policy(self) -> CachePolicy:
+        options = self.options
+        return CachePolicy(
+            options.cache, options.cache_dir, options.cache_limit, options.cache_dtype
+        )
+
+    def progress(self, batches: Iterable, what: str) -> Iterable:
+        """The same batches, with a progress bar unless the run is silent."""
+        return measurement.progress(batches, what) if self.request.verbose else batches
+
+
+def prepare(request: RunRequest) -> RunContext:
+    """Build the classifier and decide the defaults; nothing is written yet.
+
+    Raises:
+        ValueError, OSError: see the library functions; nearly all before any slow work.
+    """
+    replicas, options = request.replicas, request.options
+    alike = {k: v for k, v in _asked(request).items() if k not in _PLACES}
+    replicas.check_same("set of options", (alike, measurement.versions()))
+    options.check()
+    _check_replicas(options, replicas)
+    if options.image_size is not None:
+        parse_size(options.image_size)
+    if replicas.is_chief and (request.run_dir is not None or request.resume):
+        run_folder.check(request.run_dir, resume=request.resume)
+    train = request.train
+    if options.shots_per_class is not None:
+        train = few_shot(train, options.shots_per_class, options.seed)
+    if options.batch_size is not None and options.batch_size > len(train):
+        raise ValueError(
+            f"batch_size={options.batch_size} does not fit {len(train)} training images; "
+            f"choose 1 to {len(train)}"
+        )
+    with _remembered(options, train, request.held_out):
+        fingerprint = _inspect_images(train, request.held_out, request.verbose)
+    classifier, features, resolved = _classifier(request, train)
+    replicas.check_same("choice of images", fingerprint)
+    _check_repeatable(classifier, request.held_out, options.keep_dropout)
+    stages = _stages(resolved, classifier, features, train)
+    run_dir = request.run_dir or run_folder.default_out(train.source.name, options.freeze_until)
+    run_dir = Path(replicas.from_chief(str(run_dir.resolve())))
+    return RunContext(
+        request, resolved, run_dir, classifier, stages, train, request.held_out, fingerprint
+    )
+
+
+def write_provenance(context: RunContext) -> None:
+    """Write what is evaluated on, and what the run was made with and of.
+
+    Raises:
+        ValueError: if the run is resumed with another model or other images.
+    """
+    run_dir, request = context.run_dir, context.request
+    provenance = {
+        "command": list(request.command),
+        "git": measurement.git_revision(),
+        "versions": measurement.versions(),
+        "model": {
+            "name": request.origin["model"],
+            "sha256": context.classifier.backbone.digest(),
+        },
+        "dataset": {"name": context.train.source.name} | context.fingerprint,
+    }
+    path = run_dir / run_folder.PROVENANCE
+    if path.is_file():
+        began = run_folder.read_json(path)
+        changed = [
+            part
+            for part in ("model", "dataset")
+            if _content(began, part) != _content(provenance, part)
+        ]
+        if changed:
+            raise ValueError(
+                f"cannot resume the run in {str(run_dir)!r}: its {' and '.join(changed)} changed "
+                f"since it began (see {path.name}); start anew, with another run_dir"
+            )
+        return
+    write_names(run_dir / run_folder.HELD_OUT, context.held_out.names)
+    run_folder.write_json(path, provenance)
+
+
+def _content(provenance: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """What a part is, whatever it is called."""
+    return {name: value for name, value in provenance[part].items() if name != "name"}
+
+
+def _asked(request: RunRequest) -> dict[str, Any]:
+    return {**request.origin, **vars(request.options)}
+
+
+def _check_replicas(options: FineTuneOptions, replicas: Replicas) -> None:
+    if options.accumulate > 1 and replicas.count > 1:
+        raise ValueError(
+            f"accumulate=N is for one replica, and there are {replicas.count}: each takes its part "
+            "of a batch, so a larger batch_size needs no more memory than theirs"
+        )
+    if options.views and options.mixup and replicas.num_workers > 1:
+        raise ValueError(
+            "views=N caches activations; mixup may pair images that live on different workers, so "
+            "their activations cannot be cached; leave out one of the two"
+        )
+
+
+@contextlib.contextmanager
+def _remembered(options: FineTuneOptions, train: Split, held_out: Split) -> Iterator[None]:
+    """Where the cache is on disk, fingerprints of images are kept there, too."""
+    with contextlib.ExitStack() as stack:
+        if options.cache == "disk":
+            for source in {id(split.source): split.source for split in (train, held_out)}.values():
+                stack.enter_context(remembered(source, options.cache_dir))
+        yield
+
+
+def _inspect_images(train: Split, held_out: Split, verbose: int) -> dict[str, Any]:
+    """Warn about classes without images and, where there are few enough to decode all, about
+    images that are on both sides; returns what identifies the images.
+
+    Raises:
+        UnreadableImageError: if some of them cannot be decoded.
+    """
+    lines = data_checks.describe_balance(train.source.class_names, train.labels, held_out.labels)
+    splits = {"training": train, "held_out": held_out}
+    count = len(train) + len(held_out)
+    if count <= MAX_COMPARED:
+        show = (lambda it: measurement.progress(it, "images", "image")) if verbose else iter
+        found = {what: split.fingerprints(show) for what, split in splits.items()}
+        unreadable = [split.where(~found[what]["readable"]) for what, split in splits.items()]
+        if any(map(len, unreadable)):
+            raise UnreadableImageError(
+                {name: why for split in unreadable for name, why in find_unreadable(split).items()}
+            )
+        leaks = data_checks.describe_leaks(found["training"], found["held_out"])
+        lines += [f"{line}; vgg-transfer check-data lists them" for line in leaks]
+        marks = {what: [*map(bytes, prints["sha256"])] for what, prints in found.items()}
+        hashed = "files and labels"
+    else:
+        lines.append(
+            f"{count:,} images are more than the {MAX_COMPARED:,} that are compared before "
+            "training, so near-duplicates may be both trained and evaluated on; vgg-transfer "
+            "check-data compares any number"
+        )
+        marks = {
+            what: [os.fsencode(name) for name in split.names] for what, split in splits.items()
+        }
+        hashed = "names and labels"
+    for line in lines:
+        logger.warning(line)
+    fingerprint: dict[str, Any] = {"sha256_of": hashed}
+    for what, split in splits.items():
+        digest = hashlib.sha256(b"\0".join(marks[what]) + split.labels.tobytes())
+        fingerprint[what] = {"images": len(split), "sha256": digest.hexdigest()}
+    return fingerprint
+
+
+def _classifier(
+    request: RunRequest, train: Split
+) -> tuple[Classifier, np.ndarray, ResolvedOptions]:
+    """The classifier before training, the features of a few images, and the resolved options."""
+    graph, options, replicas = request.graph, request.options, request.replicas
+    planned = plan(
+        graph,
+        options.tap,
+        input=options.input,
+        feeds=request.feeds,
+        keep_dropout=options.keep_dropout,
+        use_ema=options.use_ema,
+        preprocess=options.preprocess,
+        image_size=None if options.image_size is None else parse_size(options.image_size),
+    )
+    tap, network, preprocess = planned.tap, planned.network, planned.preprocess
+    _report(options, tap, network)
+    labels = train.source.class_names
+    _warn_if_prepared_twice(network, preprocess.mode)
+    # The values of the variables are the chief's for all, but the variables must be the same.
+    replicas.check_same("model", network.variables)
+    with replicas.strategy.scope():
+        backbone = Backbone(
+            graph,
+            tap,
+            input=network.input,
+            feeds=request.feeds,
+            keep_dropout=options.keep_dropout,
+            use_ema=options.use_ema,
+            name="backbone",
+        )
+    if options.random_weights:
+        backbone.randomize(options.seed)
+    features = _features_of_a_few(backbone, train, preprocess)
+    with replicas.strategy.scope():
+        head = Head(
+            len(labels),
+            hidden=options.hidden,
+            dropout=options.dropout,
+            weights_stddev=FIRST_LOGITS / (rms(features) * features.shape[1] ** 0.5),
+            bias=0.0,
+            seed=options.seed,
+            name="head",
+        )
+        classifier = Classifier(backbone, head, preprocess, labels)
+        classifier.build_from_size()
+    check_savable(classifier)
+    size = preprocess.size
+    resolved = vars(options) | {
+        "tap": tap,
+        "input": network.input,
+        "preprocess": preprocess.mode,
+        "image_size": size if isinstance(size, int) else show_size(size),
+        "batch_size": options.batch_size or min(DEFAULT_BATCH, len(train)),
+    }
+    return classifier, features, ResolvedOptions(**resolved)
+
+
+def _stages(
+    options: ResolvedOptions, classifier: Classifier, features: np.ndarray, train: Split
+) -> list[Stage]:
+    steps_per_epoch = -(-len(train) // options.batch_size)
+    stages = [
+        resolve(request, classifier, options.tap, features, steps_per_epoch)
+        for request in requested_stages(options)
+    ]
+    for stage in stages:
+        _warn_if_stopped(_after(classifier.backbone, stage.cut), stage.cut)
+    last = stages[-1]
+    if options.solver == "lbfgs" and last.cut != options.tap.removesuffix(":0"):
+        raise ValueError(
+            f"solver=lbfgs trains a head on frozen features; freeze_until={last.cut} trains more "
+            "than that"
+        )
+    return stages
+
+
+def _after(backbone: GraphLayer, at: str) -> Network:
+    """What a stage trains of the backbone. Not as a layer: a layer with dropout draws a seed, so
+    that one more would change what the run draws."""
+    if at == "none":
+        return backbone.network
+    return surgery.cut(backbone.network, backbone.tensor(at))[1]
+
+
+def _report(options: FineTuneOptions, tap: str, network: Network) -> None:
+    """Log what was found in the graph and not given by the caller."""
+    found = {"tap": (options.tap, tap), "input": (options.input, network.input)}
+    lines = [f"{what}: {name}" for what, (asked, name) in found.items() if asked != name]
+    lines += [
+        f"{mode.kind}: {mode.tensor} is {mode.inference}, and {mode.training} in what is trained "
+        f"(found by {mode.why})"
+        for mode in network.modes
+    ]
+    if network.batch_size is not None:
+        lines.append(f"the graph takes batches of {network.batch_size} only; others are filled up")
+    for line in lines:
+        logger.info(line)
+
+
+def _warn_if_prepared_twice(network: Network, mode: str) -> None:
+    """Warn where the graph subtracts a mean or swaps colours and preprocessing does so as well."""
+    prepared = preparation.find(network)
+    if twice := prepared.repeats(mode):
+        logger.warning(
+            f"the graph prepares its images itself (it {prepared}); preprocess={mode} will "
+            f"{twice} again, before it"
+        )
+
+
+def _warn_if_stopped(network: Network, cut: str) -> None:
+    """Warn where gradients are stopped inside of what is trained, so that layers do not learn."""
+    for tensor, names in stopped(network).items():
+        shown = f"{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
+        line = (
+            f"the graph stops gradients at {tensor!r}: {len(names)} of the variables after the cut "
+            f"{cut!r} stay as they are ({shown})"
+        )
+        with contextlib.suppress(ValueError):  # a branch goes round it
+            surgery.cut(network, tensor)
+            line += f"; freeze_until={tensor.removesuffix(':0')} trains the same and computes less"
+        logger.warning(line)
+
+
+def _features_of_a_few(backbone: Backbone, split: Split, preprocess: Preprocess) -> np.ndarray:
+    """float32 ``[images, width]``, as a head gets them."""
+    images, _ = next(iter(split.batches(preprocess, 4)))
+    return np.asarray(average_over_space(tf.cast(backbone(images), tf.float32)))
+
+
+def _check_repeatable(classifier: Classifier, split: Split, keep_dropout: bool) -> None:
+    """Refuse features that differ from run to run: no two evaluations would agree."""
+    backbone = classifier.backbone
+    if not is_seeded(backbone.network.graph_def) or keep_dropout:
+        return
+    images, _ = next(iter(split.batches(classifier.preprocess, 4)))
+    if np.array_equal(backbone(images), backbone(images)):
+        return
+    raise ValueError(
+        "the features of one image differ from run to run: noise lies before the tap "
+        f"({', '.join(backbone.random_nodes[:3])}); choose an input after it, a tap before it, or "
+        "turn it off with feeds"
+    )
