@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from commands import finetune, metrics
+from commands import finetune, largest_difference, metrics
 from conftest import make_image_folder
 from PIL import Image
 
@@ -207,6 +207,11 @@ def test_unreadable_images_are_left_out_where_that_is_asked_for(
     assert metrics(out)["evaluation"]["accuracy"] == found["eval"]["accuracy"]
     assert main(["export", str(out), "--format", "saved_model,tflite"]) == 0
     assert not names & {*(out / "held_out.txt").read_text().splitlines()}
+    for name in names:
+        (image_folder / name).unlink()
+    alone = tmp_path / "without these files"
+    assert finetune(alone, model, image_folder) == 0
+    assert largest_difference(out / "model", alone / "model") == 0
 
 
 def test_evaluate_leaves_out_unreadable_images(tmp_path, model, image_folder, capsys):
