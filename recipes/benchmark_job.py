@@ -15,13 +15,14 @@ from recipes.benchmark import BenchmarkConfig
 from recipes.finetune_flags import FinetuneConfig
 from recipes.finetune_request import flags_of
 from recipes.network_flags import parse_feed, parse_renames
-from transfer import MetaGraph, child_process, files, load_meta_graph, open_source, retention
-from transfer.cache import Cache
-from transfer.core import measurement
-from transfer.cuts import Cut, default_cuts, list_cuts
-from transfer.preprocess import parse_size
+from transfer import MetaGraph, load_meta_graph, open_source
+from transfer.activations.cache import Cache
+from transfer.core import child_process, files, measurement
+from transfer.graph import Network, cut
+from transfer.graph.cuts import Cut, default_cuts, list_cuts
+from transfer.images.preprocess import parse_size
+from transfer.models import retention
 from transfer.runs import run_folder
-from transfer.surgery import Network, cut
 
 SCRATCH = "scratch"
 LIMITS = "limits.json"

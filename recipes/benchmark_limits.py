@@ -28,8 +28,8 @@ def run(config: FinetuneConfig) -> None:
     import tensorflow as tf
 
     from recipes.finetune_request import request
+    from transfer.activations.extraction import EXTRACTION_BATCH, Compiled
     from transfer.core import measurement
-    from transfer.features import EXTRACTION_BATCH, Compiled
     from transfer.finetuning.setup import prepare
     from transfer.runs import run_folder
 

@@ -18,8 +18,8 @@ from scipy import stats
 from tabulate import tabulate
 
 from recipes.csv_files import write_row
-from transfer.cuts import Cut
-from transfer.files import replacing
+from transfer.core.files import replacing
+from transfer.graph.cuts import Cut
 from transfer.runs import run_folder
 
 SUMMARY = "benchmark.json"

@@ -34,7 +34,7 @@ def cache(
     """List or clear the activations that are kept on disk."""
     with job():
         from recipes.cache_job import clear, show
-        from transfer.cache import default_directory
+        from transfer.activations.cache import default_directory
 
     directory = cache_dir or default_directory()
     if action == "list":

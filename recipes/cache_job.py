@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from recipes import terminal
-from transfer.cache import Cache, Listed
+from transfer.activations.cache import Cache, Listed
 
 
 def show(directory: Path, *, as_json: bool) -> None:

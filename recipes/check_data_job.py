@@ -10,11 +10,12 @@ from tabulate import tabulate
 
 from recipes import terminal
 from recipes.check_data import CheckDataConfig
-from transfer import Backbone, data_checks, load_meta_graph, open_source
+from transfer import Backbone, load_meta_graph, open_source
+from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, extract
 from transfer.activations.fingerprints import remembered
 from transfer.core import measurement
-from transfer.data import Split
-from transfer.features import EXTRACTION_BATCH, Compiled, extract
+from transfer.data import data_checks
+from transfer.data.dataset import Split
 from transfer.runs import run_data
 
 

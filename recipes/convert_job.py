@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from recipes.convert import ConvertConfig
-from transfer import Card, checkpoint, save_meta_graph, vgg
-from transfer.files import read_names, write_names
-from transfer.preprocess import canonical, for_card
-from transfer.published import containers, layouts, origins
-from transfer.published.layouts import Published
-from transfer.published.origins import Origin
-from transfer.saver import file_sha256
+from transfer import Card, save_meta_graph
+from transfer.core.files import read_names, write_names
+from transfer.images.preprocess import canonical, for_card
+from transfer.models import checkpoint
+from transfer.models.saver import file_sha256
+from transfer.vgg import architectures
+from transfer.vgg.published import containers, layouts, origins
+from transfer.vgg.published.layouts import Published
+from transfer.vgg.published.origins import Origin
 
 NUM_IMAGENET_CLASSES = 1000
 
@@ -132,10 +134,10 @@ def save(
         licence=origin.licence if origin else None,
         trained_on=origin.trained_on if origin else None,
     )
-    graph = vgg.build_graph(
+    graph = architectures.build_graph(
         found.architecture, found.num_classes, convolutional=config.convolutional
     )
-    shapes = vgg.kernel_shapes(
+    shapes = architectures.kernel_shapes(
         found.architecture, found.num_classes, convolutional=config.convolutional
     )
     values = {
@@ -193,5 +195,5 @@ def _class_names(config: ConvertConfig, found: Published) -> list[str]:
         return [" ".join(name.split()) for name in found.labels]
     if found.num_classes != NUM_IMAGENET_CLASSES:
         return []
-    text = (files("transfer.published") / "imagenet_labels.txt").read_text(encoding="utf-8")
+    text = (files("transfer.vgg.published") / "imagenet_labels.txt").read_text(encoding="utf-8")
     return text.splitlines()

@@ -13,13 +13,15 @@ from recipes import evaluate_report, terminal
 from recipes.csv_files import write_row
 from recipes.evaluate import EvaluateConfig
 from recipes.evaluate_report import Evaluated
-from transfer import Classifier, data_checks, metrics, open_source
+from transfer import Classifier, open_source
+from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
 from transfer.activations.fingerprints import remembered
 from transfer.core import measurement
-from transfer.data import MAX_COMPARED, Source, Split, whole_eval_split
-from transfer.evaluation import confusion_matrix, predict, probabilities, summarize
-from transfer.features import EXTRACTION_BATCH, Compiled, stream
-from transfer.files import is_regular
+from transfer.core.files import is_regular
+from transfer.data import data_checks
+from transfer.data.dataset import MAX_COMPARED, Source, Split, whole_eval_split
+from transfer.evaluation import metrics
+from transfer.evaluation.prediction import confusion_matrix, predict, probabilities, summarize
 from transfer.finetuning.options import cut_of
 from transfer.runs import run_data, run_folder
 

@@ -13,7 +13,7 @@ import numpy as np
 import sklearn.metrics
 from matplotlib.figure import Figure
 
-from transfer import metrics
+from transfer.evaluation import metrics
 
 Plot: TypeAlias = tuple[str, str, Figure]
 # Okabe and Ito's colours, which can be told apart by (nearly) all.

@@ -19,14 +19,14 @@ from PIL import Image
 
 from recipes import evaluate_plots
 from transfer import Classifier
-from transfer.card import read_card
 from transfer.core import yaml_files
-from transfer.data import Split
-from transfer.evaluation import probabilities
-from transfer.explain import grad_cam, overlay
-from transfer.files import make_folder, write_bytes
-from transfer.images import decode
-from transfer.preprocess import to_channels
+from transfer.core.files import make_folder, write_bytes
+from transfer.data.dataset import Split
+from transfer.evaluation.explain import grad_cam, overlay
+from transfer.evaluation.prediction import probabilities
+from transfer.images.decoding import decode
+from transfer.images.preprocess import to_channels
+from transfer.models.card import read_card
 from transfer.runs import run_folder
 
 REPORT = "report.html"

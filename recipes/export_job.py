@@ -21,17 +21,17 @@ from recipes import export_readmes
 from recipes.export import ExportConfig
 from transfer import Card, Classifier
 from transfer.core import measurement
-from transfer.data import Split
-from transfer.exports import meta_graph, onnx, saved_model, tflite
-from transfer.files import (
+from transfer.core.files import (
     draft_folder,
     refuse_link,
     remove_drafts,
     remove_folder,
     write_names,
 )
-from transfer.images import is_for_tensorflow, read_image
-from transfer.preprocess import to_channels
+from transfer.data.dataset import Split
+from transfer.exports import meta_graph, onnx, saved_model, tflite
+from transfer.images.decoding import is_for_tensorflow, read_image
+from transfer.images.preprocess import to_channels
 from transfer.runs import run_data, run_folder
 
 tf1 = tf.compat.v1

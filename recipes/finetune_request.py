@@ -13,12 +13,12 @@ from recipes import console
 from recipes.finetune_flags import FinetuneConfig
 from recipes.network_flags import parse_feed, parse_renames
 from transfer.activations.fingerprints import remembered
-from transfer.distribution import Replicas
+from transfer.core.distribution import Replicas
+from transfer.data.sources import open_source
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.setup import RunRequest
-from transfer.metagraph import load_meta_graph
+from transfer.models.meta_graph import load_meta_graph
 from transfer.runs import run_data, run_folder
-from transfer.sources import open_source
 
 # Beside the options, what config.yaml has of the flags.
 _RECORDED = (

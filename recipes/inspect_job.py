@@ -10,7 +10,7 @@ from pathlib import Path
 from recipes import terminal
 from recipes.network_flags import parse_renames
 from transfer import load_meta_graph
-from transfer.inspection import Coverage, Inspection, Tensor, Variables, inspect
+from transfer.models.inspection import Coverage, Inspection, Tensor, Variables, inspect
 
 MAX_ROWS = 8
 _CUTS = "cuts for --freeze-until: an image's activations, arithmetic before, parameters after"

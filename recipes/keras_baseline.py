@@ -28,9 +28,9 @@ def run(config: FinetuneConfig) -> Path:
     import keras
 
     from recipes.finetune_request import request
+    from transfer.activations.extraction import EXTRACTION_BATCH, Compiled
     from transfer.core import measurement
-    from transfer.evaluation import predict, summarize
-    from transfer.features import EXTRACTION_BATCH, Compiled
+    from transfer.evaluation.prediction import predict, summarize
     from transfer.finetuning.setup import prepare
     from transfer.runs import run_folder
 

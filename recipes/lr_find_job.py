@@ -14,15 +14,15 @@ from matplotlib.figure import Figure
 from recipes.data_errors import skip_suggested
 from recipes.finetune_flags import FinetuneConfig
 from recipes.finetune_request import request
-from transfer.files import replacing
+from transfer.core.files import replacing
 from transfer.finetuning.hyperparameters import parameter_groups
 from transfer.finetuning.inputs import Inputs
 from transfer.finetuning.options import cut_of
 from transfer.finetuning.setup import RunContext, prepare
 from transfer.finetuning.stage import new_trainer
-from transfer.lr_find import RangeTest, range_test
 from transfer.runs import run_folder
-from transfer.training import Batch
+from transfer.training.lr_range_test import RangeTest, range_test
+from transfer.training.trainer import Batch
 
 
 def run(config: FinetuneConfig, *, lowest: float, highest: float, steps: int) -> tuple[float, Path]:

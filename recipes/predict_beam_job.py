@@ -29,10 +29,11 @@ except ImportError as error:
 
 from recipes.predict_beam import PredictBeamConfig
 from recipes.predict_job import as_json, check, prepare_images, reason, top
-from transfer import Classifier, image_files
-from transfer.features import Compiled
-from transfer.images import read_image
-from transfer.preprocess import Preprocess
+from transfer import Classifier
+from transfer.activations.extraction import Compiled
+from transfer.images import image_files
+from transfer.images.decoding import read_image
+from transfer.images.preprocess import Preprocess
 from transfer.runs import run_folder
 
 _FAILED = "failed"

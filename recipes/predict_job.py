@@ -22,13 +22,14 @@ from recipes import terminal
 from recipes.csv_files import write_row
 from recipes.predict import PredictConfig
 from recipes.predict_beam import PredictBeamConfig
-from transfer import Classifier, image_files
-from transfer.explain import grad_cam, overlay
-from transfer.features import Compiled
-from transfer.files import replacing
-from transfer.image_files import PassedOver, PixelBudget
-from transfer.images import read_image
-from transfer.preprocess import Preprocess, to_channels
+from transfer import Classifier
+from transfer.activations.extraction import Compiled
+from transfer.core.files import replacing
+from transfer.evaluation.explain import grad_cam, overlay
+from transfer.images import image_files
+from transfer.images.decoding import read_image
+from transfer.images.image_files import PassedOver, PixelBudget
+from transfer.images.preprocess import Preprocess, to_channels
 from transfer.runs import run_folder
 
 _READERS = 4  # threads; decoding lets go of Python's lock

@@ -12,27 +12,19 @@ import keras
 from recipes import console, terminal
 from recipes.finetune_request import flags_of
 from recipes.pretrain import PretrainConfig
-from transfer import (
-    Backbone,
-    Card,
-    Preprocess,
-    load_meta_graph,
-    open_source,
-    pretraining,
-    save_meta_graph,
-    vgg,
-)
-from transfer.card import write_card
+from transfer import Backbone, Card, Preprocess, load_meta_graph, open_source, save_meta_graph
+from transfer.activations.extraction import Compiled
 from transfer.core import measurement
-from transfer.data import Split
-from transfer.evaluation import predict, summarize
-from transfer.features import Compiled
-from transfer.files import write_names
-from transfer.preprocess import for_card
-from transfer.run_checkpoint import RunCheckpoint
+from transfer.core.files import write_names
+from transfer.data.dataset import Split
+from transfer.evaluation.prediction import predict, summarize
+from transfer.images.preprocess import for_card
+from transfer.models.card import write_card
 from transfer.runs import interruption, run_data, run_folder
 from transfer.runs.interruption import Signals
-from transfer.training import ParameterGroup, Trainer, epoch_seed
+from transfer.training.checkpoints import RunCheckpoint
+from transfer.training.trainer import ParameterGroup, Trainer, epoch_seed
+from transfer.vgg import architectures, pretraining
 
 CHECKPOINT_S = 600.0
 KEPT_DECODED_MB = 2000  # of training images; larger ones take longer to train on than to decode
@@ -45,15 +37,17 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
         ValueError, OSError: see the library functions.
         NonFiniteLossError: if training diverges.
     """
-    if config.arch not in vgg.ARCHITECTURES:
-        raise ValueError(f"--arch {config.arch}: choose from {', '.join(vgg.ARCHITECTURES)}")
+    if config.arch not in architectures.ARCHITECTURES:
+        raise ValueError(
+            f"--arch {config.arch}: choose from {', '.join(architectures.ARCHITECTURES)}"
+        )
     for name, least in (("epochs", 1), ("batch_size", 1), ("fc_epochs", 0)):
         if getattr(config, name) < least:
             raise ValueError(f"{name.replace('_', ' ')} must be at least {least}")
     if config.out is not None or config.resume:
         run_folder.check(config.out, resume=config.resume)
     keras.utils.set_random_seed(config.seed)
-    architecture = vgg.ARCHITECTURES[config.arch]
+    architecture = architectures.ARCHITECTURES[config.arch]
     source = open_source(
         "" if config.image_folder else config.dataset,
         data_dir=config.data_dir,
@@ -79,7 +73,7 @@ def run(config: PretrainConfig) -> tuple[dict[str, Any], Path]:
 def _train_and_save(
     config: PretrainConfig, train: Split, held_out: Split, signals: Signals
 ) -> tuple[dict[str, Any], Path]:
-    architecture = vgg.ARCHITECTURES[config.arch]
+    architecture = architectures.ARCHITECTURES[config.arch]
     preprocess = Preprocess(config.preprocess, architecture.image_size)
     out, class_names = config.out, train.source.class_names
 
@@ -105,7 +99,7 @@ def _train_and_save(
         licence=config.licence,
         trained_on=f"{train.source.name}, {len(train)} images, {num_epochs} epochs",
     )
-    graph = vgg.build_graph(architecture, len(class_names))
+    graph = architectures.build_graph(architecture, len(class_names))
     save_meta_graph(graph, prefix, pretraining.folded(model), card)
     # What is reported is what was written.
     saved = load_meta_graph(prefix)
@@ -123,7 +117,7 @@ def _trained(
 ) -> keras.Model:
     """The whole network, trained for ``--epochs``; then, for ``--fc-epochs``, one with its
     convolutions. ``figures`` are those on held-out images."""
-    architecture = vgg.ARCHITECTURES[config.arch]
+    architecture = architectures.ARCHITECTURES[config.arch]
     steps_per_epoch = -(-len(train) // config.batch_size)
     batches = _batches(config, train)
 
@@ -185,7 +179,7 @@ def _trained(
 
 def _batches(config: PretrainConfig, train: Split) -> Callable[[int, int], Iterable]:
     """An epoch's number, and how many of its batches are done, to the rest of its batches."""
-    architecture = vgg.ARCHITECTURES[config.arch]
+    architecture = architectures.ARCHITECTURES[config.arch]
     preprocess = Preprocess(config.preprocess, architecture.image_size)
     small = _small_images(config, architecture)
     decoded = _decoded(config, train, preprocess)
@@ -221,7 +215,7 @@ def _decoded(
     return pretraining.DecodedImages(images, len(train), train.labels)
 
 
-def _small_images(config: PretrainConfig, architecture: vgg.Architecture) -> Preprocess:
+def _small_images(config: PretrainConfig, architecture: architectures.Architecture) -> Preprocess:
     """What the first ``--small-epochs`` see.
 
     Raises:

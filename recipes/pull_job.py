@@ -17,8 +17,9 @@ import numpy as np
 from recipes import console, convert_job
 from recipes.convert import ConvertConfig
 from recipes.convert_job import file_md5
-from transfer import Backbone, load_meta_graph, retention
-from transfer.files import draft_folder, unshare, write_text
+from transfer import Backbone, load_meta_graph
+from transfer.core.files import draft_folder, unshare, write_text
+from transfer.models import retention
 
 TIMEOUT_S = 8.0
 _CHUNK = 2**20

@@ -41,7 +41,7 @@ def job(strategy: str = "none") -> Iterator[Any]:
 
 
 def _replicas(strategy: str, stderr: int) -> Any:
-    from transfer.distribution import num_workers, open_replicas
+    from transfer.core.distribution import num_workers, open_replicas
 
     if strategy in ("auto", "multi_worker") and num_workers() > 1:
         os.write(stderr, b"waiting for the other workers of TF_CONFIG\n")

@@ -60,12 +60,13 @@ def make(prefix: Path, arch: str, tap: str) -> Figures:
     """The meta graph; and ``layout.json`` says where in the file the tap's variables are."""
     from tensorflow.core.protobuf.tensor_bundle_pb2 import BundleEntryProto
 
-    from transfer import load_meta_graph, save_meta_graph, vgg
-    from transfer.index import table
+    from transfer import load_meta_graph, save_meta_graph
+    from transfer.models.checkpoint_index import table
+    from transfer.vgg import architectures
 
-    architecture = vgg.ARCHITECTURES[arch]
-    values = vgg.random_weights(architecture, 1000)
-    save_meta_graph(vgg.build_graph(architecture, 1000), prefix, values)
+    architecture = architectures.ARCHITECTURES[arch]
+    values = architectures.random_weights(architecture, 1000)
+    save_meta_graph(architectures.build_graph(architecture, 1000), prefix, values)
     index = dict(table(prefix.with_name(f"{arch}.index").read_bytes()))
     layout = []
     for variable in load_meta_graph(prefix).network(tap).variables:

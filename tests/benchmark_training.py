@@ -23,11 +23,12 @@ import keras
 import numpy as np
 
 from recipes.benchmark_report import training_multiply_adds
-from transfer import Backbone, Head, load_meta_graph, save_meta_graph, vgg
+from transfer import Backbone, Head, load_meta_graph, save_meta_graph
 from transfer.core.measurement import sgemm_gflops
-from transfer.cuts import list_cuts
-from transfer.optimizers import make_optimizer
-from transfer.training import ParameterGroup, Trainer
+from transfer.graph.cuts import list_cuts
+from transfer.training.optimizers import make_optimizer
+from transfer.training.trainer import ParameterGroup, Trainer
+from transfer.vgg import architectures
 
 BATCH = 32
 
@@ -38,9 +39,11 @@ def main() -> None:
     steps = parser.parse_args().steps
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder) / "vgg16"
-        architecture = vgg.ARCHITECTURES["vgg16"]
+        architecture = architectures.ARCHITECTURES["vgg16"]
         save_meta_graph(
-            vgg.build_graph(architecture, 5), prefix, vgg.random_weights(architecture, 5)
+            architectures.build_graph(architecture, 5),
+            prefix,
+            architectures.random_weights(architecture, 5),
         )
         backbone = Backbone(load_meta_graph(prefix), "fc7")
     model = keras.Sequential([backbone, Head(5)])

@@ -14,8 +14,8 @@ import tensorflow as tf
 from recipes.cli import main
 from recipes.network_flags import parse_feed, parse_renames
 from transfer import load_meta_graph
-from transfer.model_plan import ModelPlan, plan
-from transfer.preprocess import parse_size
+from transfer.images.preprocess import parse_size
+from transfer.models.plan import ModelPlan, plan
 
 
 def finetune(out: Path, model: Path, folder: Path, *flags: Any) -> int:

@@ -20,12 +20,13 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from transfer import Card, save_meta_graph, vgg
+from transfer import Card, save_meta_graph
+from transfer.vgg import architectures
 
 tf1 = tf.compat.v1
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-TINY = vgg.Architecture(blocks=((8,), (8, 16)), fc=32, image_size=16)
+TINY = architectures.Architecture(blocks=((8,), (8, 16)), fc=32, image_size=16)
 NUM_CLASSES = 10
 VARIANTS = {
     "dense-reference": {"convolutional": False, "use_resource": False},
@@ -37,17 +38,17 @@ VARIANTS = {
 
 def save_vgg(
     prefix: Path,
-    architecture: vgg.Architecture = TINY,
+    architecture: architectures.Architecture = TINY,
     *,
     convolutional: bool = False,
     use_resource: bool = False,
     num_classes: int = NUM_CLASSES,
     card: Card | None = None,
 ) -> Path:
-    graph = vgg.build_graph(
+    graph = architectures.build_graph(
         architecture, num_classes, convolutional=convolutional, use_resource=use_resource
     )
-    values = vgg.random_weights(architecture, num_classes, convolutional=convolutional)
+    values = architectures.random_weights(architecture, num_classes, convolutional=convolutional)
     save_meta_graph(graph, prefix, values, card)
     return prefix
 
@@ -154,7 +155,7 @@ def smooth_folder(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data dir for the embedded digits, prepared once."""
-    from transfer.sources import open_source
+    from transfer.data.sources import open_source
 
     directory = tmp_path_factory.mktemp("tfds")
     open_source("digits", data_dir=str(directory))

@@ -29,7 +29,7 @@ def main(strategy: str, runs: str) -> int:
     from recipes import console
     from recipes.cli import app
     from recipes.finetune_request import request
-    from transfer.distribution import open_replicas
+    from transfer.core.distribution import open_replicas
     from transfer.finetuning.run import run
 
     console.log_to_stderr()

@@ -68,12 +68,13 @@ def vgg16_cuts() -> list[tuple[str, float, int]]:
     """Name, share of the arithmetic before it, and trained parameters, a new head's included."""
     import tensorflow as tf
 
-    from transfer import load_meta_graph, vgg
-    from transfer.cuts import list_cuts
+    from transfer import load_meta_graph
+    from transfer.graph.cuts import list_cuts
+    from transfer.vgg import architectures
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "vgg16.meta")
-        graph = vgg.build_graph(vgg.ARCHITECTURES["vgg16"], 1000)
+        graph = architectures.build_graph(architectures.ARCHITECTURES["vgg16"], 1000)
         with graph.as_default():
             tf.compat.v1.train.export_meta_graph(str(path))
         network = load_meta_graph(path).network("fc7:0", "images:0")
@@ -95,9 +96,9 @@ def measure() -> dict[str, Any]:
     import tensorflow as tf
 
     from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph
-    from transfer.distribution import open_replicas, sum_over_replicas
-    from transfer.optimizers import make_optimizer
-    from transfer.training import ParameterGroup, Trainer
+    from transfer.core.distribution import open_replicas, sum_over_replicas
+    from transfer.training.optimizers import make_optimizer
+    from transfer.training.trainer import ParameterGroup, Trainer
 
     replicas = open_replicas("auto")
     keras.utils.set_random_seed(0)

@@ -1,4 +1,4 @@
-"""A program of TensorFlow 1 in a stock session, beside what the surgery makes of its graph."""
+"""A program of TensorFlow 1 in a stock session, beside what transfer.graph makes of its graph."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from transfer import surgery
-from transfer.backbone import GraphLayer
+from transfer.graph import Network, dtype_of, extract, free_batch, inline, static_shape
+from transfer.layers.backbone import GraphLayer
 
 tf1 = tf.compat.v1
 
@@ -48,19 +48,19 @@ class Program:
 
     @property
     def graph_def(self) -> tf1.GraphDef:
-        return surgery.inline(self.graph.as_graph_def(add_shapes=True))
+        return inline(self.graph.as_graph_def(add_shapes=True))
 
-    def network(self, tap: str = "tap", input: str = "x", **options: Any) -> surgery.Network:
+    def network(self, tap: str = "tap", input: str = "x", **options: Any) -> Network:
         node = next(n for n in self.graph_def.node if n.name == input)
-        shape = surgery.static_shape(node)
-        dtype = surgery.dtype_of(node)
-        return surgery.extract(self.graph_def, tap, input, dtype, input_shape=shape, **options)
+        shape = static_shape(node)
+        dtype = dtype_of(node)
+        return extract(self.graph_def, tap, input, dtype, input_shape=shape, **options)
 
-    def layer(self, network: surgery.Network | None = None, **options: Any) -> GraphLayer:
-        network = network or surgery.free_batch(self.network(**options))
+    def layer(self, network: Network | None = None, **options: Any) -> GraphLayer:
+        network = network or free_batch(self.network(**options))
         return GraphLayer(network, self.values(network))
 
-    def values(self, network: surgery.Network) -> dict[str, tf.Tensor]:
+    def values(self, network: Network) -> dict[str, tf.Tensor]:
         """Of the variables, and of the constants that are weights."""
         sources = self._sources(network)
         return {v.name: tf.constant(self.session.run(sources[v.name])) for v in network.variables}
@@ -69,7 +69,7 @@ class Program:
         return self.session.run(f"{tap}:0", {"x:0": x, **(feeds or {})})
 
     def gradients(
-        self, network: surgery.Network, x: np.ndarray, feeds: Mapping[str, Any], upstream: Any
+        self, network: Network, x: np.ndarray, feeds: Mapping[str, Any], upstream: Any
     ) -> list[np.ndarray]:
         """``tf.gradients`` with respect to the input and to the variables."""
         with self.graph.as_default():
@@ -86,7 +86,7 @@ class Program:
         # The gradients of a function change its call, which a session that has run does not see.
         return self._new_session().run(found, {"x:0": x, **feeds})
 
-    def _sources(self, network: surgery.Network) -> dict[str, Any]:
+    def _sources(self, network: Network) -> dict[str, Any]:
         with self.graph.as_default():
             variables = {v.op.name: v for v in tf1.global_variables()}
         return {
@@ -108,7 +108,7 @@ def assert_equals_stock(
     program: Program,
     x: np.ndarray,
     feeds: Mapping[str, Any] | None = None,
-    network: surgery.Network | None = None,
+    network: Network | None = None,
 ) -> None:
     """Value and gradients of a network are those of the stock session.
 

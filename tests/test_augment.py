@@ -1,7 +1,7 @@
 import numpy as np
 import tensorflow as tf
 
-from transfer.augment import random_view, random_views
+from transfer.images.augment import random_view, random_views
 
 IMAGE = np.arange(16 * 24 * 3, dtype=np.float32).reshape(16, 24, 3)
 

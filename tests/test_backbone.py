@@ -12,7 +12,8 @@ import pytest
 import tensorflow as tf
 from conftest import save_vgg
 
-from transfer import Backbone, Card, Head, load_meta_graph, save_meta_graph, vgg
+from transfer import Backbone, Card, Head, load_meta_graph, save_meta_graph
+from transfer.vgg import architectures
 
 tf1 = tf.compat.v1
 PRETRAINED = Path(__file__).parents[1] / "pretrained" / "vgg_small"
@@ -98,7 +99,7 @@ def test_unknown_tap_suggests_near_ones(model):
 
 
 def test_random_weights_have_the_variance_of_he(tmp_path):
-    architecture = vgg.Architecture(((64, 64),), fc=256, image_size=16)
+    architecture = architectures.Architecture(((64, 64),), fc=256, image_size=16)
     backbone = Backbone(load_meta_graph(save_vgg(tmp_path / "m", architecture)))
     backbone.randomize(seed=1)
     values = {name: value.numpy() for name, value in backbone.values().items()}
@@ -219,7 +220,7 @@ def clones(backbone):
 
 
 def test_clones_begin_as_keras_layers_do_and_say_so(tmp_path, images):
-    architecture = vgg.Architecture(((32, 32), (64,)), fc=64, image_size=16)
+    architecture = architectures.Architecture(((32, 32), (64,)), fc=64, image_size=16)
     backbone = Backbone(load_meta_graph(save_vgg(tmp_path / "m", architecture)), name="vgg")
     for clone in clones(backbone):
         layer = clone.layers[0]
@@ -367,7 +368,7 @@ def test_a_tf1_graph_is_refused_with_the_way_out(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("convolutional", [False, True], ids=["dense", "conv"])
 def test_full_size_vgg16_equals_a_stock_session(tmp_path, stock_session, convolutional):
-    architecture = vgg.ARCHITECTURES["vgg16"]
+    architecture = architectures.ARCHITECTURES["vgg16"]
     prefix = save_vgg(tmp_path / "vgg16", architecture, convolutional=convolutional)
     images = np.random.default_rng(0).random((2, 224, 224, 3), np.float32)
     expected = stock_session(prefix).run("fc7:0", {"images:0": images})
@@ -399,7 +400,7 @@ def test_meta_graphs_from_the_wild(shared_wild, stock_session):
 
 
 def _some_shape(node):
-    from transfer.surgery import static_shape
+    from transfer.graph import static_shape
 
     return [dim or 4 for dim in static_shape(node)]
 

@@ -11,8 +11,9 @@ from conftest import TINY
 
 from recipes import benchmark_job, benchmark_report
 from recipes.cli import main
-from transfer import load_meta_graph, vgg
-from transfer.cuts import list_cuts
+from transfer import load_meta_graph
+from transfer.graph.cuts import list_cuts
+from transfer.vgg import architectures
 
 
 def benchmark(out, model, folder, *flags):
@@ -121,8 +122,8 @@ def test_an_interval_covers_seeds_and_images():
 
 
 def test_arithmetic_of_training():
-    graph = vgg.build_graph(TINY, 10).as_graph_def(add_shapes=True)
-    from transfer.surgery import extract
+    graph = architectures.build_graph(TINY, 10).as_graph_def(add_shapes=True)
+    from transfer.graph import extract
 
     network = extract(graph, "fc7:0", "images:0", input_shape=(None, 16, 16, 3))
     cuts = list_cuts(network)
@@ -137,7 +138,7 @@ def test_arithmetic_of_training():
 
 
 def test_the_default_cuts_are_the_tap_and_the_middle(model):
-    from transfer.cuts import default_cuts
+    from transfer.graph.cuts import default_cuts
 
     graph = load_meta_graph(model)
     network = graph.network("fc7:0", "images:0", {}, False)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from recipes.cli import main
-from transfer.cache import Cache
+from transfer.activations.cache import Cache
 
 SHAPE = (3, 2)
 KEY = {"cut": "pool4", "sha256": "00"}
@@ -337,7 +337,7 @@ def test_the_key_can_be_read(cache, entry):
 WRITER = """
 import sys, hashlib, numpy as np
 from pathlib import Path
-from transfer.cache import Cache
+from transfer.activations.cache import Cache
 entry = Cache(Path(sys.argv[1]), 10**9).entry({"cut": "shared"}, (1000,), "float32")
 names = [hashlib.md5(str(i).encode()).digest() for i in range(40)]
 with entry.lock(lambda: print("waiting")):

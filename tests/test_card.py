@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from transfer.card import Card, read_card, write_card
+from transfer.models.card import Card, read_card, write_card
 
 
 def test_a_card_survives_writing_and_reading(tmp_path):

@@ -7,9 +7,10 @@ import pytest
 import tensorflow as tf
 from stock import control_flow_v1
 
-from transfer import checkpoint, load_meta_graph
-from transfer.checkpoint import Checkpoint, MismatchError
-from transfer.surgery import Variable
+from transfer import load_meta_graph
+from transfer.graph import Variable
+from transfer.models import checkpoint
+from transfer.models.checkpoint import Checkpoint, MismatchError
 
 tf1 = tf.compat.v1
 A = np.arange(12, dtype=np.float32).reshape(4, 3)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from transfer import child_process
+from transfer.core import child_process
 
 WOULD_BE_IMPORTED = ("transfer", "recipes", "numpy", "random", "runpy", "json", "tensorflow")
 

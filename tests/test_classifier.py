@@ -4,15 +4,7 @@ import pytest
 import tensorflow as tf
 from conftest import VARIANTS, save_vgg
 
-from transfer import (
-    Backbone,
-    Card,
-    Classifier,
-    Head,
-    Preprocess,
-    load_meta_graph,
-    save_meta_graph,
-)
+from transfer import Backbone, Card, Classifier, Head, Preprocess, load_meta_graph, save_meta_graph
 from transfer.exports.meta_graph import check_savable, save_classifier
 
 PHOTOS = np.random.default_rng(0).integers(0, 256, (4, 20, 30, 3)).astype(np.uint8)

@@ -28,9 +28,10 @@ from test_published import (
 
 from recipes import pull_job
 from recipes.cli import main
-from transfer import Backbone, Classifier, Preprocess, load_meta_graph, vgg
+from transfer import Backbone, Classifier, Preprocess, load_meta_graph
 from transfer.exports.meta_graph import save_with_preprocessing
-from transfer.published import containers, layouts, origins
+from transfer.vgg import architectures
+from transfer.vgg.published import containers, layouts, origins
 
 REAL = Path(__file__).parents[2] / "shared" / "weights" / "vgg16_imagenet_notop.h5"
 
@@ -132,7 +133,7 @@ def test_first_convolution_of_oxford_is_known_in_any_file(tmp_path, flip, expect
     """In PyTorch's names and order of axes; with the order of the colours told apart."""
     values = layouts.identify(containers.read(REAL)).values
     state, index = {}, 0
-    for block in vgg.ARCHITECTURES["vgg16"].convolutions:
+    for block in architectures.ARCHITECTURES["vgg16"].convolutions:
         for layer, _ in block:
             kernel = values[f"{layer}/weights"]
             kernel = kernel[:, :, ::-1] if flip and layer == "conv1_1" else kernel

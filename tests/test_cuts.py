@@ -6,12 +6,13 @@ import strangers
 import tensorflow as tf
 from conftest import TINY, graph_def_of, save_vgg
 
-from transfer import Backbone, load_meta_graph, vgg
-from transfer.cuts import blocks, default_cuts, list_cuts, stopped
-from transfer.surgery import extract
+from transfer import Backbone, load_meta_graph
+from transfer.graph import extract
+from transfer.graph.cuts import blocks, default_cuts, list_cuts, stopped
+from transfer.vgg import architectures
 
 tf1 = tf.compat.v1
-VGG16 = vgg.ARCHITECTURES["vgg16"]
+VGG16 = architectures.ARCHITECTURES["vgg16"]
 VGG16_STAGES = ["pool1:0", "pool2:0", "pool3:0", "pool4:0", "pool5:0", "fc6/Relu:0"]
 
 
@@ -24,7 +25,7 @@ def profiled(graph):
 
 
 def network_of(architecture, **options):
-    graph = vgg.build_graph(architecture, 10, **options)
+    graph = architectures.build_graph(architecture, 10, **options)
     graph_def = graph.as_graph_def(add_shapes=True)
     size = architecture.image_size
     shape = (None, size, size, 3)

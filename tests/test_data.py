@@ -9,11 +9,11 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from transfer import data
-from transfer.features import Activations
-from transfer.images import read_image
-from transfer.preprocess import Preprocess
-from transfer.sources import open_source
+from transfer.activations.extraction import Activations
+from transfer.data import dataset
+from transfer.data.sources import open_source
+from transfer.images.decoding import read_image
+from transfer.images.preprocess import Preprocess
 
 PREPROCESS = Preprocess("none", 8)
 
@@ -78,19 +78,19 @@ def test_an_empty_split_is_refused(digits_dir):
 
 def test_eval_images_are_never_trained_on(digits_dir):
     source = open_source("digits", data_dir=str(digits_dir))
-    train, held_out = data.train_and_eval_splits(source, eval_split="train[:100]")
+    train, held_out = dataset.train_and_eval_splits(source, eval_split="train[:100]")
     assert (len(train), len(held_out)) == (1338, 100)
     assert not set(train.names) & set(held_out.names)
     with pytest.raises(ValueError, match="share 50 images"):
-        data.train_and_eval_splits(source, "train[:100]", "train[50:150]")
+        dataset.train_and_eval_splits(source, "train[:100]", "train[50:150]")
 
 
 def test_stratified_holdout():
     labels = np.repeat([0, 1, 2, 3], [100, 10, 2, 1])
     names = [f"{index}.jpg" for index in range(len(labels))]
-    held_out = data.stratified_holdout(labels, names, 0.2)
+    held_out = dataset.stratified_holdout(labels, names, 0.2)
     assert np.bincount(labels[held_out], minlength=4).tolist() == [20, 2, 1, 0]
-    backwards = data.stratified_holdout(labels[::-1], names[::-1], 0.2)
+    backwards = dataset.stratified_holdout(labels[::-1], names[::-1], 0.2)
     np.testing.assert_array_equal(held_out, backwards[::-1])
 
 
@@ -111,9 +111,9 @@ def test_holdout_without_groups_is_that_of_single_images():
         labels = generator.integers(0, generator.integers(1, 9), count)
         names = [f"{count}/{index}.jpg" for index in range(count)]
         expected = holdout_of_single_images(labels, names, 0.2)
-        np.testing.assert_array_equal(data.stratified_holdout(labels, names, 0.2), expected)
+        np.testing.assert_array_equal(dataset.stratified_holdout(labels, names, 0.2), expected)
         groups = [[index] for index in range(count)]
-        found = data.stratified_holdout(labels, names, 0.2, groups)
+        found = dataset.stratified_holdout(labels, names, 0.2, groups)
         np.testing.assert_array_equal(found, expected)
 
 
@@ -125,7 +125,7 @@ def test_holdout_keeps_groups_together():
         ends = np.cumsum(generator.integers(1, 5, count))
         groups = np.split(generator.permutation(count), ends[ends < count])
         groups = [group for group in groups if len(group) and generator.random() < 0.5]
-        held_out = data.stratified_holdout(labels, names, 0.2, groups)
+        held_out = dataset.stratified_holdout(labels, names, 0.2, groups)
         assert all(len({*held_out[group]}) == 1 for group in groups)
         for label in np.unique(labels):
             share = held_out[labels == label].mean()
@@ -135,7 +135,7 @@ def test_holdout_keeps_groups_together():
         order = generator.permutation(count)
         places = np.argsort(order)
         moved = [places[group] for group in groups]
-        again = data.stratified_holdout(labels[order], [names[i] for i in order], 0.2, moved)
+        again = dataset.stratified_holdout(labels[order], [names[i] for i in order], 0.2, moved)
         np.testing.assert_array_equal(again, held_out[order])
 
 
@@ -154,7 +154,7 @@ def test_holdout_where_groups_are_most_of_a_class(sizes, expected):
     names = [f"{index}.jpg" for index in range(200)]
     ends = np.cumsum(sizes)
     groups = np.split(np.arange(ends[-1]), ends[:-1])
-    held_out = data.stratified_holdout(labels, names, 0.2, groups)
+    held_out = dataset.stratified_holdout(labels, names, 0.2, groups)
     assert held_out[:100].sum() == expected
     assert held_out[100:].sum() == 20
     assert all(len({*held_out[group]}) == 1 for group in groups)
@@ -162,12 +162,12 @@ def test_holdout_where_groups_are_most_of_a_class(sizes, expected):
 
 def test_few_shot(digits_dir):
     train = open_source("digits", data_dir=str(digits_dir)).split("train")
-    few = data.few_shot(train, 5, seed=1)
+    few = dataset.few_shot(train, 5, seed=1)
     assert np.bincount(few.labels).tolist() == [5] * 10
-    assert few.names == data.few_shot(train, 5, seed=1).names
-    assert few.names != data.few_shot(train, 5, seed=2).names
+    assert few.names == dataset.few_shot(train, 5, seed=1).names
+    assert few.names != dataset.few_shot(train, 5, seed=2).names
     with pytest.raises(ValueError, match="class '.' has 1.. training images; 1000 per class"):
-        data.few_shot(train, 1000, seed=1)
+        dataset.few_shot(train, 1000, seed=1)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "LA"])
@@ -186,11 +186,11 @@ def test_unreadable_images_are_named(image_folder):
     (image_folder / "red" / "02.jpg").write_bytes(whole[: len(whole) // 3])
     split = open_source(image_folder=str(image_folder)).split("train")
     batches = split.batches(PREPROCESS, 24, shuffle_seed=1)
-    with pytest.raises(data.UnreadableImageError, match="2 images cannot be decoded: ") as error:
+    with pytest.raises(dataset.UnreadableImageError, match="2 images cannot be decoded: ") as error:
         list(batches)
     assert error.value.reasons.keys() == {"red/00.jpg", "red/02.jpg"}
     assert "it is no image: it begins with b'not a pi'" in str(error.value)
-    assert data.find_unreadable(split) == error.value.reasons
+    assert dataset.find_unreadable(split) == error.value.reasons
 
 
 def test_only_the_batch_with_an_unreadable_image_is_read_again(image_folder, monkeypatch):
@@ -198,9 +198,11 @@ def test_only_the_batch_with_an_unreadable_image_is_read_again(image_folder, mon
     broken.write_bytes(broken.read_bytes()[:400])
     split = open_source(image_folder=str(image_folder)).split("train")
     read = []
-    monkeypatch.setattr(data, "read_image", lambda file: read.append(file) or read_image(file))
+    monkeypatch.setattr(dataset, "read_image", lambda file: read.append(file) or read_image(file))
     seen = 0
-    with pytest.raises(data.UnreadableImageError, match="1 image cannot be decoded: 'red/00.jpg'"):
+    with pytest.raises(
+        dataset.UnreadableImageError, match="1 image cannot be decoded: 'red/00.jpg'"
+    ):
         for _ in split.batches(PREPROCESS, 5, shuffle_seed=3):
             seen += 1
     assert len(read) == min(5, 24 - 5 * seen)
@@ -210,7 +212,7 @@ def test_only_the_batch_with_an_unreadable_image_is_read_again(image_folder, mon
 def test_images_that_come_later_leave_the_held_out_ones_as_they_are(image_folder):
     def held_out():
         source = open_source(image_folder=str(image_folder))
-        return set(data.train_and_eval_splits(source)[1].names)
+        return set(dataset.train_and_eval_splits(source)[1].names)
 
     before = held_out()
     Image.new("RGB", (9, 9)).save(image_folder / "red" / "new.png")
@@ -297,7 +299,7 @@ def add_copies(root, number):
 
 
 def automatic_sides(root):
-    train, held_out = data.train_and_eval_splits(open_source(image_folder=str(root)))
+    train, held_out = dataset.train_and_eval_splits(open_source(image_folder=str(root)))
     assert not {*train.names} & {*held_out.names}
     return {*train.names}, {*held_out.names}
 
@@ -306,7 +308,7 @@ def test_copies_are_not_held_out_of_their_originals(smooth_folder):
     before = automatic_sides(smooth_folder)
     source = open_source(image_folder=str(smooth_folder))
     split = source.split("train")
-    expected = data.stratified_holdout(split.labels, split.names, 0.2)
+    expected = dataset.stratified_holdout(split.labels, split.names, 0.2)
     assert before[1] == {name for name, out in zip(split.names, expected, strict=True) if out}
     pairs = add_copies(smooth_folder, 10)
     train, held_out = automatic_sides(smooth_folder)
@@ -316,7 +318,7 @@ def test_copies_are_not_held_out_of_their_originals(smooth_folder):
         assert (original in held_out) == (copy in held_out), (original, copy)
     # They are what made the difference.
     split = open_source(image_folder=str(smooth_folder)).split("train")
-    alone = data.stratified_holdout(split.labels, split.names, 0.2)
+    alone = dataset.stratified_holdout(split.labels, split.names, 0.2)
     alone = {name for name, out in zip(split.names, alone, strict=True) if out}
     assert any((original in alone) != (copy in alone) for original, copy in pairs)
     # Images that come later leave it as it is.
@@ -327,10 +329,10 @@ def test_copies_are_not_held_out_of_their_originals(smooth_folder):
 def test_too_many_images_are_not_compared(smooth_folder):
     add_copies(smooth_folder, 10)
     split = open_source(image_folder=str(smooth_folder)).split("train")
-    expected = data.stratified_holdout(split.labels, split.names, 0.2)
+    expected = dataset.stratified_holdout(split.labels, split.names, 0.2)
     for limit, is_same in ((79, True), (80, False)):
         source = open_source(image_folder=str(smooth_folder))
-        _, held_out = data.train_and_eval_splits(source, max_compared=limit)
+        _, held_out = dataset.train_and_eval_splits(source, max_compared=limit)
         assert np.array_equal(np.isin(split.names, held_out.names), expected) == is_same
 
 
@@ -365,7 +367,7 @@ class Numbered:
         self.watched, self.reads = watched, []
         self.labels_of = {part: np.arange(size) // 100 for part, size in sizes.items()}
         classes = [str(number) for number in range(max(sizes.values()) // 100 + 2)]
-        self.source = data.Source(
+        self.source = dataset.Source(
             "numbered", classes, sizes, self.examples, self.labels, self.names, self.names
         )
 
@@ -400,7 +402,7 @@ def as_it_is(image):
 @pytest.fixture
 def undecoded(monkeypatch):
     """Batches of what the images of a ``Numbered`` are: ``(positions, labels)``."""
-    monkeypatch.setattr(data, "decode", as_it_is)
+    monkeypatch.setattr(dataset, "decode", as_it_is)
 
     def batches(split, batch_size=100, **options):
         shown = split.batches(as_it_is, batch_size, **options)
@@ -414,7 +416,7 @@ def test_order_is_a_permutation_of_any_number_of_images(undecoded, size):
     split = Numbered(train=size).source.split("train")
     batches = undecoded(split, shuffle_seed=7)
     order = np.concatenate([images for images, _ in batches])
-    np.testing.assert_array_equal(order, data.shuffled(size, 7))
+    np.testing.assert_array_equal(order, dataset.shuffled(size, 7))
     np.testing.assert_array_equal(np.sort(order), np.arange(size))
     np.testing.assert_array_equal(np.concatenate([y for _, y in batches]), split.labels[order])
     rows = Activations([np.arange(size, dtype=np.float32)[:, None]], split.labels).batches(100, 7)
@@ -431,16 +433,16 @@ def test_order_is_a_permutation_of_any_number_of_images(undecoded, size):
 
 def test_the_order_of_a_seed_stays():
     tf.random.set_seed(87654321)  # what TensorFlow takes where none is set; another test may have
-    assert data.shuffled(12, 0).tolist() == [0, 2, 10, 5, 9, 8, 4, 7, 1, 6, 3, 11]
+    assert dataset.shuffled(12, 0).tolist() == [0, 2, 10, 5, 9, 8, 4, 7, 1, 6, 3, 11]
     large = [6, 4, 7, 9, 8, 11, 5, 3, 1, 2, 10, 0]
-    assert data.shuffled(12, 2**31 + 5).tolist() == large
+    assert dataset.shuffled(12, 2**31 + 5).tolist() == large
 
 
 def test_parts_of_a_split_are_shuffled_together(undecoded):
     split = Numbered(train=300, test=120).source.split("test[20:]+train[:50%]+train[250:]")
     in_order = np.concatenate([np.arange(20, 120), np.arange(150), np.arange(250, 300)])
     shown = [images for images, _ in undecoded(split, 7, shuffle_seed=3)]
-    np.testing.assert_array_equal(np.concatenate(shown), in_order[data.shuffled(300, 3)])
+    np.testing.assert_array_equal(np.concatenate(shown), in_order[dataset.shuffled(300, 3)])
     np.testing.assert_array_equal(np.concatenate([x for x, _ in undecoded(split)]), in_order)
     some = split.where(np.arange(300) % 4 == 0)
     found = [example["name"].numpy().decode() for example in some.encoded()]
@@ -474,7 +476,7 @@ def test_a_resumed_epoch_needs_no_file_of_an_earlier_batch(image_folder):
     split = open_source(image_folder=str(image_folder)).split("train")
     options = {"shuffle_seed": 2, "view_seed": 2}
     whole = list(split.batches(PREPROCESS, 5, **options))
-    for position in data.shuffled(24, 2)[:15]:
+    for position in dataset.shuffled(24, 2)[:15]:
         (image_folder / split.names[position]).unlink()
     rest = list(split.batches(PREPROCESS, 5, first_batch=3, **options))
     for found, expected in zip(rest, whole[3:], strict=True):
@@ -488,6 +490,6 @@ def test_names_of_files_may_be_any_bytes(tmp_path):
     for name in names:
         (tmp_path / os.fsdecode(name)).parent.mkdir(exist_ok=True)
         Image.new("L", (2, 2)).save(tmp_path / os.fsdecode(name))
-    train, held_out = data.train_and_eval_splits(open_source(image_folder=str(tmp_path)))
+    train, held_out = dataset.train_and_eval_splits(open_source(image_folder=str(tmp_path)))
     assert sum(len(y) for _, y in train.batches(PREPROCESS, 4, shuffle_seed=0)) == 6
     assert {os.fsencode(name) for name in train.names + held_out.names} == set(names)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfer import data_checks
-from transfer.near_duplicates import FINGERPRINT
-from transfer.sources import open_source
+from transfer.data import data_checks
+from transfer.data.near_duplicates import FINGERPRINT
+from transfer.data.sources import open_source
 
 
 def photo(seed, size=(64, 48)):

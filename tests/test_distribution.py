@@ -8,7 +8,8 @@ import tensorflow as tf
 from replicas import Process
 
 from transfer import Preprocess
-from transfer.distribution import (
+from transfer.activations.extraction import Activations
+from transfer.core.distribution import (
     NO_LABEL,
     LostWorkerError,
     Replicas,
@@ -18,9 +19,8 @@ from transfer.distribution import (
     pieces_of_batches,
     take,
 )
-from transfer.features import Activations
-from transfer.sources import open_source
-from transfer.training import ParameterGroup, Trainer
+from transfer.data.sources import open_source
+from transfer.training.trainer import ParameterGroup, Trainer
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 32])
@@ -191,7 +191,7 @@ import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 from transfer import Head
-from transfer.distribution import open_replicas
+from transfer.core.distribution import open_replicas
 replicas = open_replicas("mirrored")
 with replicas.strategy.scope():
     head = Head(2, dropout=0.5, seed=1)

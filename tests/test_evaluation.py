@@ -2,14 +2,14 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from transfer import evaluation
+from transfer.evaluation import prediction
 
 LOGITS = np.log([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.2, 0.5, 0.3], [0.25, 0.5, 0.25]])
 LABELS = np.array([0, 2, 0, 1])
 
 
 def test_summarize_by_hand():
-    figures = evaluation.summarize(LOGITS, LABELS)
+    figures = prediction.summarize(LOGITS, LABELS)
     assert figures["accuracy"] == 0.75
     assert figures["top5"] == 1.0
     assert figures["num_examples"] == 4
@@ -22,25 +22,25 @@ def test_summarize_equals_scikit_learn():
     generator = np.random.default_rng(0)
     logits = generator.normal(size=(200, 12)).astype(np.float32)
     labels = generator.integers(0, 12, 200)
-    figures = evaluation.summarize(logits, labels)
-    p = evaluation.probabilities(logits)
+    figures = prediction.summarize(logits, labels)
+    p = prediction.probabilities(logits)
     assert figures["accuracy"] == sklearn.metrics.accuracy_score(labels, logits.argmax(-1))
     assert figures["top5"] == sklearn.metrics.top_k_accuracy_score(labels, logits, k=5)
     assert figures["loss"] == pytest.approx(sklearn.metrics.log_loss(labels, p), rel=1e-6)
 
 
 def test_classes_that_do_not_occur_do_not_matter():
-    figures = evaluation.summarize(np.eye(7, dtype=np.float32)[:2], np.array([0, 1]))
+    figures = prediction.summarize(np.eye(7, dtype=np.float32)[:2], np.array([0, 1]))
     assert figures["accuracy"] == figures["top5"] == 1.0
 
 
 def test_predict_counts_the_last_partial_batch():
     batches = [(LOGITS[:3], LABELS[:3]), (LOGITS[3:], LABELS[3:])]
-    logits, labels = evaluation.predict(lambda x: x, batches)
+    logits, labels = prediction.predict(lambda x: x, batches)
     np.testing.assert_array_equal(logits, LOGITS)
     np.testing.assert_array_equal(labels, LABELS)
 
 
 def test_confusion_matrix_rows_are_labels():
     expected = [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
-    assert evaluation.confusion_matrix(LOGITS, LABELS).tolist() == expected
+    assert prediction.confusion_matrix(LOGITS, LABELS).tolist() == expected

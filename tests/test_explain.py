@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph, vgg
-from transfer.cuts import last_feature_maps
-from transfer.explain import grad_cam, overlay
+from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph
+from transfer.evaluation.explain import grad_cam, overlay
+from transfer.graph.cuts import last_feature_maps
+from transfer.vgg import architectures
 
 
 @pytest.fixture
@@ -67,15 +68,15 @@ def test_images_are_a_batch_of_the_networks_size(classifier, images):
 
 
 def test_the_last_feature_maps_of_vgg16():
-    from transfer.surgery import extract
+    from transfer.graph import extract
 
-    graph = vgg.build_graph(vgg.ARCHITECTURES["vgg16"], 5)
+    graph = architectures.build_graph(architectures.ARCHITECTURES["vgg16"], 5)
     network = extract(graph.as_graph_def(), "fc7:0", "images:0")
     assert last_feature_maps(network, 224).startswith("conv5_3")
 
 
 def test_a_network_without_places_says_so(classifier, monkeypatch):
-    monkeypatch.setattr("transfer.explain.last_feature_maps", lambda *_: None)
+    monkeypatch.setattr("transfer.evaluation.explain.last_feature_maps", lambda *_: None)
     with pytest.raises(ValueError, match="no feature maps with a height and a width"):
         grad_cam(classifier)
 

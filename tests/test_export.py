@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 from recipes.cli import main
 from transfer import Card, Classifier, load_meta_graph, save_meta_graph
 from transfer.exports import onnx, tflite
-from transfer.images import decode
+from transfer.images.decoding import decode
 
 KINDS = ["meta_graph", "saved_model", "tflite float32", "tflite float16", "tflite int8", "onnx"]
 TOLERANCES = {"tflite float16": 0.02, "tflite int8": 0.2}

@@ -12,7 +12,7 @@ import pytest
 from commands import finetune, largest_difference, metrics
 
 from recipes.cli import main
-from transfer.training import Trainer
+from transfer.training.trainer import Trainer
 
 FLAGS = ("--freeze-until", "pool2", "--cache", "memory")
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from transfer.features import Activations, extract, stream, whole_batches
+from transfer.activations.extraction import Activations, extract, stream, whole_batches
 
 IMAGES = np.random.default_rng(0).random((10, 2), np.float32)
 LABELS = np.arange(10)

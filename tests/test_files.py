@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from transfer import files
+from transfer.core import files
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from commands import finetune, largest_difference, metrics
 from conftest import make_image_folder
 
 from recipes.cli import main
-from transfer.cache import Entry
+from transfer.activations.cache import Entry
 
 NUM_TRAINING, NUM_HELD_OUT = 64, 16  # two batches, and one
 

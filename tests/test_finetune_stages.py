@@ -11,14 +11,14 @@ import yaml
 from commands import finetune, largest_difference, metrics, saved_values
 
 from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph, save_meta_graph
-from transfer.features import Compiled
+from transfer.activations.extraction import Compiled
 from transfer.finetuning.hyperparameters import (
     StageRequest,
     head_learning_rate,
     requested_stages,
 )
 from transfer.finetuning.options import FineTuneOptions
-from transfer.training import ParameterGroup, Trainer
+from transfer.training.trainer import ParameterGroup, Trainer
 
 tf1 = tf.compat.v1
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfer import data, near_duplicates
 from transfer.activations.fingerprints import remembered
-from transfer.sources import open_source
+from transfer.data import dataset, near_duplicates
+from transfer.data.sources import open_source
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def looked_at(monkeypatch):
         counts.append(len(images))
         return near_duplicates.fingerprints(images, progress)
 
-    monkeypatch.setattr(data, "fingerprints", fingerprints)
+    monkeypatch.setattr(dataset, "fingerprints", fingerprints)
     return counts
 
 

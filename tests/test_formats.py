@@ -14,8 +14,11 @@ from stock import assert_close, images
 from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
-from transfer import Backbone, formats, load_meta_graph, surgery, wire
-from transfer.formats import open_model
+from transfer import Backbone, load_meta_graph
+from transfer.core import wire
+from transfer.graph import ancestors
+from transfer.models import formats
+from transfer.models.formats import open_model
 
 tf1 = tf.compat.v1
 TWO = np.array([[2.0]], np.float32)
@@ -460,7 +463,7 @@ def test_a_layer_within_a_saved_model_of_keras(tmp_path):
     model.export(tmp_path / "saved", verbose=False)
     x = np.abs(images(3, 8, 8, 3))
     graph = load_meta_graph(tmp_path / "saved")
-    served = surgery.ancestors(graph.nodes.values(), graph.outputs[0])
+    served = ancestors(graph.nodes.values(), graph.outputs[0])
     (tanh,) = [node.name for node in served if node.op == "Tanh"]
     expected = keras.Sequential(model.layers[:-1])(x)
     assert_close(Backbone(graph, tap=tanh)(x), expected)

@@ -11,8 +11,8 @@ import tensorflow as tf
 from conftest import SHARED, graph_def_of
 
 from transfer import Backbone, load_meta_graph
-from transfer import gradients as gradients_module
-from transfer.gradients import with_cpu_gradients
+from transfer.layers import gradients as gradients_module
+from transfer.layers.gradients import with_cpu_gradients
 
 tf1 = tf.compat.v1
 

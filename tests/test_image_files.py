@@ -12,10 +12,10 @@ from conftest import make_image_folder
 from PIL import Image
 
 from recipes.cli import main
-from transfer.image_files import PassedOver, PixelBudget, find, read
-from transfer.images import KINDS, suffixes
-from transfer.preprocess import Preprocess
-from transfer.sources import open_source
+from transfer.data.sources import open_source
+from transfer.images.decoding import KINDS, suffixes
+from transfer.images.image_files import PassedOver, PixelBudget, find, read
+from transfer.images.preprocess import Preprocess
 
 HEIC = "needs pillow-heif: pip install 'vgg-transfer[heif]'"
 needs_no_heif = pytest.mark.skipif(".heic" in suffixes(), reason="pillow-heif is installed")

@@ -9,8 +9,8 @@ import tensorflow as tf
 from PIL import ExifTags, Image, ImageOps
 
 from transfer.exports import decoding
-from transfer.images import decode, read_image, suffixes
-from transfer.orientation import orientation, oriented
+from transfer.images.decoding import decode, read_image, suffixes
+from transfer.images.orientation import orientation, oriented
 
 GENERATOR = np.random.default_rng(0)
 PIXELS = GENERATOR.integers(0, 255, (12, 17, 3)).astype(np.uint8)
@@ -146,7 +146,7 @@ def test_what_is_broken_is_said(data, message):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
 def test_a_bomb_is_not_unpacked(monkeypatch, kind):
     """Eagerly and in a pipeline."""
-    monkeypatch.setattr("transfer.images.MAX_PIXELS", 100)
+    monkeypatch.setattr("transfer.images.decoding.MAX_PIXELS", 100)
     data = encoded(Image.fromarray(PIXELS), kind)
     with pytest.raises(ValueError, match="1[27] x 1[27] pixels; expected at most 100"):
         read_image(data)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from transfer import index
+from transfer.models import checkpoint_index
 
 HEADER = (b"", b"\x08\x01")
 ENTRY = b"\x08\x01\x12\x00\x28\x04"  # a scalar of float32
@@ -40,7 +40,13 @@ def table(blocks: Sequence[bytes], handles: Sequence[tuple[int, int]] | None = N
     chosen = places if handles is None else handles
     top = block([(0, b"%08d" % i, varint(o) + varint(n)) for i, (o, n) in enumerate(chosen)])
     footer = b"\0\0" + varint(len(content)) + varint(len(top))
-    return content + top + bytes(5) + footer.ljust(40, b"\0") + struct.pack("<Q", index._MAGIC)
+    return (
+        content
+        + top
+        + bytes(5)
+        + footer.ljust(40, b"\0")
+        + struct.pack("<Q", checkpoint_index._MAGIC)
+    )
 
 
 def test_many_blocks_are_read_as_tensorflow_reads_them(tmp_path: Path) -> None:
@@ -53,11 +59,13 @@ def test_many_blocks_are_read_as_tensorflow_reads_them(tmp_path: Path) -> None:
         tensors=values,
     )
     content = (tmp_path / "m.index").read_bytes()
-    (top, _), _ = index._handle(content[-48:], index._handle(content[-48:], 0)[1])
+    (top, _), _ = checkpoint_index._handle(
+        content[-48:], checkpoint_index._handle(content[-48:], 0)[1]
+    )
     assert top > 2 * 2**12  # TensorFlow ends a block after 4 KB or more
-    found = index.read_v2(tmp_path / "m.index")
+    found = checkpoint_index.read_v2(tmp_path / "m.index")
     assert found == {
-        name: index.Stored(tuple(value.shape), value.dtype)
+        name: checkpoint_index.Stored(tuple(value.shape), value.dtype)
         for name, value in zip(names, values, strict=True)
     }
     reader = tf.train.load_checkpoint(str(tmp_path / "m"))
@@ -69,7 +77,7 @@ def test_indexes_of_strangers_are_read(shared_wild: Path) -> None:
     assert paths
     for path in paths:
         reader = tf.train.load_checkpoint(str(path.with_suffix("")))
-        shapes = {key: list(stored.shape) for key, stored in index.read_v2(path).items()}
+        shapes = {key: list(stored.shape) for key, stored in checkpoint_index.read_v2(path).items()}
         assert shapes == reader.get_variable_to_shape_map(), path
 
 
@@ -123,7 +131,7 @@ def test_hostile_indexes_are_refused_at_once(tmp_path: Path, make, message: str)
     path.write_bytes(make())
     start = time.process_time()
     with pytest.raises(ValueError, match=message):
-        index.read_v2(path)
+        checkpoint_index.read_v2(path)
     assert time.process_time() - start < 20
 
 
@@ -131,17 +139,19 @@ def test_hostile_v1_checkpoints_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m"
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="m is empty, or not a file"):
-        index.read_v1([path])
+        checkpoint_index.read_v1([path])
     with path.open("wb") as file:  # 2 GB, of which nothing is on the disk
         file.truncate(2**31 - 1)
     with pytest.raises(ValueError, match="no table of TensorFlow"):
-        index.read_v1([path])
+        checkpoint_index.read_v1([path])
     path.write_bytes(table([block([(0, b"", bytes(2**24 + 1))])]))
     with pytest.raises(ValueError, match="16,777,217 of value, too many"):
-        index.read_v1([path])
+        checkpoint_index.read_v1([path])
 
 
 def test_a_v1_checkpoint_with_large_values_is_read(tmp_path: Path) -> None:
     large = tf.constant(np.zeros((1100, 1000), np.float32))
     tf.raw_ops.Save(filename=str(tmp_path / "m"), tensor_names=["a"], data=[large])
-    assert index.read_v1([tmp_path / "m"]) == {"a": index.Stored((1100, 1000), tf.float32)}
+    assert checkpoint_index.read_v1([tmp_path / "m"]) == {
+        "a": checkpoint_index.Stored((1100, 1000), tf.float32)
+    }

@@ -9,7 +9,7 @@ from conftest import StockSession, make_image_folder
 from stock import assert_close, images
 
 from transfer import Backbone, load_meta_graph
-from transfer.metagraph import SharedBatchError
+from transfer.models.meta_graph import SharedBatchError
 
 tf1 = tf.compat.v1
 

@@ -9,8 +9,9 @@ import tensorflow as tf
 from commands import flags_of, planned
 from conftest import NUM_CLASSES, TINY, save_vgg
 
-from transfer import Card, load_meta_graph, save_meta_graph, vgg
-from transfer.inspection import inspect
+from transfer import Card, load_meta_graph, save_meta_graph
+from transfer.models.inspection import inspect
+from transfer.vgg import architectures
 
 tf1 = tf.compat.v1
 
@@ -20,7 +21,7 @@ def test_a_vgg(model):
     assert (found.format, found.tensorflow_version) == ("meta graph", tf.__version__)
     assert (found.inputs[0].name, found.inputs[0].shape) == ("images:0", (None, 16, 16, 3))
     assert (found.taps[0].name, found.taps[0].shape) == ("fc7_dropout/SelectV2:0", (None, TINY.fc))
-    parameters = vgg.num_parameters(TINY, NUM_CLASSES)
+    parameters = architectures.num_parameters(TINY, NUM_CLASSES)
     assert (found.variables.parameters, found.variables.count) == (parameters, 12)
     assert found.checkpoint.matched == 12
     assert (found.checkpoint.missing, found.checkpoint.extra) == ([], [])
@@ -43,8 +44,8 @@ def test_it_works_without_the_weights(model):
 
 
 def test_what_the_checkpoint_lacks_is_listed(tmp_path):
-    graph = vgg.build_graph(TINY, NUM_CLASSES)
-    values = vgg.random_weights(TINY, NUM_CLASSES)
+    graph = architectures.build_graph(TINY, NUM_CLASSES)
+    values = architectures.random_weights(TINY, NUM_CLASSES)
     save_meta_graph(graph, tmp_path / "whole", values)
     with tf.Graph().as_default(), tf1.Session() as session:
         for name in values:

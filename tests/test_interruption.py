@@ -11,10 +11,10 @@ import yaml
 from commands import finetune, largest_difference, metrics
 
 from recipes.cli import main
-from transfer.evaluation import predict
+from transfer.evaluation.prediction import predict
 from transfer.runs import run_folder
 from transfer.runs.interruption import Interrupted, Signals, resumable
-from transfer.training import Trainer
+from transfer.training.trainer import Trainer
 
 FLAGS = ("--freeze-until", "pool2", "--dropout", 0.2, "--early-stopping", 2)
 
@@ -158,7 +158,7 @@ def test_a_process_that_is_killed_is_resumed(tmp_path, setting):
     (tmp_path / "flags.yaml").write_text(yaml.safe_dump(config))
     program = (
         "import os, sys, signal\n"
-        "from transfer.training import Trainer\n"
+        "from transfer.training.trainer import Trainer\n"
         "from recipes.cli import main\n"
         "train_step = Trainer.train_step\n"
         "def killed(self, *arguments):\n"

@@ -8,7 +8,7 @@ from test_published import NUM_CLASSES, SMALL
 
 from recipes.cli import main
 from transfer import Backbone, load_meta_graph
-from transfer.published import containers, layouts
+from transfer.vgg.published import containers, layouts
 
 GENERATOR = np.random.default_rng(0)
 IMAGES = GENERATOR.normal(size=(2, 64, 64, 3)).astype(np.float32)

@@ -9,8 +9,8 @@ from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from transfer import linear
-from transfer.linear import fit_logistic_regression
+from transfer.training import logistic_regression
+from transfer.training.logistic_regression import fit_logistic_regression
 
 DIGITS = load_digits()
 FEATURES = DIGITS.data.astype(np.float32)  # has constant columns
@@ -42,7 +42,7 @@ def test_equals_scikit_learn(num_classes, class_weight):
 
 def test_the_penalty_is_the_one_with_the_lowest_loss():
     solution = fit_logistic_regression(FEATURES, LABELS, 10)
-    assert len(solution.scores) == len(linear.GRID)
+    assert len(solution.scores) == len(logistic_regression.GRID)
     assert min(solution.scores, key=solution.scores.get) == solution.C
     folds = StratifiedKFold(3, shuffle=True, random_state=0)
     for C, loss in list(solution.scores.items())[1:6:2]:

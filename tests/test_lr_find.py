@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from recipes.cli import main
-from transfer.lr_find import range_test
-from transfer.training import ParameterGroup, Trainer
+from transfer.training.lr_range_test import range_test
+from transfer.training.trainer import ParameterGroup, Trainer
 
 GENERATOR = np.random.default_rng(0)
 INPUTS = GENERATOR.random((64, 8), np.float32)

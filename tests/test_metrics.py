@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from transfer import metrics
-from transfer.evaluation import probabilities
+from transfer.evaluation import metrics
+from transfer.evaluation.prediction import probabilities
 
 LOGITS = np.log([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.2, 0.5, 0.3], [0.25, 0.5, 0.25]])
 LABELS = np.array([0, 2, 0, 1])

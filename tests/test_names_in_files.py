@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from transfer.files import read_names, read_text, write_names
+from transfer.core.files import read_names, read_text, write_names
 
 ORDINARY = [
     "a.jpg",

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 from stock import Program, assert_close, images
 
-from transfer.network_function import output_shape
+from transfer.graph.network_function import output_shape
 
 tf1 = tf.compat.v1
 FIXED = (None, 16, 16, 3)

@@ -6,9 +6,11 @@ import tensorflow as tf
 from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
-from transfer import load_meta_graph, objects, surgery
+from transfer import load_meta_graph
+from transfer.graph import VARIABLES
+from transfer.models import object_keys
 
-KEY = objects.KEY
+KEY = object_keys.KEY
 
 
 def variable(value, name="same"):
@@ -51,7 +53,7 @@ def saved(tmp_path):
 
 def test_paths_go_from_the_root_to_the_variable(saved):
     graph, _ = saved
-    assert sorted(objects.variable_paths(graph.meta).values()) == [
+    assert sorted(object_keys.variable_paths(graph.meta).values()) == [
         ("first",),
         ("inner", "inner", "v"),
         ("keyed", ""),
@@ -64,8 +66,8 @@ def test_paths_go_from_the_root_to_the_variable(saved):
 
 def test_every_variable_gets_its_own_key(saved):
     graph, reader = saved
-    paths = objects.variable_paths(graph.meta)
-    keys = objects.checkpoint_keys(paths, reader.get_tensor(KEY))
+    paths = object_keys.variable_paths(graph.meta)
+    keys = object_keys.checkpoint_keys(paths, reader.get_tensor(KEY))
     values = {paths[name]: float(reader.get_tensor(key)) for name, key in keys.items()}
     assert values == {
         ("listed", "0"): 1.0,
@@ -86,7 +88,7 @@ def test_values_are_read_through_them(saved):
 
 
 def test_a_graph_of_tensorflow_1_has_no_objects():
-    assert objects.variable_paths(MetaGraphDef()) == {}
+    assert object_keys.variable_paths(MetaGraphDef()) == {}
 
 
 def test_children_that_are_not_there_are_passed_over(saved):
@@ -95,7 +97,7 @@ def test_children_that_are_not_there_are_passed_over(saved):
     meta.CopyFrom(graph.meta)
     for number in (-1, 10**6):
         meta.object_graph_def.nodes[0].children.add(node_id=number, local_name="gone")
-    assert objects.variable_paths(meta) == objects.variable_paths(graph.meta)
+    assert object_keys.variable_paths(meta) == object_keys.variable_paths(graph.meta)
 
 
 def test_objects_that_hold_one_another(saved):
@@ -105,14 +107,14 @@ def test_objects_that_hold_one_another(saved):
     for number, node in enumerate(meta.object_graph_def.nodes):
         node.children.add(node_id=0, local_name="root")
         node.children.add(node_id=number, local_name="self")
-    assert objects.variable_paths(meta) == objects.variable_paths(graph.meta)
+    assert object_keys.variable_paths(meta) == object_keys.variable_paths(graph.meta)
 
 
 def test_a_variable_that_the_checkpoint_does_not_have(saved):
     graph, reader = saved
-    paths = objects.variable_paths(graph.meta)
+    paths = object_keys.variable_paths(graph.meta)
     gone = {name: (*path, "gone") for name, path in paths.items()}
-    assert objects.checkpoint_keys(gone, reader.get_tensor(KEY)) == {}
+    assert object_keys.checkpoint_keys(gone, reader.get_tensor(KEY)) == {}
 
 
 def test_objects_of_the_checkpoint_that_are_not_there(saved):
@@ -121,17 +123,17 @@ def test_objects_of_the_checkpoint_that_are_not_there(saved):
     for node in damaged.nodes:
         for child in node.children:
             child.node_id = 10**6
-    paths = objects.variable_paths(graph.meta)
-    assert objects.checkpoint_keys(paths, damaged.SerializeToString()) == {}
+    paths = object_keys.variable_paths(graph.meta)
+    assert object_keys.checkpoint_keys(paths, damaged.SerializeToString()) == {}
 
 
 def test_an_entry_that_is_no_graph_of_objects():
     with pytest.raises(ValueError, match=f"the checkpoint is damaged at {KEY}"):
-        objects.checkpoint_keys({"v": ("v",)}, b"\xff\xff\xff")
+        object_keys.checkpoint_keys({"v": ("v",)}, b"\xff\xff\xff")
 
 
 def test_variables_keep_the_graphs_names(saved):
     graph, _ = saved
-    nodes = [node.name for node in graph.meta.graph_def.node if node.op in surgery.VARIABLES]
+    nodes = [node.name for node in graph.meta.graph_def.node if node.op in VARIABLES]
     assert set(graph.objects) <= set(nodes)
     assert len(nodes) == 8

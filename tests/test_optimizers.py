@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from transfer.optimizers import FusedAdam, FusedSGD, cosine, make_optimizer
+from transfer.training.optimizers import FusedAdam, FusedSGD, cosine, make_optimizer
 
 GENERATOR = np.random.default_rng(0)
 SHAPES = ((7, 5), (5,), (3, 3, 2, 4))

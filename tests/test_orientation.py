@@ -10,9 +10,9 @@ import pytest
 import tensorflow as tf
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, features
 
-from transfer import images
-from transfer.exports import decoding
-from transfer.orientation import orientation
+from transfer.exports import decoding as exported
+from transfer.images import decoding
+from transfer.images.orientation import orientation
 
 SLOPE = np.linspace(0, 127, 17, dtype=np.uint8)[None, :, None] + np.linspace(
     0, 120, 12, dtype=np.uint8
@@ -125,20 +125,20 @@ def close(found, expected):
 
 
 exported = tf.function(
-    decoding.decode, input_signature=[tf.TensorSpec([], tf.string)], autograph=False
+    exported.decode, input_signature=[tf.TensorSpec([], tf.string)], autograph=False
 )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_readings_are_upright_as_pillows(kind):
     files = [encoded(kind, exif=exif(code)) for code in range(1, 9)]
-    in_pipeline = list(tf.data.Dataset.from_tensor_slices(files).map(images.decode))
+    in_pipeline = list(tf.data.Dataset.from_tensor_slices(files).map(decoding.decode))
     for code, (data, found) in enumerate(zip(files, in_pipeline, strict=True), 1):
         expected = upright(data)
         assert expected.shape == ((12, 17, 3) if code < 5 else (17, 12, 3))
         assert close(found, expected), code
-        np.testing.assert_array_equal(images.read_image(data), found)
-        np.testing.assert_array_equal(images.decode(tf.constant(data)), found)
+        np.testing.assert_array_equal(decoding.read_image(data), found)
+        np.testing.assert_array_equal(decoding.decode(tf.constant(data)), found)
         if kind in ("JPEG", "PNG", "WEBP"):
             np.testing.assert_array_equal(exported(data), found)
         else:
@@ -151,14 +151,14 @@ def test_metadata_at_odd_places_are_read_as_by_pillow(name):
     for code in (1, 3, 6):
         data = odd_files(code)[name]
         expected = upright(data)
-        assert close(images.read_image(data), expected)
+        assert close(decoding.read_image(data), expected)
         assert close(exported(data), expected)
 
 
 def test_damaged_metadata_are_read_alike_in_graph_and_program():
     generator = np.random.default_rng(0)
     in_graph = tf.function(
-        decoding.orientation, input_signature=[tf.TensorSpec([], tf.string)], autograph=False
+        exported.orientation, input_signature=[tf.TensorSpec([], tf.string)], autograph=False
     )
     # Texts of a PNG that are damaged within are read by two parsers, each in its own way.
     texts = ("packed", "ImageMagick", "PNG with XMP")

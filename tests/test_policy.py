@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from transfer import ForbiddenOpError, policy, surgery
-from transfer.network_function import as_function
+from transfer import ForbiddenOpError
+from transfer.graph import extract, inline, policy
+from transfer.graph.network_function import as_function
 
 tf1 = tf.compat.v1
 
@@ -71,7 +72,7 @@ def graph_with(kind: str, path: Path, where: str) -> tf1.GraphDef:
             finally:
                 tf1.enable_control_flow_v2()
         tf.nn.relu(net, name="tap")
-    return surgery.inline(graph.as_graph_def())
+    return inline(graph.as_graph_def())
 
 
 KINDS = ["ReadFile", "MatchingFiles", "PyFunc", "Print", "DecodeRaw", "QueueDequeue", "DataService"]
@@ -83,20 +84,20 @@ REACHED = ["upstream", "function", "branch", "branch taken", "v1 branch", "v1 br
 def test_what_is_not_arithmetic_is_refused_by_name(kind, where, tmp_path):
     op = {"DataService": "DatasetToSingleElement"}.get(kind, kind)
     with pytest.raises(ForbiddenOpError, match=rf"{op}\w* \(node "):
-        surgery.extract(graph_with(kind, tmp_path, where), "tap", "x")
+        extract(graph_with(kind, tmp_path, where), "tap", "x")
 
 
 @pytest.mark.parametrize("where", ["aside", "branch not taken", "v1 branch not taken"])
 @pytest.mark.parametrize("kind", [*KINDS, "WriteFile"])
 def test_what_the_tap_does_not_need_is_left_out(kind, where, tmp_path):
-    network = surgery.extract(graph_with(kind, tmp_path, where), "tap", "x")
+    network = extract(graph_with(kind, tmp_path, where), "tap", "x")
     ops = {node.op for node in network.graph_def.node}
     assert ops <= {"Relu", "Mul", "Const", "Identity", "IdentityN"}
 
 
 @pytest.mark.parametrize("where", ["upstream", "aside", "function", "branch", "v1 branch"])
 def test_a_side_effect_that_the_tap_waits_for_does_not_happen(where, tmp_path):
-    network = surgery.extract(graph_with("WriteFile", tmp_path, where), "tap", "x")
+    network = extract(graph_with("WriteFile", tmp_path, where), "tap", "x")
     assert "WriteFile" not in {node.op for node in network.graph_def.node}
     as_function(network)(tf.ones([1, 4]), [], None)
     assert list(tmp_path.iterdir()) == []
@@ -111,7 +112,7 @@ def test_calls_of_functions_that_are_not_the_graphs_own_are_refused(tmp_path):
     graph_def = graph.as_graph_def()
     del graph_def.library.function[:]
     with pytest.raises(ForbiddenOpError, match=r"PartitionedCall \(node .* call no functions"):
-        surgery.extract(surgery.inline(graph_def), "tap", "x")
+        extract(inline(graph_def), "tap", "x")
 
 
 def test_a_function_in_an_attribute_is_refused(tmp_path):
@@ -120,7 +121,7 @@ def test_a_function_in_an_attribute_is_refused(tmp_path):
     node = next(n for n in graph_def.node if n.name == "tap")
     node.attr["f"].func.name = "somebody_elses"
     with pytest.raises(ForbiddenOpError, match=r"Relu \(node 'tap'\)"):
-        surgery.extract(graph_def, "tap", "x")
+        extract(graph_def, "tap", "x")
 
 
 def test_an_operation_that_nobody_knows_is_refused(tmp_path):
@@ -128,7 +129,7 @@ def test_an_operation_that_nobody_knows_is_refused(tmp_path):
     node = next(n for n in graph_def.node if n.name == "tap")
     node.op = "FrobnicateV7"
     with pytest.raises(ForbiddenOpError, match=r"FrobnicateV7 \(node 'tap'\)"):
-        surgery.extract(graph_def, "tap", "x")
+        extract(graph_def, "tap", "x")
 
 
 def test_all_that_is_allowed_exists():
@@ -198,11 +199,11 @@ def convolution_with(attribute, values, op="Conv2D"):
 )
 def test_attributes_that_crash_tensorflow_are_refused(op, attribute, values):
     with pytest.raises(ValueError, match=rf"'call.*' \({op}\) has .*{attribute}.*expected|split"):
-        surgery.extract(convolution_with(attribute, values, op), "tap", "x")
+        extract(convolution_with(attribute, values, op), "tap", "x")
 
 
 def test_attributes_of_ordinary_operations_pass():
     ops = ("Conv2D", "MaxPool", "Conv2DBackpropInput", "Conv3D", "GatherV2", "LRN", "Split")
     for op in ops:
         graph_def = convolution_with("unknown_to_everyone", 5, op)
-        assert op in {node.op for node in surgery.extract(graph_def, "tap", "x").graph_def.node}
+        assert op in {node.op for node in extract(graph_def, "tap", "x").graph_def.node}

@@ -12,7 +12,7 @@ from PIL import Image
 
 from recipes import predict_job
 from recipes.cli import main
-from transfer.image_files import PassedOver
+from transfer.images.image_files import PassedOver
 
 
 @pytest.fixture

@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from transfer import preparation
-from transfer.preparation import Preparation
-from transfer.surgery import extract
+from transfer.graph import extract, graph_preprocessing
+from transfer.graph.graph_preprocessing import Preparation
 
 tf1 = tf.compat.v1
 MEANS = [103.939, 116.779, 123.68]
@@ -94,7 +93,7 @@ def network(prepare):
 
 @pytest.mark.parametrize("prepare", CASES, ids=lambda prepare: prepare.__name__)
 def test_it_is_found(prepare):
-    found, expected = preparation.find(network(prepare)), CASES[prepare]
+    found, expected = graph_preprocessing.find(network(prepare)), CASES[prepare]
     # In the order of the graph, where one colour may come before another.
     np.testing.assert_allclose(sorted(found.means), sorted(expected.means), rtol=1e-6)
     np.testing.assert_allclose(found.scales, expected.scales, rtol=1e-6)

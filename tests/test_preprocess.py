@@ -6,7 +6,7 @@ import tensorflow as tf
 from keras.applications.imagenet_utils import preprocess_input
 from PIL import Image
 
-from transfer.preprocess import CONVENTIONS, Preprocess, for_card
+from transfer.images.preprocess import CONVENTIONS, Preprocess, for_card
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 3)).astype(np.uint8)
 

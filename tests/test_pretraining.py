@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 from conftest import NUM_CLASSES, TINY
 
-from transfer import Backbone, Preprocess, load_meta_graph, pretraining, save_meta_graph, vgg
-from transfer.pretraining import DecodedImages
-from transfer.sources import open_source
+from transfer import Backbone, Preprocess, load_meta_graph, save_meta_graph
+from transfer.data.sources import open_source
+from transfer.vgg import architectures, pretraining
+from transfer.vgg.pretraining import DecodedImages
 
 
 def trained_model():
@@ -19,7 +20,7 @@ def trained_model():
 
 def test_what_is_saved_computes_what_was_trained(tmp_path, images):
     model = trained_model()
-    graph = vgg.build_graph(TINY, NUM_CLASSES)
+    graph = architectures.build_graph(TINY, NUM_CLASSES)
     save_meta_graph(graph, tmp_path / "m", pretraining.folded(model))
     plain = Backbone(load_meta_graph(tmp_path / "m"), tap="fc8")
     np.testing.assert_allclose(plain(images), model(images, training=False), rtol=1e-4, atol=1e-5)

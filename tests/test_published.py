@@ -17,15 +17,15 @@ import safetensors.numpy
 import scipy.io
 import tensorflow as tf
 
-from transfer import vgg
-from transfer.published import containers, layouts
-from transfer.published.unpickle import UnsafePickleError
+from transfer.vgg import architectures
+from transfer.vgg.published import containers, layouts
+from transfer.vgg.published.unpickle import UnsafePickleError
 
 tf1 = tf.compat.v1
 
-SMALL = vgg.ARCHITECTURES["vgg_small"]
+SMALL = architectures.ARCHITECTURES["vgg_small"]
 NUM_CLASSES = 7
-VALUES = vgg.random_weights(SMALL, NUM_CLASSES)
+VALUES = architectures.random_weights(SMALL, NUM_CLASSES)
 CONVOLUTIONS = [name for block in SMALL.convolutions for name, _ in block]
 CONNECTED = ["fc6", "fc7", "fc8"]
 WINDOW, CHANNELS = SMALL.pooled_size, SMALL.blocks[-1][-1]

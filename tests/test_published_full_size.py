@@ -14,10 +14,11 @@ from keras.applications.imagenet_utils import preprocess_input
 from test_published import WRITERS, torch_state, write_torch_legacy, write_torch_zip
 
 from recipes.cli import main
-from transfer import Backbone, Preprocess, load_meta_graph, vgg
+from transfer import Backbone, Preprocess, load_meta_graph
+from transfer.vgg import architectures
 
 tf1 = tf.compat.v1
-VGG16 = vgg.ARCHITECTURES["vgg16"]
+VGG16 = architectures.ARCHITECTURES["vgg16"]
 NUM_CLASSES = 1000
 PICTURE = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3)).astype(np.uint8)
 # What each source's documents say to do with a picture; not what our cards say.
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.slow
 def values():
     """With images of 0 to 255 the activations are of the size of 1, and so are the logits: there,
     differences of 1e-4 can be seen."""
-    found = vgg.random_weights(VGG16, NUM_CLASSES)
+    found = architectures.random_weights(VGG16, NUM_CLASSES)
     found["conv1_1/weights"] *= np.float32(0.02)
     return found
 

@@ -16,7 +16,7 @@ from conftest import make_image_folder, save_vgg
 
 from recipes.cli import VERBS, main
 from transfer import Backbone, Classifier, load_meta_graph, save_meta_graph
-from transfer.training import Trainer
+from transfer.training.trainer import Trainer
 
 tf1 = tf.compat.v1
 

@@ -7,9 +7,9 @@ import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 
-from transfer import data
-from transfer.preprocess import Preprocess
-from transfer.sources import open_source
+from transfer.data import dataset
+from transfer.data.sources import open_source
+from transfer.images.preprocess import Preprocess
 
 
 class Sharded(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -62,7 +62,7 @@ def test_position_is_the_one_that_tfds_means(tmp_path, file_format):
     found = [tf.io.decode_png(example["image"])[3, 3, 0] for example in split.encoded()]
     np.testing.assert_array_equal(found, pixels)
     np.testing.assert_array_equal(split.labels, pixels // 12)
-    order = data.shuffled(48, 1)
+    order = dataset.shuffled(48, 1)
     batches = split.batches(Preprocess("none", 4), 10, shuffle_seed=1, first_batch=2)
     images, labels = map(np.concatenate, zip(*batches, strict=True))
     np.testing.assert_array_equal(images[:, 3, 3, 0], pixels[order[20:]])

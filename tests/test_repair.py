@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from transfer import load_meta_graph, repair, save_meta_graph
+from transfer import load_meta_graph, save_meta_graph
+from transfer.models import repair
 
 tf1 = tf.compat.v1
 

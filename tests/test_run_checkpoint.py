@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_training import assert_same, batches, fit, new_model, new_trainer, weights
 
-from transfer.run_checkpoint import RunCheckpoint
+from transfer.training.checkpoints import RunCheckpoint
 
 
 def with_dropout(**arguments):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from transfer.data import Source, Split
-from transfer.files import write_names
+from transfer.core.files import write_names
+from transfer.data.dataset import Source, Split
 from transfer.runs import run_data, run_folder
 
 

@@ -8,14 +8,15 @@ import pytest
 import tensorflow as tf
 from conftest import NUM_CLASSES, TINY, save_vgg
 
-from transfer import Backbone, Card, load_meta_graph, save_meta_graph, vgg
+from transfer import Backbone, Card, load_meta_graph, save_meta_graph
+from transfer.vgg import architectures
 
 tf1 = tf.compat.v1
 
 
 def test_save_and_stock_restore(tmp_path, stock_session, images):
-    values = vgg.random_weights(TINY, NUM_CLASSES)
-    save_meta_graph(vgg.build_graph(TINY, NUM_CLASSES), tmp_path / "m", values)
+    values = architectures.random_weights(TINY, NUM_CLASSES)
+    save_meta_graph(architectures.build_graph(TINY, NUM_CLASSES), tmp_path / "m", values)
     stock = stock_session(tmp_path / "m")
     np.testing.assert_array_equal(stock.run("fc7/weights:0"), values["fc7/weights"])
     assert tf.train.latest_checkpoint(str(tmp_path)) == str(tmp_path / "m")
@@ -36,11 +37,11 @@ def test_save_records_the_hashes(tmp_path):
 
 
 def test_save_refuses_values_that_do_not_fit(tmp_path):
-    values = vgg.random_weights(TINY, NUM_CLASSES)
+    values = architectures.random_weights(TINY, NUM_CLASSES)
     del values["fc6/biases"]
     values["fc7/biases"] = np.zeros(3, np.float32)
     with pytest.raises(ValueError, match=r"no value for fc6/biases; .* fc7/biases \(graph \(32,\)"):
-        save_meta_graph(vgg.build_graph(TINY, NUM_CLASSES), tmp_path / "m", values)
+        save_meta_graph(architectures.build_graph(TINY, NUM_CLASSES), tmp_path / "m", values)
     assert not list(tmp_path.iterdir())
 
 

@@ -6,9 +6,9 @@ import pytest
 from conftest import make_image_folder
 from PIL import Image
 
-from transfer import data
-from transfer.preprocess import Preprocess
-from transfer.sources import open_source
+from transfer.data import dataset
+from transfer.data.sources import open_source
+from transfer.images.preprocess import Preprocess
 
 PREPROCESS = Preprocess("none", 8)
 
@@ -17,7 +17,7 @@ def test_digits_are_scikit_learns(digits_dir):
     from sklearn.datasets import load_digits
 
     source = open_source("digits", data_dir=str(digits_dir))
-    train, test = data.train_and_eval_splits(source)
+    train, test = dataset.train_and_eval_splits(source)
     assert source.class_names == [str(digit) for digit in range(10)]
     assert (len(train), len(test)) == (1438, 359)
     raw = Preprocess("none", 8)
@@ -35,7 +35,7 @@ def test_digits_are_scikit_learns(digits_dir):
 
 def test_digits_splits_are_stratified(digits_dir):
     source = open_source("digits", data_dir=str(digits_dir))
-    train, test = (np.bincount(split.labels) for split in data.train_and_eval_splits(source))
+    train, test = (np.bincount(split.labels) for split in dataset.train_and_eval_splits(source))
     np.testing.assert_allclose(test, 0.2 * (train + test), atol=0.5)
 
 
@@ -51,7 +51,7 @@ def test_image_folder(tmp_path, layout):
     source = open_source(image_folder=str(tmp_path / "photos"))
     assert source.class_names == ["blue", "red"]
     assert source.split_names == ["train"]
-    train, held_out = data.train_and_eval_splits(source)
+    train, held_out = dataset.train_and_eval_splits(source)
     assert np.bincount(train.labels).tolist() == [10, 10]
     assert np.bincount(held_out.labels).tolist() == [2, 2]
     assert all(name.endswith((".jpg", ".png")) for name in train.names)
@@ -64,7 +64,7 @@ def test_image_folder_with_splits_of_its_own(tmp_path):
     make_image_folder(tmp_path / "train", 6)
     make_image_folder(tmp_path / "val", 3)
     source = open_source(image_folder=str(tmp_path))
-    assert [len(s) for s in data.train_and_eval_splits(source)] == [12, 6]
+    assert [len(s) for s in dataset.train_and_eval_splits(source)] == [12, 6]
     assert len(source.split("train[:50%]+val")) == 12
 
 
@@ -73,7 +73,7 @@ def test_a_class_that_one_split_lacks_keeps_the_numbers(tmp_path):
     make_image_folder(tmp_path / "test", 3)
     for path in (tmp_path / "test" / "blue").iterdir():
         path.unlink()
-    _, test = data.train_and_eval_splits(open_source(image_folder=str(tmp_path)))
+    _, test = dataset.train_and_eval_splits(open_source(image_folder=str(tmp_path)))
     assert test.labels.tolist() == [1, 1, 1]
 
 
@@ -158,7 +158,7 @@ def test_a_data_dir_that_is_not_there(tmp_path):
 def test_prepared_datasets(shared_tfds):
     for name, classes, size in (("tf_flowers", 5, 3670), ("cmaterdb/telugu", 10, None)):
         source = open_source(name, data_dir=shared_tfds)
-        train, held_out = data.train_and_eval_splits(source)
+        train, held_out = dataset.train_and_eval_splits(source)
         assert len(source.class_names) == classes
         assert size is None or len(train) + len(held_out) == size
         images, labels = next(iter(held_out.batches(Preprocess("torch", 32), 8)))

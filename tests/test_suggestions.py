@@ -12,8 +12,8 @@ from conftest import make_image_folder
 from recipes.cli import main
 from recipes.finetune_flags import FinetuneConfig
 from transfer import load_meta_graph
-from transfer.inspection import inspect
-from transfer.preprocess import parse_size
+from transfer.images.preprocess import parse_size
+from transfer.models.inspection import inspect
 from transfer.runs.run_folder import read_config
 
 tf1 = tf.compat.v1

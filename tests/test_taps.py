@@ -7,8 +7,10 @@ import pytest
 import tensorflow as tf
 from conftest import graph_def_of
 
-from transfer import Backbone, load_meta_graph, save_meta_graph, surgery, taps
-from transfer.checkpoint import Checkpoint
+from transfer import Backbone, load_meta_graph, save_meta_graph
+from transfer.graph import VARIABLES, taps
+from transfer.graph import variable as graph_variable
+from transfer.models.checkpoint import Checkpoint
 
 tf1 = tf.compat.v1
 
@@ -266,7 +268,7 @@ def test_taps_of_meta_graphs_from_the_wild(shared_wild):
 
 def covered_by(graph):
     """The variables that the checkpoint's index has; all where there is none."""
-    variables = [surgery.variable(n) for n in graph.nodes.values() if n.op in surgery.VARIABLES]
+    variables = [graph_variable(n) for n in graph.nodes.values() if n.op in VARIABLES]
     try:
         source = Checkpoint(graph.checkpoint_prefix or graph.prefix, index_only=True)
     except (OSError, ValueError):

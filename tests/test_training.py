@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from transfer.training import NonFiniteLossError, ParameterGroup, Trainer, epoch_seed
+from transfer.training.trainer import NonFiniteLossError, ParameterGroup, Trainer, epoch_seed
 
 GENERATOR = np.random.default_rng(0)
 INPUTS = GENERATOR.random((50, 8), np.float32)

@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
-from transfer import surgery, trials
-from transfer.backbone import GraphLayer
+from transfer.graph import extract, free_batch, infer, trials
+from transfer.layers.backbone import GraphLayer
 
 tf1 = tf.compat.v1
 IMAGES = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
@@ -31,8 +31,8 @@ def layer_of(build, shape=(None, 8, 8, 3)):
     with graph.as_default():
         x = tf1.placeholder(tf.float32, shape, name="images")
         tf.add(x, tf.reduce_sum(build(x)), name="tap")
-    network = surgery.extract(graph.as_graph_def(), "tap", "images", tf.float32, input_shape=shape)
-    network = surgery.free_batch(network)
+    network = extract(graph.as_graph_def(), "tap", "images", tf.float32, input_shape=shape)
+    network = free_batch(network)
     constants = {node.name: node for node in graph.as_graph_def().node if node.op == "Const"}
     values = {
         variable.name: tf.constant(tf.make_ndarray(constants[variable.name].attr["value"].tensor))
@@ -134,13 +134,13 @@ def test_tensors_that_fill_the_memory_together_are_refused(hidden, children):
         assert len(children) == 1
         return
     with pytest.raises(ValueError, match=r"[\d,]+ elements together, more than 268,435,456"):
-        surgery.infer(layer_of(build).network)
+        infer(layer_of(build).network)
 
 
 def network_of_known_crash(monkeypatch):
     """A graph that ends its process, as if there were no guards."""
     monkeypatch.setattr(trials, "_tried", {})
-    monkeypatch.setattr(surgery, "with_guards", lambda graph_def, shapes: graph_def)
+    monkeypatch.setattr(trials, "with_guards", lambda graph_def, shapes: graph_def)
     return layer_of(CRASHING["rank of a convolution"])
 
 

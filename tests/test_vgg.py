@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from transfer import vgg
+from transfer.vgg import architectures
 
 PARAMETERS = {  # with 1000 classes; source: Keras Applications and torchvision, vgg_small by hand
     "vgg11": 132_863_336,
@@ -14,19 +14,19 @@ PARAMETERS = {  # with 1000 classes; source: Keras Applications and torchvision,
 
 
 def test_every_architecture_is_in_the_table():
-    assert PARAMETERS.keys() == vgg.ARCHITECTURES.keys()
+    assert PARAMETERS.keys() == architectures.ARCHITECTURES.keys()
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_num_parameters(name):
-    assert vgg.num_parameters(vgg.ARCHITECTURES[name], 1000) == PARAMETERS[name]
+    assert architectures.num_parameters(architectures.ARCHITECTURES[name], 1000) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name, count", [("vgg16", 14_714_688), ("vgg19", 20_024_384)])
 def test_num_parameters_without_top(name, count):
     """Source: keras.applications with include_top=False."""
-    assert vgg.num_parameters(vgg.ARCHITECTURES[name], None) == count
-    graph = vgg.build_graph(vgg.ARCHITECTURES[name], None)
+    assert architectures.num_parameters(architectures.ARCHITECTURES[name], None) == count
+    graph = architectures.build_graph(architectures.ARCHITECTURES[name], None)
     with graph.as_default():
         variables = tf.compat.v1.global_variables()
     assert sum(int(np.prod(v.shape)) for v in variables) == count
@@ -35,9 +35,9 @@ def test_num_parameters_without_top(name, count):
 
 def test_images_smaller_than_the_window_have_zeros_around():
     """A pixel after the last pooling lies in the middle of the window of fc6."""
-    architecture = vgg.Architecture(((4,),) * 2, 8, 12)  # a window of 3 x 3
-    values = vgg.random_weights(architecture, 5, convolutional=True)
-    graph = vgg.build_graph(architecture, 5, convolutional=True, use_resource=True)
+    architecture = architectures.Architecture(((4,),) * 2, 8, 12)  # a window of 3 x 3
+    values = architectures.random_weights(architecture, 5, convolutional=True)
+    graph = architectures.build_graph(architecture, 5, convolutional=True, use_resource=True)
     images = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
     with graph.as_default(), tf.compat.v1.Session() as session:
         for variable in tf.compat.v1.global_variables():
@@ -50,7 +50,9 @@ def test_images_smaller_than_the_window_have_zeros_around():
 
 @pytest.mark.parametrize("convolutional", [False, True])
 def test_build_graph_has_the_standard_names(convolutional):
-    graph = vgg.build_graph(vgg.ARCHITECTURES["vgg16"], 1000, convolutional=convolutional)
+    graph = architectures.build_graph(
+        architectures.ARCHITECTURES["vgg16"], 1000, convolutional=convolutional
+    )
     names = ["images", "conv1_1", "conv3_3", "conv5_3", "pool1", "pool5", "fc6", "fc7", "fc8"]
     for name in [*names, "prob", "keep_prob"]:
         assert graph.get_tensor_by_name(f"{name}:0").name == f"{name}:0"
@@ -63,4 +65,4 @@ def test_build_graph_has_the_standard_names(convolutional):
 
 def test_an_image_that_is_too_small_is_refused():
     with pytest.raises(ValueError, match="image size 16 is too small for 5 poolings"):
-        vgg.Architecture(((8,),) * 5, 32, image_size=16)
+        architectures.Architecture(((8,),) * 5, 32, image_size=16)

@@ -19,34 +19,34 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transfer.activations.features import Features, extract_features
-    from transfer.backbone import Backbone
-    from transfer.card import Card
-    from transfer.classifier import Classifier
+    from transfer.data.sources import open_source
     from transfer.finetuning.run import FineTuneResult, fine_tune
-    from transfer.head import Head, build_head
-    from transfer.metagraph import MetaGraph, load_meta_graph
-    from transfer.policy import ForbiddenOpError
-    from transfer.preprocess import Preprocess
-    from transfer.saver import save_meta_graph
-    from transfer.sources import open_source
+    from transfer.graph.policy import ForbiddenOpError
+    from transfer.images.preprocess import Preprocess
+    from transfer.layers.backbone import Backbone
+    from transfer.layers.classifier import Classifier
+    from transfer.layers.head import Head, build_head
+    from transfer.models.card import Card
+    from transfer.models.meta_graph import MetaGraph, load_meta_graph
+    from transfer.models.saver import save_meta_graph
 
 # In the order in which a user meets them.
 _MODULES = {
-    "load_meta_graph": "transfer.metagraph",
-    "MetaGraph": "transfer.metagraph",
-    "Card": "transfer.card",
-    "Backbone": "transfer.backbone",
-    "build_head": "transfer.head",
-    "Head": "transfer.head",
-    "Preprocess": "transfer.preprocess",
-    "Classifier": "transfer.classifier",
-    "open_source": "transfer.sources",
+    "load_meta_graph": "transfer.models.meta_graph",
+    "MetaGraph": "transfer.models.meta_graph",
+    "Card": "transfer.models.card",
+    "Backbone": "transfer.layers.backbone",
+    "build_head": "transfer.layers.head",
+    "Head": "transfer.layers.head",
+    "Preprocess": "transfer.images.preprocess",
+    "Classifier": "transfer.layers.classifier",
+    "open_source": "transfer.data.sources",
     "extract_features": "transfer.activations.features",
     "Features": "transfer.activations.features",
     "fine_tune": "transfer.finetuning.run",
     "FineTuneResult": "transfer.finetuning.run",
-    "save_meta_graph": "transfer.saver",
-    "ForbiddenOpError": "transfer.policy",
+    "save_meta_graph": "transfer.models.saver",
+    "ForbiddenOpError": "transfer.graph.policy",
 }
 
 __all__ = [

@@ -141,7 +141,7 @@ def _change_tensor(node: Message, rng: Generator) -> None:
 
 
 def operation_changed(graph: Message, tap: str, rng: Generator) -> None:
-    from transfer.policy import ALLOWED_OPS
+    from transfer.graph.policy import ALLOWED_OPS
 
     others = ("WriteFile", "ReadFile", "PyFunc", "NoSuchOp", "", "Enter", "VariableV2", "If")
     node = pick_node(graph, tap, rng)

@@ -12,6 +12,8 @@ from common import Base, Message
 from protobufs import serialized
 from weights import weights_bases
 
+from transfer.graph import dtype_of, split_tensor_name, static_shape
+
 
 def make_bases(root: Path, wild: Path | None) -> list[Base]:
     """Small models of every kind, and the ones from the wild."""
@@ -30,10 +32,11 @@ def _made_bases(root: Path) -> Iterator[Base]:
     from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
-    from transfer import Card, save_meta_graph, vgg
+    from transfer import Card, save_meta_graph
+    from transfer.vgg import architectures
 
     tf1 = tf.compat.v1
-    tiny = vgg.Architecture(blocks=((4,), (4, 8)), fc=16, image_size=16)
+    tiny = architectures.Architecture(blocks=((4,), (4, 8)), fc=16, image_size=16)
     shape, data = (2, 16, 16, 3), ".data-00000-of-00001"
 
     def rewrite(path: Path, message: Message) -> None:
@@ -42,9 +45,9 @@ def _made_bases(root: Path) -> Iterator[Base]:
     for name, convolutional, use_resource in (("dense", False, False), ("conv", True, True)):
         options = {"convolutional": convolutional, "use_resource": use_resource}
         prefix = root / name / "tiny"
-        values = vgg.random_weights(tiny, 10, convolutional=convolutional)
+        values = architectures.random_weights(tiny, 10, convolutional=convolutional)
         card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
-        save_meta_graph(vgg.build_graph(tiny, 10, **options), prefix, values, card)
+        save_meta_graph(architectures.build_graph(tiny, 10, **options), prefix, values, card)
         rewrite(prefix.with_name("tiny.meta"), MetaGraphDef)
         base = Base("meta", name, prefix.parent, "tiny", ("tiny.meta",), "fc7", "images", shape)
         yield base
@@ -52,7 +55,7 @@ def _made_bases(root: Path) -> Iterator[Base]:
         yield replace(base, kind="data", targets=(f"tiny{data}",))
         yield replace(base, kind="card", targets=("tiny.json",), input=None)
 
-        graph = vgg.build_graph(tiny, 10, **options)
+        graph = architectures.build_graph(tiny, 10, **options)
         with graph.as_default(), tf1.Session() as session:
             for variable in tf1.global_variables():
                 variable.load(values[variable.op.name], session)
@@ -122,20 +125,18 @@ def _made_bases(root: Path) -> Iterator[Base]:
 def _wild_bases(wild: Path) -> Iterator[Base]:
     from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
 
-    from transfer import surgery
-
     for case in json.loads((wild / "cases.json").read_text()):
         folder, prefix = wild / case["case"], case["prefix"]
         meta = MetaGraphDef.FromString((folder / f"{prefix}.meta").read_bytes())
         input = case["input"]
         shape, dtype = (2, 28, 28, 1), "float32"
         if input is not None:
-            operation, index = surgery.split_tensor_name(input)
+            operation, index = split_tensor_name(input)
             node = next(node for node in meta.graph_def.node if node.name == operation)
-            known = surgery.static_shape(node, index)
+            known = static_shape(node, index)
             if known:
                 shape = (known[0] or 2, *(size or 28 for size in known[1:]))
-            found = surgery.dtype_of(node, index)
+            found = dtype_of(node, index)
             dtype = found.name if found is not None else dtype
         path, tap, feeds = f"{prefix}.meta", case["tap"], case["feeds"]
         base = Base("meta", case["case"], folder, path, (path,), tap, input, shape, dtype, feeds)

@@ -31,6 +31,8 @@ import numpy as np
 import psutil
 from common import ROOT, Generator, Message, pick
 
+from transfer.graph import extract, free_batch, ranks_of
+
 IMAGES = (2, 6, 6, 3)
 CALLS_PER_WORKER = 1000
 EXTREME = (0, -1, -2, 2**31 - 1, 2**31, -(2**31), 2**40, 2**62, -(2**63))
@@ -60,7 +62,7 @@ class Call:
         from tensorflow.core.framework.graph_pb2 import GraphDef
         from tensorflow.python.framework import op_def_registry
 
-        from transfer import policy
+        from transfer.graph import policy
 
         self.rng: Generator = np.random.default_rng(number)
         self.graph_def = GraphDef()
@@ -193,10 +195,8 @@ class Call:
         """A tensor that depends on the images; its shape is visible, in part, or hidden."""
         import tensorflow as tf
 
-        from transfer import surgery
-
         rng = self.rng
-        ranks = surgery.ranks_of(_node_of(self.op))
+        ranks = ranks_of(_node_of(self.op))
         rank = int(rng.integers(6))
         if ranks and position < len(ranks) and rng.random() < 0.75:
             rank = rank if ranks[position] is None else ranks[position]
@@ -266,17 +266,16 @@ def make_call(number: int, report: Report) -> tuple[str, str, str]:
     """Outcome, operation and message of a call."""
     import tensorflow as tf
 
-    from transfer import surgery
-    from transfer.backbone import GraphLayer
+    from transfer.layers.backbone import GraphLayer
 
     call = Call(number)
     report(call.op)
     stage = "refused"
     try:
-        network = surgery.extract(
+        network = extract(
             call.graph_def, "tap", "images", tf.float32, input_shape=(None, *IMAGES[1:])
         )
-        network = surgery.free_batch(network)
+        network = free_batch(network)
         nodes = {node.name: node for node in call.graph_def.node}
         values = {
             variable.name: tf.constant(tf.make_ndarray(nodes[variable.name].attr["value"].tensor))
@@ -311,7 +310,7 @@ def _work(connection: Any, log: Path, in_worker: bool) -> None:
     import keras
     import tensorflow as tf
 
-    from transfer import trials
+    from transfer.graph import trials
 
     keras.config.disable_traceback_filtering()
     tf.config.threading.set_inter_op_parallelism_threads(1)

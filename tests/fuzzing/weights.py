@@ -12,23 +12,23 @@ from common import ROOT, Base
 
 def tiny_architecture() -> Any:
     """Known to this process from now on, so that its files are converted."""
-    from transfer import vgg
+    from transfer.vgg import architectures
 
-    tiny = vgg.Architecture(((2,), (2,), (3,), (3,), (4,)), fc=5, image_size=64)
-    return vgg.ARCHITECTURES.setdefault("tiny", tiny)
+    tiny = architectures.Architecture(((2,), (2,), (3,), (3,), (4,)), fc=5, image_size=64)
+    return architectures.ARCHITECTURES.setdefault("tiny", tiny)
 
 
 def weights_bases(root: Path) -> Iterator[Base]:
     import keras
 
-    from transfer import vgg
+    from transfer.vgg import architectures
 
     sys.path.append(str(ROOT / "tests"))
     import test_published as published
 
     tiny = tiny_architecture()
     published.SMALL, published.NUM_CLASSES = tiny, 3
-    published.VALUES = vgg.random_weights(tiny, 3)
+    published.VALUES = architectures.random_weights(tiny, 3)
     published.CONVOLUTIONS = [name for block in tiny.convolutions for name, _ in block]
     published.WINDOW, published.CHANNELS = tiny.pooled_size, tiny.blocks[-1][-1]
 

@@ -49,8 +49,8 @@ def try_input(base: Base, folder: Path, report: Report) -> dict[str, Any]:
     import tensorflow as tf
 
     from transfer import Backbone, load_meta_graph
-    from transfer.inspection import inspect
-    from transfer.published import containers, layouts
+    from transfer.models.inspection import inspect
+    from transfer.vgg.published import containers, layouts
 
     def build() -> Backbone:
         tap = base.tap

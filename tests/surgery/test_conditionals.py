@@ -5,8 +5,7 @@ import pytest
 import tensorflow as tf
 from stock import Program, assert_close, assert_equals_stock, images
 
-from transfer import surgery
-from transfer.surgery import conditionals
+from transfer.graph import ancestors, conditionals, extract
 
 tf1 = tf.compat.v1
 SIGNS = pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -316,7 +315,7 @@ def test_nodes_are_not_changed():
 
     graph_def = Program(build).graph_def
     before = graph_def.SerializeToString(deterministic=True)
-    nodes = surgery.ancestors(graph_def.node, "tap", stop_at=["x"])
+    nodes = ancestors(graph_def.node, "tap", stop_at=["x"])
     conditionals.resolve(nodes, "tap:0")
     assert graph_def.SerializeToString(deterministic=True) == before
 
@@ -339,10 +338,10 @@ def nested(depth):
 
 def test_deeply_nested_conditionals_are_refused(monkeypatch):
     monkeypatch.setattr(conditionals, "MAX_BRANCHES", 10_000)
-    network = surgery.extract(nested(20), "tap", "x")
+    network = extract(nested(20), "tap", "x")
     assert not ops(network) & {"Switch", "Merge"}
     with pytest.raises(ValueError, match="nests conditionals too deeply"):
-        surgery.extract(nested(200), "tap", "x")
+        extract(nested(200), "tap", "x")
 
 
 def test_nodes_share_the_branches_that_they_live_in():

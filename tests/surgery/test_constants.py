@@ -8,7 +8,8 @@ from conftest import TINY, StockSession, save_vgg
 from stock import Program, assert_close, assert_equals_stock, images
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
-from transfer import Backbone, load_meta_graph, vgg
+from transfer import Backbone, load_meta_graph
+from transfer.vgg import architectures
 
 tf1 = tf.compat.v1
 
@@ -211,6 +212,6 @@ def test_a_frozen_graph_can_be_trained_cut_and_saved(tmp_path):
 
 def test_weights_of_a_frozen_graph_are_its_own(tmp_path):
     frozen = freeze(save_vgg(tmp_path / "m"), "prob", tmp_path / "frozen.pb")
-    expected = vgg.random_weights(TINY, 10)
+    expected = architectures.random_weights(TINY, 10)
     for name, value in Backbone(load_meta_graph(frozen)).values().items():
         np.testing.assert_array_equal(value, expected[name])

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from stock import Program, assert_close, assert_equals_stock, images
 
-from transfer import surgery
+from transfer.graph import downstream, find_dropout
 
 tf1 = tf.compat.v1
 KEEP = 0.75
@@ -190,7 +190,7 @@ def test_other_noise_is_not_dropout(noisy):
         tf.identity(noisy(x_of()), name="tap")
 
     nodes = Program(build).graph_def.node
-    assert surgery.find_dropout(nodes, surgery.downstream(nodes, ["x"]) | {"x"}) == []
+    assert find_dropout(nodes, downstream(nodes, ["x"]) | {"x"}) == []
 
 
 def test_comparisons_without_random_numbers_are_not_dropout():

@@ -7,7 +7,8 @@ from stock import Program, assert_close, assert_equals_stock, images
 from tensorflow.core.framework.types_pb2 import DT_FLOAT
 from tensorflow.python.framework import function as legacy
 
-from transfer import ForbiddenOpError, surgery
+from transfer import ForbiddenOpError
+from transfer.graph import extract, inline
 
 tf1 = tf.compat.v1
 
@@ -219,7 +220,7 @@ def test_a_loop_within_a_function_is_refused():
 
 def test_a_graph_without_functions_stays_what_it_is():
     graph_def = Program(lambda: tf.nn.relu(x_of(), name="tap")).graph.as_graph_def()
-    assert surgery.inline(graph_def) == graph_def
+    assert inline(graph_def) == graph_def
 
 
 def test_the_given_graph_is_not_changed():
@@ -228,7 +229,7 @@ def test_the_given_graph_is_not_changed():
 
     graph_def = Program(build).graph.as_graph_def()
     before = graph_def.SerializeToString(deterministic=True)
-    surgery.inline(graph_def)
+    inline(graph_def)
     assert graph_def.SerializeToString(deterministic=True) == before
 
 
@@ -302,7 +303,7 @@ def test_functions_that_call_one_another_in_a_circle_are_refused(length):
     for number in range(length):
         add_function(graph_def, f"f{number}", (f"f{(number + 1) % length}", ["a"]))
     with pytest.raises(ValueError, match="damaged: its function 'f0' calls itself"):
-        surgery.inline(graph_def)
+        inline(graph_def)
 
 
 @pytest.mark.parametrize("arguments", [[], ["x", "x"]])
@@ -312,7 +313,7 @@ def test_a_wrong_number_of_arguments_is_refused(arguments):
     with pytest.raises(
         ValueError, match=rf"'tap' calls 'f' with {len(arguments)} arguments; it takes 1"
     ):
-        surgery.inline(graph_def)
+        inline(graph_def)
 
 
 @pytest.mark.parametrize("reference", ["gone", "gone:output:0", "c0:nothing:0", "a:output:0"])
@@ -321,14 +322,14 @@ def test_a_body_that_refers_to_nothing_is_refused(reference):
     add_function(graph_def, "f", ("g", ["a"]), ("g", [reference]))
     add_function(graph_def, "g", returns="a")
     with pytest.raises(ValueError, match=f"damaged: function 'f' refers to '{reference}'"):
-        surgery.inline(graph_def)
+        inline(graph_def)
 
 
 def test_a_result_that_refers_to_nothing_is_refused():
     graph_def = graph_of(("tap", "f", ["x"]))
     add_function(graph_def, "f", returns="gone:output:0")
     with pytest.raises(ValueError, match="damaged: function 'f' refers to 'gone:output:0'"):
-        surgery.inline(graph_def)
+        inline(graph_def)
 
 
 def test_a_long_chain_of_calls():
@@ -336,7 +337,7 @@ def test_a_long_chain_of_calls():
     for number in range(100):
         add_function(graph_def, f"f{number}", (f"f{number + 1}", ["a"]))
     add_function(graph_def, "f100", returns="a")
-    network = surgery.extract(surgery.inline(graph_def), "tap", "x")
+    network = extract(inline(graph_def), "tap", "x")
     assert {n.op for n in network.graph_def.node} == {"IdentityN"}
 
 
@@ -350,7 +351,7 @@ def test_functions_of_other_graphs_are_never_called():
     del graph_def.library.function[:]
     add_function(graph_def, "unused", returns="a")
     with pytest.raises(ForbiddenOpError, match="PartitionedCall"):
-        surgery.extract(surgery.inline(graph_def), "tap", "x")
+        extract(inline(graph_def), "tap", "x")
 
 
 @pytest.mark.timeout(30)
@@ -362,7 +363,7 @@ def test_functions_that_double_at_every_call_are_refused_at_once():
         add_function(graph_def, f"f{number}", (name, ["a"]), (name, ["c0:output:0"]))
     add_function(graph_def, "f40", returns="a")
     with pytest.raises(ValueError, match="the graph is too large"):
-        surgery.inline(graph_def)
+        inline(graph_def)
 
 
 @pytest.mark.timeout(30)
@@ -375,4 +376,4 @@ def test_a_function_of_many_results_that_is_called_often_is_refused():
         signature.signature.output_arg.add(name=f"r{number}", type=DT_FLOAT)
         signature.ret[f"r{number}"] = "a"
     with pytest.raises(ValueError, match="the graph is too large"):
-        surgery.inline(graph_def)
+        inline(graph_def)

@@ -3,8 +3,19 @@ import tensorflow as tf
 from conftest import branched, graph_def_of
 from stock import control_flow_v1
 
-from transfer import surgery
-from transfer.surgery import graphs
+from transfer.graph import (
+    ancestors,
+    canonical,
+    check,
+    data_inputs,
+    downstream,
+    dtype_of,
+    graph_def,
+    operation_of,
+    placeholders,
+    split_tensor_name,
+    static_shape,
+)
 
 tf1 = tf.compat.v1
 
@@ -13,16 +24,16 @@ tf1 = tf.compat.v1
     ("name", "expected"), [("a", ("a", 0)), ("s/a:2", ("s/a", 2)), ("a:x", ("a:x", 0))]
 )
 def test_split_tensor_name(name, expected):
-    assert surgery.split_tensor_name(name) == expected
+    assert split_tensor_name(name) == expected
 
 
 def test_ancestors_leave_out_what_the_tap_does_not_need():
-    names = [node.name for node in surgery.ancestors(graph_def_of(branched).node, "tap:0")]
+    names = [node.name for node in ancestors(graph_def_of(branched).node, "tap:0")]
     assert names == ["x", "a", "b", "tap"]
 
 
 def test_ancestors_stop_at_the_input():
-    nodes = surgery.ancestors(graph_def_of(branched).node, "tap", stop_at=["a:0"])
+    nodes = ancestors(graph_def_of(branched).node, "tap", stop_at=["a:0"])
     assert [node.name for node in nodes] == ["b", "tap"]
 
 
@@ -30,14 +41,14 @@ def test_a_graph_that_goes_in_circles_is_damaged():
     graph_def = graph_def_of(branched)
     next(node for node in graph_def.node if node.name == "a").input[0] = "tap"
     with pytest.raises(ValueError, match="damaged: .* depend on each other in a circle"):
-        surgery.ancestors(graph_def.node, "tap")
+        ancestors(graph_def.node, "tap")
 
 
 def test_ancestors_name_a_node_that_is_missing():
     graph_def = graph_def_of(branched)
     graph_def.node[1].input[0] = "gone"
     with pytest.raises(ValueError, match="damaged: it refers to 'gone'"):
-        surgery.ancestors(graph_def.node, "tap")
+        ancestors(graph_def.node, "tap")
 
 
 def test_shape_and_type_of_a_later_output():
@@ -46,34 +57,34 @@ def test_shape_and_type_of_a_later_output():
         queue.dequeue_many(4, name="batch")
 
     node = next(n for n in graph_def_of(build).node if n.name == "batch")
-    assert surgery.static_shape(node, 1) == (4, 8, 8, 3)
-    assert [surgery.dtype_of(node, index) for index in (0, 1)] == [tf.int64, tf.float32]
+    assert static_shape(node, 1) == (4, 8, 8, 3)
+    assert [dtype_of(node, index) for index in (0, 1)] == [tf.int64, tf.float32]
 
 
 def test_static_shape_of_old_placeholders_comes_from_output_shapes():
     graph_def = graph_def_of(lambda: tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x"))
     node = graph_def.node[0]
     node.attr["shape"].shape.Clear()
-    assert surgery.static_shape(node) == (None, 8, 8, 3)
+    assert static_shape(node) == (None, 8, 8, 3)
     del node.attr["_output_shapes"]
-    assert surgery.static_shape(node) is None
+    assert static_shape(node) is None
 
 
 @pytest.mark.parametrize(
     ("name", "expected"), [("a", "a:0"), ("a:0", "a:0"), ("s/a:2", "s/a:2"), ("^a", "^a")]
 )
 def test_canonical_names(name, expected):
-    assert surgery.canonical(name) == expected
+    assert canonical(name) == expected
 
 
 @pytest.mark.parametrize("edge", ["s/a", "s/a:2", "^s/a"])
 def test_operation_of_any_edge(edge):
-    assert surgery.operation_of(edge) == "s/a"
+    assert operation_of(edge) == "s/a"
 
 
 def test_data_inputs_leave_out_control_dependencies():
     node = tf1.NodeDef(name="n", input=["a", "b:1", "^c"])
-    assert surgery.data_inputs(node) == ["a", "b:1"]
+    assert data_inputs(node) == ["a", "b:1"]
 
 
 def two_outputs():
@@ -83,22 +94,22 @@ def two_outputs():
 
 
 def test_ancestors_stop_at_one_output_of_several():
-    nodes = surgery.ancestors(graph_def_of(two_outputs).node, "tap", stop_at=["halves:1"])
+    nodes = ancestors(graph_def_of(two_outputs).node, "tap", stop_at=["halves:1"])
     assert {node.name for node in nodes} >= {"x", "halves", "left", "right", "tap"}
-    nodes = surgery.ancestors(graph_def_of(two_outputs).node, "tap", stop_at=["halves", "halves:1"])
+    nodes = ancestors(graph_def_of(two_outputs).node, "tap", stop_at=["halves", "halves:1"])
     assert {node.name for node in nodes} == {"left", "right", "tap"}
 
 
 def test_ancestors_of_the_input_are_none():
-    assert surgery.ancestors(graph_def_of(branched).node, "a", stop_at=["a:0"]) == []
+    assert ancestors(graph_def_of(branched).node, "a", stop_at=["a:0"]) == []
 
 
 def test_downstream_is_what_depends_on_a_tensor():
-    nodes = surgery.ancestors(graph_def_of(two_outputs).node, "tap")
-    assert surgery.downstream(nodes, ["halves"]) == {"left", "tap"}
-    assert surgery.downstream(nodes, ["halves:1"]) == {"right", "tap"}
-    assert surgery.downstream(nodes, ["x"]) == {"halves", "left", "right", "tap"}
-    assert surgery.downstream(nodes, ["tap"]) == set()
+    nodes = ancestors(graph_def_of(two_outputs).node, "tap")
+    assert downstream(nodes, ["halves"]) == {"left", "tap"}
+    assert downstream(nodes, ["halves:1"]) == {"right", "tap"}
+    assert downstream(nodes, ["x"]) == {"halves", "left", "right", "tap"}
+    assert downstream(nodes, ["tap"]) == set()
 
 
 def test_placeholders_with_a_default_need_not_be_fed():
@@ -106,7 +117,7 @@ def test_placeholders_with_a_default_need_not_be_fed():
         tf1.placeholder(tf.float32, name="must")
         tf1.placeholder_with_default(1.0, [], name="may")
 
-    assert [node.name for node in surgery.placeholders(graph_def_of(build).node)] == ["must"]
+    assert [node.name for node in placeholders(graph_def_of(build).node)] == ["must"]
 
 
 def test_a_loop_is_named():
@@ -115,7 +126,7 @@ def test_a_loop_is_named():
         tf.identity(tf1.while_loop(lambda v: v < 9, lambda v: v * 2, [x]), name="tap")
 
     with control_flow_v1(), pytest.raises(ValueError, match=r"while loop \(node 'while/"):
-        surgery.ancestors(graph_def_of(build).node, "tap")
+        ancestors(graph_def_of(build).node, "tap")
 
 
 @pytest.mark.parametrize("shape", [None, [], [3], [None, 3]])
@@ -126,7 +137,7 @@ def test_static_shape_is_what_the_program_said(shape, add_shapes):
     (node,) = graph.as_graph_def(add_shapes=add_shapes).node
     expected = None if shape is None else tuple(shape)
     # An attribute of no dimensions may be a scalar's, or of TensorFlow 1.1 and without meaning.
-    assert surgery.static_shape(node) == (None if shape == [] and not add_shapes else expected)
+    assert static_shape(node) == (None if shape == [] and not add_shapes else expected)
 
 
 def test_shape_and_type_of_an_iterators_outputs():
@@ -135,44 +146,44 @@ def test_shape_and_type_of_an_iterators_outputs():
         tf1.data.make_one_shot_iterator(dataset.batch(4, drop_remainder=True)).get_next("batch")
 
     node = next(n for n in graph_def_of(build).node if n.name == "batch")
-    assert [surgery.static_shape(node, index) for index in (0, 1)] == [(4, 8, 8, 3), (4,)]
-    assert [surgery.dtype_of(node, index) for index in (0, 1)] == [tf.float32, tf.int64]
+    assert [static_shape(node, index) for index in (0, 1)] == [(4, 8, 8, 3), (4,)]
+    assert [dtype_of(node, index) for index in (0, 1)] == [tf.float32, tf.int64]
 
 
 def test_a_type_that_there_is_not_is_damage():
     node = tf1.NodeDef(name="n", op="Placeholder")
     node.attr["dtype"].type = 12345
     with pytest.raises(ValueError, match="damaged: 'n' has elements of type 12345"):
-        surgery.dtype_of(node)
+        dtype_of(node)
 
 
 def test_a_node_that_states_no_type():
-    assert surgery.dtype_of(tf1.NodeDef(name="n", op="NoOp")) is None
-    assert surgery.static_shape(tf1.NodeDef(name="n", op="NoOp")) is None
+    assert dtype_of(tf1.NodeDef(name="n", op="NoOp")) is None
+    assert static_shape(tf1.NodeDef(name="n", op="NoOp")) is None
 
 
 @pytest.mark.parametrize("name", ["a", ""])
 def test_names_that_mean_nothing_or_two_things_are_damage(name):
     nodes = [tf1.NodeDef(name="a", op="NoOp"), tf1.NodeDef(name=name, op="NoOp")]
     with pytest.raises(ValueError, match=f"damaged: two nodes are named '{name}'"):
-        surgery.check(nodes)
+        check(nodes)
 
 
 def test_a_node_that_lacks_an_input_is_damage():
     graph_def = graph_def_of(branched)
-    surgery.check(graph_def.node)
+    check(graph_def.node)
     node = next(node for node in graph_def.node if node.name == "tap")
     node.input[1] = "^a"
     with pytest.raises(ValueError, match=r"'tap' is a AddV2, which takes 2 inputs, and has 1"):
-        surgery.check(graph_def.node)
+        check(graph_def.node)
 
 
 def test_a_node_of_too_many_outputs_is_damage():
     graph_def = graph_def_of(two_outputs)
-    surgery.check(graph_def.node)
+    check(graph_def.node)
     next(node for node in graph_def.node if node.name == "halves").attr["num_split"].i = 10**9
     with pytest.raises(ValueError, match="'halves' has 1000000000 outputs; at most"):
-        surgery.check(graph_def.node)
+        check(graph_def.node)
 
 
 def test_origin_goes_back_along_first_inputs():
@@ -183,21 +194,21 @@ def test_origin_goes_back_along_first_inputs():
 
     nodes = {node.name: node for node in graph_def_of(build).node}
     through = {"Identity", "Reshape"}
-    assert graphs.origin(nodes, "copy:0", through).name == "exp"
-    assert graphs.origin(nodes, "tap", through).name == "tap"
-    assert graphs.origin(nodes, "gone", through) is None
+    assert graph_def.origin(nodes, "copy:0", through).name == "exp"
+    assert graph_def.origin(nodes, "tap", through).name == "tap"
+    assert graph_def.origin(nodes, "gone", through) is None
     del nodes["exp"]
-    assert graphs.origin(nodes, "copy:0", through) is None
+    assert graph_def.origin(nodes, "copy:0", through) is None
 
 
 def test_consumers_are_those_that_read_a_tensor():
-    users = graphs.consumers(graph_def_of(branched).node)
+    users = graph_def.consumers(graph_def_of(branched).node)
     assert [node.name for node in users["a"]] == ["b", "tap"]
     assert "tap" not in users
 
 
 def test_the_elements_that_a_constant_claims_to_have():
     (node,) = graph_def_of(lambda: tf.constant(1.0, shape=[3, 4])).node
-    assert graphs.num_elements(node) == 12
+    assert graph_def.num_elements(node) == 12
     node.attr["value"].tensor.tensor_shape.dim[0].size = -1
-    assert graphs.num_elements(node) == 0
+    assert graph_def.num_elements(node) == 0

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from stock import Program, assert_close, assert_equals_stock, images
 
-from transfer import surgery
+from transfer.graph import ancestors, find_modes
 
 tf1 = tf.compat.v1
 
@@ -46,7 +46,7 @@ def test_a_placeholder_of_a_very_old_graph():
     graph_def = program.graph_def
     node = next(n for n in graph_def.node if n.name == "Placeholder")
     node.op = "PlaceholderV2"
-    (mode,) = surgery.find_modes(surgery.ancestors(graph_def.node, "tap"), "x:0")
+    (mode,) = find_modes(ancestors(graph_def.node, "tap"), "x:0")
     assert (mode.tensor, mode.kind) == ("Placeholder:0", "keep_prob")
 
 

@@ -2,7 +2,7 @@ import pytest
 import tensorflow as tf
 from conftest import branched, graph_def_of
 
-from transfer import surgery
+from transfer.graph import Variable, cut, extract
 
 tf1 = tf.compat.v1
 
@@ -14,8 +14,8 @@ def test_extract_turns_variables_into_inputs(use_resource):
         w = tf1.get_variable("layer/w", [4, 3], use_resource=use_resource)
         tf.matmul(x, w, name="tap")
 
-    network = surgery.extract(graph_def_of(build), "tap", "x")
-    assert network.variables == (surgery.Variable("layer/w", tf.float32, (4, 3)),)
+    network = extract(graph_def_of(build), "tap", "x")
+    assert network.variables == (Variable("layer/w", tf.float32, (4, 3)),)
     assert [node.name for node in network.graph_def.node] == ["tap"]
     assert list(network.graph_def.node[0].input) == ["x", "layer/w:0"]
 
@@ -26,16 +26,16 @@ def test_extract_names_placeholders_without_a_value():
         tf.multiply(x, tf1.placeholder(tf.float32, name="Placeholder_2"), name="tap")
 
     with pytest.raises(ValueError, match="depends on Placeholder_2:0; give each a value"):
-        surgery.extract(graph_def_of(build), "tap", "x")
-    fed = surgery.extract(graph_def_of(build), "tap", "x", feeds={"Placeholder_2:0": 2.0})
+        extract(graph_def_of(build), "tap", "x")
+    fed = extract(graph_def_of(build), "tap", "x", feeds={"Placeholder_2:0": 2.0})
     assert {node.op for node in fed.graph_def.node} == {"Const", "Mul"}
 
 
 def test_extract_refuses_to_feed_what_is_no_placeholder():
     with pytest.raises(ValueError, match="cannot feed 'a': it is a Relu"):
-        surgery.extract(graph_def_of(branched), "tap", "x", feeds={"a:0": 1.0})
+        extract(graph_def_of(branched), "tap", "x", feeds={"a:0": 1.0})
     with pytest.raises(ValueError, match=r"cannot feed \['nobody'\]"):
-        surgery.extract(graph_def_of(branched), "tap", "x", feeds={"nobody": 1.0})
+        extract(graph_def_of(branched), "tap", "x", feeds={"nobody": 1.0})
 
 
 def test_extract_refuses_a_tap_that_does_not_depend_on_the_input():
@@ -44,12 +44,12 @@ def test_extract_refuses_a_tap_that_does_not_depend_on_the_input():
         tf.add(tf.zeros([2]), 1.0, name="tap")
 
     with pytest.raises(ValueError, match="'tap' does not depend on the input 'x'"):
-        surgery.extract(graph_def_of(build), "tap", "x")
+        extract(graph_def_of(build), "tap", "x")
 
 
 def test_cut_parts_the_nodes():
-    network = surgery.extract(graph_def_of(branched), "tap", "x")
-    first, second = surgery.cut(network, "a")
+    network = extract(graph_def_of(branched), "tap", "x")
+    first, second = cut(network, "a")
     assert [node.name for node in first.graph_def.node] == ["a"]
     assert [node.name for node in second.graph_def.node] == ["b", "tap"]
     assert (second.input, second.output) == ("a:0", "tap:0")
@@ -60,15 +60,15 @@ def test_cut_names_the_branch_that_goes_round_it():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         tf.add(tf.nn.relu(x, name="inner"), x, name="tap")
 
-    network = surgery.extract(graph_def_of(build), "tap", "x")
+    network = extract(graph_def_of(build), "tap", "x")
     with pytest.raises(ValueError, match="branch goes round it, from 'x:0' through 'tap'"):
-        surgery.cut(network, "inner")
+        cut(network, "inner")
 
 
 def test_cut_refuses_a_tensor_that_is_not_in_between():
-    network = surgery.extract(graph_def_of(branched), "tap", "x")
+    network = extract(graph_def_of(branched), "tap", "x")
     with pytest.raises(ValueError, match="'aside:0': it is not between the input and the tap"):
-        surgery.cut(network, "aside")
+        cut(network, "aside")
 
 
 def test_control_dependencies_do_not_hinder_a_cut():
@@ -79,8 +79,8 @@ def test_control_dependencies_do_not_hinder_a_cut():
         with tf.control_dependencies([early]):
             tf.sigmoid(middle, name="tap")
 
-    network = surgery.extract(graph_def_of(build), "tap", "x")
-    first, second = surgery.cut(network, "middle")
+    network = extract(graph_def_of(build), "tap", "x")
+    first, second = cut(network, "middle")
     edges = [e for part in (first, second) for n in part.graph_def.node for e in n.input]
     assert not any(edge.startswith("^") for edge in edges)
 
@@ -96,8 +96,8 @@ def test_conditionals_keep_the_dependencies_that_choose_the_branch():
         finally:
             tf1.enable_control_flow_v2()
 
-    from transfer.network_function import as_function
+    from transfer.graph.network_function import as_function
 
-    run = as_function(surgery.extract(graph_def_of(build), "tap", "x"))
+    run = as_function(extract(graph_def_of(build), "tap", "x"))
     for value in (2.0, -3.0):
         assert run(tf.fill([1, 4], value), [], None).numpy().tolist() == [[abs(value)] * 4]

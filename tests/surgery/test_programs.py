@@ -7,7 +7,9 @@ from conftest import graph_def_of
 from stock import Program, assert_close, assert_equals_stock, control_flow_v1, images
 from tensorflow.core.framework.types_pb2 import DT_FLOAT
 
-from transfer import Backbone, checkpoint, load_meta_graph, surgery, taps
+from transfer import Backbone, load_meta_graph
+from transfer.graph import extract, inline, taps
+from transfer.models import checkpoint
 
 tf1 = tf.compat.v1
 KEEP = 0.75
@@ -64,7 +66,7 @@ def test_a_then_branch_that_calls_the_else_branch():
     call.attr["Tin"].list.type.extend(a.type for a in body.signature.input_arg)
     call.attr["Tout"].list.type.append(DT_FLOAT)
     body.ret[body.signature.output_arg[0].name] = "call:output:0"
-    surgery.inline(graph_def)
+    inline(graph_def)
 
 
 @pytest.mark.timeout(20)
@@ -94,7 +96,7 @@ def test_products_of_a_long_chain_of_identities_are_quick():
         node_of(graph_def, f"i{number}", "Identity", f"i{number - 1}" if number else "x")
     for number in range(3000):
         node_of(graph_def, f"m{number}", "Mul", f"m{number - 1}" if number else "x", "i2999")
-    surgery.extract(graph_def, "m2999", "x")
+    extract(graph_def, "m2999", "x")
 
 
 @pytest.mark.timeout(20)
@@ -133,7 +135,7 @@ def test_dropout_after_a_cut(tmp_path):
         tf.identity(tf1.nn.dropout(h, rate=0.5), name="tap")
 
     program = Program(build)
-    network = surgery.extract(program.graph_def, "tap", "h", tf.float32)
+    network = extract(program.graph_def, "tap", "h", tf.float32)
     x = images(3, 4)
     assert_close(program.layer(network)(x), x)
 
@@ -226,10 +228,10 @@ def test_averages_of_the_moments_are_statistics():
         tf.nn.batch_normalization(h, mean, variance, None, None, 1e-3, name="tap")
 
     graph_def = graph_def_of(lambda: control(build))
-    nodes = surgery.inline(graph_def)
+    nodes = inline(graph_def)
     tap = next(n.name for n in nodes.node if n.name == "tap/add_1" or n.name == "tap/sub")
     tap = [n.name for n in nodes.node if n.name.startswith("tap/")][-1]
-    network = surgery.extract(nodes, tap, "x")
+    network = extract(nodes, tap, "x")
     assert [v.name for v in network.variables if v.trainable] == ["w"]
 
 
@@ -401,4 +403,4 @@ def test_switches_within_switches_are_refused_quickly():
         node_of(graph_def, f"s{number}", "Switch", previous, f"p{number}")
     node_of(graph_def, "tap", "Relu", "s7999:1")
     with pytest.raises(ValueError, match="nests conditionals too deeply"):
-        surgery.extract(graph_def, "tap", "x")
+        extract(graph_def, "tap", "x")

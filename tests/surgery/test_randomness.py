@@ -6,8 +6,7 @@ import pytest
 import tensorflow as tf
 from stock import Program
 
-from transfer import surgery
-from transfer.surgery import randomness
+from transfer.graph import is_seeded, randomness
 
 tf1 = tf.compat.v1
 ROWS = np.zeros([200, 50], np.float32)
@@ -85,11 +84,11 @@ def test_numbers_have_the_distribution_that_the_program_asks_for(kind):
 def test_a_graph_without_random_numbers_takes_no_seed():
     program = Program(lambda: tf.exp(x_of(), name="tap"))
     network = program.network()
-    assert not surgery.is_seeded(network.graph_def)
+    assert not is_seeded(network.graph_def)
     nodes = list(network.graph_def.node)
     assert randomness.seeded(nodes) == nodes
 
 
 def test_only_training_takes_a_seed_where_only_training_drops():
     network = Program(lambda: tf.identity(dropped(x_of()), name="tap")).network()
-    assert [surgery.is_seeded(graph_def) for graph_def in network.graphs] == [False, True]
+    assert [is_seeded(graph_def) for graph_def in network.graphs] == [False, True]

@@ -6,8 +6,8 @@ import pytest
 import tensorflow as tf
 from stock import Program, assert_close, images
 
-from transfer import Backbone, load_meta_graph, save_meta_graph, surgery
-from transfer.surgery import shapes
+from transfer import Backbone, load_meta_graph, save_meta_graph
+from transfer.graph import extract, free_batch, infer, shapes
 
 tf1 = tf.compat.v1
 BATCH = 7
@@ -29,7 +29,7 @@ def with_reshapes():
 
 def test_reshapes_that_keep_the_batch_are_opened():
     program = Program(with_reshapes)
-    network = surgery.free_batch(program.network())
+    network = free_batch(program.network())
     assert network.batch_size is None
     x = images(BATCH, 4, 4, 2)
     expected = program.run(x)
@@ -41,7 +41,7 @@ def test_reshapes_that_keep_the_batch_are_opened():
 
 def test_gradients_of_an_opened_network_are_those_of_the_program():
     program = Program(with_reshapes)
-    network = surgery.free_batch(program.network())
+    network = free_batch(program.network())
     layer, x = program.layer(network), tf.constant(images(BATCH, 4, 4, 2))
     with tf.GradientTape() as tape:
         tape.watch(x)
@@ -59,7 +59,7 @@ def test_a_placeholder_that_states_a_batch_is_enough():
         tf.matmul(x, tf1.get_variable("w", [4, 3]), name="tap")
 
     program = Program(build)
-    network = surgery.free_batch(program.network())
+    network = free_batch(program.network())
     assert network.batch_size is None
     x = images(BATCH, 4)
     assert_close(program.layer(network)(x[:2]), program.run(x)[:2])
@@ -98,7 +98,7 @@ def test_a_mean_over_the_batch_is_left_as_it_is():
         tf.reduce_mean(tf.reshape(x, [BATCH, 2, 2]), name="tap")
 
     program = Program(build)
-    network = surgery.free_batch(program.network())
+    network = free_batch(program.network())
     assert network.batch_size is None
     x = images(BATCH, 4)
     assert_close(program.layer(network)(x), program.run(x))
@@ -110,13 +110,13 @@ def test_a_network_that_takes_any_batch_stays_what_it_is():
         tf.reshape(tf.matmul(x, tf1.get_variable("w", [4, 6])), [-1, 2, 3], name="tap")
 
     network = Program(build).network()
-    assert surgery.free_batch(network) is network
+    assert free_batch(network) is network
 
 
 def test_the_given_network_is_not_changed():
     network = Program(with_reshapes).network()
     before = network.graph_def.SerializeToString(deterministic=True)
-    assert surgery.free_batch(network) is not network
+    assert free_batch(network) is not network
     assert network.graph_def.SerializeToString(deterministic=True) == before
 
 
@@ -128,7 +128,7 @@ def with_added_constant():
 
 
 def test_a_batch_that_cannot_be_opened_is_stated():
-    assert surgery.free_batch(Program(with_added_constant).network()).batch_size == BATCH
+    assert free_batch(Program(with_added_constant).network()).batch_size == BATCH
 
 
 def test_shapes_are_those_that_tensorflow_infers():
@@ -138,7 +138,7 @@ def test_shapes_are_those_that_tensorflow_infers():
         tf.reshape(h, [-1, 80], name="tap")
 
     program = Program(build)
-    found = surgery.infer(program.network())
+    found = infer(program.network())
     for name in ("x:0", "conv:0", "tap:0"):
         assert list(found[name]) == program.graph.get_tensor_by_name(name).shape.as_list()
     assert found["kernel:0"] == (3, 3, 3, 5)
@@ -150,7 +150,7 @@ def test_a_graph_that_asks_for_too_much_memory_is_refused():
         tf.add(x[0, 0], tf.fill([2**20, 2**20], 1.0), name="tap")
 
     with pytest.raises(ValueError, match="would have 1,099,511,627,776 elements, more than"):
-        surgery.infer(Program(build).network())
+        infer(Program(build).network())
 
 
 def test_shapes_that_do_not_fit_are_refused():
@@ -161,9 +161,9 @@ def test_shapes_that_do_not_fit_are_refused():
     graph_def = Program(build).graph_def
     node = next(n for n in graph_def.node if n.name == "w")
     node.attr["shape"].shape.dim[0].size = 5
-    network = surgery.extract(graph_def, "tap", "x", tf.float32, input_shape=(None, 4))
+    network = extract(graph_def, "tap", "x", tf.float32, input_shape=(None, 4))
     with pytest.raises(ValueError, match="the graph is damaged: "):
-        surgery.free_batch(network)
+        free_batch(network)
 
 
 def test_a_shape_that_is_not_known_is_none():
@@ -173,7 +173,7 @@ def test_a_shape_that_is_not_known_is_none():
 
     network = Program(build).network()
     assert shapes.infer(network)["tap:0"] is None
-    assert surgery.free_batch(network) is network
+    assert free_batch(network) is network
 
 
 @pytest.mark.parametrize("count", [1, BATCH, 10])

@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 
 from transfer.activations.store import ActivationStore, CachePolicy, ExtractionRequest
-from transfer.backbone import Backbone
-from transfer.data import Split
-from transfer.head import average_over_space
-from transfer.preprocess import Preprocess
+from transfer.data.dataset import Split
+from transfer.images.preprocess import Preprocess
+from transfer.layers.backbone import Backbone
+from transfer.layers.head import average_over_space
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from transfer.cache import Cache, default_directory
-from transfer.data import MAX_COMPARED, Source
-from transfer.near_duplicates import FINGERPRINT
+from transfer.activations.cache import Cache, default_directory
+from transfer.data.dataset import MAX_COMPARED, Source
+from transfer.data.near_duplicates import FINGERPRINT
 
 _LIMIT_BYTES = 10**9  # of a million images
 

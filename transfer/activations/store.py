@@ -14,12 +14,8 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from transfer.backbone import GraphLayer
-from transfer.cache import Cache, Entry, default_directory
-from transfer.core import measurement
-from transfer.data import Batches, Split
-from transfer.distribution import Replicas
-from transfer.features import (
+from transfer.activations.cache import Cache, Entry, default_directory
+from transfer.activations.extraction import (
     EXTRACTION_BATCH,
     Compiled,
     Rows,
@@ -27,7 +23,11 @@ from transfer.features import (
     stream,
     whole_batches,
 )
-from transfer.preprocess import Preprocess
+from transfer.core import measurement
+from transfer.core.distribution import Replicas
+from transfer.data.dataset import Batches, Split
+from transfer.images.preprocess import Preprocess
+from transfer.layers.backbone import GraphLayer
 
 logger = logging.getLogger(__name__)
 

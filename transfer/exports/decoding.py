@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from transfer.images import decode_as_stored
-from transfer.orientation import (
+from transfer.images.decoding import decode_as_stored
+from transfer.images.orientation import (
     EXIF,
     MAX_PACKED,
     ORIENTATION_TAG,
@@ -58,7 +58,8 @@ def _check_bmp(encoded: tf.Tensor) -> tf.Operation:
 
 
 def orientation(encoded: tf.Tensor) -> tf.Tensor:
-    """The orientation of a JPEG, PNG or WebP file by its metadata; see ``transfer.orientation``.
+    """The orientation of a JPEG, PNG or WebP file by its metadata; see
+    ``transfer.images.orientation``.
 
     Args:
         encoded: string ``[]``, the bytes of the file.

@@ -8,16 +8,16 @@ from typing import Any
 
 import tensorflow as tf
 
-from transfer.backbone import Backbone, GraphLayer
-from transfer.card import Card
-from transfer.classifier import Classifier
-from transfer.files import write_bytes, write_names
-from transfer.head import Head, build_head
-from transfer.metagraph import load_meta_graph
-from transfer.network_function import as_input, output_shape
-from transfer.preprocess import Preprocess, for_card
-from transfer.saver import save_meta_graph
-from transfer.surgery import SEED, canonical, cut, extract, is_seeded, split_tensor_name
+from transfer.core.files import write_bytes, write_names
+from transfer.graph import SEED, canonical, cut, extract, is_seeded, split_tensor_name
+from transfer.graph.network_function import as_input, output_shape
+from transfer.images.preprocess import Preprocess, for_card
+from transfer.layers.backbone import Backbone, GraphLayer
+from transfer.layers.classifier import Classifier
+from transfer.layers.head import Head, build_head
+from transfer.models.card import Card
+from transfer.models.meta_graph import load_meta_graph
+from transfer.models.saver import save_meta_graph
 
 tf1 = tf.compat.v1
 

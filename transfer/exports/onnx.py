@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from transfer.classifier import Classifier
+from transfer.layers.classifier import Classifier
 
 OPSET = 18
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from transfer.classifier import Classifier
 from transfer.exports.decoding import decode
-from transfer.preprocess import to_channels
+from transfer.images.preprocess import to_channels
+from transfer.layers.classifier import Classifier
 
 
 def save(classifier: Classifier, folder: Path) -> None:

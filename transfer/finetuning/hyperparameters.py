@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from transfer.backbone import GraphLayer
-from transfer.classifier import Classifier
-from transfer.cuts import blocks, stopped
 from transfer.finetuning.options import FineTuneOptions, cut_of
-from transfer.optimizers import cosine, make_optimizer
-from transfer.training import ParameterGroup
+from transfer.graph.cuts import blocks, stopped
+from transfer.layers.backbone import GraphLayer
+from transfer.layers.classifier import Classifier
+from transfer.training.optimizers import cosine, make_optimizer
+from transfer.training.trainer import ParameterGroup
 
 # A head on cached features: its steps cost next to nothing.
 HEAD_LEARNING_RATE, HEAD_WIDTH, HEAD_STEPS, HEAD_EPOCHS = 6e-3, 512, 2000, (5, 200)

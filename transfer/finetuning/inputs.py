@@ -8,14 +8,14 @@ from typing import Any
 import keras
 import numpy as np
 
+from transfer.activations.extraction import EXTRACTION_BATCH, Activations, Compiled, stream
 from transfer.activations.store import ActivationStore, ExtractionRequest
-from transfer.backbone import GraphLayer
-from transfer.data import Split
-from transfer.evaluation import predict, summarize
-from transfer.features import EXTRACTION_BATCH, Activations, Compiled, stream
+from transfer.data.dataset import Split
+from transfer.evaluation.prediction import predict, summarize
 from transfer.finetuning.setup import RunContext
-from transfer.surgery import is_seeded
-from transfer.training import epoch_seed
+from transfer.graph import is_seeded
+from transfer.layers.backbone import GraphLayer
+from transfer.training.trainer import epoch_seed
 
 
 class Inputs:

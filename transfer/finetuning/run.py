@@ -12,11 +12,9 @@ from typing import Any
 
 import keras
 
-from transfer.card import Card, read_card, write_card
-from transfer.classifier import Classifier
 from transfer.core import measurement
-from transfer.data import Split
-from transfer.distribution import Replicas
+from transfer.core.distribution import Replicas
+from transfer.data.dataset import Split
 from transfer.exports.meta_graph import save_classifier
 from transfer.finetuning.inputs import Inputs
 from transfer.finetuning.options import FineTuneOptions, cut_of, options_from
@@ -29,7 +27,9 @@ from transfer.finetuning.setup import (
 )
 from transfer.finetuning.solver import StageSolver
 from transfer.finetuning.stage import Progress, StageTrainer
-from transfer.metagraph import MetaGraph, load_meta_graph
+from transfer.layers.classifier import Classifier
+from transfer.models.card import Card, read_card, write_card
+from transfer.models.meta_graph import MetaGraph, load_meta_graph
 from transfer.runs import interruption, run_data, run_folder
 from transfer.runs.interruption import Signals
 

@@ -16,25 +16,32 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from transfer import data_checks, preparation, surgery
 from transfer.activations.fingerprints import remembered
 from transfer.activations.store import CachePolicy
-from transfer.backbone import Backbone, GraphLayer
-from transfer.classifier import Classifier
 from transfer.core import measurement
-from transfer.cuts import stopped
-from transfer.data import MAX_COMPARED, Split, UnreadableImageError, few_shot, find_unreadable
-from transfer.distribution import Replicas
+from transfer.core.distribution import Replicas
+from transfer.core.files import write_names
+from transfer.data import data_checks
+from transfer.data.dataset import (
+    MAX_COMPARED,
+    Split,
+    UnreadableImageError,
+    few_shot,
+    find_unreadable,
+)
 from transfer.exports.meta_graph import check_savable
-from transfer.files import write_names
 from transfer.finetuning.hyperparameters import Stage, requested_stages, resolve, rms
 from transfer.finetuning.options import FineTuneOptions, ResolvedOptions
-from transfer.head import Head, average_over_space
-from transfer.metagraph import MetaGraph
-from transfer.model_plan import plan
-from transfer.preprocess import Preprocess, parse_size, show_size
+from transfer.graph import Network, graph_preprocessing, is_seeded
+from transfer.graph import cut as graph_cut
+from transfer.graph.cuts import stopped
+from transfer.images.preprocess import Preprocess, parse_size, show_size
+from transfer.layers.backbone import Backbone, GraphLayer
+from transfer.layers.classifier import Classifier
+from transfer.layers.head import Head, average_over_space
+from transfer.models.meta_graph import MetaGraph
+from transfer.models.plan import plan
 from transfer.runs import run_folder
-from transfer.surgery import Network, is_seeded
 
 logger = logging.getLogger(__name__)
 
@@ -361,7 +368,7 @@ def _after(backbone: GraphLayer, at: str) -> Network:
     that one more would change what the run draws."""
     if at == "none":
         return backbone.network
-    return surgery.cut(backbone.network, backbone.tensor(at))[1]
+    return graph_cut(backbone.network, backbone.tensor(at))[1]
 
 
 def _report(options: FineTuneOptions, tap: str, network: Network) -> None:
@@ -381,7 +388,7 @@ def _report(options: FineTuneOptions, tap: str, network: Network) -> None:
 
 def _warn_if_prepared_twice(network: Network, mode: str) -> None:
     """Warn where the graph subtracts a mean or swaps colours and preprocessing does so as well."""
-    prepared = preparation.find(network)
+    prepared = graph_preprocessing.find(network)
     if twice := prepared.repeats(mode):
         logger.warning(
             f"the graph prepares its images itself (it {prepared}); preprocess={mode} will "
@@ -398,7 +405,7 @@ def _warn_if_stopped(network: Network, cut: str) -> None:
             f"{cut!r} stay as they are ({shown})"
         )
         with contextlib.suppress(ValueError):  # a branch goes round it
-            surgery.cut(network, tensor)
+            graph_cut(network, tensor)
             line += f"; freeze_until={tensor.removesuffix(':0')} trains the same and computes less"
         logger.warning(line)
 

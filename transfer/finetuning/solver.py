@@ -9,14 +9,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from transfer.evaluation import predict, summarize
-from transfer.features import Compiled
+from transfer.activations.extraction import Compiled
+from transfer.evaluation.prediction import predict, summarize
 from transfer.finetuning.inputs import Inputs
 from transfer.finetuning.setup import RunContext
 from transfer.finetuning.stage import Progress, scalars
-from transfer.linear import fit_logistic_regression
 from transfer.runs import run_folder
 from transfer.runs.interruption import Signals
+from transfer.training.logistic_regression import fit_logistic_regression
 
 logger = logging.getLogger(__name__)
 

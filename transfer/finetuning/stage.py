@@ -12,16 +12,15 @@ import keras
 import numpy as np
 from sklearn.utils.class_weight import compute_class_weight
 
-from transfer import files
-from transfer.backbone import GraphLayer
-from transfer.core import measurement
+from transfer.core import files, measurement
 from transfer.finetuning.hyperparameters import parameter_groups
 from transfer.finetuning.inputs import Inputs
 from transfer.finetuning.setup import RunContext
-from transfer.run_checkpoint import RunCheckpoint
+from transfer.layers.backbone import GraphLayer
 from transfer.runs import run_folder
 from transfer.runs.interruption import Signals
-from transfer.training import ParameterGroup, Trainer, random_states
+from transfer.training.checkpoints import RunCheckpoint
+from transfer.training.trainer import ParameterGroup, Trainer, random_states
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from transfer.core import measurement
-from transfer.data import (
+from transfer.core.files import read_names
+from transfer.data.dataset import (
     MAX_COMPARED,
     Source,
     Split,
@@ -17,9 +18,8 @@ from transfer.data import (
     train_and_eval_splits,
     training_split,
 )
-from transfer.files import read_names
+from transfer.data.sources import open_source
 from transfer.runs import run_folder
-from transfer.sources import open_source
 
 
 def open_data(folder: Path) -> Source:

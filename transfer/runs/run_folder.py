@@ -12,10 +12,9 @@ from typing import Any
 
 import filelock
 
-from transfer import files
-from transfer.checkpoint import check_path
-from transfer.core import yaml_files
-from transfer.files import read_text, write_text
+from transfer.core import files, yaml_files
+from transfer.core.files import read_text, write_text
+from transfer.models.checkpoint import check_path
 
 CONFIG = "config.yaml"
 LABELS = "labels.txt"

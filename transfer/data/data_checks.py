@@ -1,0 +1,141 @@
+"""What may be wrong with labelled images: unreadable ones, the same one twice, labels that do not
+look right, classes that are missing or rare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.special
+from sklearn.model_selection import StratifiedKFold
+
+from transfer.data.dataset import Split
+from transfer.data.near_duplicates import near_duplicates
+from transfer.training.logistic_regression import GRID, fit_logistic_regression
+
+FOLDS = 5
+RARE = 10.0
+"""A class is called rare if another has so many times as many images."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one pass over images found.
+
+    ``fingerprints`` are ``near_duplicates.FINGERPRINT`` ``[num_examples]``; ``unreadable`` says
+    which images do not decode: bool ``[num_examples]``.
+    """
+
+    fingerprints: np.ndarray
+
+    @property
+    def unreadable(self) -> np.ndarray:
+        return ~self.fingerprints["readable"]
+
+
+def look(split: Split, progress: Callable[[Iterable], Iterable] = iter) -> Look:
+    """Read and decode every image once."""
+    return Look(split.fingerprints(progress))
+
+
+def duplicates(found: Look) -> list[list[int]]:
+    """Groups of positions with the same picture; see ``near_duplicates``."""
+    return near_duplicates(found.fingerprints)
+
+
+def describe_leaks(train: np.ndarray, held_out: np.ndarray) -> list[str]:
+    """Warnings about images that are both trained and evaluated on.
+
+    Args:
+        train: ``near_duplicates.FINGERPRINT`` ``[num_images]``.
+        held_out: likewise.
+    """
+    lines = []
+    identical = {*map(bytes, train["sha256"])} & {*map(bytes, held_out["sha256"])}
+    if identical:
+        lines.append(
+            f"{len(identical)} images are both trained and evaluated on, under two names, so that "
+            "the accuracy is too high"
+        )
+    copies = {
+        index - len(train)
+        for group in near_duplicates(np.concatenate([train, held_out]))
+        for index in group
+        if group[0] < len(train) <= index
+    }
+    copies -= {i for i in copies if bytes(held_out["sha256"][i]) in identical}
+    if copies:
+        lines.append(
+            f"{len(copies)} of the images that are evaluated on are near-duplicates of training "
+            "images (re-encoded or resized), so that the accuracy is too high"
+        )
+    return lines
+
+
+def doubtful_labels(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Out-of-fold probabilities, and the order in which labels should be looked at.
+
+    Each image is judged by a logistic regression on the features of others (5 folds). Those come
+    first that are most surely of another class than their label says (Northcutt et al., "Confident
+    Learning", arXiv 1911.00068, on why they must be others).
+
+    Args:
+        features: float32 ``[num_examples, width]``.
+        labels: int ``[num_examples]``.
+
+    Returns:
+        float64 ``[num_examples, num_classes]``, and the positions of the images whose label is not
+        the most probable one, int.
+
+    Raises:
+        ValueError: if a class has fewer than two images.
+    """
+    count = int(np.bincount(labels)[np.unique(labels)].min())
+    if count < 2:
+        raise ValueError("labels can be checked where each class has at least 2 images")
+    num_classes = int(labels.max()) + 1
+    p = np.zeros((len(labels), num_classes))
+    folds = StratifiedKFold(min(FOLDS, count), shuffle=True, random_state=0)
+    strength = GRID[len(GRID) // 2]
+    for train, rest in folds.split(labels, labels):
+        head = fit_logistic_regression(
+            features[train], labels[train], num_classes, C=strength * len(train)
+        )
+        logits = features[rest].astype(np.float64) @ head.kernel + head.bias
+        p[rest] = scipy.special.softmax(logits, axis=-1)
+    own = p[np.arange(len(labels)), labels]
+    wrong = np.flatnonzero(p.argmax(-1) != labels)
+    return p, wrong[np.argsort((own - p.max(-1))[wrong], kind="stable")]
+
+
+def describe_balance(
+    class_names: Sequence[str], train: np.ndarray, held_out: np.ndarray
+) -> list[str]:
+    """Warnings about classes without images, and about rare ones.
+
+    Args:
+        class_names: in the order of the labels.
+        train: labels, int ``[num_examples]``.
+        held_out: labels of the others.
+    """
+    lines = []
+    for what, labels in (("train on", train), ("evaluate on", held_out)):
+        counts = np.bincount(labels, minlength=len(class_names))
+        if missing := [name for name, n in zip(class_names, counts, strict=True) if not n]:
+            lines.append(f"{len(missing)} classes have no images to {what}: {_some(missing)}")
+    counts = np.bincount(train, minlength=len(class_names))
+    rare = [
+        name for name, n in zip(class_names, counts, strict=True) if n and counts.max() / n >= RARE
+    ]
+    if rare:
+        most = class_names[int(counts.argmax())]
+        lines.append(
+            f"{len(rare)} classes have less than a tenth of the training images of {most!r}: "
+            f"{_some(rare)}; consider --class-weights balanced"
+        )
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

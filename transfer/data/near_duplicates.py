@@ -1,0 +1,175 @@
+"""Near-duplicates: images with the same picture, whether one file twice, re-encoded or resized."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import numpy as np
+import scipy.fft
+import scipy.sparse.csgraph
+import tensorflow as tf
+
+from transfer.images.decoding import decode, read_image
+from transfer.images.orientation import orientation, oriented
+
+_THUMBNAIL = 32
+_LEAST_PIXELS = 4 * _THUMBNAIL  # a side that a JPEG keeps where it is decoded at a smaller scale
+_LARGEST_JPEG = 2**29  # bytes of pixels from which TensorFlow refuses to decode one
+_HASH = 8  # low frequencies a side of which the hash is made
+_ALIKE = 16  # of its 64 bits may differ where pictures are compared,
+_NEAREST = 64  # each with this many others at most
+_DISTANCES_AT_ONCE = 2**24
+_PAIRS_AT_ONCE = 4096
+_SAME = 4.0  # gray levels that two thumbnails may differ by, in the mean,
+_SAME_CONTRAST = 0.4  # and how much of a standard deviation: textures have little contrast
+_FLAT = 2.0  # standard deviation below which a thumbnail shows nothing
+
+FINGERPRINT = np.dtype(
+    [("sha256", "V32"), ("readable", "?"), ("thumbnail", "u1", (_THUMBNAIL, _THUMBNAIL))]
+)
+"""Fingerprint of an image: SHA-256 of its file, whether it decodes, and a gray thumbnail."""
+
+
+class EncodedImages(Protocol):
+    """A ``transfer.data.dataset.Split``."""
+
+    def __len__(self) -> int: ...
+
+    def encoded(self) -> tf.data.Dataset: ...
+
+    def where(self, keep: np.ndarray) -> EncodedImages: ...
+
+
+def fingerprints(
+    images: EncodedImages, progress: Callable[[Iterable], Iterable] = iter
+) -> np.ndarray:
+    """Read and decode every image once; returns ``FINGERPRINT`` ``[len(images)]``.
+
+    Large JPEGs are decoded at a half, a quarter or an eighth of their size, which is several times
+    as fast.
+    """
+    found = np.zeros(len(images), FINGERPRINT)
+    examples = images.encoded().map(lambda example: example["image"]).enumerate()
+    examples = examples.map(
+        lambda index, file: (index, file, _thumbnail(file)), num_parallel_calls=tf.data.AUTOTUNE
+    )
+    for index, file, thumbnail in progress(examples.ignore_errors().as_numpy_iterator()):
+        found[index] = (hashlib.sha256(file).digest(), True, thumbnail)
+    failed = ~found["readable"]
+    if failed.any():  # at least at this scale
+        rest = images.where(failed).encoded().as_numpy_iterator()
+        found[failed] = [_fingerprint(example["image"]) for example in rest]
+    return found
+
+
+def near_duplicates(found: np.ndarray) -> list[list[int]]:
+    """Groups of positions with the same picture: the same file, or one of another size or quality.
+
+    Pictures are compared if their perceptual hashes (the signs of the lowest frequencies of a
+    cosine transform: Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions",
+    2010, section 3.2.1) are alike, and are the same if their thumbnails differ by at most 4 gray
+    levels in the mean, and by little of their contrast.
+
+    Args:
+        found: ``FINGERPRINT`` ``[num_images]``.
+
+    Returns:
+        Sorted groups of two or more; no position is in two of them.
+    """
+    # As strings, whose zeros at the end do not count: at a fixed length they still differ.
+    digests = np.ascontiguousarray(found["sha256"]).view("S32")
+    component = np.unique(digests, return_inverse=True)[1].ravel()
+    shows = found["readable"] & (found["thumbnail"].std((1, 2)) > _FLAT)
+    thumbnails = found["thumbnail"][shows].astype(np.float32)
+    positions = np.flatnonzero(shows)
+    for pairs in _candidates(_hashes(thumbnails)) if len(positions) else ():
+        first, other = pairs[:, component[positions[pairs[0]]] != component[positions[pairs[1]]]]
+        is_same = _is_same(thumbnails, first, other)
+        if not is_same.any():
+            continue
+        ends = component[positions[first[is_same]]], component[positions[other[is_same]]]
+        graph = scipy.sparse.coo_matrix((np.ones(len(ends[0])), ends), 2 * component.shape)
+        component = scipy.sparse.csgraph.connected_components(graph, directed=False)[1][component]
+    order = np.argsort(component, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(component[order])) + 1)
+    return sorted(group.tolist() for group in groups if len(group) > 1)
+
+
+def _fingerprint(file: bytes) -> tuple[bytes, bool, Any]:
+    """Of an image that was not decoded at a smaller scale."""
+    digest = hashlib.sha256(file).digest()
+    try:
+        return digest, True, _shrunk(tf.constant(read_image(file))).numpy()
+    except ValueError:
+        return digest, False, 0
+
+
+def _thumbnail(file: tf.Tensor) -> tf.Tensor:
+    """``images.decode``, of fewer pixels where a JPEG has many; uint8 ``[32, 32]``."""
+    is_jpeg = tf.equal(tf.strings.substr(file, 0, 2), b"\xff\xd8")
+    halvings = tf.cond(is_jpeg, lambda: _spare_halvings(file), lambda: tf.constant(0))
+
+    def decoded(ratio: int) -> Callable[[], tf.Tensor]:
+        return lambda: tf.io.decode_jpeg(file, channels=3, ratio=ratio)
+
+    def smaller() -> tf.Tensor:
+        image = tf.switch_case(halvings - 1, [decoded(2), decoded(4), decoded(8)])
+        code = tf.numpy_function(_orientation, [file], tf.int32, stateful=False)
+        return tf.cond(code > 1, lambda: oriented(image, code), lambda: image)
+
+    return _shrunk(tf.cond(halvings > 0, smaller, lambda: decode(file)))
+
+
+def _orientation(jpeg: bytes) -> np.int32:
+    return np.int32(orientation(jpeg))
+
+
+def _spare_halvings(jpeg: tf.Tensor) -> tf.Tensor:
+    """How often the sides of a JPEG can be halved, up to 3 times; 0 for what cannot be decoded at
+    full size."""
+    shape = tf.io.extract_jpeg_shape(jpeg)[:2]
+    is_too_large = 3 * tf.reduce_prod(tf.cast(shape, tf.int64)) >= _LARGEST_JPEG
+    sides = tf.reduce_min(shape) // tf.constant([2, 4, 8])
+    return tf.reduce_sum(tf.cast((sides >= _LEAST_PIXELS) & ~is_too_large, tf.int32))
+
+
+def _shrunk(image: tf.Tensor) -> tf.Tensor:
+    """uint8 ``[height, width, 3]`` to the thumbnail, uint8 ``[32, 32]``."""
+    gray = tf.reduce_mean(tf.cast(image, tf.float32), -1, keepdims=True)
+    small = tf.image.resize(gray, [_THUMBNAIL, _THUMBNAIL], antialias=True)
+    return tf.cast(tf.clip_by_value(tf.round(small[..., 0]), 0.0, 255.0), tf.uint8)
+
+
+def _hashes(thumbnails: np.ndarray) -> np.ndarray:
+    """Bool ``[num_images, 64]``."""
+    low = scipy.fft.dctn(thumbnails, axes=(1, 2))[:, :_HASH, :_HASH].reshape(len(thumbnails), -1)
+    return low > np.median(low, axis=1, keepdims=True) if len(low) else low > 0
+
+
+def _candidates(hashes: np.ndarray) -> Iterable[np.ndarray]:
+    """Pairs of positions whose hashes are alike, int ``[2, pairs]``: each with the nearest of those
+    after it."""
+    signs = np.where(hashes, 1, -1).astype(np.float32)
+    count = len(signs)
+    rows = max(1, _DISTANCES_AT_ONCE // count)
+    for start in range(0, count - 1, rows):
+        first = np.arange(start, min(start + rows, count))
+        agreement = signs[first] @ signs[start:].T  # bits that agree less those that differ
+        agreement[first[:, None] >= np.arange(start, count)] = -np.inf
+        nearest = np.argpartition(-agreement, min(_NEAREST, agreement.shape[1]) - 1)[:, :_NEAREST]
+        is_alike = np.take_along_axis(agreement, nearest, 1) >= signs.shape[1] - 2 * _ALIKE
+        row, column = np.nonzero(is_alike)
+        yield np.stack([first[row], start + nearest[row, column]])
+
+
+def _is_same(thumbnails: np.ndarray, first: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Whether pictures are the same, bool ``[len(first)]``."""
+    same = np.zeros(len(first), bool)
+    for start in range(0, len(first), _PAIRS_AT_ONCE):
+        chunk = slice(start, start + _PAIRS_AT_ONCE)
+        pictures = thumbnails[first[chunk]]
+        limit = np.minimum(_SAME, _SAME_CONTRAST * pictures.std((1, 2)))
+        same[chunk] = np.abs(pictures - thumbnails[other[chunk]]).mean((1, 2)) <= limit
+    return same

@@ -1,0 +1,80 @@
+"""Which part of an image a prediction came from: Grad-CAM (arXiv 1610.02391, equations 1 and 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from transfer.graph.cuts import last_feature_maps
+from transfer.layers.classifier import Classifier
+
+_COLOUR = np.array([255.0, 40.0, 0.0])
+_STRONGEST = 0.6  # how much of that colour covers the image at most
+
+
+def grad_cam(classifier: Classifier) -> Callable[[Any, Any], np.ndarray]:
+    """A function from images and classes to heat maps.
+
+    It takes preprocessed images, float32 ``[batch, size, size, channels]``, and the numbers of the
+    classes to explain, int ``[batch]``; it gives float32 ``[batch, rows, columns]``, 0 to 1, one
+    value for each place of the last feature maps before the tap. All is 0 where nothing speaks for
+    the class.
+
+    Raises:
+        ValueError: if the network has no feature maps with a height and a width.
+    """
+    backbone = classifier.backbone
+    at = last_feature_maps(backbone.network, classifier.preprocess.size)
+    if at is None:
+        raise ValueError(
+            "the network has no feature maps with a height and a width; no part of the image can "
+            "be shown as the reason of a prediction"
+        )
+    prefix, suffix = backbone.split(at)
+    rest = keras.Sequential([suffix, classifier.head])
+
+    size = classifier.preprocess.size
+    images_spec = tf.TensorSpec([None, size, size, classifier.preprocess.channels], tf.float32)
+    signature = [images_spec, tf.TensorSpec([None], tf.int64)]
+
+    @tf.function(autograph=False, input_signature=signature)
+    def explain(images: tf.Tensor, classes: tf.Tensor) -> tf.Tensor:
+        maps = prefix(images)
+        with tf.GradientTape() as tape:
+            tape.watch(maps)
+            logits = tf.gather(rest(maps), classes, batch_dims=1)
+        gradients = tape.gradient(logits, maps)
+        weights = tf.reduce_mean(gradients, axis=[1, 2], keepdims=True)
+        found = tf.nn.relu(tf.reduce_sum(weights * maps, axis=-1))
+        return tf.math.divide_no_nan(found, tf.reduce_max(found, axis=[1, 2], keepdims=True))
+
+    def run(images: Any, classes: Any) -> np.ndarray:
+        images = tf.convert_to_tensor(images, tf.float32)
+        if not images.shape.is_compatible_with(images_spec.shape):
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; expected {tuple(images_spec.shape)}: a "
+                "batch of preprocessed images"
+            )
+        return explain(images, tf.cast(classes, tf.int64)).numpy()
+
+    return run
+
+
+def overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """An image with its heat map in red over it.
+
+    Args:
+        pixels: 0..255 ``[size, size, channels]``, as the network saw them (``preprocess.resize``).
+        heat: 0 to 1 ``[rows, columns]``.
+
+    Returns:
+        uint8 ``[size, size, 3]``.
+    """
+    size = pixels.shape[:2]
+    strength = tf.image.resize(heat[..., None], size, "bicubic").numpy().clip(0, 1) * _STRONGEST
+    gray = np.broadcast_to(pixels.mean(-1, keepdims=True), (*size, 3))
+    return (gray * (1 - strength) + _COLOUR * strength).round().astype(np.uint8)

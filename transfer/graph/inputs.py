@@ -1,0 +1,128 @@
+"""Tensors that may take the images, where the graph's own source of data does not.
+
+Behind a decoder of JPEG files, a ``map_fn`` or a split of the batch there is a tensor with images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+
+from tensorflow.core.framework.node_def_pb2 import NodeDef
+
+from transfer.graph import (
+    VARIABLES,
+    Network,
+    canonical,
+    data_inputs,
+    downstream,
+    dtype_of,
+    infer,
+    is_channels_first,
+    operation_of,
+    split_tensor_name,
+    static_shape,
+)
+
+_SPLITS = frozenset({"Slice", "Split", "SplitV", "StridedSlice", "Unpack"})
+_BATCHES = (12, 16, 20, 28)
+"""They can be divided by any number up to 8."""
+_MADE_UP = frozenset({"Const", "Placeholder", "PlaceholderWithDefault", "Fill"}) | VARIABLES
+
+
+def candidates(nodes: Sequence[NodeDef], output: str, known: Iterable[str] = ()) -> list[str]:
+    """Tensors that an output depends on and that look like images, the likeliest first.
+
+    Those whose height and width are stated come first, and then those that are nearest to the
+    source of the data. Loops are not looked into, unlike what they give.
+
+    Args:
+        nodes: of a graph.
+        output: what is to be computed.
+        known: tensors that have been tried.
+    """
+    by_name = {node.name: node for node in nodes}
+    distance = {operation_of(output): 0}
+    pending = [operation_of(output)]
+    tensors: dict[str, int] = {}
+    for name in pending:  # breadth first: it grows as it goes
+        for edge in data_inputs(by_name[name]) if name in by_name else ():
+            operation = operation_of(edge)
+            if operation not in distance:
+                distance[operation] = distance[name] + 1
+                pending.append(operation)
+            tensors[canonical(edge)] = distance[operation]
+    found = []
+    for tensor, steps in tensors.items():
+        operation, index = split_tensor_name(tensor)
+        node = by_name.get(operation)
+        if node is None or tensor in set(known):
+            continue
+        if node.op in _MADE_UP or _reads_variable(by_name, tensor):
+            continue  # no images, or what a layer made of them
+        shape, dtype = static_shape(node, index), dtype_of(node, index)
+        if dtype is not None and not (dtype.is_floating or dtype.is_integer):
+            continue
+        if shape is None or len(shape) != 4:
+            continue
+        if shape[3] in (1, 3) or is_channels_first(shape):
+            found.append((None in shape[1:], -steps, tensor))
+    return [tensor for _, _, tensor in sorted(found)]
+
+
+def _reads_variable(by_name: Mapping[str, NodeDef], tensor: str) -> bool:
+    pending, seen = [operation_of(tensor)], set[str]()
+    while pending:
+        node = by_name.get(pending.pop())
+        if node is None or node.name in seen:
+            continue
+        if node.op in VARIABLES:
+            return True
+        seen.add(node.name)
+        pending += [operation_of(edge) for edge in data_inputs(node)]
+    return False
+
+
+def shared_batch(network: Network) -> tuple[Fraction, list[str]] | None:
+    """How many rows come out for each image where towers share a batch, and the tensors that the
+    towers take their parts from; ``None`` where one comes out for each, or it cannot be told."""
+    by_name = {node.name: node for node in network.graph_def.node}
+    live = downstream(network.graph_def.node, [network.input])
+
+    def splits(node: NodeDef | None) -> bool:
+        if node is None or node.op not in _SPLITS or node.name not in live:
+            return False
+        source = by_name.get(operation_of(_split_one(node)))
+        return source is None or source.op not in ("Shape", "ShapeN")
+
+    parts = dict.fromkeys(
+        canonical(edge)
+        for node in network.graph_def.node
+        for edge in data_inputs(node)
+        if splits(by_name.get(operation_of(edge)))
+    )
+    if not parts or not network.input_shape:
+        return None
+    for batch in _BATCHES if network.batch_size is None else (network.batch_size,):
+        try:
+            shapes = infer(replace(network, input_shape=(batch, *network.input_shape[1:])))
+        except ValueError:
+            continue
+        rows = {name: shape[0] if shape else None for name, shape in shapes.items()}
+        count = rows[network.output]
+        if count in (None, batch):
+            return None
+        found = [
+            part
+            for part in parts
+            if rows[canonical(_split_one(by_name[operation_of(part)]))] == batch
+            and rows[part] == count
+        ]
+        return (Fraction(count or 0, batch), found) if found else None
+    return None
+
+
+def _split_one(node: NodeDef) -> str:
+    """What an operation takes a part of."""
+    return data_inputs(node)[1 if node.op == "Split" else 0]

@@ -1,0 +1,234 @@
+"""A network as a ``tf.function`` of its input and its weights, which checks what goes in and out.
+
+Data contract: the input has the rank, height, width and channels that the graph fixes, and the
+output has one row for each row of the input. A reshape to ``[-1, width]`` would otherwise split
+images that are larger than the network's, and merge smaller ones. What shapes do not tell while the
+function is traced is asserted when it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from transfer.graph import SEED, Network, canonical, output_shapes, trials
+
+
+def as_function(network: Network) -> Callable[[Any, Sequence[Any], Any], tf.Tensor]:
+    """``(inputs, list of weights, seed) -> output``, computed by ``tf.function``.
+
+    Functions of its own, because a gradient tape does not see operations that are imported into
+    the function in which it was opened. The seed, int32 ``[2]``, may be ``None`` where no random
+    numbers are drawn.
+
+    Raises:
+        ValueError: if the input does not have the shape that the network takes, or the output does
+            not have a row for each of its rows.
+    """
+    names = [canonical(variable.name) for variable in network.variables]
+
+    def apply(inputs: tf.Tensor, weights: list[tf.Tensor], seed: tf.Tensor | None) -> tf.Tensor:
+        tensors = {network.input: inputs, **dict(zip(names, weights, strict=True))}
+        if network.output in tensors:
+            return tf.identity(tensors[network.output])
+        tensors[SEED] = tf.zeros([2], tf.int32) if seed is None else seed
+        specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (inputs, *weights)]
+        graph_def = trials.checked_graph(network, specs[0], specs[1:])
+        # Each graph has its own part of the weights. The identity brings a tensor of an outer
+        # function into this one, which the import does not.
+        used = {canonical(edge) for node in graph_def.node for edge in node.input}
+        outputs = tf.graph_util.import_graph_def(
+            graph_def,
+            input_map={name: tf.identity(t) for name, t in tensors.items() if name in used},
+            return_elements=[network.output],
+            name="network",
+        )[0]
+        return _with_a_row_each(network, inputs, outputs)
+
+    def run(inputs: tf.Tensor, weights: list[tf.Tensor], seed: tf.Tensor | None) -> tf.Tensor:
+        inputs = as_input(network, inputs)
+        if network.batch_size is None:
+            return apply(inputs, weights, seed)
+
+        def one(batch: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+            own = None if seed is None else tf.random.fold_in(seed, number)
+            return apply(batch, weights, own)
+
+        return _in_batches(one, inputs, network.batch_size)
+
+    compiled = compiled_per_rank(run)
+
+    def call(inputs: Any, weights: Sequence[Any], seed: tf.Tensor | None) -> tf.Tensor:
+        return compiled(_checked(network, tf.convert_to_tensor(inputs)), list(weights), seed)
+
+    return call
+
+
+def compiled_per_rank(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of a tensor, and of more, as a ``tf.function`` for each rank of the tensor.
+
+    One for all would relax two ranks to an unknown one, with which kernels of oneDNN abort the
+    process.
+    """
+    functions: dict[int | None, Any] = {}
+
+    def call(inputs: Any, *more: Any) -> Any:
+        inputs = tf.convert_to_tensor(inputs)
+        rank = inputs.shape.rank
+        if rank not in functions:
+            functions[rank] = tf.function(function, autograph=False, reduce_retracing=True)
+        return functions[rank](inputs, *more)
+
+    return call
+
+
+def output_shape(network: Network, example: Sequence[int | None]) -> tf.TensorShape:
+    """What is certain of the output's shape for any number of examples of a shape.
+
+    A width that the graph computes from the batch size is known here, where an open batch size
+    hides it.
+    """
+    return _in_common(_probe(network, example).values())
+
+
+def _probe(network: Network, example: Sequence[int | None]) -> dict[int, tf.TensorShape]:
+    """Batch size to the output's shape; empty where the graph does not take batches of any size."""
+    try:
+        shapes = output_shapes(network, example)
+    except ValueError:
+        return {}
+    return {batch: tf.TensorShape(shape) for batch, shape in shapes.items()}
+
+
+def _in_common(shapes: Iterable[tf.TensorShape]) -> tf.TensorShape:
+    first, *others = [*shapes] or [tf.TensorShape(None)]
+    return functools.reduce(tf.TensorShape.most_specific_compatible_shape, others, first)
+
+
+def as_input(network: Network, images: tf.Tensor) -> tf.Tensor:
+    """Images in the type that a network takes, and as vectors where it takes vectors."""
+    if network.input_shape is not None and (len(network.input_shape), images.shape.rank) == (2, 4):
+        example = images.shape[1:]
+        width = math.prod(example) if example.is_fully_defined() else network.input_shape[1]
+        batch = -1 if example.is_fully_defined() else tf.shape(images)[0]
+        images = tf.reshape(images, [batch, -1 if width is None else width])
+    if network.input_dtype not in (None, images.dtype):
+        if images.dtype.is_bool:
+            return tf.cast(images, network.input_dtype)
+        if network.input_dtype.is_integer:
+            images = tf.round(tf.cast(images, tf.float32))
+        images = tf.saturate_cast(images, network.input_dtype)
+    return images
+
+
+def _checked(network: Network, inputs: tf.Tensor) -> tf.Tensor:
+    """The input, with the static shape that the network fixes."""
+    dtype, expected, found = inputs.dtype, network.input_shape, inputs.shape
+    if not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
+        raise ValueError(f"the input is of type {dtype.name}; expected numbers, e.g. float32")
+    if found.rank is None:
+        if expected is None:
+            raise ValueError(
+                "neither the input nor the graph says how many dimensions the input has; give it a "
+                "static shape, e.g. tf.ensure_shape(images, [None, 224, 224, 3])"
+            )
+        return tf.ensure_shape(inputs, [None, *expected[1:]])
+    if expected is None:
+        return inputs
+    if found.rank == 0 and len(expected):
+        raise ValueError("the input is a single number; expected a batch")
+    if len(expected) == 2 and found.rank == 4:  # images for a network that takes vectors
+        if found[1:].is_fully_defined() and expected[1] not in (None, math.prod(found[1:])):
+            raise ValueError(_mismatch(found, expected))
+        return inputs
+    if not found[1:].is_compatible_with(expected[1:]):
+        raise ValueError(_mismatch(found, expected))
+    if any(f is None and e is not None for f, e in zip(found[1:], expected[1:], strict=True)):
+        return _asserted(inputs, [None, *expected[1:]])
+    return inputs
+
+
+def _asserted(inputs: tf.Tensor, expected: Sequence[int | None]) -> tf.Tensor:
+    """An input of a shape that is not known before the function runs, checked when it does."""
+    sizes = tf.shape(inputs)
+    fixed = [(number, size) for number, size in enumerate(expected) if size is not None]
+    is_equal = [tf.equal(sizes[number], size) for number, size in fixed]
+    message = _mismatch(inputs.shape, expected)
+    with tf.control_dependencies([tf.debugging.Assert(tf.reduce_all(is_equal), [message, sizes])]):
+        inputs = tf.identity(inputs)
+    inputs.set_shape(expected)
+    return inputs
+
+
+def _mismatch(found: Any, expected: Sequence[int | None]) -> str:
+    found = tuple(found)  # None is a size that is not known yet, or the number of examples
+    takes = f"the network takes {(None, *expected[1:])}"
+    if len(found) == len(expected) - 1:
+        return f"the input has shape {found}; {takes}: add the batch axis, images[None]"
+    way = "resize or convert the images, e.g. with transfer.Preprocess"
+    return f"the input has shape {found}; {takes}: {way}"
+
+
+def _with_a_row_each(network: Network, inputs: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
+    """The output, checked to have as many rows as the input; a scalar, a loss say, as it is."""
+    example = inputs.shape[1:]
+    if outputs.shape.rank == 0:
+        return outputs
+    if inputs.shape[0] is not None and outputs.shape.rank is not None:
+        if outputs.shape[0] is not None:
+            _check_rows(inputs.shape[0], outputs.shape[0], example)
+            return outputs
+    elif _has_a_row_each(network, example, outputs):
+        return outputs
+    counts = [tf.shape(inputs)[0], tf.shape(outputs)[0]]
+    message = _mixes("other than", "its", example)
+    with tf.control_dependencies([tf.debugging.Assert(tf.equal(*counts), [message, *counts])]):
+        return tf.identity(outputs)
+
+
+def _has_a_row_each(network: Network, example: tf.TensorShape, outputs: tf.Tensor) -> bool:
+    """Whether that is certain for every batch size; gives the output its static shape."""
+    shapes = _probe(network, example.as_list())
+    outputs.set_shape(_in_common(shapes.values()))
+    rows = {batch: shape[0] if shape.rank else None for batch, shape in shapes.items()}
+    for batch, number in rows.items():
+        if number is not None:
+            _check_rows(batch, number, example)
+    return bool(rows) and None not in rows.values()
+
+
+def _check_rows(batch: int, rows: int, example: tf.TensorShape) -> None:
+    if rows != batch:
+        raise ValueError(_mixes(str(rows), str(batch), example))
+
+
+def _mixes(rows: str, batch: str, example: tf.TensorShape) -> str:
+    return (
+        f"the network gives {rows} rows for {batch} examples of shape {tuple(example)}, so it "
+        "mixes or splits them; expected a row for each: resize the images to the size that the "
+        "network was made for, e.g. with transfer.Preprocess, or choose another input or tap"
+    )
+
+
+def _in_batches(function: Any, inputs: tf.Tensor, size: int) -> tf.Tensor:
+    """Apply a function that takes just ``size`` examples to any number of them; the last are filled
+    up with the first ones, and what comes of those is dropped."""
+    count = tf.shape(inputs)[0]
+    num_batches = -(-count // size)
+    missing = tf.range(num_batches * size - count) % tf.maximum(count, 1)
+    filled = tf.concat([inputs, tf.gather(inputs, missing)], 0)
+    batches = tf.reshape(filled, tf.concat([[num_batches, size], tf.shape(inputs)[1:]], 0))
+    batches = tf.ensure_shape(batches, [None, size, *inputs.shape[1:]])
+    one_batch = tf.TensorSpec([size, *inputs.shape[1:]], inputs.dtype)
+    number = tf.TensorSpec([], tf.int32)
+    (output,) = tf.function(function).get_concrete_function(one_batch, number).outputs
+    outputs = tf.map_fn(
+        lambda batch: function(*batch),
+        (batches, tf.range(num_batches)),
+        fn_output_signature=tf.TensorSpec(output.shape, output.dtype),
+    )
+    return tf.reshape(outputs, tf.concat([[-1], tf.shape(outputs)[2:]], 0))[:count]

@@ -1,0 +1,132 @@
+"""Which operations a stranger's graph may run: arithmetic, and nothing else.
+
+A list of what is allowed rather than of what is not: an operation that nobody has thought of is
+refused. Files, network, Python, printing, queues, variables' own assignments: none are on it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import tensorflow as tf
+from tensorflow.core.framework.graph_pb2 import GraphDef
+from tensorflow.core.framework.node_def_pb2 import NodeDef
+
+from transfer.graph import attributes
+
+_ELEMENTWISE = """
+    Abs Acos Acosh Add AddN AddV2 Asin Asinh Atan Atan2 Atanh BiasAdd BiasAddV1 Bitcast Cast Ceil
+    ClipByValue Cos Cosh Digamma Div DivNoNan Elu Equal Erf Erfc Exp Expm1 Floor FloorDiv FloorMod
+    Greater GreaterEqual Inv Invert IsFinite IsInf IsNan L2Loss LeakyRelu Less LessEqual Lgamma Log
+    Log1p LogicalAnd LogicalNot LogicalOr LogSoftmax Maximum Minimum Mod Mul MulNoNan Neg NotEqual
+    Pow RealDiv Reciprocal Relu Relu6 Rint Round Rsqrt Select SelectV2 Selu Sigmoid Sign Sin Sinh
+    Softmax Softplus Softsign Sqrt Square SquaredDifference Sub Tan Tanh TruncateDiv TruncateMod
+    Xdivy Xlogy FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars FakeQuantWithMinMaxVarsPerChannel
+"""
+_LINEAR = """
+    AvgPool AvgPool3D BatchMatMul BatchMatMulV2 BatchMatMulV3 BatchNormWithGlobalNormalization
+    Conv2D Conv2DBackpropInput Conv3D DepthwiseConv2dNative Dilation2D Einsum FractionalAvgPool
+    FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3 LRN MatMul MaxPool MaxPool3D
+    MaxPoolV2 MaxPoolWithArgmax
+"""
+_REDUCTIONS = """
+    All Any ArgMax ArgMin Bincount CheckNumerics Cumprod Cumsum InTopK InTopKV2 Max Mean Min Prod
+    SegmentMean SegmentSum Sum TopK TopKV2 UnsortedSegmentSum
+"""
+_SHAPES = """
+    BatchToSpace BatchToSpaceND BroadcastArgs BroadcastTo Concat ConcatV2 Const DepthToSpace
+    DynamicPartition DynamicStitch EnsureShape ExpandDims Fill Gather GatherNd GatherV2 Identity
+    IdentityN InvertPermutation LinSpace MatrixBandPart MatrixDiag MatrixDiagV2 MatrixDiagV3
+    MirrorPad NoOp OneHot OnesLike Pack Pad
+    PadV2 ParallelConcat PlaceholderWithDefault PreventGradient Range Rank Reshape Reverse ReverseV2
+    ScatterNd Shape ShapeN Size Slice Snapshot SpaceToBatch SpaceToBatchND SpaceToDepth Split SplitV
+    Squeeze StopGradient StridedSlice Tile Transpose Unpack Where ZerosLike
+"""
+_IMAGES = """
+    AdjustContrast AdjustContrastv2 AdjustHue AdjustSaturation CropAndResize ExtractImagePatches
+    HSVToRGB RGBToHSV ResizeArea ResizeBicubic ResizeBilinear ResizeNearestNeighbor
+    ScaleAndTranslate
+"""
+# Dropout and noise. They draw numbers and touch nothing else.
+_RANDOM = """
+    Multinomial RandomShuffle RandomStandardNormal RandomUniform RandomUniformInt
+    StatelessRandomGetAlg StatelessRandomGetKeyCounter
+    StatelessRandomNormal StatelessRandomNormalV2 StatelessRandomUniform StatelessRandomUniformInt
+    StatelessRandomUniformV2 StatelessTruncatedNormal TruncatedNormal
+"""
+
+# Calls of functions (PartitionedCall, If) are not on the list: TensorFlow looks a function up by
+# name among all that the process knows, not in this graph alone. Nor are Switch and Merge. The
+# loading turns both into arithmetic.
+ALLOWED_OPS = frozenset(
+    " ".join((_ELEMENTWISE, _LINEAR, _REDUCTIONS, _SHAPES, _IMAGES, _RANDOM)).split()
+)
+RANDOM_OPS = frozenset(_RANDOM.split())
+MAX_SPLAT_BYTES = 2**28
+"""Of all constants of a graph that are written as one number and a shape: 256 MB."""
+
+
+class ForbiddenOpError(ValueError):
+    """A graph holds an operation that a loaded model may not run."""
+
+
+def check(graph_def: GraphDef) -> None:
+    """Refuse a graph with an operation that is not on the list, or that calls a function; and one
+    with constants that are small in the file and huge in memory.
+
+    Raises:
+        ForbiddenOpError: names every such operation with a node that uses it.
+        ValueError: if the constants are too large, or not what they say, or an attribute is one
+            that TensorFlow does not survive.
+    """
+    refused = {node.op: node.name for node in graph_def.node if not _is_arithmetic(node)}
+    if refused:
+        found = ", ".join(f"{op} (node {name!r})" for op, name in sorted(refused.items()))
+        raise ForbiddenOpError(
+            f"the graph uses {found}; a loaded model may only do arithmetic, and call no "
+            "functions. Choose a tap, or an input, so that what lies between does without"
+        )
+    for node in graph_def.node:
+        attributes.check(node)
+    check_constants(graph_def.node)
+
+
+def _is_arithmetic(node: NodeDef) -> bool:
+    calls = any(attr.HasField("func") or attr.list.func for attr in node.attr.values())
+    return node.op in ALLOWED_OPS and not calls
+
+
+def check_constants(nodes: Iterable[NodeDef]) -> None:
+    """Refuse constants that are small in the file and huge in memory.
+
+    Raises:
+        ValueError: if they are too large, or one is not what it says.
+    """
+    splat_bytes = 0
+    for node in nodes:
+        if node.op != "Const":
+            continue
+        tensor = node.attr["value"].tensor
+        sizes = [dim.size for dim in tensor.tensor_shape.dim]
+        try:
+            item_bytes = tf.as_dtype(tensor.dtype).size
+        except TypeError:
+            item_bytes = 0
+        if tensor.dtype != node.attr["dtype"].type or min(sizes, default=0) < 0 or not item_bytes:
+            raise ValueError(
+                f"the graph is damaged: its constant {node.name!r} has shape {sizes} and elements "
+                f"of type {tensor.dtype}"
+            )
+        num_bytes = math.prod(sizes) * item_bytes
+        if tensor.tensor_content and len(tensor.tensor_content) != num_bytes:
+            raise ValueError(
+                f"the graph is damaged: its constant {node.name!r} has "
+                f"{len(tensor.tensor_content)} bytes; its shape {sizes} needs {num_bytes}"
+            )
+        splat_bytes += 0 if tensor.tensor_content else num_bytes
+    if splat_bytes > MAX_SPLAT_BYTES:
+        raise ValueError(
+            f"the constants of the graph would take {splat_bytes:,} bytes of memory, more than "
+            f"{MAX_SPLAT_BYTES:,}, though the file is small; it is damaged, or made to harm"
+        )

@@ -1,0 +1,59 @@
+"""Which variables are factors: 1, and not 0, where a network begins anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from tensorflow.core.framework.node_def_pb2 import NodeDef
+
+from transfer.graph.conditionals import NORMS
+from transfer.graph.graph_def import data_inputs, operation_of
+
+_ROOTS = frozenset({"Rsqrt", "Sqrt"})
+_PRODUCTS = frozenset({"Mul", "RealDiv", "Div"})
+_SUMS = frozenset({"Add", "AddV2", "Maximum"})
+_FORM = frozenset({"Cast", "ExpandDims", "Identity", "Reshape", "Squeeze"})
+# One side of a PReLU, whose slope begins at 0: of what it multiplies nothing but the sign counts.
+_RECTIFIERS = frozenset({"Abs", "Minimum", "Neg", "Relu", "Sub"})
+
+
+def find_scales(nodes: Iterable[NodeDef], variables: Iterable[str]) -> set[str]:
+    """The variables that activations are multiplied with or divided by, element by element: scales
+    and variances of normalisations, by their use or by their usual names.
+
+    Args:
+        nodes: of a network.
+        variables: names of those that it reads.
+    """
+    nodes = list(nodes)
+    operations = {node.name: node for node in nodes}
+    variables = set(variables)
+
+    def source(edge: str) -> str:
+        name = operation_of(edge)
+        while name in operations and operations[name].op in _FORM:
+            name = operation_of(operations[name].input[0])
+        return name
+
+    def is_rectified(edges: Sequence[str]) -> bool:
+        others = [operations.get(source(edge)) for edge in edges]
+        return any(node is not None and node.op in _RECTIFIERS for node in others)
+
+    # The mean of tf.nn.batch_normalization: offset - mean * (scale / deviation).
+    subtracted = {
+        operation_of(data_inputs(node)[-1]) for node in nodes if node.op in ("Sub", "Neg")
+    }
+    found = {name for name in variables if name.endswith(("gamma", "variance"))}
+    for node in nodes:
+        edges = data_inputs(node)
+        if node.op in NORMS:
+            found |= {source(edges[1]), source(edges[4])}
+        elif node.op in _ROOTS:
+            inner = operations.get(source(edges[0]))
+            found |= (
+                {source(e) for e in data_inputs(inner)} if inner and inner.op in _SUMS else set()
+            )
+            found.add(source(edges[0]))
+        elif node.op in _PRODUCTS and not is_rectified(edges) and node.name not in subtracted:
+            found |= {source(edge) for edge in edges}
+    return found & variables

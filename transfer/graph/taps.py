@@ -1,0 +1,308 @@
+"""Tensors to tap: by short names, and those that are worth tapping, best first."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from tensorflow.core.framework.node_def_pb2 import NodeDef
+
+from transfer.graph import dropout
+from transfer.graph.conditionals import NORMS, branches
+from transfer.graph.graph_def import (
+    VARIABLES,
+    canonical,
+    consumers,
+    data_inputs,
+    operation_of,
+    split_tensor_name,
+    static_shape,
+)
+from transfer.graph.policy import RANDOM_OPS
+
+SOURCES = frozenset(
+    """
+    IteratorGetNext IteratorGetNextSync Placeholder PlaceholderV2 PlaceholderWithDefault
+    QueueDequeue QueueDequeueMany QueueDequeueManyV2 QueueDequeueUpTo QueueDequeueUpToV2
+    QueueDequeueV2
+    """.split()  # noqa: SIM905
+)
+"""Where data come into a graph."""
+_LAYERS = frozenset(
+    {"BatchMatMul", "BatchMatMulV2", "Conv2D", "Conv3D", "DepthwiseConv2dNative", "MatMul"}
+)
+_HEADS = frozenset(
+    """
+    ArgMax InTopK InTopKV2 LogSoftmax Sigmoid Softmax SoftmaxCrossEntropyWithLogits
+    SparseSoftmaxCrossEntropyWithLogits TopK TopKV2
+    """.split()  # noqa: SIM905
+)
+# The parts of a name that say that a node is no part of a network: tf.gradients and tf.train.
+_ASIDE = ("gradients", "save", "Initializer", "report_uninitialized_variables")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A tensor with features.
+
+    ``shape`` is what the graph states, ``None`` where it states none; ``why`` is for people.
+    """
+
+    tensor: str
+    shape: tuple[int | None, ...] | None
+    why: str
+
+
+def find(nodes: Sequence[NodeDef], name: str, inputs: Iterable[str] = ()) -> list[str]:
+    """The tensors that a name may mean: one where it is clear, several where it is not.
+
+    A full name means itself. A short one is a part of a path: ``fc7`` is what ``vgg_16/fc7`` gives
+    to the rest of the network, ``vgg_16/fc7/Relu:0``.
+
+    Args:
+        nodes: of a graph.
+        name: of the tensor.
+        inputs: tensors where data come in, beside the graph's own sources.
+    """
+    operation, index = split_tensor_name(name)
+    if any(node.name == operation and "Summary" not in node.op for node in nodes):
+        return [f"{operation}:{index}"]
+    forward = _forward(nodes, inputs)
+    inner: list[tuple[NodeDef, str]] = []
+    # TensorFlow numbers a scope that is opened again: fc7_1. The name as it is comes first.
+    for pattern in (re.escape(operation), re.escape(operation) + r"_\d+"):
+        if not inner:
+            inner = [(n, scope) for n in forward if (scope := _scope(n.name, pattern))]
+    users = consumers(forward)
+    scopes: dict[str, list[str]] = {}
+    for node, scope in inner:
+        outside = [
+            user for user in users.get(node.name, []) if not f"{user.name}/".startswith(f"{scope}/")
+        ]
+        if outside or not users.get(node.name):
+            scopes.setdefault(scope, []).append(node.name)
+    found = []
+    for outputs in scopes.values():
+        used = [name for name in outputs if users.get(name)]
+        found += [f"{name}:{index}" for name in used or outputs[-1:]]
+    named_so = [node.name for node in nodes if node.name.rpartition("/")[2] == operation]
+    return found or [f"{name}:{index}" for name in named_so]
+
+
+def _scope(name: str, pattern: str) -> str | None:
+    """A node's name up to and with a part of its path; ``None`` if it has no such part."""
+    match = re.match(rf"(.*?/)?{pattern}(?=/|$)", name)
+    return match[0] if match else None
+
+
+def rank(
+    nodes: Sequence[NodeDef],
+    is_covered: Callable[[Collection[str]], bool],
+    outputs: Iterable[str] = (),
+    limit: int = 8,
+) -> list[Tap]:
+    """Tensors with features, the most promising first: what the last layers read.
+
+    Args:
+        nodes: all of a graph.
+        is_covered: whether the checkpoint has all of some variables, given by name.
+        outputs: tensors that are known to be results.
+        limit: how many to give at most.
+    """
+    forward = _forward(nodes)
+    by_name = {node.name: node for node in nodes}
+    alive = {node.name for node in forward} | {n.name for n in nodes if n.op in SOURCES}
+    order = _sorted(forward)
+    layers = [n for n in order if n.op in _LAYERS and _has_weights(n, by_name, alive)]
+    after = _layers_after(order, {layer.name for layer in layers})
+    ends = {n.name for n in order if n.op in _HEADS} | set(map(operation_of, outputs))
+    heads = _leading_to(order, ends)
+    before = _upstream_facts(order, by_name, {layer.name for layer in layers})
+    readers: dict[str, list[NodeDef]] = {}
+    for layer in layers:
+        data = next(e for e in data_inputs(layer) if operation_of(e) in alive)
+        readers.setdefault(canonical(data), []).append(layer)
+
+    position = {node.name: number for number, node in enumerate(nodes)}
+
+    @functools.cache
+    def facts(tensor: str) -> tuple:
+        reading = readers[tensor]
+        distance = min(after[layer.name] for layer in reading)
+        # What is as wide as the logits that come next says little more than they do.
+        widths = [_width(by_name, name) for name in (tensor, reading[0].name)]
+        is_narrow = distance == 0 and widths[0] is not None and widths[0] == widths[1]
+        variables, depth, is_training = before.get(operation_of(tensor), (frozenset(), 0, False))
+        mine = set().union(*(before[layer.name][0] for layer in reading)) | variables
+        return (
+            depth == 0,
+            not is_covered(mine),
+            not any(layer.name in heads for layer in reading),
+            is_training,
+            is_narrow,
+            distance,
+            -depth,
+            -position[operation_of(tensor)],  # of several copies, the one that was built last
+        )
+
+    ranked = sorted(readers, key=facts)
+    if ranked:
+        # Where no copy is for inference, dropout that is always on tells none from another.
+        best = min(facts(tensor)[:3] for tensor in readers)
+        last = min(facts(tensor)[5] for tensor in readers if facts(tensor)[:3] == best)
+        tips = [f for f in map(facts, readers) if (f[:3], f[5]) == (best, last)]
+        if all(fact[3] for fact in tips):
+            ranked.sort(key=lambda tensor: (*facts(tensor)[:3], *facts(tensor)[4:]))
+    return [
+        Tap(tensor, _shape(by_name, tensor), _why(readers[tensor], facts(tensor), after))
+        for tensor in ranked[:limit]
+    ]
+
+
+def _why(reading: Sequence[NodeDef], facts: tuple, after: Mapping[str, int]) -> str:
+    is_input, uncovered, headless, is_training, is_narrow, distance, depth, _ = facts
+    position = "the last layer" if distance == 0 else f"{distance} before the last layer"
+    words = [f"read by {reading[0].name!r}, {position}"]
+    words.append("it is the input itself" if is_input else f"{-depth} deep")
+    if headless:
+        words.append("leads to no softmax, argmax or loss")
+    if is_narrow:
+        words.append("as narrow as the output")
+    if is_training:
+        words.append("of a copy for training")
+    if uncovered:
+        words.append("the checkpoint lacks some of its variables")
+    return "; ".join(words)
+
+
+def _forward(nodes: Iterable[NodeDef], inputs: Iterable[str] = ()) -> list[NodeDef]:
+    """The nodes that compute something of the data, without gradients, savers and summaries."""
+    kept = {node.name: node for node in nodes if not _is_aside(node)}
+    users = consumers(kept.values())
+    reached: set[str] = set()
+    pending = [node.name for node in kept.values() if node.op in SOURCES]
+    pending += map(operation_of, inputs)
+    while pending:
+        for user in users.get(pending.pop(), []):
+            if user.name not in reached:
+                reached.add(user.name)
+                pending.append(user.name)
+    return [node for node in kept.values() if node.name in reached]
+
+
+def _is_aside(node: NodeDef) -> bool:
+    parts = node.name.split("/")
+    return (
+        any(part.endswith("_grad") or part.rstrip("_0123456789") in _ASIDE for part in parts)
+        or node.op in VARIABLES
+        or "Summary" in node.op
+        or (
+            node.op.startswith(("Assign", "Apply", "ResourceApply", "Save", "Restore", "Queue"))
+            and node.op not in SOURCES
+        )
+    )
+
+
+def _sorted(nodes: Sequence[NodeDef]) -> list[NodeDef]:
+    """Inputs before users; where a loop goes round, as well as can be."""
+    by_name = {node.name: node for node in nodes}
+    done: set[str] = set()
+    order = []
+    for node in nodes:
+        stack = [(node, iter(data_inputs(node)))]
+        if node.name in done:
+            continue
+        done.add(node.name)
+        while stack:
+            current, edges = stack[-1]
+            edge = next(edges, None)
+            if edge is None:
+                order.append(current)
+                stack.pop()
+            elif (name := operation_of(edge)) in by_name and name not in done:
+                done.add(name)
+                stack.append((by_name[name], iter(data_inputs(by_name[name]))))
+    return order
+
+
+def _has_weights(node: NodeDef, by_name: Mapping[str, NodeDef], alive: Collection[str]) -> bool:
+    """Whether one operand is data, and the other does not come from them."""
+    edges = [operation_of(edge) for edge in data_inputs(node)][:2]
+    return len(edges) == 2 and sum(edge in alive for edge in edges) == 1
+
+
+def _layers_after(order: Sequence[NodeDef], layers: Collection[str]) -> dict[str, int]:
+    """Operation to how many layers there are at most on a way from it to an end."""
+    after: dict[str, int] = {}
+    for node in reversed(order):
+        below = after.setdefault(node.name, 0) + (node.name in layers)
+        for edge in data_inputs(node):
+            name = operation_of(edge)
+            after[name] = max(after.get(name, 0), below)
+    return after
+
+
+def _leading_to(order: Sequence[NodeDef], ends: Collection[str]) -> set[str]:
+    found = set(ends)
+    for node in reversed(order):
+        if node.name in found:
+            found |= {operation_of(edge) for edge in data_inputs(node)}
+    return found
+
+
+def _upstream_facts(
+    order: Sequence[NodeDef], by_name: Mapping[str, NodeDef], layers: Collection[str]
+) -> dict[str, tuple[frozenset[str], int, bool]]:
+    """For each operation: the variables it needs, how many layers are on the way to it, and whether
+    it is of a copy for training, which draws random numbers or takes statistics of the batch."""
+    facts: dict[str, tuple[frozenset[str], int, bool]] = {}
+
+    def of(name: str) -> tuple[frozenset[str], int, bool]:
+        if name in facts:
+            return facts[name]
+        # Not of the data: a variable or what reads it.
+        pending, variables, seen = [name], set(), set[str]()
+        while pending:
+            node = by_name.get(pending.pop())
+            if node is None or node.name in seen or node.name in facts:
+                continue
+            seen.add(node.name)
+            if node.op in VARIABLES:
+                variables.add(node.name)
+            else:
+                pending += [operation_of(edge) for edge in data_inputs(node)]
+        facts[name] = (frozenset(variables), 0, False)
+        return facts[name]
+
+    lives = branches(order)
+    masks = {d.uniform: d for d in dropout.find(list(by_name.values()), {n.name for n in order})}
+
+    def trains(node: NodeDef) -> bool:
+        if lives[node.name]:
+            return False  # a switch turns it off
+        if node.op in NORMS:
+            return node.attr["is_training"].b
+        if node.name not in masks:
+            return node.op in RANDOM_OPS
+        control = by_name.get(operation_of(masks[node.name].amount))
+        return control is not None and control.op == "Const"
+
+    for node in order:
+        above = [of(operation_of(edge)) for edge in data_inputs(node)]
+        facts[node.name] = (
+            frozenset().union(*(variables for variables, _, _ in above)),
+            max((depth for _, depth, _ in above), default=0) + (node.name in layers),
+            trains(node) or any(training for _, _, training in above),
+        )
+    return facts
+
+
+def _shape(by_name: Mapping[str, NodeDef], tensor: str) -> tuple[int | None, ...] | None:
+    operation, index = split_tensor_name(tensor)
+    return static_shape(by_name[operation], index) if operation in by_name else None
+
+
+def _width(by_name: Mapping[str, NodeDef], tensor: str) -> int | None:
+    return (_shape(by_name, tensor) or (None,))[-1]

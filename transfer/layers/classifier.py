@@ -1,0 +1,150 @@
+"""The whole classifier: preprocess, backbone, head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from transfer.core.files import read_names
+from transfer.images.preprocess import Preprocess
+from transfer.layers.backbone import Backbone
+from transfer.models.meta_graph import load_meta_graph
+
+
+@keras.saving.register_keras_serializable("vgg_transfer")
+class Classifier(keras.Model):
+    """Images to logits.
+
+    Args:
+        backbone: preprocessed images to features, e.g. a ``Backbone``.
+        head: features to logits ``[batch, num_classes]``, e.g. a ``Head``.
+        preprocess: what the backbone expects.
+        labels: a class name per logit.
+    """
+
+    def __init__(
+        self,
+        backbone: keras.layers.Layer,
+        head: keras.layers.Layer,
+        preprocess: Preprocess,
+        labels: Sequence[str],
+        **kwargs: Any,
+    ):
+        # Under a mixed-precision policy Keras would round the pixels to float16.
+        super().__init__(autocast=False, dtype="float32", **kwargs)
+        self.backbone = backbone
+        self.head = head
+        self.preprocess = preprocess
+        self.labels = list(labels)
+
+    def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Logits, float32 ``[batch, num_classes]``, of images as they are: RGB or gray, 0..255, of
+        any size, ``[batch, height, width, channels]``.
+
+        Raises:
+            ValueError: if they have another number of dimensions.
+        """
+        images = tf.convert_to_tensor(images)
+        if images.shape.rank not in (None, 4):
+            one = ": for one image, classifier(images[None])" if images.shape.rank == 3 else ""
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; expected [batch, height, width, "
+                f"channels]{one}"
+            )
+        return self.head(self.backbone(self.preprocess(images)), training=training)
+
+    def build_from_size(self) -> int:
+        """Make the head's weights, for images of the size that the backbone takes.
+
+        Returns:
+            The number of logits.
+        """
+        return int(self(keras.Input(self.preprocess.shape)).shape[-1])
+
+    def get_config(self) -> dict[str, Any]:
+        """All parts, so that ``save`` and ``keras.models.load_model`` work."""
+        parts = {"backbone": self.backbone, "head": self.head}
+        config = {k: keras.saving.serialize_keras_object(v) for k, v in parts.items()}
+        return config | {
+            "preprocess": dataclasses.asdict(self.preprocess)
+            | {"size": self.preprocess.plain_size},
+            "labels": self.labels,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Classifier:
+        config = dict(config)
+        parts = {
+            name: keras.saving.deserialize_keras_object(config.pop(name))
+            for name in ("backbone", "head")
+        }
+        preprocess = Preprocess(**config.pop("preprocess"))
+        classifier = cls(**parts, preprocess=preprocess, **config)
+        classifier.build_from_size()
+        return classifier
+
+    def probabilities(self, images: tf.Tensor) -> tf.Tensor:
+        """float32 ``[batch, num_classes]``; each row adds up to 1."""
+        return tf.nn.softmax(self(images, training=False))
+
+    def probabilities_of_resized(self, pixels: tf.Tensor) -> tf.Tensor:
+        """The same of what ``preprocess.resize`` gives: float32 ``[batch, height, width,
+        channels]`` in 0..255."""
+        features = self.backbone(self.preprocess.normalize(pixels))
+        return tf.nn.softmax(self.head(features, training=False))
+
+    def split(self, at: str | None) -> tuple[keras.layers.Layer | None, keras.Sequential]:
+        """What is frozen and what is trained, when all up to a tensor is frozen.
+
+        Args:
+            at: tensor of the backbone; ``None`` freezes nothing.
+
+        Returns:
+            The frozen layer, from preprocessed images to the activations at the tensor (``None``
+            where nothing is frozen), and a model from there to the logits. They share the
+            classifier's weights.
+        """
+        if at is None:
+            return None, keras.Sequential([self.backbone, self.head])
+        prefix, suffix = self.backbone.split(at)
+        return prefix, keras.Sequential([suffix, self.head])
+
+    @classmethod
+    def load(cls, path: str | Path) -> Classifier:
+        """A classifier that ``exports.meta_graph.save_classifier`` wrote; a run's ``model``.
+
+        Its head is the part of the graph from the tap to the logits.
+
+        Raises:
+            FileNotFoundError, ValueError: if there is none, or its card does not say what is
+                needed.
+        """
+        graph = load_meta_graph(path)
+        card = graph.card
+        if not (card.tap and card.input and card.labels and "logits" in card.outputs):
+            raise ValueError(
+                f"{str(graph.prefix)!r} is not a fine-tuned model: its card must name input, tap, "
+                "labels and outputs.logits"
+            )
+        if Path(card.labels).name != card.labels:
+            raise ValueError(
+                f"the card of {str(graph.prefix)!r} has its labels in {card.labels!r}; "
+                "expected a file beside the card"
+            )
+        labels = read_names(graph.prefix.parent / card.labels)
+        network = Backbone(graph, card.outputs["logits"], pooling=None, name="network")
+        backbone, head = network.split(card.tap)
+        classifier = cls(backbone, head, graph.preprocess(card.input), labels)
+        num_classes = classifier.build_from_size()
+        if num_classes != len(labels):
+            raise ValueError(
+                f"{str(graph.prefix)!r} has {num_classes} logits but {len(labels)} labels in "
+                f"{card.labels}"
+            )
+        return classifier

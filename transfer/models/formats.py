@@ -1,0 +1,224 @@
+"""From a path to a parsed graph: meta graphs, frozen graphs and SavedModels. Nothing is run.
+
+A model is named by its prefix, after which its files are named: ``vgg`` for ``vgg.meta``,
+``vgg.index``, ``vgg.json``; ``frozen`` for ``frozen.pb``; a SavedModel's folder is its prefix.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from google.protobuf import text_format
+from google.protobuf.message import DecodeError, Message
+from tensorflow.core.framework.graph_pb2 import GraphDef
+from tensorflow.core.protobuf.meta_graph_pb2 import MetaGraphDef
+from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+from transfer.core import wire
+from transfer.models import checkpoint
+
+_SUFFIX = re.compile(r"(\.(meta|index|json|data-\d{5}-of-\d{5})|-\d{5}-of-\d{5})$")
+_STEP = re.compile(r"-\d+$")
+_GRAPHS = (".pb", ".pbtxt")
+_SAVED_MODELS = ("saved_model.pb", "saved_model.pbtxt")
+MAX_BYTES = 2**31 - 1
+"""Of a file; protobuf's own limit."""
+MAX_TEXT_BYTES = 2**24
+"""Of a file in text form, which takes a second and 50 MB of memory for each MB."""
+
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A parsed graph and where the rest of the model is.
+
+    ``checkpoint_prefix`` is ``None`` where no checkpoint was found, ``format`` one of "meta graph",
+    "frozen graph", "SavedModel".
+    """
+
+    format: str
+    prefix: Path
+    meta: MetaGraphDef
+    checkpoint_prefix: Path | None
+
+
+def open_model(path: Path) -> ModelFiles:
+    """Parse the graph that a path means.
+
+    Args:
+        path: a prefix, a ``.meta``, ``.index`` or ``.data-...`` file, a V1 checkpoint, a ``.pb`` or
+            ``.pbtxt`` with a GraphDef, or a folder with one of these or with a SavedModel.
+
+    Raises:
+        FileNotFoundError: if there is no graph.
+        ValueError: if the file is none, is damaged, or the folder holds several.
+    """
+    if path.is_dir():
+        path = _only_model(path)
+    if path.is_dir() or path.name in _SAVED_MODELS:
+        return _open_saved_model(path if path.is_dir() else path.parent)
+    if path.suffix in _GRAPHS and path.is_file():
+        return _open_graph(path)
+    prefix = _prefix_of(path)
+    meta_path = checkpoint.file_of(prefix, ".meta")
+    if not meta_path.is_file():
+        for suffix in _GRAPHS:
+            if prefix.with_name(prefix.name + suffix).is_file():
+                return _open_graph(prefix.with_name(prefix.name + suffix))
+        raise FileNotFoundError(_no_graph(path, meta_path))
+    meta = _parse(meta_path, MetaGraphDef, "meta graph")
+    if not meta.graph_def.node:
+        raise ValueError(f"{str(meta_path)!r} is not a meta graph: it holds no graph")
+    return ModelFiles("meta graph", prefix, meta, _find_checkpoint(prefix))
+
+
+def _open_graph(path: Path) -> ModelFiles:
+    graph_def = _parse(path, GraphDef, "frozen graph")
+    if not graph_def.node:
+        raise ValueError(f"{str(path)!r} is not a frozen graph: it holds no nodes")
+    prefix = path.with_suffix("")
+    meta = MetaGraphDef(graph_def=graph_def)
+    return ModelFiles("frozen graph", prefix, meta, _find_checkpoint(prefix))
+
+
+def _open_saved_model(folder: Path) -> ModelFiles:
+    found = [folder / name for name in _SAVED_MODELS if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"no SavedModel in {str(folder)!r}: expected {_SAVED_MODELS[0]}")
+    model = _parse(found[0], SavedModel, "SavedModel")
+    tagged = {tuple(graph.meta_info_def.tags): graph for graph in model.meta_graphs}
+    if not tagged:
+        raise ValueError(f"{str(found[0])!r} is not a SavedModel: it holds no graph")
+    meta = tagged.get(("serve",)) or (len(tagged) == 1 and next(iter(tagged.values())))
+    if not meta:
+        shown = ", ".join("+".join(tags) or "none" for tags in tagged)
+        raise ValueError(
+            f"{str(folder)!r} holds {len(tagged)} graphs, tagged {shown}; expected one that is "
+            "tagged 'serve', or one only: save the one that you want by itself"
+        )
+    if not meta.graph_def.node:
+        raise ValueError(f"{str(found[0])!r} is not a SavedModel: its graph is empty")
+    return ModelFiles("SavedModel", folder, meta, folder / "variables" / "variables")
+
+
+def _parse(path: Path, kind: type[M], name: str) -> M:
+    """A file as a protobuf, in binary or in text form."""
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{str(path)!r} is empty; expected a {name}")
+    if size > MAX_BYTES:
+        raise ValueError(
+            f"{str(path)!r} has {size:,} bytes; a {name} has at most {MAX_BYTES:,} "
+            "(its weights are in the checkpoint)"
+        )
+    content = path.read_bytes()
+    if content.startswith(b"version https://git-lfs"):
+        raise ValueError(
+            f"{str(path)!r} is a pointer of Git LFS, not the file itself; fetch it: git lfs pull"
+        )
+    try:
+        wire.check(content, kind.DESCRIPTOR)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not a {name}: {error}") from None
+    try:
+        message = kind.FromString(content)
+        if message.ListFields():
+            return message
+        problem = "it holds nothing that is known"
+    except DecodeError as error:
+        problem = str(error)
+    text = _as_text(content)
+    if text is not None:
+        if size > MAX_TEXT_BYTES:
+            raise ValueError(
+                f"{str(path)!r} has {size:,} bytes of text; at most {MAX_TEXT_BYTES:,} are read: "
+                "convert it to a binary one"
+            )
+        try:
+            return text_format.Parse(text, kind())
+        except (text_format.ParseError, RecursionError, ValueError) as error:
+            problem = str(error)
+    raise ValueError(f"{str(path)!r} is not a {name}, or it is damaged: {problem}")
+
+
+def _as_text(content: bytes) -> str | None:
+    """Text form is ASCII with braces; nothing else is tried."""
+    if b"\0" in content[:4096] or b"{" not in content:
+        return None
+    try:
+        return content.decode("ascii")
+    except UnicodeDecodeError:
+        return None
+
+
+def _only_model(folder: Path) -> Path:
+    """The one model in a folder; of several steps of one model, the one in the state file."""
+    if any((folder / name).is_file() for name in _SAVED_MODELS):
+        return folder
+    found = sorted(folder.glob("*.meta")) or sorted(
+        path for path in folder.iterdir() if path.suffix in _GRAPHS and path.is_file()
+    )
+    if len(found) == 1:
+        return found[0]
+    if len({_STEP.sub("", path.stem) for path in found}) == 1:
+        newest = next((path for path in found if path.stem == state(folder)), None)
+        if newest is not None:
+            return newest
+    names = ", ".join(path.name for path in found) or "none"
+    raise (ValueError if found else FileNotFoundError)(
+        f"folder {str(folder)!r} holds {len(found)} graphs ({names}); expected one, or the path of "
+        "one: .meta, .pb, or a folder with a saved_model.pb"
+    )
+
+
+def _no_graph(path: Path, meta_path: Path) -> str:
+    siblings = []
+    if meta_path.parent.is_dir():
+        siblings = sorted(
+            p.name for p in meta_path.parent.iterdir() if p.suffix in (".meta", *_GRAPHS)
+        )
+    message = f"no meta graph {str(meta_path)!r}"
+    if path.is_file() or checkpoint.exists(_prefix_of(path)):
+        message += "; a checkpoint alone holds weights but no network, put its .meta beside it"
+    return f"{message}; graphs in that folder: {', '.join(siblings) or 'none'}"
+
+
+def _prefix_of(path: Path) -> Path:
+    """What the files of a model are named after; the folder of those without a name."""
+    name = _SUFFIX.sub("", path.name)
+    return path.with_name(name) if name else path.parent.resolve()
+
+
+def _find_checkpoint(prefix: Path) -> Path | None:
+    """The graph's own checkpoint, else the one that lies beside it, if it is one only.
+
+    Programs that write the graph once save ``model.meta`` beside ``model-1000.index``. The state
+    file names the newest of several; it is believed where that exists.
+    """
+    if checkpoint.exists(prefix):
+        return prefix
+    stem = _STEP.sub("", prefix.name)
+    beside = [
+        path.with_suffix("")
+        for path in sorted(prefix.parent.glob("*.index"))
+        if re.fullmatch(re.escape(stem) + r"(-\d+)?", path.stem)
+    ]
+    if len(beside) == 1:
+        return beside[0]
+    newest = state(prefix.parent) if beside else None
+    return next((path for path in beside if path.name == newest), None)
+
+
+def state(folder: Path) -> str | None:
+    """The name of the newest checkpoint by the state file, whatever folder that says it is in."""
+    path = folder / "checkpoint"
+    if not path.is_file() or path.stat().st_size > 2**20:
+        return None
+    # Not parsed as a protobuf: the backslashes of a Windows path are no valid escapes.
+    text = path.read_text(encoding="utf-8", errors="replace")
+    match = re.search(r'^model_checkpoint_path: "(.*)"', text, re.MULTILINE)
+    return re.split(r"[/\\]", match[1])[-1] or None if match else None

@@ -1,0 +1,337 @@
+"""What is in a model: inputs, taps, variables, how far the checkpoint covers them, and hazards.
+
+Everything is read off the files; nothing is run, and the weights need not be there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from tensorflow.core.framework.node_def_pb2 import NodeDef
+
+from transfer.graph import (
+    NORMS,
+    VARIABLES,
+    Mode,
+    Network,
+    Variable,
+    downstream,
+    dtype_of,
+    find_dropout,
+    find_modes,
+    graph_preprocessing,
+    infer,
+    operation_of,
+    outputs,
+    split_tensor_name,
+    static_shape,
+    taps,
+)
+from transfer.graph import variable as graph_variable
+from transfer.graph.cuts import Cut, list_cuts, stopped
+from transfer.graph.policy import RANDOM_OPS
+from transfer.models import repair
+from transfer.models.checkpoint import Checkpoint, average_entries, check_files
+from transfer.models.formats import state
+from transfer.models.meta_graph import MetaGraph
+from transfer.models.suggestions import suggest, unknown_feeds, upstream_of
+
+Shape = tuple[int | None, ...] | None
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor and what is said about it: the ``shape`` is ``None`` where it is not known."""
+
+    name: str
+    shape: Shape
+    dtype: str
+    about: str
+
+
+@dataclass(frozen=True)
+class Variables:
+    """How many variables there are, of how many parameters and of how many megabytes (10^6)."""
+
+    count: int
+    parameters: int
+    megabytes: float
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What the checkpoint has of the graph's variables.
+
+    ``problem`` says why it cannot be read, ``None`` if it can. ``matched`` counts variables,
+    ``missing`` and ``different`` name those that have no value or another shape or type, ``extra``
+    the entries that belong to no variable.
+    """
+
+    prefix: str | None
+    problem: str | None
+    matched: int = 0
+    missing: list[str] = field(default_factory=list)
+    different: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    has_averages: bool = False
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``inspect`` finds.
+
+    ``variables`` are all of the graph, ``tap_variables`` those that the first tap needs (weights
+    that are constants included), ``feeds`` the placeholders that tell training from inference,
+    ``unknown_feeds`` other placeholders that the first tap needs and that want a value.
+    ``tap_error`` says why the first tap cannot be a layer; ``None`` if it can. ``cuts`` are those
+    of its network, from the input on. ``command`` passed all checks that fine-tuning begins with;
+    where it is ``None``, ``command_problem`` says why and what would work.
+    """
+
+    model: str
+    format: str
+    tensorflow_version: str
+    operations: int
+    inputs: list[Tensor]
+    taps: list[Tensor]
+    input: str | None
+    tap_error: str | None
+    variables: Variables
+    tap_variables: Variables
+    checkpoint: Coverage
+    feeds: list[Mode]
+    unknown_feeds: list[str]
+    cuts: list[Cut]
+    hazards: list[str]
+    command: str | None
+    command_problem: str | None
+
+
+def inspect(graph: MetaGraph) -> Inspection:
+    """Look at a model.
+
+    Raises:
+        ValueError: if the graph is damaged.
+    """
+    nodes = list(graph.nodes.values())
+    variables = [graph_variable(node) for node in nodes if node.op in VARIABLES]
+    coverage, covered = _coverage(graph, variables)
+    ranked = taps.rank(nodes, lambda names: covered is None or set(names) <= covered, graph.outputs)
+    first = ranked[0].tensor if ranked else None
+    input, network, error = _try(graph, first)
+    suggestion = suggest(graph, [tap.tensor for tap in ranked])
+    shortcoming = None
+    if network is None and suggestion.network is not None:
+        network = suggestion.network
+        shortcoming = error if network.input != input else None
+        input, error = network.input, None
+    upstream = upstream_of(graph, first, input)
+    modes = find_modes(upstream, input)
+    return Inspection(
+        model=str(graph.prefix),
+        format=graph.format,
+        tensorflow_version=graph.tensorflow_version,
+        operations=len(nodes),
+        inputs=_inputs(graph, input),
+        taps=[_tap(graph, tap) for tap in ranked],
+        input=input,
+        tap_error=error,
+        variables=_sum(variables),
+        tap_variables=_sum(network.variables if network else ()),
+        checkpoint=coverage,
+        feeds=modes,
+        unknown_feeds=[] if first is None or input is None else unknown_feeds(graph, first, input),
+        cuts=[] if network is None else list_cuts(network, graph.card.image_size),
+        hazards=_hazards(graph, upstream, input, network, coverage, ranked)
+        + (
+            []
+            if shortcoming is None
+            else [f"the first tap needs {input!r} as its input: {shortcoming}"]
+        )
+        + ([] if error is None else [f"the first tap cannot be used: {error}"]),
+        command=suggestion.command,
+        command_problem=suggestion.problem,
+    )
+
+
+def _coverage(graph: MetaGraph, variables: Sequence[Variable]) -> tuple[Coverage, set[str] | None]:
+    """What the checkpoint has, and the names of the variables that it has; ``None`` if unknown."""
+    if not variables:
+        return Coverage(None, None), set()
+    prefix = graph.checkpoint_prefix or graph.prefix
+    problem = None
+    try:
+        check_files(prefix)
+    except FileNotFoundError as error:
+        problem = str(error)
+    try:
+        source = Checkpoint(prefix, index_only=True)
+        entries = graph.entries(source)
+    except (OSError, ValueError) as error:
+        return Coverage(str(prefix), problem or str(error)), None
+    local = graph.local_variables
+    variables = [variable for variable in variables if variable.name not in local]
+    matched, missing, different = source.compare(variables, entries)
+    keys = {entry.key for entry in matched.values()}
+    try:
+        has_averages = bool(average_entries([variable.name for variable in variables], source))
+    except ValueError:
+        has_averages = False
+    coverage = Coverage(
+        str(prefix),
+        problem,
+        len(matched),
+        missing,
+        different,
+        sorted(source.shapes.keys() - keys),
+        has_averages,
+    )
+    return coverage, set(matched)
+
+
+def _try(graph: MetaGraph, tap: str | None) -> tuple[str | None, Network | None, str | None]:
+    """The input of a tap, the network between them, and what is wrong."""
+    if tap is None:
+        return None, None, "no layer of a network was found in it"
+    input = None
+    try:
+        input = graph.card.input or graph.find_input(tap)
+        return input, graph.network(tap, input), None
+    except (ValueError, OSError) as error:
+        return input, None, str(error)
+
+
+def _inputs(graph: MetaGraph, chosen: str | None) -> list[Tensor]:
+    """Where data come in: all placeholders, and what is dequeued and used."""
+    used = outputs(graph.nodes.values())
+    found = []
+    for node in graph.nodes.values():
+        if node.op not in taps.SOURCES:
+            continue
+        for tensor in used.get(node.name) or [f"{node.name}:0"]:
+            index = split_tensor_name(tensor)[1]
+            about = "takes the images" if tensor == chosen else node.op
+            found.append(_tensor(node, tensor, index, about))
+    # The file names of savers are placeholders, too.
+    found = [t for t in found if t.dtype != "string" or t.name == chosen]
+    return sorted(found, key=lambda tensor: tensor.name != chosen)
+
+
+def _tap(graph: MetaGraph, tap: taps.Tap) -> Tensor:
+    """A tap with its shape, inferred where the graph does not state it."""
+    node, index = graph.node(tap.tensor), split_tensor_name(tap.tensor)[1]
+    shape = tap.shape
+    if shape is None or None in shape[1:]:
+        _, network, _ = _try(graph, tap.tensor)
+        if network is not None:
+            shape = infer(network).get(network.output, shape)
+    dtype = dtype_of(node, index)
+    return Tensor(tap.tensor, shape, dtype.name if dtype else "unknown", tap.why)
+
+
+def _tensor(node: NodeDef, name: str, index: int, about: str) -> Tensor:
+    dtype = dtype_of(node, index)
+    shape = static_shape(node, index)
+    return Tensor(name, shape, dtype.name if dtype else "unknown", about)
+
+
+def _sum(variables: Iterable[Variable]) -> Variables:
+    sizes = [(math.prod(v.shape or ()), v.dtype.size) for v in variables]
+    num_bytes = sum(count * size for count, size in sizes)
+    return Variables(len(sizes), sum(count for count, _ in sizes), round(num_bytes / 1e6, 1))
+
+
+def _hazards(
+    graph: MetaGraph,
+    upstream: Sequence[NodeDef],
+    input: str | None,
+    network: Network | None,
+    coverage: Coverage,
+    ranked: Sequence[taps.Tap],
+) -> list[str]:
+    ops = Counter(node.op for node in graph.nodes.values())
+    found = []
+    if coverage.problem:
+        found.append(coverage.problem)
+    needed = {v.name for v in network.variables} if network else set()
+    lacking = sorted(needed & set(coverage.missing))
+    if lacking:
+        found.append(f"the checkpoint lacks {len(lacking)} of the tap's variables: {_few(lacking)}")
+    named = state(graph.prefix.parent)
+    if named and graph.checkpoint_prefix and named != graph.checkpoint_prefix.name:
+        found.append(f"the state file names another checkpoint, {named!r}; it is not believed")
+    devices = sorted({n.device for n in graph.nodes.values() if not _is_cpu(n.device)})
+    if devices:
+        found.append(f"pinned to devices ({_few(devices)}); devices are cleared")
+    queues = [op for op in ops if "Queue" in op or "Reader" in op or op.startswith("Iterator")]
+    if queues:
+        found.append(f"has its own input pipeline ({_few(sorted(queues))}); it is left out")
+    unresolved = repair.unresolved(graph.meta)
+    if unresolved:
+        found.append(f"collections name what is not there ({_few(unresolved)}); they are not used")
+    loops = [node.name for node in graph.nodes.values() if node.op in ("Enter", "While")]
+    if loops:
+        found.append(f"has while loops ({_few(loops[:1])}); nothing inside can be tapped")
+    live = downstream(upstream, [input] if input else [])
+    dropouts = find_dropout(upstream, live)
+    constant = [d.node for d in dropouts if graph.nodes[operation_of(d.amount)].op == "Const"]
+    if constant and network is not None and network.training is not None:
+        found.append(f"dropout is always on ({_few(constant)}); it is bypassed but in training")
+    noise = [
+        n.name
+        for n in upstream
+        if n.op in RANDOM_OPS and n.name not in {d.uniform for d in dropouts}
+    ]
+    if noise:
+        found.append(
+            f"random numbers before the tap ({_few(noise)}): features differ from run to run"
+        )
+    if any(n.op in NORMS and n.attr["is_training"].b for n in _inference(network)):
+        found.append(
+            "batch norm before the tap takes the statistics of the batch, in inference too"
+        )
+    for tensor, names in (stopped(network) if network is not None else {}).items():
+        found.append(
+            f"stops gradients at {tensor!r}: what lies before it stays untrained under any "
+            f"--freeze-until ({len(names)} variables: {_few(names)})"
+        )
+    if network is not None and network.batch_size is not None:
+        found.append(f"takes batches of {network.batch_size} only; others are filled up")
+    prepared = graph_preprocessing.find(network) if network is not None else None
+    if prepared:
+        mode = graph.card.preprocess
+        twice = prepared.repeats(mode) if mode else None
+        found.append(
+            f"the graph prepares its images itself: it {prepared}"
+            + (f"; preprocess {mode} would {twice} again" if twice else "")
+        )
+    if graph.card.preprocess is None:
+        found.append(
+            "nothing says how images are to be prepared; --preprocess is a guess, check it"
+        )
+    if coverage.has_averages:
+        found.append("the checkpoint has moving averages of the weights; --use-ema takes them")
+    copies = _copies(ranked)
+    if copies > 1:
+        found.append(f"{copies} copies of the network, or heads; the taps of each are listed")
+    return found
+
+
+def _is_cpu(device: str) -> bool:
+    return re.fullmatch(r"(/device:|/)?(cpu:0)?", device, re.IGNORECASE) is not None
+
+
+def _inference(network: Network | None) -> Iterable[NodeDef]:
+    return network.graph_def.node if network is not None else ()
+
+
+def _copies(ranked: Sequence[taps.Tap]) -> int:
+    return sum(", the last layer" in tap.why for tap in ranked)
+
+
+def _few(names: Sequence[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (f", and {len(names) - count} more" if names[count:] else "")

@@ -1,0 +1,218 @@
+"""What a model is asked for, checked against its files before any weight is read.
+
+Fine-tuning starts with it, and what ``inspect`` suggests has passed it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from transfer.graph import (
+    SEED,
+    Network,
+    Shape,
+    ancestors,
+    canonical,
+    constant,
+    data_inputs,
+    infer,
+    operation_of,
+    with_nodes,
+)
+from transfer.images.preprocess import Preprocess, Size, show_size
+from transfer.models.meta_graph import MetaGraph
+
+_LARGEST_SIDE = 1024
+_USUAL_SIDES = (224, 256, 299, 227, 192, 160, 128, 112, 96, 64, 48, 32, 28)
+_ONE_BATCH = 12
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """From images to features: ``preprocess``, then ``network`` up to ``tap``."""
+
+    tap: str
+    network: Network
+    preprocess: Preprocess
+
+
+def plan(
+    graph: MetaGraph,
+    tap: str | None = None,
+    *,
+    input: str | None = None,
+    feeds: Mapping[str, float | bool] | None = None,
+    keep_dropout: bool = False,
+    use_ema: bool = False,
+    preprocess: str | None = None,
+    image_size: Size | None = None,
+) -> ModelPlan:
+    """Settle how a model is used; runs nothing, and needs no more than the checkpoint's index.
+
+    Args:
+        graph: of the model.
+        tap, input, feeds, keep_dropout: see ``MetaGraph.network``; the tap is the card's by
+            default, or else ``fc7``.
+        use_ema: see ``MetaGraph.read``.
+        preprocess, image_size: see ``MetaGraph.preprocess``.
+
+    Raises:
+        ValueError: if there is no such network, it takes no images of this size, gives no vector
+            or feature maps for each of them, or the checkpoint does not have its variables.
+        FileNotFoundError: if there is no checkpoint.
+        ForbiddenOpError: if the tap needs more than arithmetic.
+    """
+    tap = graph.tensor(tap or graph.card.tap or "fc7")
+    network = graph.network(tap, input, feeds, keep_dropout)
+    prepared = graph.preprocess(network.input, preprocess, image_size)
+    check_images(network, prepared)
+    graph.match(network.variables, use_ema)
+    return ModelPlan(tap, network, prepared)
+
+
+def check_images(network: Network, preprocess: Preprocess) -> None:
+    """Whether a network gives features for images of this form, as far as its shapes tell.
+
+    Raises:
+        ValueError: if it does not; says which size would do.
+    """
+    problem = _problem(network, preprocess)
+    if problem is None:
+        return
+    if network.input_shape is not None and len(network.input_shape) == 2:
+        raise ValueError(problem)
+    if _states_size(network):
+        raise ValueError(problem)
+    fitting, flatten = fitting_size(network, preprocess), _flatten(network)
+    if fitting is not None:
+        problem += f"; images of {show_size(fitting)} pixels fit"
+    elif flatten is not None:
+        problem += (
+            f"; no square size fits, for {flatten[0]!r} must have {flatten[1]} numbers an image: "
+            "give an image size like 100x200"
+        )
+    raise ValueError(problem)
+
+
+def _problem(network: Network, preprocess: Preprocess) -> str | None:
+    """Why a network gives no features for such images; ``None`` if it does."""
+    if network.output == network.input:
+        return None
+    shown = f"{preprocess.height}x{preprocess.width}"
+    one: tuple[int | None, ...] = preprocess.shape
+    if network.input_shape is not None and len(network.input_shape) == 2:
+        one = network.input_shape[1:]
+    batch = network.batch_size or _ONE_BATCH
+    try:
+        shape = _output_shape(network, (batch, *one))
+    except ValueError as error:
+        if "elements, more than" in str(error):
+            return None  # of a batch; one at a time may do
+        return f"images of {shown} pixels do not fit the graph: {_reason(error)}"
+    if shape is None:
+        return None
+    if len(shape) not in (2, 4):
+        return (
+            f"tap {network.output!r} has shape {shape}; expected features [batch, width], or "
+            "feature maps [batch, height, width, channels]"
+        )
+    if shape[0] not in (None, batch):
+        return (
+            f"tap {network.output!r} gives {shape[0]} rows for {batch} images of {shown} pixels; "
+            "expected one for each image"
+        )
+    return None
+
+
+def _output_shape(network: Network, input_shape: tuple[int | None, ...]) -> Shape:
+    shaped = replace(network, input_shape=input_shape, training=None)
+    return infer(shaped)[network.output]
+
+
+def _reason(error: Exception) -> str:
+    """TensorFlow's own words, without the definition of the node."""
+    text = " ".join(str(error).removeprefix("the graph is damaged: ").split())
+    return re.sub(r"'?{{node (?:n/)?(.*?)}}.*", r"'\1'", text)
+
+
+def _states_size(network: Network) -> bool:
+    shape = network.input_shape
+    return shape is not None and len(shape) == 4 and None not in shape[1:3]
+
+
+def fitting_size(network: Network, preprocess: Preprocess) -> Size | None:
+    """The square size that a network takes whose input leaves it open; ``None`` if there is none.
+
+    One of the usual ones where it fits, else the one that the first reshape to vectors asks for.
+    """
+
+    def fits(side: int) -> bool:
+        return _problem(network, replace(preprocess, size=side)) is None
+
+    return next(filter(fits, (*_USUAL_SIDES, *_sides_of_flatten(network, preprocess))), None)
+
+
+def _sides_of_flatten(network: Network, preprocess: Preprocess) -> list[int]:
+    """Sides for which the maps before the first reshape have the numbers that it, or the product
+    after it, takes; that which can be halved most often first."""
+    flatten = _flatten(network)
+    if flatten is None:
+        return []
+    maps, length = flatten
+    before = replace(
+        network,
+        graph_def=with_nodes(
+            network.graph_def,
+            ancestors(
+                network.graph_def.node,
+                maps,
+                [network.input, SEED, *(v.name for v in network.variables)],
+            ),
+        ),
+        training=None,
+        output=maps,
+    )
+
+    @functools.cache
+    def numbers(side: int) -> int:
+        try:
+            shape = _output_shape(before, (1, side, side, preprocess.channels))
+        except ValueError:
+            return 0  # smaller than a window
+        if shape is None or None in shape[1:]:
+            return 0
+        return math.prod(size or 1 for size in shape[1:])
+
+    sides = range(1, _LARGEST_SIDE + 1)  # the larger the image, the more numbers
+    first, end = bisect_left(sides, length, key=numbers), bisect_right(sides, length, key=numbers)
+    return sorted(sides[first:end], key=lambda side: (-(side & -side), side))
+
+
+def _flatten(network: Network) -> tuple[str, int] | None:
+    """The maps that are made vectors, and how many numbers an image's vector has."""
+    by_name = {node.name: node for node in network.graph_def.node}
+    shapes = infer(replace(network, training=None)) if network.input_shape else {}
+    widths = {v.name: v.shape[0] for v in network.variables if v.shape and len(v.shape) == 2}
+    readers = {
+        canonical(data_inputs(node)[0]): widths.get(operation_of(data_inputs(node)[1]))
+        for node in network.graph_def.node
+        if node.op == "MatMul"
+    }
+    for node in network.graph_def.node:
+        if node.op != "Reshape":
+            continue
+        maps = canonical(node.input[0])
+        if len(shapes.get(maps) or ()) != 4:
+            continue
+        target = constant(by_name.get(operation_of(node.input[1])))
+        length = readers.get(f"{node.name}:0")
+        if target is not None and target.size == 2 and target.ravel()[1] > 0:
+            length = int(target.ravel()[1])
+        if length:
+            return maps, int(length)
+    return None

@@ -1,0 +1,250 @@
+"""Graphs and the values of their variables to disk, as ``tf.compat.v1.train.Saver`` does it.
+
+``<prefix>.meta`` holds the graph, ``<prefix>-<step>.index`` and ``.data-...`` the values, and the
+state file ``checkpoint`` which of them are there; ``transfer.models.retention`` says which are
+kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import operator
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import SupportsIndex
+
+import numpy as np
+import tensorflow as tf
+
+from transfer.core.files import draft_folder
+from transfer.models import checkpoint, retention
+from transfer.models.card import Card, write_card
+from transfer.models.checkpoint import Entry
+
+tf1 = tf.compat.v1
+
+_BIG = 2**20
+"""Bytes from which on the values of an array are not copied to be saved."""
+
+
+def save_meta_graph(
+    graph: tf.Graph,
+    prefix: str | Path,
+    values: Mapping[str, np.ndarray | tf.Tensor | float],
+    card: Card | None = None,
+    *,
+    step: SupportsIndex | None = None,
+    variables: Iterable[str] | None = None,
+    write_meta_graph: bool | None = None,
+    max_to_keep: int | None = None,
+    keep_checkpoint_every_n_hours: float | None = None,
+) -> Path:
+    """Write a graph and the values of its variables as meta graph, V2 checkpoint and card.
+
+    ``tf.compat.v1.train.import_meta_graph`` and ``Saver.restore`` open them, and so does
+    ``load_meta_graph``. The files are complete before any of them gets its name. The graph itself
+    is left as it is; it may be finalized.
+
+    Args:
+        graph: with variables in its collections, made by ``tf.compat.v1``.
+        prefix: path without ``.meta``; its folder is made if need be.
+        values: variable's name (``fc7/weights``) to value, for every variable that is saved.
+        card: written beside the meta graph, with the hashes of the files.
+        step: saves the values to ``<prefix>-<step>``.
+        variables: names of those to save; by default all global variables of the graph. The saver
+            in the meta graph restores the same ones.
+        write_meta_graph: by default one ``<prefix>.meta`` serves all steps, and is written where
+            this graph does not stand there yet. ``True`` writes ``<prefix>-<step>.meta`` for each
+            step, which is deleted with it, as ``Saver`` does. ``False`` writes neither a meta graph
+            nor a card; it saves time with large graphs.
+        max_to_keep: how many checkpoints of this prefix to keep; older ones are deleted. Only those
+            that the state file lists, and that are named ``<prefix>-<step>``, are ever deleted.
+            ``None`` or 0 deletes none.
+        keep_checkpoint_every_n_hours: of those to be deleted, keep one for so many hours.
+
+    Returns:
+        The prefix of the checkpoint: ``prefix``, or ``<prefix>-<step>``.
+
+    Raises:
+        TypeError: if ``step`` is no whole number, or ``variables`` a name instead of several.
+        ValueError: if a variable has no value, or one of another shape; if there is no variable of
+            a name in ``variables``, or none at all to save; or if a number is negative.
+
+    Example:
+        >>> for step in range(0, 10_000, 1000):
+        ...     values = train(1000)
+        ...     save_meta_graph(graph, "run/model", values, step=step, max_to_keep=4)
+    """
+    prefix = Path(prefix)
+    checkpoint.check_path(prefix)
+    if prefix.name == retention.STATE:
+        raise ValueError(
+            f"cannot save to {str(prefix)!r}: {retention.STATE} is the file that lists the "
+            "checkpoints of a folder; give the prefix another name"
+        )
+    retention.check(max_to_keep, keep_checkpoint_every_n_hours)
+    saved = prefix if step is None else prefix.with_name(f"{prefix.name}-{_whole(step)}")
+    chosen = _choose(graph, variables)
+    _check_values(chosen, values)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    with draft_folder(prefix.parent) as draft:
+        _write_values(draft / saved.name, chosen, values)
+        if write_meta_graph is not False:
+            model = saved.name if write_meta_graph else prefix.name
+            (draft / f"{model}.meta").write_bytes(
+                _with_saver(graph, chosen, max_to_keep, keep_checkpoint_every_n_hours)
+            )
+            if card is not None:
+                hashes = {path.name: file_sha256(path) for path in sorted(draft.iterdir())}
+                write_card(draft / f"{model}.json", replace(card, sha256=hashes))
+        for path in sorted(draft.iterdir()):
+            if path.suffix != ".meta" or not _same(path, prefix.with_name(path.name)):
+                os.replace(path, prefix.with_name(path.name))
+        state, deleted = retention.plan(
+            prefix, saved.name, max_to_keep, keep_checkpoint_every_n_hours
+        )
+        (draft / retention.STATE).write_text(state, encoding="utf-8")
+        os.replace(draft / retention.STATE, prefix.with_name(retention.STATE))
+    for name in deleted:
+        retention.delete(prefix.with_name(name))
+    return saved
+
+
+def _whole(step: SupportsIndex) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError as error:
+        raise TypeError(
+            f"step is {step!r}; expected a whole number: of a tensor, give the value that "
+            "Session.run returns"
+        ) from error
+    if number < 0:
+        raise ValueError(f"step is {number}; expected a whole number from 0 on: count from there")
+    return number
+
+
+def _choose(graph: tf.Graph, names: Iterable[str] | None) -> list[tf.Variable]:
+    if isinstance(names, str):
+        raise TypeError(
+            f"variables is the string {names!r}; expected several names: write [{names!r}]"
+        )
+    known = {v.op.name: v for v in graph.get_collection(tf1.GraphKeys.GLOBAL_VARIABLES)}
+    wanted = list(known if names is None else dict.fromkeys(names))
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known, n=8, cutoff=0.3) or list(known)
+        shown = list(known) if len(known) <= 8 else [*near[:8], f"... ({len(known)} in all)"]
+        raise ValueError(
+            f"cannot save {', '.join(unknown)}: the graph's variables are "
+            f"{', '.join(shown) or 'none'}; name some of these"
+        )
+    if not wanted:
+        raise ValueError(
+            f"cannot save: of {len(known)} variables in the graph none is to be saved, and a "
+            "checkpoint has at least one; name some, or make one (tf.compat.v1.get_variable)"
+        )
+    return [known[name] for name in wanted]
+
+
+def _check_values(
+    variables: Sequence[tf.Variable], values: Mapping[str, np.ndarray | tf.Tensor | float]
+) -> None:
+    missing = [v.op.name for v in variables if v.op.name not in values]
+    different = [
+        f"{v.op.name} (graph {_shown(v.shape)}, value {tuple(np.shape(values[v.op.name]))})"
+        for v in variables
+        if v.op.name in values and not v.shape.is_compatible_with(np.shape(values[v.op.name]))
+    ]
+    if missing or different:
+        raise ValueError(
+            f"cannot save: no value for {', '.join(missing) or 'none'}; "
+            f"another shape for {', '.join(different) or 'none'}; give every variable that is "
+            "saved a value of its own shape, or name those to save"
+        )
+
+
+def _shown(shape: tf.TensorShape) -> str:
+    return str(tuple(shape)) if shape.rank is not None else "of any shape"
+
+
+def _with_saver(
+    graph: tf.Graph,
+    variables: Sequence[tf.Variable],
+    max_to_keep: int | None,
+    hours: float | None,
+) -> bytes:
+    """A graph as a meta graph with a saver for some variables; the same bytes for the same graph.
+
+    The saver's operations are added to a copy: in a loop that saves, the graph must not grow.
+    """
+    with graph.as_default():
+        meta = tf1.train.export_meta_graph()
+    options = {} if hours is None else {"keep_checkpoint_every_n_hours": hours}
+    with tf.Graph().as_default() as copy:
+        tf1.train.import_meta_graph(meta)
+        copies = {v.op.name: v for v in tf1.global_variables()}
+        saver = tf1.train.Saver(
+            [copies[v.op.name] for v in variables],
+            max_to_keep=max_to_keep,
+            write_version=tf1.train.SaverDef.V2,
+            save_relative_paths=True,
+            **options,
+        )
+        meta = tf1.train.export_meta_graph(graph=copy, saver_def=saver.as_saver_def())
+    return meta.SerializeToString(deterministic=True)
+
+
+def _write_values(
+    prefix: Path,
+    variables: Sequence[tf.Variable],
+    values: Mapping[str, np.ndarray | tf.Tensor | float],
+) -> None:
+    """Write a V2 checkpoint; also while a graph is built, and in programs that have turned eager
+    execution off. A session would copy what it is fed."""
+    entries = [_entry(v) for v in variables]
+    with tf.__internal__.eager_context.eager_mode():
+        tf.raw_ops.SaveV2(
+            prefix=str(prefix),
+            tensor_names=[entry.key for entry in entries],
+            shape_and_slices=[entry.slice for entry in entries],
+            tensors=[_to_tensor(values[v.op.name], v.dtype.base_dtype) for v in variables],
+        )
+
+
+def _entry(variable: tf.Variable) -> Entry:
+    """Where a saver looks for a variable: under its name, or as a slice of a partitioned one."""
+    with variable.graph.as_default():  # a resource variable gives its proto in a graph only
+        info = variable.to_proto().save_slice_info_def
+    if not info.full_name:
+        return Entry(variable.op.name)
+    return Entry(info.full_name, tf1.Variable.SaveSliceInfo(save_slice_info_def=info).spec)
+
+
+def _to_tensor(value: np.ndarray | tf.Tensor | float, dtype: tf.DType) -> tf.Tensor:
+    """A value as a tensor; a big array and its tensor share their memory.
+
+    ``tf.convert_to_tensor`` copies an array, and needs twice its memory to do so.
+    """
+    if isinstance(value, np.ndarray) and value.nbytes >= _BIG and dtype != tf.string:
+        value = value.astype(dtype.as_numpy_dtype, "C", "same_kind", copy=False)
+        with contextlib.suppress(BufferError):  # a type that is TensorFlow's own, or read-only
+            return tf.experimental.dlpack.from_dlpack(value.__dlpack__())
+    return tf.convert_to_tensor(value, dtype)
+
+
+def _same(draft: Path, path: Path) -> bool:
+    return path.is_file() and path.read_bytes() == draft.read_bytes()
+
+
+def file_sha256(*paths: Path) -> str:
+    """Of the bytes of a file, or of several one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,89 @@
+"""A learning rate from a short trial: raised step by step until the loss goes up.
+
+The range test of arXiv 1506.01186, section 3.3, with an exponential ramp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from transfer.training.trainer import Batch, Trainer
+
+SMOOTHING = 0.9
+"""Weight of the past in the smoothed loss; about ten steps are averaged."""
+DIVERGED = 4.0
+"""The trial ends when the smoothed loss is so many times its lowest."""
+
+
+@dataclass(frozen=True)
+class RangeTest:
+    """Learning rates and what they did; all ``[steps]``, in the order of the steps.
+
+    ``losses`` are those of the batches, ``smoothed`` their running mean. ``suggestion`` is a tenth
+    of the rate with the lowest smoothed loss: there the loss was about to rise.
+    """
+
+    rates: np.ndarray
+    losses: np.ndarray
+    smoothed: np.ndarray
+
+    @property
+    def suggestion(self) -> float:
+        return float(f"{self.rates[np.argmin(self.smoothed)] / 10:.1g}")
+
+
+def range_test(
+    trainer: Trainer,
+    batches: Iterable[Batch],
+    *,
+    lowest: float = 1e-7,
+    highest: float = 1.0,
+    steps: int = 100,
+) -> RangeTest:
+    """Train with rising learning rates; the weights are spoilt afterwards.
+
+    Args:
+        trainer: with constant learning rates; those of its groups keep their proportions, and the
+            first group's is the one that is given and found.
+        batches: at least ``steps``, or all that there are are taken.
+        lowest, highest: rates of the first and the last step.
+        steps: at most.
+
+    Raises:
+        ValueError: if the range is empty, or there are fewer than ten steps before the loss
+            diverges: then ``lowest`` is too high.
+    """
+    if not 0 < lowest < highest or steps < 2:
+        raise ValueError(
+            f"expected 0 < lowest < highest and at least 2 steps, got {lowest:g}, {highest:g} and "
+            f"{steps} steps"
+        )
+    optimizers = [group.optimizer for group in trainer.groups]
+    first = float(optimizers[0].learning_rate)
+    scales = [float(optimizer.learning_rate) / first for optimizer in optimizers]
+    rates: list[float] = []
+    losses: list[float] = []
+    smoothed: list[float] = []
+    mean = 0.0
+    for (inputs, labels), rate in zip(batches, np.geomspace(lowest, highest, steps), strict=False):
+        for optimizer, scale in zip(optimizers, scales, strict=True):
+            optimizer.learning_rate = rate * scale
+        loss, *_ = trainer.train_step(inputs, labels)
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
+        corrected = mean / (1 - SMOOTHING ** (len(losses) + 1))  # it began at zero
+        if not math.isfinite(loss) or (smoothed and corrected > DIVERGED * min(smoothed)):
+            break
+        rates.append(rate)
+        losses.append(loss)
+        smoothed.append(corrected)
+    if len(rates) < min(steps, 10):
+        raise ValueError(
+            f"the loss diverged after {len(rates)} steps, at a learning rate of "
+            f"{rates[-1] if rates else lowest:.2g}; begin lower than {lowest:g}, or check that the "
+            "preprocessing is the one that the weights expect"
+        )
+    return RangeTest(np.array(rates), np.array(losses), np.array(smoothed))

@@ -1,0 +1,363 @@
+"""One training loop for every case: a head on cached features, a part of the network, all of it.
+
+Data contract: a model maps inputs to logits ``[batch, num_classes]``; ``batches(epoch, first)``
+gives an iterable of ``(inputs, labels)`` for an epoch, from its batch ``first`` on, in an order
+that depends on nothing but the epoch, so that a run that is resumed continues as if it had never
+stopped. Optimizers and callbacks are Keras' own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from transfer.core.distribution import Replicas, sum_over_replicas
+from transfer.training.optimizers import is_for_replicas
+
+Batch = tuple[Any, Any]
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became infinite or not a number."""
+
+
+class Checkpoint(Protocol):
+    """What keeps the state of a trainer; see ``run_checkpoint.RunCheckpoint``."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time to save within an epoch."""
+
+    def begin(self) -> None: ...
+
+    def save(self, trainer: Trainer) -> None: ...
+
+    def save_best(self, trainer: Trainer) -> None: ...
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Variables that one optimizer updates."""
+
+    optimizer: keras.optimizers.Optimizer
+    variables: Sequence[keras.Variable]
+
+    def __post_init__(self) -> None:
+        self.optimizer.build(self.variables)
+
+
+@dataclass
+class EpochSums:
+    """Over the batches of an epoch that are done; ``loss`` is the sum of the examples' losses."""
+
+    num_batches: int = 0
+    num_examples: int = 0
+    num_right: int = 0
+    loss: float = 0.0
+
+    def add(self, num_examples: int, num_right: int, mean_loss: float) -> None:
+        self.num_batches += 1
+        self.num_examples += num_examples
+        self.num_right += num_right
+        self.loss += mean_loss * num_examples
+
+    @property
+    def means(self) -> dict[str, float]:
+        if not self.num_examples:
+            return {}
+        return {
+            "loss": self.loss / self.num_examples,
+            "accuracy": self.num_right / self.num_examples,
+        }
+
+
+@dataclass(repr=False)
+class Trainer:
+    """A model with what updates it; ``fit`` may be called again to go on.
+
+    Args:
+        model: inputs to logits; called with ``training=True`` while it is trained.
+        groups: which optimizer updates which variables; variables in no group stay as they are.
+        label_smoothing: 0..1, the share of the target that is spread over all classes.
+        class_weights: float ``[num_classes]``, a factor for the loss of each class's examples;
+            ``None`` weighs all alike.
+        mixup: parameter of the Beta distribution that mixes pairs of examples (arXiv 1710.09412);
+            0 mixes none. What is mixed are the inputs of ``model``: images, or activations.
+        clip_norm: the gradients of a step, all together, are scaled down to this norm; ``None``
+            leaves them as they are.
+        frozen: applied to the inputs first, in inference mode and without a gradient.
+        seed: of what is drawn at random here, for each step anew.
+        random_states: variables of ``frozen`` that its steps change: states of random layers.
+        replicas: who trains together. The batches of each process are its own part of them.
+
+    ``step`` and ``epoch`` are those that are done, ``sums`` what is done of the epoch that has
+    begun, and ``best_loss`` the lowest validation loss after an epoch. ``epoch_seconds`` are the
+    wall times of the epochs of this session, without their validation.
+    """
+
+    model: keras.Model
+    groups: Sequence[ParameterGroup]
+    label_smoothing: float = 0.0
+    class_weights: np.ndarray | None = None
+    mixup: float = 0.0
+    clip_norm: float | None = None
+    frozen: Callable[[Any], Any] | None = None
+    seed: int = 0
+    random_states: Sequence[keras.Variable] = ()
+    replicas: Replicas = field(default_factory=Replicas)
+    step: int = 0
+    epoch: int = 0
+    sums: EpochSums = field(default_factory=EpochSums)
+    best_loss: float = math.inf
+    epoch_seconds: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.replicas.count > 1 and not all(is_for_replicas(g.optimizer) for g in self.groups):
+            raise ValueError(
+                "several replicas add up their gradients before they clip and apply them; take "
+                "optimizers from transfer.training.optimizers, for Keras' own would add them up "
+                "once more"
+            )
+        # Callbacks (EarlyStopping, ReduceLROnPlateau, TensorBoard) look for these on the model.
+        self.model.optimizer = self.groups[0].optimizer
+        self.model.stop_training = False
+        self._is_changing = self._is_asked_to_stop = False
+        self._train_step = tf.function(
+            lambda *arguments: self.replicas.run(self._step, *arguments),
+            autograph=False,
+            reduce_retracing=True,
+        )
+
+    def _step(
+        self, inputs: tf.Tensor, labels: tf.Tensor, step: tf.Tensor, stop: tf.Tensor
+    ) -> tf.Tensor:
+        """One update, on each replica with its piece of the batch.
+
+        Returns:
+            float32 ``[4]``, of the whole batch: the mean loss, how many predictions were right, how
+            many examples there are; and how many replicas are asked to stop.
+        """
+        if self.frozen is not None:
+            inputs = tf.stop_gradient(self.frozen(inputs))
+        weights = tf.cast(labels >= 0, tf.float32)
+        num_examples, num_stops = sum_over_replicas([tf.reduce_sum(weights), stop])
+        mix = self._mixing(step)
+        variables = [variable for group in self.groups for variable in group.variables]
+        with tf.GradientTape() as tape:
+            logits = self.model(mix(inputs), training=True)
+            losses = self._losses(labels, logits, mix) * weights
+            loss = tf.reduce_sum(losses) / num_examples
+        gradients = tape.gradient(loss, [variable.value for variable in variables])
+        is_right = tf.cast(tf.argmax(logits, -1, labels.dtype) == labels, tf.float32)
+        reached = [n for n, gradient in enumerate(gradients) if gradient is not None]
+        *reduced, loss, num_right = sum_over_replicas(
+            [*(gradients[n] for n in reached), loss, tf.reduce_sum(is_right)]
+        )
+        for n, gradient in zip(reached, reduced, strict=True):
+            gradients[n] = gradient
+        if self.clip_norm is not None:
+            gradients, _ = tf.clip_by_global_norm(gradients, self.clip_norm)
+        remaining = iter(gradients)
+        for group in self.groups:
+            group.optimizer.apply([next(remaining) for _ in group.variables], group.variables)
+        return tf.stack([loss, num_right, num_examples, num_stops])
+
+    def _mixing(self, step: tf.Tensor) -> Callable[[tf.Tensor], tf.Tensor]:
+        """What makes of the examples of a batch the mixtures to train on.
+
+        Each with its counterpart from the other end of the batch, which is in a random order, and
+        one share for all of them.
+        """
+        if not self.mixup:
+            return lambda values: values
+        seed = tf.stack([tf.cast(self.seed, tf.int64), step])
+        first, second = tf.unstack(tf.random.stateless_gamma([2], seed, self.mixup))
+        share = first / (first + second)  # Beta(mixup, mixup)
+        return lambda values: share * values + (1 - share) * tf.reverse(values, [0])
+
+    def _losses(
+        self, labels: tf.Tensor, logits: tf.Tensor, mix: Callable[[tf.Tensor], tf.Tensor]
+    ) -> tf.Tensor:
+        """Softmax cross-entropy, with the targets smoothed as in arXiv 1512.00567, section 7, and
+        class weights as in ``keras.Model.fit``."""
+        targets = tf.one_hot(labels, logits.shape[-1])
+        targets = targets * (1 - self.label_smoothing) + self.label_smoothing / logits.shape[-1]
+        losses = tf.nn.softmax_cross_entropy_with_logits(mix(targets), logits)
+        if self.class_weights is not None:
+            weights = tf.constant(self.class_weights, tf.float32)
+            losses *= mix(tf.gather(weights, tf.maximum(labels, 0)))  # NO_LABEL counts for nothing
+        return losses
+
+    def train_step(self, inputs: Any, labels: Any, stop: bool = False) -> tuple[float, int, int]:
+        """One update; the loss of the batch before it, and how many of how many predictions were
+        right. ``stop`` asks all replicas to stop after it.
+        """
+        inputs, labels = self.replicas.pieces(inputs, labels)
+        step = tf.constant(self.step, tf.int64)
+        figures = self._train_step(inputs, labels, step, tf.constant(float(stop)))
+        loss, num_right, num_examples, num_stops = figures.numpy().tolist()
+        self.step += 1
+        self._is_asked_to_stop = num_stops > 0
+        return loss, int(num_right), int(num_examples)
+
+    def train_epoch(
+        self,
+        batches: Iterable[Batch],
+        callbacks: Any,
+        *,
+        checkpoint: Checkpoint | None = None,
+        uninterrupted: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> dict[str, float]:
+        """The rest of the epoch that ``sums`` has begun; its mean loss and accuracy while training.
+
+        Raises:
+            NonFiniteLossError: names the step and the learning rate.
+            KeyboardInterrupt: after the step in which a replica was stopped.
+        """
+        # Sums in Python: Keras' metrics would take longer than a step of a head.
+        for inputs, labels in batches:
+            with uninterrupted(), self._changing():
+                callbacks.on_train_batch_begin(self.sums.num_batches)
+                loss, num_right, num_examples = self.train_step(inputs, labels, is_stopped())
+                self._check_finite(loss)
+                self.sums.add(num_examples, num_right, loss)
+                callbacks.on_train_batch_end(self.sums.num_batches - 1, self.sums.means)
+                if checkpoint is not None and checkpoint.is_due:
+                    checkpoint.save(self)
+            if self._is_asked_to_stop:
+                raise KeyboardInterrupt
+        return self.sums.means
+
+    def fit(
+        self,
+        batches: Callable[[int, int], Iterable[Batch]],
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        validate: Callable[[], dict[str, float]] | None = None,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        verbose: int = 0,
+        checkpoint: Checkpoint | None = None,
+        uninterrupted: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Train until ``self.epoch == epochs``, or until a callback stops it.
+
+        Args:
+            batches: the epoch's number, from 0, and how many of its batches are done, to the rest
+                of its batches.
+            epochs: in all, those of earlier calls included.
+            steps_per_epoch: for the progress bar.
+            validate: after each epoch; its figures join the logs with a ``val_`` before their
+                names.
+            callbacks: Keras callbacks.
+            verbose: Keras' progress bar, on standard output: 0 none, 1 a bar, 2 a line an epoch.
+            checkpoint: saved after each epoch, when it is due within one, and when a
+                ``KeyboardInterrupt`` comes between two steps.
+            uninterrupted: makes the context of what must not be left half done by a
+                ``KeyboardInterrupt``: a step, and what follows an epoch.
+            is_stopped: asked before each step. Where it is true on one replica, all of them do this
+                step and stop with a ``KeyboardInterrupt``: none may go on without the others.
+        """
+        callback_list = keras.callbacks.CallbackList(
+            list(callbacks),
+            add_progbar=verbose > 0,
+            model=self.model,
+            verbose=verbose,
+            epochs=epochs,
+            steps=steps_per_epoch,
+        )
+        if checkpoint is not None:
+            checkpoint.begin()
+        callback_list.on_train_begin()
+        try:
+            while self.epoch < epochs and not self.model.stop_training:
+                callback_list.on_epoch_begin(self.epoch)
+                start = time.perf_counter()
+                logs = self.train_epoch(
+                    batches(self.epoch, self.sums.num_batches),
+                    callback_list,
+                    checkpoint=checkpoint,
+                    uninterrupted=uninterrupted,
+                    is_stopped=is_stopped,
+                )
+                self.epoch_seconds.append(time.perf_counter() - start)
+                if validate is not None:
+                    logs |= self._validated(validate)
+                    # The last step may have spoilt the weights after its own loss was taken.
+                    self._check_finite(logs.get("val_loss", 0.0))
+                with uninterrupted(), self._changing():
+                    self._end_epoch(logs, callback_list, checkpoint)
+        except KeyboardInterrupt:
+            if checkpoint is not None and not self._is_changing:
+                checkpoint.save(self)
+            raise
+        finally:
+            callback_list.on_train_end()  # callbacks close their files
+
+    def _validated(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Its figures. Where it is interrupted, random layers are put back: it will be repeated."""
+        states = [*random_states(self.model), *self.random_states]
+        before = [variable.numpy() for variable in states]
+        try:
+            return {f"val_{name}": value for name, value in validate().items()}
+        except KeyboardInterrupt:
+            for variable, value in zip(states, before, strict=True):
+                variable.assign(value)
+            raise
+
+    def _end_epoch(
+        self, logs: dict[str, float], callbacks: Any, checkpoint: Checkpoint | None
+    ) -> None:
+        if logs.get("val_loss", math.inf) < self.best_loss:
+            self.best_loss = logs["val_loss"]
+            if checkpoint is not None:
+                checkpoint.save_best(self)
+        callbacks.on_epoch_end(self.epoch, logs)
+        self.epoch += 1
+        self.sums = EpochSums()
+        if checkpoint is not None:
+            checkpoint.save(self)
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """While weights, counts and histories do not fit together: no time for a checkpoint."""
+        self._is_changing = True
+        yield
+        self._is_changing = False
+
+    @property
+    def trainable_variables(self) -> list[keras.Variable]:
+        return [variable for group in self.groups for variable in group.variables]
+
+    def _check_finite(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        rates = sorted({float(g.optimizer.learning_rate) for g in self.groups}, reverse=True)
+        shown = " and ".join(f"{rate:g}" for rate in rates)
+        raise NonFiniteLossError(
+            f"the loss is {loss} at step {self.step} (epoch {self.epoch + 1}) with learning rate "
+            f"{shown}; start again with a learning rate ten times smaller, and check that the "
+            "preprocessing is the one that the weights expect"
+        )
+
+
+def random_states(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """The variables of a layer that are no weights: states of what is random in it."""
+    weights = {id(variable) for variable in layer.weights}
+    return [variable for variable in layer.variables if id(variable) not in weights]
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A seed for the order and the augmentation of an epoch, the same in a run that is resumed."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
