@@ -157,7 +157,7 @@ def test_gradients_of_a_separable_network_equal_those_without_onednn(tmp_path):
         "import sys, numpy; sys.path[:0] = sys.argv[2:]; import test_gradients as tests; "
         "numpy.savez(sys.argv[1], *tests.mini_xception_gradients())"
     )
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    folders = [str(folder) for folder in Path(__file__).parents[:3]]
     command = [sys.executable, "-c", script, str(tmp_path / "gradients.npz"), *folders]
     environment = os.environ | {"TF_ENABLE_ONEDNN_OPTS": "0"}
     subprocess.run(command, env=environment, check=True, timeout=300)

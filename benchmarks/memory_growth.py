@@ -1,6 +1,6 @@
 """Memory of a run against the size of its dataset: does it stay flat?
 
-    python tests/memory_growth.py --data-dir DIR [--images 1000] [--plot docs/memory.svg]
+    python benchmarks/memory_growth.py --data-dir DIR [--images 1000] [--plot docs/memory.svg]
 
 Runs on so many images of ``tiny_imagenet``, on 4 times and on 16 times as many, for each cut, and
 looks at the process all the time. What counts is anonymous memory: files that are mapped, as the

@@ -3,7 +3,7 @@ import itertools
 import keras
 import numpy as np
 import pytest
-from test_training import assert_same, batches, fit, new_model, new_trainer, weights
+from test_trainer import assert_same, batches, fit, new_model, new_trainer, weights
 
 from transfer.training.checkpoints import RunCheckpoint
 

@@ -16,7 +16,7 @@ from transfer import Backbone, Card, Head, load_meta_graph, save_meta_graph
 from transfer.vgg import architectures
 
 tf1 = tf.compat.v1
-PRETRAINED = Path(__file__).parents[1] / "pretrained" / "vgg_small"
+PRETRAINED = Path(__file__).parents[2] / "pretrained" / "vgg_small"
 RTOL = 1e-5  # of the largest value
 
 

@@ -15,7 +15,8 @@ import pytest
 import safetensors.numpy
 import tensorflow as tf
 from commands import finetune, metrics
-from test_published import (
+from conftest import SHARED
+from published_files import (
     NUM_CLASSES,
     SMALL,
     VALUES,
@@ -33,7 +34,7 @@ from transfer.exports.meta_graph import save_with_preprocessing
 from transfer.vgg import architectures
 from transfer.vgg.published import containers, layouts, origins
 
-REAL = Path(__file__).parents[2] / "shared" / "weights" / "vgg16_imagenet_notop.h5"
+REAL = SHARED / "weights" / "vgg16_imagenet_notop.h5"
 
 
 def convert(file, out, *flags):

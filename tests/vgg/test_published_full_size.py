@@ -7,11 +7,11 @@ weights is the truth.
 
 import keras
 import numpy as np
+import published_files
 import pytest
 import tensorflow as tf
-import test_published
 from keras.applications.imagenet_utils import preprocess_input
-from test_published import WRITERS, torch_state, write_torch_legacy, write_torch_zip
+from published_files import WRITERS, torch_state, write_torch_legacy, write_torch_zip
 
 from recipes.cli import main
 from transfer import Backbone, Preprocess, load_meta_graph
@@ -69,7 +69,7 @@ def _writers_of_full_size(monkeypatch, values):
         "CHANNELS": 512,
     }
     for name, value in full_size.items():
-        monkeypatch.setattr(test_published, name, value)
+        monkeypatch.setattr(published_files, name, value)
 
 
 def assert_converted_equals(path, expected, out):

@@ -1,6 +1,6 @@
 """How long loading takes and how much memory, beside merely reading the same bytes.
 
-    python tests/benchmark_loading.py --arch vgg16 --repeat 3
+    python benchmarks/loading.py --arch vgg16 --repeat 3
 
 A meta graph of full size with random weights is made in a temporary folder. Then, each in a process
 of its own and one after the other, so that all find the files in memory alike:

@@ -8,209 +8,33 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections import OrderedDict
 
 import h5py
 import numpy as np
 import pytest
-import safetensors.numpy
 import scipy.io
 import tensorflow as tf
+from published_files import (
+    CONNECTED,
+    CONVOLUTIONS,
+    NUM_CLASSES,
+    SMALL,
+    VALUES,
+    WRITERS,
+    biases,
+    kernel,
+    torch_norm_state,
+    torch_pickle,
+    windowed,
+    write_matconvnet,
+    write_torch_legacy,
+    write_torch_zip,
+)
 
-from transfer.vgg import architectures
 from transfer.vgg.published import containers, layouts
 from transfer.vgg.published.unpickle import UnsafePickleError
 
 tf1 = tf.compat.v1
-
-SMALL = architectures.ARCHITECTURES["vgg_small"]
-NUM_CLASSES = 7
-VALUES = architectures.random_weights(SMALL, NUM_CLASSES)
-CONVOLUTIONS = [name for block in SMALL.convolutions for name, _ in block]
-CONNECTED = ["fc6", "fc7", "fc8"]
-WINDOW, CHANNELS = SMALL.pooled_size, SMALL.blocks[-1][-1]
-
-
-def kernel(layer):
-    return VALUES[f"{layer}/weights"]
-
-
-def biases(layer):
-    return VALUES[f"{layer}/biases"]
-
-
-def windowed(layer):
-    """A kernel of a fully connected layer as that of a convolution."""
-    if layer == "fc6":
-        return kernel(layer).reshape(WINDOW, WINDOW, CHANNELS, -1)
-    return kernel(layer)[None, None]
-
-
-def outputs_first(layer):
-    """As PyTorch and Caffe have them: the inputs of fc6 by channel, height, width."""
-    if layer in CONVOLUTIONS:
-        return np.ascontiguousarray(kernel(layer).transpose(3, 2, 0, 1))
-    flat = windowed(layer).transpose(3, 2, 0, 1)
-    return np.ascontiguousarray(flat.reshape(len(flat), -1))
-
-
-def write_keras_legacy(path):
-    """What keras.applications publishes: a group a layer, named arrays in it."""
-    renamed = {
-        f"fc{n}": name for n, name in zip((6, 7, 8), ("fc1", "fc2", "predictions"), strict=True)
-    }
-    with h5py.File(path, "w") as file:
-        for layer in CONVOLUTIONS + CONNECTED:
-            name = renamed.get(layer) or f"block{layer[4]}_conv{layer[6]}"
-            file.create_group(name).create_dataset(f"{name}_W_1:0", data=kernel(layer))
-            file[name].create_dataset(f"{name}_b_1:0", data=biases(layer))
-        file.create_group("flatten")
-
-
-def write_frossard(path):
-    arrays = {}
-    for layer in CONVOLUTIONS + CONNECTED:
-        arrays |= {f"{layer}_W": kernel(layer), f"{layer}_b": biases(layer)}
-    with path.open("wb") as file:
-        np.savez(file, **arrays)
-
-
-def machrisaa():
-    return {layer: [kernel(layer), biases(layer)] for layer in CONVOLUTIONS + CONNECTED}
-
-
-def write_machrisaa(path):
-    with path.open("wb") as file:
-        np.save(file, machrisaa())
-
-
-def write_machrisaa_of_python_2(path):
-    """Protocol 2: bytes are text in latin1."""
-    with path.open("wb") as file:
-        array = np.empty((), object)
-        array[()] = machrisaa()
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        pickle.dump(array, file, protocol=2)
-
-
-def torch_names():
-    """features: a ReLU after each convolution, a pooling after each block."""
-    index, names = 0, {}
-    for block in SMALL.convolutions:
-        for layer, _ in block:
-            names[layer] = f"features.{index}"
-            index += 2
-        index += 1
-    return names | {"fc6": "classifier.0", "fc7": "classifier.3", "fc8": "classifier.6"}
-
-
-def torch_state():
-    state = OrderedDict()
-    for layer, name in torch_names().items():
-        state |= {f"{name}.weight": outputs_first(layer), f"{name}.bias": biases(layer)}
-    return state
-
-
-def write_timm(path):
-    state = {}
-    renamed = {"fc6": "pre_logits.fc1", "fc7": "pre_logits.fc2", "fc8": "head.fc"}
-    for layer, name in torch_names().items():
-        name = renamed.get(layer, name)
-        values = outputs_first(layer)
-        if layer in ("fc6", "fc7"):
-            values = np.ascontiguousarray(windowed(layer).transpose(3, 2, 0, 1))
-        state |= {f"{name}.weight": values, f"{name}.bias": biases(layer)}
-    safetensors.numpy.save_file(state, path)
-
-
-def write_matconvnet(path, transposed=False, old=False):
-    layers = np.empty(len(CONVOLUTIONS + CONNECTED) + 1, object)
-    for number, layer in enumerate(CONVOLUTIONS + CONNECTED):
-        values = kernel(layer) if layer in CONVOLUTIONS else windowed(layer)
-        if transposed:
-            values = values.transpose(1, 0, 2, 3)
-        entry = {"name": layer, "type": "conv"}
-        if old:
-            entry |= {"filters": values, "biases": biases(layer)[None]}
-        else:
-            pair = np.empty(2, object)
-            pair[:] = [values, biases(layer)[None]]
-            entry["weights"] = pair
-        layers[number] = entry
-    layers[-1] = {"name": "prob", "type": "softmax"}
-    scipy.io.savemat(
-        path,
-        {"layers": layers, "meta": {"a": 1}},
-        do_compression=SMALL.fc < 4096,  # at full size it takes half a minute
-        appendmat=False,
-    )
-
-
-def varint(number):
-    groups = []
-    while number > 127:
-        groups.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*groups, number])
-
-
-def field(number, data):
-    return varint(number << 3 | 2) + varint(len(data)) + data
-
-
-def write_caffe(path, v1=True):
-    """By hand, after the encoding of protocol buffers."""
-    net = field(1, b"VGG_ILSVRC_16_layers")
-    for layer in CONVOLUTIONS + CONNECTED:
-        blobs = b""
-        for values in (outputs_first(layer), biases(layer)):
-            shape = (1,) * (4 - values.ndim) + values.shape
-            if v1:
-                blob = b"".join(varint(n << 3) + varint(s) for n, s in enumerate(shape, 1))
-            else:
-                blob = field(7, field(1, b"".join(map(varint, values.shape))))
-            blob += field(5, values.astype("<f4").tobytes())
-            blobs += field(6 if v1 else 7, blob)
-        net += field(2 if v1 else 100, field(4 if v1 else 1, layer.encode()) + blobs)
-    path.write_bytes(net)
-
-
-def write_tfmodel(path):
-    with tf.Graph().as_default() as graph:
-        for layer in CONVOLUTIONS + CONNECTED:
-            tf.constant(kernel(layer), name=f"{layer}/{'filter' if 'conv' in layer else 'weight'}")
-            tf.constant(biases(layer), name=f"{layer}/bias")
-        tf.constant(0.5, name="dropout/rate")
-    path.write_bytes(graph.as_graph_def().SerializeToString())
-
-
-def write_slim(path):
-    """A V2 checkpoint with the variables of tf-slim's vgg_16."""
-    with tf.Graph().as_default(), tf1.Session() as session:
-        variables = []
-        for layer in CONVOLUTIONS + CONNECTED:
-            scope = f"vgg_16/{layer[:5]}/{layer}" if layer in CONVOLUTIONS else f"vgg_16/{layer}"
-            values = kernel(layer) if layer in CONVOLUTIONS else windowed(layer)
-            for part, value in (("weights", values), ("biases", biases(layer))):
-                variables.append(tf1.Variable(value, name=f"{scope}/{part}", use_resource=False))
-        variables.append(tf1.Variable([123.68, 116.78, 103.94], name="vgg_16/mean_rgb"))
-        variables.append(tf1.Variable(0, name="global_step", dtype=tf.int64))
-        session.run(tf1.variables_initializer(variables))
-        tf1.train.Saver(variables).save(session, str(path), write_meta_graph=False)
-
-
-WRITERS = {
-    "keras": (write_keras_legacy, "keras", "caffe"),
-    "frossard": (write_frossard, "frossard", "slim"),
-    "machrisaa": (write_machrisaa, "machrisaa", "caffe"),
-    "machrisaa, Python 2": (write_machrisaa_of_python_2, "machrisaa", "caffe"),
-    "timm": (write_timm, "timm", "torch"),
-    "matconvnet": (write_matconvnet, "matconvnet", "slim"),
-    "caffe, V1": (write_caffe, "caffe", "caffe"),
-    "caffe": (lambda path: write_caffe(path, v1=False), "caffe", "caffe"),
-    "tfmodel": (write_tfmodel, "tfmodel", "caffe"),
-    "slim": (write_slim, "tf-slim", "slim"),
-}
 
 
 def assert_values(found):
@@ -237,65 +61,6 @@ def test_old_matconvnet_files_have_their_columns_first(tmp_path):
     write_matconvnet(tmp_path / "new", transposed=True)
     found = containers.read(tmp_path / "new")
     assert_values(layouts.identify(found, columns_first=True))
-
-
-def torch_pickle(state, storages, rebuild="_rebuild_tensor_v2"):
-    """The bytes of a state dictionary, protocol 2, by hand: tensors share no storages.
-
-    ``rebuild`` names the function that makes a tensor; ``None`` makes it of its class, as PyTorch
-    0.1 did.
-    """
-    out = io.BytesIO()
-
-    def text(value):
-        data = value.encode()
-        return b"X" + struct.pack("<I", len(data)) + data
-
-    def number(value):
-        return b"J" + struct.pack("<i", value)
-
-    def numbers(values):
-        return b"(" + b"".join(map(number, values)) + b"t"
-
-    out.write(b"\x80\x02ccollections\nOrderedDict\n)R(")
-    for key, (name, values) in enumerate(state.items()):
-        storages[str(key)] = values
-        strides = [int(np.prod(values.shape[i + 1 :])) for i in range(values.ndim)]
-        out.write(text(name))
-        maker = f"ctorch._utils\n{rebuild}\n" if rebuild else "ctorch\nFloatTensor\n)\x81"
-        out.write(maker.encode().replace(b"\xc2\x81", b"\x81") + b"((")
-        out.write(text("storage") + b"ctorch\nFloatStorage\n" + text(str(key)) + text("cpu"))
-        out.write(number(values.size))
-        out.write((b"" if rebuild else b"N") + b"tQ" + number(0) + numbers(values.shape))
-        out.write(numbers(strides))
-        if rebuild == "_rebuild_tensor_v2":
-            out.write(b"\x89ccollections\nOrderedDict\n)R")
-        out.write(b"tR" if rebuild else b"tb")
-    out.write(b"u.")
-    return out.getvalue()
-
-
-def write_torch_zip(path, state=None):
-    storages = {}
-    data = torch_pickle(state or torch_state(), storages)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("vgg16/data.pkl", data)
-        archive.writestr("vgg16/byteorder", "little")
-        for key, values in storages.items():
-            archive.writestr(f"vgg16/data/{key}", values.tobytes())
-
-
-def write_torch_legacy(path, state=None, rebuild="_rebuild_tensor_v2"):
-    storages = {}
-    data = torch_pickle(state or torch_state(), storages, rebuild)
-    with path.open("wb") as file:
-        pickle.dump(0x1950A86A20F9469CFC6C, file, protocol=2)
-        pickle.dump(1001, file, protocol=2)
-        pickle.dump({"protocol_version": 1001, "little_endian": True}, file, protocol=2)
-        file.write(data)
-        pickle.dump(list(storages), file, protocol=2)
-        for values in storages.values():
-            file.write(struct.pack("<q", values.size) + values.tobytes())
 
 
 @pytest.mark.parametrize("writer", [write_torch_zip, write_torch_legacy])
@@ -335,22 +100,6 @@ def test_batch_norm_is_folded(tmp_path):
 
 def batch_norm(x, mean, variance, beta, gamma, epsilon):
     return (x - mean) / np.sqrt(variance + epsilon) * gamma + beta
-
-
-def torch_norm_state(gap):
-    """Convolutions with a batch norm ``gap`` places after each."""
-    generator = np.random.default_rng(0)
-    state, index = OrderedDict(), 0
-    for block in SMALL.convolutions:
-        for layer, width in block:
-            state[f"features.{index}.weight"] = outputs_first(layer)
-            state[f"features.{index}.bias"] = biases(layer)
-            for part in ("weight", "bias", "running_mean", "running_var"):
-                values = generator.uniform(0.5, 1.5, width).astype(np.float32)
-                state[f"features.{index + gap}.{part}"] = values
-            index += 3
-        index += 1
-    return state
 
 
 def test_batch_norm_after_relu_of_pytorch_is_refused(tmp_path):

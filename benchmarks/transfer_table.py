@@ -1,6 +1,6 @@
 """What the embedded model is worth: accuracy by dataset, images per class and cut.
 
-    python tests/transfer_table.py --data-dir DIR --out runs/transfer
+    python benchmarks/transfer_table.py --data-dir DIR --out runs/transfer
 
 DIR holds the prepared tfds datasets ``tf_flowers`` and ``cmaterdb/telugu``; digits are embedded.
 Each figure is the mean over three seeds, which choose the few images, the head and the order, with

@@ -1,7 +1,7 @@
 """What several workers bring: a small model, and a check of it with two processes on this machine.
 
-    python tests/scaling.py model
-    python tests/scaling.py check
+    python benchmarks/scaling.py model
+    python benchmarks/scaling.py check
 
 ``model`` prints the bytes that VGG16 exchanges in a step for each cut, and the speed-up that is
 to be expected of 1 to 256 workers; its flags are the assumptions. ``check`` measures the steps of
@@ -21,8 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from replicas import Process, start_workers
 from tabulate import tabulate
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
+from replicas import Process, start_workers
 
 WORKERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 CUTS = ("fc7", "pool4", "none")

@@ -1,6 +1,6 @@
 """Kill runs at random moments and resume them: do they end as if nothing had been?
 
-    python tests/kill_and_resume.py --kills 20
+    python benchmarks/kill_and_resume.py --kills 20
 
 Frozen, partial and full runs of the embedded model on embedded digits take turns, each with a cache
 of its own, so that extraction is hit, too. A run is killed with SIGKILL, up to three times, and
@@ -22,8 +22,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from commands import saved_values
 from tabulate import tabulate
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+
+from commands import saved_values
 
 CUTS = {"fc7": 40, "pool4": 4, "none": 3}  # epochs
 COMMON = ("--dataset", "digits", "--early-stopping", "30", "--dropout", "0.2")

@@ -4,7 +4,7 @@ that prevents it is named."""
 import keras
 import numpy as np
 import pytest
-from test_published import NUM_CLASSES, SMALL
+from published_files import NUM_CLASSES, SMALL
 
 from recipes.cli import main
 from transfer import Backbone, load_meta_graph

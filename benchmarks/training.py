@@ -1,6 +1,6 @@
 """How near a step of full fine-tuning of VGG16 comes to what the processor can do.
 
-    python tests/benchmark_training.py --steps 6
+    python benchmarks/training.py --steps 6
 
 Steps and products of matrices take turns, so that a machine that is now faster and now slower does
 not matter. Prints GFLOP/s of the arithmetic that training needs, of the products around each step,
