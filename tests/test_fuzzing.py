@@ -21,4 +21,4 @@ def test_a_damaged_model_gives_a_result_or_a_clean_error():
 
 
 def test_random_arguments_of_allowed_operations_crash_nothing():
-    fuzz("--operations", "175", "--workers", "1")
+    fuzz("--operations", "225", "--workers", "1")
