@@ -102,7 +102,7 @@ def free_batch(network: Network) -> Network:
     return replace(network, batch_size=batch_size)
 
 
-def _takes_any_batch(network: Network, graph_def: GraphDef, input_shape: Sequence) -> bool:
+def _takes_any_batch(network: Network, graph_def: GraphDef, input_shape: Sequence[Any]) -> bool:
     """Whether the shapes fit for other batches, and the output has one row, or more, for each."""
     first_dims = []
     for batch in _PROBES:
@@ -132,7 +132,7 @@ def _only_batch(network: Network) -> int | None:
     return None
 
 
-def _ignores_batch(network: Network, input_shape: Sequence) -> bool:
+def _ignores_batch(network: Network, input_shape: Sequence[Any]) -> bool:
     """Whether the output has one shape for batches of all sizes."""
     try:
         first, second = output_shapes(network, input_shape[1:]).values()
