@@ -217,7 +217,7 @@ def _start(
     run_folder.write_text(flags, run_folder.to_yaml(flags_of(config)))
     files.unshare(log)
     with log.open("w", encoding="utf-8") as file:
-        command = child_process.command("recipes.cli", verb, "--config", flags)
+        command = child_process.command("recipes", verb, "--config", flags)
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         try:
             status = process.wait()
