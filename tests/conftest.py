@@ -6,6 +6,7 @@ need them are skipped where they do not.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import shutil
@@ -68,6 +69,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             seen.add(test)
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.getoption("-m") == "not slow":  # xdist does not count them
+        terminalreporter.write_line("Slow tests were left out; `make test-all` runs them.")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: going through it is most of ``keras.backend.clear_session``."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -87,6 +87,7 @@ def test_finetune_warns(tmp_path, model, image_folder, capsys):
     assert "warning: 1 images are both trained and evaluated on, under two names" in err
 
 
+@pytest.mark.slow
 def test_finetune_is_silent_about_sound_data(tmp_path, model, image_folder, capsys):
     assert finetune(tmp_path / "run", model, image_folder) == 0
     assert "warning" not in capsys.readouterr().err

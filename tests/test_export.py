@@ -67,7 +67,7 @@ def test_every_export_is_compared_with_the_model(run):
     assert sizes["tflite int8"] < sizes["tflite float16"] < sizes["tflite float32"]
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["meta_graph", "saved_model", "tflite", "onnx"])
 def test_the_readme_is_a_program_that_predicts_as_the_model(run, tmp_path, name):
     """Its Python code, as a newcomer runs it: in the folder of the export, without this project.

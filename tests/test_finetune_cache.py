@@ -54,7 +54,7 @@ def test_a_second_run_finds_them(run, capsys):
     assert largest_difference(first, second) == 0
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

@@ -177,6 +177,7 @@ def test_a_head_learns_the_slower_the_more_its_features_say(width, scale, rate):
     assert head_learning_rate(np.full((4, width), scale, np.float32)) == rate
 
 
+@pytest.mark.slow
 def test_blocks_learn_the_slower_the_further_they_are_from_the_head(tmp_path, model, image_folder):
     flags = ["--freeze-until", "none", "--learning-rate", 0.01, "--epochs", 1]
     flags += ["--lr-schedule", "constant", "--block-lr-decay", 0.1, "--batch-size", 20]

@@ -81,7 +81,7 @@ def test_a_signal_ends_the_step_and_the_run_can_be_resumed(
     assert_same_end(whole, out)
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_signal_while_it_validates(tmp_path, setting, monkeypatch, call):
     """The dropout of the network goes on where it was, too."""
