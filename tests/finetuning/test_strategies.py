@@ -76,12 +76,14 @@ def assert_same_runs(root: Path, out: Path) -> None:
             assert metrics(two)["eval"][part] == metrics(one)["eval"][part], name
 
 
+@pytest.mark.slow
 def test_two_devices_do_what_one_does(root):
     out = root / "mirrored"
     finished(Process(SCRIPT, "mirrored", as_json(root, out, "--cache", "memory")))
     assert_same_runs(root, out)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(root):
     out = root / "workers"
     runs = as_json(root, out, "--cache-dir", root / "cache")
@@ -93,6 +95,7 @@ def test_two_processes_do_what_one_does(root):
         assert found == metrics(root / "one" / name)["activations"]
 
 
+@pytest.mark.slow
 def test_when_the_chief_refuses_the_other_stops(root):
     words = flags(root, "fc7", "--out", root / "one" / "fc7")
     chief, other = start_workers("-m", "recipes", "finetune", *words)
@@ -112,6 +115,7 @@ def wait_for_epochs(run: Path, count: int, workers: list[Process]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_worker_is_killed_the_other_stops_and_the_run_can_be_resumed(root, victim):
     out = root / f"killed-{victim}"
@@ -136,6 +140,7 @@ def test_when_a_worker_is_killed_the_other_stops_and_the_run_can_be_resumed(root
     assert largest_difference(whole / "model", out / "model") < 1e-4
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_worker_stops_both_at_one_step(root):
     out = root / "stopped"
     words = flags(root, "fc7", "--epochs", 5000, "--out", out)
