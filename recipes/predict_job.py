@@ -27,7 +27,7 @@ from transfer.explain import grad_cam, overlay
 from transfer.features import Compiled
 from transfer.files import replacing
 from transfer.image_files import PassedOver, PixelBudget
-from transfer.images import read_image
+from transfer.images import read_tensor
 from transfer.preprocess import Preprocess, to_channels
 
 _READERS = 4  # threads; decoding lets go of Python's lock
@@ -149,7 +149,10 @@ def _batches(
 
     def read(path: Path) -> tf.Tensor:
         with budget.hold(path):
-            return prepare(read_image(image_files.read(path)))
+            image = read_tensor(image_files.read(path))
+            prepared = prepare(image)
+            del image  # before the next one is decoded
+            return prepared
 
     with ThreadPoolExecutor(_READERS) as pool:
         waiting: list[tuple[Path, Future]] = []
