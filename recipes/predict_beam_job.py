@@ -32,7 +32,7 @@ from recipes.predict_job import as_json, check, prepare_images, reason, top
 from transfer import Classifier
 from transfer.activations.extraction import Compiled
 from transfer.images import image_files
-from transfer.images.decoding import read_image
+from transfer.images.decoding import read_tensor
 from transfer.images.preprocess import Preprocess
 from transfer.runs import run_folder
 
@@ -120,7 +120,7 @@ class Read(beam.DoFn):
             if os.path.exists(name):  # of the local file system, which may have pipes
                 image_files.check(Path(name))
             with file.open() as opened:
-                pixels = self._prepare(read_image(opened.read())).numpy()
+                pixels = self._prepare(read_tensor(opened.read())).numpy()
         except Exception as error:  # a damaged file makes its reader raise anything
             beam.metrics.Metrics.counter("predict", _UNREADABLE).inc()
             line = json.dumps({"image": name, "error": reason(error)}, ensure_ascii=False)

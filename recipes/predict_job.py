@@ -27,7 +27,7 @@ from transfer.activations.extraction import Compiled
 from transfer.core.files import replacing
 from transfer.evaluation.explain import grad_cam, overlay
 from transfer.images import image_files
-from transfer.images.decoding import read_image
+from transfer.images.decoding import read_tensor
 from transfer.images.image_files import PassedOver, PixelBudget
 from transfer.images.preprocess import Preprocess, to_channels
 from transfer.runs import run_folder
@@ -151,7 +151,10 @@ def _batches(
 
     def read(path: Path) -> tf.Tensor:
         with budget.hold(path):
-            return prepare(read_image(image_files.read(path)))
+            image = read_tensor(image_files.read(path))
+            prepared = prepare(image)
+            del image  # before the next one is decoded
+            return prepared
 
     with ThreadPoolExecutor(_READERS) as pool:
         waiting: list[tuple[Path, Future]] = []
