@@ -92,7 +92,7 @@ def test_balance():
     assert lines == [
         "1 classes have no images to train on: c",
         "1 classes have less than a tenth of the training images of 'a': b; consider "
-        "--class-weights balanced",
+        "class_weights=balanced",
     ]
     assert data_checks.describe_balance(names[:2], np.array([0, 1]), np.array([0, 1])) == []
 
