@@ -169,7 +169,13 @@ def build_head(
     Args:
         features: a tensor of a TF1 graph, a Keras tensor or an eager tensor, float ``[batch,
             width]`` or ``[batch, height, width, channels]``.
-        num_classes, stop_gradient, hidden, dropout, weights_stddev, bias, seed: see ``Head``.
+        num_classes: width of the logits, at least 1.
+        stop_gradient: let no gradient through to the features.
+        hidden: widths of ReLU layers before the classifier.
+        dropout: fraction of the features, and of each hidden layer's output, dropped in training.
+        weights_stddev: standard deviation of the classifier's initial weights.
+        bias: initial value of its biases.
+        seed: for reproducible initial weights and dropout.
         name: of the Keras layer, or of the scope in a TF1 graph; "head" by default. There the
             tensors are ``<name>/logits:0`` and ``<name>/probabilities:0``, the variables
             ``<name>/weights``, ``<name>/biases``, ``<name>/hidden_1/weights`` ..., and with dropout
