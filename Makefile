@@ -1,6 +1,6 @@
 # make demo   set up, then fine-tune the embedded model on the embedded digits
 # make test   set up, then run all tests
-# make lint   set up, then check format, style and types
+# make lint   set up, then check format, style, types, imports and spelling
 # make docs   set up, then build the documentation into site/
 PYTHON ?= python3
 VENV := .venv
@@ -20,6 +20,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/codespell
 
 # NO_MKDOCS_2_WARNING: the theme's notice of a later mkdocs.
 docs: $(VENV)/installed-docs
