@@ -1,20 +1,32 @@
-# make demo   set up, then fine-tune the embedded model on the embedded digits
-# make test   set up, then run all tests
-# make lint   set up, then check format, style, types, imports and spelling
-# make docs   set up, then build the documentation into site/
+# make demo      set up, then fine-tune the embedded model on the embedded digits
+# make test      set up, then run the tests that are not marked as slow
+# make test-all  set up, then run all tests
+# make coverage  set up, then run the tests of `make test` and say which lines they reach
+# make lint      set up, then check format, style, types, imports and spelling
+# make docs      set up, then build the documentation into site/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test lint docs format clean
+# Two processes: a test is busy on one core most of the time, and the largest needs 3 GB. Files of
+# many slow tests come first, so that the end is even; a worker that dies ends the run.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
+  --max-worker-restart 0
+
+.PHONY: demo test test-all coverage lint docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgg-transfer finetune
 
-# Two processes: a test is busy on one core most of the time, and the largest needs 3 GB.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+test-all: $(INSTALLED)
+	$(PYTEST)
+
+coverage: $(INSTALLED)
+	$(PYTEST) -m "not slow" --cov --cov-report term:skip-covered
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

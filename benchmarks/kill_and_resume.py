@@ -34,7 +34,7 @@ COMMON = ("--dataset", "digits", "--early-stopping", "30", "--dropout", "0.2")
 
 def command(out: Path, cut: str) -> list[str]:
     flags = ["--freeze-until", cut, "--epochs", str(CUTS[cut]), "--cache-dir", f"{out}-cache"]
-    return [sys.executable, "-m", "recipes.cli", "finetune", *COMMON, *flags, "--resume",
+    return [sys.executable, "-m", "recipes", "finetune", *COMMON, *flags, "--resume",
             "--out", str(out)]  # fmt: skip
 
 

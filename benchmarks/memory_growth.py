@@ -30,7 +30,7 @@ def peak_mb(out: Path, cut: str, data_dir: Path, num_images: int) -> tuple[float
     words += ["--freeze-until", cut, "--out", out, "--cache-dir", out.with_suffix(".cache")]
     with (out.with_suffix(".log")).open("w") as log:
         process = psutil.Popen(
-            [sys.executable, "-m", "recipes.cli", *map(str, words)],
+            [sys.executable, "-m", "recipes", *map(str, words)],
             stdout=log,
             stderr=subprocess.STDOUT,
         )

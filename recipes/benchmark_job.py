@@ -37,11 +37,22 @@ class Run:
     label: str
     verb: str
     config: FinetuneConfig
+    folder: Path
     environment: dict[str, str]
 
     @property
-    def folder(self) -> Path:
-        return self.config.out
+    def cache(self) -> Path:
+        """Where the activations of its row are."""
+        return self.folder.parent / "cache"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The flags, with the folder and the rows decided."""
+
+    config: BenchmarkConfig
+    out: Path
+    labels: list[str]
 
 
 def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
@@ -60,26 +71,26 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
     if config.cuts is None:
         labels.append(SCRATCH)
     _check_cuts(labels, graph, network)
-    config = dataclasses.replace(config, cuts=",".join(_short(label) for label in labels))
+    labels = [label.strip().removesuffix(":0") for label in labels]
     out = config.out or run_folder.default_out("benchmark", config.dataset or "digits")
     out = out.resolve()
-    config = dataclasses.replace(config, out=out)
+    config = dataclasses.replace(config, cuts=",".join(labels), out=out)
     with run_folder.opened(out, flags_of(config), resume=config.resume):
-        table, num_failed = _run_all(config, cuts)
+        table, num_failed = _run_all(Benchmark(config, out, labels), cuts)
     return table, out, num_failed
 
 
-def _run_all(config: BenchmarkConfig, cuts: Sequence[Cut]) -> tuple[str, int]:
+def _run_all(benchmark: Benchmark, cuts: Sequence[Cut]) -> tuple[str, int]:
     """The table, and how many runs failed."""
-    out, limits = config.out, _limits(config)
+    out, limits, keep_models = benchmark.out, _limits(benchmark), benchmark.config.keep_models
     records = []
-    runs = list(_runs(config))
+    runs = list(_runs(benchmark))
     for number, item in enumerate(runs, 1):
         terminal.say(f"{number} of {len(runs)}: {item.label}, seed {item.config.seed}")
-        records.append(_record(item, config.keep_models))
+        records.append(_record(item, keep_models))
         last_of_row = number == len(runs) or runs[number].label != item.label
-        if last_of_row and not config.keep_models:
-            Cache(_cache_of(item), 0).clear()
+        if last_of_row and not keep_models:
+            Cache(item.cache, 0).clear()
         run_folder.write_json(out / RESULTS, {"limits": limits, "runs": records})
         terminal.say(benchmark_report.describe(records[-1]))
     table = benchmark_report.write(out, limits, records, cuts)
@@ -121,44 +132,34 @@ def _check_cuts(labels: Sequence[str], graph: MetaGraph, network: Network) -> No
             cut(network, graph.tensor(label.strip()))
 
 
-def _runs(config: BenchmarkConfig) -> Iterator[Run]:
+def _runs(benchmark: Benchmark) -> Iterator[Run]:
     """Row by row, so that the seeds of a row find each other's activations."""
+    config, labels = benchmark.config, benchmark.labels
     options = {
         field.name: getattr(config, field.name) for field in dataclasses.fields(FinetuneConfig)
     }
-    rows = [(label, "finetune", label, dict(os.environ)) for label in _labels(config)]
+    rows = [(label, "finetune", label, dict(os.environ)) for label in labels]
     for baseline in config.baseline:
         environment = dict(os.environ, TF_ENABLE_ONEDNN_OPTS="1")
         if baseline == "keras":
             environment.pop("TF_ENABLE_ONEDNN_OPTS")
         for what, at in ((_FROZEN, "tap"), (_FULL, "none")):
-            if what == _FROZEN or {"none", SCRATCH} & {*_labels(config)}:
+            if what == _FROZEN or {"none", SCRATCH} & {*labels}:
                 rows.append((f"{baseline} {what}", "keras-baseline", at, environment))
     for label, verb, at, environment in rows:
         for seed in range(config.seed, config.seed + config.seeds):
-            folder = config.out / label.replace("/", "-").replace(" ", "-")
+            row = benchmark.out / label.replace("/", "-").replace(" ", "-")
+            folder = row / f"seed-{seed}"
             changed: dict[str, Any] = {
                 "freeze_until": "none" if at == SCRATCH else at,
                 "random_weights": at == SCRATCH,
                 "seed": seed,
-                "out": folder / f"seed-{seed}",
-                "cache_dir": folder / "cache",
+                "out": folder,
+                "cache_dir": row / "cache",
                 "resume": False,
                 "strategy": "none",  # as the baselines
             }
-            yield Run(label, verb, FinetuneConfig(**{**options, **changed}), environment)
-
-
-def _labels(config: BenchmarkConfig) -> list[str]:
-    return config.cuts.split(",")
-
-
-def _short(tensor: str) -> str:
-    return tensor.strip().removesuffix(":0")
-
-
-def _cache_of(item: Run) -> Path:
-    return item.config.cache_dir
+            yield Run(label, verb, FinetuneConfig(**{**options, **changed}), folder, environment)
 
 
 def _record(item: Run, keep_models: bool) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def _record(item: Run, keep_models: bool) -> dict[str, Any]:
         metrics = run_folder.read_json(path)
         # Machines are faster at one time than at another, so each run has its own limit.
         metrics["sgemm_gflops"] = (before + measurement.sgemm_gflops()) / 2
-        used = Cache(_cache_of(item), 0).entries()
+        used = Cache(item.cache, 0).entries()
         metrics["disk_mb"] = round(sum(entry.num_bytes for entry in used) / 1e6, 4)
         run_folder.write_json(path, metrics)
         if not keep_models:
@@ -183,13 +184,13 @@ def _record(item: Run, keep_models: bool) -> dict[str, Any]:
     return record | run_folder.read_json(path)
 
 
-def _limits(config: BenchmarkConfig) -> dict[str, float]:
+def _limits(benchmark: Benchmark) -> dict[str, float]:
     """What the machine can do; see ``recipes.benchmark_limits``."""
-    path = config.out / LIMITS
+    path = benchmark.out / LIMITS
     if not path.is_file():
         terminal.say("the machine: matrix products, a forward pass, the input pipeline")
-        (item, *_) = _runs(config)
-        folder = config.out / "limits"
+        (item, *_) = _runs(benchmark)
+        folder = benchmark.out / "limits"
         run_folder.remove(folder)
         options = dataclasses.replace(item.config, freeze_until="tap", random_weights=False)
         error = _start(
@@ -216,7 +217,7 @@ def _start(
     run_folder.write_text(flags, run_folder.to_yaml(flags_of(config)))
     files.unshare(log)
     with log.open("w", encoding="utf-8") as file:
-        command = child_process.command("recipes.cli", verb, "--config", flags)
+        command = child_process.command("recipes", verb, "--config", flags)
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
         try:
             status = process.wait()

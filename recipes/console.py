@@ -11,7 +11,7 @@ from typing import Any
 from recipes import terminal
 
 
-def describe_accuracy(figures: dict, what: str) -> str:
+def describe_accuracy(figures: dict[str, Any], what: str) -> str:
     """The accuracy with its interval, for a person."""
     low, high = figures["accuracy_ci95"]
     return (

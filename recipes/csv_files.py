@@ -21,8 +21,10 @@ def write_row(file: TextIO, cells: Iterable[Any]) -> None:
     cells = [_escaped(cell) if isinstance(cell, str) else cell for cell in cells]
     # The csv module leaves a carriage return unquoted, but reads it as the end of a row.
     has_return = any(isinstance(cell, str) and "\r" in cell for cell in cells)
-    quoting = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
-    csv.writer(file, lineterminator="\n", quoting=quoting).writerow(cells)
+    if has_return:
+        csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(cells)
+    else:
+        csv.writer(file, lineterminator="\n").writerow(cells)
 
 
 def original(cell: str) -> str:

@@ -20,7 +20,7 @@ _UNSAFE = re.compile(
     "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # direction of writing
     "\ud800-\udfff]"  # bytes of a file name that are not UTF-8
 )
-_BAR = re.compile("(\n|\x1b\\[A)+|\r?")  # how tqdm's progress bars move the cursor, in one write
+_BAR = re.compile("(?:\n|\x1b\\[A)+|\r")  # how tqdm's progress bars move the cursor, in one write
 
 
 def escaped(text: str) -> str:
@@ -45,10 +45,11 @@ class EscapingStream:
         self.raw = self.rich_proxied_file = raw  # the second name: where rich writes its colours
 
     def write(self, text: str) -> int:
-        bar = _BAR.match(text).end()
-        kept = re.split("([\n\t])", text[bar:])
+        bar = _BAR.match(text)
+        moves = bar[0] if bar else ""
+        kept = re.split("([\n\t])", text.removeprefix(moves))
         kept[::2] = map(escaped, kept[::2])
-        self.raw.write(text[:bar] + "".join(kept))
+        self.raw.write(moves + "".join(kept))
         return len(text)
 
     def writelines(self, lines: Any) -> None:

@@ -6,11 +6,15 @@ need them are skipped where they do not.
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import os
+import shutil
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as on the command line
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from dead_workers import pytest_configure  # noqa: F401
 from PIL import Image
 
 from transfer import Card, save_meta_graph
@@ -53,6 +58,31 @@ def save_vgg(
     return prefix
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what is; and begin with files of many slow tests, for an even end."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("slow_variants"):
+            test = item.nodeid.partition("[")[0]
+            if test in seen:
+                item.add_marker("slow")
+            seen.add(test)
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.config.getoption("-m") == "not slow":  # xdist does not count them
+        terminalreporter.write_line("Slow tests were left out; `make test-all` runs them.")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: going through it is most of ``keras.backend.clear_session``."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Activations of an earlier session would hide what is broken."""
@@ -61,21 +91,50 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def saved_vgg(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``save_vgg``, by a copy of the files of a network that was saved before."""
+    folder = tmp_path_factory.mktemp("networks")
+
+    def saved(prefix: Path, **options: Any) -> Path:
+        chosen = repr((prefix.name, sorted(options.items())))
+        key = hashlib.sha256(chosen.encode()).hexdigest()
+        if not (folder / key).is_dir():
+            save_vgg(folder / key / prefix.name, **options)
+        shutil.copytree(folder / key, prefix.parent, dirs_exist_ok=True)
+        return prefix
+
+    return saved
+
+
 @pytest.fixture(params=VARIANTS)
-def tiny_vgg(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+def tiny_vgg(request: pytest.FixtureRequest, tmp_path: Path, saved_vgg: Callable) -> Path:
     """Prefix of a small VGG with random weights; fc layers and variables of both kinds."""
-    return save_vgg(tmp_path / "vgg" / "tiny", **VARIANTS[request.param])
+    return saved_vgg(tmp_path / "vgg" / "tiny", **VARIANTS[request.param])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_card() -> Card:
     return Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
 
 
 @pytest.fixture
-def model(tmp_path: Path, tiny_card: Card) -> Path:
+def model(tmp_path: Path, tiny_card: Card, saved_vgg: Callable) -> Path:
     """Prefix of a small VGG with a card: what a recipe needs."""
-    return save_vgg(tmp_path / "model" / "tiny", card=tiny_card)
+    return saved_vgg(tmp_path / "model" / "tiny", card=tiny_card)
+
+
+@pytest.fixture(scope="session")
+def finished_run(
+    tmp_path_factory: pytest.TempPathFactory, tiny_card: Card, saved_vgg: Callable
+) -> Path:
+    """Folder of a run on ``image_folder``; for tests that do not change it."""
+    from commands import finetune
+
+    folder = tmp_path_factory.mktemp("finished")
+    model = saved_vgg(folder / "model" / "tiny", card=tiny_card)
+    assert finetune(folder / "run", model, make_image_folder(folder / "photos")) == 0
+    return folder / "run"
 
 
 @pytest.fixture

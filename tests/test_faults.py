@@ -75,6 +75,7 @@ def error_of(capsys):
     return line
 
 
+@pytest.mark.slow
 def test_a_full_disk(disk, setting, monkeypatch, capsys):
     filler = disk / "filler"
 
@@ -91,6 +92,7 @@ def test_a_full_disk(disk, setting, monkeypatch, capsys):
     assert_resumed_ends_like(disk / "run", setting)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_read_only(disk, setting, monkeypatch, capsys):
     def remount(how):
         subprocess.run(["mount", "-o", f"remount,{how}", disk], check=True)
@@ -128,6 +130,7 @@ def test_a_clock_that_jumps(tmp_path, setting, monkeypatch):
     assert largest_difference(whole / "model", tmp_path / "run" / "model") == 0
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint(tmp_path, setting, capsys):
     model, photos, _ = setting
     out = tmp_path / "run"

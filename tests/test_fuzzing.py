@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FUZZER = Path(__file__).with_name("fuzzing")
 
 
@@ -16,9 +18,11 @@ def fuzz(*options):
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
 
 
+@pytest.mark.slow
 def test_a_damaged_model_gives_a_result_or_a_clean_error():
     fuzz("--count", "110", "--wild", "none")
 
 
+@pytest.mark.slow
 def test_random_arguments_of_allowed_operations_crash_nothing():
-    fuzz("--operations", "175", "--workers", "1")
+    fuzz("--operations", "225", "--workers", "1")

@@ -1,7 +1,6 @@
 import json
 import os
 import socket
-import time
 
 import pytest
 
@@ -84,15 +83,14 @@ def sparse(path):
     os.truncate(path, 2**40)
 
 
+@pytest.mark.timeout(120)  # some of them have no end
 @pytest.mark.parametrize("make", [pipe, device, unix_socket, sparse, os.mkdir])
 def test_text_is_read_from_regular_files_of_bounded_size_only(tmp_path, make):
     path = tmp_path / "names.txt"
     make(path)
-    start = time.monotonic()
     for read in (read_names, lambda path: read_text(path, 10)):
         with pytest.raises((ValueError, OSError), match="names.txt"):
             read(path)
-    assert time.monotonic() - start < 1
 
 
 def test_text_may_have_the_size_that_is_named(tmp_path):

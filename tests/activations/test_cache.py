@@ -350,6 +350,7 @@ assert (rows == np.arange(40, dtype=np.float32)[:, None]).all()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_an_entry(tmp_path):
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]

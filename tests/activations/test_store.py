@@ -54,6 +54,7 @@ def test_a_second_run_finds_them(run, capsys):
     assert largest_difference(first, second) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -72,6 +73,7 @@ def test_so_does_a_run_that_trains_otherwise(run, flags):
     assert computed == 0
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize(
     "flags",
     [
@@ -90,6 +92,7 @@ def test_what_they_depend_on_makes_others(run, flags):
     assert computed >= NUM_TRAINING
 
 
+@pytest.mark.slow
 def test_an_image_that_changed_is_computed_again(run, folder):
     run("first")
     changed = sorted(path for path in folder.rglob("*.jpg"))[0]
@@ -122,6 +125,7 @@ def test_an_interrupted_extraction_goes_on(run, tmp_path, model, folder, monkeyp
     assert largest_difference(whole, resumed) == 0
 
 
+@pytest.mark.slow
 def test_damaged_rows_are_computed_again(run, tmp_path):
     first, _ = run("first")
     rows = rows_file(tmp_path, "fc7", NUM_TRAINING)
@@ -137,6 +141,7 @@ def test_damaged_rows_are_computed_again(run, tmp_path):
     assert largest_difference(first, third) == 0
 
 
+@pytest.mark.slow
 def test_a_cache_on_disk_in_memory_or_none_gives_one_head(run):
     """Cached and uncached training see the same images in the same order."""
     disk, _ = run("disk")
@@ -147,6 +152,7 @@ def test_a_cache_on_disk_in_memory_or_none_gives_one_head(run):
     assert largest_difference(disk, off) < 1e-5
 
 
+@pytest.mark.slow
 def test_half_precision_takes_half_the_room(run, tmp_path):
     single, _ = run("single", "--freeze-until", "pool1")
     half, _ = run("half", "--freeze-until", "pool1", "--cache-dtype", "float16")
@@ -155,6 +161,7 @@ def test_half_precision_takes_half_the_room(run, tmp_path):
     assert 0 < largest_difference(single, half) < 0.01
 
 
+@pytest.mark.slow
 def test_fresh_augmentation_is_never_kept(run):
     augmented, counts = run("augmented", "--augment")
     assert counts == (NUM_HELD_OUT, 0)  # these are evaluated on, as they are
@@ -162,6 +169,7 @@ def test_fresh_augmentation_is_never_kept(run):
     assert largest_difference(augmented, plain) > 1e-4
 
 
+@pytest.mark.slow
 def test_views_are_kept(run):
     two, counts = run("two", "--views", 2)
     assert counts == (NUM_HELD_OUT + 2 * NUM_TRAINING, 0)
@@ -172,6 +180,7 @@ def test_views_are_kept(run):
     assert counts == (NUM_TRAINING, NUM_HELD_OUT + 2 * NUM_TRAINING)
 
 
+@pytest.mark.slow
 def test_a_limit_leaves_memory(run, tmp_path, capsys):
     _, counts = run("run", "--cache-limit", 1e-6)
     assert counts == (80, 0)
@@ -179,6 +188,7 @@ def test_a_limit_leaves_memory(run, tmp_path, capsys):
     assert list((tmp_path / "cache").glob("*/rows.bin")) == []
 
 
+@pytest.mark.slow
 def test_what_was_not_used_for_longest_makes_room(run, tmp_path):
     run("old", "--freeze-until", "pool1")  # 512 floats an image
     run("new", "--cache-limit", 12e-6)  # 32 floats an image, 10 kB
@@ -189,6 +199,7 @@ def test_what_was_not_used_for_longest_makes_room(run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_list_and_clear(run, tmp_path, capsys):
     directory = tmp_path / "cache"
     run("fc7")
@@ -228,6 +239,7 @@ def test_a_folder_that_is_not_writable_is_done_without(run, tmp_path, capsys):
     assert "trying memory" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_moved_images_are_other_images_and_a_removed_one_is_not_missed(run, folder):
     """What is held out changes with the images; nothing of another image is ever taken."""
     first, _ = run("first")

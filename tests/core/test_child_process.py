@@ -33,13 +33,13 @@ def run(command: list[str], folder: Path, **environment: str) -> subprocess.Comp
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
     )
 
 
 @pytest.mark.parametrize("safe_path", ["", "1"])
 def test_working_folder_is_not_imported(newcomers_folder: Path, safe_path: str) -> None:
-    command = child_process.command("recipes.cli", "finetune", "--help")
+    command = child_process.command("recipes", "finetune", "--help")
     done = run(command, newcomers_folder, PYTHONSAFEPATH=safe_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "--freeze-until" in done.stdout

@@ -58,6 +58,7 @@ def test_pieces_of_batches_hold_every_example_once():
         assert all(read[number][start : start + 6].any() for start in range(0, 20, 6))
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("first_batch", [0, 2])
 @pytest.mark.parametrize("batch_size", [5, 6, 7])
 def test_batches_of_images_are_divided(image_folder, first_batch, batch_size):
@@ -204,6 +205,7 @@ assert len(np.unique(masks, axis=0)) == 4, masks
 """
 
 
+@pytest.mark.slow
 def test_each_replica_drops_others():
     status, says = Process("-c", DROPOUT).wait()
     assert status == 0, says

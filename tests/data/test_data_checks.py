@@ -123,6 +123,7 @@ def test_thousand_copies_are_one_group():
     assert data_checks.near_duplicates(found) == [[*range(1000)]]
 
 
+@pytest.mark.slow
 def test_photos_that_are_the_same_in_a_public_dataset(shared_tfds):
     """Counted by comparing all pairs of full-size thumbnails."""
     split = open_source("tf_flowers", data_dir=shared_tfds).split("train")

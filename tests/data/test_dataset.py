@@ -304,6 +304,7 @@ def automatic_sides(root):
     return {*train.names}, {*held_out.names}
 
 
+@pytest.mark.slow
 def test_copies_are_not_held_out_of_their_originals(smooth_folder):
     before = automatic_sides(smooth_folder)
     source = open_source(image_folder=str(smooth_folder))
@@ -345,6 +346,7 @@ def test_a_folder_of_one_picture_a_class_still_has_a_holdout(tmp_path):
     assert (len(train), len(held_out)) == (16, 4)
 
 
+@pytest.mark.slow
 def test_copies_of_photos_are_not_held_out_of_their_originals(shared_tfds, tmp_path):
     flowers = open_source("tf_flowers", data_dir=shared_tfds).split("train[:300]")
     for example in flowers.encoded():
@@ -449,6 +451,7 @@ def test_parts_of_a_split_are_shuffled_together(undecoded):
     assert found == some.names == split.names[::4]
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("piece", [(0, 1), (0, 3), (2, 3)])
 @pytest.mark.parametrize("expression", ["train", "train[:40]+test+train[60:]"])
 def test_a_resumed_epoch_is_the_rest_of_the_whole_and_reads_no_more(undecoded, expression, piece):

@@ -58,6 +58,7 @@ def test_equals_scikit_learn():
     assert found["average_precision"] == pytest.approx(precision)
 
 
+@pytest.mark.slow
 def test_intervals_cover_what_they_should():
     """Of accuracies of many samples, 95 % of the intervals hold the true one."""
     samples = (sample(seed=seed) for seed in range(200))

@@ -38,6 +38,7 @@ def changed(model, out):
     return {n.split("/")[0] for n in before if n in after and (before[n] != after[n]).any()}
 
 
+@pytest.mark.slow
 def test_a_schedule_thaws_the_network_from_its_end(tmp_path, model, image_folder):
     out = tmp_path / "run"
     schedule = "fc7:2,pool2:1:0.001,none:2:0.0005"
@@ -52,12 +53,14 @@ def test_a_schedule_thaws_the_network_from_its_end(tmp_path, model, image_folder
     assert others == ["pool2:1:0.001", "none:2:0.0005"]
 
 
+@pytest.mark.slow
 def test_a_stage_leaves_alone_what_it_froze(tmp_path, model, image_folder):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--schedule", "fc7:1,pool2:2:0.001") == 0
     assert changed(model, out) == {"fc6", "fc7"}
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 def test_an_interrupted_schedule_goes_on(tmp_path, model, image_folder, monkeypatch, epoch, capsys):
     flags = ["--schedule", "fc7:2,pool1:2:0.001", "--mixup", 0.2]
@@ -99,6 +102,7 @@ def test_what_is_no_schedule(text):
         requested_stages(FineTuneOptions(schedule=text))
 
 
+@pytest.mark.slow
 def test_a_cut_equals_full_training_with_a_prefix_that_has_no_learning_rate(
     tmp_path, model, image_folder
 ):
@@ -147,6 +151,7 @@ def test_so_does_one_within_the_network(model):
         np.testing.assert_allclose(one, other, atol=1e-5, err_msg=one.path)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize(
     "flags, head, backbone",
     [
@@ -178,6 +183,7 @@ def test_a_head_learns_the_slower_the_more_its_features_say(width, scale, rate):
     assert head_learning_rate(np.full((4, width), scale, np.float32)) == rate
 
 
+@pytest.mark.slow
 def test_blocks_learn_the_slower_the_further_they_are_from_the_head(tmp_path, model, image_folder):
     flags = ["--freeze-until", "none", "--learning-rate", 0.01, "--epochs", 1]
     flags += ["--lr-schedule", "constant", "--block-lr-decay", 0.1, "--batch-size", 20]
@@ -230,6 +236,7 @@ def test_early_stopping_goes_back_to_the_best_epoch(tmp_path, model, image_folde
     assert metrics(out)["eval"]["loss"] == pytest.approx(best, rel=1e-6)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize(
     "flags",
     [
@@ -255,6 +262,7 @@ def test_each_flag_changes_what_is_learnt(tmp_path, model, image_folder, flags):
     assert np.isfinite(metrics(tmp_path / "run")["eval"]["loss"])
 
 
+@pytest.mark.slow
 def test_accumulated_steps_equal_large_batches(tmp_path, model, image_folder):
     """Whole batches of one size: the mean of two means is the mean of all."""
     flags = ["--learning-rate", 0.02, "--epochs", 2]
@@ -264,6 +272,7 @@ def test_accumulated_steps_equal_large_batches(tmp_path, model, image_folder):
     assert largest_difference(tmp_path / "large" / "model", tmp_path / "small" / "model") < 1e-5
 
 
+@pytest.mark.slow
 def test_metrics_say_what_an_epoch_took(tmp_path, model, image_folder):
     assert finetune(tmp_path / "run", model, image_folder) == 0
     train = json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]

@@ -76,12 +76,14 @@ def assert_same_runs(root: Path, out: Path) -> None:
             assert metrics(two)["eval"][part] == metrics(one)["eval"][part], name
 
 
+@pytest.mark.slow
 def test_two_devices_do_what_one_does(root):
     out = root / "mirrored"
     finished(Process(SCRIPT, "mirrored", as_json(root, out, "--cache", "memory")))
     assert_same_runs(root, out)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(root):
     out = root / "workers"
     runs = as_json(root, out, "--cache-dir", root / "cache")
@@ -93,9 +95,10 @@ def test_two_processes_do_what_one_does(root):
         assert found == metrics(root / "one" / name)["activations"]
 
 
+@pytest.mark.slow
 def test_when_the_chief_refuses_the_other_stops(root):
     words = flags(root, "fc7", "--out", root / "one" / "fc7")
-    chief, other = start_workers("-m", "recipes.cli", "finetune", *words)
+    chief, other = start_workers("-m", "recipes", "finetune", *words)
     status, says = chief.wait()
     assert status == 1
     assert "is not empty" in says.splitlines()[-1]
@@ -112,13 +115,14 @@ def wait_for_epochs(run: Path, count: int, workers: list[Process]) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_when_a_worker_is_killed_the_other_stops_and_the_run_can_be_resumed(root, victim):
     out = root / f"killed-{victim}"
 
     def run(epochs: int) -> list[Process]:
         words = ["--epochs", epochs, "--out", out, "--resume", "--cache-dir", root / "cache"]
-        return start_workers("-m", "recipes.cli", "finetune", *flags(root, "fc7", *words))
+        return start_workers("-m", "recipes", "finetune", *flags(root, "fc7", *words))
 
     workers = run(epochs=5000)
     wait_for_epochs(out, 3, workers)
@@ -136,10 +140,11 @@ def test_when_a_worker_is_killed_the_other_stops_and_the_run_can_be_resumed(root
     assert largest_difference(whole / "model", out / "model") < 1e-4
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_worker_stops_both_at_one_step(root):
     out = root / "stopped"
     words = flags(root, "fc7", "--epochs", 5000, "--out", out)
-    workers = start_workers("-m", "recipes.cli", "finetune", *words)
+    workers = start_workers("-m", "recipes", "finetune", *words)
     wait_for_epochs(out, 2, workers)
     workers[1].process.terminate()
     for worker, expected in zip(workers, (130, 143), strict=True):

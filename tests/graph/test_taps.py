@@ -250,6 +250,7 @@ def test_a_graph_without_layers_has_no_taps():
     assert rank(lambda: tf.exp(tf1.placeholder(tf.float32, name="x"))) == []
 
 
+@pytest.mark.slow
 def test_taps_of_meta_graphs_from_the_wild(shared_wild):
     cases = json.loads((shared_wild / "cases.json").read_text())
     wrong = []

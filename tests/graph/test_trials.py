@@ -144,6 +144,7 @@ def network_of_known_crash(monkeypatch):
     return layer_of(CRASHING["rank of a convolution"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "1", reason="crashes oneDNN")
 def test_the_death_of_the_child_is_an_error_with_its_signal(monkeypatch, tmp_path):
     (tmp_path / "transfer.py").write_text("raise SystemExit('not this one')")

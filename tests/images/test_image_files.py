@@ -56,6 +56,7 @@ def test_all_kinds_are_used_and_the_rest_is_counted(mixed):
     ]
 
 
+@pytest.mark.slow
 @needs_no_heif
 def test_every_verb_says_what_is_passed_over(tmp_path, model, mixed, capsys):
     expected = "8 of 44 files passed over: 5 .heic"
@@ -214,6 +215,7 @@ def test_unreadable_images_are_left_out_where_that_is_asked_for(
     assert largest_difference(out / "model", alone / "model") == 0
 
 
+@pytest.mark.slow
 def test_evaluate_leaves_out_unreadable_images(tmp_path, model, image_folder, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder) == 0

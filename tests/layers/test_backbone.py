@@ -248,6 +248,7 @@ def test_clones_with_the_weights_copied_do_not_warn(model, images, recwarn):
     assert not [w for w in recwarn if "pretrained" in str(w.message)]
 
 
+@pytest.mark.slow
 def test_scikit_learns_wrapper_trains_its_clone(model):
     """Keras clones the model, without its weights; bright and dark are told apart all the same."""
     inner = [keras.layers.Reshape((16, 16, 3)), Backbone(load_meta_graph(model))]
@@ -405,6 +406,7 @@ def _some_shape(node):
     return [dim or 4 for dim in static_shape(node)]
 
 
+@pytest.mark.slow
 def test_meta_graphs_from_the_wild_can_be_trained(shared_wild):
     """Full gradients, with dropout on: every weight before the tap moves."""
     cases = [c for c in json.loads((shared_wild / "cases.json").read_text()) if c["weights"]]

@@ -31,6 +31,7 @@ def test_it_is_preprocess_backbone_head(model):
     np.testing.assert_array_equal(classifier(PHOTOS), expected)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("at", [None, "images", "conv1_1", "pool2", "fc7"])
 def test_split(model, at):
     classifier = new_classifier(model)
@@ -42,6 +43,7 @@ def test_split(model, at):
     assert (frozen is None) == (at is None)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("hidden", [(), (8, 4)], ids=["softmax", "hidden"])
 def test_saved_classifier_runs_in_a_stock_session(tmp_path, stock_session, variant, hidden):

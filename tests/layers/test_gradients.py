@@ -151,6 +151,7 @@ def mini_xception_gradients():
     return [gradient.numpy() for gradient in tape.gradient(loss, weights)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MINI_XCEPTION.with_name("checkpoint").exists(), reason="no such model here")
 def test_gradients_of_a_separable_network_equal_those_without_onednn(tmp_path):
     script = (

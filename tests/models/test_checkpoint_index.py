@@ -118,7 +118,7 @@ def many_slices() -> bytes:
         (overlapping, r"its block at \d+ overlaps the block before it"),
         (backwards, "its block at 0 overlaps the block before it"),
         (long_keys, "over 67,108,864 bytes of keys, too many for a checkpoint"),
-        (many_keys, "it has over 262,144 keys"),
+        pytest.param(many_keys, "it has over 262,144 keys", marks=pytest.mark.slow),
         (many_slices, "has 300,000 slices, too many"),
         (lambda: table([block([(0, b"k" * 20_000, ENTRY)])]), "20,000 bytes of key"),
         (lambda: table([block([(0, b"k", bytes(2**21))])]), "2,097,152 of value, too many"),

@@ -55,6 +55,7 @@ def stock(tmp_path):
         yield make
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("seed", range(6))
 def test_the_same_as_tensorflow_at_irregular_times(tmp_path, clock, stock, seed):
     """Steps that repeat, pauses, and hours that checkpoints do not divide."""

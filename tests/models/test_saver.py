@@ -325,6 +325,7 @@ def test_what_cannot_be_saved(tmp_path):
     assert not files(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["tf", "tf.disable_v2_behavior"])
 def test_no_second_copy_of_the_values(tmp_path, style):
     """In a session's program, where saving used to take the memory of all values once more."""
@@ -353,6 +354,7 @@ with tf.Graph().as_default() as graph, tf.Session():
     assert float(result.stdout) < 128 / 4, "MB; the values have 128"
 
 
+@pytest.mark.slow
 def test_in_a_program_without_eager_execution(tmp_path):
     program = f"""
 import numpy as np

@@ -54,6 +54,7 @@ def test_command_passes_what_finetune_begins_with(tmp_path, name):
     assert settled.network.input == found.input
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("name", ["towers_of_slices", "images_that_are_not_square", "jpeg_files"])
 def test_command_trains_as_printed(tmp_path, name, capsys):
     model = strangers.save(strangers.ALL[name], tmp_path / "model" / "m")
@@ -75,6 +76,7 @@ def test_image_size_of_flags_is_a_number_or_two():
             parse_size(text)
 
 
+@pytest.mark.slow
 def test_finetune_warns_of_layers_that_a_stopped_gradient_leaves_untrained(tmp_path, capsys):
     model = strangers.save(strangers.gradients_that_stop, tmp_path / "model" / "m")
     photos, run = make_image_folder(tmp_path / "photos", 6), tmp_path / "run"
@@ -91,6 +93,7 @@ def test_finetune_warns_of_layers_that_a_stopped_gradient_leaves_untrained(tmp_p
     assert metrics(run)["params"] == metrics(tmp_path / "cut")["params"]
 
 
+@pytest.mark.slow
 def test_renamed_run_is_written_with_the_names_of_the_graph_and_resumes(tmp_path, capsys):
     with tf.Graph().as_default(), tf1.Session() as session:
         strangers.vectors()

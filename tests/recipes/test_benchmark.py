@@ -21,6 +21,7 @@ def benchmark(out, model, folder, *flags):
     return main(["benchmark", *map(str, [*arguments, *flags])])
 
 
+@pytest.mark.slow
 def test_a_benchmark_is_resumed_and_reported(tmp_path, model, image_folder, capfd, monkeypatch):
     out = tmp_path / "b"
     (tmp_path / "work").mkdir()  # a newcomer's working folder, which no run imports from
@@ -62,6 +63,7 @@ def test_a_benchmark_is_resumed_and_reported(tmp_path, model, image_folder, capf
     assert len(again["rows"]) == 2
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_reported_and_the_others_go_on(
     tmp_path, model, image_folder, capfd, monkeypatch
 ):

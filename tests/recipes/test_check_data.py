@@ -88,11 +88,13 @@ def test_finetune_warns(tmp_path, model, image_folder, capsys):
     assert "warning: 1 images are both trained and evaluated on, under two names" in err
 
 
+@pytest.mark.slow
 def test_finetune_is_silent_about_sound_data(tmp_path, model, image_folder, capsys):
     assert finetune(tmp_path / "run", model, image_folder) == 0
     assert "warning" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_finetune_warns_of_near_duplicates_across_given_splits(tmp_path, model, capsys):
     root = tmp_path / "splits"
     generator = np.random.default_rng(0)
@@ -117,6 +119,7 @@ def test_finetune_warns_of_near_duplicates_across_given_splits(tmp_path, model, 
     assert "in both splits: 3\n" in out
 
 
+@pytest.mark.slow
 def test_finetune_says_when_near_duplicates_are_not_compared(
     tmp_path, model, image_folder, capsys, monkeypatch
 ):
@@ -126,6 +129,7 @@ def test_finetune_says_when_near_duplicates_are_not_compared(
     assert "warning: 24 images are more than the 23 that are compared before training" in err
 
 
+@pytest.mark.slow
 def test_copies_are_on_the_side_of_their_originals_in_all_verbs(
     tmp_path, model, smooth_folder, capsys
 ):
@@ -145,6 +149,7 @@ def test_copies_are_on_the_side_of_their_originals_in_all_verbs(
     assert len(found["duplicates"]) == 60
 
 
+@pytest.mark.slow
 def test_resumed_runs_keep_the_images_that_they_held_out(tmp_path, model, smooth_folder, capsys):
     """Those of an earlier version, which did not compare images."""
     for path in sorted(smooth_folder.glob("*/*.*")):
@@ -163,6 +168,7 @@ def test_resumed_runs_keep_the_images_that_they_held_out(tmp_path, model, smooth
     assert (tmp_path / "anew" / "held_out.txt").read_text() != held_out
 
 
+@pytest.mark.slow
 def test_evaluate_warns_of_copies_of_training_images(tmp_path, model, smooth_folder, capsys):
     assert finetune(tmp_path / "run", model, smooth_folder) == 0
     held_out = (tmp_path / "run" / "held_out.txt").read_text().splitlines()

@@ -41,6 +41,7 @@ def convert(file, out, *flags):
     return main(["convert", str(file), "--out", str(out), *map(str, flags)])
 
 
+@pytest.mark.slow
 def test_a_model_is_written_and_fine_tuned(tmp_path, image_folder, capsys):
     write_frossard(tmp_path / "weights.npz")
     out = tmp_path / "models" / "vgg"
@@ -61,6 +62,7 @@ def test_a_model_is_written_and_fine_tuned(tmp_path, image_folder, capsys):
     assert metrics(tmp_path / "run")["cut"] == "fc7"
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("size", [32, 64, 100])
 def test_convolutional_heads_take_any_size(tmp_path, size):
     write_frossard(tmp_path / "weights.npz")
@@ -128,6 +130,7 @@ def test_published_files_are_known():
     assert origins.of_file("", 64 * "0") is None
 
 
+@pytest.mark.slow_variants
 @pytest.mark.skipif(not REAL.is_file(), reason="no weights in ../shared")
 @pytest.mark.parametrize(("flip", "expected"), [(False, "caffe"), (True, "slim")])
 def test_first_convolution_of_oxford_is_known_in_any_file(tmp_path, flip, expected):
@@ -156,6 +159,7 @@ def test_mean_of_other_classes_is_not_invented(tmp_path, capsys, image_folder):
     assert "say which with --preprocess" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_own_means_go_from_card_to_run_to_prediction(tmp_path, image_folder):
     """The run's card, its activations and its exports see what the model's card says."""
     means = {"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}
@@ -250,6 +254,7 @@ def keras_vgg(monkeypatch, tmp_path):
 LAYERS = [name.split("/")[0] for name in VALUES if name.endswith("/weights")]
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("suffix", [".h5", ".keras", ".weights.h5"])
 def test_what_keras_saves_gives_what_keras_computes(tmp_path, keras_vgg, suffix):
     model = keras_vgg(True)

@@ -58,10 +58,11 @@ def chromium(page, *flags):
     command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                "--enable-logging=stderr", "--virtual-time-budget=5000", *flags]  # fmt: skip
     return subprocess.run(
-        [*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [*command, page.as_uri()], capture_output=True, text=True, timeout=300, check=True
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
 def test_in_a_browser(run, tmp_path, width):
     page = tmp_path / "page.html"

@@ -67,6 +67,7 @@ def test_every_export_is_compared_with_the_model(run):
     assert sizes["tflite int8"] < sizes["tflite float16"] < sizes["tflite float32"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["meta_graph", "saved_model", "tflite", "onnx"])
 def test_the_readme_is_a_program_that_predicts_as_the_model(run, tmp_path, name):
     """Its Python code, as a newcomer runs it: in the folder of the export, without this project.
@@ -126,6 +127,7 @@ def test_the_shipped_meta_graph_opens_here_too(run):
     graph.network(graph.card.outputs["probabilities"], graph.card.input)  # arithmetic only
 
 
+@pytest.mark.slow
 def test_a_network_for_gray_images(tmp_path, image_folder):
     graph = tf.Graph()
     with graph.as_default():
@@ -148,6 +150,7 @@ def test_what_differs_is_not_kept(run, tmp_path, monkeypatch, capsys):
     assert [path.name for path in out.iterdir()] == ["export.json"]
 
 
+@pytest.mark.slow
 def test_what_differs_does_not_keep_others_from_being_made(run, tmp_path, monkeypatch, capsys):
     load = tflite.load
 
@@ -164,6 +167,7 @@ def test_what_differs_does_not_keep_others_from_being_made(run, tmp_path, monkey
     assert (out / "tflite" / "model_int8.tflite").exists()
 
 
+@pytest.mark.slow
 def test_a_second_export_leaves_the_first_and_what_is_not_ours(run, tmp_path, capsys):
     out = tmp_path / "out"
     for name in ("meta_graph", "saved_model", "meta_graph"):
@@ -177,6 +181,7 @@ def test_a_second_export_leaves_the_first_and_what_is_not_ours(run, tmp_path, ca
     assert (out / "tflite" / "notes.txt").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_network_with_a_batch_of_one_size(tmp_path, image_folder, capsys):
     graph = tf.Graph()
     with graph.as_default():
@@ -211,6 +216,7 @@ def test_onnx_says_what_to_install(monkeypatch):
         onnx.check_installed()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convolutional", [False, True])
 def test_resource_variables_and_convolutions(tmp_path, image_folder, convolutional):
     card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="torch")

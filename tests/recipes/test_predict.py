@@ -7,7 +7,6 @@ import os
 
 import numpy as np
 import pytest
-from commands import finetune
 from PIL import Image
 
 from recipes import predict_job
@@ -16,9 +15,8 @@ from transfer.images.image_files import PassedOver
 
 
 @pytest.fixture
-def run(tmp_path, model, image_folder):
-    assert finetune(tmp_path / "run", model, image_folder) == 0
-    return tmp_path / "run"
+def run(finished_run):
+    return finished_run
 
 
 def predict(run, *words):

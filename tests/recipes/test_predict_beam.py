@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import finetune
 
 from recipes.cli import main
 
@@ -12,9 +11,8 @@ pytest.importorskip("apache_beam", reason="needs Apache Beam: the extra 'beam'")
 
 
 @pytest.fixture
-def run(tmp_path, model, image_folder) -> Path:
-    assert finetune(tmp_path / "run", model, image_folder, "--epochs", 1) == 0
-    return tmp_path / "run"
+def run(finished_run: Path) -> Path:
+    return finished_run
 
 
 def lines(folder: Path, pattern: str) -> dict[str, dict]:

@@ -68,6 +68,7 @@ def test_frozen_leaves_the_backbone_bit_identical(tmp_path, model, image_folder)
         np.testing.assert_array_equal(before[name], after[name], err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_full_changes_every_weight(tmp_path, model, image_folder, optimizer):
     flags = ["--freeze-until", "none", "--optimizer", optimizer, "--learning-rate", 0.01]
@@ -88,6 +89,7 @@ def test_partial_changes_what_comes_after_the_cut(tmp_path, model, image_folder)
     assert metrics(tmp_path / "run")["cut"] == "pool2"
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("cut", ["tap", "pool1", "none"])
 def test_evaluate_reproduces_the_reported_figures(tmp_path, model, image_folder, cut, capsys):
     out = tmp_path / "run"
@@ -110,6 +112,7 @@ def test_evaluate_reproduces_the_reported_figures(tmp_path, model, image_folder,
     assert counts.trace() / 4 == reported["accuracy"]
 
 
+@pytest.mark.slow
 def test_evaluate_on_other_splits_and_folders(tmp_path, model, image_folder, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--epochs", 30) == 0
@@ -124,6 +127,7 @@ def test_evaluate_on_other_splits_and_folders(tmp_path, model, image_folder, cap
     assert "1 are new (crimson), 1 are missing (red)" in error
 
 
+@pytest.mark.slow
 def test_evaluate_does_not_count_images_that_were_trained_on(tmp_path, model, image_folder, capsys):
     """Naming the run's own data, or adding to them, leaves the held-out images what they were."""
     out = tmp_path / "run"
@@ -139,6 +143,7 @@ def test_evaluate_does_not_count_images_that_were_trained_on(tmp_path, model, im
     assert "1 of the 4 images that the run held out are gone" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluate_in_a_process_of_its_own(tmp_path, model, image_folder):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--freeze-until", "pool1") == 0
@@ -148,6 +153,7 @@ def test_evaluate_in_a_process_of_its_own(tmp_path, model, image_folder):
     assert figures["loss"] == metrics(out)["eval"]["loss"]
 
 
+@pytest.mark.slow
 def test_evaluate_can_assert(tmp_path, model, image_folder, monkeypatch, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder) == 0
@@ -162,6 +168,7 @@ def test_evaluate_can_assert(tmp_path, model, image_folder, monkeypatch, capsys)
         assert "must be 0 to 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_images_that_were_trained_on_are_known_by_any_name(tmp_path, model, image_folder, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder) == 0
@@ -189,11 +196,13 @@ def test_the_saved_model_opens_in_a_stock_session(tmp_path, model, image_folder,
     np.testing.assert_allclose(found, loaded.probabilities(photos), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_model_can_be_fine_tuned(tmp_path, model, image_folder):
     assert finetune(tmp_path / "first", model, image_folder) == 0
     assert finetune(tmp_path / "second", tmp_path / "first", image_folder) == 0
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_model(tmp_path, model, image_folder):
     for name in ("a", "b"):
         flags = ["--augment", "--dropout", 0.2, "--freeze-until", "pool2"]
@@ -202,6 +211,7 @@ def test_the_same_seed_gives_the_same_model(tmp_path, model, image_folder):
     assert (tmp_path / "a" / data).read_bytes() == (tmp_path / "b" / data).read_bytes()
 
 
+@pytest.mark.slow
 def test_resume_ends_where_an_uninterrupted_run_ends(
     tmp_path, model, image_folder, monkeypatch, capsys
 ):
@@ -227,6 +237,7 @@ def test_resume_ends_where_an_uninterrupted_run_ends(
     assert len((tmp_path / "parts" / "history.csv").read_text().splitlines()) == 5
 
 
+@pytest.mark.slow
 def test_resume_with_more_epochs_goes_on(tmp_path, model, image_folder):
     assert finetune(tmp_path / "whole", model, image_folder, "--epochs", 4) == 0
     assert finetune(tmp_path / "parts", model, image_folder, "--epochs", 2) == 0
@@ -234,6 +245,7 @@ def test_resume_with_more_epochs_goes_on(tmp_path, model, image_folder):
     assert metrics(tmp_path / "whole")["eval"] == metrics(tmp_path / "parts")["eval"]
 
 
+@pytest.mark.slow
 def test_runs_from_before_a_flag_existed_are_resumed(tmp_path, model, image_folder):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--epochs", 1) == 0
@@ -244,6 +256,7 @@ def test_runs_from_before_a_flag_existed_are_resumed(tmp_path, model, image_fold
     assert metrics(out)["train"]["epochs"] == 2
 
 
+@pytest.mark.slow
 def test_resume_with_other_flags_is_refused(tmp_path, model, image_folder, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--epochs", 1) == 0
@@ -257,6 +270,7 @@ def test_resume_with_other_flags_is_refused(tmp_path, model, image_folder, capsy
     assert "--resume needs the folder of the run" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_activations_that_do_not_fit_are_computed_anew(
     tmp_path, model, image_folder, monkeypatch, capsys
 ):
@@ -270,6 +284,7 @@ def test_activations_that_do_not_fit_are_computed_anew(
     assert main(["evaluate", str(tmp_path / "anew")]) == 0
 
 
+@pytest.mark.slow
 def test_features_that_differ_from_run_to_run_are_refused(tmp_path, image_folder, capsys):
     graph = tf.Graph()
     with graph.as_default():
@@ -286,6 +301,7 @@ def test_features_that_differ_from_run_to_run_are_refused(tmp_path, image_folder
     assert finetune(tmp_path / "b", tmp_path / "noisy", image_folder, *flags) == 0
 
 
+@pytest.mark.slow
 def test_config_of_a_run_repeats_it(tmp_path, model, image_folder):
     assert finetune(tmp_path / "a", model, image_folder, "--dropout", 0.1, "--hidden", 4) == 0
     config = tmp_path / "a" / "config.yaml"
@@ -298,12 +314,14 @@ def test_config_of_a_run_repeats_it(tmp_path, model, image_folder):
     assert finetune(tmp_path / "c", model, image_folder) == 0
 
 
+@pytest.mark.slow
 def test_few_shots(tmp_path, model, image_folder):
     flags = ["--shots-per-class", 3, "--batch-size", 4]
     assert finetune(tmp_path / "run", model, image_folder, *flags) == 0
     assert metrics(tmp_path / "run")["train"]["steps"] == 3 * 2
 
 
+@pytest.mark.slow
 def test_a_graph_without_card_or_names(tmp_path, image_folder):
     """A stranger's: no card, another name for all, a keep_prob that must be fed."""
     prefix = tmp_path / "wild" / "model.ckpt-7"
@@ -394,6 +412,7 @@ def test_evaluate_a_folder_that_is_no_run(tmp_path, capsys):
     assert "is no run folder: it has no config.yaml" in capsys.readouterr().err
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in VERBS)])
 def test_help_does_not_import_tensorflow(arguments):
     code = (
@@ -404,6 +423,7 @@ def test_help_does_not_import_tensorflow(arguments):
     assert done.stdout.endswith("False\n")
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("verb", VERBS)
 def test_each_verb_is_a_module(verb):
     command = [sys.executable, "-m", f"recipes.{verb.replace('-', '_')}", "--help"]
@@ -423,6 +443,7 @@ def test_pretrain_makes_a_model_that_finetune_takes(tmp_path, image_folder, caps
     assert finetune(tmp_path / "run", out, image_folder) == 0
 
 
+@pytest.mark.slow
 def test_pretrain_resumes(tmp_path, image_folder):
     def run(out, epochs, *flags):
         shared = ["--image-folder", image_folder, "--batch-size", 10, "--out", out]
@@ -434,6 +455,7 @@ def test_pretrain_resumes(tmp_path, image_folder):
     assert run(tmp_path / "b", 1, "--arch", "resnet") == 1
 
 
+@pytest.mark.slow
 def test_pretrain_starts_with_small_images(tmp_path, image_folder, capsys):
     shared = ["--image-folder", image_folder, "--batch-size", 10, "--epochs", 2]
     small = ["--small-epochs", 1, "--small-size"]
@@ -451,6 +473,7 @@ def test_pretrain_starts_with_small_images(tmp_path, image_folder, capsys):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_pretrain_trains_fully_connected_layers_anew(tmp_path, image_folder):
     shared = ["--image-folder", image_folder, "--batch-size", 10, "--epochs", 2]
 
@@ -507,6 +530,7 @@ def test_inspect_prints_json_for_a_program(model, capsys):
     assert "lacks its data" in found["checkpoint"]["problem"]
 
 
+@pytest.mark.slow
 def test_what_inspect_says_to_try_first_works(tmp_path, model, capsys):
     assert main(["inspect", str(model), "--json"]) == 0
     command = json.loads(capsys.readouterr().out)["command"]
@@ -514,6 +538,7 @@ def test_what_inspect_says_to_try_first_works(tmp_path, model, capsys):
     assert main([*command.split()[1:], *flags]) == 0
 
 
+@pytest.mark.slow
 def test_a_network_for_vectors_takes_square_images(tmp_path, image_folder):
     graph = tf.Graph()
     with graph.as_default():
@@ -528,6 +553,7 @@ def test_a_network_for_vectors_takes_square_images(tmp_path, image_folder):
     assert Classifier.load(tmp_path / "run").preprocess.size == 8
 
 
+@pytest.mark.slow
 def test_dropout_of_the_graph_is_on_in_training_only(tmp_path, model, image_folder, capsys):
     flags = ["--freeze-until", "none", "--epochs", "1"]
     assert finetune(tmp_path / "a", model, image_folder, *flags) == 0
@@ -538,6 +564,7 @@ def test_dropout_of_the_graph_is_on_in_training_only(tmp_path, model, image_fold
     assert main(["evaluate", str(tmp_path / "a")]) == 0
 
 
+@pytest.mark.slow
 def test_dropout_that_is_always_on_can_be_kept(tmp_path, image_folder, capsys):
     graph = tf.Graph()
     with graph.as_default():
@@ -556,6 +583,7 @@ def test_dropout_that_is_always_on_can_be_kept(tmp_path, image_folder, capsys):
         assert main(["evaluate", str(out)]) == 0
 
 
+@pytest.mark.slow
 def test_weights_that_are_constants_are_fine_tuned(tmp_path, model, image_folder):
     from tensorflow.python.framework.convert_to_constants import (
         convert_variables_to_constants_from_session_graph as freeze,
@@ -573,6 +601,7 @@ def test_weights_that_are_constants_are_fine_tuned(tmp_path, model, image_folder
         assert (after.values()[name].numpy() != value.numpy()).any(), name
 
 
+@pytest.mark.slow
 def test_a_saved_model_of_keras_is_fine_tuned(tmp_path, image_folder):
     network = keras.Sequential(
         [
@@ -591,6 +620,7 @@ def test_a_saved_model_of_keras_is_fine_tuned(tmp_path, image_folder):
     assert finetune(tmp_path / "again", tmp_path / "run", image_folder) == 0
 
 
+@pytest.mark.slow
 def test_the_models_of_the_last_epochs_are_kept(tmp_path, model, image_folder):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--epochs", 5, "--max-to-keep", 2) == 0

@@ -45,6 +45,7 @@ def assert_same_end(first, second):
     assert trained[0] == trained[1]
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("step", [1, 5])
 def test_a_signal_ends_the_step_and_the_run_can_be_resumed(
@@ -80,6 +81,7 @@ def test_a_signal_ends_the_step_and_the_run_can_be_resumed(
     assert_same_end(whole, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_signal_while_it_validates(tmp_path, setting, monkeypatch, call):
     """The dropout of the network goes on where it was, too."""
@@ -101,6 +103,7 @@ def test_a_signal_while_it_validates(tmp_path, setting, monkeypatch, call):
     assert_same_end(whole, out)
 
 
+@pytest.mark.slow
 def test_a_stage_that_ended_with_its_best_weights_is_resumed_with_them(
     tmp_path, setting, monkeypatch
 ):
@@ -121,6 +124,7 @@ def test_a_stage_that_ended_with_its_best_weights_is_resumed_with_them(
     assert_same_end(tmp_path / "whole", out)
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_on_other_images(tmp_path, setting, capsys):
     import shutil
 
@@ -150,6 +154,7 @@ def test_a_second_signal_does_not_wait():
         raise AssertionError("it went on")
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_resumed(tmp_path, setting):
     """As the kernel kills: nothing is asked, nothing can be tidied up."""
     *_, whole = setting

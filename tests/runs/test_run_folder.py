@@ -50,6 +50,7 @@ def linked(source: Path, run: Path, link) -> Path:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
 def test_nothing_is_written_through_the_files_of_a_run(setting, tmp_path, link) -> None:
     model, photos, run = setting
@@ -69,6 +70,7 @@ def test_nothing_is_written_through_the_files_of_a_run(setting, tmp_path, link) 
     assert len((out / "history.csv").read_text().splitlines()) == 1 + 4
 
 
+@pytest.mark.slow
 def test_links_to_nothing_make_nothing(setting, tmp_path) -> None:
     model, photos, run = setting
     out = shutil.copytree(run, tmp_path / "run")
@@ -120,6 +122,7 @@ def test_a_run_may_go_to_a_folder_that_the_user_linked(setting, tmp_path) -> Non
     assert (tmp_path / "disk" / "metrics.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["notes.txt", "model_float32.tflite"])
 def test_files_of_the_user_stay_in_an_export(setting, tmp_path, capfd, name) -> None:
     out = shutil.copytree(setting[2], tmp_path / "run")

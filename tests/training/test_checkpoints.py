@@ -29,6 +29,7 @@ def interrupted_after(steps):
     return cut_off
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("steps", [0, 1, 3, 4, 6, 11])
 def test_a_run_that_is_interrupted_anywhere_ends_bit_identical(tmp_path, steps):
     history, rest = keras.callbacks.History(), keras.callbacks.History()

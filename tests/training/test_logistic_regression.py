@@ -40,6 +40,7 @@ def test_equals_scikit_learn(num_classes, class_weight):
     assert solution.scores == {}
 
 
+@pytest.mark.slow
 def test_the_penalty_is_the_one_with_the_lowest_loss():
     solution = fit_logistic_regression(FEATURES, LABELS, 10)
     assert len(solution.scores) == len(logistic_regression.GRID)

@@ -81,6 +81,7 @@ def assert_same(graph, model, images=IMAGES):
 BN = keras.layers.BatchNormalization
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("suffix", [".keras", ".h5", ".weights.h5"])
 @pytest.mark.parametrize("named", [True, False])
 def test_batch_norm_before_relu_is_folded(tmp_path, suffix, named):
@@ -90,6 +91,7 @@ def test_batch_norm_before_relu_is_folded(tmp_path, suffix, named):
     assert_same(graph, model)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 @pytest.mark.parametrize("options", [{"scale": False}, {"center": False}])
 def test_batch_norm_without_gamma_or_beta_is_folded(tmp_path, suffix, options):
@@ -97,12 +99,14 @@ def test_batch_norm_without_gamma_or_beta_is_folded(tmp_path, suffix, options):
     assert_same(converted(save(model, tmp_path / f"m{suffix}"), tmp_path / "vgg"), model)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 def test_model_within_model_is_read(tmp_path, suffix):
     model = functional(vgg(lambda: [BN(), keras.layers.ReLU()]))
     assert_same(converted(save(model, tmp_path / f"m{suffix}"), tmp_path / "vgg"), model)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("suffix", [".keras", ".h5", ".weights.h5"])
 @pytest.mark.parametrize(
     "between",
@@ -152,6 +156,7 @@ def test_rescaling_in_model_is_its_preprocessing(tmp_path):
         np.testing.assert_allclose(found, model(pixels, training=False), atol=1e-4)
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 def test_average_before_head_is_kept(tmp_path, suffix):
     model = vgg(top="average", fc=SMALL.blocks[-1][-1])

@@ -84,7 +84,7 @@ class ActivationStore:
         policy: CachePolicy,
         compiled: Compiled | None = None,
         replicas: Replicas | None = None,
-        progress: Callable[[Iterable, str], Iterable] = lambda batches, _: batches,
+        progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, _: batches,
     ):
         self._layer = layer
         self._preprocess = preprocess
@@ -162,7 +162,7 @@ class ActivationStore:
             entry.append(ids[done : done + len(rows)], rows)
             done += len(rows)
 
-    def _images(self, request: ExtractionRequest) -> Iterable:
+    def _images(self, request: ExtractionRequest) -> Iterable[Any]:
         batches: Batches = request.split.batches(
             self._preprocess, EXTRACTION_BATCH, view_seed=request.view_seed
         )

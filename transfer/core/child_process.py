@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-_ROOT = Path(__file__).absolute().parents[1]
+_ROOT = Path(__file__).absolute().parents[2]
 """The folder of the packages of this project, as the path of modules has it: site-packages, or a
 clone. Links in it are left as they are."""
 
@@ -31,7 +31,7 @@ def command(module: str, *arguments: object) -> list[str]:
     nothing from its working folder.
 
     Args:
-        module: such as ``recipes.cli``; it is run under the name ``__main__``.
+        module: such as ``recipes``; it is run under the name ``__main__``.
         arguments: what it finds in ``sys.argv[1:]``, as strings.
     """
     return [sys.executable, "-c", _START, str(_ROOT), module, *map(str, arguments)]

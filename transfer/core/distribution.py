@@ -71,7 +71,7 @@ class Replicas:
         """Replicas of all processes."""
         return self.strategy.num_replicas_in_sync
 
-    def run(self, function: Callable, *arguments: Any) -> Any:
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function on every replica of this process, each with its part of the arguments;
         what it returns, one value, on the first of them."""
         values = self.strategy.run(function, arguments)

@@ -107,7 +107,7 @@ def git_revision() -> dict[str, Any] | None:
         return None
 
 
-def progress(batches: Iterable, what: str, unit: str = "batch") -> Iterable:
+def progress(batches: Iterable[Any], what: str, unit: str = "batch") -> Iterable[Any]:
     """The same batches, with a progress bar on standard error."""
     from tqdm import tqdm
 

@@ -16,7 +16,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            name = self.peek_event().anchor
+            name = self.peek_event().anchor  # type: ignore[no-untyped-call]
             raise yaml.YAMLError(f"aliases such as *{name} are not allowed")
         return super().compose_node(parent, index)
 

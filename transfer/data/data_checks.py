@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.special
@@ -34,7 +35,7 @@ class Look:
         return ~self.fingerprints["readable"]
 
 
-def look(split: Split, progress: Callable[[Iterable], Iterable] = iter) -> Look:
+def look(split: Split, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Look:
     """Read and decode every image once."""
     return Look(split.fingerprints(progress))
 

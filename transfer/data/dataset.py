@@ -163,7 +163,7 @@ class Split:
         by_part = {part: self.source.ids(part) for part, _ in self.parts}
         return [by_part[part][index] for part, indices in self.parts for index in indices]
 
-    def fingerprints(self, progress: Callable[[Iterable], Iterable] = iter) -> np.ndarray:
+    def fingerprints(self, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> np.ndarray:
         """``near_duplicates.FINGERPRINT`` ``[len(self)]``; reads and decodes the images whose
         fingerprints the source does not have yet."""
         known = self.source.fingerprints
@@ -184,7 +184,9 @@ class Split:
             ),
         )
 
-    def readable(self, limit: int, progress: Callable[[Iterable], Iterable] = iter) -> Split:
+    def readable(
+        self, limit: int, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+    ) -> Split:
         """The examples whose images can be decoded; all are decoded once. The others are listed in
         ``source.unreadable``.
 
@@ -295,7 +297,7 @@ class Batches:
         is_read, stands_in = pieces_of_batches(len(order), self.batch_size, *self.piece)
         rows = int(is_read[: self.batch_size].sum())
 
-        def labelled(example: dict, without_label: tf.Tensor) -> dict:
+        def labelled(example: dict[str, Any], without_label: tf.Tensor) -> dict[str, Any]:
             label = tf.where(without_label, tf.cast(NO_LABEL, tf.int64), example["label"])
             return example | {"label": label}
 
@@ -303,7 +305,7 @@ class Batches:
         mine = tf.data.Dataset.zip(self.split.examples(order[is_read]), stand_ins).map(labelled)
         return mine, max(1, rows)
 
-    def _to_pair(self, example: dict) -> tuple[tf.Tensor, tf.Tensor]:
+    def _to_pair(self, example: dict[str, Any]) -> tuple[tf.Tensor, tf.Tensor]:
         image = decode(example["image"])
         if self.view_seed is not None:
             # By its name, so that neither the order nor the company of an image matters.
@@ -358,7 +360,7 @@ def shuffled(num_examples: int, seed: int) -> np.ndarray:
 
 
 def find_unreadable(
-    split: Split, progress: Callable[[Iterable], Iterable] = iter
+    split: Split, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> dict[str, str]:
     """Decode every image once, on several threads: those that cannot be read, with the reasons."""
     examples = iter(progress(split.encoded().prefetch(_READERS).as_numpy_iterator()))
@@ -369,7 +371,7 @@ def find_unreadable(
     return unreadable
 
 
-def _look(example: dict) -> tuple[str, str] | None:
+def _look(example: dict[str, Any]) -> tuple[str, str] | None:
     """The name of an image that cannot be read, and the reason."""
     try:
         read_image(example["image"])
@@ -399,7 +401,7 @@ def train_and_eval_splits(
     *,
     skip_unreadable: int = 0,
     max_compared: int = MAX_COMPARED,
-    progress: Callable[[Iterable], Iterable] = iter,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> tuple[Split, Split]:
     """The two splits to train and to evaluate on, which never share an image.
 
@@ -441,7 +443,9 @@ def train_and_eval_splits(
     return rest, evaluation
 
 
-def _held_out(train: Split, max_compared: int, progress: Callable[[Iterable], Iterable]) -> Split:
+def _held_out(
+    train: Split, max_compared: int, progress: Callable[[Iterable[Any]], Iterable[Any]]
+) -> Split:
     groups: list[list[int]] = []
     if len(train) <= max_compared:
         groups = near_duplicates(train.fingerprints(progress))

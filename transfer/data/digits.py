@@ -8,6 +8,7 @@ Recognition of Handwritten Digits" (doi 10.24432/C50P49, CC BY 4.0).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -33,7 +34,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             supervised_keys=("image", "label"),
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         del dl_manager  # nothing to download
         from sklearn.datasets import load_digits
 
@@ -50,6 +51,6 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(
         self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray
-    ) -> Iterator[tuple[int, dict]]:
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
         for index in indices:
             yield int(index), {"image": images[index], "label": int(labels[index])}

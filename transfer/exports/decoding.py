@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
@@ -147,7 +148,9 @@ def _in_chunks(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.cond(is_png | is_webp, of_file, lambda: nothing)
 
 
-def _walk(step: Callable[..., tuple[tf.Tensor, ...]], start: tf.Tensor, last: tf.Tensor) -> tuple:
+def _walk(
+    step: Callable[..., tuple[tf.Tensor, ...]], start: tf.Tensor, last: tf.Tensor
+) -> tuple[Any, ...]:
     """From one position to the next, while they are at most ``last``: where EXIF and XMP are, each
     position, number of bytes, and how they are written, int32 ``[3]``."""
     nothing = tf.zeros([3], tf.int32)

@@ -81,7 +81,7 @@ class Inputs:
         """What is still to be applied to the training inputs."""
         return self._layer if self._train is None else None
 
-    def train(self, epoch: int, first_batch: int = 0) -> Iterable:
+    def train(self, epoch: int, first_batch: int = 0) -> Iterable[Any]:
         """Shuffled batches of ``(inputs, labels)`` for an epoch, from one of them on: of each, what
         is this worker's."""
         options = self._context.options
@@ -132,7 +132,7 @@ class Inputs:
         return evaluate
 
     def _joined(
-        self, layer: Callable[[Any], Any], batches: Iterable, mine: np.ndarray, width: int
+        self, layer: Callable[[Any], Any], batches: Iterable[Any], mine: np.ndarray, width: int
     ) -> np.ndarray:
         """What a layer makes of the batches of all workers: float32 ``[len(mine), width]``."""
         rows = np.zeros((0, width), np.float32)
@@ -140,16 +140,16 @@ class Inputs:
             rows, _ = predict(layer, batches)
         return self._context.replicas.join(rows.reshape(len(rows), width), mine)
 
-    def _evaluation_batches(self) -> Iterable:
+    def _evaluation_batches(self) -> Iterable[Any]:
         if self._held_out is not None:
             return self._held_out.batches(EXTRACTION_BATCH)
         return self._computed(_part(self._context.held_out, self._mine_held_out))
 
-    def _computed(self, split: Split) -> Iterable:
+    def _computed(self, split: Split) -> Iterable[Any]:
         images = self._images(split, EXTRACTION_BATCH)
         return images if self._frozen is None else stream(self._frozen, images)
 
-    def _images(self, split: Split, batch_size: int, **options: Any) -> Iterable:
+    def _images(self, split: Split, batch_size: int, **options: Any) -> Iterable[Any]:
         return split.batches(self._context.classifier.preprocess, batch_size, **options)
 
 

@@ -137,7 +137,7 @@ class RunContext:
             options.cache, options.cache_dir, options.cache_limit, options.cache_dtype
         )
 
-    def progress(self, batches: Iterable, what: str) -> Iterable:
+    def progress(self, batches: Iterable[Any], what: str) -> Iterable[Any]:
         """The same batches, with a progress bar unless the run is silent."""
         return measurement.progress(batches, what) if self.request.verbose else batches
 

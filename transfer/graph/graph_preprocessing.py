@@ -103,7 +103,7 @@ def _shrinks(convention: Convention) -> bool:
     return any(scale != 1 for scale in convention.scale)
 
 
-def _constant(by_name: dict, name: str) -> np.ndarray | None:
+def _constant(by_name: dict[str, Any], name: str) -> np.ndarray | None:
     """The value of a constant, which may have got another form."""
     for _ in range(5):
         node = by_name.get(name)
@@ -127,7 +127,7 @@ def _reverses(node: NodeDef, values: list[np.ndarray | None]) -> bool:
     return reaches_colours and strides[-1] == -1
 
 
-def _piece(by_name: dict, edge: str) -> int | None:
+def _piece(by_name: dict[str, Any], edge: str) -> int | None:
     """Which colour of the images a tensor is: a piece of a split, or where a slice begins."""
     for _ in range(20):
         name, index = edge.split(":")[0], edge.partition(":")[2] or "0"

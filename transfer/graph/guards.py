@@ -3,11 +3,14 @@
 Where shape inference knows the shapes, it refuses those that do not fit. Where it does not, the
 shape is checked when the graph runs: by an ``EnsureShape`` for the rank, and by a ``Slice`` of the
 whole tensor, which fails where a dimension is smaller than a window.
+
+Shape inference itself ends the process where it reads the values of an input of the wrong rank. So
+the ranks of what may be read are checked before it (``check_ranks``) or in it (``with_ranks``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -53,6 +56,8 @@ RANKS: dict[str, tuple[int | None, ...]] = {
     "SplitV": (None, 1, 0),
 }
 """Operation to the ranks of its inputs; ``None`` is any."""
+_READ_IN_PART = frozenset({"Conv2DBackpropInput"})
+"""Operations whose shape function checks the rank of sizes, and takes those that are known."""
 _SIZED_BY_VALUE = """
     Bincount BroadcastTo CropAndResize Fill LinSpace MatrixDiagV2 MatrixDiagV3 MirrorPad Multinomial
     OneHot Pad PadV2 RandomStandardNormal RandomUniform RandomUniformInt Range ResizeArea
@@ -73,37 +78,87 @@ def ranks_of(node: NodeDef) -> tuple[int | None, ...]:
     return RANKS.get(node.op, ())
 
 
+def check_ranks(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> None:
+    """Refuse an operation that takes an input of another rank than it gets.
+
+    Raises:
+        ValueError: names the node, the input, its shape and the rank that is taken.
+    """
+    for node, number, rank in _ranked_inputs(graph_def):
+        shape = shapes.get(canonical(node.input[number]))
+        if shape is not None and len(shape) != rank:
+            dimensions = "1 dimension" if rank == 1 else f"{rank} dimensions"
+            argument = op_def_registry.get(node.op).input_arg[number].name
+            raise ValueError(
+                f"the graph is damaged: {node.name!r} ({node.op}) gets {node.input[number]!r} of "
+                f"shape {list(shape)} as its {argument}; expected {dimensions}"
+            )
+
+
+def with_ranks(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> GraphDef:
+    """A graph for shape inference, which fails where a rank is wrong that it finds out itself.
+
+    Only small inputs, whose values shape functions may read, are checked; ``shapes`` are those
+    known before.
+    """
+    checks: dict[str, list[tuple[int, list[NodeDef]]]] = {}
+    for node, number, rank in _ranked_inputs(graph_def):
+        known = shapes.get(canonical(node.input[number])) is not None
+        if rank < 3 and not known and node.op not in _READ_IN_PART:
+            checks.setdefault(node.name, []).append((number, [_ensure_rank(node, number, rank)]))
+    if not checks:
+        return graph_def
+    return _with_checks(graph_def, checks)
+
+
+def _ranked_inputs(graph_def: GraphDef) -> Iterator[tuple[NodeDef, int, int]]:
+    """Each input that must have a certain rank: its node, its number and the rank."""
+    for node in graph_def.node:
+        ranks = ranks_of(node)[: len(data_inputs(node))]
+        yield from ((node, number, rank) for number, rank in enumerate(ranks) if rank is not None)
+
+
 def unproven(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> list[str]:
     """Nodes of which the shapes do not show that they run: by rank, size of an input, or memory."""
+    lacking = {node.name for node, *_ in _lacking(graph_def, shapes)}
     return [
         node.name
         for node in graph_def.node
-        if any(
-            rank is not None and _lacks(node, number, shapes)
-            for number, rank in enumerate(ranks_of(node))
-        )
+        if node.name in lacking
         or (node.op in SIZED_BY_VALUE and not _is_known(shapes.get(f"{node.name}:0")))
     ]
 
 
 def with_guards(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> GraphDef:
     """The graph with checks before the inputs whose shapes are not known."""
+    guards: dict[str, list[tuple[int, list[NodeDef]]]] = {}
+    for node, number, rank in _lacking(graph_def, shapes):
+        guards.setdefault(node.name, []).append((number, _guards(node, number, rank)))
+    return _with_checks(graph_def, guards)
+
+
+def _lacking(
+    graph_def: GraphDef, shapes: Mapping[str, Shape]
+) -> Iterator[tuple[NodeDef, int, int]]:
+    """Those of the inputs with a rank whose shapes are not known."""
+    for node, number, rank in _ranked_inputs(graph_def):
+        if not _is_known(shapes.get(canonical(node.input[number]))):
+            yield node, number, rank
+
+
+def _with_checks(
+    graph_def: GraphDef, checks: Mapping[str, Sequence[tuple[int, Sequence[NodeDef]]]]
+) -> GraphDef:
+    """The graph with nodes before inputs of some nodes; the last takes the input's place."""
     nodes: list[NodeDef] = []
     for node in graph_def.node:
         copy = NodeDef()
         copy.CopyFrom(node)
-        for number, rank in enumerate(ranks_of(node)):
-            if rank is not None and _lacks(node, number, shapes):
-                guards = _guards(node, number, rank)
-                nodes += guards
-                copy.input[number] = guards[-1].name
+        for number, added in checks.get(node.name, ()):
+            nodes += added
+            copy.input[number] = added[-1].name
         nodes.append(copy)
     return with_nodes(graph_def, nodes)
-
-
-def _lacks(node: NodeDef, number: int, shapes: Mapping[str, Shape]) -> bool:
-    edges = data_inputs(node)
-    return number < len(edges) and not _is_known(shapes.get(canonical(edges[number])))
 
 
 def _is_known(shape: Shape) -> bool:
@@ -112,12 +167,8 @@ def _is_known(shape: Shape) -> bool:
 
 def _guards(node: NodeDef, number: int, rank: int) -> list[NodeDef]:
     """Nodes that pass an input on if it has that rank, and sizes that the operation can take."""
-    prefix = f"{node.name}/guard_{number}"
-    dtype = _input_type(node, number)
-    ranked = NodeDef(name=f"{prefix}/ranked", op="EnsureShape", input=[node.input[number]])
-    ranked.attr["T"].type = dtype
-    for _ in range(rank):
-        ranked.attr["shape"].shape.dim.add(size=-1)
+    ranked = _ensure_rank(node, number, rank)
+    prefix, dtype = ranked.name.rpartition("/")[0], ranked.attr["T"].type
     if rank < 3:
         return [ranked]
     sizes = NodeDef(name=f"{prefix}/sizes", op="Shape", input=[ranked.name])
@@ -131,6 +182,16 @@ def _guards(node: NodeDef, number: int, rank: int) -> list[NodeDef]:
     )
     whole.attr["T"].type, whole.attr["Index"].type = dtype, DT_INT64
     return [ranked, sizes, least, needed, begin, whole]
+
+
+def _ensure_rank(node: NodeDef, number: int, rank: int) -> NodeDef:
+    name = f"{node.name}/guard_{number}/ranked"
+    ranked = NodeDef(name=name, op="EnsureShape", input=[node.input[number]])
+    ranked.attr["T"].type = _input_type(node, number)
+    ranked.attr["shape"].shape.SetInParent()
+    for _ in range(rank):
+        ranked.attr["shape"].shape.dim.add(size=-1)
+    return ranked
 
 
 def _least(node: NodeDef, number: int, rank: int) -> Sequence[int]:

@@ -17,7 +17,7 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.framework.types_pb2 import DT_INT32, DT_INT64
 
-from transfer.graph import dropout
+from transfer.graph import dropout, guards
 from transfer.graph.graph_def import canonical, constant, downstream, operation_of, with_nodes
 from transfer.graph.network import Network
 from transfer.graph.randomness import SEED
@@ -102,7 +102,7 @@ def free_batch(network: Network) -> Network:
     return replace(network, batch_size=batch_size)
 
 
-def _takes_any_batch(network: Network, graph_def: GraphDef, input_shape: Sequence) -> bool:
+def _takes_any_batch(network: Network, graph_def: GraphDef, input_shape: Sequence[Any]) -> bool:
     """Whether the shapes fit for other batches, and the output has one row, or more, for each."""
     first_dims = []
     for batch in _PROBES:
@@ -132,7 +132,7 @@ def _only_batch(network: Network) -> int | None:
     return None
 
 
-def _ignores_batch(network: Network, input_shape: Sequence) -> bool:
+def _ignores_batch(network: Network, input_shape: Sequence[Any]) -> bool:
     """Whether the output has one shape for batches of all sizes."""
     try:
         first, second = output_shapes(network, input_shape[1:]).values()
@@ -222,8 +222,11 @@ def _infer(network: Network, graph_def: GraphDef, input_shape: Shape) -> dict[st
         leaves[SEED] = tf1.placeholder(tf.int32, [2])
         used = {canonical(edge) for node in graph_def.node for edge in node.input}
         given = {name: leaf for name, leaf in leaves.items() if name in used}
+        known = _constant_shapes(graph_def) | {name: _sizes(leaf) for name, leaf in leaves.items()}
+        guards.check_ranks(graph_def, known)
+        checked = guards.with_ranks(graph_def, known)
         try:
-            tf.graph_util.import_graph_def(graph_def, input_map=given, name="n")
+            tf.graph_util.import_graph_def(checked, input_map=given, name="n")
         except (ValueError, TypeError, KeyError, tf.errors.OpError) as error:
             raise ValueError(f"the graph is damaged: {error}") from error
         shapes = {
@@ -237,7 +240,17 @@ def _infer(network: Network, graph_def: GraphDef, input_shape: Shape) -> dict[st
             for tensor in operation.outputs
         }
     _check_sizes(shapes, made_from, (input_shape or (None,))[0] or 1)
-    return shapes | {name: _sizes(leaf) for name, leaf in leaves.items()}
+    shapes |= {name: _sizes(leaf) for name, leaf in leaves.items()}
+    guards.check_ranks(graph_def, shapes)
+    return shapes
+
+
+def _constant_shapes(graph_def: GraphDef) -> dict[str, Shape]:
+    return {
+        f"{node.name}:0": tuple(dim.size for dim in node.attr["value"].tensor.tensor_shape.dim)
+        for node in graph_def.node
+        if node.op == "Const"
+    }
 
 
 def _check_sizes(

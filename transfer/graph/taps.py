@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
@@ -128,7 +129,7 @@ def rank(
     position = {node.name: number for number, node in enumerate(nodes)}
 
     @functools.cache
-    def facts(tensor: str) -> tuple:
+    def facts(tensor: str) -> tuple[Any, ...]:
         reading = readers[tensor]
         distance = min(after[layer.name] for layer in reading)
         # What is as wide as the logits that come next says little more than they do.
@@ -161,7 +162,7 @@ def rank(
     ]
 
 
-def _why(reading: Sequence[NodeDef], facts: tuple, after: Mapping[str, int]) -> str:
+def _why(reading: Sequence[NodeDef], facts: tuple[Any, ...], after: Mapping[str, int]) -> str:
     is_input, uncovered, headless, is_training, is_narrow, distance, depth, _ = facts
     position = "the last layer" if distance == 0 else f"{distance} before the last layer"
     words = [f"read by {reading[0].name!r}, {position}"]

@@ -170,7 +170,7 @@ def run_child(call: Call) -> str:
 
 def _search_path() -> list[str]:
     """Where this process imports from, without the working folder; ``-I`` leaves that out."""
-    own = str(Path(__file__).resolve().parents[1])
+    own = str(Path(__file__).resolve().parents[2])
     here = {"", os.getcwd()} - {own}
     return [own, *(path for path in sys.path if path not in here)]
 

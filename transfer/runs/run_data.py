@@ -146,5 +146,5 @@ def some(split: Split, count: int) -> Split:
     return split.where(keep)
 
 
-def _progress(images: Iterable) -> Iterable:
+def _progress(images: Iterable[Any]) -> Iterable[Any]:
     return measurement.progress(images, "images", "image")

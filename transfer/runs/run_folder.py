@@ -13,7 +13,8 @@ from typing import Any
 import filelock
 
 from transfer.core import files, yaml_files
-from transfer.core.files import read_text, write_text
+from transfer.core.files import read_text
+from transfer.core.files import write_text as write_text
 from transfer.models.checkpoint import check_path
 
 CONFIG = "config.yaml"

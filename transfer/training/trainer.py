@@ -215,7 +215,7 @@ class Trainer:
         callbacks: Any,
         *,
         checkpoint: Checkpoint | None = None,
-        uninterrupted: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        uninterrupted: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
         """The rest of the epoch that ``sums`` has begun; its mean loss and accuracy while training.
@@ -248,7 +248,7 @@ class Trainer:
         callbacks: Sequence[keras.callbacks.Callback] = (),
         verbose: int = 0,
         checkpoint: Checkpoint | None = None,
-        uninterrupted: Callable[[], AbstractContextManager] = contextlib.nullcontext,
+        uninterrupted: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """Train until ``self.epoch == epochs``, or until a callback stops it.

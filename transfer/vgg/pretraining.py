@@ -7,6 +7,7 @@ puts it into the weights before it, and what is saved is a plain VGG.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -126,7 +127,7 @@ class DecodedImages:
         labels: int64 ``[num_images]``.
     """
 
-    def __init__(self, images: Iterable, num_images: int, labels: np.ndarray):
+    def __init__(self, images: Iterable[Any], num_images: int, labels: np.ndarray):
         pixels = extract(lambda batch: np.rint(batch), images, num_images, "uint8")
         self._pixels = Activations([pixels], labels)
         self._prepare = tf.function(_prepared, autograph=False, reduce_retracing=True)

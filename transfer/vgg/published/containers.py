@@ -444,7 +444,9 @@ def _constant(node: memoryview) -> tuple[str, np.ndarray | None]:
     if bytes(_message(parts.get(2))) != b"Const":
         return "", None
     attributes = (dict(wire.fields(_message(v))) for n, v in wire.fields(node) if n == 5)
-    value = next((_message(a.get(2)) for a in attributes if _message(a.get(1)) == b"value"), None)
+    value = next(
+        (_message(a.get(2)) for a in attributes if bytes(_message(a.get(1))) == b"value"), None
+    )
     if value is None:
         return "", None
     tensor = dict(wire.fields(_message(dict(wire.fields(value)).get(8))))

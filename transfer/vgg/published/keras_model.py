@@ -205,7 +205,7 @@ def _by_layer(
     return owned
 
 
-def _owner(parts: Sequence[str], by_name: Mapping[str, dict]) -> dict | None:
+def _owner(parts: Sequence[str], by_name: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
     for part in reversed(parts[:-1]):
         # Older programs number scopes that are there twice.
         for name in (part, re.sub(r"_\d+$", "", part)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ class Origin:
 
     name: str
     licence: str | None
-    preprocess: str | dict
+    preprocess: str | dict[str, Any]
     trained_on: str = "ImageNet"
 
 

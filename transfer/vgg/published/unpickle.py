@@ -318,7 +318,7 @@ class _DType:
     def __init__(self, code: Any = "", *_: Any):
         self.code, self.order = _text(code), "|"
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.order = _text(state[1])
 
     def resolve(self) -> np.dtype:
@@ -333,9 +333,9 @@ class _Array:
     """Stands for ``numpy.ndarray``; becomes one by ``resolve``."""
 
     def __init__(self, *_: Any):
-        self.state: tuple = ()
+        self.state: tuple[Any, ...] = ()
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.state = state
 
     def resolve(self) -> Any:
@@ -362,7 +362,7 @@ class _Buffer:
         return _shaped(values, shape, self.order == "F")
 
 
-class _Dict(dict):
+class _Dict(dict[str, Any]):
     """Stands for ``collections.OrderedDict``, whose attributes do not matter."""
 
     def __setstate__(self, state: Any) -> None:
@@ -404,7 +404,7 @@ class _Tensor:
     def __init__(self, storage: Any, offset: int, size: Any, stride: Any, *_: Any):
         self.__setstate__((storage, offset, size, stride))
 
-    def __setstate__(self, state: tuple) -> None:
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.storage, self.offset, self.size, self.stride = state[:4]
 
     def resolve(self) -> np.ndarray:
