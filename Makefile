@@ -2,7 +2,8 @@
 # make test      set up, then run the tests that are not marked as slow
 # make test-all  set up, then run all tests
 # make coverage  set up, then run the tests of `make test` and say which lines they reach
-# make lint      set up, then check format, style and types
+# make lint      set up, then check format, style, types, imports and spelling
+# make docs      set up, then build the documentation into site/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ INSTALLED := $(VENV)/installed
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
   --max-worker-restart 0
 
-.PHONY: demo test test-all coverage lint format clean
+.PHONY: demo test test-all coverage lint docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgg-transfer finetune
@@ -31,6 +32,12 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/codespell
+
+# NO_MKDOCS_2_WARNING: the theme's notice of a later mkdocs.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
@@ -45,3 +52,7 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(INSTALLED)
+
+$(VENV)/installed-docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@

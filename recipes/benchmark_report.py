@@ -102,6 +102,7 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def describe_limits(limits: dict[str, Any]) -> list[str]:
+    """Lines about what the machine can do, from ``limits.json``."""
     forward, pipeline = limits["forward_images_per_s"], limits["pipeline_images_per_s"]
     images = limits["images_training"] + limits["images_held_out"]
     return [

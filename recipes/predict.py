@@ -38,7 +38,7 @@ class PredictConfig:
 
 
 def _no_option(_: type, words: str | Sequence[str]) -> None:
-    """cyclopts calls it with one word or with all."""
+    """Refuse words that look like options; cyclopts passes one word or all."""
     words = [words] if isinstance(words, str) else words
     if unknown := [word for word in words if word.startswith("--")]:
         raise ValueError(f"unknown option: {unknown[0]}")

@@ -185,6 +185,7 @@ def prepare_images(preprocess: Preprocess) -> Callable[[np.ndarray], tf.Tensor]:
 
 
 def reason(error: Exception) -> str:
+    """Why an image cannot be read, in a few words."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, ValueError):

@@ -1,0 +1,1 @@
+"""Activations at a cut, computed once and cached."""

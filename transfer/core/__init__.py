@@ -1,0 +1,1 @@
+"""What needs none of the other packages: files, processes, measurement, devices."""

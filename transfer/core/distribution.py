@@ -267,7 +267,8 @@ def piece(num_rows: int, number: int, count: int, batch_size: int | None = None)
 
     Args:
         num_rows: of the batch.
-        number, count: which piece of how many.
+        number: of the piece, from 0.
+        count: number of pieces.
         batch_size: of batches with all rows. A piece of a smaller one has no more rows than that of
             a full one.
     """

@@ -78,6 +78,7 @@ def available_memory_mb() -> float:
 
 
 def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
     packages = (
         "vgg-transfer",
         "tensorflow",

@@ -1,0 +1,1 @@
+"""Labelled images: sources, splits, batches and checks."""

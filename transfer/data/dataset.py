@@ -90,6 +90,7 @@ class Source:
 
     @property
     def split_names(self) -> list[str]:
+        """Names of the splits that the source comes with."""
         return list(self.sizes)
 
     def split(self, expression: str) -> Split:

@@ -122,7 +122,8 @@ def compare(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> dict[s
     """McNemar's test of two classifiers on the same images (doi 10.1007/BF02295996), exact.
 
     Args:
-        first, second: predictions, int ``[num_examples]``.
+        first: predictions of one classifier, int ``[num_examples]``.
+        second: predictions of the other one, int ``[num_examples]``.
         labels: int ``[num_examples]``.
 
     Returns:

@@ -244,7 +244,7 @@ def new_trainer(context: RunContext, model: keras.Model, groups: list[ParameterG
 
 
 def _class_weights(context: RunContext) -> np.ndarray | None:
-    """float ``[num_classes]``; 1 for classes without an example."""
+    """Weights of the classes, float ``[num_classes]``; 1 for classes without an example."""
     if context.options.class_weights == "none":
         return None
     labels = context.train.labels

@@ -199,10 +199,12 @@ class Preprocess:
 
     @property
     def height(self) -> int:
+        """Height of the preprocessed images in pixels."""
         return self.size if isinstance(self.size, int) else self.size[0]
 
     @property
     def width(self) -> int:
+        """Width of the preprocessed images in pixels."""
         return self.size if isinstance(self.size, int) else self.size[1]
 
     @property

@@ -61,10 +61,12 @@ class SharedVariables:
         return config | {"shared_object_id": id(self)}
 
     def get_config(self) -> dict[str, Any]:
+        """Nothing to save: the layers save their variables themselves."""
         return {}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SharedVariables:
+        """An empty one, which loaded layers fill."""
         return cls(**config)
 
 

@@ -79,6 +79,7 @@ class Classifier(keras.Model):
 
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Classifier:
+        """A classifier from what ``get_config`` returned."""
         config = dict(config)
         parts = {
             name: keras.saving.deserialize_keras_object(config.pop(name))

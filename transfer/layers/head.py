@@ -96,6 +96,7 @@ class Head(keras.layers.Layer):
         )
 
     def build(self, input_shape: Sequence[int | None]) -> None:
+        """Create the weights for features of this shape."""
         width = _feature_width(input_shape)
         for layer in (*self.hidden_layers, self.classifier):
             layer.build((None, width))
@@ -103,6 +104,7 @@ class Head(keras.layers.Layer):
         super().build(input_shape)
 
     def call(self, features: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Logits, float32 ``[batch, num_classes]``."""
         net = average_over_space(tf.cast(features, tf.float32))
         net = tf.stop_gradient(net) if self.stop_gradient else net
         for dropout, layer in zip(
@@ -112,6 +114,7 @@ class Head(keras.layers.Layer):
         return net
 
     def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, int]:
+        """``(batch, num_classes)``."""
         return (input_shape[0], self.num_classes)
 
     def values(self) -> dict[str, Any]:
@@ -124,6 +127,7 @@ class Head(keras.layers.Layer):
         }
 
     def get_config(self) -> dict[str, Any]:
+        """The arguments that make the same head."""
         names = (
             "num_classes",
             "stop_gradient",
@@ -137,6 +141,7 @@ class Head(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Head:
+        """A head from what ``get_config`` returned."""
         # Older files have the dtype policy that was set when they were written.
         return cls(**{name: value for name, value in config.items() if name != "dtype"})
 
@@ -145,6 +150,7 @@ class ReplicaDropout(keras.layers.Dropout):
     """Keras' layer, but each of several replicas drops others."""
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """The inputs; in training a fraction ``rate`` of them is zero and the rest scaled up."""
         if not training or not self.rate:
             return inputs
         seed = seed_of_replica(self.seed_generator.next())
@@ -169,7 +175,13 @@ def build_head(
     Args:
         features: a tensor of a TF1 graph, a Keras tensor or an eager tensor, float ``[batch,
             width]`` or ``[batch, height, width, channels]``.
-        num_classes, stop_gradient, hidden, dropout, weights_stddev, bias, seed: see ``Head``.
+        num_classes: width of the logits, at least 1.
+        stop_gradient: let no gradient through to the features.
+        hidden: widths of ReLU layers before the classifier.
+        dropout: fraction of the features, and of each hidden layer's output, dropped in training.
+        weights_stddev: standard deviation of the classifier's initial weights.
+        bias: initial value of its biases.
+        seed: for reproducible initial weights and dropout.
         name: of the Keras layer, or of the scope in a TF1 graph; "head" by default. There the
             tensors are ``<name>/logits:0`` and ``<name>/probabilities:0``, the variables
             ``<name>/weights``, ``<name>/biases``, ``<name>/hidden_1/weights`` ..., and with dropout

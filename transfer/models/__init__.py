@@ -1,0 +1,1 @@
+"""Models on disk: formats, cards, checkpoints, and what is in them."""

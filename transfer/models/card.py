@@ -46,6 +46,7 @@ class Card:
     """Figures on held-out images, as in ``metrics.json``."""
 
     def to_json(self) -> str:
+        """The text of a card's file; values that are not known are left out."""
         values = {
             key: value
             for key, value in dataclasses.asdict(self).items()

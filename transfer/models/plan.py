@@ -56,10 +56,13 @@ def plan(
 
     Args:
         graph: of the model.
-        tap, input, feeds, keep_dropout: see ``MetaGraph.network``; the tap is the card's by
-            default, or else ``fc7``.
+        tap: tensor with the features; by default the card's, or else ``fc7``.
+        input: tensor that takes the images, see ``MetaGraph.network``.
+        feeds: values of placeholders, see ``MetaGraph.network``.
+        keep_dropout: see ``MetaGraph.network``.
         use_ema: see ``MetaGraph.read``.
-        preprocess, image_size: see ``MetaGraph.preprocess``.
+        preprocess: see ``MetaGraph.preprocess``.
+        image_size: see ``MetaGraph.preprocess``.
 
     Raises:
         ValueError: if there is no such network, it takes no images of this size, gives no vector

@@ -1,0 +1,1 @@
+"""Runs: their folders, their images, and their interruption."""

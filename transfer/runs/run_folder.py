@@ -157,6 +157,7 @@ def read_history(run: Path) -> dict[str, list[float]]:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, atomically; NaN and infinities are refused."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
@@ -187,6 +188,7 @@ def add_to_metrics(run: Path, name: str, figures: Any) -> None:
 
 
 def to_yaml(config: Mapping[str, Any]) -> str:
+    """Options as the text of ``config.yaml``."""
     return yaml_files.to_yaml(_plain(config))
 
 

@@ -50,7 +50,8 @@ def range_test(
         trainer: with constant learning rates; those of its groups keep their proportions, and the
             first group's is the one that is given and found.
         batches: at least ``steps``, or all that there are are taken.
-        lowest, highest: rates of the first and the last step.
+        lowest: learning rate of the first step.
+        highest: learning rate of the last step.
         steps: at most.
 
     Raises:

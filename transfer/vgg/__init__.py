@@ -1,0 +1,1 @@
+"""The VGG family: architectures, pretraining, published weights."""

@@ -1,0 +1,48 @@
+"""Files about the project agree with each other."""
+
+import configparser
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _setup():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return setup
+
+
+def test_citation_and_package_have_the_same_version_and_licence():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    metadata = _setup()["metadata"]
+    assert citation["version"] == metadata["version"]
+    assert citation["license"] == metadata["license"]
+    assert citation["title"] == metadata["name"]
+
+
+def test_pre_commit_runs_the_versions_of_the_constraints():
+    constraints = (ROOT / "constraints.txt").read_text()
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    revisions = {repo["repo"].rsplit("/")[-1]: repo.get("rev") for repo in repos}
+    for repo, package in {"ruff-pre-commit": "ruff", "codespell": "codespell"}.items():
+        (version,) = re.findall(rf"^{package}==(\S+)$", constraints, re.MULTILINE)
+        assert revisions[repo] == f"v{version}"
+
+
+def test_direct_dependencies_are_constrained():
+    setup = _setup()
+    groups = [setup["options"]["install_requires"]]
+    groups += [setup["options.extras_require"][name] for name in ("dev", "docs", "onnx", "beam")]
+    lines = [line for group in groups for line in group.splitlines()]
+    names = {_normal(re.match(r"[\w.-]+", line)[0]) for line in lines if line and line[0] != "#"}
+    constraints = (ROOT / "constraints.txt").read_text()
+    assert (
+        names - {_normal(name) for name in re.findall(r"^([\w.-]+)==", constraints, re.M)} == set()
+    )
+
+
+def _normal(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
