@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from recipes import evaluate_report, terminal
-from recipes.csv_files import write_row
+from recipes import terminal
 from recipes.evaluate import EvaluateConfig
-from recipes.evaluate_report import Evaluated
 from transfer import Classifier, open_source
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
 from transfer.activations.fingerprints import remembered
 from transfer.core import measurement
+from transfer.core.csv_files import write_row
 from transfer.core.files import is_regular
 from transfer.data import data_checks
 from transfer.data.dataset import MAX_COMPARED, Source, Split, whole_eval_split
-from transfer.evaluation import metrics
+from transfer.evaluation import metrics, report
 from transfer.evaluation.prediction import confusion_matrix, predict, probabilities, summarize
+from transfer.evaluation.report import Evaluated
 from transfer.finetuning.options import cut_of
 from transfer.runs import run_data, run_folder
 
@@ -71,7 +71,7 @@ def run(folder: Path, config: EvaluateConfig) -> dict[str, Any]:
     _write_predictions(folder / run_folder.PREDICTIONS, split, classifier.labels, logits, labels)
     _write_confusion(folder / run_folder.CONFUSION, classifier.labels, logits, labels)
     evaluated = Evaluated(classifier, split, logits, labels, figures, _command(folder, config))
-    evaluate_report.write(folder, evaluated)
+    report.write(folder, evaluated)
     return figures
 
 

@@ -19,11 +19,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from recipes import terminal
-from recipes.csv_files import write_row
 from recipes.predict import PredictConfig
 from recipes.predict_beam import PredictBeamConfig
 from transfer import Classifier
 from transfer.activations.extraction import Compiled
+from transfer.core.csv_files import write_row
 from transfer.core.files import replacing
 from transfer.evaluation.explain import grad_cam, overlay
 from transfer.images import image_files

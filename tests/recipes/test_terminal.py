@@ -13,7 +13,7 @@ import pytest
 from tqdm import tqdm
 
 from recipes import cli, terminal
-from recipes.csv_files import original
+from transfer.core.csv_files import original
 
 HOSTILE = "\x1b[2J\r\x08\x9b31m\u202egnp\u2066\u2028\nb"
 SHOWN = r"\x1b[2J\r\x08\x9b31m\u202egnp\u2066\u2028\nb"

@@ -17,15 +17,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from recipes import evaluate_plots
-from transfer import Classifier
 from transfer.core import yaml_files
 from transfer.core.files import make_folder, write_bytes
 from transfer.data.dataset import Split
+from transfer.evaluation import plots
 from transfer.evaluation.explain import grad_cam, overlay
 from transfer.evaluation.prediction import probabilities
 from transfer.images.decoding import decode
 from transfer.images.preprocess import to_channels
+from transfer.layers.classifier import Classifier
 from transfer.models.card import read_card
 from transfer.runs import run_folder
 
@@ -64,22 +64,22 @@ def write(run: Path, evaluated: Evaluated) -> Path:
     make_folder(run / PLOTS)
     p = probabilities(evaluated.logits)
     history = run_folder.read_history(run)
-    plots = {
-        "learning_curves": evaluate_plots.learning_curves(history),
-        "confusion": evaluate_plots.confusion(
+    drawn = {
+        "learning_curves": plots.learning_curves(history),
+        "confusion": plots.confusion(
             evaluated.classifier.labels, evaluated.logits.argmax(-1), evaluated.labels
         ),
-        "calibration": evaluate_plots.calibration(p, evaluated.labels),
-        "classes": evaluate_plots.classes(evaluated.figures["classes"]),
+        "calibration": plots.calibration(p, evaluated.labels),
+        "classes": plots.classes(evaluated.figures["classes"]),
     }
     shown = [
         {"title": title, "alt": alt, "data": _png(figure, run / PLOTS / f"{name}.png")}
-        for name, plot in plots.items()
+        for name, plot in drawn.items()
         if plot is not None
         for title, alt, figure in [plot]
     ]
     template = jinja2.Template(
-        (files("recipes") / "report.html").read_text(encoding="utf-8"), autoescape=True
+        (files("transfer.evaluation") / "report.html").read_text(encoding="utf-8"), autoescape=True
     )
     config, flags = run_folder.read_config(run), str(run / run_folder.CONFIG)
     train = ["vgg-transfer", "finetune", "--config", flags, "--out", "runs/again"]
