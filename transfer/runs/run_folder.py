@@ -14,6 +14,7 @@ import filelock
 
 from transfer.core import files, yaml_files
 from transfer.core.files import read_text, write_text
+from transfer.layers.classifier import MODEL as MODEL
 from transfer.models.checkpoint import check_path
 
 CONFIG = "config.yaml"
@@ -24,7 +25,6 @@ HISTORY = "history.csv"
 PROVENANCE = "provenance.json"
 EVENTS = "events"
 CHECKPOINTS = "checkpoints"
-MODEL = "model"
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
