@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from tabulate import tabulate
 
-from recipes.csv_files import write_row
+from transfer.core.csv_files import write_row
 from transfer.core.files import replacing
 from transfer.graph.cuts import Cut
 from transfer.runs import run_folder

@@ -4,17 +4,14 @@ import csv
 import io
 import json
 import os
-from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from recipes import predict_job
 from recipes.cli import main
-from transfer.images.decoding import read_tensor
+from transfer.evaluation import file_predictions
 from transfer.images.image_files import PassedOver
-from transfer.images.preprocess import Preprocess
 
 
 @pytest.fixture
@@ -153,7 +150,7 @@ def test_a_folder_of_odd_files(run, tmp_path, capsys):
 
 
 def test_a_reader_that_raises_anything_is_no_end(run, image_folder, monkeypatch, capsys):
-    read_tensor = predict_job.read_tensor
+    read_tensor = file_predictions.read_tensor
     bad = (image_folder / "red" / "00.jpg").read_bytes()
 
     def read(data):
@@ -161,7 +158,7 @@ def test_a_reader_that_raises_anything_is_no_end(run, image_folder, monkeypatch,
             raise TypeError("bad operand type")
         return read_tensor(data)
 
-    monkeypatch.setattr(predict_job, "read_tensor", read)
+    monkeypatch.setattr(file_predictions, "read_tensor", read)
     capsys.readouterr()
     assert predict(run, image_folder / "red") == 1
     out, err = capsys.readouterr()
@@ -214,31 +211,3 @@ def test_nothing_to_predict(run, tmp_path, capsys):
     assert predict(tmp_path / "nothing", "a.jpg") == 1
     assert predict(run, "a.jpg", "--top-k", 0) == 1
     assert "top k must be at least 1" in capsys.readouterr().err
-
-
-def test_the_first_of_equals_comes_first():
-    found = predict_job.top(np.array([0.2, 0.4, 0.4]), ["a", "b", "c"], 2)
-    assert [label for label, _ in found] == ["b", "c"]
-
-
-@pytest.mark.parametrize("channels, more", [(1, 2.5), (3, 0.5)])
-def test_a_large_image_is_in_memory_once(tmp_path, channels, more):
-    """As floats it would take four times as much; gray takes a third, twice, and some strips."""
-    side = 6000
-    Image.new("RGB", (side, side), (9, 90, 200)).save(tmp_path / "large.png")
-    data = (tmp_path / "large.png").read_bytes()
-    prepare = predict_job.prepare_images(Preprocess("tf", 32, channels))
-    prepare(np.zeros((9, 9, 3), np.uint8))
-    image = read_tensor(data)
-    before = resident("VmRSS")
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
-    except OSError:
-        pytest.skip("the system does not tell")
-    prepare(image)
-    assert resident("VmHWM") - before < more * 3 * side**2
-
-
-def resident(field):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
