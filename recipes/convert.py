@@ -58,7 +58,7 @@ def convert(
 ) -> int:
     """Convert published weights of a VGG to a meta graph."""
     with job():
-        from recipes.convert_job import run
+        from transfer.vgg.published.conversion import run
 
         lines = run(file, config)
     print("\n".join(map(terminal.escaped, lines)))

@@ -41,7 +41,7 @@ def export(run: Path, /, config: ExportConfig = ExportConfig()) -> int:
         run: run folder of finetune.
     """
     with job():
-        from recipes.export_job import run as export_run
+        from transfer.exports.writing import run as export_run
 
         figures, folder = export_run(run, config)
     for name, found in figures["exports"].items():

@@ -79,7 +79,7 @@ class PretrainConfig:
 def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
     """Train a VGG from scratch and save it as a meta graph."""
     with job():
-        from recipes.pretrain_job import run
+        from transfer.vgg.pretraining_run import run
 
         with console.resumable("pretrain"):
             figures, prefix = run(config)

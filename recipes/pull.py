@@ -28,7 +28,7 @@ def pull(
 ) -> int:
     """Download the published weights of VGG16 or VGG19, and convert them."""
     with job():
-        from recipes.pull_job import run
+        from transfer.vgg.published.download import run
 
         lines = run(name, out or Path("models") / name, convolutional=convolutional)
     print("\n".join(map(terminal.escaped, lines)))

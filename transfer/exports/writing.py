@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from recipes import export_readmes
 from recipes.export import ExportConfig
 from transfer import Card, Classifier
 from transfer.core import measurement
@@ -29,7 +28,7 @@ from transfer.core.files import (
     write_names,
 )
 from transfer.data.dataset import Split
-from transfer.exports import meta_graph, onnx, saved_model, tflite
+from transfer.exports import meta_graph, onnx, readmes, saved_model, tflite
 from transfer.images.decoding import is_for_tensorflow, read_image
 from transfer.images.preprocess import to_channels
 from transfer.runs import run_data, run_folder
@@ -173,7 +172,7 @@ def _export(
         if not figures:
             return {}, failures
         run_folder.write_text(
-            draft / "README.md", export_readmes.text(name, job.prefix, job.classifier, figures)
+            draft / "README.md", readmes.text(name, job.prefix, job.classifier, figures)
         )
         remove_folder(folder, _WRITTEN[name])
         draft.rename(folder)

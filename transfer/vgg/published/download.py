@@ -14,12 +14,13 @@ from typing import Any
 import keras
 import numpy as np
 
-from recipes import console, convert_job
+from recipes import console
 from recipes.convert import ConvertConfig
-from recipes.convert_job import file_md5
 from transfer import Backbone, load_meta_graph
 from transfer.core.files import draft_folder, unshare, write_text
 from transfer.models import retention
+from transfer.vgg.published import conversion
+from transfer.vgg.published.conversion import file_md5
 
 TIMEOUT_S = 8.0
 _CHUNK = 2**20
@@ -65,13 +66,13 @@ def run(name: str, out: Path, *, convolutional: bool) -> list[str]:
         ValueError: if the file is not the one that was published, or the results differ.
     """
     weights = PUBLISHED[name]
-    convert_job.check_out(out)
+    conversion.check_out(out)
     download(weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     with draft_folder(out.parent) as folder:
         draft = folder / out.name
         config = ConvertConfig(out=draft, convolutional=convolutional)
-        *lines, _ = convert_job.run(weights.path, config)
+        *lines, _ = conversion.run(weights.path, config)
         difference = compare(draft, weights)
         if not difference <= _TOLERANCE:
             raise ValueError(
