@@ -17,6 +17,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from transfer.core import keras_objects
+
 if TYPE_CHECKING:
     from transfer.activations.features import Features, extract_features
     from transfer.data.sources import open_source
@@ -66,6 +68,9 @@ __all__ = [
     "open_source",
     "save_meta_graph",
 ]
+
+
+keras_objects.register()
 
 
 def __getattr__(name: str) -> Any:
