@@ -40,6 +40,10 @@ VERBS = (
     "pretrain",
 )
 _FLAGS = {"run_dir": "out", "feeds": "feed"}  # where they differ from the library's arguments
+_FLAGS |= {"formats": "format"}
+# Those of export, convert and pretrain that messages of the library name.
+_FLAGS |= {name: name for name in ("num_images", "num_examples", "spatial_order", "pooling")}
+_FLAGS |= {name: name for name in ("leave_out", "arch", "small_epochs", "small_size")}
 BENCHMARK_VERBS = ("benchmark-limits", "keras-baseline")  # processes that it starts
 
 app = App(

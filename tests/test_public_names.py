@@ -13,6 +13,8 @@ def test_public_names_are_these():
         "MetaGraph",
         "Preprocess",
         "build_head",
+        "convert",
+        "export",
         "extract_features",
         "fine_tune",
         "load_meta_graph",

@@ -13,6 +13,7 @@ import tensorflow as tf
 from transfer.core.files import read_names
 from transfer.images.preprocess import Preprocess
 from transfer.layers.backbone import Backbone
+from transfer.models.card import Card
 from transfer.models.meta_graph import load_meta_graph
 
 
@@ -25,6 +26,8 @@ class Classifier(keras.Model):
         head: features to logits ``[batch, num_classes]``, e.g. a ``Head``.
         preprocess: what the backbone expects.
         labels: a class name per logit.
+
+    ``card`` is that of the model which ``load`` read, and empty otherwise.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Classifier(keras.Model):
         self.head = head
         self.preprocess = preprocess
         self.labels = list(labels)
+        self.card = Card()
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Logits, float32 ``[batch, num_classes]``, of images as they are: RGB or gray, 0..255, of
@@ -141,6 +145,7 @@ class Classifier(keras.Model):
         network = Backbone(graph, card.outputs["logits"], pooling=None, name="network")
         backbone, head = network.split(card.tap)
         classifier = cls(backbone, head, graph.preprocess(card.input), labels)
+        classifier.card = card
         num_classes = classifier.build_from_size()
         if num_classes != len(labels):
             raise ValueError(
