@@ -36,6 +36,7 @@ VERBS = (
     "convert",
     "pretrain",
 )
+
 BENCHMARK_VERBS = ("benchmark-limits", "keras-baseline")  # processes that it starts
 
 app = App(

@@ -16,8 +16,13 @@ from recipes.finetune_flags import FinetuneConfig
 _FLAGS = {option.name: option.name for option in fields(FinetuneConfig)} | {
     "run_dir": "out",
     "feeds": "feed",
-    "leave_out": "leave_out",
-    "pooling": "pooling",
+    "formats": "format",
+    # Of export, convert and pretrain.
+    **{
+        name: name
+        for name in ("num_images", "num_examples", "spatial_order", "pooling", "leave_out", "arch")
+    },
+    **{name: name for name in ("small_epochs", "small_size")},
 }
 """Arguments of the library to flags."""
 

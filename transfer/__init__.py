@@ -7,7 +7,9 @@ Load a network, put a head on it, fine-tune it:
   ``Preprocess`` are the rest of a classifier.
 * ``open_source`` opens labelled images; ``fine_tune`` trains a ``Classifier`` on them.
 * ``evaluate`` measures it on labelled images, ``predict`` names the classes of image files.
-* ``save_meta_graph`` writes models that stock TensorFlow opens.
+* ``export`` writes a classifier for other programs: SavedModel, TFLite, ONNX, Keras, meta graph.
+* ``convert`` makes a meta graph of published weights; ``save_meta_graph`` writes models that stock
+  TensorFlow opens.
 
 The library takes values, returns values and raises; it logs and does not print, parse flags or
 exit. Names are imported on first use, so that ``import transfer`` does not import TensorFlow.
@@ -18,11 +20,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from transfer.core import keras_objects
+
 if TYPE_CHECKING:
     from transfer.activations.features import Features, extract_features
     from transfer.data.sources import open_source
     from transfer.evaluation.file_predictions import Prediction, predict
     from transfer.evaluation.scoring import evaluate
+    from transfer.exports.writing import export
     from transfer.finetuning.run import FineTuneResult, fine_tune
     from transfer.graph.policy import ForbiddenOpError
     from transfer.images.preprocess import Preprocess
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
     from transfer.models.card import Card
     from transfer.models.meta_graph import MetaGraph, load_meta_graph
     from transfer.models.saver import save_meta_graph
+    from transfer.vgg.published.conversion import convert
 
 # In the order in which a user meets them.
 _MODULES = {
@@ -51,6 +57,8 @@ _MODULES = {
     "evaluate": "transfer.evaluation.scoring",
     "predict": "transfer.evaluation.file_predictions",
     "Prediction": "transfer.evaluation.file_predictions",
+    "export": "transfer.exports.writing",
+    "convert": "transfer.vgg.published.conversion",
     "save_meta_graph": "transfer.models.saver",
     "ForbiddenOpError": "transfer.graph.policy",
 }
@@ -67,7 +75,9 @@ __all__ = [
     "Prediction",
     "Preprocess",
     "build_head",
+    "convert",
     "evaluate",
+    "export",
     "extract_features",
     "fine_tune",
     "load_meta_graph",
@@ -75,6 +85,9 @@ __all__ = [
     "predict",
     "save_meta_graph",
 ]
+
+
+keras_objects.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -20,6 +20,7 @@ try:
     import apache_beam as beam
     from apache_beam.io import fileio
     from apache_beam.io.filesystems import FileSystems
+    from apache_beam.metrics.metric import Metrics
     from apache_beam.ml.inference.base import KeyedModelHandler, ModelHandler, RunInference
     from apache_beam.options.pipeline_options import PipelineOptions
 except ImportError as error:
@@ -163,11 +164,11 @@ class Read(beam.DoFn):
             with file.open() as opened:
                 pixels = self._prepare(read_tensor(opened.read())).numpy()
         except Exception as error:  # a damaged file makes its reader raise anything
-            beam.metrics.Metrics.counter("predict", _UNREADABLE).inc()
+            Metrics.counter("predict", _UNREADABLE).inc()
             line = json.dumps({"image": name, "error": reason(error)}, ensure_ascii=False)
             yield beam.pvalue.TaggedOutput(_FAILED, line)
             return
-        beam.metrics.Metrics.counter("predict", _READ).inc()
+        Metrics.counter("predict", _READ).inc()
         yield name, pixels
 
 

@@ -13,6 +13,7 @@ import tensorflow as tf
 from transfer.core.files import read_names
 from transfer.images.preprocess import Preprocess
 from transfer.layers.backbone import Backbone
+from transfer.models.card import Card
 from transfer.models.meta_graph import load_meta_graph
 
 MODEL = "model"
@@ -32,6 +33,7 @@ class Classifier(keras.Model):
     ``cut`` is the tensor up to which the backbone was frozen when it was trained, ``"none"`` if
     nothing was frozen; ``None`` if unknown. ``fine_tune`` sets it, and ``evaluate`` computes in the
     same two steps.
+    ``card`` is that of the model which ``load`` read, and empty otherwise.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Classifier(keras.Model):
         self.preprocess = preprocess
         self.labels = list(labels)
         self.cut: str | None = None
+        self.card = Card()
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Logits, float32 ``[batch, num_classes]``, of images as they are: RGB or gray, 0..255, of
@@ -156,6 +159,7 @@ class Classifier(keras.Model):
         network = Backbone(graph, card.outputs["logits"], pooling=None, name="network")
         backbone, head = network.split(card.tap)
         classifier = cls(backbone, head, graph.preprocess(card.input), labels)
+        classifier.card = card
         num_classes = classifier.build_from_size()
         if num_classes != len(labels):
             raise ValueError(
