@@ -1,3 +1,10 @@
+"""The public names: which they are, and that the examples in their docstrings run."""
+
+import doctest
+from pathlib import Path
+
+import pytest
+
 import transfer
 
 
@@ -26,3 +33,17 @@ def test_public_names_are_these():
     ]
     assert sorted(dir(transfer)) == sorted(transfer.__all__)
     assert all(getattr(transfer, name).__doc__ for name in transfer.__all__)
+
+
+@pytest.mark.slow_variants
+@pytest.mark.parametrize("name", transfer.__all__)
+def test_example_of(name, tmp_path, monkeypatch):
+    (tmp_path / "pretrained").symlink_to(Path(__file__).resolve().parents[1] / "pretrained")
+    monkeypatch.chdir(tmp_path)
+    thing = getattr(transfer, name)
+    found = doctest.DocTestFinder(recurse=False).find(thing, name, globs={})
+    assert any(test.examples for test in found), f"{name} has no example"
+    for test in found:
+        report = []
+        failed, _ = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append)
+        assert not failed, "".join(report)

@@ -3,19 +3,48 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
+from commands import largest_difference, metrics
+from PIL import Image
+
+from recipes.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.M)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["tf1", "keras", "eager"])
-def test_example(example, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
+@pytest.fixture
+def _a_clone(tmp_path, monkeypatch):
+    """A working folder with what the examples expect."""
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
+    Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+
+
+def run(example, capsys):
     expected = re.findall(r"print\(.*\)  # (.*)$", example, re.MULTILINE)
     exec(compile(example, "README.md", "exec"), {})
     assert capsys.readouterr().out.splitlines()[: len(expected)] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_a_clone")
+def test_fine_tuning_equals_the_command_bit_for_bit(tmp_path, capsys):
+    run(EXAMPLES[0], capsys)
+    flags = ["--freeze-until", "pool4", "--epochs", "2", "--out", "command"]
+    assert main(["finetune", *flags]) == 0
+    assert largest_difference(tmp_path / "runs/digits/model", tmp_path / "command/model") == 0
+    ours, theirs = metrics(tmp_path / "runs/digits"), metrics(tmp_path / "command")
+    assert ours["eval"] == theirs["eval"]
+    assert (tmp_path / "exported" / "keras").is_dir()
+
+
+@pytest.mark.usefixtures("_a_clone")
+@pytest.mark.parametrize("example", EXAMPLES[1:], ids=["tf1", "keras", "eager"])
+def test_example(example, capsys):
+    run(example, capsys)
 
 
 def test_the_embedded_model_is_the_one_on_its_card():

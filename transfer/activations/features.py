@@ -21,6 +21,13 @@ class Features:
 
     ``values`` are float32 ``[num_examples, width]``, ``labels`` int64 ``[num_examples]``, ``names``
     the names of the images, and ``class_names`` a name per label.
+
+    Example:
+        >>> import numpy as np
+        >>> from transfer import Features
+        >>> values, labels = np.zeros((2, 512), np.float32), np.array([0, 1])
+        >>> len(Features(values, labels, ["a/1.jpg", "b/1.jpg"], ["a", "b"]))
+        2
     """
 
     values: np.ndarray

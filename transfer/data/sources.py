@@ -44,6 +44,15 @@ def open_source(
     Raises:
         ValueError, FileNotFoundError: if it cannot be found, is not about classifying images, or is
             neither prepared nor can be downloaded.
+
+    Example:
+        >>> from transfer import open_source
+        >>> source = open_source("digits")
+        >>> source.class_names[:3]
+        ['0', '1', '2']
+        >>> train, held_out = source.train_and_eval_splits()
+        >>> len(train), len(held_out)
+        (1438, 359)
     """
     source = _open(dataset, data_dir, image_folder)
     origin = {

@@ -41,6 +41,17 @@ class FineTuneResult:
     ``classifier`` is the fine-tuned model as it was read back from ``run_dir``, ``metrics`` what
     ``metrics.json`` says (empty on a worker that is not the chief), and ``history`` the metrics of
     each epoch by name.
+
+    Example:
+        >>> from transfer import FineTuneResult, fine_tune, open_source
+        >>> train, held_out = open_source("digits").train_and_eval_splits()
+        >>> result: FineTuneResult = fine_tune(
+        ...     "embedded", train, held_out, epochs=1, shots_per_class=5, run_dir="runs/few"
+        ... )
+        >>> sorted(result.history)[:3]
+        ['accuracy', 'epoch', 'loss']
+        >>> result.classifier.labels == train.source.class_names
+        True
     """
 
     classifier: Classifier

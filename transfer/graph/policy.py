@@ -68,7 +68,20 @@ MAX_SPLAT_BYTES = 2**28
 
 
 class ForbiddenOpError(ValueError):
-    """A graph holds an operation that a loaded model may not run."""
+    """A graph holds an operation that a loaded model may not run.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> from transfer import ForbiddenOpError, load_meta_graph
+        >>> with tf.Graph().as_default() as graph:
+        ...     _ = tf.io.write_file("a", "b")
+        ...     _ = tf.compat.v1.train.export_meta_graph("stranger.meta")
+        >>> try:
+        ...     load_meta_graph("stranger.meta")
+        ... except ForbiddenOpError as error:
+        ...     print("WriteFile" in str(error))
+        True
+    """
 
 
 def check(graph_def: GraphDef) -> None:

@@ -179,6 +179,13 @@ class Preprocess:
 
     Raises:
         ValueError: if the mode is unknown, or has three means where the network takes gray images.
+
+    Example:
+        >>> import numpy as np
+        >>> from transfer import Preprocess
+        >>> photos = np.zeros((2, 120, 90, 3), np.uint8)
+        >>> Preprocess("caffe", 224)(photos).shape
+        TensorShape([2, 224, 224, 3])
     """
 
     mode: str

@@ -351,8 +351,13 @@ class Backbone(GraphLayer):
         ForbiddenOpError: if the tap needs more than arithmetic.
 
     Example:
-        graph = load_meta_graph("pretrained/vgg_small")
-        model = keras.Sequential([keras.Input((64, 64, 3)), Backbone(graph), keras.layers.Dense(2)])
+        >>> import keras
+        >>> from transfer import Backbone, load_meta_graph
+        >>> backbone = Backbone(load_meta_graph("pretrained/vgg_small"), tap="fc7")
+        >>> model = keras.Sequential([keras.Input((64, 64, 3)), backbone, keras.layers.Dense(2)])
+        >>> model.output_shape
+        (None, 2)
+        >>> prefix, suffix = backbone.split(at="pool4")  # suffix(prefix(x)) is backbone(x)
     """
 
     def __init__(

@@ -32,8 +32,17 @@ class Classifier(keras.Model):
 
     ``cut`` is the tensor up to which the backbone was frozen when it was trained, ``"none"`` if
     nothing was frozen; ``None`` if unknown. ``fine_tune`` sets it, and ``evaluate`` computes in the
-    same two steps.
-    ``card`` is that of the model which ``load`` read, and empty otherwise.
+    same two steps. ``card`` is that of the model which ``load`` read, and empty otherwise.
+
+    Example:
+        >>> import numpy as np
+        >>> from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph
+        >>> graph = load_meta_graph("pretrained/vgg_small")
+        >>> preprocess = Preprocess(graph.card.preprocess, graph.card.image_size)
+        >>> classifier = Classifier(Backbone(graph), Head(2), preprocess, ["cat", "dog"])
+        >>> photos = np.zeros((3, 120, 90, 3), np.uint8)  # of any size, 0..255
+        >>> classifier.probabilities(photos).shape
+        TensorShape([3, 2])
     """
 
     def __init__(

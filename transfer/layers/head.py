@@ -44,6 +44,13 @@ class Head(keras.layers.Layer):
         TypeError: if a width is not an integer.
         ValueError: if a width, a share or a deviation is out of range, or ``dtype`` another one.
         RuntimeError: in a TF1 graph.
+
+    Example:
+        >>> import numpy as np
+        >>> from transfer import Head
+        >>> head = Head(num_classes=3, hidden=[64], dropout=0.5, seed=1)
+        >>> head(np.ones((2, 512), np.float32), training=True).shape
+        TensorShape([2, 3])
     """
 
     def __init__(
@@ -197,6 +204,8 @@ def build_head(
             range.
 
     Example:
+        >>> import tensorflow as tf
+        >>> from transfer import build_head
         >>> graph = tf.Graph()
         >>> with graph.as_default():
         ...     fc7 = tf.compat.v1.placeholder(tf.float32, [None, 4096], name="fc7")

@@ -17,7 +17,15 @@ MAX_BYTES = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What does not stand in a meta graph but must be known to use it. All fields are optional."""
+    """What does not stand in a meta graph but must be known to use it. All fields are optional.
+
+    Example:
+        >>> from transfer import Card, load_meta_graph
+        >>> card = load_meta_graph("pretrained/vgg_small").card
+        >>> card.input, card.tap, card.image_size, card.preprocess
+        ('images:0', 'fc7:0', 64, 'torch')
+        >>> Card(input="images:0", tap="fc7:0", image_size=224, preprocess="caffe").licence
+    """
 
     input: str | None = None
     """Tensor that takes the preprocessed images, e.g. ``images:0``."""

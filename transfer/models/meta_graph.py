@@ -80,6 +80,12 @@ class MetaGraph:
         outputs: tensors that a SavedModel serves.
         objects: of a SavedModel of TensorFlow 2, variable to the path of its object.
         rename: parts of variables' names to what the checkpoint's keys have in their place.
+
+    Example:
+        >>> from transfer import MetaGraph, load_meta_graph
+        >>> graph: MetaGraph = load_meta_graph("pretrained/vgg_small")
+        >>> graph.tensor("fc7"), graph.format, len(graph.nodes) > 50
+        ('fc7:0', 'meta graph', True)
     """
 
     prefix: Path
@@ -399,6 +405,12 @@ def load_meta_graph(path: str | Path, *, rename: Mapping[str, str] | None = None
     Raises:
         FileNotFoundError: if there is no such model.
         ValueError: if the file is no graph, is damaged, or the folder holds several.
+        ForbiddenOpError: if the graph does more than arithmetic.
+
+    Example:
+        >>> from transfer import load_meta_graph
+        >>> load_meta_graph("pretrained/vgg_small.meta").card.tap
+        'fc7:0'
     """
     if str(path) == EMBEDDED:
         path = _EMBEDDED_PREFIX

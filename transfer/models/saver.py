@@ -75,9 +75,16 @@ def save_meta_graph(
             a name in ``variables``, or none at all to save; or if a number is negative.
 
     Example:
-        >>> for step in range(0, 10_000, 1000):
-        ...     values = train(1000)
-        ...     save_meta_graph(graph, "run/model", values, step=step, max_to_keep=4)
+        >>> import numpy as np
+        >>> import tensorflow as tf
+        >>> from transfer import save_meta_graph
+        >>> with tf.Graph().as_default() as graph:
+        ...     _ = tf.compat.v1.get_variable("weights", [4, 2])
+        >>> for step in range(0, 10_000, 1000):  # after each thousand steps of a training loop
+        ...     values = {"weights": np.full((4, 2), step, np.float32)}
+        ...     prefix = save_meta_graph(graph, "run/model", values, step=step, max_to_keep=4)
+        >>> prefix.name
+        'model-9000'
     """
     prefix = Path(prefix)
     checkpoint.check_path(prefix)
