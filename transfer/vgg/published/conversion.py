@@ -110,18 +110,14 @@ def convert(
     Example:
         >>> import numpy as np
         >>> from transfer import Backbone, convert
-        >>> random, weights, width = np.random.default_rng(0), {}, 3
-        >>> for block, layer, channels in [
-        ...     (1, 1, 8), (1, 2, 8), (2, 1, 8), (2, 2, 8), (3, 1, 8), (3, 2, 8), (3, 3, 8),
-        ...     (4, 1, 8), (4, 2, 8), (4, 3, 8), (5, 1, 8), (5, 2, 8), (5, 3, 8),
-        ... ]:
-        ...     kernel = random.normal(size=(3, 3, width, channels)).astype("float32")
-        ...     weights[f"conv{block}_{layer}_W"], width = kernel, channels
-        ...     weights[f"conv{block}_{layer}_b"] = np.zeros(channels, "float32")
-        >>> np.savez("weights.npz", **weights)
+        >>> from transfer.vgg.architectures import ARCHITECTURES, random_weights
+        >>> weights = random_weights(ARCHITECTURES["vgg_small"], num_classes=2)
+        >>> arrays = {name.replace("/weights", "_W"): value for name, value in weights.items()}
+        >>> arrays = {name.replace("/biases", "_b"): value for name, value in arrays.items()}
+        >>> np.savez("weights.npz", **arrays)
         >>> conversion = convert("weights.npz", "models/mine")
         >>> Backbone(conversion.prefix).network.output
-        'pool5:0'
+        'fc7:0'
     """
     file, out = Path(file), Path(out)
     if preprocess is not None:
