@@ -1,4 +1,4 @@
-"""What ``vgg-transfer predict-beam`` does; its flags are in ``recipes.predict_beam``.
+"""Predict the classes of very many images as an Apache Beam pipeline.
 
 Names of files -> pixels -> probabilities -> lines. Beam's ``RunInference`` makes the batches and
 loads the model once a process.
@@ -24,31 +24,62 @@ try:
     from apache_beam.options.pipeline_options import PipelineOptions
 except ImportError as error:
     raise ImportError(
-        f"predict-beam needs Apache Beam ({error}): pip install 'vgg-transfer[beam]'"
+        f"prediction on Beam needs Apache Beam ({error}): pip install 'vgg-transfer[beam]'"
     ) from error
 
-from recipes.predict_beam import PredictBeamConfig
-from recipes.predict_job import as_json, check, prepare_images, reason, top
-from transfer import Classifier
 from transfer.activations.extraction import Compiled
+from transfer.evaluation.file_predictions import (
+    as_json,
+    check_counts,
+    most_probable,
+    prepare_images,
+    reason,
+)
 from transfer.images import image_files
 from transfer.images.decoding import read_image
 from transfer.images.preprocess import Preprocess
-from transfer.runs import run_folder
+from transfer.layers.classifier import MODEL, Classifier
+from transfer.models.card import read_card
 
 _FAILED = "failed"
 _READ, _UNREADABLE = "images read", "images unreadable"
 
 
-def run(
-    model: str, pattern: str, config: PredictBeamConfig, options: Sequence[str]
+def predict_on_beam(
+    model: str,
+    pattern: str,
+    output: str,
+    *,
+    top_k: int = 3,
+    batch_size: int = 32,
+    options: Sequence[str] = (),
 ) -> tuple[int, int]:
-    """Run the pipeline to its end; how many images there were, and how many could not be read.
+    """Run the pipeline to its end.
+
+    Args:
+        model: run folder, or checkpoint prefix of a fine-tuned model; it may lie, as images and
+            outputs may, wherever Beam finds files.
+        pattern: the images, e.g. ``"photos/*.jpg"``; ``**`` stands for folders as well.
+        output: prefix of the results, ``<output>-00000-of-00004.jsonl`` and so on, a line of
+            ``as_json`` for each image; ``<output>.failed-*.jsonl`` name unreadable images, with the
+            reason.
+        top_k: classes for each image.
+        batch_size: largest number of images per step.
+        options: options of Beam, e.g. ``["--runner", "FlinkRunner"]``.
+
+    Returns:
+        The number of images, and the number of those that could not be read.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no such model, or no image.
+        FileNotFoundError: if there is no such model, or no image.
+        ValueError: if a number is less than 1, or the model is not a fine-tuned one.
+
+    Example:
+        >>> from transfer.evaluation.beam import predict_on_beam
+        >>> predict_on_beam("runs/a", "photos/**.jpg", "out/predictions")  # doctest: +SKIP
+        (24, 0)
     """
-    check(config)
+    check_counts(top_k=top_k, batch_size=batch_size)
     prefix = find_model(model)
     classifier = load(prefix)  # here first: what is wrong with it is said before workers start
     labels = list(classifier.labels)
@@ -64,11 +95,11 @@ def run(
     )
     lines = (
         read["pixels"]
-        | RunInference(KeyedModelHandler(Handler(prefix, config.batch_size)))
-        | beam.MapTuple(lambda name, row: as_json(name, top(row, labels, config.top_k)))
+        | RunInference(KeyedModelHandler(Handler(prefix, batch_size)))
+        | beam.MapTuple(lambda name, row: as_json(name, most_probable(row, labels, top_k)))
     )
-    lines | "Write" >> beam.io.WriteToText(config.output, ".jsonl")
-    read[_FAILED] | "WriteFailed" >> beam.io.WriteToText(f"{config.output}.failed", ".jsonl")
+    lines | "Write" >> beam.io.WriteToText(output, ".jsonl")
+    read[_FAILED] | "WriteFailed" >> beam.io.WriteToText(f"{output}.failed", ".jsonl")
     result = pipeline.run()
     result.wait_until_finish()
     counts = {c.key.metric.name: c.result for c in result.metrics().query()["counters"]}
@@ -82,7 +113,7 @@ def find_model(model: str) -> str:
     Raises:
         FileNotFoundError: if there is none.
     """
-    for prefix in (FileSystems.join(model, run_folder.MODEL), model):
+    for prefix in (FileSystems.join(model, MODEL), model):
         if FileSystems.exists(f"{prefix}.meta"):
             return prefix
     raise FileNotFoundError(
@@ -96,11 +127,19 @@ def load(prefix: str) -> Classifier:
         return Classifier.load(Path(prefix))
     directory, name = FileSystems.split(prefix)
     with tempfile.TemporaryDirectory() as folder:
-        found = FileSystems.match([f"{prefix}.*"])[0].metadata_list
-        for path in [*(one.path for one in found), FileSystems.join(directory, run_folder.LABELS)]:
+
+        def fetch(path: str) -> Path:
             copy = Path(folder, FileSystems.split(path)[1])
             with FileSystems.open(path) as source, copy.open("wb") as file:
                 shutil.copyfileobj(source, file)
+            return copy
+
+        for found in FileSystems.match([f"{prefix}.*"])[0].metadata_list:
+            fetch(found.path)
+        card = Path(folder, f"{name}.json")
+        labels = read_card(card).labels if card.is_file() else None
+        if labels and Path(labels).name == labels:  # else loading says what is wrong
+            fetch(FileSystems.join(directory, labels))
         return Classifier.load(Path(folder, name))
 
 
