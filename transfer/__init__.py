@@ -6,6 +6,7 @@ Load a network, put a head on it, fine-tune it:
 * ``Backbone`` is its network up to a tap, as a Keras layer; ``build_head``, ``Head`` and
   ``Preprocess`` are the rest of a classifier.
 * ``open_source`` opens labelled images; ``fine_tune`` trains a ``Classifier`` on them.
+* ``evaluate`` measures it on labelled images, ``predict`` names the classes of image files.
 * ``save_meta_graph`` writes models that stock TensorFlow opens.
 
 The library takes values, returns values and raises; it logs and does not print, parse flags or
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transfer.activations.features import Features, extract_features
     from transfer.data.sources import open_source
+    from transfer.evaluation.file_predictions import Prediction, predict
+    from transfer.evaluation.scoring import evaluate
     from transfer.finetuning.run import FineTuneResult, fine_tune
     from transfer.graph.policy import ForbiddenOpError
     from transfer.images.preprocess import Preprocess
@@ -45,6 +48,9 @@ _MODULES = {
     "Features": "transfer.activations.features",
     "fine_tune": "transfer.finetuning.run",
     "FineTuneResult": "transfer.finetuning.run",
+    "evaluate": "transfer.evaluation.scoring",
+    "predict": "transfer.evaluation.file_predictions",
+    "Prediction": "transfer.evaluation.file_predictions",
     "save_meta_graph": "transfer.models.saver",
     "ForbiddenOpError": "transfer.graph.policy",
 }
@@ -58,12 +64,15 @@ __all__ = [
     "ForbiddenOpError",
     "Head",
     "MetaGraph",
+    "Prediction",
     "Preprocess",
     "build_head",
+    "evaluate",
     "extract_features",
     "fine_tune",
     "load_meta_graph",
     "open_source",
+    "predict",
     "save_meta_graph",
 ]
 
