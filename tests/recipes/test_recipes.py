@@ -147,7 +147,7 @@ def test_evaluate_does_not_count_images_that_were_trained_on(tmp_path, model, im
 def test_evaluate_in_a_process_of_its_own(tmp_path, model, image_folder):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--freeze-until", "pool1") == 0
-    command = [sys.executable, "-m", "recipes.evaluate", str(out)]
+    command = [sys.executable, "-m", "recipes", "evaluate", str(out)]
     subprocess.run(command, capture_output=True, check=True)
     figures = json.loads((out / "evaluation.json").read_text())
     assert figures["loss"] == metrics(out)["eval"]["loss"]
