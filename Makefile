@@ -1,6 +1,8 @@
 # make demo      set up, then fine-tune the embedded model on the embedded digits
 # make test      set up, then run the tests that are not marked as slow
 # make test-all  set up, then run all tests
+# make test-lowest, make test-newest
+#                the same with the lowest and the newest versions that setup.cfg allows
 # make coverage  set up, then run the tests of `make test` and say which lines they reach
 # make lint      set up, then check format, style, types, imports and spelling
 # make docs      set up, then build the documentation into site/
@@ -14,7 +16,7 @@ INSTALLED := $(VENV)/installed
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
   --max-worker-restart 0
 
-.PHONY: demo test test-all coverage lint docs format clean
+.PHONY: demo test test-all test-lowest test-newest coverage lint docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgg-transfer finetune
@@ -24,6 +26,19 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(PYTEST)
+
+# Environments of their own, made anew each time; TESTS="tests/core tests/data" runs fewer. New
+# versions of other packages warn of what they will change; only the installed versions must not.
+test-lowest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-lowest test-newest: test-%:
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet uv
+	.venv-$*/bin/uv pip install --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION) \
+	  --editable '.[dev]'
+	.venv-$*/bin/vgg-transfer finetune --epochs 1 --cache off --out .venv-$*/run
+	.venv-$*/bin/python -m pytest --numprocesses 2 --dist loadfile --override-ini \
+	  filterwarnings=default -m "not slow" $(TESTS)
 
 coverage: $(INSTALLED)
 	$(PYTEST) -m "not slow" --cov --cov-report term:skip-covered
@@ -44,7 +59,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) .venv-lowest .venv-newest
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \

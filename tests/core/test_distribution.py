@@ -183,7 +183,7 @@ def test_optimizers_that_add_up_gradients_themselves_are_refused():
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
     group = ParameterGroup(keras.optimizers.SGD(0.1), model.trainable_variables)
     strategy = SimpleNamespace(num_replicas_in_sync=2)
-    with pytest.raises(ValueError, match=r"transfer\.optimizers"):
+    with pytest.raises(ValueError, match=r"transfer\.training\.optimizers"):
         Trainer(model, [group], replicas=Replicas(strategy))
 
 

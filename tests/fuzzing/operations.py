@@ -60,8 +60,8 @@ class Call:
 
     def __init__(self, number: int):
         from tensorflow.core.framework.graph_pb2 import GraphDef
-        from tensorflow.python.framework import op_def_registry
 
+        from transfer.core.private_api import find_op_def
         from transfer.graph import policy
 
         self.rng: Generator = np.random.default_rng(number)
@@ -71,7 +71,7 @@ class Call:
         # Each operation as often as any other.
         ops = sorted(policy.ALLOWED_OPS - {"Const", "NoOp"})
         self.op = ops[number % len(ops)]
-        self.op_def = op_def_registry.get(self.op)
+        self.op_def = find_op_def(self.op)
         self._make_call()
 
     def _node(self, name: str, op: str, inputs: Iterable[str] = (), **types: int) -> str:

@@ -21,10 +21,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_datasets as tfds
 
 from transfer.core.distribution import NO_LABEL, pieces_of_batches
 from transfer.data.near_duplicates import FINGERPRINT, fingerprints, near_duplicates
+from transfer.data.tfds import tfds
 from transfer.images.augment import random_view
 from transfer.images.decoding import decode, read_image, reason
 from transfer.images.image_files import PassedOver

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
+
+from transfer.data.tfds import tfds
 
 TEST_SHARE = 0.2
 

@@ -13,8 +13,9 @@ from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_datasets as tfds
 from tensorflow_datasets.core.file_adapters import FileFormat
+
+from transfer.data.tfds import tfds
 
 # https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details: the length of
 # the record, uint64, and its checksum; the record; its checksum.

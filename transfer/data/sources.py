@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_datasets as tfds
 
 from transfer.data.dataset import EVAL_SPLITS, TRAIN_SPLITS, Source
 from transfer.data.records import Records, open_records
+from transfer.data.tfds import tfds
 from transfer.images import image_files
 from transfer.images.decoding import suffixes
 from transfer.images.image_files import PassedOver, class_folders

@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
-from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
 
+from transfer.core.private_api import with_constants
 from transfer.layers.classifier import Classifier
 
 Precision = Literal["float32", "float16", "int8"]
@@ -44,7 +44,7 @@ def convert(
     function = tf.function(classifier.probabilities_of_resized, autograph=False)
     concrete = function.get_concrete_function(tf.TensorSpec(shape, tf.float32, "pixels"))
     # The converter would take the weights, which reach the graph as arguments, for variables.
-    frozen = convert_variables_to_constants_v2(concrete)
+    frozen = with_constants(concrete)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([frozen], classifier)
     if precision != "float32":
         converter.optimizations = [tf.lite.Optimize.DEFAULT]

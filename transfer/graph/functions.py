@@ -13,8 +13,8 @@ from tensorflow.core.framework.function_pb2 import FunctionDef
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.framework.types_pb2 import DT_BOOL
-from tensorflow.python.framework import op_def_registry
 
+from transfer.core.private_api import find_op_def
 from transfer.graph.graph_def import data_inputs, split_tensor_name
 
 _CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
@@ -203,7 +203,7 @@ def _output_offsets(node: NodeDef, library: dict[str, FunctionDef]) -> dict[str,
     """Name of each output of an operation to the number of its first tensor."""
     if node.op in library:
         return {arg.name: i for i, arg in enumerate(library[node.op].signature.output_arg)}
-    op_def = op_def_registry.get(node.op)
+    op_def = find_op_def(node.op)
     if op_def is None:  # unknown: refused by name where it is needed
         return {}
     offsets, number = {}, 0

@@ -14,7 +14,8 @@ import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.framework.types_pb2 import DT_INVALID, DT_RESOURCE, DT_VARIANT
-from tensorflow.python.framework import op_def_registry
+
+from transfer.core.private_api import find_op_def
 
 REFERENCE_VARIABLES = frozenset({"Variable", "VariableV2", "AutoReloadVariable"})
 VARIABLES = REFERENCE_VARIABLES | {"VarHandleOp"}
@@ -64,7 +65,7 @@ def check(nodes: Iterable[NodeDef]) -> None:
         seen.add(node.name)
         if len(seen) > MAX_NODES:
             raise ValueError(f"the graph has over {MAX_NODES:,} nodes; it is damaged")
-        op_def = op_def_registry.get(node.op)
+        op_def = find_op_def(node.op)
         for argument in () if op_def is None else op_def.output_arg:
             if argument.number_attr and node.attr[argument.number_attr].i > MAX_OUTPUTS:
                 raise ValueError(
@@ -201,7 +202,7 @@ def dtype_of(node: NodeDef, index: int = 0) -> tf.DType | None:
 
 def _fixed_type(node: NodeDef, index: int) -> int | None:
     """The type of an output that is the same whatever the operands are: of a resized image."""
-    op_def = op_def_registry.get(node.op)
+    op_def = find_op_def(node.op)
     arguments = [] if op_def is None else op_def.output_arg[: index + 1]
     if len(arguments) <= index or any(a.number_attr or a.type_list_attr for a in arguments):
         return None

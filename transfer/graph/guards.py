@@ -17,8 +17,8 @@ import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.framework.types_pb2 import DT_INT64
-from tensorflow.python.framework import op_def_registry
 
+from transfer.core.private_api import find_op_def
 from transfer.graph.graph_def import canonical, data_inputs, with_nodes
 
 Shape = tuple[int | None, ...] | None
@@ -88,7 +88,7 @@ def check_ranks(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> None:
         shape = shapes.get(canonical(node.input[number]))
         if shape is not None and len(shape) != rank:
             dimensions = "1 dimension" if rank == 1 else f"{rank} dimensions"
-            argument = op_def_registry.get(node.op).input_arg[number].name
+            argument = find_op_def(node.op).input_arg[number].name
             raise ValueError(
                 f"the graph is damaged: {node.name!r} ({node.op}) gets {node.input[number]!r} of "
                 f"shape {list(shape)} as its {argument}; expected {dimensions}"
@@ -208,7 +208,7 @@ def _least(node: NodeDef, number: int, rank: int) -> Sequence[int]:
 
 def _input_type(node: NodeDef, number: int) -> int:
     """The element type of an input of one of these operations."""
-    op_def = op_def_registry.get(node.op)
+    op_def = find_op_def(node.op)
     argument = op_def.input_arg[number]
     if not argument.type_attr:
         return argument.type

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.core.files import draft_folder
+from transfer.core.private_api import eager_mode
 from transfer.models import checkpoint, retention
 from transfer.models.card import Card, write_card
 from transfer.models.checkpoint import Entry
@@ -213,7 +214,7 @@ def _write_values(
     """Write a V2 checkpoint; also while a graph is built, and in programs that have turned eager
     execution off. A session would copy what it is fed."""
     entries = [_entry(v) for v in variables]
-    with tf.__internal__.eager_context.eager_mode():
+    with eager_mode():
         tf.raw_ops.SaveV2(
             prefix=str(prefix),
             tensor_names=[entry.key for entry in entries],

@@ -12,37 +12,25 @@ from typing import Any, Literal, TypeAlias
 import keras
 import tensorflow as tf
 
+from transfer.core.private_api import OptimizerOverrides, moments, momentum
+
 Schedule: TypeAlias = keras.optimizers.schedules.LearningRateSchedule
 
 
-class _OfTrainer:
-    """What a ``training.Trainer`` wants otherwise than Keras.
-
-    Weight decay is for what has two dimensions or more. On biases and on the scales of norms it
-    does harm (arXiv 1812.01187, section 3.1), and the names of a stranger's variables do not tell.
-    """
-
-    def _use_weight_decay(self, variable: Any) -> bool:
-        return len(variable.shape) > 1
-
-    def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
-        return grads_and_vars  # they are those of all replicas
-
-
 @keras.saving.register_keras_serializable("vgg_transfer")
-class FusedAdam(_OfTrainer, keras.optimizers.Adam):
+class FusedAdam(OptimizerOverrides, keras.optimizers.Adam):
     """``keras.optimizers.Adam``; the same results, the same variables."""
 
     def update_step(self, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
         if self.amsgrad or not _is_fusable(gradient, variable):
             super().update_step(gradient, variable, learning_rate)
             return
-        index = self._get_variable_index(variable)
+        first, second = moments(self, variable)
         step = tf.cast(self.iterations + 1, variable.dtype)
         tf.raw_ops.ResourceApplyAdam(
             var=variable.handle,
-            m=self._momentums[index].value.handle,
-            v=self._velocities[index].value.handle,
+            m=first.handle,
+            v=second.handle,
             beta1_power=tf.pow(tf.cast(self.beta_1, variable.dtype), step),
             beta2_power=tf.pow(tf.cast(self.beta_2, variable.dtype), step),
             lr=tf.cast(learning_rate, variable.dtype),
@@ -54,17 +42,16 @@ class FusedAdam(_OfTrainer, keras.optimizers.Adam):
 
 
 @keras.saving.register_keras_serializable("vgg_transfer")
-class FusedSGD(_OfTrainer, keras.optimizers.SGD):
+class FusedSGD(OptimizerOverrides, keras.optimizers.SGD):
     """``keras.optimizers.SGD``; the same results, the same variables."""
 
     def update_step(self, gradient: Any, variable: tf.Variable, learning_rate: Any) -> None:
         if not self.momentum or not _is_fusable(gradient, variable):
             super().update_step(gradient, variable, learning_rate)
             return
-        momentum = self.momentums[self._get_variable_index(variable)]
         tf.raw_ops.ResourceApplyKerasMomentum(
             var=variable.handle,
-            accum=momentum.value.handle,
+            accum=momentum(self, variable).handle,
             lr=tf.cast(learning_rate, variable.dtype),
             grad=tf.cast(gradient, variable.dtype),
             momentum=tf.cast(self.momentum, variable.dtype),
@@ -120,7 +107,7 @@ def cosine(learning_rate: float, total_steps: int, warmup_steps: int) -> Schedul
 
 def is_for_replicas(optimizer: keras.optimizers.Optimizer) -> bool:
     """Whether it applies gradients as they are, those of all replicas, rather than add them up."""
-    return isinstance(optimizer, _OfTrainer)
+    return isinstance(optimizer, OptimizerOverrides)
 
 
 def _is_fusable(gradient: Any, variable: Any) -> bool:
