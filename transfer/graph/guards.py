@@ -114,8 +114,12 @@ def with_ranks(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> GraphDef:
 def _ranked_inputs(graph_def: GraphDef) -> Iterator[tuple[NodeDef, int, int]]:
     """Each input that must have a certain rank: its node, its number and the rank."""
     for node in graph_def.node:
-        ranks = ranks_of(node)[: len(data_inputs(node))]
-        yield from ((node, number, rank) for number, rank in enumerate(ranks) if rank is not None)
+        ranks = ranks_of(node)
+        if ranks:
+            inputs = range(len(data_inputs(node)))
+            for number, rank in zip(inputs, ranks, strict=False):
+                if rank is not None:
+                    yield node, number, rank
 
 
 def unproven(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> list[str]:

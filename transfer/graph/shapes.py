@@ -22,9 +22,8 @@ from transfer.graph.graph_def import canonical, constant, downstream, operation_
 from transfer.graph.network import Network
 from transfer.graph.randomness import SEED
 
-tf1 = tf.compat.v1
-
 Shape = tuple[int | None, ...] | None
+Leaf = tuple[tf.DType, Shape]
 MAX_ELEMENTS = 2**31
 """Of one tensor for a handful of examples; VGG16's largest has 3e6 an example."""
 _STATES_BATCH = {"Reshape": 1, "Conv2DBackpropInput": 0}
@@ -38,14 +37,19 @@ _PROBES = (3, 5)
 _SMALL_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 
 
-def infer(network: Network) -> dict[str, Shape]:
+def infer(network: Network, leaves: Mapping[str, Leaf] | None = None) -> dict[str, Shape]:
     """Tensor to shape, for all tensors of a network and for its input.
+
+    Args:
+        network: its arithmetic for inference counts.
+        leaves: types and shapes of the input and of all variables; those that the network states,
+            if they are not given.
 
     Raises:
         ValueError: if the graph is no valid one for its input, or a tensor would have over
             ``MAX_ELEMENTS`` elements.
     """
-    return _infer(network, network.graph_def, network.input_shape)
+    return _infer(network.graph_def, leaves or _leaves(network, network.input_shape))
 
 
 def output_shapes(network: Network, example: Sequence[int | None]) -> dict[int, Shape]:
@@ -62,7 +66,7 @@ def output_shapes(network: Network, example: Sequence[int | None]) -> dict[int, 
         ValueError: if the graph does not take such batches.
     """
     return {
-        batch: _infer(network, network.graph_def, (batch, *example))[network.output]
+        batch: _infer(network.graph_def, _leaves(network, (batch, *example)))[network.output]
         for batch in _PROBES
     }
 
@@ -93,10 +97,10 @@ def free_batch(network: Network) -> Network:
     if batch_size is None:
         return network
     fixed = (batch_size, *input_shape[1:])
-    freed = [_open_batch(network, g, _infer(network, g, fixed)) for g in network.graphs]
+    freed = [_open_batch(network, g, _infer(g, _leaves(network, fixed))) for g in network.graphs]
     if all(_takes_any_batch(network, graph_def, input_shape) for graph_def in freed):
         return replace(network, graph_def=freed[0], training=freed[1] if freed[1:] else None)
-    shape = _infer(network, network.graph_def, fixed)[network.output]
+    shape = _infer(network.graph_def, _leaves(network, fixed))[network.output]
     if shape is not None and (not shape or shape[0] not in (None, batch_size)):
         return network  # no value per example: a loss, a mean
     return replace(network, batch_size=batch_size)
@@ -107,7 +111,7 @@ def _takes_any_batch(network: Network, graph_def: GraphDef, input_shape: Sequenc
     first_dims = []
     for batch in _PROBES:
         try:
-            shape = _infer(network, graph_def, (batch, *input_shape[1:]))[network.output]
+            shape = _infer(graph_def, _leaves(network, (batch, *input_shape[1:])))[network.output]
         except ValueError:
             return False
         first_dims.append(shape[0] if shape else None)
@@ -126,7 +130,9 @@ def _only_batch(network: Network) -> int | None:
     input_shape = network.input_shape or ()
     for batch in (*sorted({size for size in stated if size > 1}), *_SMALL_BATCHES):
         with contextlib.suppress(ValueError):
-            shapes = [_infer(network, g, (batch, *input_shape[1:])) for g in network.graphs]
+            shapes = [
+                _infer(g, _leaves(network, (batch, *input_shape[1:]))) for g in network.graphs
+            ]
             if all((shape[network.output] or (None,))[0] in (None, batch) for shape in shapes):
                 return batch
     return None
@@ -214,35 +220,62 @@ def _integers(name: str, value: Any) -> NodeDef:
     return node
 
 
-def _infer(network: Network, graph_def: GraphDef, input_shape: Shape) -> dict[str, Shape]:
+def _leaves(network: Network, input_shape: Shape) -> dict[str, Leaf]:
+    """What a network computes from, the input first."""
+    leaves = {network.input: (network.input_dtype or tf.float32, input_shape)}
+    for variable in network.variables:
+        leaves[canonical(variable.name)] = (variable.dtype, variable.shape)
+    return leaves
+
+
+def _infer(graph_def: GraphDef, leaves: Mapping[str, Leaf]) -> dict[str, Shape]:
+    leaves = {**leaves, SEED: (tf.int32, (2,))}
+    given = {name: shape for name, (_, shape) in leaves.items()}
+    known = _constant_shapes(graph_def) | given
+    guards.check_ranks(graph_def, known)
+    checked = guards.with_ranks(graph_def, known)
+    used = {canonical(edge) for node in graph_def.node for edge in node.input}
     with tf.Graph().as_default() as graph:
-        leaves = {network.input: tf1.placeholder(network.input_dtype or tf.float32, input_shape)}
-        for variable in network.variables:
-            leaves[canonical(variable.name)] = tf1.placeholder(variable.dtype, variable.shape)
-        leaves[SEED] = tf1.placeholder(tf.int32, [2])
-        used = {canonical(edge) for node in graph_def.node for edge in node.input}
-        given = {name: leaf for name, leaf in leaves.items() if name in used}
-        known = _constant_shapes(graph_def) | {name: _sizes(leaf) for name, leaf in leaves.items()}
-        guards.check_ranks(graph_def, known)
-        checked = guards.with_ranks(graph_def, known)
         try:
-            tf.graph_util.import_graph_def(checked, input_map=given, name="n")
+            tensors = _placeholders({name: leaves[name] for name in leaves if name in used})
+            tf.graph_util.import_graph_def(checked, input_map=tensors, name="n")
         except (ValueError, TypeError, KeyError, tf.errors.OpError) as error:
             raise ValueError(f"the graph is damaged: {error}") from error
         shapes = {
-            tensor.name.removeprefix("n/"): _sizes(tensor)
+            _own_name(tensor): _sizes(tensor)
             for operation in graph.get_operations()
             for tensor in operation.outputs
         }
         made_from = {
-            tensor.name.removeprefix("n/"): [_sizes(tensor) for tensor in operation.inputs]
+            _own_name(tensor): [shapes[_own_name(source)] for source in operation.inputs]
             for operation in graph.get_operations()
             for tensor in operation.outputs
         }
+    _, input_shape = next(iter(leaves.values()))
     _check_sizes(shapes, made_from, (input_shape or (None,))[0] or 1)
-    shapes |= {name: _sizes(leaf) for name, leaf in leaves.items()}
+    shapes |= given
     guards.check_ranks(graph_def, shapes)
     return shapes
+
+
+def _own_name(tensor: tf.Tensor) -> str:
+    return tensor.name.removeprefix("n/")
+
+
+def _placeholders(leaves: Mapping[str, Leaf]) -> dict[str, tf.Tensor]:
+    """Placeholders of these types and shapes. Made one by one, they take as long as all the rest of
+    shape inference."""
+    nodes = []
+    for number, (dtype, shape) in enumerate(leaves.values()):
+        node = NodeDef(name=f"leaf_{number}", op="Placeholder")
+        node.attr["dtype"].type = dtype.as_datatype_enum
+        node.attr["shape"].shape.CopyFrom(tf.TensorShape(shape).as_proto())
+        nodes.append(node)
+    # In older versions, a placeholder of rank 0 is one of any rank.
+    graph_def = GraphDef(node=nodes, versions={"producer": tf.version.GRAPH_DEF_VERSION})
+    names = [f"{node.name}:0" for node in nodes]
+    tensors = tf.graph_util.import_graph_def(graph_def, return_elements=names, name="leaves")
+    return dict(zip(leaves, tensors, strict=True))
 
 
 def _constant_shapes(graph_def: GraphDef) -> dict[str, Shape]:

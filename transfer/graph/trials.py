@@ -19,14 +19,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
-from transfer.graph import SEED, Network, Variable, canonical, guards, infer, with_guards
+from transfer.graph import SEED, Network, canonical, guards, infer, with_guards
 
 MAX_SECONDS = 15
 """Of the first call, on two images."""
@@ -78,17 +78,15 @@ def checked_graph(
         ValueError: if the graph does not fit the shapes, would fill the memory, or ends the process
             that it is tried in.
     """
-    variables = tuple(
-        Variable(variable.name, spec.dtype, tuple(spec.shape.as_list()))
-        for variable, spec in zip(network.variables, weights, strict=True)
-    )
-    shape = tuple(inputs.shape.as_list()) if inputs.shape.rank is not None else None
-    network = replace(network, variables=variables, input_dtype=inputs.dtype, training=None)
     shape = tuple(inputs.shape.as_list()) if inputs.shape.rank is not None else network.input_shape
     if shape:
         shape = (_batch(network, shape[0]), *shape[1:])
+    variables = {
+        canonical(variable.name): (spec.dtype, tuple(spec.shape.as_list()))
+        for variable, spec in zip(network.variables, weights, strict=True)
+    }
     try:
-        shapes = infer(replace(network, input_shape=shape))
+        shapes = infer(network, {network.input: (inputs.dtype, shape), **variables})
     except ValueError as error:
         raise ValueError(f"cannot take inputs of shape {inputs.shape}: {error}") from error
     unproven = guards.unproven(network.graph_def, shapes)
@@ -97,16 +95,17 @@ def checked_graph(
     guarded = with_guards(network.graph_def, shapes)
     # Sizes that only the inputs leave open need guards, not a trial.
     example = _example_shape(network, shape)
+    leaves = {network.input: (inputs.dtype, example), **variables}
     with contextlib.suppress(ValueError):  # images of this size may not fit
-        shapes = infer(replace(network, input_shape=example))
+        shapes = infer(network, leaves)
         unproven = guards.unproven(network.graph_def, shapes)
     if unproven:
         call = Call(
             guarded,
             network.output,
-            (network.input, *(canonical(variable.name) for variable in variables)),
-            (example, *(variable.shape or () for variable in variables)),
-            (inputs.dtype.name, *(variable.dtype.name for variable in variables)),
+            tuple(leaves),
+            tuple(shape for _, shape in leaves.values()),
+            tuple(dtype.name for dtype, _ in leaves.values()),
         )
         _try_once(call, unproven)
     return guarded
