@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes import benchmark_report, terminal
+from recipes import terminal
 from recipes.benchmark import BenchmarkConfig
 from recipes.finetune_flags import FinetuneConfig
 from recipes.finetune_request import flags_of
@@ -22,7 +22,7 @@ from transfer.graph import Network, cut
 from transfer.graph.cuts import Cut, default_cuts, list_cuts
 from transfer.images.preprocess import parse_size
 from transfer.models import retention
-from transfer.runs import run_folder
+from transfer.runs import benchmark_report, run_folder
 
 SCRATCH = "scratch"
 LIMITS = "limits.json"

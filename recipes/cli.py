@@ -9,10 +9,8 @@ answers at once.
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +19,6 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from recipes import console, terminal
-from recipes.finetune_flags import FinetuneConfig
 from transfer.core import yaml_files
 
 VERBS = (
@@ -39,7 +36,7 @@ VERBS = (
     "convert",
     "pretrain",
 )
-_FLAGS = {"run_dir": "out", "feeds": "feed"}  # where they differ from the library's arguments
+
 BENCHMARK_VERBS = ("benchmark-limits", "keras-baseline")  # processes that it starts
 
 app = App(
@@ -116,29 +113,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    text = with_flags(" ".join(str(error).split()))
+    text = console.with_flags(" ".join(str(error).split()))
     # What the project raises on purpose speaks for itself; anything else needs its type.
     expected = (ValueError, ArithmeticError, OSError, cyclopts.CycloptsError)
     return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"
-
-
-def with_flags(text: str) -> str:
-    """A message of the library with its arguments as flags.
-
-    ``views=N`` becomes ``--views N``, ``resume=True`` ``--resume``, ``run_dir`` ``--out``.
-    """
-    flags = {option.name: option.name for option in fields(FinetuneConfig)} | _FLAGS
-    either = "|".join(sorted(flags, key=len, reverse=True))
-    text = re.sub(
-        rf"(?<![\w./:'\"-])({either})(=True\b|=(?=\S)|(?![\w./:'\"=]))",
-        lambda found: _as_flag(flags[found[1]], found),
-        text,
-    )
-    return text
-
-
-def _as_flag(flag: str, found: re.Match[str]) -> str:
-    name, value = found.groups()
-    if not value and "_" not in name:
-        return name  # may be an ordinary word
-    return f"--{flag.replace('_', '-')}{' ' if value == '=' else ''}"

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 from recipes import terminal
+from recipes.finetune_flags import FinetuneConfig
+
+_FLAGS = {option.name: option.name for option in fields(FinetuneConfig)} | {
+    "run_dir": "out",
+    "feeds": "feed",
+    "formats": "format",
+    # Of export, convert and pretrain.
+    **{
+        name: name
+        for name in ("num_images", "num_examples", "spatial_order", "pooling", "leave_out", "arch")
+    },
+    **{name: name for name in ("small_epochs", "small_size")},
+}
+"""Arguments of the library to flags."""
 
 
 def describe_accuracy(figures: dict[str, Any], what: str) -> str:
@@ -33,6 +49,32 @@ def download_bar(what: str, done: int, total: int) -> Any:
         file=sys.stderr,
         leave=False,
     )
+
+
+def with_flags(text: str) -> str:
+    """A message of the library with its arguments as flags.
+
+    ``views=N`` becomes ``--views N``, ``resume=True`` ``--resume``, ``run_dir`` ``--out`` and
+    ``feeds={'keep_prob:0': 1.0}`` ``--feed=keep_prob:0=1.0``.
+    """
+    either = "|".join(sorted(_FLAGS, key=len, reverse=True))
+    text = re.sub(
+        rf"\b({either})=\{{'([^']*)': '?([^'}}]*)'?\}}",
+        lambda found: f"--{_FLAGS[found[1]]}={found[2]}={found[3]}",
+        text,
+    )
+    return re.sub(
+        rf"(?<![\w./:'\"-])({either})(=True\b|=(?=[\S])|(?![\w./:'\"=]))",
+        _as_flag,
+        text,
+    )
+
+
+def _as_flag(found: re.Match[str]) -> str:
+    name, value = found.groups()
+    if not value and "_" not in name:
+        return name  # may be an ordinary word
+    return f"--{_FLAGS[name].replace('_', '-')}{' ' if value == '=' else ''}"
 
 
 def verbosity() -> int:
@@ -74,7 +116,7 @@ class LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        terminal.say(f"{prefix}{record.getMessage()}")
+        terminal.say(f"{prefix}{with_flags(record.getMessage())}")
 
 
 def log_to_stderr() -> None:

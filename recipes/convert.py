@@ -58,8 +58,9 @@ def convert(
 ) -> int:
     """Convert published weights of a VGG to a meta graph."""
     with job():
-        from recipes.convert_job import run
+        from recipes.convert_report import lines_of
+        from transfer.vgg.published.conversion import convert as convert_file
 
-        lines = run(file, config)
-    print("\n".join(map(terminal.escaped, lines)))
+        conversion = convert_file(file, **vars(config))
+    print("\n".join([*lines_of(conversion), terminal.escaped(str(conversion.prefix))]))
     return 0

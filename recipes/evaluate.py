@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cyclopts import Parameter
 
@@ -57,10 +58,17 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
         raise ValueError(f"--assert-accuracy-at-least must be 0 to 1, got {wanted}")
     with job():
         from recipes.data_errors import skip_suggested
-        from recipes.evaluate_job import run as evaluate_run
+        from transfer.core import measurement
+        from transfer.runs import evaluation
 
+        flags = vars(config).copy()
+        del flags["assert_accuracy_at_least"]
+        if flags["batch_size"] is None:
+            del flags["batch_size"]
         with skip_suggested():
-            figures = evaluate_run(run, config)
+            figures = evaluation.evaluate_run(
+                run, **flags, command=_command(run, flags), progress=measurement.progress
+            )
     print(console.describe_accuracy(figures, "images"))
     print(f"top-5    {figures['top5']:.4f}")
     print(f"loss     {figures['loss']:.4f}")
@@ -73,3 +81,12 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
     if wanted is not None and figures["accuracy"] < wanted:
         raise ValueError(f"accuracy {figures['accuracy']:.4f} is below {wanted}")
     return 0
+
+
+def _command(run: Path, flags: dict[str, Any]) -> list[str]:
+    """The command that evaluates the run like this again."""
+    words = ["vgg-transfer", "evaluate", str(run)]
+    for name, value in flags.items():
+        if value not in (None, "auto", 0):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words

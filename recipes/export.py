@@ -24,8 +24,8 @@ class ExportConfig:
     """Flags of ``vgg-transfer export``, with their defaults."""
 
     format: str | None = None
-    """meta_graph, saved_model, tflite, onnx, or several with commas between. [default: all; onnx if
-    vgg-transfer[onnx] is installed]"""
+    """meta_graph, saved_model, tflite, onnx, keras, or several with commas between. [default: all;
+    onnx if vgg-transfer[onnx] is installed]"""
     num_images: int = 32
     """Images to compare on."""
     num_examples: int = 100
@@ -35,19 +35,25 @@ class ExportConfig:
 
 
 def export(run: Path, /, config: ExportConfig = ExportConfig()) -> int:
-    """Export a fine-tuned model: meta graph, SavedModel, TFLite, ONNX.
+    """Export a fine-tuned model: meta graph, SavedModel, TFLite, ONNX, Keras.
 
     Args:
         run: run folder of finetune.
     """
     with job():
-        from recipes.export_job import run as export_run
+        from transfer.exports.writing import export_run
 
-        figures, folder = export_run(run, config)
-    for name, found in figures["exports"].items():
+        metrics, folder = export_run(
+            run,
+            config.out,
+            formats=None if config.format is None else config.format.split(","),
+            num_images=config.num_images,
+            num_examples=config.num_examples,
+        )
+    for name, row in metrics["exports"].items():
         print(
-            f"{name}: {found['megabytes']:.1f} MB; {found['same_label']:.1%} of the labels, "
-            f"probabilities to {found['max_difference']:.1g}"
+            f"{name}: {row['megabytes']:.1f} MB; {row['same_label']:.1%} of the labels, "
+            f"probabilities to {row['max_difference']:.1g}"
         )
     print(folder)
     return 0

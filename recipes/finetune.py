@@ -21,7 +21,7 @@ def finetune(config: FinetuneConfig = DEFAULTS) -> int:
         from recipes.finetune_request import request
         from transfer.finetuning.run import run
 
-        with replicas.watched(), console.resumable("finetune"), skip_suggested():
+        with console.resumable("finetune"), skip_suggested():
             result = run(request(config, replicas))
     if not result.metrics:
         return 0  # the chief reports

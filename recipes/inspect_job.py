@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from recipes import terminal
+from recipes import console, terminal
 from recipes.network_flags import parse_renames
 from transfer import load_meta_graph
 from transfer.models.inspection import Coverage, Inspection, Tensor, Variables, inspect
@@ -25,7 +25,7 @@ def run(model: Path, *, as_json: bool, rename: Sequence[str] = ()) -> str:
     found = inspect(load_meta_graph(model, rename=parse_renames(rename)))
     if as_json:
         return json.dumps(dataclasses.asdict(found), indent=2)
-    return "\n".join(map(terminal.escaped, _lines(found)))
+    return "\n".join(terminal.escaped(console.with_flags(line)) for line in _lines(found))
 
 
 def _lines(found: Inspection) -> Iterable[str]:

@@ -7,6 +7,7 @@ Takes the flags of ``finetune``; nothing that is trained is kept.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -24,9 +25,19 @@ def lr_find(
 ) -> int:
     """Find a learning rate for a fine-tuning run, with a plot."""
     with job():
-        from recipes.lr_find_job import run
+        from recipes.data_errors import skip_suggested
+        from recipes.finetune_request import request
+        from transfer.finetuning.lr_find import find_learning_rate
+        from transfer.runs import run_folder
 
-        found, out = run(config, lowest=lowest, highest=highest, steps=steps)
-    print(f"--learning-rate {found:g}")
+        if config.strategy not in ("auto", "none"):
+            raise ValueError("lr-find works on one device; leave out --strategy")
+        if config.schedule is not None or config.solver != "gradient" or config.resume:
+            raise ValueError("lr-find tries one cut; leave out --schedule, --solver and --resume")
+        out = (config.out or run_folder.default_out("lr-find")).resolve()
+        with skip_suggested():
+            asked = request(replace(config, out=out))
+            found = find_learning_rate(asked, lowest=lowest, highest=highest, steps=steps)
+    print(f"--learning-rate {found.suggestion:g}")
     print(out)
     return 0

@@ -41,8 +41,8 @@ def predict_beam(run: str, pattern: str, /, *options: str, config: PredictBeamCo
         options: after --, options of Beam, e.g. --runner FlinkRunner. Without any it runs here.
     """
     with job():
-        from recipes.predict_beam_job import run as run_pipeline
+        from transfer.evaluation.beam import predict_on_beam
 
-        done, failed = run_pipeline(run, pattern, config, options)
+        done, failed = predict_on_beam(run, pattern, **vars(config), options=options)
     print(f"{done} images, {failed} of which could not be read")
     return 1 if failed else 0

@@ -8,24 +8,22 @@ The embedded model was made with
 which takes about two hours on two cores. Its card says what it reached.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+# No `from __future__ import annotations`: the options' types are looked up in this module.
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from cyclopts import Parameter
 
 from recipes import console
 from recipes.startup import job
+from transfer.vgg.pretraining_options import PretrainOptions
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
+class PretrainConfig(PretrainOptions):
     """Flags of ``vgg-transfer pretrain``, with their defaults."""
 
-    arch: str = "vgg_small"
-    """Architecture: vgg_small (64 px), vgg11, vgg13, vgg16 or vgg19 (224 px)."""
     dataset: str = "tiny_imagenet"
     """Name of a tfds dataset."""
     data_dir: str | None = None
@@ -36,39 +34,6 @@ class PretrainConfig:
     """Split to train on, e.g. train[:90%]."""
     eval_split: str = "auto"
     """Split to evaluate on."""
-    epochs: int = 30
-    """Passes over the training images."""
-    small_epochs: int = 0
-    """How many of them, the first ones, see images of --small-size: half as many pixels, half the
-    time."""
-    small_size: int | None = None
-    """Height and width of these images in pixels. The last pooling must make as much of them as of
-    full-size ones: 33 to 64 pixels for vgg_small, 193 to 224 for the others."""
-    fc_epochs: int = 0
-    """Passes after these for fc6, fc7 and fc8 alone: begun anew, on convolutions that stay as they
-    are, without dropout and mixup. Nearly as good at the task itself, and fc7 transfers better."""
-    batch_size: int = 128
-    """Images per step."""
-    learning_rate: float = 0.05
-    """Highest learning rate of SGD with momentum: reached after a warm-up of half an epoch, then
-    lowered to zero along a cosine."""
-    weight_decay: float = 5e-3
-    """Decay of the kernels, times the learning rate per step. With momentum 0.9 it does what an L2
-    penalty of a tenth of it does."""
-    dropout: float = 0.2
-    """Share dropped after fc6 and fc7 while training."""
-    label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes."""
-    mixup: float = 0.2
-    """Train on mixtures of two images; parameter of the Beta distribution of their shares."""
-    preprocess: str = "torch"
-    """Input convention to train with: caffe, slim, torch, tf, unit or none."""
-    augment: bool = True
-    """Train on random shifts and flips."""
-    seed: int = 0
-    """Seed of weights, order and augmentation."""
-    licence: str | None = None
-    """Licence of the weights, for the card."""
     out: Path | None = None
     """Folder for the model, named after its architecture, and for the run.
     [default: runs/DATE-TIME-DATASET-ARCH]"""
@@ -79,10 +44,57 @@ class PretrainConfig:
 def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
     """Train a VGG from scratch and save it as a meta graph."""
     with job():
-        from recipes.pretrain_job import run
+        from transfer.data.sources import open_source
+        from transfer.runs import run_data, run_folder
+        from transfer.vgg import pretraining_run
 
+        options = PretrainOptions(
+            **{option.name: getattr(config, option.name) for option in fields(PretrainOptions)}
+        )
         with console.resumable("pretrain"):
-            figures, prefix = run(config)
-    print(console.describe_accuracy(figures, "held-out images"))
-    print(prefix)
+            pretraining_run.check(options)
+            if config.out is not None or config.resume:
+                run_folder.check(config.out, resume=config.resume)
+            source = open_source(
+                "" if config.image_folder else config.dataset,
+                data_dir=config.data_dir,
+                image_folder=config.image_folder,
+            )
+            train, held_out = run_data.splits(
+                source,
+                config.train_split,
+                config.eval_split,
+                resumed=config.out if config.resume else None,
+            )
+            result = pretraining_run.pretrain(
+                train,
+                held_out,
+                options,
+                run_dir=config.out,
+                resume=config.resume,
+                origin={name: getattr(config, name) for name in _IMAGES},
+                source=_command(config),
+                verbose=console.verbosity(),
+            )
+    print(console.describe_accuracy(result.metrics, "held-out images"))
+    print(result.prefix)
     return 0
+
+
+_IMAGES = ("dataset", "data_dir", "image_folder", "train_split", "eval_split")
+
+
+def _command(config: PretrainConfig) -> str:
+    """The command that makes the same model, but for where things lie."""
+    places = ("data_dir", "image_folder", "out", "resume", "licence")
+    words = ["vgg-transfer", "pretrain"]
+    for name in dict.fromkeys(["arch", *_IMAGES, *vars(config)]):
+        value = getattr(config, name)
+        flag = name.replace("_", "-")
+        if name in places or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return " ".join(words)

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from recipes import terminal
+from recipes import console, terminal
 from recipes.startup import job
 
 
@@ -28,8 +28,19 @@ def pull(
 ) -> int:
     """Download the published weights of VGG16 or VGG19, and convert them."""
     with job():
-        from recipes.pull_job import run
+        from recipes.convert_report import lines_of
+        from transfer.vgg.published.download import pull as pull_weights
 
-        lines = run(name, out or Path("models") / name, convolutional=convolutional)
-    print("\n".join(map(terminal.escaped, lines)))
+        try:
+            pulled = pull_weights(
+                name,
+                out or Path("models") / name,
+                convolutional=convolutional,
+                progress=console.download_bar,
+            )
+        except ConnectionError as error:
+            raise ConnectionError(f"{error}: vgg-transfer convert FILE --out PREFIX") from error
+    print("\n".join(lines_of(pulled.conversion)))
+    print(f"probabilities differ from Keras' by at most {pulled.max_difference:.1g}")
+    print(terminal.escaped(str(pulled.conversion.prefix)))
     return 0

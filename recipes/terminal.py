@@ -1,9 +1,5 @@
-"""Text for a terminal, in which characters that it would obey are shown as escapes.
-
-Names of files, classes and tensors come from other people, and may hold escape sequences that
-recolour, clear or overwrite the screen, and marks that reverse the direction of writing
-(https://trojansource.codes).
-"""
+"""Text for a terminal, in which characters that it would obey are shown as escapes; see
+``transfer.core.escapes``."""
 
 from __future__ import annotations
 
@@ -14,28 +10,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-_UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f"  # controls
-    "\u2028\u2029"  # line and paragraph separators
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # direction of writing
-    "\ud800-\udfff]"  # bytes of a file name that are not UTF-8
-)
-_BAR = re.compile("(?:\n|\x1b\\[A)+|\r")  # how tqdm's progress bars move the cursor, in one write
+from transfer.core.escapes import escaped as escaped
 
-
-def escaped(text: str) -> str:
-    """One line: line breaks are shown as well."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+_BAR = re.compile("(?:\n|\x1b\\[A)+|\r")  # how tqdm moves the cursor, in one write
 
 
 def say(line: str) -> None:
     """Write a line to standard error."""
     print(escaped(line), file=sys.stderr, flush=True)
-
-
-def escaped_json(text: str) -> str:
-    """JSON that means the same."""
-    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class EscapingStream:

@@ -11,12 +11,17 @@ def test_public_names_are_these():
         "ForbiddenOpError",
         "Head",
         "MetaGraph",
+        "Prediction",
         "Preprocess",
         "build_head",
+        "convert",
+        "evaluate",
+        "export",
         "extract_features",
         "fine_tune",
         "load_meta_graph",
         "open_source",
+        "predict",
         "save_meta_graph",
     ]
     assert sorted(dir(transfer)) == sorted(transfer.__all__)

@@ -6,7 +6,10 @@ Load a network, put a head on it, fine-tune it:
 * ``Backbone`` is its network up to a tap, as a Keras layer; ``build_head``, ``Head`` and
   ``Preprocess`` are the rest of a classifier.
 * ``open_source`` opens labelled images; ``fine_tune`` trains a ``Classifier`` on them.
-* ``save_meta_graph`` writes models that stock TensorFlow opens.
+* ``evaluate`` measures it on labelled images, ``predict`` names the classes of image files.
+* ``export`` writes a classifier for other programs: SavedModel, TFLite, ONNX, Keras, meta graph.
+* ``convert`` makes a meta graph of published weights; ``save_meta_graph`` writes models that stock
+  TensorFlow opens.
 
 The library takes values, returns values and raises; it logs and does not print, parse flags or
 exit. Names are imported on first use, so that ``import transfer`` does not import TensorFlow.
@@ -17,9 +20,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from transfer.core import keras_objects
+
 if TYPE_CHECKING:
     from transfer.activations.features import Features, extract_features
     from transfer.data.sources import open_source
+    from transfer.evaluation.file_predictions import Prediction, predict
+    from transfer.evaluation.scoring import evaluate
+    from transfer.exports.writing import export
     from transfer.finetuning.run import FineTuneResult, fine_tune
     from transfer.graph.policy import ForbiddenOpError
     from transfer.images.preprocess import Preprocess
@@ -29,6 +37,7 @@ if TYPE_CHECKING:
     from transfer.models.card import Card
     from transfer.models.meta_graph import MetaGraph, load_meta_graph
     from transfer.models.saver import save_meta_graph
+    from transfer.vgg.published.conversion import convert
 
 # In the order in which a user meets them.
 _MODULES = {
@@ -45,6 +54,11 @@ _MODULES = {
     "Features": "transfer.activations.features",
     "fine_tune": "transfer.finetuning.run",
     "FineTuneResult": "transfer.finetuning.run",
+    "evaluate": "transfer.evaluation.scoring",
+    "predict": "transfer.evaluation.file_predictions",
+    "Prediction": "transfer.evaluation.file_predictions",
+    "export": "transfer.exports.writing",
+    "convert": "transfer.vgg.published.conversion",
     "save_meta_graph": "transfer.models.saver",
     "ForbiddenOpError": "transfer.graph.policy",
 }
@@ -58,14 +72,22 @@ __all__ = [
     "ForbiddenOpError",
     "Head",
     "MetaGraph",
+    "Prediction",
     "Preprocess",
     "build_head",
+    "convert",
+    "evaluate",
+    "export",
     "extract_features",
     "fine_tune",
     "load_meta_graph",
     "open_source",
+    "predict",
     "save_meta_graph",
 ]
+
+
+keras_objects.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfer.data import data_checks
+from transfer.data import data_checks, near_duplicates
 from transfer.data.near_duplicates import FINGERPRINT
 from transfer.data.sources import open_source
 
@@ -92,7 +92,7 @@ def test_balance():
     assert lines == [
         "1 classes have no images to train on: c",
         "1 classes have less than a tenth of the training images of 'a': b; consider "
-        "--class-weights balanced",
+        "class_weights=balanced",
     ]
     assert data_checks.describe_balance(names[:2], np.array([0, 1]), np.array([0, 1])) == []
 
@@ -112,6 +112,14 @@ def test_large_photos_are_the_same_as_small_copies(folder):
     assert groups(folder) == [
         {f"a/large{seed}.jpg", f"b/small{seed}.jpg", f"b/turned{seed}.jpg"} for seed in (3, 4)
     ]
+
+
+def test_very_large_images_have_the_thumbnails_of_others(folder, monkeypatch):
+    split = open_source("", image_folder=str(folder)).split("train")
+    expected = near_duplicates.fingerprints(split)["thumbnail"]
+    monkeypatch.setattr(near_duplicates, "_LARGE", 0)
+    found = near_duplicates.fingerprints(split)["thumbnail"]
+    np.testing.assert_allclose(found.astype(int), expected, atol=1)
 
 
 def test_thousand_copies_are_one_group():

@@ -9,7 +9,7 @@ import tensorflow as tf
 from PIL import ExifTags, Image, ImageOps
 
 from transfer.exports import decoding
-from transfer.images.decoding import decode, read_image, suffixes
+from transfer.images.decoding import decode, read_image, read_tensor, suffixes
 from transfer.images.orientation import orientation, oriented
 
 GENERATOR = np.random.default_rng(0)
@@ -35,6 +35,18 @@ def test_what_training_reads_is_read_alike(kind):
     data = encoded(Image.fromarray(PIXELS), kind)
     expected = tf.io.decode_image(data, channels=3, expand_animations=False)
     np.testing.assert_array_equal(read_image(data), expected)
+
+
+@pytest.mark.parametrize(
+    "kind, mode", [("PNG", "RGB"), ("TIFF", "RGB"), ("TIFF", "F"), ("PPM", "L")]
+)
+def test_tensors_are_as_arrays_and_outlive_them(kind, mode):
+    data = encoded(Image.fromarray(PIXELS).convert(mode), kind)
+    tensors = [read_tensor(data) for _ in range(20)]
+    assert tensors[0].dtype == tf.uint8
+    for tensor in tensors:
+        np.testing.assert_array_equal(tensor, read_image(data))
+        np.testing.assert_array_equal(tf.reverse(tensor, [0])[::-1], read_image(data))
 
 
 def test_a_bmp_with_a_palette_has_its_colours():

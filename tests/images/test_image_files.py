@@ -118,17 +118,25 @@ def test_links_are_said(image_folder):
 
 @needs_pipes
 @pytest.mark.parametrize("kind", ["a named pipe", "a device"])
-def test_what_may_never_end_is_refused_at_once(tmp_path, model, image_folder, kind, capsys):
+def test_what_may_never_end_is_an_unreadable_image(tmp_path, model, image_folder, kind, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder) == 0
     path = image_folder / "red" / "endless.png"
     os.mkfifo(path) if kind == "a named pipe" else path.symlink_to("/dev/zero")
-    message = f"endless.png' cannot be read: it is {kind}; expected a regular file"
-    for verb in (["finetune", "--out", str(tmp_path / "other")], ["check-data"]):
-        assert main([*verb, "--image-folder", str(image_folder)]) == 1
-        assert message in capsys.readouterr().err
-    assert main(["evaluate", str(out)]) == 1
-    assert message in capsys.readouterr().err
+    message = f"it is {kind}; expected a regular file"
+    other = ["finetune", "--out", str(tmp_path / "other"), "--model", str(model)]
+    other += ["--image-folder", str(image_folder), "--epochs", "1", "--batch-size", "6"]
+    assert main(other) == 1
+    err = capsys.readouterr().err
+    assert f"'red/endless.png' ({message})" in err and "--skip-unreadable N" in err
+    assert main([*other, "--skip-unreadable", "1"]) == 0
+    assert f"red/endless.png was left out: {message}" in capsys.readouterr().err
+    assert metrics(tmp_path / "other")["unreadable"]["names"] == ["red/endless.png"]
+    check = ["check-data", "--image-folder", str(image_folder), "--model", "none", "--json"]
+    main(check)
+    assert json.loads(capsys.readouterr().out)["unreadable"] == ["red/endless.png"]
+    assert main(["evaluate", str(out)]) == 0  # the images that were held out are all there
+    capsys.readouterr()
     for word in (path, path.parent):
         assert main(["predict", str(out), str(word)]) == 1
         assert f"error: {path}: it is {kind}; expected" in capsys.readouterr().err

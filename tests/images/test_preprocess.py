@@ -6,7 +6,8 @@ import tensorflow as tf
 from keras.applications.imagenet_utils import preprocess_input
 from PIL import Image
 
-from transfer.images.preprocess import CONVENTIONS, Preprocess, for_card
+from transfer.images import preprocess
+from transfer.images.preprocess import CONVENTIONS, Preprocess, for_card, to_channels
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 3)).astype(np.uint8)
 
@@ -162,3 +163,17 @@ def test_one_number_and_two_equal_ones_are_the_same_size():
     for size in ((0, 3), (1, 2, 3), (1.5, 2)):
         with pytest.raises(ValueError, match="image size"):
             Preprocess("none", size)
+
+
+@pytest.mark.parametrize("height", [255, 256, 600])
+def test_a_large_image_is_made_gray_as_a_small_one_is(height, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, (height, 37, 3)).astype(np.uint8)
+    expected = to_channels(image, 1)
+    monkeypatch.setattr(preprocess, "_LARGE", 0)
+    found = tf.function(
+        lambda image: to_channels(image, 1),
+        input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)],
+        autograph=False,
+    )(image)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(to_channels(image, 1), expected)

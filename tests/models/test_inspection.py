@@ -107,7 +107,7 @@ def test_moving_averages_are_said(tmp_path):
         session.run(tf1.global_variables_initializer())
         tf1.train.Saver().save(session, str(tmp_path / "m"))
     found = inspect(load_meta_graph(tmp_path / "m"))
-    assert any("--use-ema" in hazard for hazard in found.hazards)
+    assert any("use_ema=True" in hazard for hazard in found.hazards)
 
 
 @pytest.mark.parametrize("case", range(26))

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from recipes import benchmark_job, benchmark_report
+from recipes import benchmark_job
 from recipes.cli import main
 from transfer import load_meta_graph
 from transfer.graph.cuts import list_cuts
+from transfer.runs import benchmark_report
 from transfer.vgg import architectures
 
 

@@ -27,12 +27,11 @@ from published_files import (
     write_torch_zip,
 )
 
-from recipes import pull_job
 from recipes.cli import main
 from transfer import Backbone, Classifier, Preprocess, load_meta_graph
 from transfer.exports.meta_graph import save_with_preprocessing
 from transfer.vgg import architectures
-from transfer.vgg.published import containers, layouts, origins
+from transfer.vgg.published import containers, download, layouts, origins
 
 REAL = SHARED / "weights" / "vgg16_imagenet_notop.h5"
 
@@ -125,8 +124,8 @@ def test_published_files_are_known():
     caffe = origins.of_file("", "00b39a1b" + 56 * "0")
     assert (caffe.preprocess, caffe.trained_on) == ("caffe", "ImageNet")
     assert origins.of_file("", "397923af" + 56 * "0").preprocess == "torch"
-    assert origins.of_file(pull_job.PUBLISHED["vgg16"].md5, "").preprocess == "caffe"
-    assert origins.of_file(pull_job.PUBLISHED["vgg19"].md5, "").preprocess == "caffe"
+    assert origins.of_file(download.PUBLISHED["vgg16"].md5, "").preprocess == "caffe"
+    assert origins.of_file(download.PUBLISHED["vgg19"].md5, "").preprocess == "caffe"
     assert origins.of_file("", 64 * "0") is None
 
 
@@ -299,12 +298,12 @@ def server(tmp_path, monkeypatch, keras_vgg):
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     weights = replace(
-        pull_job.PUBLISHED["vgg16"],
+        download.PUBLISHED["vgg16"],
         url=f"http://127.0.0.1:{running.server_port}/vgg16_weights.h5",
-        md5=pull_job.file_md5(tmp_path / "published.h5"),
+        md5=download.file_md5(tmp_path / "published.h5"),
         model=keras_vgg,
     )
-    monkeypatch.setitem(pull_job.PUBLISHED, "vgg16", weights)
+    monkeypatch.setitem(download.PUBLISHED, "vgg16", weights)
     yield weights
     running.shutdown()
     running.server_close()
@@ -326,7 +325,7 @@ def test_a_download_does_not_go_through_a_link(tmp_path, server):
     part.parent.mkdir(parents=True)
     theirs.write_bytes(b"theirs")
     part.symlink_to(theirs)
-    pull_job.download(server)
+    download.download(server)
     assert server.path.read_bytes() == Handler.data
     assert theirs.read_bytes() == b"theirs"
 
@@ -359,7 +358,7 @@ def test_a_folder_that_is_taken_is_known_before_the_download(tmp_path, server, c
 
 def test_a_name_server_that_does_not_answer_is_not_waited_for(server, monkeypatch, capsys):
     released = threading.Event()
-    monkeypatch.setattr(pull_job, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(download, "TIMEOUT_S", 0.2)
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: released.wait(60))
     assert main(["pull", "vgg16"]) == 1
     released.set()
@@ -376,7 +375,7 @@ def test_another_file_than_the_published_one_is_refused(tmp_path, server, capsys
 
 def test_a_conversion_that_differs_from_keras_is_refused(tmp_path, server, monkeypatch, capsys):
     wrong = replace(server, model=lambda weights: lambda x, training: np.zeros((2, NUM_CLASSES)))
-    monkeypatch.setitem(pull_job.PUBLISHED, "vgg16", wrong)
+    monkeypatch.setitem(download.PUBLISHED, "vgg16", wrong)
     out = tmp_path / "models" / "vgg16"
     assert main(["pull", "vgg16", "--out", str(out)]) == 1
     assert "in a probability; expected at most 0.0001" in capsys.readouterr().err

@@ -19,6 +19,7 @@ from transfer.exports import onnx, tflite
 from transfer.images.decoding import decode
 
 KINDS = ["meta_graph", "saved_model", "tflite float32", "tflite float16", "tflite int8", "onnx"]
+KINDS += ["keras"]
 TOLERANCES = {"tflite float16": 0.02, "tflite int8": 0.2}
 
 
@@ -68,10 +69,10 @@ def test_every_export_is_compared_with_the_model(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["meta_graph", "saved_model", "tflite", "onnx"])
+@pytest.mark.parametrize("name", ["meta_graph", "saved_model", "tflite", "onnx", "keras"])
 def test_the_readme_is_a_program_that_predicts_as_the_model(run, tmp_path, name):
-    """Its Python code, as a newcomer runs it: in the folder of the export, without this project.
-    On a JPEG and a PNG that lie on their sides."""
+    """Its Python code, as a newcomer runs it: in the folder of the export, without this project
+    but for what Keras needs to know. On a JPEG and a PNG that lie on their sides."""
     photos = [on_its_side(run, tmp_path / f"photo.{kind}") for kind in ("jpg", "png")]
     folder = run / "export" / name
     text = (folder / "README.md").read_text()
@@ -177,7 +178,7 @@ def test_a_second_export_leaves_the_first_and_what_is_not_ours(run, tmp_path, ca
     (out / "tflite").mkdir()
     (out / "tflite" / "notes.txt").write_text("mine")
     assert main(["export", str(run), "--format", "tflite", "--out", str(out)]) == 1
-    assert "is no export of this command" in capsys.readouterr().err
+    assert "is no earlier export; choose another --out" in capsys.readouterr().err
     assert (out / "tflite" / "notes.txt").read_text() == "mine"
 
 

@@ -5,12 +5,12 @@ import io
 import json
 import os
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from recipes import predict_job
 from recipes.cli import main
+from transfer.evaluation import file_predictions
 from transfer.images.image_files import PassedOver
 
 
@@ -150,15 +150,15 @@ def test_a_folder_of_odd_files(run, tmp_path, capsys):
 
 
 def test_a_reader_that_raises_anything_is_no_end(run, image_folder, monkeypatch, capsys):
-    read_image = predict_job.read_image
+    read_tensor = file_predictions.read_tensor
     bad = (image_folder / "red" / "00.jpg").read_bytes()
 
     def read(data):
         if data == bad:
             raise TypeError("bad operand type")
-        return read_image(data)
+        return read_tensor(data)
 
-    monkeypatch.setattr(predict_job, "read_image", read)
+    monkeypatch.setattr(file_predictions, "read_tensor", read)
     capsys.readouterr()
     assert predict(run, image_folder / "red") == 1
     out, err = capsys.readouterr()
@@ -211,8 +211,3 @@ def test_nothing_to_predict(run, tmp_path, capsys):
     assert predict(tmp_path / "nothing", "a.jpg") == 1
     assert predict(run, "a.jpg", "--top-k", 0) == 1
     assert "top k must be at least 1" in capsys.readouterr().err
-
-
-def test_the_first_of_equals_comes_first():
-    found = predict_job.top(np.array([0.2, 0.4, 0.4]), ["a", "b", "c"], 2)
-    assert [label for label, _ in found] == ["b", "c"]

@@ -60,10 +60,10 @@ def test_what_is_not_there_is_said(run, image_folder, tmp_path, capsys):
 
 
 def test_a_model_is_fetched_from_wherever_beam_finds_files(run, monkeypatch):
-    from recipes import predict_beam_job
+    from transfer.evaluation import beam
 
-    here = predict_beam_job.load(f"{run}/model")
+    here = beam.load(f"{run}/model")
     monkeypatch.setattr(Path, "is_file", lambda self: str(run) not in str(self))
-    fetched = predict_beam_job.load(f"{run}/model")
+    fetched = beam.load(f"{run}/model")
     assert fetched.labels == here.labels
     assert fetched.backbone.digest() == here.backbone.digest()

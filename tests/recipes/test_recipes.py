@@ -159,7 +159,9 @@ def test_evaluate_can_assert(tmp_path, model, image_folder, monkeypatch, capsys)
     assert finetune(out, model, image_folder) == 0
     assert main(["evaluate", str(out), "--assert-accuracy-at-least", "0"]) == 0
     figures = {"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "num_examples": 9, "loss": 1.0}
-    monkeypatch.setattr("recipes.evaluate_job.run", lambda *_: figures | {"top5": 1.0})
+    monkeypatch.setattr(
+        "transfer.runs.evaluation.evaluate_run", lambda *_, **__: figures | {"top5": 1.0}
+    )
     assert main(["evaluate", str(out), "--assert-accuracy-at-least", "0.5"]) == 0
     assert main(["evaluate", str(out), "--assert-accuracy-at-least", "0.51"]) == 1
     assert "accuracy 0.5000 is below 0.51" in capsys.readouterr().err

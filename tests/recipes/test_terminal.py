@@ -13,7 +13,8 @@ import pytest
 from tqdm import tqdm
 
 from recipes import cli, terminal
-from recipes.csv_files import original
+from transfer.core.csv_files import original
+from transfer.core.escapes import escaped_json
 
 HOSTILE = "\x1b[2J\r\x08\x9b31m\u202egnp\u2066\u2028\nb"
 SHOWN = r"\x1b[2J\r\x08\x9b31m\u202egnp\u2066\u2028\nb"
@@ -30,7 +31,7 @@ def test_names_in_any_script_stay_as_they_are(name):
 
 
 def test_json_with_escapes_means_the_same():
-    text = terminal.escaped_json(json.dumps(HOSTILE, ensure_ascii=False))
+    text = escaped_json(json.dumps(HOSTILE, ensure_ascii=False))
     assert json.loads(text) == HOSTILE
     assert text == terminal.escaped(text)
 

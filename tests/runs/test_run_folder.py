@@ -12,10 +12,9 @@ import pytest
 from commands import finetune
 from conftest import make_image_folder, save_vgg
 
-from recipes import evaluate_job
 from recipes.cli import main
 from transfer import Card
-from transfer.runs import run_folder
+from transfer.runs import evaluation, run_folder
 
 FLAGS = ("--freeze-until", "pool2", "--cache", "memory", "--max-to-keep", 1)
 
@@ -147,15 +146,15 @@ def test_files_of_the_user_stay_in_an_export(setting, tmp_path, capfd, name) -> 
 def test_the_users_own_list_of_changes_stays(tmp_path) -> None:
     path = tmp_path / "changes.csv"
     path.write_text("version,change\n1,mine\n")
-    evaluate_job._remove_changes(path)
+    evaluation._remove_changes(path)
     assert path.read_text() == "version,change\n1,mine\n"
     path.unlink()
-    evaluate_job._remove_changes(path)
+    evaluation._remove_changes(path)
     split = SimpleNamespace(names=["a.jpg"])
     one, two = np.array([0]), np.array([1])
-    evaluate_job._write_changes(path, split, ["blue", "red"], one, two, one)
+    evaluation._write_changes(path, split, ["blue", "red"], one, two, one)
     assert path.read_text().splitlines()[1] == "a.jpg,blue,blue,red"
-    evaluate_job._remove_changes(path)
+    evaluation._remove_changes(path)
     assert not path.exists()
 
 

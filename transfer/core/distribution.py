@@ -174,7 +174,7 @@ class Replicas:
             raise LostWorkerError(
                 f"another worker is gone; worker {self.worker} of {self.num_workers} stops, for "
                 "none can go on alone. See what the other one says, and start all of them again "
-                "with --resume"
+                "with resume=True"
             ) from error
 
 

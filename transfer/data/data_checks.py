@@ -133,7 +133,7 @@ def describe_balance(
         most = class_names[int(counts.argmax())]
         lines.append(
             f"{len(rare)} classes have less than a tenth of the training images of {most!r}: "
-            f"{_some(rare)}; consider --class-weights balanced"
+            f"{_some(rare)}; consider class_weights=balanced"
         )
     return lines
 

@@ -59,6 +59,8 @@ class Source:
             under it.
         passed_over: the files of a folder that are not among the examples.
         origin: the arguments of ``open_source`` that open it again.
+        refused: names of examples that must not be read (pipes, devices), with the reasons; their
+            bytes are empty, which makes them unreadable images.
         fingerprints: id to ``near_duplicates.FINGERPRINT``, of the images that were looked at.
         unreadable: name to the reason, of the images that ``Split.readable`` left out.
 
@@ -75,6 +77,7 @@ class Source:
     ids: Callable[[str], list[bytes]]
     passed_over: PassedOver = field(default_factory=PassedOver)
     origin: Mapping[str, str | None] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
     fingerprints: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
     unreadable: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -333,7 +336,8 @@ class Batches:
         examples, rows = batches._examples()
         examples = examples.take(rows).as_numpy_iterator()
         try:
-            return dict(filter(None, map(_look, examples)))
+            found = dict(filter(None, map(_look, examples)))
+            return {name: self.split.source.refused.get(name, why) for name, why in found.items()}
         except tf.errors.OpError as error:  # a file is gone, a shard is damaged
             raise ValueError(f"an image cannot be read ({reason(error)})") from error
 
@@ -368,7 +372,7 @@ def find_unreadable(
     with ThreadPoolExecutor(_READERS) as pool:
         while chunk := list(itertools.islice(examples, 8 * _READERS)):
             unreadable.update(filter(None, pool.map(_look, chunk)))
-    return unreadable
+    return {name: split.source.refused.get(name, why) for name, why in unreadable.items()}
 
 
 def _look(example: dict[str, Any]) -> tuple[str, str] | None:

@@ -11,11 +11,12 @@ import scipy.fft
 import scipy.sparse.csgraph
 import tensorflow as tf
 
-from transfer.images.decoding import decode, read_image
+from transfer.images.decoding import decode, read_tensor
 from transfer.images.orientation import orientation, oriented
 
 _THUMBNAIL = 32
 _LEAST_PIXELS = 4 * _THUMBNAIL  # a side that a JPEG keeps where it is decoded at a smaller scale
+_LARGE = 2**26  # numbers in an image of which there is no second copy
 _LARGEST_JPEG = 2**29  # bytes of pixels from which TensorFlow refuses to decode one
 _HASH = 8  # low frequencies a side of which the hash is made
 _ALIKE = 16  # of its 64 bits may differ where pictures are compared,
@@ -43,7 +44,7 @@ class EncodedImages(Protocol):
 
 
 def fingerprints(
-    images: EncodedImages, progress: Callable[[Iterable], Iterable] = iter
+    images: EncodedImages, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> np.ndarray:
     """Read and decode every image once; returns ``FINGERPRINT`` ``[len(images)]``.
 
@@ -101,7 +102,7 @@ def _fingerprint(file: bytes) -> tuple[bytes, bool, Any]:
     """Of an image that was not decoded at a smaller scale."""
     digest = hashlib.sha256(file).digest()
     try:
-        return digest, True, _shrunk(tf.constant(read_image(file))).numpy()
+        return digest, True, _shrunk(read_tensor(file)).numpy()
     except ValueError:
         return digest, False, 0
 
@@ -137,9 +138,19 @@ def _spare_halvings(jpeg: tf.Tensor) -> tf.Tensor:
 
 def _shrunk(image: tf.Tensor) -> tf.Tensor:
     """uint8 ``[height, width, 3]`` to the thumbnail, uint8 ``[32, 32]``."""
-    gray = tf.reduce_mean(tf.cast(image, tf.float32), -1, keepdims=True)
-    small = tf.image.resize(gray, [_THUMBNAIL, _THUMBNAIL], antialias=True)
-    return tf.cast(tf.clip_by_value(tf.round(small[..., 0]), 0.0, 255.0), tf.uint8)
+
+    def resized(pixels: tf.Tensor) -> tf.Tensor:
+        return tf.image.resize(pixels, [_THUMBNAIL, _THUMBNAIL], antialias=True)
+
+    def as_floats() -> tf.Tensor:
+        return resized(tf.reduce_mean(tf.cast(image, tf.float32), -1, keepdims=True))[..., 0]
+
+    def as_bytes() -> tf.Tensor:
+        """The same but for rounding, more slowly, without copies of four bytes a number."""
+        return tf.reduce_mean(resized(image), -1)
+
+    small = tf.cond(tf.size(image) < _LARGE, as_floats, as_bytes)
+    return tf.cast(tf.clip_by_value(tf.round(small), 0.0, 255.0), tf.uint8)
 
 
 def _hashes(thumbnails: np.ndarray) -> np.ndarray:

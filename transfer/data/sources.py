@@ -104,6 +104,13 @@ def _open_image_folder(folder: Path) -> Source:
         for split, classes in by_class.items()
     }
 
+    refused = {
+        str(path.relative_to(folder)): reason
+        for found in files.values()
+        for path, _ in found
+        if (reason := _refused(path))
+    }
+
     def names(split_name: str) -> list[str]:
         return [str(path.relative_to(folder)) for path, _ in files[split_name]]
 
@@ -114,7 +121,10 @@ def _open_image_folder(folder: Path) -> Source:
     @functools.cache
     def columns(split_name: str) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         # Names of files are bytes: not all of them are UTF-8.
-        paths = [os.fsencode(path) for path, _ in files[split_name]]
+        paths = [
+            os.fsencode(os.devnull if name in refused else path)
+            for name, (path, _) in zip(names(split_name), files[split_name], strict=True)
+        ]
         return (
             tf.constant(paths, tf.string),
             tf.constant([os.fsencode(name) for name in names(split_name)], tf.string),
@@ -137,7 +147,28 @@ def _open_image_folder(folder: Path) -> Source:
         return [_digest(str(path), *_state_of(path)) for path, _ in files[split_name]]
 
     sizes = {name: len(found) for name, found in files.items()}
-    return Source(folder.name, class_names, sizes, examples, labels, names, ids, passed_over)
+    return Source(
+        folder.name,
+        class_names,
+        sizes,
+        examples,
+        labels,
+        names,
+        ids,
+        passed_over=passed_over,
+        refused=refused,
+    )
+
+
+def _refused(path: Path) -> str:
+    """Why a file must not be read, whose reading may never end; empty if it may."""
+    try:
+        image_files.check(path)
+    except OSError:  # it is gone since
+        return ""
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _state_of(path: Path) -> tuple[int, ...]:
@@ -183,10 +214,8 @@ def _has_images(folder: Path) -> bool:
 def _images(folder: Path, passed_over: PassedOver) -> list[Path]:
     """The images in a folder and below, shuffled the same way each time.
 
-    Not in the order of their names: neighbours there are often alike (frames of a film).
-
-    Raises:
-        ValueError: if one is a pipe or a device, whose reading may never end, or too large.
+    Not in the order of their names: neighbours there are often alike (frames of a film). Those that
+    must not be read (pipes, devices, too large ones) are among them, see ``_refused``.
     """
     images = []
     for path in image_files.find(folder, passed_over):
@@ -194,7 +223,8 @@ def _images(folder: Path, passed_over: PassedOver) -> list[Path]:
             image_files.check(path)
         except (OSError, ValueError) as error:
             if isinstance(error, ValueError) and not path.is_dir():
-                raise ValueError(f"image {str(path)!r} cannot be read: {error}") from None
+                images.append(path)
+                continue
             # Links to nothing, and folders that cannot be listed, hold no image.
             reason = "a folder that cannot be listed" if path.is_dir() else "a link to nothing"
             passed_over.files.append((str(path), reason))

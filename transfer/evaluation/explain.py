@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
+from PIL import Image
 
+from transfer.core.files import replacing
 from transfer.graph.cuts import last_feature_maps
 from transfer.layers.classifier import Classifier
 
@@ -78,3 +81,38 @@ def overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
     strength = tf.image.resize(heat[..., None], size, "bicubic").numpy().clip(0, 1) * _STRONGEST
     gray = np.broadcast_to(pixels.mean(-1, keepdims=True), (*size, 3))
     return (gray * (1 - strength) + _COLOUR * strength).round().astype(np.uint8)
+
+
+class Explainer:
+    """Writes a PNG of each image, with the region in red that explains the predicted class.
+
+    Args:
+        classifier: what predicts.
+        folder: for the PNGs; is made where there is none. They are named by the number of the
+            image, from 1, and its name.
+
+    Raises:
+        ValueError: if the network has no feature maps.
+    """
+
+    def __init__(self, classifier: Classifier, folder: Path):
+        self._normalize = classifier.preprocess.normalize
+        self._grad_cam = grad_cam(classifier)
+        self._folder = folder
+        self._count = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, names: Sequence[str], pixels: tf.Tensor, classes: np.ndarray) -> None:
+        """Write the next images.
+
+        Args:
+            names: of the image files.
+            pixels: float32 ``[batch, size, size, channels]`` in 0..255, of ``preprocess.resize``.
+            classes: predictions, int ``[batch]``.
+        """
+        heats = self._grad_cam(self._normalize(pixels), classes)
+        for name, image, heat in zip(names, pixels.numpy(), heats, strict=True):
+            self._count += 1
+            path = self._folder / f"{self._count:06d}-{Path(name).stem}.png"
+            with replacing(path) as temporary:
+                Image.fromarray(overlay(image, heat)).save(temporary, "PNG")

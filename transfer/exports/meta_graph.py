@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.core.framework.graph_pb2 import GraphDef
 
-from transfer.core.files import write_bytes, write_names
+from transfer.core.files import write_names
 from transfer.graph import SEED, canonical, cut, extract, is_seeded, split_tensor_name
 from transfer.graph.network_function import as_input, output_shape
 from transfer.images.preprocess import Preprocess, for_card
-from transfer.layers.backbone import Backbone, GraphLayer
+from transfer.layers.backbone import GraphLayer
 from transfer.layers.classifier import Classifier
 from transfer.layers.head import Head, build_head
 from transfer.models.card import Card
-from transfer.models.meta_graph import load_meta_graph
 from transfer.models.saver import save_meta_graph
 
 tf1 = tf.compat.v1
@@ -79,15 +80,16 @@ def check_savable(classifier: Classifier) -> None:
         ) from error
 
 
-def save_with_preprocessing(model: str | Path, prefix: str | Path) -> Card:
-    """Write a fine-tuned model once more, with preprocessing in the graph.
+def save_with_preprocessing(model: Classifier | str | Path, prefix: str | Path) -> Card:
+    """Write a classifier as a meta graph with preprocessing in the graph.
 
     The graph takes ``pixels:0``, float32 ``[batch, height, width, channels]`` in 0..255, of any
-    size, and gives ``probabilities:0``, float32 ``[batch, num_classes]``. The file with the labels
-    lies beside it.
+    size, and gives ``probabilities:0``, float32 ``[batch, num_classes]``. ``labels.txt`` lies
+    beside it.
 
     Args:
-        model: what ``save_classifier`` wrote.
+        model: a classifier that ``save_classifier`` can write, or that was loaded from what it
+            wrote; or the path of that.
         prefix: path without ``.meta``.
 
     Returns:
@@ -95,27 +97,71 @@ def save_with_preprocessing(model: str | Path, prefix: str | Path) -> Card:
 
     Raises:
         FileNotFoundError, ValueError: if there is no such model.
+        TypeError: if it is a classifier of another kind.
     """
-    source, prefix = load_meta_graph(model), Path(prefix)
-    network = Backbone(source, source.card.outputs["logits"], pooling=None)
-    preprocess = source.preprocess(network.network.input)
+    classifier = model if isinstance(model, Classifier) else Classifier.load(model)
+    if isinstance(classifier.head, Head):
+        with tempfile.TemporaryDirectory() as folder:
+            save_classifier(classifier, Path(folder) / "model", classifier.card)
+            return save_with_preprocessing(Path(folder) / "model", prefix)
+    prefix, network = Path(prefix), _whole(classifier)
     graph = tf.Graph()
     with graph.as_default():
-        _import_backbone(network, preprocess, from_pixels=True)
+        _import_backbone(network, classifier.preprocess, from_pixels=True)
         logits = graph.get_tensor_by_name(network.network.output)
         probabilities = tf.nn.softmax(tf.cast(logits, tf.float32), name="probabilities")
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    labels = prefix.with_name("labels.txt")
+    write_names(labels, classifier.labels)
     card = replace(
-        source.card,
+        classifier.card,
         input="pixels:0",
+        tap=classifier.backbone.network.output,
+        feeds={},
+        keep_dropout=is_seeded(network.network.graph_def),
         outputs={"logits": logits.name, "probabilities": probabilities.name},
+        image_size=classifier.preprocess.size,
         preprocess="none",
+        labels=labels.name,
         sha256={},
     )
-    labels = str(source.card.labels)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(prefix.with_name(labels), source.prefix.with_name(labels).read_bytes())
     save_meta_graph(graph, prefix, network.values(), card)
     return card
+
+
+def _whole(classifier: Classifier) -> GraphLayer:
+    """The network of a classifier whose backbone and head are parts of one graph.
+
+    Raises:
+        TypeError: if they are not.
+    """
+    first, second = classifier.backbone, classifier.head
+    is_cut = isinstance(first, GraphLayer) and isinstance(second, GraphLayer)
+    if not is_cut or first.network.output != second.network.input or first.pooling is not None:
+        raise TypeError(
+            f"can save a classifier with a Head, or one that was loaded from a run; got a "
+            f"{type(first).__name__} with a {type(second).__name__}"
+        )
+    graph_def = GraphDef()
+    graph_def.CopyFrom(first.network.graph_def)
+    names = {node.name for node in graph_def.node}
+    # Constants may be in both parts.
+    graph_def.node.extend(n for n in second.network.graph_def.node if n.name not in names)
+    layers = {
+        name: (known, variable)
+        for part in (first, second)
+        for name, known, variable in zip(
+            part.variable_names, part.network.variables, part.graph_variables, strict=True
+        )
+    }
+    network = replace(
+        first.network,
+        graph_def=graph_def,
+        training=None,
+        output=second.network.output,
+        variables=tuple(known for known, _ in layers.values()),
+    )
+    return GraphLayer(network, {name: variable for name, (_, variable) in layers.items()})
 
 
 def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[str, Any]]:

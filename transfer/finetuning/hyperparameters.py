@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from transfer.finetuning.options import FineTuneOptions, cut_of
+from transfer.finetuning.options import FineTuneOptions
 from transfer.graph.cuts import blocks, stopped
 from transfer.layers.backbone import GraphLayer
 from transfer.layers.classifier import Classifier
@@ -152,7 +152,7 @@ def parameter_groups(
     options: FineTuneOptions, classifier: Classifier, stage: Stage, steps_per_epoch: int
 ) -> list[ParameterGroup]:
     """Optimizers and the variables they update: the head's, then the backbone's by block."""
-    _, trained = classifier.split(cut_of(stage.cut))
+    _, trained = classifier.split(stage.cut)
     head = classifier.head.trainable_variables
     rates = [(stage.learning_rate, head)]
     suffix = trained.layers[0]

@@ -186,8 +186,3 @@ def options_from(given: Mapping[str, Any]) -> FineTuneOptions:
             hint = f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(names)}"
             raise TypeError(f"{name!r} is not an option of fine_tune{hint}")
     return FineTuneOptions(**given)
-
-
-def cut_of(freeze_until: str) -> str | None:
-    """The tensor to cut at; ``None`` where nothing is frozen."""
-    return None if freeze_until == "none" else freeze_until

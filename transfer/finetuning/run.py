@@ -17,7 +17,7 @@ from transfer.core.distribution import Replicas
 from transfer.data.dataset import Split
 from transfer.exports.meta_graph import save_classifier
 from transfer.finetuning.inputs import Inputs
-from transfer.finetuning.options import FineTuneOptions, cut_of, options_from
+from transfer.finetuning.options import FineTuneOptions, options_from
 from transfer.finetuning.setup import (
     SOURCES,
     RunContext,
@@ -169,7 +169,7 @@ def _train_and_evaluate(
     progress = Progress()
     for number, stage in enumerate(context.stages):
         with clock("load_s"):
-            frozen, model = context.classifier.split(cut_of(stage.cut))
+            frozen, model = context.classifier.split(stage.cut)
             trainer: StageTrainer | StageSolver
             if context.options.solver == "lbfgs":
                 trainer = StageSolver(context, model)
@@ -223,7 +223,8 @@ def _save_and_evaluate(
             _save(context, progress.epoch)
     prefix = context.run_dir / run_folder.MODEL
     classifier = Classifier.load(prefix)
-    _, saved = classifier.split(cut_of(context.last_cut))
+    classifier.cut = context.last_cut
+    _, saved = classifier.split(context.last_cut)
     evaluation = inputs.evaluator(saved)()
     if replicas.is_chief:
         card_path = prefix.with_name(f"{prefix.name}.json")

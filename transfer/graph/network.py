@@ -343,8 +343,8 @@ def _check_depends(nodes: Sequence[NodeDef], output: str, input: str) -> None:
 def _check_placeholders(nodes: Iterable[NodeDef]) -> None:
     unfed = [f"{node.name}:0" for node in placeholders(nodes)]
     if unfed:
-        example = f"{unfed[0]}=1.0"
+        example = {unfed[0]: 1.0}
         raise ValueError(
-            f"the tap also depends on {', '.join(unfed)}; give each a value, e.g. --feed {example} "
+            f"the tap also depends on {', '.join(unfed)}; give each a value, e.g. feeds={example} "
             "(1.0 for a keep_prob, False for an is_training)"
         )

@@ -62,6 +62,7 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 _JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL ")  # which some versions of TensorFlow decode
 _BY_PILLOW = 0
 _STRIP = 512  # rows
+_ALIGNMENT = 64  # bytes
 _opening = threading.Lock()
 
 
@@ -93,7 +94,7 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
             eagerly a ValueError that says why.
     """
     if tf.executing_eagerly():
-        return tf.convert_to_tensor(read_image(tf.convert_to_tensor(encoded).numpy()))
+        return read_tensor(tf.convert_to_tensor(encoded).numpy())
     code = tf.numpy_function(_decoder, [encoded], tf.int32, stateful=False)
     code.set_shape([])
     return _as_image(
@@ -111,15 +112,19 @@ def read_image(data: bytes) -> np.ndarray:
     Raises:
         ValueError: says why, if it is not an image, is damaged, cut short, or too large.
     """
+    return np.asarray(memoryview(read_tensor(data)))
+
+
+def read_tensor(data: bytes) -> tf.Tensor:
+    """The same as a tensor. TensorFlow makes two copies of an array that it is given."""
     if not data:
         raise ValueError("it is empty")
     code = _decoder(data)
     if code == _BY_PILLOW:
-        return _with_pillow(data)
+        return tf.experimental.dlpack.from_dlpack(_with_pillow(data).__dlpack__())
     try:
         # Eagerly, so that an error says what is wrong and not where in a graph.
-        decode_eagerly = _with_tensorflow.python_function
-        return np.asarray(memoryview(decode_eagerly(tf.constant(data), tf.constant(code))))
+        return _with_tensorflow.python_function(tf.constant(data), tf.constant(code))
     except tf.errors.OpError as error:
         raise ValueError(f"it cannot be decoded ({reason(error)})") from error
 
@@ -284,8 +289,10 @@ def _rgb(image: Image.Image) -> np.ndarray:
         values = np.asarray(image, np.float64)
         top = 65535 if image.mode.startswith("I") else 1 if values.max() <= 1 else 255
         gray = np.clip(values * (255 / top), 0, 255).round().astype(np.uint8)
-        return np.repeat(gray[..., None], 3, -1)
-    pixels = np.empty((image.height, image.width, 3), np.uint8)
+        pixels = _aligned(*gray.shape)
+        pixels[:] = gray[..., None]
+        return pixels
+    pixels = _aligned(image.height, image.width)
     # By strips, so that a large image is not in memory three times.
     for top in range(0, image.height, _STRIP):
         strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
@@ -293,3 +300,11 @@ def _rgb(image: Image.Image) -> np.ndarray:
             strip = strip.convert("RGBA")
         pixels[top : top + _STRIP] = np.asarray(strip.convert("RGB"))
     return pixels
+
+
+def _aligned(height: int, width: int) -> np.ndarray:
+    """uint8 ``[height, width, 3]``, not filled, at an address that TensorFlow's operations want."""
+    size = height * width * 3
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].reshape(height, width, 3)

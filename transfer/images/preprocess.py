@@ -127,6 +127,8 @@ _LONGEST = 16
 """So many times the shorter side of an image is looked at; one of it is seen."""
 _LARGE = 2**26
 """Numbers in an image of which there is no second copy."""
+_STRIP = 256
+"""Rows of such an image that are looked at together."""
 
 
 def as_size(size: int | Sequence[int]) -> Size:
@@ -282,5 +284,27 @@ def to_channels(images: tf.Tensor, channels: int) -> tf.Tensor:
     if (found, channels) == (1, 3):
         return tf.repeat(images, 3, axis=-1)
     if (found, channels) == (3, 1):
-        return tf.image.rgb_to_grayscale(images)
+        return _gray(tf.convert_to_tensor(images))
     raise ValueError(f"images have {found} channels; expected 1 (gray), 3 (RGB) or 4 (RGBA)")
+
+
+def _gray(images: tf.Tensor) -> tf.Tensor:
+    if images.dtype != tf.uint8 or images.shape.rank != 3:
+        return tf.image.rgb_to_grayscale(images)
+
+    def by_strips() -> tf.Tensor:
+        """Without copies of the whole that have four bytes for each number."""
+        height, width, _ = tf.unstack(tf.shape(images))
+        count = -(-height // _STRIP)
+        strips = tf.TensorArray(tf.uint8, count, element_shape=[None, None, 1], infer_shape=False)
+
+        def add(number: tf.Tensor, strips: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
+            strip = images[number * _STRIP : (number + 1) * _STRIP]
+            return number + 1, strips.write(number, tf.image.rgb_to_grayscale(strip))
+
+        _, strips = tf.while_loop(
+            lambda number, _: number < count, add, (0, strips), parallel_iterations=1
+        )
+        return tf.reshape(strips.concat(), [height, width, 1])
+
+    return tf.cond(tf.size(images) < _LARGE, lambda: tf.image.rgb_to_grayscale(images), by_strips)

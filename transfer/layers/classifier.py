@@ -13,7 +13,11 @@ import tensorflow as tf
 from transfer.core.files import read_names
 from transfer.images.preprocess import Preprocess
 from transfer.layers.backbone import Backbone
+from transfer.models.card import Card
 from transfer.models.meta_graph import load_meta_graph
+
+MODEL = "model"
+"""Name of the files of the classifier in a run folder: ``model.meta``, ``model.index``, ..."""
 
 
 @keras.saving.register_keras_serializable("vgg_transfer")
@@ -25,6 +29,11 @@ class Classifier(keras.Model):
         head: features to logits ``[batch, num_classes]``, e.g. a ``Head``.
         preprocess: what the backbone expects.
         labels: a class name per logit.
+
+    ``cut`` is the tensor up to which the backbone was frozen when it was trained, ``"none"`` if
+    nothing was frozen; ``None`` if unknown. ``fine_tune`` sets it, and ``evaluate`` computes in the
+    same two steps.
+    ``card`` is that of the model which ``load`` read, and empty otherwise.
     """
 
     def __init__(
@@ -41,6 +50,8 @@ class Classifier(keras.Model):
         self.head = head
         self.preprocess = preprocess
         self.labels = list(labels)
+        self.cut: str | None = None
+        self.card = Card()
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Logits, float32 ``[batch, num_classes]``, of images as they are: RGB or gray, 0..255, of
@@ -104,28 +115,34 @@ class Classifier(keras.Model):
         """What is frozen and what is trained, when all up to a tensor is frozen.
 
         Args:
-            at: tensor of the backbone; ``None`` freezes nothing.
+            at: tensor of the backbone; ``None`` or ``"none"`` freezes nothing.
 
         Returns:
             The frozen layer, from preprocessed images to the activations at the tensor (``None``
             where nothing is frozen), and a model from there to the logits. They share the
             classifier's weights.
         """
-        if at is None:
+        if at in (None, "none"):
             return None, keras.Sequential([self.backbone, self.head])
         prefix, suffix = self.backbone.split(at)
         return prefix, keras.Sequential([suffix, self.head])
 
     @classmethod
     def load(cls, path: str | Path) -> Classifier:
-        """A classifier that ``exports.meta_graph.save_classifier`` wrote; a run's ``model``.
+        """A classifier that ``exports.meta_graph.save_classifier`` wrote.
 
         Its head is the part of the graph from the tap to the logits.
+
+        Args:
+            path: run folder, or checkpoint prefix of a fine-tuned model.
 
         Raises:
             FileNotFoundError, ValueError: if there is none, or its card does not say what is
                 needed.
         """
+        path = Path(path).expanduser()
+        if (path / f"{MODEL}.meta").is_file():
+            path /= MODEL
         graph = load_meta_graph(path)
         card = graph.card
         if not (card.tap and card.input and card.labels and "logits" in card.outputs):
@@ -142,6 +159,7 @@ class Classifier(keras.Model):
         network = Backbone(graph, card.outputs["logits"], pooling=None, name="network")
         backbone, head = network.split(card.tap)
         classifier = cls(backbone, head, graph.preprocess(card.input), labels)
+        classifier.card = card
         num_classes = classifier.build_from_size()
         if num_classes != len(labels):
             raise ValueError(

@@ -146,7 +146,7 @@ class Checkpoint:
                 f"{len(extra)} that the tap does not need ({', '.join(extra[:8]) or 'none'}"
                 f"{', ...' * (len(extra) > 8)}); "
                 + (
-                    f"--rename={rename[0]}={rename[1]} gives each of the missing ones an entry"
+                    f"rename={dict([rename])} gives each of the missing ones an entry"
                     if rename
                     else "look for the checkpoint that was saved with this graph"
                 ),
@@ -355,8 +355,8 @@ def renamed_entries(
             used.update(passed)
     for part in rename.keys() - used:
         raise ValueError(
-            f"--rename {part}={rename[part]} leads to no entry of the checkpoint; it is "
-            "NAME=KEY, a part of the graph's names and what the checkpoint has in its place: "
+            f"rename={ {part: rename[part]} } leads to no entry of the checkpoint; it maps "
+            "a part of the graph's names to what the checkpoint has in its place: "
             f"the graph has {', '.join(names[:3])}, the checkpoint {', '.join([*shapes][:3])}"
         )
     return found

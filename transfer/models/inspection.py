@@ -297,7 +297,7 @@ def _hazards(
     for tensor, names in (stopped(network) if network is not None else {}).items():
         found.append(
             f"stops gradients at {tensor!r}: what lies before it stays untrained under any "
-            f"--freeze-until ({len(names)} variables: {_few(names)})"
+            f"freeze_until ({len(names)} variables: {_few(names)})"
         )
     if network is not None and network.batch_size is not None:
         found.append(f"takes batches of {network.batch_size} only; others are filled up")
@@ -311,10 +311,10 @@ def _hazards(
         )
     if graph.card.preprocess is None:
         found.append(
-            "nothing says how images are to be prepared; --preprocess is a guess, check it"
+            "nothing says how images are to be prepared; preprocess=MODE is a guess, check it"
         )
     if coverage.has_averages:
-        found.append("the checkpoint has moving averages of the weights; --use-ema takes them")
+        found.append("the checkpoint has moving averages of the weights; use_ema=True takes them")
     copies = _copies(ranked)
     if copies > 1:
         found.append(f"{copies} copies of the network, or heads; the taps of each are listed")

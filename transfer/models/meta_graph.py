@@ -300,7 +300,7 @@ class MetaGraph:
             raise ValueError(
                 f"no card ({self.prefix.name}.json) says how images are to be prepared for "
                 f"{str(self.prefix)!r}, and the wrong convention costs accuracy without any error; "
-                f"say which with --preprocess: {', '.join(CONVENTIONS)}"
+                f"say which with preprocess=MODE: {', '.join(CONVENTIONS)}"
             )
         mode = canonical(mode)
         node, index = self.node(input), split_tensor_name(input)[1]

@@ -15,6 +15,7 @@ import filelock
 from transfer.core import files, yaml_files
 from transfer.core.files import read_text
 from transfer.core.files import write_text as write_text
+from transfer.layers.classifier import MODEL as MODEL
 from transfer.models.checkpoint import check_path
 
 CONFIG = "config.yaml"
@@ -25,7 +26,6 @@ HISTORY = "history.csv"
 PROVENANCE = "provenance.json"
 EVENTS = "events"
 CHECKPOINTS = "checkpoints"
-MODEL = "model"
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"

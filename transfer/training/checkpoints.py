@@ -172,7 +172,7 @@ class RunCheckpoint:
             raise OSError(
                 f"cannot write checkpoint {str(path)!r} ({_first_line(error)}); "
                 + (f"{left[-1]} is whole: " if left else "there is none before it: ")
-                + "make room, or mend the folder, and start again with --resume"
+                + "make room, or mend the folder, and start again with resume=True"
             ) from error
 
     def _read(self, name: str, state: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import tensorflow as tf
 from transfer.activations.extraction import Activations, extract
 from transfer.images.augment import random_views
 from transfer.images.preprocess import Preprocess
+from transfer.training.optimizers import cosine
 from transfer.vgg.architectures import Architecture
 
 
@@ -75,7 +76,7 @@ def folded(model: keras.Model) -> dict[str, np.ndarray]:
     s)`` with ``s = gamma / sqrt(variance + epsilon)``.
 
     Returns:
-        Variable name (``conv1_1/weights``) to float32 values, as ``vgg.build_graph`` has them.
+        Variable name (``conv1_1/weights``) to float32 values, for ``architectures.build_graph``.
     """
     values = {}
     for layer in model.layers:
@@ -161,12 +162,8 @@ def optimizer(
     Weight decay is for kernels only: on the scales of batch norm and on biases it does harm
     (arXiv 1812.01187, section 3.1).
     """
-    warmup = max(1, steps_per_epoch // 2)
-    schedule = keras.optimizers.schedules.CosineDecay(
-        0.0,
-        decay_steps=max(1, steps_per_epoch * epochs - warmup),
-        warmup_target=learning_rate,
-        warmup_steps=warmup,
+    schedule = cosine(
+        learning_rate, steps_per_epoch * epochs, warmup_steps=max(1, steps_per_epoch // 2)
     )
     sgd = keras.optimizers.SGD(schedule, momentum=0.9, nesterov=True, weight_decay=weight_decay)
     sgd.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])

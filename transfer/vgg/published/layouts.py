@@ -203,7 +203,7 @@ def identify(
         notes.append(
             f"the head is left out: its first layer takes {connected[0][0].shape[-2]} inputs, "
             "which are those of a flattening where images have 32 pixels, or an average over "
-            "space, and the file does not say; --pooling flatten or --pooling average keeps it"
+            "space, and the file does not say; pooling=flatten or pooling=average keeps it"
         )
         connected = []
     return _published(container, layout, convolutions, connected, left_out, notes, pooling)
@@ -431,7 +431,7 @@ def _left_out(others: Mapping[str, np.ndarray]) -> list[str]:
         raise ValueError(
             f"its arrays {shown}{', ...' if len(refused) > 5 else ''} belong to no layer of a VGG; "
             "without them the network might compute something else. If they come after it, or "
-            "beside it: --leave-out PATTERN"
+            "beside it: leave_out=PATTERN"
         )
     return sorted(others)
 

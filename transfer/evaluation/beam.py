@@ -1,4 +1,4 @@
-"""What ``vgg-transfer predict-beam`` does; its flags are in ``recipes.predict_beam``.
+"""Predict the classes of very many images as an Apache Beam pipeline.
 
 Names of files -> pixels -> probabilities -> lines. Beam's ``RunInference`` makes the batches and
 loads the model once a process.
@@ -20,35 +20,67 @@ try:
     import apache_beam as beam
     from apache_beam.io import fileio
     from apache_beam.io.filesystems import FileSystems
+    from apache_beam.metrics.metric import Metrics
     from apache_beam.ml.inference.base import KeyedModelHandler, ModelHandler, RunInference
     from apache_beam.options.pipeline_options import PipelineOptions
 except ImportError as error:
     raise ImportError(
-        f"predict-beam needs Apache Beam ({error}): pip install 'vgg-transfer[beam]'"
+        f"prediction on Beam needs Apache Beam ({error}): pip install 'vgg-transfer[beam]'"
     ) from error
 
-from recipes.predict_beam import PredictBeamConfig
-from recipes.predict_job import as_json, check, prepare_images, reason, top
-from transfer import Classifier
 from transfer.activations.extraction import Compiled
+from transfer.evaluation.file_predictions import (
+    as_json,
+    check_counts,
+    most_probable,
+    prepare_images,
+    reason,
+)
 from transfer.images import image_files
-from transfer.images.decoding import read_image
+from transfer.images.decoding import read_tensor
 from transfer.images.preprocess import Preprocess
-from transfer.runs import run_folder
+from transfer.layers.classifier import MODEL, Classifier
+from transfer.models.card import read_card
 
 _FAILED = "failed"
 _READ, _UNREADABLE = "images read", "images unreadable"
 
 
-def run(
-    model: str, pattern: str, config: PredictBeamConfig, options: Sequence[str]
+def predict_on_beam(
+    model: str,
+    pattern: str,
+    output: str,
+    *,
+    top_k: int = 3,
+    batch_size: int = 32,
+    options: Sequence[str] = (),
 ) -> tuple[int, int]:
-    """Run the pipeline to its end; how many images there were, and how many could not be read.
+    """Run the pipeline to its end.
+
+    Args:
+        model: run folder, or checkpoint prefix of a fine-tuned model; it may lie, as images and
+            outputs may, wherever Beam finds files.
+        pattern: the images, e.g. ``"photos/*.jpg"``; ``**`` stands for folders as well.
+        output: prefix of the results, ``<output>-00000-of-00004.jsonl`` and so on, a line of
+            ``as_json`` for each image; ``<output>.failed-*.jsonl`` name unreadable images, with the
+            reason.
+        top_k: classes for each image.
+        batch_size: largest number of images per step.
+        options: options of Beam, e.g. ``["--runner", "FlinkRunner"]``.
+
+    Returns:
+        The number of images, and the number of those that could not be read.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no such model, or no image.
+        FileNotFoundError: if there is no such model, or no image.
+        ValueError: if a number is less than 1, or the model is not a fine-tuned one.
+
+    Example:
+        >>> from transfer.evaluation.beam import predict_on_beam
+        >>> predict_on_beam("runs/a", "photos/**.jpg", "out/predictions")  # doctest: +SKIP
+        (24, 0)
     """
-    check(config)
+    check_counts(top_k=top_k, batch_size=batch_size)
     prefix = find_model(model)
     classifier = load(prefix)  # here first: what is wrong with it is said before workers start
     labels = list(classifier.labels)
@@ -64,11 +96,11 @@ def run(
     )
     lines = (
         read["pixels"]
-        | RunInference(KeyedModelHandler(Handler(prefix, config.batch_size)))
-        | beam.MapTuple(lambda name, row: as_json(name, top(row, labels, config.top_k)))
+        | RunInference(KeyedModelHandler(Handler(prefix, batch_size)))
+        | beam.MapTuple(lambda name, row: as_json(name, most_probable(row, labels, top_k)))
     )
-    lines | "Write" >> beam.io.WriteToText(config.output, ".jsonl")
-    read[_FAILED] | "WriteFailed" >> beam.io.WriteToText(f"{config.output}.failed", ".jsonl")
+    lines | "Write" >> beam.io.WriteToText(output, ".jsonl")
+    read[_FAILED] | "WriteFailed" >> beam.io.WriteToText(f"{output}.failed", ".jsonl")
     result = pipeline.run()
     result.wait_until_finish()
     counts = {c.key.metric.name: c.result for c in result.metrics().query()["counters"]}
@@ -82,7 +114,7 @@ def find_model(model: str) -> str:
     Raises:
         FileNotFoundError: if there is none.
     """
-    for prefix in (FileSystems.join(model, run_folder.MODEL), model):
+    for prefix in (FileSystems.join(model, MODEL), model):
         if FileSystems.exists(f"{prefix}.meta"):
             return prefix
     raise FileNotFoundError(
@@ -96,11 +128,19 @@ def load(prefix: str) -> Classifier:
         return Classifier.load(Path(prefix))
     directory, name = FileSystems.split(prefix)
     with tempfile.TemporaryDirectory() as folder:
-        found = FileSystems.match([f"{prefix}.*"])[0].metadata_list
-        for path in [*(one.path for one in found), FileSystems.join(directory, run_folder.LABELS)]:
+
+        def fetch(path: str) -> Path:
             copy = Path(folder, FileSystems.split(path)[1])
             with FileSystems.open(path) as source, copy.open("wb") as file:
                 shutil.copyfileobj(source, file)
+            return copy
+
+        for found in FileSystems.match([f"{prefix}.*"])[0].metadata_list:
+            fetch(found.path)
+        card = Path(folder, f"{name}.json")
+        labels = read_card(card).labels if card.is_file() else None
+        if labels and Path(labels).name == labels:  # else loading says what is wrong
+            fetch(FileSystems.join(directory, labels))
         return Classifier.load(Path(folder, name))
 
 
@@ -112,21 +152,23 @@ class Read(beam.DoFn):
         self._preprocess = preprocess
 
     def setup(self) -> None:
+        """Trace the resizing, once per worker."""
         self._prepare = prepare_images(self._preprocess)
 
     def process(self, file: Any) -> Iterator[Any]:
+        """A file's name and resized pixels, or a line of JSON about why it cannot be read."""
         name = file.metadata.path
         try:
             if os.path.exists(name):  # of the local file system, which may have pipes
                 image_files.check(Path(name))
             with file.open() as opened:
-                pixels = self._prepare(read_image(opened.read())).numpy()
+                pixels = self._prepare(read_tensor(opened.read())).numpy()
         except Exception as error:  # a damaged file makes its reader raise anything
-            beam.metrics.Metrics.counter("predict", _UNREADABLE).inc()
+            Metrics.counter("predict", _UNREADABLE).inc()
             line = json.dumps({"image": name, "error": reason(error)}, ensure_ascii=False)
             yield beam.pvalue.TaggedOutput(_FAILED, line)
             return
-        beam.metrics.Metrics.counter("predict", _READ).inc()
+        Metrics.counter("predict", _READ).inc()
         yield name, pixels
 
 
@@ -138,10 +180,12 @@ class Handler(ModelHandler[np.ndarray, np.ndarray, Compiled]):
         self._prefix = prefix
 
     def load_model(self) -> Compiled:
+        """Open the model, once per worker."""
         return Compiled(load(self._prefix).probabilities_of_resized)
 
     def run_inference(
         self, batch: Sequence[np.ndarray], model: Compiled, inference_args: Any = None
     ) -> Iterable[np.ndarray]:
+        """The probabilities of a batch of images."""
         del inference_args
         return list(model(np.stack(batch)).numpy())

@@ -17,17 +17,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from recipes import evaluate_plots
-from transfer import Classifier
 from transfer.core import yaml_files
-from transfer.core.files import make_folder, write_bytes
+from transfer.core.files import make_folder, write_bytes, write_text
 from transfer.data.dataset import Split
+from transfer.evaluation import plots
 from transfer.evaluation.explain import grad_cam, overlay
 from transfer.evaluation.prediction import probabilities
 from transfer.images.decoding import decode
 from transfer.images.preprocess import to_channels
-from transfer.models.card import read_card
-from transfer.runs import run_folder
+from transfer.layers.classifier import Classifier
 
 REPORT = "report.html"
 PLOTS = "plots"
@@ -47,68 +45,83 @@ _HEADLINES = {
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What was evaluated, and what came out: logits float ``[num_examples, num_classes]``, labels
-    int ``[num_examples]``, and ``figures``, which is what ``evaluation.json`` holds. ``command``
-    did it."""
+    """What was evaluated, and the outcome.
+
+    ``logits`` are float ``[num_examples, num_classes]``, ``labels`` int ``[num_examples]``, numbers
+    of logits. ``metrics`` is what ``evaluation.json`` holds.
+    """
 
     classifier: Classifier
     split: Split
     logits: np.ndarray
     labels: np.ndarray
-    figures: dict[str, Any]
-    command: list[str]
+    metrics: dict[str, Any]
 
 
-def write(run: Path, evaluated: Evaluated) -> Path:
-    """Write ``plots/`` and ``report.html`` into a run's folder; returns the page."""
-    make_folder(run / PLOTS)
+@dataclass(frozen=True)
+class RunSummary:
+    """What the page says of the run that trained the classifier.
+
+    ``history`` are the metrics of each epoch by name, ``config`` the resolved options,
+    ``commands`` the command lines that repeat training and evaluation.
+    """
+
+    name: str
+    model: str
+    cut: str | None
+    history: dict[str, list[float]]
+    config: dict[str, Any]
+    versions: dict[str, str]
+    trained_on: str | None
+    commands: Sequence[Sequence[str]]
+
+
+def write(folder: Path, evaluated: Evaluated, run: RunSummary) -> Path:
+    """Write ``plots/`` and ``report.html`` into a folder; returns the page."""
+    make_folder(folder / PLOTS)
     p = probabilities(evaluated.logits)
-    history = run_folder.read_history(run)
-    plots = {
-        "learning_curves": evaluate_plots.learning_curves(history),
-        "confusion": evaluate_plots.confusion(
-            evaluated.classifier.labels, evaluated.logits.argmax(-1), evaluated.labels
-        ),
-        "calibration": evaluate_plots.calibration(p, evaluated.labels),
-        "classes": evaluate_plots.classes(evaluated.figures["classes"]),
+    class_names, metrics = evaluated.classifier.labels, evaluated.metrics
+    drawn = {
+        "learning_curves": plots.learning_curves(run.history),
+        "confusion": plots.confusion(class_names, evaluated.logits.argmax(-1), evaluated.labels),
+        "calibration": plots.calibration(p, evaluated.labels),
+        "classes": plots.classes(metrics["classes"]),
     }
     shown = [
-        {"title": title, "alt": alt, "data": _png(figure, run / PLOTS / f"{name}.png")}
-        for name, plot in plots.items()
+        {"title": title, "alt": alt, "data": _png(figure, folder / PLOTS / f"{name}.png")}
+        for name, plot in drawn.items()
         if plot is not None
         for title, alt, figure in [plot]
     ]
     template = jinja2.Template(
-        (files("recipes") / "report.html").read_text(encoding="utf-8"), autoescape=True
+        (files("transfer.evaluation") / REPORT).read_text(encoding="utf-8"), autoescape=True
     )
-    config, flags = run_folder.read_config(run), str(run / run_folder.CONFIG)
-    train = ["vgg-transfer", "finetune", "--config", flags, "--out", "runs/again"]
     page = template.render(
-        name=run.resolve().name,
+        name=run.name,
         dataset=evaluated.split.source.name,
         splits=" + ".join(name for name, _ in evaluated.split.parts),
-        model=Path(str(config.get("model"))).name,
-        cut=config.get("freeze_until"),
+        model=run.model,
+        cut=run.cut,
         num_examples=len(evaluated.labels),
-        num_classes=len(evaluated.classifier.labels),
-        headlines=_headlines(evaluated.figures),
+        num_classes=len(class_names),
+        headlines=_headlines(metrics),
         plots=shown,
         mistakes=_pictures(evaluated, p, _most_confident_mistakes(p, evaluated.labels)),
         uncertain=_pictures(evaluated, p, _least_certain(p)),
-        classes=evaluated.figures["classes"],
-        config=yaml_files.to_yaml(config),
-        versions=_versions(run),
-        trained_on=read_card(run / f"{run_folder.MODEL}.json").trained_on,
-        commands=[shlex.join(train), shlex.join(evaluated.command)],
+        classes=metrics["classes"],
+        config=yaml_files.to_yaml(run.config),
+        versions=run.versions,
+        trained_on=run.trained_on,
+        commands=[shlex.join(command) for command in run.commands],
     )
-    run_folder.write_text(run / REPORT, page)
-    return run / REPORT
+    write_text(folder / REPORT, page)
+    return folder / REPORT
 
 
-def _headlines(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+def _headlines(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Name, value, interval."""
-    flat = figures | {"macro_f1": figures["macro"]["f1"]}
-    intervals = figures["ci95"] | {"accuracy": figures["accuracy_ci95"]}
+    flat = metrics | {"macro_f1": metrics["macro"]["f1"]}
+    intervals = metrics["ci95"] | {"accuracy": metrics["accuracy_ci95"]}
     rows = []
     for key, title in _HEADLINES.items():
         if flat.get(key) is None:
@@ -184,8 +197,3 @@ def _png(figure: Figure, path: Path) -> str:
         figure.savefig(data, format="png", dpi=120)
     write_bytes(path, data.getvalue())
     return base64.b64encode(data.getvalue()).decode()
-
-
-def _versions(run: Path) -> dict[str, str]:
-    versions = run_folder.read_json(run / run_folder.METRICS).get("versions")
-    return versions if isinstance(versions, dict) else {}

@@ -11,8 +11,8 @@ import pytest
 from commands import finetune
 from PIL import Image
 
-from recipes import evaluate_report
 from recipes.cli import main
+from transfer.evaluation import report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 PROBE = """
@@ -80,7 +80,7 @@ def test_in_a_browser(run, tmp_path, width):
     assert {key: evaluation[key] for key in ("accuracy", "loss", "top5")} == {
         key: metrics[key] for key in ("accuracy", "loss", "top5")
     }
-    expected = {title: evaluation.get(key) for key, title in evaluate_report._HEADLINES.items()}
+    expected = {title: evaluation.get(key) for key, title in report._HEADLINES.items()}
     expected["F1, mean of the classes"] = evaluation["macro"]["f1"]
     assert found["figures"] == {title: f"{value:.4f}" for title, value in expected.items()}
 

@@ -3,7 +3,7 @@ import io
 
 import pytest
 
-from recipes.csv_files import original, write_row
+from transfer.core.csv_files import original, write_row
 
 NAMES = (
     "=1+1",

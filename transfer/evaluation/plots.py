@@ -65,7 +65,7 @@ def confusion(classes: Sequence[str], predictions: np.ndarray, labels: np.ndarra
                 color = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, counts[row, column], ha="center", va="center", color=color)
     off = np.where(np.eye(count, dtype=bool), 0, counts)
-    row, column = np.unravel_index(off.argmax(), off.shape)
+    row, column = divmod(int(off.argmax()), count)
     text = f"{int(np.trace(counts))} of {int(counts.sum())} images are on the diagonal."
     if off.max():
         text += (

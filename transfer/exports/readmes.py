@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 from typing import Any
 
-from transfer import Classifier
+from transfer.layers.classifier import Classifier
 
 _META_GRAPH = """\
 # {name}: a meta graph that takes images as they are
@@ -117,28 +117,57 @@ print(labels[probabilities.argmax()], probabilities.max())
 ```
 """
 
+_KERAS = """\
+# {name}: a Keras model
+
+It takes images of any size, float32 `[batch, height, width, {channels}]` in 0 to 255, and gives
+logits, float32 `[batch, {num_classes}]`, in the order of `labels.txt`. `import transfer` (the
+package `vgg-transfer`) tells Keras its layers.
+
+```python
+import keras
+import numpy as np
+import transfer
+from PIL import Image, ImageOps
+
+model = keras.models.load_model("model.keras")
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{mode}")
+pixels = np.array(image, np.float32).reshape(1, image.height, image.width, {channels})
+pixels = np.repeat(pixels, {repeats}, axis=0)
+probabilities = np.asarray(keras.ops.softmax(model(pixels)))[0]
+labels = open("labels.txt", encoding="utf-8").read().splitlines()
+print(labels[probabilities.argmax()], probabilities.max())
+```
+"""
+
 _TEMPLATES = {
     "meta_graph": _META_GRAPH,
     "saved_model": _SAVED_MODEL,
     "tflite": _TFLITE,
     "onnx": _ONNX,
+    "keras": _KERAS,
 }
 
 
 def text(
-    name: str, model: Path, classifier: Classifier, figures: dict[str, dict[str, float]]
+    name: str,
+    title: str,
+    classifier: Classifier,
+    metrics: dict[str, dict[str, float]],
+    images: str,
 ) -> str:
     """The README of an export.
 
     Args:
         name: of the format.
-        model: prefix of the run's model.
+        title: of the model.
         classifier: what was exported.
-        figures: kind of file to what came out when it was compared with the model.
+        metrics: kind of file to what came out when it was compared with the classifier.
+        images: what they were compared on.
     """
     preprocess = classifier.preprocess
     words: dict[str, Any] = {
-        "name": model.resolve().parent.name,
+        "name": title,
         "batch": classifier.backbone.network.batch_size or "batch",
         "repeats": classifier.backbone.network.batch_size or 1,
         "channels": preprocess.channels,
@@ -151,14 +180,14 @@ def text(
     rows = "".join(
         f"| {kind} | {found['megabytes']:.1f} | {found['max_difference']:.1g} "
         f"| {found['same_label']:.1%} |\n"
-        for kind, found in figures.items()
+        for kind, found in metrics.items()
     )
     template = _TEMPLATES[name]
     if words["repeats"] == 1:
-        template = template.replace("    pixels = np.repeat(pixels, {repeats}, axis=0)\n", "")
+        template = re.sub(r" *pixels = np\.repeat\(pixels, {repeats}, axis=0\)\n", "", template)
     return (
         template.format(**words)
-        + "\nCompared with the model it was made from, on images that were not trained on:\n\n"
+        + f"\nCompared with the model it was made from, on {images}:\n\n"
         + "| | MB | largest difference of a probability | same labels |\n|---|---|---|---|\n"
         + rows
     )

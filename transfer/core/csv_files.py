@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last four: full-width
 
@@ -21,10 +21,8 @@ def write_row(file: TextIO, cells: Iterable[Any]) -> None:
     cells = [_escaped(cell) if isinstance(cell, str) else cell for cell in cells]
     # The csv module leaves a carriage return unquoted, but reads it as the end of a row.
     has_return = any(isinstance(cell, str) and "\r" in cell for cell in cells)
-    if has_return:
-        csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL).writerow(cells)
-    else:
-        csv.writer(file, lineterminator="\n").writerow(cells)
+    quoting: Literal[0, 1] = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
+    csv.writer(file, lineterminator="\n", quoting=quoting).writerow(cells)
 
 
 def original(cell: str) -> str:

@@ -1,25 +1,28 @@
-"""What ``vgg-transfer pull`` does; its flags are in ``recipes.pull``."""
+"""Published weights of VGG16 and VGG19 from Keras Applications, as meta graphs."""
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import os
 import threading
 import urllib.error
 import urllib.request
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import keras
 import numpy as np
 
-from recipes import console, convert_job
-from recipes.convert import ConvertConfig
-from recipes.convert_job import file_md5
-from transfer import Backbone, load_meta_graph
 from transfer.core.files import draft_folder, unshare, write_text
+from transfer.layers.backbone import Backbone
 from transfer.models import retention
+from transfer.models.meta_graph import load_meta_graph
+from transfer.vgg.published import conversion
+from transfer.vgg.published.conversion import Conversion, file_md5
 
 TIMEOUT_S = 8.0
 _CHUNK = 2**20
@@ -57,21 +60,53 @@ PUBLISHED = {
 }
 
 
-def run(name: str, out: Path, *, convolutional: bool) -> list[str]:
-    """Download, convert, and compare with the Keras model; returns what to print.
+class Bar(Protocol):
+    """A progress bar, such as tqdm's."""
+
+    def update(self, num_bytes: int, /) -> Any: ...
+
+
+Progress = Callable[[str, int, int], AbstractContextManager[Bar]]
+"""A file's name, its bytes that are there and all its bytes, to a progress bar."""
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """``max_difference`` is the largest between a probability of the model and of Keras' own."""
+
+    conversion: Conversion
+    max_difference: float
+
+
+def pull(
+    name: str,
+    out: str | Path,
+    *,
+    convolutional: bool = False,
+    progress: Progress | None = None,
+) -> Pulled:
+    """Download published weights of a VGG, convert them, and compare the result with Keras' model.
+
+    Args:
+        name: ``vgg16`` or ``vgg19``.
+        out: prefix of the model to write.
+        convolutional: write fc6 to fc8 as convolutions, for images of any size from 32 pixels.
+        progress: makes a progress bar of the download.
 
     Raises:
         ConnectionError: if there is no network.
-        ValueError: if the file is not the one that was published, or the results differ.
+        ValueError: if the name is unknown, the file is not the one that was published, or the
+            results differ.
     """
-    weights = PUBLISHED[name]
-    convert_job.check_out(out)
-    download(weights)
+    if name not in PUBLISHED:
+        raise ValueError(f"no weights of {name!r} are known; choose from {', '.join(PUBLISHED)}")
+    weights, out = PUBLISHED[name], Path(out)
+    conversion.check_out(out)
+    download(weights, progress)
     out.parent.mkdir(parents=True, exist_ok=True)
     with draft_folder(out.parent) as folder:
         draft = folder / out.name
-        config = ConvertConfig(out=draft, convolutional=convolutional)
-        *lines, _ = convert_job.run(weights.path, config)
+        converted = conversion.convert(weights.path, draft, convolutional=convolutional)
         difference = compare(draft, weights)
         if not difference <= _TOLERANCE:
             raise ValueError(
@@ -83,14 +118,14 @@ def run(name: str, out: Path, *, convolutional: bool) -> list[str]:
                 os.replace(path, out.parent / path.name)
         state, _ = retention.plan(out, out.name, None, None)
         write_text(out.with_name(retention.STATE), state)
-    return [*lines, f"probabilities differ from Keras' by at most {difference:.1g}", str(out)]
+    return Pulled(replace(converted, prefix=out), difference)
 
 
-def download(weights: Weights) -> None:
+def download(weights: Weights, progress: Progress | None = None) -> None:
     """Get a file, or the rest of it, into Keras' cache.
 
     Raises:
-        ConnectionError, ValueError: see ``run``; what has come so far stays for the next time.
+        ConnectionError, ValueError: see ``pull``; what has come so far stays for the next time.
     """
     path = weights.path
     if path.is_file() and file_md5(path) == weights.md5:
@@ -104,7 +139,7 @@ def download(weights: Weights) -> None:
         with _opened(request) as response:
             if response.status != 206:  # it gives the whole file
                 done = 0
-            _receive(response, part, done)
+            _receive(response, part, done, progress or _no_progress)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not done:  # there is no rest
             raise ConnectionError(_manual(weights, f"the server says {error.code}")) from error
@@ -124,10 +159,10 @@ def compare(prefix: Path, weights: Weights) -> float:
     """The largest difference between a probability of the model and of Keras' own, on an image of
     noise and one of stripes."""
     graph = load_meta_graph(prefix)
-    preprocess = graph.preprocess(graph.card.input)
-    shape = (1, preprocess.size, preprocess.size, 3)
+    preprocess = graph.preprocess(str(graph.card.input))
+    shape = (1, *preprocess.shape)
     noise = np.random.default_rng(0).uniform(0, 255, shape).astype(np.float32)
-    stripes = np.linspace(0, 255, preprocess.size, dtype=np.float32)[:, None, None]
+    stripes = np.linspace(0, 255, preprocess.height, dtype=np.float32)[:, None, None]
     images = np.concatenate([noise, np.broadcast_to(stripes, shape)])
     ours = np.asarray(Backbone(graph, tap="prob")(preprocess(images)))
     inputs = keras.applications.vgg16.preprocess_input(images.copy())
@@ -156,7 +191,7 @@ def _opened(request: urllib.request.Request) -> Any:
     return found[0]
 
 
-def _receive(response: Any, part: Path, done: int) -> None:
+def _receive(response: Any, part: Path, done: int, progress: Progress) -> None:
     """Append what comes to ``part``, which has ``done`` bytes already.
 
     Raises:
@@ -165,7 +200,7 @@ def _receive(response: Any, part: Path, done: int) -> None:
     total = done + int(response.headers.get("Content-Length", 0))
     with (
         part.open("r+b" if done else "wb") as file,
-        console.download_bar(part.stem, done, total) as bar,
+        progress(part.stem, done, total) as bar,
     ):
         file.seek(done)
         while chunk := response.read(_CHUNK):
@@ -176,9 +211,19 @@ def _receive(response: Any, part: Path, done: int) -> None:
         raise ConnectionError(f"it was cut after {done:,} of {total:,} bytes; pull again to go on")
 
 
+@contextlib.contextmanager
+def _no_progress(what: str, done: int, total: int) -> Iterator[Bar]:
+    del what, done, total
+    yield _Silent()
+
+
+class _Silent:
+    def update(self, num_bytes: int, /) -> None:
+        del num_bytes
+
+
 def _manual(weights: Weights, reason: str) -> str:
     return (
         f"cannot download {weights.url} ({reason}); get it where there is a network and put it at "
-        f"{str(weights.path)!r}, or convert any copy of published weights: vgg-transfer convert "
-        "FILE --out PREFIX"
+        f"{str(weights.path)!r}, or convert any copy of published weights"
     )

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from tabulate import tabulate
 
-from recipes.csv_files import write_row
+from transfer.core.csv_files import write_row
 from transfer.core.files import replacing
 from transfer.graph.cuts import Cut
 from transfer.runs import run_folder
@@ -256,7 +256,7 @@ def _page(
     rows: Sequence[dict[str, Any]], machine: Sequence[str], failures: Sequence[str], out: Path
 ) -> str:
     template = jinja2.Template(
-        (files("recipes") / "benchmark.html").read_text(encoding="utf-8"), autoescape=True
+        (files("transfer.runs") / "benchmark.html").read_text(encoding="utf-8"), autoescape=True
     )
     plots = [
         (title, base64.b64encode((out / name).read_bytes()).decode())

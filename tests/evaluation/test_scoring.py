@@ -1,0 +1,80 @@
+"""``evaluate`` from Python gives what ``fine_tune`` and ``vgg-transfer evaluate`` give."""
+
+import json
+
+import numpy as np
+import pytest
+from commands import finetune
+from conftest import make_image_folder, save_vgg
+
+from recipes.cli import main
+from transfer import Card, Classifier, evaluate, fine_tune, open_source
+from transfer.runs import run_data
+from transfer.runs.evaluation import evaluate_run
+
+
+@pytest.mark.parametrize("cut", ["tap", "pool1", "none"])
+def test_metrics_equal_those_of_the_run_and_of_the_command_line(tmp_path, model, image_folder, cut):
+    train, held_out = open_source(image_folder=str(image_folder)).train_and_eval_splits()
+    out = tmp_path / "run"
+    result = fine_tune(
+        model, train, held_out, run_dir=out, freeze_until=cut, epochs=2, batch_size=6
+    )
+    found = evaluate(result.classifier, held_out)
+    reported = result.metrics["eval"]
+    assert {name: found[name] for name in reported} == reported
+    assert main(["evaluate", str(out)]) == 0
+    assert found == json.loads((out / "evaluation.json").read_text())
+    loaded = Classifier.load(out)
+    assert evaluate(loaded, held_out, cut=result.metrics["cut"]) == found
+    assert evaluate(loaded, held_out, batch_size=3)["loss"] == pytest.approx(found["loss"])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scoring")
+    card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
+    model = save_vgg(folder / "model" / "tiny", card=card)
+    photos = make_image_folder(folder / "photos")
+    assert finetune(folder / "run", model, photos, "--epochs", 1) == 0
+    return folder / "run"
+
+
+def test_evaluate_run_returns_what_it_writes(run):
+    seen = []
+
+    def progress(items, what, unit):
+        seen.append((what, unit))
+        return items
+
+    found = evaluate_run(run, progress=progress)
+    assert found == json.loads((run / "evaluation.json").read_text())
+    assert found == json.loads((run / "metrics.json").read_text())["evaluation"]
+    assert seen == [("evaluation", "batch")]
+    held_out = run_data.held_out(run, run_data.open_data(run))
+    assert evaluate(Classifier.load(run), held_out, cut="fc7") == found
+
+
+def test_classes_may_be_in_another_order_but_not_others(run):
+    held_out = run_data.held_out(run, run_data.open_data(run))
+    classifier = Classifier.load(run)
+    expected = evaluate(classifier, held_out)
+    for variable in classifier.head.trainable_variables:
+        variable.assign(np.asarray(variable)[..., ::-1])
+    classifier.labels = classifier.labels[::-1]
+    found = evaluate(classifier, held_out)
+    assert found["loss"] == pytest.approx(expected["loss"])
+    assert found["classes"][0]["label"] == expected["classes"][1]["label"] == "red"
+    assert found["classes"][0]["f1"] == pytest.approx(expected["classes"][1]["f1"])
+    classifier.labels = ["red", "green"]
+    with pytest.raises(ValueError, match=r"1 are new \(blue\), 1 are missing \(green\)"):
+        evaluate(classifier, held_out)
+
+
+def test_an_empty_split_and_an_empty_batch_are_refused(run):
+    held_out = run_data.held_out(run, run_data.open_data(run))
+    classifier = Classifier.load(run)
+    with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):
+        evaluate(classifier, held_out, batch_size=0)
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(classifier, held_out.where(np.zeros(len(held_out), bool)))

@@ -1,0 +1,112 @@
+"""`export` from Python: what it writes gives the classifier's results."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import save_vgg
+
+from transfer import Backbone, Card, Classifier, Head, Preprocess, export, open_source
+from transfer.exports import tflite
+from transfer.exports.meta_graph import save_classifier
+
+PHOTOS = np.random.default_rng(0).integers(0, 255, (2, 20, 24, 3)).astype(np.uint8)
+LABELS = ["a", "b", "c"]
+
+
+def new_classifier(model, head=None):
+    classifier = Classifier(Backbone(model), head or Head(3), Preprocess("caffe", 16), LABELS)
+    classifier.build_from_size()
+    for variable in classifier.head.trainable_variables:  # labels that can be told apart
+        variable.assign(np.random.default_rng(1).normal(size=variable.shape))
+    return classifier
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="caffe")
+    return new_classifier(save_vgg(tmp_path_factory.mktemp("model") / "tiny", card=card))
+
+
+@pytest.fixture
+def loaded(classifier, tmp_path):
+    """The classifier as `fine_tune` returns it: read back from a run's model."""
+    save_classifier(classifier, tmp_path / "run" / "model", Card(licence="MIT"))
+    return Classifier.load(tmp_path / "run")
+
+
+def test_keras_file_gives_the_logits(classifier, tmp_path):
+    metrics = export(classifier, tmp_path, formats=["keras"])
+    model = keras.models.load_model(tmp_path / "keras" / "model.keras")
+    np.testing.assert_allclose(model(PHOTOS), classifier(PHOTOS), rtol=1e-5, atol=1e-5)
+    assert model.labels == LABELS
+    assert metrics["exports"]["keras"]["max_difference"] < 1e-5
+    assert json.loads((tmp_path / "export.json").read_text()) == metrics
+    text = (tmp_path / "keras" / "README.md").read_text()
+    assert "keras.models.load_model" in text and "on synthetic images:" in text
+    assert "np.repeat" not in text
+
+
+def test_saved_model_gives_the_probabilities(classifier, tmp_path):
+    export(classifier, tmp_path, formats=["saved_model"])
+    model = tf.saved_model.load(str(tmp_path / "saved_model" / "1"))
+    found = model.signatures["pixels"](pixels=tf.constant(PHOTOS))["probabilities"]
+    np.testing.assert_allclose(found, classifier.probabilities(PHOTOS), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "loaded"])
+def test_meta_graph_gives_the_logits(request, tmp_path, stock_session, kind):
+    exported = request.getfixturevalue(kind)
+    export(exported, tmp_path / "out", formats=["meta_graph"])
+    card = json.loads((tmp_path / "out" / "meta_graph" / "model.json").read_text())
+    session = stock_session(tmp_path / "out" / "meta_graph" / "model")
+    found = session.run(card["outputs"]["logits"], {"pixels:0": PHOTOS.astype(np.float32)})
+    np.testing.assert_allclose(found, exported(PHOTOS), rtol=1e-5, atol=1e-5)
+    assert card.get("licence") == ("MIT" if kind == "loaded" else None)
+    assert (tmp_path / "out" / "meta_graph" / "labels.txt").read_text() == "a\nb\nc\n"
+
+
+def test_meta_graph_has_the_present_weights(loaded, tmp_path, stock_session):
+    before = np.asarray(loaded(PHOTOS))
+    for variable in loaded.trainable_variables:
+        variable.assign(variable * 0.9)
+    export(loaded, tmp_path / "out", formats=["meta_graph"])
+    card = json.loads((tmp_path / "out" / "meta_graph" / "model.json").read_text())
+    session = stock_session(tmp_path / "out" / "meta_graph" / "model")
+    found = session.run(card["outputs"]["logits"], {"pixels:0": PHOTOS.astype(np.float32)})
+    np.testing.assert_allclose(found, loaded(PHOTOS), rtol=1e-5, atol=1e-5)
+    assert not np.allclose(found, before, atol=1e-3)
+
+
+def test_int8_needs_images(classifier, tmp_path, image_folder):
+    export(classifier, tmp_path / "out", formats=["tflite"])
+    models = sorted(path.name for path in (tmp_path / "out" / "tflite").glob("*.tflite"))
+    assert models == ["model_float16.tflite", "model_float32.tflite"]
+    pixels = np.asarray(classifier.preprocess.resize(PHOTOS))
+    found = tflite.load(tmp_path / "out" / "tflite" / "model_float32.tflite")(pixels)
+    np.testing.assert_allclose(found, classifier.probabilities_of_resized(pixels), atol=1e-5)
+    train, held_out = open_source(image_folder=str(image_folder)).train_and_eval_splits()
+    metrics = export(
+        classifier, tmp_path / "out", formats=["tflite"], images=held_out, calibration=train
+    )
+    assert metrics["num_images"] == len(held_out)
+    assert [*metrics["exports"]] == ["tflite float32", "tflite float16", "tflite int8"]
+    assert "on labelled images:" in (tmp_path / "out" / "tflite" / "README.md").read_text()
+
+
+def test_a_head_of_another_kind_keeps_only_its_format_from_being_written(model, tmp_path):
+    classifier = new_classifier(model, keras.layers.Dense(3))
+    with pytest.raises(ValueError, match="meta_graph: can save a classifier with a Head"):
+        export(classifier, tmp_path / "out", formats=["meta_graph", "keras"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export.json", "keras"]
+
+
+def test_an_unknown_format_is_refused_before_anything_is_written(classifier, tmp_path):
+    for formats in ("onnx,pickle", ["onnx", "pickle"]):
+        with pytest.raises(ValueError, match="formats=onnx,pickle: 'pickle' is unknown; choose"):
+            export(classifier, tmp_path / "out", formats=formats)
+    with pytest.raises(ValueError, match="num_images must be at least 1, got 0"):
+        export(classifier, tmp_path / "out", num_images=0)
+    assert not (tmp_path / "out").exists()

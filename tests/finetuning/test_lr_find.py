@@ -1,0 +1,34 @@
+"""The range test from Python gives what ``vgg-transfer lr-find`` gives."""
+
+import csv
+
+import pytest
+
+from recipes.cli import main
+from transfer import load_meta_graph, open_source
+from transfer.finetuning.lr_find import find_learning_rate
+from transfer.finetuning.options import FineTuneOptions
+from transfer.finetuning.setup import RunRequest
+
+
+@pytest.fixture
+def splits(image_folder):
+    return open_source(image_folder=str(image_folder)).train_and_eval_splits()
+
+
+def test_it_finds_what_the_command_line_finds(tmp_path, model, image_folder, splits, capsys):
+    request = RunRequest(load_meta_graph(model), *splits, FineTuneOptions(cache="memory"))
+    found = find_learning_rate(request, steps=20)
+    out = tmp_path / "trial"
+    flags = ["--model", model, "--image-folder", image_folder, "--out", out, "--steps", 20]
+    assert main(["lr-find", *map(str, flags), "--cache", "memory"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"--learning-rate {found.suggestion:g}"
+    with (out / "lr_find.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["loss"] for row in rows] == [f"{loss:.6g}" for loss in found.losses]
+
+
+def test_several_stages_are_refused(model, splits):
+    options = FineTuneOptions(schedule="fc7:1,pool2:1")
+    with pytest.raises(ValueError, match="leave out schedule=STAGES"):
+        find_learning_rate(RunRequest(load_meta_graph(model), *splits, options))

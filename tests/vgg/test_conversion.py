@@ -1,0 +1,49 @@
+"""`convert` from Python; what it makes of each kind of file is in test_published.py."""
+
+import numpy as np
+import pytest
+from published_files import NUM_CLASSES, VALUES, write_caffe, write_frossard
+
+from transfer import Backbone, convert, load_meta_graph
+
+
+def test_the_model_has_the_weights_of_the_file(tmp_path):
+    write_frossard(tmp_path / "weights.npz")
+    conversion = convert(tmp_path / "weights.npz", tmp_path / "models" / "vgg")
+    assert (conversion.layout, conversion.num_classes) == ("frossard", NUM_CLASSES)
+    assert conversion.num_parameters == sum(value.size for value in VALUES.values())
+    assert conversion.card.tap == load_meta_graph(conversion.prefix).card.tap == "fc7:0"
+    backbone = Backbone(conversion.prefix, "fc8")
+    found = dict(zip(backbone.variable_names, backbone.graph_variables, strict=True))
+    for name, value in VALUES.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_what_is_assumed_is_a_warning(tmp_path):
+    write_caffe(tmp_path / "faces.caffemodel")
+    conversion = convert(tmp_path / "faces.caffemodel", tmp_path / "a")
+    (warning,) = conversion.warnings
+    assert f"images of its {NUM_CLASSES} classes had; give it with preprocess=MEAN" in warning
+    assert conversion.card.preprocess is None
+    means = {"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}
+    conversion = convert(tmp_path / "faces.caffemodel", tmp_path / "b", preprocess=means)
+    assert conversion.warnings == []
+    assert (conversion.card.preprocess, conversion.why_preprocess) == (means, "as given")
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"preprocess": "kaffe"}, "preprocess=kaffe: "),
+    ({"spatial_order": "diagonal"}, "spatial_order='diagonal' is unknown; choose from auto, rows"),
+])  # fmt: skip
+def test_messages_name_arguments(tmp_path, options, message):
+    write_frossard(tmp_path / "weights.npz")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "weights.npz", tmp_path / "vgg", **options)
+    assert not (tmp_path / "vgg.meta").exists()
+
+
+def test_nothing_is_overwritten(tmp_path):
+    write_frossard(tmp_path / "weights.npz")
+    convert(tmp_path / "weights.npz", tmp_path / "vgg")
+    with pytest.raises(ValueError, match="is there already; choose another out=PREFIX"):
+        convert(tmp_path / "weights.npz", tmp_path / "vgg")

@@ -1,0 +1,237 @@
+"""Predict the classes of image files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from transfer.activations.extraction import Compiled
+from transfer.core.escapes import escaped_json
+from transfer.data.dataset import UnreadableImageError
+from transfer.evaluation.explain import Explainer
+from transfer.images import image_files
+from transfer.images.decoding import read_tensor
+from transfer.images.image_files import PassedOver, PixelBudget
+from transfer.images.preprocess import Preprocess, to_channels
+from transfer.layers.classifier import Classifier
+
+logger = logging.getLogger(__name__)
+
+_READERS = 4  # threads; decoding lets go of Python's lock
+
+OnUnreadable = Callable[[Path, Exception], None]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted class of an image file.
+
+    ``label`` is the most probable class and ``probability`` (0..1) what the classifier gives it.
+    ``top`` are the most probable classes with their probabilities, in descending order.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from transfer import Prediction
+        >>> prediction = Prediction(Path("a.jpg"), "red", 0.75, [("red", 0.75), ("blue", 0.25)])
+        >>> for label, probability in prediction.top:
+        ...     print(f"{label} {probability:.0%}")
+        red 75%
+        blue 25%
+    """
+
+    path: Path
+    label: str
+    probability: float
+    top: list[tuple[str, float]]
+
+
+def predict(
+    model: Classifier | str | Path,
+    paths: str | Path | Iterable[str | Path],
+    *,
+    top_k: int = 3,
+    batch_size: int = 32,
+    explain: str | Path | None = None,
+    on_unreadable: OnUnreadable | None = None,
+) -> Iterator[Prediction]:
+    """Predict the classes of image files, in the order of the paths.
+
+    All formats are read that are read in training, with the same pixels. A few batches are in
+    memory at any time, so there may be any number of files.
+
+    Args:
+        model: a classifier, of ``fine_tune`` or ``Classifier.load``, or the path of a run folder or
+            of a fine-tuned model.
+        paths: image files, and folders that are searched for images, subfolders as well, in the
+            order of their names.
+        top_k: classes in ``Prediction.top``.
+        batch_size: images per step.
+        explain: folder for a PNG of each image, named by its number in the results: the more red a
+            region, the more it speaks for the predicted class (Grad-CAM).
+        on_unreadable: is called with the path and the error for each image that cannot be read;
+            the others are predicted. By default, such an image ends the iteration.
+
+    Returns:
+        An iterator of predictions.
+
+    Raises:
+        FileNotFoundError: if there is no such model; in the iteration, if there is no such image.
+        ValueError: if a number is less than 1, or ``explain`` is given and the network has no
+            feature maps.
+        UnreadableImageError: in the iteration, if an image cannot be decoded.
+
+    Example:
+        >>> import numpy as np
+        >>> from PIL import Image
+        >>> from transfer import fine_tune, load_meta_graph, open_source, predict
+        >>> graph = load_meta_graph("embedded")
+        >>> train, held_out = open_source("digits").train_and_eval_splits()
+        >>> result = fine_tune(graph, train, held_out, run_dir="runs/predict", epochs=20)
+        >>> Image.fromarray(np.zeros((64, 64), np.uint8)).save("black.png")
+        >>> for prediction in predict(result.classifier, ["black.png"]):
+        ...     print(prediction.path, len(prediction.top))
+        black.png 3
+    """
+    check_counts(top_k=top_k, batch_size=batch_size)
+    classifier = model if isinstance(model, Classifier) else Classifier.load(model)
+    explainer = None if explain is None else Explainer(classifier, Path(explain))
+    if isinstance(paths, str | Path):
+        paths = [paths]
+    return predict_files(
+        classifier,
+        _files(paths),
+        top_k=top_k,
+        batch_size=batch_size,
+        explainer=explainer,
+        on_unreadable=on_unreadable or _refuse,
+    )
+
+
+def predict_files(
+    classifier: Classifier,
+    files: Iterable[Path],
+    *,
+    top_k: int,
+    batch_size: int,
+    explainer: Explainer | None,
+    on_unreadable: OnUnreadable,
+) -> Iterator[Prediction]:
+    """``predict`` of files only. The unreadable images of a batch come before its predictions."""
+    network = Compiled(classifier.probabilities_of_resized)
+    for paths, pixels, failures in _batches(files, classifier.preprocess, batch_size):
+        for path, error in failures:
+            on_unreadable(path, error)
+        if not paths:
+            continue
+        probabilities = np.asarray(network(tf.stack(pixels)))
+        if explainer is not None:
+            explainer([printable(p) for p in paths], tf.stack(pixels), probabilities.argmax(-1))
+        for path, row in zip(paths, probabilities, strict=True):
+            top = most_probable(row, classifier.labels, top_k)
+            yield Prediction(path, *top[0], top)
+
+
+def check_counts(**counts: int) -> None:
+    """Raises:
+    ValueError: if one of them is less than 1.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {count}")
+
+
+def most_probable(
+    probabilities: np.ndarray, labels: Sequence[str], count: int
+) -> list[tuple[str, float]]:
+    """The most probable classes with their probabilities, the first of equals first."""
+    order = np.argsort(-probabilities, kind="stable")[:count]
+    return [(labels[index], float(probabilities[index])) for index in order]
+
+
+def prepare_images(preprocess: Preprocess) -> Callable[[np.ndarray], tf.Tensor]:
+    """From pixels, uint8 ``[height, width, 3]``, to float32 ``[size, size, channels]``, 0..255."""
+    return tf.function(
+        lambda image: preprocess.resize(to_channels(image, preprocess.channels)),
+        input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)],
+        autograph=False,
+    )
+
+
+def reason(error: Exception) -> str:
+    """Why an image cannot be read, from the error."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, ValueError):
+        return str(error)
+    return f"it cannot be read ({type(error).__name__}: {str(error)[:200]})"
+
+
+def printable(path: Path) -> str:
+    """A name that can be encoded: bytes that are not UTF-8 are shown by their numbers."""
+    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def as_json(name: str, top: Sequence[tuple[str, float]]) -> str:
+    """A prediction as one line of JSON: ``{"image": ..., "predictions": [{"label": ...,
+    "probability": ...}, ...]}``."""
+    predictions = [{"label": label, "probability": probability} for label, probability in top]
+    line = json.dumps({"image": name, "predictions": predictions}, ensure_ascii=False)
+    return escaped_json(line)
+
+
+def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
+    """The files, and the images in the folders."""
+    passed_over = PassedOver()
+    for path in paths:
+        path = Path(path).expanduser()
+        yield from image_files.find(path, passed_over, in_order=True) if path.is_dir() else (path,)
+    for line in passed_over.describe():
+        logger.warning(line)
+
+
+def _refuse(path: Path, error: Exception) -> None:
+    if isinstance(error, OSError):
+        raise error
+    raise UnreadableImageError({printable(path): reason(error)}) from error
+
+
+def _batches(
+    paths: Iterable[Path], preprocess: Preprocess, batch_size: int
+) -> Iterator[tuple[list[Path], list[tf.Tensor], list[tuple[Path, Exception]]]]:
+    """Paths and resized images of each batch, and the paths of unreadable images with the errors;
+    the next batches are read while one is predicted."""
+    prepare = prepare_images(preprocess)
+    budget = PixelBudget()
+
+    def read(path: Path) -> tf.Tensor:
+        with budget.hold(path):
+            image = read_tensor(image_files.read(path))
+            prepared = prepare(image)
+            del image  # before the next one is decoded
+            return prepared
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        waiting: list[tuple[Path, Future[tf.Tensor]]] = []
+        paths = iter(paths)
+        while True:
+            wanted = 2 * batch_size - len(waiting)
+            waiting += [(path, pool.submit(read, path)) for path in islice(paths, wanted)]
+            if not waiting:
+                return
+            batch, waiting = waiting[:batch_size], waiting[batch_size:]
+            readable, images, failures = [], [], []
+            for path, future in batch:
+                try:
+                    images.append(future.result())
+                    readable.append(path)
+                except Exception as error:  # a damaged file makes its reader raise anything
+                    failures.append((path, error))
+            yield readable, images, failures

@@ -1,0 +1,112 @@
+"""Evaluate a classifier on labelled images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+
+from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
+from transfer.data.dataset import Source, Split
+from transfer.evaluation import metrics
+from transfer.evaluation.prediction import predict, summarize
+from transfer.layers.classifier import Classifier
+
+
+def evaluate(
+    classifier: Classifier,
+    split: Split,
+    *,
+    cut: str | None = None,
+    batch_size: int = EXTRACTION_BATCH,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> dict[str, Any]:
+    """Evaluate a classifier on labelled images, each counted once.
+
+    On the held-out images of a run, the metrics are those in its ``metrics.json``, and those that
+    ``vgg-transfer evaluate`` writes to ``evaluation.json``. They are equal to the last bit where
+    the cut and the batch size are those of the run.
+
+    Args:
+        classifier: of ``fine_tune`` or ``Classifier.load``.
+        split: images with the classes of the classifier, in any order; of ``open_source``.
+        cut: the frozen part of the network, up to this tensor, and the rest are computed in two
+            steps, as in training; ``"none"`` computes in one step. It changes the last bits of the
+            logits only. Default: ``classifier.cut``, which ``fine_tune`` sets.
+        batch_size: images per step. Another one than in training changes the last bits of the
+            logits.
+        progress: wraps the batches, for a progress bar.
+
+    Returns:
+        ``accuracy`` and ``top5`` (0..1), ``loss`` (mean cross-entropy, nats), ``num_examples``,
+        ``accuracy_ci95`` (Wilson score interval), and ``dataset`` and ``splits``, which say what
+        was evaluated on; and the metrics by class and over all classes, with bootstrap intervals,
+        of ``transfer.evaluation.metrics.measure``. Values are what JSON can hold.
+
+    Raises:
+        ValueError: if the split is empty or has other classes, ``cut`` does not separate the input
+            from the tap, or the batch size is less than 1.
+        UnreadableImageError: if images cannot be decoded; ``split.readable`` leaves them out.
+
+    Example:
+        >>> from transfer import evaluate, fine_tune, load_meta_graph, open_source
+        >>> graph = load_meta_graph("embedded")
+        >>> train, held_out = open_source("digits").train_and_eval_splits()
+        >>> result = fine_tune(graph, train, held_out, run_dir="runs/evaluate", epochs=20)
+        >>> metrics = evaluate(result.classifier, held_out)
+        >>> metrics["accuracy"] == result.metrics["eval"]["accuracy"]
+        True
+    """
+    logits, labels = compute_logits(
+        classifier, split, cut=cut, batch_size=batch_size, progress=progress
+    )
+    return measure(classifier, split, logits, labels)
+
+
+def compute_logits(
+    classifier: Classifier,
+    split: Split,
+    *,
+    cut: str | None = None,
+    batch_size: int = EXTRACTION_BATCH,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits, float32 ``[num_examples, num_classes]``, and labels, int64 ``[num_examples]``, as
+    numbers of logits. See ``evaluate``."""
+    if batch_size < 1:
+        raise ValueError(f"batch size must be at least 1, got {batch_size}")
+    if not len(split):
+        raise ValueError("the split holds no images to evaluate on")
+    to_logit = _class_order(split.source, classifier.labels)
+    frozen, trained = classifier.split(classifier.cut if cut is None else cut)
+    batches: Iterable[Any] = progress(split.batches(classifier.preprocess, batch_size))
+    if frozen is not None:
+        # In two steps, as in training, so that not a bit is different.
+        batches = stream(Compiled(frozen), batches)
+    logits, labels = predict(Compiled(trained), batches)
+    return logits, to_logit[labels]
+
+
+def measure(
+    classifier: Classifier, split: Split, logits: np.ndarray, labels: np.ndarray
+) -> dict[str, Any]:
+    """What ``evaluate`` returns, of logits and labels of ``compute_logits``."""
+    return (
+        {"dataset": split.source.name, "splits": [name for name, _ in split.parts]}
+        | metrics.measure(logits, labels, classifier.labels)
+        | summarize(logits, labels)
+    )
+
+
+def _class_order(source: Source, labels: list[str]) -> np.ndarray:
+    """The number of the logit for each class number of the dataset."""
+    missing = sorted(set(labels) - set(source.class_names))
+    extra = sorted(set(source.class_names) - set(labels))
+    if missing or extra:
+        raise ValueError(
+            f"{source.name!r} has other classes than the classifier: {len(extra)} are new "
+            f"({', '.join(extra[:5]) or 'none'}), {len(missing)} are missing "
+            f"({', '.join(missing[:5]) or 'none'})"
+        )
+    return np.array([labels.index(name) for name in source.class_names])

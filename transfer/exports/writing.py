@@ -1,0 +1,380 @@
+"""A classifier to files for other programs: each format in a folder of its own, verified."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from transfer.core import measurement
+from transfer.core.files import (
+    draft_folder,
+    refuse_link,
+    remove_drafts,
+    remove_folder,
+    write_names,
+)
+from transfer.data.dataset import Split
+from transfer.exports import (
+    keras_file,
+    meta_graph,
+    onnx,
+    readmes,
+    saved_model,
+    tflite,
+    verification,
+)
+from transfer.exports.verification import Samples
+from transfer.layers.classifier import Classifier
+from transfer.models.card import Card
+from transfer.runs import run_data, run_folder
+
+logger = logging.getLogger(__name__)
+
+tf1 = tf.compat.v1
+
+EXPORTS = "export"
+METRICS = "export.json"
+
+
+def export(
+    classifier: Classifier,
+    out: str | Path,
+    *,
+    formats: Sequence[str] | None = None,
+    images: Split | None = None,
+    calibration: Split | None = None,
+    num_images: int = 32,
+    num_examples: int = 100,
+    name: str | None = None,
+) -> dict[str, Any]:
+    """Write a classifier in formats that other programs load, and verify what was written.
+
+    Each format goes to a folder of its own in ``out``, with a README whose code runs as it stands:
+
+    * ``meta_graph``: meta graph and checkpoint with preprocessing in the graph, for TensorFlow 1;
+    * ``saved_model``: takes encoded image files or pixels, for TensorFlow Serving;
+    * ``tflite``: float32, float16 and, given images, int8;
+    * ``onnx``: needs ``pip install 'vgg-transfer[onnx]'``;
+    * ``keras``: ``keras.models.load_model`` reads it after ``import transfer``.
+
+    Each is loaded by the software that will run it and compared with the classifier. A file that
+    gives other probabilities is not kept; the others are.
+
+    Args:
+        classifier: what to export, e.g. the ``classifier`` of a ``FineTuneResult``. As
+            ``meta_graph`` only with a ``Head``, or if it was loaded from a run.
+        out: folder of the exports. Those of an earlier call that are not made again stay.
+        formats: names from the list above. Default: all; ``onnx`` where it is installed.
+        images: labelled images to compare on; a split of ``open_source``. Without them the exports
+            are compared on a few synthetic images, and there is no int8 model.
+        calibration: images from which the int8 model learns the range of its integers, preferably
+            training images. Default: ``images``.
+        num_images: how many of ``images`` to compare on.
+        num_examples: how many of ``calibration`` to take.
+        name: title of the READMEs. Default: the classifier's name.
+
+    Returns:
+        What ``export.json`` in ``out`` says: ``exports`` has ``max_difference`` (largest difference
+        of a probability), ``same_label`` (share of images, 0..1), ``images_per_s`` and
+        ``megabytes`` by format; ``images_per_s`` is the classifier's own.
+
+    Raises:
+        FileExistsError: if a format's folder holds anything but an earlier export.
+        ImportError: if ``onnx`` is asked for and not installed.
+        ValueError: if a format is unknown, or an export cannot be made or gives other results than
+            the classifier; the others are there all the same.
+
+    Example:
+        >>> from transfer import Backbone, Classifier, Head, Preprocess, export
+        >>> backbone, head = Backbone("pretrained/vgg_small"), Head(2)
+        >>> classifier = Classifier(backbone, head, Preprocess("torch", 64), ["cat", "dog"])
+        >>> num_logits = classifier.build_from_size()
+        >>> metrics = export(classifier, "out", formats=["keras", "saved_model"])
+        >>> metrics["exports"]["keras"]["same_label"]
+        1.0
+    """
+    names = _formats(formats)
+    _check_counts(num_images, num_examples)
+    if images is None:
+        samples = verification.synthetic(classifier)
+    else:
+        files = verification.files_of(images, num_images)
+        samples = verification.samples_of(classifier, files, "labelled images")
+    examples = images if calibration is None else calibration
+    job = _Job(classifier, samples, _examples(classifier, examples, num_examples))
+    return _export_all(job, names, Path(out).resolve(), name or classifier.name)
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    formats: Sequence[str] | None = None,
+    num_images: int = 32,
+    num_examples: int = 100,
+) -> tuple[dict[str, Any], Path]:
+    """Export the model of a run, compared on images that the run held out and calibrated with
+    training images.
+
+    Args:
+        run: a run folder.
+        out: folder of the exports. Default: ``export`` in the run folder.
+        formats: see ``export``.
+        num_images: images to compare on.
+        num_examples: images from which int8 learns the range of its integers.
+
+    Returns:
+        See ``export``; and the folder of the exports.
+
+    Raises:
+        FileNotFoundError: if the folder holds no finished run.
+        FileExistsError, ImportError, ValueError: see ``export``.
+    """
+    names, run = _formats(formats), Path(run)
+    _check_counts(num_images, num_examples)
+    if out is None:
+        refuse_link(run / EXPORTS)
+    folder = Path(out or run / EXPORTS).resolve()
+    classifier = Classifier.load(run / run_folder.MODEL)
+    source = run_data.open_data(run)
+    held_out = run_data.held_out(run, source)
+    examples = _examples(classifier, run_data.trained_on(run, source), num_examples)
+    files = verification.files_of(held_out, num_images)
+    samples = verification.samples_of(classifier, files, "images that were not trained on")
+    job = _Job(classifier, samples, examples)
+    return _export_all(job, names, folder, run.resolve().name), folder
+
+
+@dataclass(frozen=True)
+class _Job:
+    """``examples`` are for int8: pixels ``[1, height, width, channels]`` each; ``None`` makes no
+    int8 model."""
+
+    classifier: Classifier
+    samples: Samples
+    examples: Callable[[], Iterator[np.ndarray]] | None
+
+
+def _examples(
+    classifier: Classifier, split: Split | None, count: int
+) -> Callable[[], Iterator[np.ndarray]] | None:
+    if split is None:
+        return None
+    return lambda: (
+        verification.resized(classifier, file)[None] for file in verification.files_of(split, count)
+    )
+
+
+def _formats(names: Sequence[str] | None) -> list[str]:
+    if names is None:
+        has_onnx = all(map(importlib.util.find_spec, ("tf2onnx", "onnxruntime")))
+        return [name for name in _FORMATS if name != "onnx" or has_onnx]
+    names = names.split(",") if isinstance(names, str) else list(names)
+    if unknown := [name for name in names if name not in _FORMATS]:
+        raise ValueError(
+            f"formats={','.join(map(str, names))}: {unknown[0]!r} is unknown; choose from "
+            f"{', '.join(_FORMATS)}, with commas between"
+        )
+    if "onnx" in names:
+        onnx.check_installed()
+    return names
+
+
+def _check_counts(num_images: int, num_examples: int) -> None:
+    for name, count in (("num_images", num_images), ("num_examples", num_examples)):
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def _export_all(job: _Job, names: list[str], out: Path, title: str) -> dict[str, Any]:
+    live = partial(_in_one_batch, job.classifier.probabilities_of_resized)
+    expected, rate = verification.timed(live, job.samples.pixels)
+    metrics = _earlier(out) | {"num_images": len(job.samples.files), "images_per_s": rate}
+    metrics |= {"versions": measurement.versions()}
+    for name in names:
+        _check_ours(out / name, metrics)
+    failures = []
+    for name in names:
+        logger.info("%s ...", name)
+        try:
+            found, failed = _export(job, name, out, expected, title)
+        except (ValueError, TypeError, tf.errors.OpError) as error:
+            found, failed = {}, [f"{name}: {' '.join(str(error).split())[:300]}"]
+        failures += failed
+        kept = {k: v for k, v in metrics["exports"].items() if k.split()[0] != name}
+        metrics["exports"] = kept | found
+        run_folder.write_json(out / METRICS, metrics)
+    if failures:
+        raise ValueError("; ".join(failures))
+    return metrics
+
+
+def _earlier(out: Path) -> dict[str, Any]:
+    """The metrics of earlier exports to the same folder."""
+    path = out / METRICS
+    return run_folder.read_json(path) if path.is_file() else {"exports": {}}
+
+
+def _check_ours(folder: Path, metrics: dict[str, Any]) -> None:
+    """Raises:
+    FileExistsError: if there is something that is not part of an earlier export."""
+    if not os.path.lexists(folder):
+        return
+    is_listed = any(k.split()[0] == folder.name for k in metrics["exports"])
+    if not is_listed or folder.is_symlink() or not folder.is_dir():
+        raise FileExistsError(
+            f"{str(folder)!r} is there already and is no earlier export; choose another out=FOLDER"
+        )
+    for path in folder.rglob("*"):
+        is_known = _WRITTEN[folder.name].fullmatch(path.relative_to(folder).as_posix())
+        if path.is_symlink() or not (path.is_dir() or is_known):
+            raise FileExistsError(
+                f"{str(path)!r} is not part of an export, and would be deleted with the export "
+                "that is there; move it away, or choose another out=FOLDER"
+            )
+
+
+def _export(
+    job: _Job, name: str, out: Path, expected: np.ndarray, title: str
+) -> tuple[dict[str, Any], list[str]]:
+    """Write a format to its folder: the files of it that give what is expected. Returns their
+    metrics, and what is wrong with the others."""
+    folder = out / name
+    out.mkdir(parents=True, exist_ok=True)
+    remove_drafts(out, _WRITTEN[name])
+    with draft_folder(out) as draft:
+        metrics, failures = {}, []
+        for kind, path, predict in _FORMATS[name](job, draft):
+            found, rate = verification.timed(predict, job.samples.pixels)
+            compared = verification.compare(found, expected)
+            if wrong := verification.what_is_wrong(kind, compared):
+                failures.append(wrong)
+                _remove(path)
+                continue
+            metrics[kind] = compared | {"images_per_s": rate, "megabytes": _megabytes(path)}
+        if not metrics:
+            return {}, failures
+        text = readmes.text(name, title, job.classifier, metrics, job.samples.source)
+        run_folder.write_text(draft / "README.md", text)
+        remove_folder(folder, _WRITTEN[name])
+        draft.rename(folder)
+    return metrics, failures
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+Exported = Iterator[tuple[str, Path, Callable[[np.ndarray], np.ndarray]]]
+"""What was written: kind, file or folder, and what predicts with it, from resized pixels."""
+
+
+def _meta_graph(job: _Job, folder: Path) -> Exported:
+    card = meta_graph.save_with_preprocessing(job.classifier, folder / "model")
+    batch_size = job.classifier.backbone.network.batch_size
+    yield "meta_graph", folder, _session(folder / "model", card, batch_size)
+
+
+def _session(
+    prefix: Path, card: Card, batch_size: int | None
+) -> Callable[[np.ndarray], np.ndarray]:
+    """What a TF1 program does; where the graph has a batch of one size, it fills the last one."""
+    with tf.Graph().as_default():
+        session = tf1.Session()
+        tf1.train.import_meta_graph(f"{prefix}.meta").restore(session, str(prefix))
+
+    def predict(pixels: np.ndarray) -> np.ndarray:
+        size = batch_size or len(pixels)
+        filled = np.resize(pixels, (-(-len(pixels) // size) * size, *pixels.shape[1:]))
+        batches = np.split(filled, len(filled) // size)
+        outputs = [session.run(card.outputs["probabilities"], {card.input: b}) for b in batches]
+        return np.concatenate(outputs)[: len(pixels)]
+
+    return predict
+
+
+def _saved_model(job: _Job, folder: Path) -> Exported:
+    # TensorFlow Serving looks for versions in folders with numbers.
+    saved_model.save(job.classifier, folder / "1")
+    predict = saved_model.load(folder / "1")
+    yield "saved_model", folder / "1", lambda _: predict(job.samples.files)
+
+
+def _tflite(job: _Job, folder: Path) -> Exported:
+    _write_labels(job, folder)
+    for precision in tflite.PRECISIONS:
+        if precision == "int8" and job.examples is None:
+            logger.info("no int8 model: it is calibrated with images, and none were given")
+            continue
+        path = folder / f"model_{precision}.tflite"
+        examples = job.examples() if job.examples is not None else ()
+        path.write_bytes(tflite.convert(job.classifier, precision, examples))
+        yield f"tflite {precision}", path, tflite.load(path)
+
+
+def _onnx(job: _Job, folder: Path) -> Exported:
+    if job.classifier.backbone.network.batch_size is not None:
+        raise ValueError(
+            "the network takes batches of one size only, which its ONNX model would not fill; "
+            "export it as saved_model"
+        )
+    _write_labels(job, folder)
+    path = folder / "model.onnx"
+    onnx.save(job.classifier, path)
+    yield "onnx", path, onnx.load(path)
+
+
+def _keras(job: _Job, folder: Path) -> Exported:
+    _write_labels(job, folder)
+    path = folder / "model.keras"
+    keras_file.save(job.classifier, path)
+    predict = keras_file.load(path)
+    yield "keras", path, lambda _: predict(job.samples.files)
+
+
+_FORMATS: dict[str, Callable[[_Job, Path], Exported]] = {
+    "meta_graph": _meta_graph,
+    "saved_model": _saved_model,
+    "tflite": _tflite,
+    "onnx": _onnx,
+    "keras": _keras,
+}
+
+
+_README = r"README\.md"
+_LABELS = r"labels\.txt"
+_DATA = r"data-\d{5}-of-\d{5}"
+_WRITTEN = {
+    "meta_graph": re.compile(rf"checkpoint|model\.(meta|json|index|{_DATA})|{_LABELS}|{_README}"),
+    "saved_model": re.compile(
+        rf"1/((saved_model|fingerprint)\.pb|variables/variables\.(index|{_DATA}))|{_README}"
+    ),
+    "tflite": re.compile(rf"model_[a-z0-9]+\.tflite|{_LABELS}|{_README}"),
+    "onnx": re.compile(rf"model\.onnx(\.data)?|{_LABELS}|{_README}"),
+    "keras": re.compile(rf"model\.keras|{_LABELS}|{_README}"),
+}
+"""Paths of what an export writes, in its folder."""
+
+
+def _write_labels(job: _Job, folder: Path) -> None:
+    write_names(folder / run_folder.LABELS, job.classifier.labels)
+
+
+def _in_one_batch(function: Callable[[Any], Any], pixels: np.ndarray) -> np.ndarray:
+    return np.asarray(function(tf.constant(pixels)))
+
+
+def _megabytes(path: Path) -> float:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(file.stat().st_size for file in files) / 1e6

@@ -1,0 +1,125 @@
+"""Find a learning rate for a run: the range test on the model and images of a request."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import keras
+import numpy as np
+from matplotlib.figure import Figure
+
+from transfer.core.files import replacing
+from transfer.finetuning.hyperparameters import parameter_groups
+from transfer.finetuning.inputs import Inputs
+from transfer.finetuning.setup import RunContext, RunRequest, prepare
+from transfer.finetuning.stage import new_trainer
+from transfer.runs import run_folder
+from transfer.training.lr_range_test import RangeTest, range_test
+from transfer.training.trainer import Batch
+
+TABLE = "lr_find.csv"
+PLOT = "lr_find.png"
+
+
+def find_learning_rate(
+    request: RunRequest, *, lowest: float = 1e-7, highest: float = 1.0, steps: int = 100
+) -> RangeTest:
+    """Find a learning rate for the run of a request, by training with rising rates.
+
+    Writes ``lr_find.csv``, ``lr_find.png`` and ``config.yaml`` to the ``run_dir`` of the request,
+    and nothing where that is ``None``. No weights are kept. The seed of the options is set
+    globally.
+
+    Args:
+        request: as for the run; its learning rate and schedule are replaced.
+        lowest: learning rate of the first step.
+        highest: learning rate of the last step.
+        steps: steps at most.
+
+    Returns:
+        The rates with their losses; ``suggestion`` is the rate to train with.
+
+    Raises:
+        ValueError, OSError: as for the run; and if it has several stages or replicas, the range is
+            empty, or the loss diverges in the first steps.
+
+    Example:
+        >>> from transfer import load_meta_graph, open_source
+        >>> from transfer.finetuning.lr_find import find_learning_rate
+        >>> from transfer.finetuning.setup import RunRequest
+        >>> graph = load_meta_graph("embedded")
+        >>> train, held_out = open_source("digits").train_and_eval_splits()
+        >>> found = find_learning_rate(RunRequest(graph, train, held_out))
+        >>> 1e-6 < found.suggestion < 1
+        True
+    """
+    options = request.options
+    if request.replicas.count > 1:
+        raise ValueError("the range test works on one device")
+    if options.schedule is not None or options.solver != "gradient" or request.resume:
+        raise ValueError(
+            "the range test trains from one cut, anew; leave out schedule=STAGES, solver=lbfgs and "
+            "resume=True"
+        )
+    keras.utils.set_random_seed(options.seed)
+    options = replace(options, lr_schedule="constant", learning_rate=1.0)
+    origin = {"model": request.graph.name, **request.train.source.origin, **request.origin}
+    context = prepare(replace(request, options=options, origin=origin))
+    if request.run_dir is None:
+        return _trial(context, lowest=lowest, highest=highest, steps=steps)
+    with run_folder.opened(context.run_dir, context.config):
+        found = _trial(context, lowest=lowest, highest=highest, steps=steps)
+        _write_table(context.run_dir / TABLE, found)
+        with replacing(context.run_dir / PLOT) as path:
+            _plot(found).savefig(path, format="png", dpi=150)
+    return found
+
+
+def _trial(context: RunContext, *, lowest: float, highest: float, steps: int) -> RangeTest:
+    (stage,) = context.stages
+    frozen, model = context.classifier.split(stage.cut)
+    groups = parameter_groups(context.options, context.classifier, stage, context.steps_per_epoch)
+    trainer = new_trainer(context, model, groups)
+    inputs = Inputs(context, stage.cut, frozen)
+    trainer.frozen = inputs.frozen
+    batches = itertools.islice(_endless(inputs), steps)
+    return range_test(
+        trainer,
+        context.progress(batches, "trial"),
+        lowest=lowest,
+        highest=highest,
+        steps=steps,
+    )
+
+
+def _endless(inputs: Inputs) -> Iterator[Batch]:
+    for epoch in itertools.count():
+        yield from inputs.train(epoch)
+
+
+def _write_table(path: Path, found: RangeTest) -> None:
+    lines = ["learning_rate,loss,smoothed_loss"]
+    rows = zip(found.rates, found.losses, found.smoothed, strict=True)
+    lines += [",".join(f"{value:.6g}" for value in row) for row in rows]
+    run_folder.write_text(path, "\n".join(lines) + "\n")
+
+
+def _plot(found: RangeTest) -> Figure:
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(found.rates, found.losses, color="0.75", linewidth=1, label="loss of a batch")
+    axes.plot(found.rates, found.smoothed, color="#0072B2", linewidth=2, label="smoothed")
+    axes.axvline(
+        found.suggestion, color="#D55E00", linestyle="--", label=f"suggested: {found.suggestion:g}"
+    )
+    axes.set_xscale("log")
+    # A loss that explodes in the end must not flatten the rest.
+    axes.set_ylim(0, float(np.quantile(found.losses, 0.9) * 1.5))
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss (nats)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    return figure

@@ -1,0 +1,46 @@
+"""The options of ``pretrain``, with their defaults. Imports no TensorFlow."""
+
+# No `from __future__ import annotations`: command-line flags inherit from these options, and their
+# types are looked up in the module of the subclass.
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions:
+    """Options of ``pretrain``. ``None`` means the default that the option describes."""
+
+    arch: str = "vgg_small"
+    """Architecture: vgg_small (64 px), vgg11, vgg13, vgg16 or vgg19 (224 px)."""
+    epochs: int = 30
+    """Passes over the training images."""
+    small_epochs: int = 0
+    """How many of them, the first ones, see images of small_size: half as many pixels, half the
+    time."""
+    small_size: int | None = None
+    """Height and width of these images in pixels. The last pooling must make as much of them as of
+    full-size ones: 33 to 64 pixels for vgg_small, 193 to 224 for the others."""
+    fc_epochs: int = 0
+    """Passes after these for fc6, fc7 and fc8 alone: begun anew, on convolutions that stay as they
+    are, without dropout and mixup. Nearly as good at the task itself, and fc7 transfers better."""
+    batch_size: int = 128
+    """Images per step."""
+    learning_rate: float = 0.05
+    """Highest learning rate of SGD with momentum: reached after a warm-up of half an epoch, then
+    lowered to zero along a cosine."""
+    weight_decay: float = 5e-3
+    """Decay of the kernels, times the learning rate per step. With momentum 0.9 it does what an L2
+    penalty of a tenth of it does."""
+    dropout: float = 0.2
+    """Share dropped after fc6 and fc7 while training."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
+    mixup: float = 0.2
+    """Train on mixtures of two images; parameter of the Beta distribution of their shares."""
+    preprocess: str = "torch"
+    """Input convention to train with: caffe, slim, torch, tf, unit or none."""
+    augment: bool = True
+    """Train on random shifts and flips."""
+    seed: int = 0
+    """Seed of weights, order and augmentation."""
+    licence: str | None = None
+    """Licence of the weights, for the card."""

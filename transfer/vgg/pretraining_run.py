@@ -1,0 +1,293 @@
+"""Train a VGG from scratch and save it as a meta graph with its checkpoint and card.
+
+The embedded model was made by this; ``pretrained/README.md`` says how.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from transfer.activations.extraction import Compiled
+from transfer.core import measurement
+from transfer.core.files import write_names
+from transfer.data.dataset import Split
+from transfer.evaluation.prediction import predict, summarize
+from transfer.images.preprocess import Preprocess, for_card
+from transfer.layers.backbone import Backbone
+from transfer.models.card import Card, write_card
+from transfer.models.meta_graph import load_meta_graph
+from transfer.models.saver import save_meta_graph
+from transfer.runs import interruption, run_folder
+from transfer.runs.interruption import Signals
+from transfer.training.checkpoints import RunCheckpoint
+from transfer.training.trainer import ParameterGroup, Trainer, epoch_seed
+from transfer.vgg import architectures, pretraining
+from transfer.vgg.pretraining_options import PretrainOptions
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINT_S = 600.0
+KEPT_DECODED_MB = 2000  # of training images; larger ones take longer to train on than to decode
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """``prefix`` is that of the model in the run folder; ``metrics`` are those of ``metrics.json``
+    on the held-out images, of what was written."""
+
+    prefix: Path
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all parts of a run need."""
+
+    options: PretrainOptions
+    train: Split
+    held_out: Split
+    run_dir: Path
+    resume: bool
+    verbose: int
+    signals: Signals
+
+    @property
+    def architecture(self) -> architectures.Architecture:
+        return architectures.ARCHITECTURES[self.options.arch]
+
+    @property
+    def preprocess(self) -> Preprocess:
+        return Preprocess(self.options.preprocess, self.architecture.image_size)
+
+
+def pretrain(
+    train: Split,
+    held_out: Split,
+    options: PretrainOptions | None = None,
+    *,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    origin: Mapping[str, Any] | None = None,
+    source: str | None = None,
+    verbose: int = 0,
+) -> PretrainResult:
+    """Train a VGG from scratch, evaluate it, and write a run folder with the model.
+
+    Args:
+        train: training images; a split of ``open_source``.
+        held_out: images to evaluate on, of the same source.
+        options: how to train.
+        run_dir: folder of the run, new or empty. Default: ``runs/<date-time>-<dataset>-<arch>``.
+        resume: continue the run in ``run_dir``, or begin it where there is none.
+        origin: where the images are from, for ``config.yaml``. Default: what the source says.
+        source: how the model was made, for its card. Default: the options.
+        verbose: 0 silent, 1 progress bars, 2 a line per epoch.
+
+    Raises:
+        ValueError, OSError: if options and images do not fit, or the folder holds something else.
+        NonFiniteLossError: if training diverges.
+        Interrupted: on Ctrl-C or SIGTERM; the run can be resumed.
+
+    Example:
+        >>> from transfer import Backbone, open_source
+        >>> from transfer.vgg.pretraining_options import PretrainOptions
+        >>> from transfer.vgg.pretraining_run import pretrain
+        >>> train, held_out = open_source("digits").train_and_eval_splits()
+        >>> result = pretrain(train, held_out, PretrainOptions(epochs=1), run_dir="runs/vgg")
+        >>> Backbone(result.prefix).network.output
+        'fc7:0'
+    """
+    options = options or PretrainOptions()
+    check(options)
+    if run_dir is not None or resume:
+        run_folder.check(None if run_dir is None else Path(run_dir), resume=resume)
+    keras.utils.set_random_seed(options.seed)
+    data = train.source
+    out = Path(run_dir or run_folder.default_out(data.name, options.arch)).resolve()
+    settings = dataclasses.asdict(options)
+    images = data.origin if origin is None else origin
+    recorded = {"arch": options.arch, **images, **settings, "out": out}
+    with (
+        run_folder.opened(out, recorded, resume=resume),
+        interruption.resumable(out) as signals,
+    ):
+        write_names(out / run_folder.HELD_OUT, held_out.names)
+        described = ", ".join(f"{name} {value}" for name, value in settings.items())
+        run = _Run(options, train, held_out, out, resume, verbose, signals)
+        return _train_and_save(run, source or f"trained from scratch: {described}")
+
+
+def check(options: PretrainOptions) -> None:
+    """Check what can be said of options alone.
+
+    Raises:
+        ValueError: names the option, its value and what is expected.
+    """
+    if options.arch not in architectures.ARCHITECTURES:
+        raise ValueError(
+            f"arch={options.arch}: choose from {', '.join(architectures.ARCHITECTURES)}"
+        )
+    for name, least in (("epochs", 1), ("batch_size", 1), ("fc_epochs", 0)):
+        if (value := getattr(options, name)) < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    _small_images(options)
+
+
+def _train_and_save(run: _Run, source: str) -> PretrainResult:
+    options, train, out = run.options, run.train, run.run_dir
+    class_names = train.source.class_names
+
+    def evaluated(network: keras.layers.Layer) -> dict[str, Any]:
+        batches = run.held_out.batches(run.preprocess, options.batch_size)
+        return summarize(*predict(Compiled(network), batches))
+
+    model = _trained(run, evaluated)
+
+    num_epochs = options.epochs + options.fc_epochs
+    prefix = out / options.arch
+    labels = out / f"{options.arch}.labels.txt"
+    write_names(labels, class_names)
+    card = Card(
+        input="images:0",
+        tap="fc7:0",
+        image_size=run.architecture.image_size,
+        preprocess=for_card(options.preprocess),
+        labels=labels.name,
+        outputs={"logits": "fc8:0", "probabilities": "prob:0"},
+        source=source,
+        licence=options.licence,
+        trained_on=f"{train.source.name}, {len(train)} images, {num_epochs} epochs",
+    )
+    graph = architectures.build_graph(run.architecture, len(class_names))
+    save_meta_graph(graph, prefix, pretraining.folded(model), card)
+    # What is reported is what was written.
+    saved = load_meta_graph(prefix)
+    metrics = evaluated(Backbone(saved, tap="fc8"))
+    write_card(prefix.with_name(f"{prefix.name}.json"), replace(saved.card, eval=metrics))
+    run_folder.write_json(out / run_folder.METRICS, {"eval": metrics, "seed": options.seed})
+    return PretrainResult(prefix, metrics)
+
+
+def _trained(run: _Run, evaluated: Callable[[keras.Model], dict[str, Any]]) -> keras.Model:
+    """The whole network, trained for ``epochs``; then, for ``fc_epochs``, one with its
+    convolutions. ``evaluated`` gives metrics on held-out images."""
+    options = run.options
+    steps_per_epoch = -(-len(run.train) // options.batch_size)
+    batches = _batches(run)
+
+    def fit(trainer: Trainer, whole: keras.Model, epochs: int, checkpoints: Path) -> None:
+        checkpoint = RunCheckpoint(checkpoints, every_s=CHECKPOINT_S)
+        if run.resume:
+            checkpoint.restore(trainer)
+            for line in checkpoint.damaged:
+                logger.warning("%s; going on from the one before", line)
+            if trainer.epoch >= epochs:
+                return
+            run_folder.keep_history(run.run_dir, trainer.epoch)
+        trainer.fit(
+            batches,
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            validate=lambda: {k: v for k, v in evaluated(whole).items() if isinstance(v, float)},
+            callbacks=[keras.callbacks.CSVLogger(run.run_dir / run_folder.HISTORY, append=True)],
+            verbose=run.verbose,
+            checkpoint=checkpoint,
+            uninterrupted=run.signals.held,
+        )
+
+    def updates(model: keras.Model, epochs: int) -> list[ParameterGroup]:
+        optimizer = pretraining.optimizer(
+            options.learning_rate, options.weight_decay, steps_per_epoch, epochs
+        )
+        return [ParameterGroup(optimizer, model.trainable_variables)]
+
+    checkpoints = run.run_dir / run_folder.CHECKPOINTS
+    num_classes = len(run.train.source.class_names)
+    model = pretraining.trainable_model(run.architecture, num_classes, dropout=options.dropout)
+    trainer = Trainer(
+        model,
+        updates(model, options.epochs),
+        label_smoothing=options.label_smoothing,
+        mixup=options.mixup,
+        seed=options.seed,
+    )
+    fit(trainer, model, options.epochs, checkpoints)
+    if not options.fc_epochs:
+        return model
+    keras.utils.set_random_seed(options.seed)  # the same weights in a run that is resumed here
+    model = pretraining.with_new_fully_connected(model, run.architecture)
+    convolutions, fully_connected = pretraining.halves(model)
+    trainer = Trainer(
+        fully_connected,
+        updates(fully_connected, options.fc_epochs),
+        label_smoothing=options.label_smoothing,
+        frozen=convolutions,
+        seed=options.seed,
+        epoch=options.epochs,
+    )
+    # Where a resumed run has more epochs, the convolutions become others, and these begin anew.
+    checkpoints = checkpoints / f"fc-after-{options.epochs}"
+    fit(trainer, model, options.epochs + options.fc_epochs, checkpoints)
+    return model
+
+
+def _batches(run: _Run) -> Callable[[int, int], Iterable[Any]]:
+    """An epoch's number, and how many of its batches are done, to the rest of its batches."""
+    options, train, preprocess = run.options, run.train, run.preprocess
+    small = _small_images(options)
+    decoded = _decoded(run)
+
+    def batches(epoch: int, first_batch: int) -> Iterable[Any]:
+        seed = epoch_seed(options.seed, epoch)
+        prepare = small if epoch < options.small_epochs else preprocess
+        if decoded is not None:
+            return decoded.batches(
+                prepare, options.batch_size, seed, augment=options.augment, first_batch=first_batch
+            )
+        return train.batches(
+            prepare,
+            options.batch_size,
+            shuffle_seed=seed,
+            view_seed=seed if options.augment else None,
+            first_batch=first_batch,
+        )
+
+    return batches
+
+
+def _decoded(run: _Run) -> pretraining.DecodedImages | None:
+    """The training images in memory, if they are few and small enough. Order and views are others
+    than where they are read anew, so that the choice may depend on nothing but the images."""
+    train, pixels = run.train, replace(run.preprocess, mode="none")
+    needed = len(train) * pixels.height * pixels.width * pixels.channels / 1e6
+    if needed > KEPT_DECODED_MB:
+        return None
+    images = measurement.progress(train.batches(pixels, run.options.batch_size), "training images")
+    return pretraining.DecodedImages(images, len(train), train.labels)
+
+
+def _small_images(options: PretrainOptions) -> Preprocess:
+    """Preprocessing of the first ``small_epochs``.
+
+    Raises:
+        ValueError: if the last pooling would make something else of them than of full-size images.
+    """
+    architecture = architectures.ARCHITECTURES[options.arch]
+    if (options.small_epochs > 0) != (options.small_size is not None):
+        raise ValueError("small_epochs and small_size go together: give both or none")
+    size = options.small_size or architecture.image_size
+    poolings = 2 ** len(architecture.blocks)
+    smallest = (architecture.pooled_size - 1) * poolings + 1
+    if not smallest <= size <= architecture.image_size:
+        raise ValueError(
+            f"small_size={size}: for {options.arch} it must be {smallest} to "
+            f"{architecture.image_size} pixels, so that fc6 has as many inputs as at full size"
+        )
+    return Preprocess(options.preprocess, size)
