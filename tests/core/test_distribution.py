@@ -140,7 +140,7 @@ def test_rows_of_all_processes_are_put_in_order():
 
 def test_the_error_of_a_lost_worker_says_what_to_do():
     error = tf.errors.UnavailableError(None, None, "Connection reset by peer")
-    said = pytest.raises(LostWorkerError, match=r"worker 1 of 2 stops.*--resume")
+    said = pytest.raises(LostWorkerError, match=r"worker 1 of 2 stops.*resume=True")
     with said, Replicas(worker=1, num_workers=2).watched():
         raise error
     with pytest.raises(tf.errors.UnavailableError), Replicas().watched():
