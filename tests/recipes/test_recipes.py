@@ -399,7 +399,7 @@ def test_an_unreadable_image_is_named(tmp_path, model, image_folder, capsys):
 def test_no_preprocessing_is_guessed(tmp_path, image_folder, capsys):
     prefix = save_vgg(tmp_path / "bare" / "vgg")
     assert finetune(tmp_path / "run", prefix, image_folder) == 1
-    assert "say which with --preprocess: caffe" in capsys.readouterr().err
+    assert "say which with --preprocess MODE: caffe" in capsys.readouterr().err
 
 
 def test_wrong_usage_is_status_2(capsys):
@@ -414,23 +414,22 @@ def test_evaluate_a_folder_that_is_no_run(tmp_path, capsys):
     assert "is no run folder: it has no config.yaml" in capsys.readouterr().err
 
 
-@pytest.mark.slow_variants
-@pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in VERBS)])
-def test_help_does_not_import_tensorflow(arguments):
+def test_help_does_not_import_tensorflow():
     code = (
-        f"import sys, recipes.cli as cli; cli.main({arguments}); print('tensorflow' in sys.modules)"
+        "import sys, recipes.cli as cli\n"
+        "for verb in cli.VERBS: assert cli.main([verb, '--help']) == 0\n"
+        "cli.main(['--help']); print('tensorflow' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "Usage: vgg-transfer" in done.stdout
+    for verb in VERBS:
+        assert f"Usage: vgg-transfer {verb}" in done.stdout
     assert done.stdout.endswith("False\n")
 
 
-@pytest.mark.slow_variants
-@pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_is_a_module(verb):
-    command = [sys.executable, "-m", f"recipes.{verb.replace('-', '_')}", "--help"]
+def test_the_package_is_a_command():
+    command = [sys.executable, "-m", "recipes", "inspect", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert f"Usage: vgg-transfer {verb}" in done.stdout
+    assert "Usage: vgg-transfer inspect" in done.stdout
 
 
 def test_pretrain_makes_a_model_that_finetune_takes(tmp_path, image_folder, capsys):
