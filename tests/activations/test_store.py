@@ -236,7 +236,7 @@ def test_a_folder_that_is_not_writable_is_done_without(run, tmp_path, capsys):
     (tmp_path / "cache").write_text("a file, where a folder should be")
     _, counts = run("run")
     assert counts == (80, 0)
-    assert "trying memory" in capsys.readouterr().err
+    assert "keeping the activations in memory instead" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, features
 
-from transfer.exports import decoding as exported
+from transfer.exports import decoding as graph_decoding
 from transfer.images import decoding
 from transfer.images.orientation import orientation
 
@@ -125,7 +125,7 @@ def close(found, expected):
 
 
 exported = tf.function(
-    exported.decode, input_signature=[tf.TensorSpec([], tf.string)], autograph=False
+    graph_decoding.decode, input_signature=[tf.TensorSpec([], tf.string)], autograph=False
 )
 
 
@@ -158,7 +158,7 @@ def test_metadata_at_odd_places_are_read_as_by_pillow(name):
 def test_damaged_metadata_are_read_alike_in_graph_and_program():
     generator = np.random.default_rng(0)
     in_graph = tf.function(
-        exported.orientation, input_signature=[tf.TensorSpec([], tf.string)], autograph=False
+        graph_decoding.orientation, input_signature=[tf.TensorSpec([], tf.string)], autograph=False
     )
     # Texts of a PNG that are damaged within are read by two parsers, each in its own way.
     texts = ("packed", "ImageMagick", "PNG with XMP")

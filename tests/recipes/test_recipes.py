@@ -344,7 +344,7 @@ def test_a_graph_without_card_or_names(tmp_path, image_folder):
 
 
 ERRORS = {
-    "batch size": (["--batch-size", "21"], "batch size 21 does not fit 20 training images"),
+    "batch size": (["--batch-size", "21"], "--batch-size 21 does not fit 20 training images"),
     "tap": (["--tap", "fc_7"], "no tensor 'fc_7'; did you mean fc7"),
     "cut": (["--freeze-until", "fc8"], "cannot cut at 'fc8:0'"),
     "input": (["--input", "image"], "no tensor 'image'; did you mean images"),
@@ -356,8 +356,8 @@ ERRORS = {
     "split": (["--eval-split", "test"], "its splits are ['train']"),
     "both": (["--dataset", "digits"], "either an image folder or a dataset"),
     "diverges": (["--learning-rate", "1e38", "--optimizer", "sgd"], "with learning rate 1e+38"),
-    "rate": (["--learning-rate", "-1"], "learning rate must be at least 0, got -1"),
-    "shots": (["--shots-per-class", "0"], "shots per class must be at least 1"),
+    "rate": (["--learning-rate", "-1"], "--learning-rate must be at least 0, got -1"),
+    "shots": (["--shots-per-class", "0"], "--shots-per-class must be at least 1"),
     "last step": (
         ["--learning-rate", "1e38", "--optimizer", "sgd", "--epochs", "1", "--batch-size", "20"],
         "the loss is nan at step 1",

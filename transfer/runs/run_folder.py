@@ -63,7 +63,7 @@ def check(out: Path | None, *, resume: bool) -> None:
     if resume:
         raise FileNotFoundError(f"{str(out)!r} holds no run to resume: it has no {CONFIG}")
     raise FileExistsError(
-        f"{str(out)!r} is not empty; choose another folder, or resume=True to continue its run"
+        f"{str(out)!r} is not empty; choose another run_dir, or resume=True to continue its run"
     )
 
 
