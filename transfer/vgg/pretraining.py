@@ -1,7 +1,7 @@
 """Train a VGG from scratch with batch norm, which is folded into the weights of the saved model.
 
-Without batch norm a VGG hardly trains from random weights. At inference batch norm is linear, so
-``folded`` merges it into the preceding weights, and the saved model is a plain VGG.
+Batch norm makes training from random weights converge. At inference it is linear, so ``folded``
+merges it into the preceding weights, and the saved model is a plain VGG.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def trainable_model(
     """A Keras model of the architecture with batch norm after each layer but the last.
 
     Args:
-        architecture: of the model.
+        architecture: the architecture, e.g. from ``ARCHITECTURES``.
         num_classes: width of fc8.
         dropout: dropout rate after fc6 and fc7 in training.
 
