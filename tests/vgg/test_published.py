@@ -219,7 +219,7 @@ def test_storage_key_with_slow_str_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         body = b"\x80\x02" + storage + tower() + b"X\x03\x00\x00\x00cpuK\x01tQ."
         archive.writestr("a/data.pkl", body)
-    with pytest.raises(ValueError, match="a tuple in the place of a string"):
+    with pytest.raises(ValueError, match="a tuple instead of a string"):
         containers.read(tmp_path / "a.pth")
 
 
@@ -245,7 +245,7 @@ def test_pickle_cannot_change_stand_in_classes(tmp_path, name):
         (
             b"\x80\x02(X" + struct.pack("<I", 10**5) + b"a" * 10**5 + b"q\x000c_codecs\nencode\n"
             b"q\x010" + b"h\x01h\x00\x85R" * 1000 + b"t.",
-            "the same bytes again and again",
+            "encodes more bytes than the file has",
         ),
         (b"\x80\x02(" + b"N0" * 2 * 10**6 + b"t.", "operations"),
     ],
@@ -271,7 +271,7 @@ def test_arrays_with_too_many_dimensions_are_refused(tmp_path, dimensions):
         b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01("
         + numbers + b"tcnumpy\ndtype\n(U\x02f4tR\x89U\x04abcdtb.",
     )  # fmt: skip
-    with pytest.raises(ValueError, match="an array whose shape is none"):
+    with pytest.raises(ValueError, match="an array with an invalid shape"):
         containers.read(tmp_path / "a.npy")
 
 
@@ -353,7 +353,7 @@ class Payload:
 
 def test_pickle_payload_is_named_and_not_executed(tmp_path):
     np.save(tmp_path / "bad.npy", {"conv1_1": Payload()}, allow_pickle=True)
-    with pytest.raises(ValueError, match="asks for posix.system, which is no data"):
+    with pytest.raises(ValueError, match="asks for posix.system, which is not data"):
         containers.read(tmp_path / "bad.npy")
     with zipfile.ZipFile(tmp_path / "bad.pth", "w") as archive:
         archive.writestr("a/data.pkl", pickle.dumps(Payload()))
@@ -389,14 +389,14 @@ def write_pickle(path, pickled):
 
 def test_huge_memo_index_is_refused(tmp_path):
     write_pickle(tmp_path / "a.npy", b"\x80\x02]r" + struct.pack("<I", 2**26) + b".")
-    with pytest.raises(ValueError, match="its memo has a place 67108864"):
+    with pytest.raises(ValueError, match="its memo index 67108864"):
         containers.read(tmp_path / "a.npy")
 
 
 def test_pickle_list_in_place_of_string_is_refused(tmp_path):
     laugh = b"]" + b"".join(b"q%c(%s" % (n, b"h%c" % n * 10) for n in range(3)) + b"eee"
     write_pickle(tmp_path / "a.npy", b"\x80\x02c_codecs\nencode\n(" + laugh + b"tR.")
-    with pytest.raises(ValueError, match="a list in the place of a string|it is damaged"):
+    with pytest.raises(ValueError, match="a list instead of a string|it is damaged"):
         containers.read(tmp_path / "a.npy")
 
 

@@ -149,7 +149,7 @@ def download(weights: Weights, progress: Progress | None = None) -> None:
     if file_md5(part) != weights.md5:
         part.unlink()
         raise ValueError(
-            f"what came from {weights.url} is not the published file (its MD5 differs); it was "
+            f"the download from {weights.url} is not the published file (its MD5 differs); it was "
             "deleted, try again"
         )
     part.replace(path)
@@ -208,7 +208,7 @@ def _receive(response: Any, part: Path, done: int, progress: Progress) -> None:
             bar.update(len(chunk))
             done += len(chunk)
     if done < total:
-        raise ConnectionError(f"it was cut after {done:,} of {total:,} bytes; pull again to go on")
+        raise ConnectionError(f"it was cut after {done:,} of {total:,} bytes; pull again to resume")
 
 
 @contextlib.contextmanager
@@ -224,6 +224,6 @@ class _Silent:
 
 def _manual(weights: Weights, reason: str) -> str:
     return (
-        f"cannot download {weights.url} ({reason}); get it where there is a network and put it at "
+        f"cannot download {weights.url} ({reason}); download it elsewhere and put it at "
         f"{str(weights.path)!r}, or convert any copy of published weights"
     )

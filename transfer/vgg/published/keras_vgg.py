@@ -90,8 +90,8 @@ def _base(layers: list[Layer], vgg: KerasVGG) -> list[Layer]:
         if kind == "Conv2D":
             if pending is not None:
                 raise ValueError(
-                    f"its convolution {pending[0].name} has no ReLU before {layer.name}; that of a "
-                    "VGG has"
+                    f"its convolution {pending[0].name} has no ReLU before {layer.name}; expected "
+                    "one"
                 )
             _check_convolution(layer)
             pending = layer, None
@@ -111,7 +111,7 @@ def _base(layers: list[Layer], vgg: KerasVGG) -> list[Layer]:
         else:
             raise ValueError(_refusal(layer, vgg, pending))
     if pending is not None:
-        raise ValueError(f"its convolution {pending[0].name} has no ReLU; that of a VGG has")
+        raise ValueError(f"its convolution {pending[0].name} has no ReLU; expected one")
     return []
 
 
@@ -179,7 +179,7 @@ def _check_config(layer: Layer, expected: Mapping[str, Any]) -> None:
         if isinstance(wanted, tuple) and isinstance(value, int):
             value = (value,) * len(wanted)
         if value is not None and value != wanted:
-            raise ValueError(f"its layer {layer.name} has {key} {value}; that of a VGG {wanted}")
+            raise ValueError(f"its layer {layer.name} has {key} {value}; expected {wanted}")
 
 
 def _batch_norm(layer: Layer, axis: int) -> BatchNorm:
@@ -225,7 +225,7 @@ def _rescaling(layer: Layer) -> dict[str, Any]:
         offset = np.atleast_1d(np.asarray(layer.config.get("offset", 0.0), np.float64))
         scale, offset = np.broadcast_arrays(scale, offset)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"its layer {layer.name} scales by no numbers") from error
+        raise ValueError(f"its layer {layer.name} has a non-numeric scale or offset") from error
     if scale.size not in (1, 3) or not np.isfinite([scale, offset]).all() or (scale <= 0).any():
         raise ValueError(f"its layer {layer.name} scales by {scale.tolist()}")
     return {"mean": (-offset / scale + 0.0).tolist(), "std": (1 / scale).tolist()}
@@ -245,10 +245,10 @@ def _head(rest: list[Layer], branches: list[Layer], vgg: KerasVGG) -> None:
         vgg.pooling = _pooling(layers[0])
         vgg.connected = _connected(layers[1:])
         if len(vgg.connected) != 3:
-            raise _NoVGG(f"it has {len(vgg.connected)} fully connected layers, a VGG three")
+            raise _NoVGG(f"it has {len(vgg.connected)} fully connected layers; expected 3")
         first, second, _ = (weights.kernel.shape for weights in vgg.connected)
         if first[-1] != second[-1]:
-            raise _NoVGG(f"its layers have {first[-1]} and {second[-1]} outputs, a VGG's as many")
+            raise _NoVGG(f"its layers have {first[-1]} and {second[-1]} outputs; expected as many")
     except (_NoVGG, ValueError) as reason:
         vgg.connected, vgg.pooling = [], "flatten"
         vgg.left_out = [layer.name for layer in (*layers, *branches) if layer.arrays]
@@ -284,7 +284,7 @@ def _connected(layers: Sequence[Layer]) -> list[Weights]:
         elif layer is layers[-1] and pending is not None and _is_softmax(layer):
             continue
         else:
-            raise _NoVGG(f"it has {layer.name} ({layer.kind}) where no VGG has")
+            raise _NoVGG(f"it has the unexpected layer {layer.name} ({layer.kind})")
     if pending is not None:
         connected.append(_weights(*pending))
     return connected

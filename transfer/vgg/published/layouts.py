@@ -182,7 +182,7 @@ def identify(
     if layout.container == "HDF5":
         _add_keras_norms(ordered, others, container.order)
     notes = [
-        f"batch norm folded with epsilon {layer.norm.epsilon:g}, the default where it is from"
+        f"batch norm folded with epsilon {layer.norm.epsilon:g}, the original default"
         for layer in ordered
         if layer.norm is not None
     ][:1]
@@ -522,4 +522,4 @@ def _architecture(
 def _check_finite(values: Mapping[str, np.ndarray]) -> None:
     broken = [name for name, array in values.items() if not np.isfinite(array).all()]
     if broken:
-        raise ValueError(f"its {', '.join(broken)} hold numbers that are not finite; get it again")
+        raise ValueError(f"its {', '.join(broken)} have values that are not finite; get it again")

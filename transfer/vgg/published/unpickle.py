@@ -67,14 +67,14 @@ def torch_arrays(file: IO[bytes], max_bytes: int) -> dict[str, np.ndarray]:
     storages = _Storages(max_bytes)
     magic, _, system, saved = (_load(file, _TORCH, storages.of) for _ in range(4))
     if magic != TORCH_MAGIC or not isinstance(system, dict) or not system.get("little_endian"):
-        raise ValueError("it is no PyTorch file of a little-endian machine")
+        raise ValueError("it is not a PyTorch file of a little-endian machine")
     keys = _load(file, {})
     if not isinstance(keys, list):
-        raise ValueError("it is damaged: its storages are no list")
+        raise ValueError("it is damaged: its storages are not a list")
     for key in keys:
         storage = storages.get(_text(key))
         if file.read(8) != struct.pack("<q", storage.count):
-            raise ValueError(f"its storage {storage.key!r} has another size than its tensors need")
+            raise ValueError(f"its storage {storage.key!r} has a size other than its tensors")
         storage.read = storages.limited(
             partial(_read_at, file, file.tell(), storage.num_bytes), storage
         )
@@ -117,7 +117,7 @@ def torch_archive(archive: zipfile.ZipFile, max_bytes: int) -> dict[str, np.ndar
         if name not in names:
             raise ValueError(f"its storage {storage.key!r} is missing; it was cut short")
         if archive.getinfo(name).file_size != storage.num_bytes:
-            raise ValueError(f"its storage {storage.key!r} has another size than its tensors need")
+            raise ValueError(f"its storage {storage.key!r} has a size other than its tensors")
         storage.read = storages.limited(partial(archive.read, name), storage)
     return _arrays(saved)
 
@@ -150,18 +150,18 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._stand_ins:
             raise UnsafePickleError(
-                f"it asks for {module}.{name}, which is no data; nothing of it was run"
+                f"it asks for {module}.{name}, which is not data; nothing was executed"
             )
         if (module, name) == ("_codecs", "encode"):
             return self._encode
         return self._stand_ins[module, name]
 
     def get_extension(self, code: int) -> None:
-        raise UnsafePickleError(f"it asks for extension {code}, which is no data")
+        raise UnsafePickleError(f"it asks for extension {code}, which is not data")
 
     def persistent_load(self, pid: Any) -> Any:
         if self._persistent is None:
-            raise UnsafePickleError("it refers to objects outside of it")
+            raise UnsafePickleError("it refers to external objects")
         return self._persistent(pid)
 
     def _encode(self, text: Any, encoding: Any = "latin1") -> bytes:
@@ -186,7 +186,7 @@ class _Unpickler(pickle._Unpickler):
 
     def _put(self, place: int) -> None:
         if not 0 <= place <= _MAX_MEMO:
-            raise ValueError(f"its memo has a place {place}")
+            raise ValueError(f"its memo index {place} is invalid; expected 0 to {_MAX_MEMO}")
         self.memo[place] = self.stack[-1]
 
     def _load_setitem(self) -> None:
@@ -260,7 +260,7 @@ class _Operations:
         """Account for additional memory; in total it may be as large as the file."""
         self._extra -= size
         if self._extra < 0:
-            raise ValueError("it makes the same bytes again and again")
+            raise ValueError("it encodes more bytes than the file has")
 
     def _counted(self, data: bytes) -> bytes:
         self._left -= len(data)
@@ -303,9 +303,9 @@ def _key(value: Any) -> Any:
 def _shape(value: Any) -> tuple[int, ...]:
     """Check that a value is a valid shape."""
     if not isinstance(value, tuple | list) or len(value) > _MAX_DIMENSIONS:
-        raise ValueError("it has an array whose shape is none")
+        raise ValueError("it has an array with an invalid shape")
     if not all(type(extent) is int and 0 <= extent < 2**40 for extent in value):
-        raise ValueError("it has an array whose shape is none")
+        raise ValueError("it has an array with an invalid shape")
     return tuple(value)
 
 
@@ -314,7 +314,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bytes):
         return value.decode("latin1")
     if not isinstance(value, str):
-        raise ValueError(f"it has a {type(value).__name__} in the place of a string")
+        raise ValueError(f"it has a {type(value).__name__} instead of a string")
     return value
 
 
@@ -400,7 +400,7 @@ class _StorageType:
     code: str
 
     def __call__(self, *_: Any) -> Any:
-        raise UnsafePickleError("it makes a storage of its own")
+        raise UnsafePickleError("it creates a storage")
 
 
 class _Tensor:

@@ -30,7 +30,7 @@ def fields(message: memoryview) -> Iterator[tuple[int, Value]]:
         tag, position = _varint(message, position)
         number, kind = tag >> 3, tag & 7
         if not number:
-            raise ValueError("no protocol buffer has a field 0")
+            raise ValueError("a protocol buffer has invalid field number 0")
         if kind == _VARINT:
             value, position = _varint(message, position)
             yield number, value
@@ -40,7 +40,7 @@ def fields(message: memoryview) -> Iterator[tuple[int, Value]]:
         elif kind in (_I64, _I32):
             size = 8 if kind == _I64 else 4
         else:
-            raise ValueError(f"no protocol buffer has a field of wire type {kind}")
+            raise ValueError(f"a protocol buffer has invalid wire type {kind}")
         if position + size > len(message):
             raise ValueError("a protocol buffer was cut short")
         yield number, message[position : position + size]
@@ -71,7 +71,7 @@ def integers(values: list[Value], most: int = 16) -> tuple[int, ...]:
 def text(value: Value) -> str:
     """A string field."""
     if isinstance(value, int):
-        raise ValueError("a protocol buffer has a number in the place of text")
+        raise ValueError("a protocol buffer has an integer instead of text")
     return bytes(value[:1000]).decode("utf-8", "replace")
 
 
@@ -85,4 +85,4 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
         number |= (byte & 127) << shift
         if byte < 128:
             return number, position
-    raise ValueError("a protocol buffer has a number of over ten bytes")
+    raise ValueError("a protocol buffer has a varint of over ten bytes")
