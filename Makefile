@@ -1,9 +1,9 @@
 # make demo      set up, then fine-tune the embedded model on the embedded digits
-# make test      set up, then run the tests that are not marked as slow
+# make test      set up, then run the tests that are not marked slow
 # make test-all  set up, then run all tests
 # make test-lowest, make test-newest
-#                the same with the lowest and the newest versions that setup.cfg allows
-# make coverage  set up, then run the tests of `make test` and say which lines they reach
+#                the same with the lowest or the newest versions that setup.cfg allows
+# make coverage  set up, then run the tests of `make test` and report line coverage
 # make lint      set up, then check format, style, types, imports and spelling
 # make docs      set up, then build the documentation into site/
 PYTHON ?= python3
@@ -11,8 +11,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 
-# Two processes: a test is busy on one core most of the time, and the largest needs 3 GB. Files of
-# many slow tests come first, so that the end is even; a worker that dies ends the run.
+# Two workers: a test uses about one core, and the largest needs 3 GB. Files with many slow tests run
+# first, to balance the workers; a worker that dies ends the run.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
   --max-worker-restart 0
 
@@ -27,8 +27,8 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(PYTEST)
 
-# Environments of their own, made anew each time; TESTS="tests/core tests/data" runs fewer. New
-# versions of other packages warn of what they will change; only the installed versions must not.
+# Uses new virtual environments; TESTS="tests/core tests/data" restricts the tests. Newer versions of
+# dependencies emit deprecation warnings, which are errors only with the constrained versions.
 test-lowest: RESOLUTION := lowest-direct
 test-newest: RESOLUTION := highest
 test-lowest test-newest: test-%:
@@ -50,7 +50,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/codespell
 
-# NO_MKDOCS_2_WARNING: the theme's notice of a later mkdocs.
+# NO_MKDOCS_2_WARNING silences a notice of the theme about MkDocs 2.
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 

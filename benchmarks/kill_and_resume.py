@@ -1,11 +1,11 @@
-"""Kill runs at random moments and resume them: do they end as if nothing had been?
+"""Kill runs at random moments, resume them, and check that the results are bit-identical.
 
     python benchmarks/kill_and_resume.py --kills 20
 
-Frozen, partial and full runs of the embedded model on embedded digits take turns, each with a cache
-of its own, so that extraction is hit, too. A run is killed with SIGKILL, up to three times, and
-then resumed with the same command. Its weights, its history and its figures must be those of a run
-that was left alone, to the last bit.
+Frozen, partial and full fine-tuning of the embedded model on the embedded digits alternate. Each
+run has its own cache, so that runs are also killed during extraction. A run is killed with SIGKILL,
+up to three times, and then resumed with the same command. Its weights, history and metrics must
+equal those of an uninterrupted run, bit for bit.
 """
 
 from __future__ import annotations
@@ -39,19 +39,20 @@ def command(out: Path, cut: str) -> list[str]:
 
 
 def differences(whole: Path, other: Path) -> list[str]:
-    found = []
+    """Names of variables, files and metrics that differ between two runs."""
+    names = []
     before, after = saved_values(whole / "model"), saved_values(other / "model")
-    found += [name for name in before if not np.array_equal(before[name], after[name])]
+    names += [name for name in before if not np.array_equal(before[name], after[name])]
     if (whole / "history.csv").read_bytes() != (other / "history.csv").read_bytes():
-        found.append("history.csv")
+        names.append("history.csv")
     first, second = (json.loads((run / "metrics.json").read_text()) for run in (whole, other))
     first["train"].pop("epoch_s"), second["train"].pop("epoch_s")
-    found += [part for part in ("eval", "train", "params") if first[part] != second[part]]
-    return found
+    names += [part for part in ("eval", "train", "params") if first[part] != second[part]]
+    return names
 
 
 def state(out: Path) -> str:
-    """What had been done when it was killed."""
+    """The progress of a run when it was killed."""
     if not (out / "config.yaml").is_file():
         return "starting"
     history = out / "history.csv"
@@ -62,7 +63,7 @@ def state(out: Path) -> str:
 
 
 def kill_once(out: Path, cut: str, after_s: float) -> bool:
-    """Whether it was still running then."""
+    """Start a run and kill it after some seconds; returns whether it was still running."""
     process = subprocess.Popen(
         command(out, cut), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -98,13 +99,13 @@ def main() -> int:
                 moments.append(f"{after_s:.1f} s ({state(out)})")
         kills += len(moments)
         done = subprocess.run(command(out, cut), capture_output=True, text=True, check=False)
-        found = differences(folder / f"whole-{cut}", out) if done.returncode == 0 else [done.stderr]
-        rows.append([cut, ", ".join(moments), "identical" if not found else f"differs: {found}"])
+        wrong = differences(folder / f"whole-{cut}", out) if done.returncode == 0 else [done.stderr]
+        rows.append([cut, ", ".join(moments), "identical" if not wrong else f"differs: {wrong}"])
         print(*rows[-1], sep=" | ", flush=True)
         trial += 1
-    print(tabulate(rows, ["cut", "killed after", "end"], tablefmt="github"))
+    print(tabulate(rows, ["cut", "killed after", "result"], tablefmt="github"))
     failed = sum(row[-1] != "identical" for row in rows)
-    print(f"{kills} kills in {len(rows)} runs, {failed} of which ended differently")
+    print(f"{kills} kills in {len(rows)} runs, {failed} of which gave different results")
     shutil.rmtree(folder)
     return int(failed > 0)
 

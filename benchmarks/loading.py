@@ -1,18 +1,18 @@
-"""How long loading takes and how much memory, beside merely reading the same bytes.
+"""Time and memory of loading a model, compared with only reading the same bytes.
 
     python benchmarks/loading.py --arch vgg16 --repeat 3
 
-A meta graph of full size with random weights is made in a temporary folder. Then, each in a process
-of its own and one after the other, so that all find the files in memory alike:
+Writes a full-size meta graph with random weights to a temporary folder, so that its files are in
+the page cache. Then measures these, in separate processes, one after the other:
 
 * ours: ``load_meta_graph`` and ``Backbone``;
-* plain: the bytes of the same variables, read from the checkpoint's file into arrays, and assigned
-  to the weights of a Keras layer;
-* strict: the same, but that a weight begins with its value, rather than with zeros;
+* plain: reads the bytes of the same variables from the checkpoint file into arrays, and assigns
+  them to the weights of a Keras layer;
+* strict: the same, but each weight is initialized with its value instead of zeros;
 * stock: ``import_meta_graph`` and ``Saver.restore``, which also read what the tap does not need.
 
-Memory is the peak above what the process had when TensorFlow, Keras and ``transfer`` were imported.
-It is read off ``/proc``: Linux only.
+Memory is the peak above the memory of the process after TensorFlow, Keras and ``transfer`` were
+imported. It is read from ``/proc``: Linux only.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ".data-00000-of-00001"
-MAX_MEMORY = 1.3  # of the values that are read
-MAX_TIME = 1.5  # of plain reading
+MAX_MEMORY = 1.3  # times the size of the values that are read
+MAX_TIME = 1.5  # times the time of plain reading
 
-Figures = dict[str, float]
+Measurements = dict[str, float]
 
 
 def peak_memory() -> int:
-    """The most memory since ``reset_peak_memory``, in bytes, where the system says so."""
+    """Peak memory since ``reset_peak_memory`` in bytes; current memory without ``/proc``."""
     status = Path("/proc/self/status")
     match = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(match[1]) * 1024 if match else psutil.Process().memory_info().rss
@@ -56,8 +56,9 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def make(prefix: Path, arch: str, tap: str) -> Figures:
-    """The meta graph; and ``layout.json`` says where in the file the tap's variables are."""
+def make(prefix: Path, arch: str, tap: str) -> Measurements:
+    """Write the meta graph, and ``layout.json`` with the offsets of the tap's variables in the
+    checkpoint file."""
     from tensorflow.core.protobuf.tensor_bundle_pb2 import BundleEntryProto
 
     from transfer import load_meta_graph, save_meta_graph
@@ -73,7 +74,7 @@ def make(prefix: Path, arch: str, tap: str) -> Figures:
         entry = BundleEntryProto.FromString(index[variable.name.encode()])
         layout.append([variable.name, list(values[variable.name].shape), entry.offset])
     prefix.with_name("layout.json").write_text(json.dumps(layout))
-    with open(f"{prefix}{DATA}", "rb") as file:  # so that it is in memory
+    with open(f"{prefix}{DATA}", "rb") as file:  # so that it is in the page cache
         while file.read(1 << 24):
             pass
     read = sum(values[name].nbytes for name, *_ in layout)
@@ -138,14 +139,14 @@ PARTS = {"ours": ours, "plain": plain, "strict": strict, "stock": stock}
 
 
 def touch_memory(size: int = 2**31) -> None:
-    """Use memory and give it back. To a virtual machine memory that it has not used for a while
-    is slow, and what takes less of it would seem to be the faster for that reason alone."""
+    """Allocate memory and release it. On a virtual machine, memory that was not used for a while
+    is slow at first, which would favour whatever allocates less."""
     with mmap.mmap(-1, size) as memory:
         np.frombuffer(memory, np.uint8)[:: mmap.PAGESIZE] = 1
 
 
-def measure(part: str, prefix: Path, tap: str) -> Figures:
-    """Seconds and bytes of one way to load, in this process."""
+def measure(part: str, prefix: Path, tap: str) -> Measurements:
+    """Seconds and bytes of one way of loading, measured in this process."""
     import keras  # noqa: F401
     import tensorflow as tf
 
@@ -154,7 +155,7 @@ def measure(part: str, prefix: Path, tap: str) -> Figures:
     (tf.constant(1) + 1).numpy()
     gc.collect()
     touch_memory()
-    stages: Figures = {}
+    stages: Measurements = {}
 
     @contextmanager
     def stage(name: str) -> Iterator[None]:
@@ -167,13 +168,13 @@ def measure(part: str, prefix: Path, tap: str) -> Figures:
     before, begin, cpu = process.memory_info().rss, time.perf_counter(), time.process_time()
     loaded = PARTS[part](prefix, tap, stage)
     seconds, cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
-    figures = {"seconds": seconds, "cpu": cpu_seconds, "peak": peak_memory() - before}
-    figures["kept"] = process.memory_info().rss - before
+    measured = {"seconds": seconds, "cpu": cpu_seconds, "peak": peak_memory() - before}
+    measured["kept"] = process.memory_info().rss - before
     del loaded
-    return figures | stages
+    return measured | stages
 
 
-def in_a_process(part: str, prefix: Path, arch: str, tap: str) -> Figures:
+def run_in_process(part: str, prefix: Path, arch: str, tap: str) -> Measurements:
     command = [sys.executable, __file__, "--part", part, "--prefix", str(prefix)]
     command += ["--arch", arch, "--tap", tap]
     environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
@@ -183,20 +184,20 @@ def in_a_process(part: str, prefix: Path, arch: str, tap: str) -> Figures:
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def show(size: Figures, runs: dict[str, list[Figures]]) -> None:
+def show(size: Measurements, runs: dict[str, list[Measurements]]) -> None:
     medians = {
-        part: {key: statistics.median(run[key] for run in found) for key in found[0]}
-        for part, found in runs.items()
+        part: {key: statistics.median(run[key] for run in repeats) for key in repeats[0]}
+        for part, repeats in runs.items()
     }
     print(f"{size['values'] / 1e6:.0f} MB of values, in a file of {size['file'] / 1e6:.0f} MB")
     print(f"\n{'':7}{'s':>7}{'CPU s':>7}{'peak MB':>9}{'kept MB':>9}{'/values':>9}{'/file':>7}")
-    for part, of in medians.items():
-        stages = [key for key in of if key not in ("seconds", "cpu", "peak", "kept")]
+    for part, median in medians.items():
+        stages = [key for key in median if key not in ("seconds", "cpu", "peak", "kept")]
         print(
-            f"{part:7}{of['seconds']:7.2f}{of['cpu']:7.2f}{of['peak'] / 1e6:9.0f}"
-            f"{of['kept'] / 1e6:9.0f}{of['peak'] / size['values']:9.2f}"
-            f"{of['peak'] / size['file']:7.2f}   "
-            + ", ".join(f"{key} {of[key]:.2f} s" for key in stages)
+            f"{part:7}{median['seconds']:7.2f}{median['cpu']:7.2f}{median['peak'] / 1e6:9.0f}"
+            f"{median['kept'] / 1e6:9.0f}{median['peak'] / size['values']:9.2f}"
+            f"{median['peak'] / size['file']:7.2f}   "
+            + ", ".join(f"{key} {median[key]:.2f} s" for key in stages)
         )
     memory = medians["ours"]["peak"] / size["values"]
     print(
@@ -225,18 +226,18 @@ def main() -> None:
     if options.part:
         sys.path.insert(0, str(ROOT))
         if options.part == "make":
-            found = make(options.prefix, arch, tap)
+            measured = make(options.prefix, arch, tap)
         else:
-            found = measure(options.part, options.prefix, tap)
-        print(json.dumps(found))
+            measured = measure(options.part, options.prefix, tap)
+        print(json.dumps(measured))
         return
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder, arch)
-        size = in_a_process("make", prefix, arch, tap)
-        runs: dict[str, list[Figures]] = {part: [] for part in PARTS}
+        size = run_in_process("make", prefix, arch, tap)
+        runs: dict[str, list[Measurements]] = {part: [] for part in PARTS}
         for _ in range(options.repeat):
             for part in PARTS:
-                runs[part].append(in_a_process(part, prefix, arch, tap))
+                runs[part].append(run_in_process(part, prefix, arch, tap))
     show(size, runs)
 
 

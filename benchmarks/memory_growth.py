@@ -1,10 +1,10 @@
-"""Memory of a run against the size of its dataset: does it stay flat?
+"""Peak memory of a run as a function of the number of training images; it should be constant.
 
     python benchmarks/memory_growth.py --data-dir DIR [--images 1000] [--plot docs/memory.svg]
 
-Runs on so many images of ``tiny_imagenet``, on 4 times and on 16 times as many, for each cut, and
-looks at the process all the time. What counts is anonymous memory: files that are mapped, as the
-kept activations are, count as resident while nobody else needs the room, and are shown beside it.
+For each cut, fine-tunes on ``--images`` images of ``tiny_imagenet`` and on 4 and 16 times as many,
+and samples the memory of the process. The result is anonymous memory. Memory-mapped files, such as
+cached activations, are resident until the system evicts them; resident memory is shown in brackets.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INTERVAL_S = 0.05
 
 
 def peak_mb(out: Path, cut: str, data_dir: Path, num_images: int) -> tuple[float, float]:
-    """The most anonymous and the most resident memory of a run, MB of 1e6 bytes."""
+    """Peak anonymous and peak resident memory of a run, in MB of 1e6 bytes."""
     words = ["finetune", "--dataset", "tiny_imagenet", "--data-dir", data_dir, "--epochs", "1"]
     words += ["--train-split", f"train[:{num_images}]", "--eval-split", "validation[:500]"]
     words += ["--freeze-until", cut, "--out", out, "--cache-dir", out.with_suffix(".cache")]
@@ -48,15 +48,15 @@ def peak_mb(out: Path, cut: str, data_dir: Path, num_images: int) -> tuple[float
     return anonymous / 1e6, resident / 1e6
 
 
-def plot(path: Path, sizes: list[int], found: dict[str, list[tuple[float, float]]]) -> None:
+def plot(path: Path, sizes: list[int], peaks: dict[str, list[tuple[float, float]]]) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.fonttype"] = "none"
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axes = figure.subplots()
-    for cut, colour in zip(found, ("#0072B2", "#D55E00", "#009E73"), strict=True):
-        anonymous, resident = zip(*found[cut], strict=True)
+    for cut, colour in zip(peaks, ("#0072B2", "#D55E00", "#009E73"), strict=True):
+        anonymous, resident = zip(*peaks[cut], strict=True)
         axes.plot(sizes, anonymous, "o-", color=colour, label=f"frozen until {cut}")
         axes.plot(sizes, resident, "o:", color=colour, linewidth=1, markersize=3)
     axes.set_xscale("log")
@@ -64,7 +64,7 @@ def plot(path: Path, sizes: list[int], found: dict[str, list[tuple[float, float]
     axes.minorticks_off()
     axes.set_ylim(0, None)
     axes.set_xlabel("training images")
-    axes.set_ylabel("peak memory, MB\n(dotted: mapped files, too)")
+    axes.set_ylabel("peak memory, MB\n(dotted: with memory-mapped files)")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, metadata={"Date": None})
@@ -77,21 +77,21 @@ def main() -> int:
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     sizes = [times * options.images for times in TIMES]
-    found: dict[str, list[tuple[float, float]]] = {cut: [] for cut in CUTS}
+    peaks: dict[str, list[tuple[float, float]]] = {cut: [] for cut in CUTS}
     with tempfile.TemporaryDirectory() as folder:
         for cut in CUTS:
             for size in sizes:
                 out = Path(folder, f"{cut}-{size}")
-                found[cut].append(peak_mb(out, cut, options.data_dir, size))
-                print(cut, size, *found[cut][-1], file=sys.stderr)
+                peaks[cut].append(peak_mb(out, cut, options.data_dir, size))
+                print(cut, size, *peaks[cut][-1], file=sys.stderr)
     rows = [
-        [cut, *(f"{anonymous:,.0f} ({resident:,.0f})" for anonymous, resident in found[cut])]
+        [cut, *(f"{anonymous:,.0f} ({resident:,.0f})" for anonymous, resident in peaks[cut])]
         for cut in CUTS
     ]
     headers = ["frozen until", *(f"{size:,} images" for size in sizes)]
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
     if options.plot is not None:
-        plot(options.plot, sizes, found)
+        plot(options.plot, sizes, peaks)
     return 0
 
 

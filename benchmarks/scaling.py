@@ -1,12 +1,12 @@
-"""What several workers bring: a small model, and a check of it with two processes on this machine.
+"""Speed-up by several workers: a performance model, and its check with two processes.
 
     python benchmarks/scaling.py model
     python benchmarks/scaling.py check
 
-``model`` prints the bytes that VGG16 exchanges in a step for each cut, and the speed-up that is
-to be expected of 1 to 256 workers; its flags are the assumptions. ``check`` measures the steps of
-two workers on a core each, once alone, once together, and an exchange. What the model makes of the
-steps alone and of the exchange is to be the steps together.
+``model`` prints the bytes that VGG16 exchanges per step for each cut, and the expected speed-up of
+1 to 256 workers; its flags are the assumptions. ``check`` measures steps of two workers with one
+core each, without and with communication, and an exchange alone. The model should predict the time
+of steps with communication from the other two.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ CUTS = ("fc7", "pool4", "none")
 NUM_CLASSES = 10
 STEPS = 12
 BATCH = 32
-SMALL, LARGE = 1, 2_500_000  # numbers in an exchange, to tell its latency from its bandwidth
-EXCHANGES = 2  # in a step: how many examples there are, and the gradients
+SMALL, LARGE = 1, 2_500_000  # elements per exchange, to separate latency from bandwidth
+EXCHANGES = 2  # per step: the number of examples, and the gradients
 
 
 def step_seconds(
     workers: int, compute_s: float, gradient_bytes: float, bandwidth: float, latency: float
 ) -> float:
-    """A step of one of several workers: its arithmetic, then a ring all-reduce, in which each sends
-    its gradients twice but for one part in ``workers``, in ``2 (workers - 1)`` messages (Patarasuk
-    and Yuan, doi 10.1016/j.jpdc.2008.09.002); and before it one of a few bytes. Nothing overlaps.
-    """
+    """Seconds of a training step with several workers: an all-reduce of a few bytes, the
+    arithmetic, and a ring all-reduce of the gradients, in which each worker sends ``2 (workers - 1)
+    / workers`` times their size in ``2 (workers - 1)`` messages (Patarasuk and Yuan, doi
+    10.1016/j.jpdc.2008.09.002). Communication and arithmetic do not overlap."""
     sent = 2 * (workers - 1) / workers * gradient_bytes
     return compute_s + sent / bandwidth + EXCHANGES * 2 * (workers - 1) * latency
 
@@ -50,9 +50,9 @@ def step_seconds(
 def print_model(options: argparse.Namespace) -> None:
     rows, expected = [], []
     for name, share, trained in vgg16_cuts():
-        # Activations, and gradients by inputs and by weights: three times the forward pass.
+        # Forward pass, gradients of inputs and of weights: three times the forward pass.
         compute_s = options.batch * 3 * options.forward * (1 - share)
-        compute_s = max(compute_s, 1e-3)  # calls and copies
+        compute_s = max(compute_s, 1e-3)  # overhead of calls and copies
         gradient_bytes = 4 * trained
         rows.append([name, f"{trained:,}", f"{gradient_bytes / 1e6:,.1f}", f"{compute_s:.3g}"])
         seconds = [
@@ -61,14 +61,15 @@ def print_model(options: argparse.Namespace) -> None:
         ]
         speedups = [n * seconds[0] / s for n, s in zip(WORKERS, seconds, strict=True)]
         expected.append([name, *(f"{speedup:.3g}" for speedup in speedups)])
-    headers = ["frozen until", "trained", "MB of gradients", "arithmetic of a step, s"]
+    headers = ["frozen until", "trained", "MB of gradients", "arithmetic per step, s"]
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True), end="\n\n")
     headers = ["frozen until", *map(str, WORKERS)]
     print(tabulate(expected, headers, tablefmt="github", disable_numparse=True))
 
 
 def vgg16_cuts() -> list[tuple[str, float, int]]:
-    """Name, share of the arithmetic before it, and trained parameters, a new head's included."""
+    """For each cut: its name, the share of the arithmetic before it, and the number of trained
+    parameters including a new head."""
     import tensorflow as tf
 
     from transfer import load_meta_graph
@@ -92,8 +93,8 @@ def vgg16_cuts() -> list[tuple[str, float, int]]:
 
 
 def measure() -> dict[str, Any]:
-    """In a process: seconds, gradient bytes and bytes on the loopback interface of a step, for each
-    cut; and seconds of exchanges of two sizes."""
+    """Runs in each process. Seconds, gradient bytes and bytes sent on the loopback interface of a
+    step for each cut; and seconds of exchanges of two sizes."""
     import keras
     import psutil
     import tensorflow as tf
@@ -118,7 +119,7 @@ def measure() -> dict[str, Any]:
     def sent() -> int:
         return psutil.net_io_counters(pernic=True)["lo"].bytes_sent
 
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for cut in CUTS:
         frozen, model = classifier.split(None if cut == "none" else cut)
         inputs = images if frozen is None else np.asarray(frozen(images))
@@ -135,7 +136,7 @@ def measure() -> dict[str, Any]:
             replicas.barrier()
             num_bytes = sent() - before
         gradient = sum(int(np.prod(v.shape)) for v in model.trainable_variables) * 4
-        found[cut] = {
+        results[cut] = {
             "seconds": float(np.median(seconds[2:])),
             "gradient": gradient,
             "sent": num_bytes,
@@ -148,17 +149,17 @@ def measure() -> dict[str, Any]:
             start = time.perf_counter()
             exchange(values).numpy()
             seconds.append(time.perf_counter() - start)
-        found[f"exchange of {size}"] = float(np.median(seconds[2:]))
-    return found
+        results[f"exchange of {size}"] = float(np.median(seconds[2:]))
+    return results
 
 
 def print_check() -> None:
-    # Both cores are busy then, too: they share caches and clock, and perhaps more.
+    # Both cores are busy in both measurements, since they share caches and clock.
     one, _ = measured([Process(__file__, "measure", cores=[core]) for core in (0, 1)])
     two, _ = measured(start_workers(__file__, "measure", cores=[[0], [1]]))
     small, large = (two[f"exchange of {size}"] for size in (SMALL, LARGE))
     latency, bandwidth = small / 2, 4 * LARGE / (large - small)
-    print(f"an exchange: {bandwidth / 1e6:,.0f} MB/s, latency {latency * 1e3:.2g} ms\n")
+    print(f"exchange: {bandwidth / 1e6:,.0f} MB/s, latency {latency * 1e3:.2g} ms\n")
     rows = []
     for cut in CUTS:
         alone, together = one[cut]["seconds"], two[cut]["seconds"]
@@ -170,18 +171,18 @@ def print_check() -> None:
             f"{2 * alone / predicted:.2f}",
         ])  # fmt: skip
     headers = ["frozen until", "MB of gradients", "MB sent by each", "1 worker, ms",
-               "2 workers, ms", "the model's", "speed-up", "the model's"]  # fmt: skip
+               "2 workers, ms", "ms, model", "speed-up", "speed-up, model"]  # fmt: skip
     print(tabulate(rows, headers, tablefmt="github", disable_numparse=True))
 
 
 def measured(processes: list[Process]) -> list[dict[str, Any]]:
-    """What each of them measured."""
+    """The results that the processes printed."""
     outputs = []
     for process in processes:
-        status, says = process.wait()
+        status, output = process.wait()
         if status:
-            raise RuntimeError(says)
-        outputs.append(json.loads(says.splitlines()[-1]))
+            raise RuntimeError(output)
+        outputs.append(json.loads(output.splitlines()[-1]))
     return outputs
 
 
@@ -189,10 +190,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(dest="verb", required=True)
     model = verbs.add_parser("model")
-    model.add_argument("--batch", type=int, default=32, help="images of a worker in a step")
-    model.add_argument("--bandwidth", type=float, default=1.25e9, help="bytes/s of a worker")
-    model.add_argument("--latency", type=float, default=5e-5, help="seconds of a message")
-    model.add_argument("--forward", type=float, default=0.16, help="seconds of an image, forward")
+    model.add_argument("--batch", type=int, default=32, help="images per worker and step")
+    model.add_argument("--bandwidth", type=float, default=1.25e9, help="bytes/s per worker")
+    model.add_argument("--latency", type=float, default=5e-5, help="seconds per message")
+    model.add_argument(
+        "--forward", type=float, default=0.16, help="forward pass, seconds per image"
+    )
     verbs.add_parser("check")
     verbs.add_parser("measure")
     options = parser.parse_args()
@@ -200,7 +203,7 @@ def main() -> int:
         print_model(options)
     elif options.verb == "check":
         if not shutil.which("taskset"):
-            sys.exit("check needs taskset, to give each worker a core of its own")
+            sys.exit("check needs taskset, to pin each worker to its own core")
         print_check()
     else:
         print(json.dumps(measure()))

@@ -1,10 +1,10 @@
-"""How near a step of full fine-tuning of VGG16 comes to what the processor can do.
+"""FLOP rate of full fine-tuning of VGG16, relative to the processor's rate of matrix products.
 
     python benchmarks/training.py --steps 6
 
-Steps and products of matrices take turns, so that a machine that is now faster and now slower does
-not matter. Prints GFLOP/s of the arithmetic that training needs, of the products around each step,
-and their ratio.
+Training steps and matrix products alternate, so that varying speed of the machine affects both
+alike. Prints the GFLOP/s of the arithmetic that training needs, of the matrix products before and
+after each step, and their ratio.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     optimizer = make_optimizer("adam", 1e-6)
     trainer = Trainer(model, [ParameterGroup(optimizer, model.trainable_variables)])
     needed = training_multiply_adds("none", list_cuts(backbone.network, 224))
-    trainer.train_step(images, labels)  # traces, and touches its memory for the first time
+    trainer.train_step(images, labels)  # traces the function and allocates memory
     ratios, before = [], sgemm_gflops()
     for _ in range(steps):
         start = time.perf_counter()

@@ -1,10 +1,10 @@
-"""What the embedded model is worth: accuracy by dataset, images per class and cut.
+"""Transfer accuracy of the embedded model by dataset, images per class and cut.
 
     python benchmarks/transfer_table.py --data-dir DIR --out runs/transfer
 
-DIR holds the prepared tfds datasets ``tf_flowers`` and ``cmaterdb/telugu``; digits are embedded.
-Each figure is the mean over three seeds, which choose the few images, the head and the order, with
-the standard deviation. Runs that are done already are not repeated.
+DIR contains the prepared tfds datasets ``tf_flowers`` and ``cmaterdb/telugu``; ``digits`` is
+embedded. Each cell is the mean and standard deviation over three seeds, which determine the
+few-shot subset, the initial head and the order of the images. Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SEEDS = range(3)
 
 
 def accuracy(out: Path, flags: list[str]) -> float:
-    """Of one run, which is done now if it was not yet."""
+    """Accuracy of one run, which is executed unless it is already finished."""
     path = out / "metrics.json"
     if not path.is_file():
         status = vgg_transfer(["finetune", *flags, "--out", str(out), "--resume"])
@@ -42,7 +42,7 @@ def accuracy(out: Path, flags: list[str]) -> float:
 
 
 def cell(options: argparse.Namespace, dataset: str, shots: str, row: str) -> str:
-    found = []
+    accuracies = []
     for seed in SEEDS:
         flags = ["--model", options.model, "--dataset", dataset, "--seed", str(seed), *ROWS[row]]
         if dataset != "digits":
@@ -50,8 +50,8 @@ def cell(options: argparse.Namespace, dataset: str, shots: str, row: str) -> str
         if shots != "all":
             flags += ["--shots-per-class", shots]
         words = (dataset.replace("/", "-"), shots, row.replace(", ", "-"), str(seed))
-        found.append(accuracy(options.out / "-".join(words).replace(" ", "-"), flags))
-    return f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}"
+        accuracies.append(accuracy(options.out / "-".join(words).replace(" ", "-"), flags))
+    return f"{statistics.mean(accuracies):.3f} ± {statistics.stdev(accuracies):.3f}"
 
 
 def main() -> int:
@@ -68,7 +68,7 @@ def main() -> int:
         for shots in options.shots:
             cells = [cell(options, dataset, shots, row) for row in options.rows]
             lines.append([dataset, shots, *cells])
-    print(tabulate(lines, ["dataset", "images a class", *options.rows], tablefmt="github"))
+    print(tabulate(lines, ["dataset", "per class", *options.rows], tablefmt="github"))
     return 0
 
 

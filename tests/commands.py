@@ -1,4 +1,4 @@
-"""Runs of the command line, and what they leave behind."""
+"""Run commands, and read the files that they write."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from transfer.models.plan import ModelPlan, plan
 
 
 def finetune(out: Path, model: Path, folder: Path, *flags: Any) -> int:
-    """Status of ``vgg-transfer finetune``; ``flags`` take the place of the short defaults here."""
+    """Exit status of ``vgg-transfer finetune``; ``flags`` override the short defaults given
+    here."""
     arguments = {"--model": model, "--image-folder": folder, "--out": out}
     arguments |= {"--epochs": 3, "--batch-size": 6}
     for default in arguments.keys() & set(flags):
@@ -31,7 +32,7 @@ def finetune(out: Path, model: Path, folder: Path, *flags: Any) -> int:
 
 
 def flags_of(command: str) -> dict[str, str]:
-    """Of a command that ``inspect`` printed."""
+    """The flags of a command that ``inspect`` printed."""
     words = shlex.split(command)
     assert words[:2] == ["vgg-transfer", "finetune"]
     pairs = [word.split("=", 1) if word.startswith("--rename=") else [word] for word in words[2:]]
@@ -40,7 +41,7 @@ def flags_of(command: str) -> dict[str, str]:
 
 
 def planned(flags: dict[str, str]) -> ModelPlan:
-    """What ``finetune`` begins with, given these flags."""
+    """The plan with which ``finetune`` begins for these flags."""
     rename = [flags["--rename"]] if "--rename" in flags else []
     graph = load_meta_graph(flags["--model"], rename=parse_renames(rename))
     return plan(
@@ -58,14 +59,14 @@ def metrics(out: Path) -> dict[str, Any]:
 
 
 def saved_values(prefix: Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """Of some variables, or all."""
+    """Values of variables in a checkpoint by name; by default of all variables."""
     reader = tf.train.load_checkpoint(str(prefix))
     chosen = reader.get_variable_to_shape_map() if names is None else names
     return {name: reader.get_tensor(name) for name in chosen}
 
 
 def largest_difference(first: Path, second: Path) -> float:
-    """Between any two values of two models of the same variables."""
+    """The largest absolute difference between the values of two models with the same variables."""
     before, after = saved_values(first), saved_values(second)
     assert before.keys() == after.keys()
     return max(float(np.max(np.abs(before[name] - after[name]))) for name in before)

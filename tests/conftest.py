@@ -1,7 +1,7 @@
-"""Small networks and small images, made here; nothing is downloaded.
+"""Fixtures: small networks and images, without downloads.
 
-Real data and meta graphs are used where they lie beside the project, in ``../shared``; tests that
-need them are skipped where they do not.
+Real datasets and meta graphs are used from ``../shared`` if that folder exists; otherwise, tests
+that need them are skipped.
 """
 
 from __future__ import annotations
@@ -58,9 +58,10 @@ def save_vgg(
     return prefix
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
+@pytest.hookimpl(tryfirst=True)  # before -m selects tests
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what is; and begin with files of many slow tests, for an even end."""
+    """Mark slow parameter sets, and run files with many slow tests first, to balance the
+    workers."""
     seen = set()
     for item in items:
         if item.get_closest_marker("slow_variants"):
@@ -78,14 +79,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: going through it is most of ``keras.backend.clear_session``."""
+    """Freeze imported objects: traversing them is most of ``keras.backend.clear_session``."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Activations of an earlier session would hide what is broken."""
+    """Use an empty activation cache: activations of an earlier session would hide errors."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -93,7 +94,7 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def saved_vgg(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``save_vgg``, by a copy of the files of a network that was saved before."""
+    """``save_vgg`` that copies the files of an equal network if one was saved before."""
     folder = tmp_path_factory.mktemp("networks")
 
     def saved(prefix: Path, **options: Any) -> Path:
@@ -109,7 +110,8 @@ def saved_vgg(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(params=VARIANTS)
 def tiny_vgg(request: pytest.FixtureRequest, tmp_path: Path, saved_vgg: Callable) -> Path:
-    """Prefix of a small VGG with random weights; fc layers and variables of both kinds."""
+    """Checkpoint prefix of a small VGG with random weights, for both kinds of fc layers and
+    variables."""
     return saved_vgg(tmp_path / "vgg" / "tiny", **VARIANTS[request.param])
 
 
@@ -120,7 +122,7 @@ def tiny_card() -> Card:
 
 @pytest.fixture
 def model(tmp_path: Path, tiny_card: Card, saved_vgg: Callable) -> Path:
-    """Prefix of a small VGG with a card: what a recipe needs."""
+    """Checkpoint prefix of a small VGG with a card, as the commands need it."""
     return saved_vgg(tmp_path / "model" / "tiny", card=tiny_card)
 
 
@@ -128,7 +130,7 @@ def model(tmp_path: Path, tiny_card: Card, saved_vgg: Callable) -> Path:
 def finished_run(
     tmp_path_factory: pytest.TempPathFactory, tiny_card: Card, saved_vgg: Callable
 ) -> Path:
-    """Folder of a run on ``image_folder``; for tests that do not change it."""
+    """Folder of a finished run on ``image_folder``, for tests that only read it."""
     from commands import finetune
 
     folder = tmp_path_factory.mktemp("finished")
@@ -158,7 +160,7 @@ def branched() -> None:
 
 
 class StockSession:
-    """What a TF1 program does: ``import_meta_graph``, ``Saver.restore``, ``Session.run``."""
+    """A stock TF1 program: ``import_meta_graph``, ``Saver.restore``, ``Session.run``."""
 
     def __init__(self, prefix: Path):
         self.graph = tf.Graph()
@@ -177,7 +179,7 @@ def stock_session() -> Callable[[Path], StockSession]:
 
 
 def make_image_folder(root: Path, images_per_class: int = 12, size: int = 20) -> Path:
-    """Two classes that can be told apart by colour, in all the kinds of files that people have."""
+    """Images of two classes that differ by colour, in all common image formats."""
     generator = np.random.default_rng(0)
     for label, name in enumerate(("blue", "red")):
         folder = root / name
@@ -200,7 +202,7 @@ def image_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def smooth_folder(tmp_path: Path) -> Path:
-    """60 images of two classes, whose neighbouring pixels are alike, as those of photos are."""
+    """60 images of two classes with similar neighbouring pixels, as in photos."""
     generator = np.random.default_rng(0)
     for name in ("a", "b"):
         (tmp_path / "smooth" / name).mkdir(parents=True)
@@ -213,7 +215,7 @@ def smooth_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data dir for the embedded digits, prepared once."""
+    """A tfds data directory with the embedded digits, prepared once."""
     from transfer.data.sources import open_source
 
     directory = tmp_path_factory.mktemp("tfds")

@@ -1,7 +1,7 @@
-"""A plugin of pytest: a worker of pytest-xdist that is killed ends the run, as a failure.
+"""Pytest plugin: if a worker of pytest-xdist is killed, the run fails and ends.
 
-By itself pytest-xdist waits for ever: for the end of a pipe that forked children of the worker
-still hold. Where the pipe ends, it gives the test that killed the worker to the next one.
+By default pytest-xdist waits forever for a pipe that forked children of the worker keep open. If
+the pipe is closed, it runs the test that killed the worker again in the next worker.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-GRACE_S = 10.0  # for pytest-xdist, to name the test and to hear of workers that are done
+GRACE_S = 10.0  # time for pytest-xdist to report the test and the end of other workers
 EXIT_S = 60.0
 
 
@@ -46,7 +46,7 @@ class DeadWorkers:
         self._workers: dict[str, Worker] = {}
         self._running: dict[str, None] = {}
         self._ended = threading.Event()
-        self._found: str | None = None
+        self._failure: str | None = None
         threading.Thread(target=self._watch, daemon=True).start()
 
     @pytest.hookimpl(optionalhook=True)
@@ -65,10 +65,10 @@ class DeadWorkers:
         self._running.pop(nodeid, None)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self._found:
-            terminalreporter.write_sep("=", self._found, red=True)
+        if self._failure:
+            terminalreporter.write_sep("=", self._failure, red=True)
             for nodeid in self._running:
-                terminalreporter.write_line(f"it did not end: {nodeid}", red=True)
+                terminalreporter.write_line(f"did not finish: {nodeid}", red=True)
 
     def pytest_unconfigure(self) -> None:
         self._ended.set()
@@ -81,11 +81,11 @@ class DeadWorkers:
                     self._stop(f"worker {name} was killed")
                     return
 
-    def _stop(self, found: str) -> None:
-        self._found = found
+    def _stop(self, failure: str) -> None:
+        self._failure = failure
         _thread.interrupt_main()
         if not self._ended.wait(EXIT_S):
-            print(found, file=sys.stderr, flush=True)
+            print(failure, file=sys.stderr, flush=True)
             os._exit(2)
 
 

@@ -1,4 +1,4 @@
-"""Writers of published weight files: the layouts of their original software, small."""
+"""Write small weight files in the layouts of the original software."""
 
 import io
 import pickle
@@ -32,14 +32,15 @@ def biases(layer):
 
 
 def windowed(layer):
-    """A kernel of a fully connected layer as that of a convolution."""
+    """The kernel of a fully connected layer in the shape of a convolution."""
     if layer == "fc6":
         return kernel(layer).reshape(WINDOW, WINDOW, CHANNELS, -1)
     return kernel(layer)[None, None]
 
 
 def outputs_first(layer):
-    """As PyTorch and Caffe have them: the inputs of fc6 by channel, height, width."""
+    """Kernels in the layout of PyTorch and Caffe: inputs of fc6 in the order channel, height,
+    width."""
     if layer in CONVOLUTIONS:
         return np.ascontiguousarray(kernel(layer).transpose(3, 2, 0, 1))
     flat = windowed(layer).transpose(3, 2, 0, 1)
@@ -47,7 +48,7 @@ def outputs_first(layer):
 
 
 def write_keras_legacy(path):
-    """What keras.applications publishes: a group a layer, named arrays in it."""
+    """A file as published by keras.applications: one group per layer, with named arrays."""
     renamed = {
         f"fc{n}": name for n, name in zip((6, 7, 8), ("fc1", "fc2", "predictions"), strict=True)
     }
@@ -77,7 +78,7 @@ def write_machrisaa(path):
 
 
 def write_machrisaa_of_python_2(path):
-    """Protocol 2: bytes are text in latin1."""
+    """A pickle of protocol 2, in which bytes are latin1 text."""
     with path.open("wb") as file:
         array = np.empty((), object)
         array[()] = machrisaa()
@@ -133,7 +134,7 @@ def write_matconvnet(path, transposed=False, old=False):
     scipy.io.savemat(
         path,
         {"layers": layers, "meta": {"a": 1}},
-        do_compression=SMALL.fc < 4096,  # at full size it takes half a minute
+        do_compression=SMALL.fc < 4096,  # takes half a minute at full size
         appendmat=False,
     )
 
@@ -151,7 +152,7 @@ def field(number, data):
 
 
 def write_caffe(path, v1=True):
-    """By hand, after the encoding of protocol buffers."""
+    """Encodes the protocol buffer by hand."""
     net = field(1, b"VGG_ILSVRC_16_layers")
     for layer in CONVOLUTIONS + CONNECTED:
         blobs = b""
@@ -206,10 +207,10 @@ WRITERS = {
 
 
 def torch_pickle(state, storages, rebuild="_rebuild_tensor_v2"):
-    """The bytes of a state dictionary, protocol 2, by hand: tensors share no storages.
+    """Pickle of a state dictionary in protocol 2, encoded by hand; tensors do not share storages.
 
-    ``rebuild`` names the function that makes a tensor; ``None`` makes it of its class, as PyTorch
-    0.1 did.
+    ``rebuild`` names the function that makes a tensor; with ``None`` its class does, as in PyTorch
+    0.1.
     """
     out = io.BytesIO()
 

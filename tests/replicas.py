@@ -1,7 +1,7 @@
-"""A process of runs with two replicas: ``python replicas.py STRATEGY RUNS``.
+"""Fine-tuning runs with two replicas in one process: ``python replicas.py STRATEGY RUNS``.
 
-``mirrored`` has two logical CPUs. ``multi_worker`` takes its place from ``TF_CONFIG``. RUNS is
-JSON, a list of the flags of ``finetune`` for one run after the other.
+``mirrored`` uses two logical CPUs, ``multi_worker`` the worker in ``TF_CONFIG``. RUNS is a JSON
+list with the flags of ``finetune`` for each run; the runs are sequential.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(strategy: str, runs: str) -> int:
 
 
 class Process:
-    """One that runs; what it says goes to a file, so that nobody needs to read along."""
+    """A running process whose output goes to a file, so that no pipe can block it."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Process:
         )
 
     def wait(self) -> tuple[int, str]:
-        """Its status, and what it said."""
+        """Wait for the end; returns exit status and output."""
         try:
             status = self.process.wait(WAIT_S)
         finally:
@@ -77,7 +77,7 @@ class Process:
 def start_workers(
     *words: object, cores: Sequence[Sequence[int] | None] = (None, None)
 ) -> list[Process]:
-    """Two processes on this machine that know of each other."""
+    """Start two workers of one cluster on this machine."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     hosts = [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
     for s in sockets:

@@ -1,4 +1,4 @@
-"""A program of TensorFlow 1 in a stock session, beside what transfer.graph makes of its graph."""
+"""Compare a TF1 program in a stock session with the network that transfer.graph extracts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ tf1 = tf.compat.v1
 
 @contextlib.contextmanager
 def control_flow_v1() -> Iterator[None]:
-    """``tf.cond`` makes ``Switch`` and ``Merge``, as it did in TensorFlow 1."""
+    """``tf.cond`` makes ``Switch`` and ``Merge``, as in TensorFlow 1."""
     tf1.disable_control_flow_v2()
     try:
         yield
@@ -30,7 +30,7 @@ def images(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 class Program:
-    """A graph with a placeholder ``x`` and a tensor ``tap``, its variables initialized."""
+    """A graph with a placeholder ``x``, a tensor ``tap`` and initialized variables."""
 
     def __init__(self, build: Callable[[], Any], *, conds: str = "v1"):
         self.graph = tf.Graph()
@@ -61,7 +61,7 @@ class Program:
         return GraphLayer(network, self.values(network))
 
     def values(self, network: Network) -> dict[str, tf.Tensor]:
-        """Of the variables, and of the constants that are weights."""
+        """Values of the variables, and of constants that are weights."""
         sources = self._sources(network)
         return {v.name: tf.constant(self.session.run(sources[v.name])) for v in network.variables}
 
@@ -83,7 +83,7 @@ class Program:
                 tap, with_respect_to, upstream, unconnected_gradients="zero", name="gradients"
             )
             found = [tf.convert_to_tensor(gradient) for gradient in found]
-        # The gradients of a function change its call, which a session that has run does not see.
+        # Gradients of a function modify its call, which a session that has already run ignores.
         return self._new_session().run(found, {"x:0": x, **feeds})
 
     def _sources(self, network: Network) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def assert_equals_stock(
     feeds: Mapping[str, Any] | None = None,
     network: Network | None = None,
 ) -> None:
-    """Value and gradients of a network are those of the stock session.
+    """Check that value and gradients of a network equal those of the stock session.
 
     Args:
         program: what it is made of.

@@ -1,6 +1,6 @@
-"""Programs of TensorFlow 1 as strangers write them: a ``.meta`` and a checkpoint of each.
+"""TF1 programs with unusual graphs, as found in the wild: a ``.meta`` and a checkpoint of each.
 
-What is awkward about one says its name. All are small, and their weights random.
+The name of a program says what is unusual. All are small, with random weights.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ tf1 = tf.compat.v1
 
 
 def save(build: Callable[[], Any], prefix: Path | str) -> str:
-    """Run a program until its ``saver.save``; returns the prefix."""
+    """Run a program up to its ``saver.save``; returns the checkpoint prefix."""
     Path(f"{prefix}.meta").parent.mkdir(parents=True, exist_ok=True)
     with tf.Graph().as_default(), control_flow_v1(), tf1.Session() as session:
         tf1.set_random_seed(0)
@@ -69,7 +69,7 @@ def head(x: tf.Tensor) -> None:
 
 
 def body(x: tf.Tensor, length: int = 4 * 4 * 8) -> tf.Tensor:
-    """For images of 16 pixels: what the last layer reads."""
+    """A network for images of 16 pixels; returns the features, fc7."""
     net = pool(conv(x, "conv1", 4), "pool1")
     net = pool(conv(net, "conv2", 8), "pool2")
     return dense(flatten(net, length), "fc7", 12)

@@ -1,4 +1,4 @@
-"""A worker of pytest-xdist that is killed, as by the kernel when memory is short, or hangs."""
+"""A worker of pytest-xdist is killed, as by the kernel when memory is exhausted, or hangs."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ WAYS = {
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="signals and forks are Unix")
 @pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
-def test_the_run_ends_and_fails(tmp_path: Path, how: str) -> None:
+def test_run_fails_when_a_worker_dies_or_hangs(tmp_path: Path, how: str) -> None:
     (tmp_path / "test_it.py").write_text(PROGRAM.format(how=how))
     (tmp_path / "test_other.py").write_text("def test_other(): pass")
     log = tmp_path / "log.txt"
     flags = ["-p", "dead_workers", "-n", "2", "--dist", "loadfile", "--max-worker-restart", "0"]
     flags += ["-o", "faulthandler_timeout=5", "-o", "faulthandler_exit_on_timeout=true"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    with log.open("w") as output:  # what is left of the worker may hold a pipe too
+    with log.open("w") as output:  # children of the worker may keep a pipe open
         done = subprocess.run(
             [sys.executable, "-m", "pytest", *flags, "--rootdir", tmp_path, tmp_path],
             cwd=tmp_path,

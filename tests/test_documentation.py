@@ -1,4 +1,4 @@
-"""The pages in docs/ agree with the code."""
+"""The documentation agrees with the code."""
 
 import re
 from pathlib import Path
@@ -12,12 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "benchmarks/README.md"]
 
 
-def test_the_api_page_lists_the_public_names_in_their_order():
+def test_api_page_lists_public_names_in_order():
     page = (ROOT / "docs" / "api.md").read_text()
     assert re.findall(r"^::: transfer\.(\w+)$", page, re.MULTILINE) == transfer.__dir__()
 
 
-def test_every_page_is_in_the_navigation():
+def test_all_pages_are_in_the_navigation():
     navigation = re.search(
         r"^nav:\n.*", (ROOT / "mkdocs.yml").read_text(), re.DOTALL | re.MULTILINE
     )
@@ -33,7 +33,7 @@ def _pages(section):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_named_in_the_documentation_exist(page):
+def test_files_named_in_documentation_exist(page):
     named = re.findall(
         r"\b((?:transfer|recipes|tests|benchmarks|docs)/[\w/]+\.\w+)", page.read_text()
     )

@@ -1,6 +1,6 @@
-"""Disks that are full or read-only and folders that go away while a run goes on.
+"""Full or read-only disks, removed folders and other faults during a run.
 
-Nothing is simulated: the run is on a small file system of its own, which takes root to mount.
+The faults are real: the run is on its own small file system, which needs root to mount.
 """
 
 import os
@@ -19,7 +19,7 @@ FLAGS = ("--freeze-until", "pool2", "--cache", "memory")
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """Model, images, and a run of ``FLAGS`` on a sound disk."""
+    """Model, images, and an undisturbed run with ``FLAGS``."""
     from conftest import make_image_folder, save_vgg
 
     from transfer import Card
@@ -49,7 +49,7 @@ def mounted(path, options):
 
 
 def finetune_with_a_fault(monkeypatch, out, setting, fault, *flags):
-    """Status of a run in which something happens after its first epoch."""
+    """Exit status of a run in which ``fault`` is called after the first epoch."""
     model, photos, _ = setting
     train_epoch = Trainer.train_epoch
 
@@ -76,7 +76,7 @@ def error_of(capsys):
 
 
 @pytest.mark.slow
-def test_a_full_disk(disk, setting, monkeypatch, capsys):
+def test_full_disk_is_an_error_and_run_resumes(disk, setting, monkeypatch, capsys):
     filler = disk / "filler"
 
     def fill():
@@ -93,7 +93,7 @@ def test_a_full_disk(disk, setting, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_read_only(disk, setting, monkeypatch, capsys):
+def test_read_only_disk_is_an_error_and_run_resumes(disk, setting, monkeypatch, capsys):
     def remount(how):
         subprocess.run(["mount", "-o", f"remount,{how}", disk], check=True)
 
@@ -112,7 +112,7 @@ def test_a_disk_that_is_read_only(disk, setting, monkeypatch, capsys):
     assert_resumed_ends_like(disk / "run", setting)
 
 
-def test_a_folder_that_is_removed(tmp_path, setting, monkeypatch, capsys):
+def test_removed_run_folder_is_an_error(tmp_path, setting, monkeypatch, capsys):
     out = tmp_path / "run"
     status = finetune_with_a_fault(monkeypatch, out, setting, lambda: shutil.rmtree(out))
     assert status == 1
@@ -120,7 +120,7 @@ def test_a_folder_that_is_removed(tmp_path, setting, monkeypatch, capsys):
     assert not (out / "checkpoints").exists()
 
 
-def test_a_clock_that_jumps(tmp_path, setting, monkeypatch):
+def test_jumping_clock_does_not_change_results(tmp_path, setting, monkeypatch):
     import time
 
     now = time.time
@@ -131,7 +131,7 @@ def test_a_clock_that_jumps(tmp_path, setting, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint(tmp_path, setting, capsys):
+def test_resume_skips_damaged_checkpoint(tmp_path, setting, capsys):
     model, photos, _ = setting
     out = tmp_path / "run"
     assert finetune(out, model, photos, *FLAGS, "--epochs", 2) == 0

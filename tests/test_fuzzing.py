@@ -1,4 +1,4 @@
-"""Short runs of the fuzzers; ``python tests/fuzzing`` makes the long ones."""
+"""Short runs of the fuzzers; ``python tests/fuzzing`` is for long runs."""
 
 import subprocess
 import sys
@@ -10,19 +10,19 @@ FUZZER = Path(__file__).with_name("fuzzing")
 
 
 def fuzz(*options):
-    # A machine that runs tests may be busy with others: the long run looks for hangs.
+    # The machine may be busy with other tests, so the time limit is high; long runs detect hangs.
     options = [*options, "--limit", "60"]
     command = [sys.executable, str(FUZZER), *options]
     run = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    # The report says what went wrong, and how to try that one input again.
+    # The report names the failures, and the command that repeats an input.
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
 
 
 @pytest.mark.slow
-def test_a_damaged_model_gives_a_result_or_a_clean_error():
+def test_damaged_models_give_result_or_clean_error():
     fuzz("--count", "110", "--wild", "none")
 
 
 @pytest.mark.slow
-def test_random_arguments_of_allowed_operations_crash_nothing():
+def test_random_operation_arguments_do_not_crash():
     fuzz("--operations", "225", "--workers", "1")

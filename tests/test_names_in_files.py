@@ -32,14 +32,14 @@ ODD = [
 
 
 @pytest.mark.parametrize("name", ORDINARY)
-def test_ordinary_names_are_written_as_they_are(tmp_path, name):
+def test_ordinary_names_are_written_unchanged(tmp_path, name):
     write_names(tmp_path / "names.txt", [name, name])
     assert (tmp_path / "names.txt").read_bytes() == f"{name}\n{name}\n".encode()
     assert read_names(tmp_path / "names.txt") == [name, name]
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_names_that_do_not_fit_in_a_line_return(tmp_path, name):
+def test_names_with_special_characters_round_trip(tmp_path, name):
     nested = [name, json.dumps(name), json.dumps(json.dumps(name)), f"a{name}\\", '"' + name + '"']
     write_names(tmp_path / "names.txt", nested)
     text = (tmp_path / "names.txt").read_bytes().decode()
@@ -48,9 +48,9 @@ def test_names_that_do_not_fit_in_a_line_return(tmp_path, name):
     assert read_names(tmp_path / "names.txt") == nested
 
 
-def test_lists_from_elsewhere_are_read(tmp_path):
+def test_lists_of_other_programs_are_read(tmp_path):
     path = tmp_path / "names.txt"
-    path.write_bytes("a\u2028b.jpg\nc\x85d\n\x0b".encode())  # as older versions wrote them
+    path.write_bytes("a\u2028b.jpg\nc\x85d\n\x0b".encode())  # as written by older versions
     assert read_names(path) == ["a\u2028b.jpg", "c\x85d", "\v"]
     path.write_bytes(b"from\r\nWindows\r\n")
     assert read_names(path) == ["from", "Windows"]
@@ -70,7 +70,7 @@ def device(path):
 
 def unix_socket(path):
     here = os.getcwd()
-    os.chdir(path.parent)  # the path of a socket may not be long
+    os.chdir(path.parent)  # socket paths must be short
     try:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(path.name)
@@ -83,9 +83,9 @@ def sparse(path):
     os.truncate(path, 2**40)
 
 
-@pytest.mark.timeout(120)  # some of them have no end
+@pytest.mark.timeout(120)  # some are endless
 @pytest.mark.parametrize("make", [pipe, device, unix_socket, sparse, os.mkdir])
-def test_text_is_read_from_regular_files_of_bounded_size_only(tmp_path, make):
+def test_text_is_read_from_small_regular_files_only(tmp_path, make):
     path = tmp_path / "names.txt"
     make(path)
     for read in (read_names, lambda path: read_text(path, 10)):
@@ -93,7 +93,7 @@ def test_text_is_read_from_regular_files_of_bounded_size_only(tmp_path, make):
             read(path)
 
 
-def test_text_may_have_the_size_that_is_named(tmp_path):
+def test_read_text_accepts_the_maximum_size(tmp_path):
     path = tmp_path / "text"
     path.write_text("üa", encoding="utf-8")
     assert read_text(path, 3) == "üa"

@@ -1,4 +1,4 @@
-"""Every verb with paths that are not what it expects: one line, an exit status, no waiting."""
+"""All commands with unexpected paths: a one-line error and an exit status, without hanging."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ READERS = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder, with a file of each odd kind."""
+    """The working folder, with a file of each unexpected kind."""
     (tmp_path / "empty").write_bytes(b"")
     (tmp_path / "text").write_text("hello\n")
     (tmp_path / "folder").mkdir()
@@ -40,7 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def check_fails(words: list[str], capfd: pytest.CaptureFixture) -> str:
-    """Its error line, the only one."""
+    """Check that a command fails quickly with exactly one error line; returns the line."""
     start = time.process_time()
     assert main(words) in (1, 2), words
     assert time.process_time() - start < 10, words
@@ -52,7 +52,7 @@ def check_fails(words: list[str], capfd: pytest.CaptureFixture) -> str:
 
 
 @pytest.mark.parametrize("verb", READERS)
-def test_what_cannot_be_read_is_an_error_in_one_line(folder, capfd, verb) -> None:
+def test_unreadable_path_is_a_one_line_error(folder, capfd, verb) -> None:
     before = sorted(folder.rglob("*"))
     for path in PATHS:
         line = check_fails([path if word == "PATH" else word for word in READERS[verb]], capfd)
@@ -61,14 +61,14 @@ def test_what_cannot_be_read_is_an_error_in_one_line(folder, capfd, verb) -> Non
 
 
 @pytest.mark.parametrize("path", ["/", ".", "folder"])
-def test_a_folder_is_not_a_file_of_weights(folder, capfd, path) -> None:
+def test_convert_rejects_folder(folder, capfd, path) -> None:
     line = check_fails(["convert", path, "--out", "out/m"], capfd)
     shown = str(Path(path))
     assert line.startswith(f"error: {shown!r} is a folder; expected a file of weights")
 
 
 @pytest.mark.parametrize("path", ["/dev/null", "pipe", "text", "loop"])
-def test_a_run_does_not_go_to_a_file(folder, capfd, path) -> None:
+def test_output_path_that_is_a_file_is_rejected(folder, capfd, path) -> None:
     for verb in ("finetune", "pretrain", "lr-find", "benchmark"):
         check_fails([verb, "--image-folder", "folder", "--out", path], capfd)
     for action in ("list", "clear") if path != "loop" else ():

@@ -1,4 +1,4 @@
-"""Files about the project agree with each other."""
+"""Package metadata, constraints and tool configurations are consistent."""
 
 import configparser
 import re
@@ -23,7 +23,7 @@ def test_citation_and_package_have_the_same_version_and_licence():
     assert citation["title"] == metadata["name"]
 
 
-def test_pre_commit_runs_the_versions_of_the_constraints():
+def test_pre_commit_uses_constrained_versions():
     constraints = (ROOT / "constraints.txt").read_text()
     repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     revisions = {repo["repo"].rsplit("/")[-1]: repo.get("rev") for repo in repos}

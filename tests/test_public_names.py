@@ -1,4 +1,4 @@
-"""The public names: which they are, and that the examples in their docstrings run."""
+"""The public names are as documented, and the examples in their docstrings run."""
 
 import doctest
 from pathlib import Path
@@ -37,13 +37,13 @@ def test_public_names_are_these():
 
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("name", transfer.__all__)
-def test_example_of(name, tmp_path, monkeypatch):
+def test_docstring_example_runs(name, tmp_path, monkeypatch):
     (tmp_path / "pretrained").symlink_to(Path(__file__).resolve().parents[1] / "pretrained")
     monkeypatch.chdir(tmp_path)
-    thing = getattr(transfer, name)
-    found = doctest.DocTestFinder(recurse=False).find(thing, name, globs={})
-    assert any(test.examples for test in found), f"{name} has no example"
-    for test in found:
+    public = getattr(transfer, name)
+    doctests = doctest.DocTestFinder(recurse=False).find(public, name, globs={})
+    assert any(test.examples for test in doctests), f"{name} has no example"
+    for test in doctests:
         report = []
         failed, _ = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=report.append)
         assert not failed, "".join(report)

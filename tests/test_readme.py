@@ -1,4 +1,4 @@
-"""The examples in the README run as they stand there."""
+"""The Python examples in the README run unchanged and print the documented output."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text()
 
 @pytest.fixture
 def _a_clone(tmp_path, monkeypatch):
-    """A working folder with what the examples expect."""
+    """A working folder with the files that the examples use."""
     (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
@@ -31,7 +31,7 @@ def run(example, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_a_clone")
-def test_fine_tuning_equals_the_command_bit_for_bit(tmp_path, capsys):
+def test_fine_tuning_example_equals_command_bit_for_bit(tmp_path, capsys):
     run(EXAMPLES[0], capsys)
     flags = ["--freeze-until", "pool4", "--epochs", "2", "--out", "command"]
     assert main(["finetune", *flags]) == 0
@@ -43,19 +43,19 @@ def test_fine_tuning_equals_the_command_bit_for_bit(tmp_path, capsys):
 
 @pytest.mark.usefixtures("_a_clone")
 @pytest.mark.parametrize("example", EXAMPLES[1:], ids=["tf1", "keras", "eager"])
-def test_example(example, capsys):
+def test_example_prints_documented_output(example, capsys):
     run(example, capsys)
 
 
-def test_the_embedded_model_is_the_one_on_its_card():
+def test_embedded_model_matches_its_card():
     import hashlib
 
     from transfer import load_meta_graph
 
     graph = load_meta_graph(ROOT / "pretrained" / "vgg_small")
     for name, digest in graph.card.sha256.items():
-        found = hashlib.sha256((ROOT / "pretrained" / name).read_bytes()).hexdigest()
-        assert found == digest, name
+        actual = hashlib.sha256((ROOT / "pretrained" / name).read_bytes()).hexdigest()
+        assert actual == digest, name
     assert graph.card.eval["accuracy"] > 0.45
     assert graph.card.eval["top5"] > 0.7
     size = sum(p.stat().st_size for p in (ROOT / "pretrained").glob("vgg_small*"))

@@ -1,4 +1,4 @@
-"""The tutorial runs, block after block, and prints what stands there."""
+"""The code blocks of the tutorial run in order and print the documented output."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.DOTAL
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
-def test_every_block_prints_what_stands_below_it(tmp_path, monkeypatch, capsys):
+def test_code_blocks_print_documented_output(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     namespace: dict = {}
@@ -23,10 +23,10 @@ def test_every_block_prints_what_stands_below_it(tmp_path, monkeypatch, capsys):
         assert capsys.readouterr().out == expected, f"the block at line {line + 1}"
 
 
-def test_every_print_has_its_result():
+def test_every_print_has_documented_output():
     for code, expected in BLOCK.findall(TEXT):
         assert code.count("print(") == len(expected.splitlines()), code
 
 
-def test_all_results_belong_to_a_block():
+def test_all_outputs_follow_a_code_block():
     assert TEXT.count("```text") == sum(bool(expected) for _, expected in BLOCK.findall(TEXT))

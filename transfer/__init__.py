@@ -2,17 +2,19 @@
 
 Load a network, put a head on it, fine-tune it:
 
-* ``load_meta_graph`` parses a model and runs nothing; ``MetaGraph``, ``Card`` describe it.
-* ``Backbone`` is its network up to a tap, as a Keras layer; ``build_head``, ``Head`` and
-  ``Preprocess`` are the rest of a classifier.
-* ``open_source`` opens labelled images; ``fine_tune`` trains a ``Classifier`` on them.
-* ``evaluate`` measures it on labelled images, ``predict`` names the classes of image files.
+* ``load_meta_graph`` parses a model without running it; ``MetaGraph`` and ``Card`` describe it.
+* ``Backbone`` is the network up to a tap, as a Keras layer; ``Preprocess``, ``Backbone`` and
+  ``Head`` form a ``Classifier``. ``build_head`` adds a head to a tensor.
+* ``open_source`` opens labelled images; ``fine_tune`` trains a ``Classifier`` on them;
+  ``extract_features`` computes their features.
+* ``evaluate`` computes metrics on labelled images, ``predict`` classifies image files.
 * ``export`` writes a classifier for other programs: SavedModel, TFLite, ONNX, Keras, meta graph.
-* ``convert`` makes a meta graph of published weights; ``save_meta_graph`` writes models that stock
-  TensorFlow opens.
+* ``convert`` converts published weights to a meta graph; ``save_meta_graph`` writes models that
+  stock TensorFlow opens.
 
-The library takes values, returns values and raises; it logs and does not print, parse flags or
-exit. Names are imported on first use, so that ``import transfer`` does not import TensorFlow.
+The library takes values, returns values and raises exceptions; it logs, and does not print, parse
+flags or exit. Names are imported on first use, so that ``import transfer`` does not import
+TensorFlow.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
     from transfer.models.saver import save_meta_graph
     from transfer.vgg.published.conversion import convert
 
-# In the order in which a user meets them.
+# In the order of the API page, in which a program uses them.
 _MODULES = {
     "load_meta_graph": "transfer.models.meta_graph",
     "MetaGraph": "transfer.models.meta_graph",

@@ -1,22 +1,21 @@
-"""Damage real models in every way, and see that loading them gives a number or a clean error.
+"""Fuzz the loading of models: damaged models must give a result or a clean error.
 
     python tests/fuzzing --count 3000
-    python tests/fuzzing --only meta:123        one input again, with its traceback
-    python tests/fuzzing --operations 20000     calls of allowed operations instead
-    python tests/fuzzing --operation 123        one of these again
+    python tests/fuzzing --only meta:123        repeat one input, with its traceback
+    python tests/fuzzing --operations 20000     fuzz calls of allowed operations instead
+    python tests/fuzzing --operation 123        repeat one of these calls
 
-An input is a model of which one file is changed: bits, bytes and lengths of any file; and, with
-all checksums right, what protobufs, checkpoint tables and JSON say. Each follows from its kind and
-its number alone. It is loaded, inspected, made a ``Backbone`` and called, in a worker process.
-Right is a result, a ``ValueError`` or an ``OSError``; in the call itself, also what TensorFlow says
-of shapes that do not fit (``InvalidArgumentError``) or of too large a result
-(``ResourceExhaustedError``). Wrong is any other exception, the end of the process, over 20 seconds,
-or over 2 GB of memory.
+An input is a model with one modified file: bits, bytes and lengths of any file, or the contents of
+protobufs, checkpoint tables and JSON with valid checksums. An input is determined by its kind and
+its number. A worker process loads it, inspects it, builds a ``Backbone`` and calls it. Accepted
+outcomes are a result, a ``ValueError`` or an ``OSError``, and in the call also TensorFlow's errors
+for wrong shapes (``InvalidArgumentError``) and too large results (``ResourceExhaustedError``).
+Failures are any other exception, a crash, more than 20 seconds, and more than 2 GB of memory.
 
-Files of published weights are read, and their layout is told.
+For weight files, the worker reads the file and identifies its layout.
 
-Models are made here, and those in ``../shared/wild`` are used where they are. Nothing is left
-behind.
+The original models are made here; those in ``../shared/wild`` are used if that folder exists. All
+temporary files are deleted.
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ from supervisor import Supervisor
 
 
 def shares(count: int, kinds: Sequence[str]) -> dict[str, int]:
-    """How many inputs of each kind."""
+    """The number of inputs of each kind."""
     total = sum(KINDS[kind] for kind in kinds)
     return {kind: max(1, count * KINDS[kind] // total) for kind in kinds}
 
 
 def interleaved(numbers: dict[str, range]) -> list[tuple[str, int]]:
-    """All kinds from the beginning on, each at its own pace."""
+    """Inputs of all kinds, interleaved in proportion to their numbers."""
     placed = [
         ((place + 0.5) / len(span), kind, number)
         for kind, span in numbers.items()
@@ -75,7 +74,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def grouped(results: Iterable[Result]) -> list[list[Result]]:
-    """Those that failed in the same way and place, the most frequent first."""
+    """Failures grouped by kind and place, the most frequent first."""
     groups = collections.defaultdict(list)
     for result in results:
         groups[result.outcome, result.stage, result.error, result.where].append(result)
@@ -102,19 +101,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--count", type=int, default=3000, help="inputs over all kinds")
+    parser.add_argument("--count", type=int, default=3000, help="number of inputs of all kinds")
     parser.add_argument("--seed", type=int, default=0, help="number of the first input of a kind")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="separated by commas")
-    parser.add_argument("--only", metavar="KIND:NUMBER", help="try this input, and say all of it")
-    parser.add_argument("--operations", type=int, metavar="COUNT", help="see operations.py")
-    parser.add_argument("--operation", type=int, metavar="NUMBER", help="make this call again")
-    parser.add_argument("--workers", type=int, default=WORKERS, help="processes at a time")
-    parser.add_argument("--wild", type=Path, default=WILD, help="folder with cases.json, or none")
-    parser.add_argument("--limit", type=float, default=20.0, help="seconds for an input")
-    parser.add_argument("--memory", type=int, default=2048, help="megabytes for an input")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated kinds of inputs")
+    parser.add_argument("--only", metavar="KIND:NUMBER", help="repeat this input with full output")
     parser.add_argument(
-        "--verbose", action="store_true", help="also list what was refused, and how"
+        "--operations",
+        type=int,
+        metavar="COUNT",
+        help="calls, see operations.py",
     )
+    parser.add_argument("--operation", type=int, metavar="NUMBER", help="repeat this call")
+    parser.add_argument("--workers", type=int, default=WORKERS, help="number of worker processes")
+    parser.add_argument("--wild", type=Path, default=WILD, help="folder with cases.json, or none")
+    parser.add_argument("--limit", type=float, default=20.0, help="time limit per input in seconds")
+    parser.add_argument("--memory", type=int, default=2048, help="memory limit per input in MB")
+    parser.add_argument("--verbose", action="store_true", help="also list clean errors")
     options = parser.parse_args(arguments)
     options.kinds = options.kinds.split(",")
     if options.only:

@@ -1,4 +1,4 @@
-"""Files changed without regard to what is in them: bytes, and what lies at a path."""
+"""Changes to files regardless of their format: bytes, and the type of file at a path."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common import GIANT, Generator
 
 
 def _span(size: int, rng: Generator) -> tuple[int, int]:
-    """A range of bytes, short ones as likely as long ones."""
+    """A random range of bytes, whose length is uniform on a logarithmic scale."""
     start = int(rng.integers(size)) if size else 0
     return start, min(size, start + int(2 ** rng.uniform(0, max(np.log2(size or 1), 1))))
 
@@ -115,7 +115,7 @@ def is_a_link_to_itself(path: Path, rng: Generator) -> None:
 
 
 def is_giant(path: Path, rng: Generator) -> None:
-    """Of 8 GB, of which the disk stores the beginning only."""
+    """A sparse file of 8 GB."""
     with path.open("r+b") as file:
         if rng.random() < 0.5:
             file.truncate(0)

@@ -1,4 +1,4 @@
-"""What the parts of the fuzzer share."""
+"""Types and constants shared by the modules of the fuzzer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WILD = ROOT.parent / "shared" / "wild"
 
 
-# Kind to its share of the inputs.
+# Share of the inputs of each kind.
 KINDS = {
     "meta": 6,
     "index": 3,
@@ -48,15 +48,15 @@ GIANT = 8 * 2**30
 Generator = np.random.Generator
 
 
-Message = Any  # protobuf's; TensorFlow is imported by the workers only
+Message = Any  # a protobuf message; only the workers import TensorFlow
 
 
 @dataclass(frozen=True)
 class Base:
-    """A model that inputs are made from.
+    """An original model from which inputs are made.
 
-    ``path`` is what is loaded, ``targets`` are the files that are changed, all relative to
-    ``folder``. ``complete`` ones must load as they are.
+    ``path`` is loaded, ``targets`` are the files that may be changed, all relative to ``folder``.
+    ``complete`` models must load unchanged.
     """
 
     kind: str
@@ -74,7 +74,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of an input; ``number`` -1 is a base as it is."""
+    """The outcome of an input; ``number`` -1 is an unchanged original model."""
 
     kind: str
     number: int

@@ -1,4 +1,4 @@
-"""The contents of model files changed so that they can still be parsed."""
+"""Changes to the contents of model files that keep them parseable."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def change_pbtxt(content: bytes, base: Base, rng: Generator) -> tuple[bytes, str
 
 
 def change_objects(objects: Message, rng: Generator) -> str:
-    """The graph of objects of a TensorFlow 2 program, in a SavedModel or in its checkpoint."""
+    """Change the object graph of a TensorFlow 2 program, in a SavedModel or in its checkpoint."""
     if rng.random() < 0.3:
         return some_field(objects, rng)
-    if rng.random() < 0.3:  # one in the other, in the other, ...
+    if rng.random() < 0.3:  # deeply nested
         for number in range(len(objects.nodes), len(objects.nodes) + 20_000):
             objects.nodes[-1].children.add(node_id=number, local_name="x")
             objects.nodes.add()

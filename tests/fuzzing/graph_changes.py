@@ -1,4 +1,4 @@
-"""Graphs changed so that they can still be parsed."""
+"""Changes to graphs that keep them parseable."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def attribute_lost(graph: Message, tap: str, rng: Generator) -> None:
 
 
 def attribute_changed(graph: Message, tap: str, rng: Generator) -> None:
-    """Another kind of value, or an extreme one of the same kind."""
+    """Give an attribute a value of another kind, or an extreme value of the same kind."""
     node = pick_node(graph, tap, rng)
     if not node.attr:
         return
@@ -180,7 +180,7 @@ def versions_changed(graph: Message, tap: str, rng: Generator) -> None:
 
 
 def huge_result(graph: Message, tap: str, rng: Generator) -> None:
-    """The tap comes to depend on the sum of a tensor of far too many elements."""
+    """Make the tap depend on the sum of a tensor with too many elements for memory."""
     scope = free_scope(graph)
     sizes = pick(([2**20], [2**33], [2**40], [2**31, 2**31], [2**62, 2**62], [-1], [0]), rng)
     dims = add_constant(graph, f"{scope}/dims", sizes)
@@ -202,7 +202,7 @@ def huge_result(graph: Message, tap: str, rng: Generator) -> None:
 
 
 def long_chain(graph: Message, tap: str, rng: Generator) -> None:
-    """Thousands of operations one after the other: what recurses runs out of stack."""
+    """A chain of thousands of operations: recursive code overflows the stack."""
     scope = free_scope(graph)
     length = int(pick((500, 1500), rng))
     first = new_node(graph, f"{scope}/0", "Identity", T=1)
@@ -219,7 +219,7 @@ def long_chain(graph: Message, tap: str, rng: Generator) -> None:
 
 
 def many_outputs(graph: Message, tap: str, rng: Generator) -> None:
-    """A number of outputs that nobody has memory for."""
+    """A node with more outputs than fit in memory."""
     scope = free_scope(graph)
     op, count = pick((("Split", "num_split"), ("Unpack", "num"), ("IdentityN", "")), rng)
     node = new_node(graph, f"{scope}/outputs", op, T=1)
@@ -231,7 +231,7 @@ def many_outputs(graph: Message, tap: str, rng: Generator) -> None:
 
 
 def functions_added(graph: Message, tap: str, rng: Generator) -> None:
-    """Functions that call themselves, or more than there is memory for, on the way to the tap."""
+    """Recursive functions, or functions whose expansion exhausts memory, upstream of the tap."""
     scope = free_scope(graph)
     form = pick(("self", "mutual", "doubling", "deep", "heavy", "arguments", "if"), rng)
     depth = {"self": 1, "mutual": 2, "doubling": 40, "heavy": 12}.get(form, 3)
@@ -302,7 +302,7 @@ def function_changed(graph: Message, tap: str, rng: Generator) -> None:
 
 
 def saver_changed(graph: Message, tap: str, rng: Generator) -> None:
-    """What the saver's operations are told: keys and slices."""
+    """Change keys and slices in the saver's operations."""
     nodes = {node.name: node for node in graph.node}
     restores = [node for node in graph.node if node.op in ("RestoreV2", "RestoreSlice")]
     if not restores:

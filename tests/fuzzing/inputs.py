@@ -1,4 +1,4 @@
-"""An input made of a model and a number."""
+"""Make an input from an original model and a number."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def change_state(content: bytes, base: Base, rng: Generator) -> tuple[bytes, str
     return line % name * int(rng.choice([1, 2, 1000])), f"path {name[:30]!r}"
 
 
-# Kind to what changes the contents with their form kept, and how often that is done.
+# For each kind, the function that changes the contents but keeps the format, and its probability.
 CHANGES: dict[str, tuple[Callable[[bytes, Base, Generator], tuple[bytes, str]], float]] = {
     "meta": (change_meta, 0.7),
     "index": (change_table, 0.6),
@@ -68,7 +68,7 @@ def _changes_for(base: Base, target: str) -> Callable[..., tuple[bytes, str]] | 
 
 
 def change_checkpoint_objects(base: Base, folder: Path, rng: Generator) -> str:
-    """A checkpoint of TensorFlow 2 written anew, with another graph of objects in it."""
+    """Rewrite a TensorFlow 2 checkpoint with a changed object graph."""
     import tensorflow as tf
     from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
@@ -92,7 +92,7 @@ def change_checkpoint_objects(base: Base, folder: Path, rng: Generator) -> str:
 
 
 def make_input(base: Base, donor: Base, folder: Path, rng: Generator) -> str:
-    """Lay out a copy of a base with one file changed; says how."""
+    """Write a copy of an original model with one file changed; returns a description."""
     for source in sorted(base.folder.rglob("*")):
         if source.is_file():
             place = folder / source.relative_to(base.folder)

@@ -1,4 +1,4 @@
-"""Models to begin with, of every kind."""
+"""Original models of every kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transfer.graph import dtype_of, split_tensor_name, static_shape
 
 
 def make_bases(root: Path, wild: Path | None) -> list[Base]:
-    """Small models of every kind, and the ones from the wild."""
+    """Make small models of every kind, and collect those from the wild."""
     import tensorflow as tf
 
     bases = [*_made_bases(root), *weights_bases(root)]
@@ -79,7 +79,7 @@ def _made_bases(root: Path) -> Iterator[Base]:
         (folder / "tiny.pbtxt").write_text(text_format.MessageToString(frozen))
         yield Base("pbtxt", name, folder, "tiny.pbtxt", ("tiny.pbtxt",), "fc7", "images", shape)
 
-        if name == "dense":  # the first format of checkpoints
+        if name == "dense":  # V1 checkpoint format
             folder = root / "dense-v1"
             with graph.as_default(), tf1.Session() as session:
                 for variable in tf1.global_variables():

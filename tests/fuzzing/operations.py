@@ -1,13 +1,13 @@
 """Calls of allowed operations with random arguments, in worker processes.
 
-A call follows from its number. It is a graph that a stranger might have made: an operation whose
-inputs depend on the images, its attributes sensible or not, the shapes of its inputs visible to
-shape inference, visible in part or hidden. It goes the way of every graph: extracted, its shapes
-inferred, made a layer, called, and its gradient taken.
+A call is determined by its number. It is an untrusted graph: an operation whose inputs depend on
+the images, with valid or invalid attributes, and with input shapes that are known, partly known or
+unknown to shape inference. It is processed like every graph: extracted, its shapes inferred, made a
+layer, called and differentiated.
 
-What the project would try in a child process is tried in the worker, which is faster by far. If
-the worker dies of it, the same call is made once more with the child process, and must end in a
-``ValueError``. A worker that dies of anything else has crashed.
+First calls that the library would run in a child process run in the worker itself, which is much
+faster. If the worker dies in one, the call is repeated with the child process and must end in a
+``ValueError``. If a worker dies at any other point, that is a crash.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a call; ``trial`` means that it died where the child process would have."""
+    """The outcome of a call; ``trial``: the worker died where the child process would have died."""
 
     number: int
     outcome: str
@@ -56,7 +56,7 @@ class Outcome:
 
 
 class Call:
-    """The graph of a call, made node by node."""
+    """The graph of a call, built node by node."""
 
     def __init__(self, number: int):
         from tensorflow.core.framework.graph_pb2 import GraphDef
@@ -68,7 +68,7 @@ class Call:
         self.graph_def = GraphDef()
         self.graph_def.versions.producer = 2000
         self._make_images()
-        # Each operation as often as any other.
+        # All operations are equally likely.
         ops = sorted(policy.ALLOWED_OPS - {"Const", "NoOp"})
         self.op = ops[number % len(ops)]
         self.op_def = find_op_def(self.op)
@@ -96,7 +96,7 @@ class Call:
         self._node("magnitudes", "Abs", ["images"], T=1)
         self._node("sum", "Sum", ["magnitudes", "axes"], T=1, Tidx=3)
         self._constant("nothing", np.float32(0))
-        # Zero, which shape inference does not know.
+        # Zero, but unknown to shape inference.
         self._node("zero", "Minimum", ["sum", "nothing"], T=1)
         self._node("zero_int", "Cast", ["zero"], SrcT=1, DstT=3)
 
@@ -142,7 +142,7 @@ class Call:
         self._node("tap", "AddV2", ["images", last], T=1)
 
     def _attribute(self, attr: Message) -> Any:
-        """A value of an attribute; ``None`` leaves it out."""
+        """A random value of an attribute; ``None`` omits the attribute."""
         rng = self.rng
         wild = rng.random() < 0.12
         if attr.type == "type":
@@ -192,7 +192,7 @@ class Call:
         return int(pick(fitting or allowed, self.rng))
 
     def _input(self, name: str, role: str, dtype: int, position: int) -> str:
-        """A tensor that depends on the images; its shape is visible, in part, or hidden."""
+        """A tensor that depends on the images, with a known, partly known or unknown shape."""
         import tensorflow as tf
 
         rng = self.rng
@@ -228,7 +228,7 @@ class Call:
         if how < 0.4:
             return f"{name}_live"
         sizes = self._constant(f"{name}_shape", np.array([*shape, 1], np.int32))
-        if how < 0.6:  # the rank is known
+        if how < 0.6:  # known rank
             sizes = self._constant(f"{name}_sizes", np.array(shape, np.int32))
             self._node(f"{name}_target", "AddV2", [sizes, "zero_int"], T=3)
         else:
@@ -263,7 +263,7 @@ def _set(attribute: Message, kind: str, value: Any) -> None:
 
 
 def make_call(number: int, report: Report) -> tuple[str, str, str]:
-    """Outcome, operation and message of a call."""
+    """Make a call; returns its outcome, operation and message."""
     import tensorflow as tf
 
     from transfer.layers.backbone import GraphLayer
@@ -291,7 +291,7 @@ def make_call(number: int, report: Report) -> tuple[str, str, str]:
         gradients = tape.gradient(result, [images, *layer.trainable_variables])
         del gradients
     except Exception as error:
-        # A TypeError: gradients of some operations do not take all types that these take.
+        # TypeError: gradients of some operations support fewer dtypes than the operations.
         clean = (ValueError, TypeError, LookupError, tf.errors.OpError)
         outcome = stage if isinstance(error, clean) else "unexpected"
         return outcome, call.op, f"{type(error).__name__}: {str(error)[:500]}"
@@ -299,7 +299,8 @@ def make_call(number: int, report: Report) -> tuple[str, str, str]:
 
 
 def _work(connection: Any, log: Path, in_worker: bool) -> None:
-    """Serve a supervisor: a number in; ``("op", name)``, ``("stage", name)`` and the result out."""
+    """Serve a supervisor: receives numbers, sends ``("op", name)``, ``("stage", name)`` and
+    results."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -344,7 +345,7 @@ def _work(connection: Any, log: Path, in_worker: bool) -> None:
 
 
 class Caller:
-    """A worker process as the supervisor sees it."""
+    """A worker process, seen from the supervisor."""
 
     def __init__(self, log: Path, seconds: float, in_worker: bool = True):
         self.log, self.seconds, self.in_worker = log, seconds, in_worker
@@ -367,7 +368,7 @@ class Caller:
         self.connection.send(number)
 
     def look(self) -> Outcome | None:
-        """The outcome of the call in hand, once it has one."""
+        """The outcome of the current call, if it is finished."""
         try:
             while self.connection.poll():
                 order, content = self.connection.recv()
@@ -429,7 +430,7 @@ def run(callers: list[Caller], numbers: Iterable[int]) -> Iterator[Outcome]:
 
 
 def main(numbers: Iterable[int], root: Path, workers: int, seconds: float, verbose: bool) -> int:
-    """Make calls, and print what went wrong; returns the exit status."""
+    """Make calls and print failures; returns the exit status."""
     results = []
     callers = [Caller(root / f"caller-{number}.log", seconds) for number in range(workers)]
     try:
@@ -449,7 +450,7 @@ def main(numbers: Iterable[int], root: Path, workers: int, seconds: float, verbo
                 refused = "cannot be run: a process that tried it" in result.message
                 outcome = "trial" if refused else result.outcome
                 if outcome not in ("trial", "crash", "hang"):
-                    outcome = "trial"  # a fault that does not come every time
+                    outcome = "trial"  # not reproducible every time
                 results.append(Outcome(result.number, outcome, result.op, result.message))
         finally:
             caller.stop()

@@ -1,4 +1,4 @@
-"""Protobufs changed anywhere; parts of graphs made and found."""
+"""Change protobufs at random places; find and make parts of graphs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SHAPES = ([2**40], [2**20] * 2, [2**31] * 3, [-1], [-5, 2], [0], [1] * 300, [2*
 
 
 def _messages(message: Message, depth: int = 0) -> Iterator[Message]:
-    """A message and those in it; of many alike, the first ones."""
+    """A message and its submessages; of long repeated fields, the first ones."""
     yield message
     for descriptor, value in message.ListFields() if depth < 12 else ():
         if descriptor.message_type is None:
@@ -42,7 +42,7 @@ def _repeated(value: Any) -> bool:
 
 
 def some_field(message: Message, rng: Generator) -> str:
-    """A field anywhere within gets an extreme value of its type, is left out or is repeated."""
+    """Give a random field an extreme value of its type, remove it or repeat it."""
     inner = pick((m for m in _messages(message) if m.DESCRIPTOR.fields), rng)
     descriptor = pick(inner.DESCRIPTOR.fields, rng)
     value = getattr(inner, descriptor.name)
@@ -59,7 +59,7 @@ def some_field(message: Message, rng: Generator) -> str:
             value.append(_scalar(descriptor, rng))
         else:
             setattr(inner, descriptor.name, _scalar(descriptor, rng))
-    except (ValueError, TypeError, AttributeError):  # out of the field's range
+    except (ValueError, TypeError, AttributeError):  # outside the field's range
         inner.ClearField(descriptor.name)
     return name
 
@@ -82,7 +82,7 @@ def operation_of(edge: str) -> str:
 
 
 def _upstream(graph: Message, tap: str) -> list[Message]:
-    """The nodes that a tap depends on: those in which damage is felt."""
+    """The nodes that a tap depends on, in which changes have an effect."""
     nodes = {node.name: node for node in graph.node}
     reached, pending = {}, [tap]
     while pending:
@@ -95,7 +95,7 @@ def _upstream(graph: Message, tap: str) -> list[Message]:
 
 
 def pick_node(graph: Message, tap: str, rng: Generator, op: str = "", arity: int = 0) -> Message:
-    """A node, upstream of the tap more often than not. Rarely, one of a function's."""
+    """A random node, usually upstream of the tap, rarely in a function."""
     bodies = [function.node_def for function in graph.library.function if function.node_def]
     nodes = list(pick(bodies, rng) if bodies and rng.random() < 0.5 else graph.node)
     if rng.random() < 0.8:
@@ -105,7 +105,8 @@ def pick_node(graph: Message, tap: str, rng: Generator, op: str = "", arity: int
 
 
 def wire(graph: Message, tap: str, node: Message, rng: Generator) -> None:
-    """Put a node on one edge upstream of the tap; it takes what the edge had as its input 0."""
+    """Insert a node into an edge upstream of the tap; the source of the edge becomes its input
+    0."""
     user = pick_node(graph, tap, rng, arity=1)
     if not user.input:
         return
@@ -123,7 +124,7 @@ def new_node(graph: Message, name: str, op: str, inputs: Sequence[str] = (), **t
 
 
 def add_constant(graph: Message, name: str, values: Sequence[int], dtype: int = 9) -> str:
-    """Adds a Const of int64 (or else zeros of int32 or float32)."""
+    """Add a Const of int64, or zeros of int32 or float32."""
     node = graph.node.add(name=name, op="Const")
     node.attr["dtype"].type = dtype
     tensor = node.attr["value"].tensor
@@ -134,7 +135,7 @@ def add_constant(graph: Message, name: str, values: Sequence[int], dtype: int = 
 
 
 def free_scope(graph: Message) -> str:
-    """A name that nothing has."""
+    """An unused name."""
     return f"fuzz{len(graph.node)}_{len(graph.library.function)}"
 
 

@@ -1,4 +1,4 @@
-"""Runs workers, and replaces those that die or hang."""
+"""Run worker processes, and replace those that die or hang."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from worker import work
 
 
 class Worker:
-    """A worker process as the supervisor sees it."""
+    """A worker process, seen from the supervisor."""
 
     def __init__(self, root: Path, number: int):
         self.root, self.number = root, number
@@ -27,7 +27,7 @@ class Worker:
         self.start()
 
     def start(self) -> None:
-        """A fresh process. It takes orders once ``ready``."""
+        """Start a new process, which accepts inputs once it has sent ``ready``."""
         context = multiprocessing.get_context("spawn")
         self.connection, far = context.Pipe()
         scratch = self.root / f"scratch-{self.number}"
@@ -47,7 +47,7 @@ class Worker:
         self.connection.send(("input", kind, number, bases))
 
     def enter(self, stage: str) -> None:
-        if stage in ("mutate", "load"):  # what an input is made of does not count
+        if stage in ("mutate", "load"):  # memory for making the input does not count
             self.since, self.memory = time.monotonic(), self._rss()
         self.stage = stage
 
@@ -57,7 +57,7 @@ class Worker:
         self.connection.close()
 
     def ask_where(self) -> None:
-        """Have it write its stack into its log."""
+        """Make the process write its stack trace to its log."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGUSR1)
             time.sleep(0.3)
@@ -66,7 +66,8 @@ class Worker:
         return self._rss() - self.memory
 
     def log_end(self) -> str:
-        """What it wrote during its last input: a fatal error of TensorFlow, or where it hangs."""
+        """The log of the last input: a fatal error of TensorFlow, or the stack of a hanging
+        process."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         text = re.sub(r"\n+Extension modules:.*", "", text)
         text = re.sub(r'\n *File "[^"]*fuzz\.py", line \d+ in.*', "", text, flags=re.DOTALL)
@@ -80,7 +81,8 @@ class Worker:
 
 
 class Supervisor:
-    """Gives inputs to workers, and replaces those that die, hang or grow."""
+    """Distributes inputs to workers, and replaces those that die, hang or exceed the memory
+    limit."""
 
     def __init__(self, root: Path, workers: int, seconds: float, megabytes: int):
         self.seconds, self.limit = seconds, megabytes * 2**20

@@ -1,4 +1,4 @@
-"""Checkpoint tables changed, with all checksums right."""
+"""Change checkpoint tables, with valid checksums."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CRC32C = _crc32c_table()
 
 
 def masked_crc32c(content: bytes) -> int:
-    """The checksum of tables and records; Castagnoli's CRC, rotated."""
+    """The checksum of tables and records: CRC-32C, masked."""
     crc = 0xFFFFFFFF
     for byte in content:
         crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 255]
@@ -68,7 +68,7 @@ def _read_block(content: bytes, offset: int, size: int) -> list[tuple[bytes, byt
 
 
 def read_table(content: bytes) -> list[tuple[bytes, bytes]]:
-    """Keys and values of a table in LevelDB's format: an ``.index``, or a V1 checkpoint."""
+    """Keys and values of a LevelDB table: an ``.index`` file or a V1 checkpoint."""
     _, at = _varint(content, len(content) - 48)
     _, at = _varint(content, at)
     offset, at = _varint(content, at)
@@ -82,7 +82,7 @@ def read_table(content: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def write_table(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
-    """A table in one block."""
+    """Write a table with one block."""
     out = bytearray()
 
     def write_block(entries: Iterable[tuple[bytes, bytes]]) -> bytes:
@@ -104,7 +104,7 @@ def write_table(pairs: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def _change_pairs(pairs: list[tuple[bytes, bytes]], kind: str, rng: Generator) -> str:
-    """Change one value as the message that it is, or one key."""
+    """Change one value, as a protobuf message, or one key."""
     from google.protobuf.message import DecodeError
     from tensorflow.core.protobuf.tensor_bundle_pb2 import BundleEntryProto, BundleHeaderProto
     from tensorflow.core.util.saved_tensor_slice_pb2 import SavedTensorSlices

@@ -1,4 +1,4 @@
-"""Files of published weights to begin with, in every layout, of a VGG of a few hundred numbers."""
+"""Original weight files in every layout, of a VGG with a few hundred parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from common import ROOT, Base
 
 
 def tiny_architecture() -> Any:
-    """Known to this process from now on, so that its files are converted."""
+    """Register a tiny architecture in this process, so that its files can be converted."""
     from transfer.vgg import architectures
 
     tiny = architectures.Architecture(((2,), (2,), (3,), (3,), (4,)), fc=5, image_size=64)

@@ -1,4 +1,4 @@
-"""A process that tries one input after the other."""
+"""A worker process that tries inputs one after the other."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Report = Callable[[str, Any], None]
 
 
 def peak_memory() -> int:
-    """The most memory since ``reset_peak_memory``, where the system says so."""
+    """Peak memory since ``reset_peak_memory``, if the system reports it."""
     with contextlib.suppress(OSError):
         match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         if match:
@@ -45,7 +45,7 @@ def reset_peak_memory() -> None:
 
 
 def try_input(base: Base, folder: Path, report: Report) -> dict[str, Any]:
-    """Load, inspect, build and call; reports each stage when it begins."""
+    """Load, inspect, build and call an input; reports the start of each stage."""
     import tensorflow as tf
 
     from transfer import Backbone, load_meta_graph
@@ -75,7 +75,7 @@ def try_input(base: Base, folder: Path, report: Report) -> dict[str, Any]:
         report("stage", stage := "load")
         graph = load_meta_graph(folder / base.path)
         report("stage", stage := "inspect")
-        with contextlib.suppress(ValueError, OSError):  # what cannot be built may be looked at
+        with contextlib.suppress(ValueError, OSError):  # may work for models that cannot be built
             inspect(graph)
             graph.repaired()
         report("stage", stage := "build")
@@ -102,7 +102,7 @@ def try_input(base: Base, folder: Path, report: Report) -> dict[str, Any]:
 def try_number(
     kind: str, number: int, bases: Sequence[Base], scratch: Path, report: Report
 ) -> Result:
-    """Make an input from its number, and try it; -1 and below are the bases as they are."""
+    """Make an input from its number and try it; negative numbers are the unchanged models."""
     report("stage", "mutate")
     folder = Path(tempfile.mkdtemp(dir=scratch))
     try:
@@ -129,7 +129,8 @@ def try_number(
 
 
 def work(connection: multiprocessing.connection.Connection, log: Path, scratch: Path) -> None:
-    """Serve a supervisor: ``("bases", root, wild)`` and ``("input", kind, number, bases)``."""
+    """Serve a supervisor: receives ``("bases", root, wild)`` and ``("input", kind, number,
+    bases)``."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -142,12 +143,12 @@ def work(connection: multiprocessing.connection.Connection, log: Path, scratch: 
 
     import transfer  # noqa: F401
 
-    # Keras replaces TensorFlow's errors by its own with a longer text.
+    # Keras replaces TensorFlow's errors by its own with longer messages.
     keras.config.disable_traceback_filtering()
     tf.config.threading.set_inter_op_parallelism_threads(1)
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.constant(0)
-    with contextlib.suppress(OSError, ValueError):  # what the supervisor is too slow for
+    with contextlib.suppress(OSError, ValueError):  # the supervisor may be too slow to receive it
         limit = psutil.Process().memory_info().vms + 6 * 2**30
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     connection.send(("ready", None))
@@ -165,6 +166,6 @@ def work(connection: multiprocessing.connection.Connection, log: Path, scratch: 
         os.lseek(output, 0, os.SEEK_SET)
         result = try_number(*arguments, scratch, report)
         tried += 1
-        if tried % 25 == 0:  # it takes as long as an input
+        if tried % 25 == 0:  # as slow as an input
             keras.backend.clear_session()
         connection.send(("done", result))

@@ -13,17 +13,17 @@ PARAMETERS = {  # with 1000 classes; source: Keras Applications and torchvision,
 }
 
 
-def test_every_architecture_is_in_the_table():
+def test_parameter_table_covers_all_architectures():
     assert PARAMETERS.keys() == architectures.ARCHITECTURES.keys()
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_num_parameters(name):
+def test_num_parameters_equals_published_count(name):
     assert architectures.num_parameters(architectures.ARCHITECTURES[name], 1000) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name, count", [("vgg16", 14_714_688), ("vgg19", 20_024_384)])
-def test_num_parameters_without_top(name, count):
+def test_num_parameters_without_top_equals_keras(name, count):
     """Source: keras.applications with include_top=False."""
     assert architectures.num_parameters(architectures.ARCHITECTURES[name], None) == count
     graph = architectures.build_graph(architectures.ARCHITECTURES[name], None)
@@ -33,9 +33,9 @@ def test_num_parameters_without_top(name, count):
     assert graph.get_tensor_by_name("pool5:0").shape.as_list() == [None, None, None, 512]
 
 
-def test_images_smaller_than_the_window_have_zeros_around():
-    """A pixel after the last pooling lies in the middle of the window of fc6."""
-    architecture = architectures.Architecture(((4,),) * 2, 8, 12)  # a window of 3 x 3
+def test_images_smaller_than_fc6_kernel_are_zero_padded():
+    """The only pixel after the last pooling is centred in the kernel of fc6."""
+    architecture = architectures.Architecture(((4,),) * 2, 8, 12)  # fc6 has a 3 x 3 kernel
     values = architectures.random_weights(architecture, 5, convolutional=True)
     graph = architectures.build_graph(architecture, 5, convolutional=True, use_resource=True)
     images = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype(np.float32)
@@ -49,7 +49,7 @@ def test_images_smaller_than_the_window_have_zeros_around():
 
 
 @pytest.mark.parametrize("convolutional", [False, True])
-def test_build_graph_has_the_standard_names(convolutional):
+def test_build_graph_uses_standard_tensor_names(convolutional):
     graph = architectures.build_graph(
         architectures.ARCHITECTURES["vgg16"], 1000, convolutional=convolutional
     )
@@ -63,6 +63,6 @@ def test_build_graph_has_the_standard_names(convolutional):
     assert fc7 == ([None, None, None, 4096] if convolutional else [None, 4096])
 
 
-def test_an_image_that_is_too_small_is_refused():
+def test_architecture_rejects_too_small_image_size():
     with pytest.raises(ValueError, match="image size 16 is too small for 5 poolings"):
         architectures.Architecture(((8,),) * 5, 32, image_size=16)

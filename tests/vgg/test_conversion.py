@@ -1,4 +1,4 @@
-"""`convert` from Python; what it makes of each kind of file is in test_published.py."""
+"""`convert` from Python; its results for each file format are tested in test_published.py."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from published_files import NUM_CLASSES, VALUES, write_caffe, write_frossard
 from transfer import Backbone, convert, load_meta_graph
 
 
-def test_the_model_has_the_weights_of_the_file(tmp_path):
+def test_converted_model_has_weights_of_file(tmp_path):
     write_frossard(tmp_path / "weights.npz")
     conversion = convert(tmp_path / "weights.npz", tmp_path / "models" / "vgg")
     assert (conversion.layout, conversion.num_classes) == ("frossard", NUM_CLASSES)
@@ -19,7 +19,7 @@ def test_the_model_has_the_weights_of_the_file(tmp_path):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-def test_what_is_assumed_is_a_warning(tmp_path):
+def test_assumptions_are_warnings(tmp_path):
     write_caffe(tmp_path / "faces.caffemodel")
     conversion = convert(tmp_path / "faces.caffemodel", tmp_path / "a")
     (warning,) = conversion.warnings
@@ -35,14 +35,14 @@ def test_what_is_assumed_is_a_warning(tmp_path):
     ({"preprocess": "kaffe"}, "preprocess=kaffe: "),
     ({"spatial_order": "diagonal"}, "spatial_order='diagonal' is unknown; choose from auto, rows"),
 ])  # fmt: skip
-def test_messages_name_arguments(tmp_path, options, message):
+def test_error_messages_name_arguments(tmp_path, options, message):
     write_frossard(tmp_path / "weights.npz")
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "weights.npz", tmp_path / "vgg", **options)
     assert not (tmp_path / "vgg.meta").exists()
 
 
-def test_nothing_is_overwritten(tmp_path):
+def test_convert_never_overwrites_files(tmp_path):
     write_frossard(tmp_path / "weights.npz")
     convert(tmp_path / "weights.npz", tmp_path / "vgg")
     with pytest.raises(ValueError, match="is there already; choose another out=PREFIX"):

@@ -1,5 +1,4 @@
-"""Keras models → a VGG: what Keras computes is what the converted network computes, or the layer
-that prevents it is named."""
+"""Converted Keras models give Keras' outputs, or an error names the layer that prevents it."""
 
 import keras
 import numpy as np
@@ -54,7 +53,7 @@ def _values(layer, variable):
 
 
 def functional(model, name="vgg16"):
-    """The same layers as a model within a model."""
+    """The same layers as a nested model."""
     base = keras.Model(model.inputs, model.layers[-5].output, name=name)
     net = inputs = keras.Input((64, 64, 3))
     net = base(net)
@@ -85,7 +84,7 @@ BN = keras.layers.BatchNormalization
 @pytest.mark.parametrize("suffix", [".keras", ".h5", ".weights.h5"])
 @pytest.mark.parametrize("named", [True, False])
 def test_batch_norm_before_relu_is_folded(tmp_path, suffix, named):
-    epsilon = 1e-3 if suffix == ".weights.h5" else 0.3  # which a file of weights does not say
+    epsilon = 1e-3 if suffix == ".weights.h5" else 0.3  # weight files do not contain it
     model = vgg(lambda: [BN(epsilon=epsilon), keras.layers.Activation("relu")], named=named)
     graph = converted(save(model, tmp_path / f"m{suffix}"), tmp_path / "vgg")
     assert_same(graph, model)
@@ -101,7 +100,7 @@ def test_batch_norm_without_gamma_or_beta_is_folded(tmp_path, suffix, options):
 
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
-def test_model_within_model_is_read(tmp_path, suffix):
+def test_nested_model_is_read(tmp_path, suffix):
     model = functional(vgg(lambda: [BN(), keras.layers.ReLU()]))
     assert_same(converted(save(model, tmp_path / f"m{suffix}"), tmp_path / "vgg"), model)
 
@@ -117,9 +116,9 @@ def test_model_within_model_is_read(tmp_path, suffix):
     ],
     ids=["after ReLU", "group", "layer"],
 )
-def test_normalization_that_cannot_be_folded_is_named(tmp_path, capsys, suffix, between):
+def test_unfoldable_normalization_is_refused_by_name(tmp_path, capsys, suffix, between):
     model = vgg(between)
-    for layer in model.layers:  # the means of what a ReLU gives
+    for layer in model.layers:  # means of the output of a ReLU
         if isinstance(layer, BN):
             gamma, beta, mean, variance = layer.get_weights()
             layer.set_weights([gamma, beta, np.abs(mean), variance])
@@ -130,7 +129,7 @@ def test_normalization_that_cannot_be_folded_is_named(tmp_path, capsys, suffix, 
     assert not (tmp_path / "vgg.meta").exists()
 
 
-def test_other_layers_between_are_named(tmp_path, capsys):
+def test_other_layers_are_refused_by_name(tmp_path, capsys):
     for first, between, message in (
         (BN(), None, "before its first convolution"),
         (None, lambda: [keras.layers.LeakyReLU()], "(LeakyReLU) stands after its convolution"),
@@ -141,7 +140,7 @@ def test_other_layers_between_are_named(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_rescaling_in_model_is_its_preprocessing(tmp_path):
+def test_rescaling_layer_sets_preprocessing(tmp_path):
     for layer, expected in (
         (keras.layers.Rescaling(1 / 255), "unit"),
         (keras.layers.Rescaling(1 / 127.5, offset=-1), "tf"),
@@ -158,7 +157,7 @@ def test_rescaling_in_model_is_its_preprocessing(tmp_path):
 
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
-def test_average_before_head_is_kept(tmp_path, suffix):
+def test_global_average_pooling_before_head_is_kept(tmp_path, suffix):
     model = vgg(top="average", fc=SMALL.blocks[-1][-1])
     graph = converted(save(model, tmp_path / f"m{suffix}"), tmp_path / "vgg")
     assert graph.card.image_size == SMALL.image_size
@@ -187,7 +186,7 @@ def test_other_head_is_left_out_by_name(tmp_path, capsys):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_kerashub_preset_says_what_it_expects(tmp_path):
+def test_kerashub_preset_sets_preprocessing(tmp_path):
     save(vgg(top=None), tmp_path / "model.weights.h5")
     (tmp_path / "config.json").write_text('{"registered_name": "keras_hub>VGGBackbone"}')
     found = containers.read(tmp_path / "model.weights.h5")

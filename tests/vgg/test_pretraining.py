@@ -18,7 +18,7 @@ def trained_model():
     return model
 
 
-def test_what_is_saved_computes_what_was_trained(tmp_path, images):
+def test_folded_model_equals_trained_model(tmp_path, images):
     model = trained_model()
     graph = architectures.build_graph(TINY, NUM_CLASSES)
     save_meta_graph(graph, tmp_path / "m", pretraining.folded(model))
@@ -26,7 +26,7 @@ def test_what_is_saved_computes_what_was_trained(tmp_path, images):
     np.testing.assert_allclose(plain(images), model(images, training=False), rtol=1e-4, atol=1e-5)
 
 
-def test_halves_make_the_whole_and_share_its_weights(images):
+def test_halves_compose_to_model_and_share_weights(images):
     model = trained_model()
     convolutions, fully_connected = pretraining.halves(model)
     np.testing.assert_allclose(fully_connected(convolutions(images)), model(images), atol=1e-6)
@@ -44,7 +44,7 @@ def test_new_fully_connected_layers_keep_the_convolutions(images):
     assert new.output.shape == model.output.shape
 
 
-def test_small_images_fit_where_the_last_pooling_makes_as_much_of_them(images):
+def test_smaller_images_with_same_pooled_size_are_accepted(images):
     model = trained_model()
     assert model(images[:, :13, :13]).shape == model(images).shape
 
@@ -60,7 +60,7 @@ def test_fused_batch_norm_equals_keras():
             ours(inputs, training=True), theirs(inputs, training=True), atol=1e-4
         )
         np.testing.assert_allclose(ours.moving_mean.numpy(), theirs.moving_mean.numpy(), rtol=1e-5)
-        count = inputs.size // 3  # ours has the unbiased variance: n / (n - 1)
+        count = inputs.size // 3  # the fused operation uses the unbiased variance: n / (n - 1)
         np.testing.assert_allclose(
             ours.moving_variance.numpy() - 0.5,
             (theirs.moving_variance.numpy() - 0.5) * count / (count - 1),
@@ -70,14 +70,14 @@ def test_fused_batch_norm_equals_keras():
         theirs = keras.layers.BatchNormalization(momentum=0.5)
 
 
-def test_learning_rate_warms_up_and_falls_to_zero():
+def test_learning_rate_warms_up_and_decays_to_zero():
     rate = pretraining.optimizer(0.1, 5e-4, steps_per_epoch=10, epochs=4)._learning_rate
     assert float(rate(0)) == 0
     assert float(rate(5)) == pytest.approx(0.1)
     assert float(rate(40)) == pytest.approx(0, abs=1e-6)
 
 
-def test_only_kernels_decay():
+def test_weight_decay_applies_to_kernels_only():
     model = trained_model()
     sgd = pretraining.optimizer(0.1, 0.5, 10, 4)
     sgd.build(model.trainable_variables)
@@ -85,7 +85,7 @@ def test_only_kernels_decay():
     assert {variable.name for variable in decaying} == {"kernel"}
 
 
-def test_images_that_are_kept_decoded_are_those_of_the_split(image_folder):
+def test_decoded_images_equal_images_of_split(image_folder):
     split = open_source("", image_folder=str(image_folder)).split("train")
     preprocess = Preprocess("torch", 16)
     decoded = DecodedImages(split.batches(Preprocess("none", 16), 5), len(split), split.labels)
@@ -93,11 +93,12 @@ def test_images_that_are_kept_decoded_are_those_of_the_split(image_folder):
     read = split.batches(preprocess, 7, shuffle_seed=3, first_batch=1)
     for (images, labels), (expected, expected_labels) in zip(kept, read, strict=True):
         np.testing.assert_array_equal(labels, expected_labels)
-        # Kept as whole numbers: half a level of 255, through a deviation of about 0.22.
+        # Cached as integers: half a gray level of 255, divided by a standard deviation of about
+        # 0.22.
         np.testing.assert_allclose(images, expected, atol=0.5 / 255 / 0.22)
 
 
-def test_views_of_images_that_are_kept_follow_from_the_seed(image_folder):
+def test_views_of_decoded_images_depend_on_seed(image_folder):
     split = open_source("", image_folder=str(image_folder)).split("train")
     decoded = DecodedImages(split.batches(Preprocess("none", 16), 5), len(split), split.labels)
 

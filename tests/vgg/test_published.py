@@ -1,4 +1,4 @@
-"""Published weights: every layout written here as its authors do, then read."""
+"""Published weights: files in every layout, written as by the original software, are read."""
 
 import contextlib
 import io
@@ -45,7 +45,7 @@ def assert_values(found):
 
 
 @pytest.mark.parametrize("writer, layout, preprocess", WRITERS.values(), ids=WRITERS)
-def test_every_layout_gives_the_same_values(tmp_path, writer, layout, preprocess):
+def test_all_layouts_give_same_values(tmp_path, writer, layout, preprocess):
     path = tmp_path / "weights.of.no.telling.name"
     writer(path)
     found = layouts.identify(containers.read(path))
@@ -55,7 +55,7 @@ def test_every_layout_gives_the_same_values(tmp_path, writer, layout, preprocess
     assert found.architecture == SMALL
 
 
-def test_old_matconvnet_files_have_their_columns_first(tmp_path):
+def test_old_matconvnet_kernels_are_columns_first(tmp_path):
     write_matconvnet(tmp_path / "old", transposed=True, old=True)
     assert_values(layouts.identify(containers.read(tmp_path / "old")))
     write_matconvnet(tmp_path / "new", transposed=True)
@@ -64,7 +64,7 @@ def test_old_matconvnet_files_have_their_columns_first(tmp_path):
 
 
 @pytest.mark.parametrize("writer", [write_torch_zip, write_torch_legacy])
-def test_pytorch_files(tmp_path, writer):
+def test_pytorch_files_are_read(tmp_path, writer):
     writer(tmp_path / "weights")
     found = layouts.identify(containers.read(tmp_path / "weights"))
     assert_values(found)
@@ -72,7 +72,7 @@ def test_pytorch_files(tmp_path, writer):
 
 
 @pytest.mark.parametrize("rebuild", ["_rebuild_tensor", None])
-def test_older_pytorch_files(tmp_path, rebuild):
+def test_legacy_pytorch_tensors_are_read(tmp_path, rebuild):
     write_torch_legacy(tmp_path / "weights", rebuild=rebuild)
     assert_values(layouts.identify(containers.read(tmp_path / "weights")))
 
@@ -153,7 +153,7 @@ def test_batch_norm_of_slim_is_folded(tmp_path, has_gamma):
     np.testing.assert_allclose(actual, expected, atol=1e-3)
 
 
-def test_arrays_that_are_not_understood_are_refused(tmp_path):
+def test_unrecognised_arrays_are_refused(tmp_path):
     arrays = {}
     for layer in CONVOLUTIONS + CONNECTED:
         arrays |= {f"{layer}_W": kernel(layer), f"{layer}_b": biases(layer)}
@@ -171,7 +171,7 @@ def test_arrays_that_are_not_understood_are_refused(tmp_path):
     assert found.left_out == ["other_W", "other_b"]
 
 
-def test_matconvnet_file_says_its_mean_and_classes(tmp_path):
+def test_matconvnet_mean_and_class_names_are_read(tmp_path):
     write_matconvnet(tmp_path / "plain")
     layers = scipy.io.loadmat(tmp_path / "plain", appendmat=False)["layers"]
     names = np.empty(NUM_CLASSES, object)
@@ -191,7 +191,8 @@ def test_matconvnet_file_says_its_mean_and_classes(tmp_path):
 
 
 def tower(levels=60):
-    """A tuple of two that are the same tuple of two that ...: hashed and printed for ever."""
+    """Nested tuples, each of which contains the next one twice: exponential time to hash or
+    print."""
     below = b"".join(b"q%c0h%ch%c\x86" % (n, n, n) for n in range(levels))
     return b")" + below
 
@@ -207,25 +208,25 @@ def tower(levels=60):
     ],
     ids=["SETITEM", "SETITEMS", "DICT", "ADDITEMS", "FROZENSET"],
 )
-def test_keys_that_take_for_ever_to_hash_are_refused(tmp_path, pickled):
+def test_pickle_keys_with_slow_hash_are_refused(tmp_path, pickled):
     write_pickle(tmp_path / "a.npy", pickled)
     with pytest.raises(ValueError, match="has a tuple as a key"):
         containers.read(tmp_path / "a.npy")
 
 
-def test_storage_whose_key_takes_for_ever_to_print_is_refused(tmp_path):
+def test_storage_key_with_slow_str_is_refused(tmp_path):
     storage = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         body = b"\x80\x02" + storage + tower() + b"X\x03\x00\x00\x00cpuK\x01tQ."
         archive.writestr("a/data.pkl", body)
-    with pytest.raises(ValueError, match="a tuple in the place of a string"):
+    with pytest.raises(ValueError, match="a tuple instead of a string"):
         containers.read(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
     "name", ["torch\nFloatStorage", "torch\nFloatTensor", "collections\nOrderedDict"]
 )
-def test_file_cannot_change_how_others_are_read(tmp_path, name):
+def test_pickle_cannot_change_stand_in_classes(tmp_path, name):
     body = b"\x80\x02c" + name.encode() + b"\n}S'code'\nS'<i4'\nsb."
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         archive.writestr("a/data.pkl", body)
@@ -244,20 +245,20 @@ def test_file_cannot_change_how_others_are_read(tmp_path, name):
         (
             b"\x80\x02(X" + struct.pack("<I", 10**5) + b"a" * 10**5 + b"q\x000c_codecs\nencode\n"
             b"q\x010" + b"h\x01h\x00\x85R" * 1000 + b"t.",
-            "the same bytes again and again",
+            "encodes more bytes than the file has",
         ),
         (b"\x80\x02(" + b"N0" * 2 * 10**6 + b"t.", "operations"),
     ],
     ids=["bytearray", "bytes", "frame", "encode", "operations"],
 )
-def test_pickle_takes_no_more_than_its_file(tmp_path, pickled, message):
+def test_pickle_memory_is_bounded_by_file_size(tmp_path, pickled, message):
     write_pickle(tmp_path / "a.npy", pickled)
     with pytest.raises(ValueError, match=message):
         containers.read(tmp_path / "a.npy")
 
 
 @pytest.mark.parametrize("dimensions", [9, 4000, 20_000])
-def test_arrays_of_many_dimensions_are_refused(tmp_path, dimensions):
+def test_arrays_with_too_many_dimensions_are_refused(tmp_path, dimensions):
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (" + b"1," * dimensions + b"), }\n"
     data = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(4)
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
@@ -270,11 +271,11 @@ def test_arrays_of_many_dimensions_are_refused(tmp_path, dimensions):
         b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR(K\x01("
         + numbers + b"tcnumpy\ndtype\n(U\x02f4tR\x89U\x04abcdtb.",
     )  # fmt: skip
-    with pytest.raises(ValueError, match="an array whose shape is none"):
+    with pytest.raises(ValueError, match="an array with an invalid shape"):
         containers.read(tmp_path / "a.npy")
 
 
-def test_hdf5_groups_that_contain_themselves_are_refused(tmp_path):
+def test_cyclic_hdf5_groups_are_refused(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         group = file.create_group("a")
         for number in range(10):
@@ -283,7 +284,7 @@ def test_hdf5_groups_that_contain_themselves_are_refused(tmp_path):
         containers.read(tmp_path / "a.h5")
 
 
-def test_hdf5_arrays_that_were_never_written_are_refused(tmp_path):
+def test_hdf5_arrays_without_stored_values_are_refused(tmp_path):
     for shape, message in (((10**12,), "would take over"), ((10**8,), "never written")):
         with h5py.File(tmp_path / "a.h5", "w") as file:
             file.create_dataset("block1_conv1/kernel:0", shape, "f4", chunks=(10**6,))
@@ -295,7 +296,7 @@ def test_hdf5_arrays_that_were_never_written_are_refused(tmp_path):
         containers.read(tmp_path / "a.h5")
 
 
-def test_sparse_safetensors_are_not_read(tmp_path):
+def test_huge_sparse_safetensors_are_refused(tmp_path):
     count = 25 * 10**9
     entry = {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}
     header = json.dumps({"features.0.weight": entry}).encode()
@@ -315,7 +316,7 @@ def matrix(kind, dims, content, name=b"net"):
     return element(14, head + element(5, struct.pack("<2i", *dims)) + element(1, name) + content)
 
 
-def test_matlab_files_ask_for_no_more_than_they_have(tmp_path):
+def test_matlab_sizes_beyond_the_file_are_refused(tmp_path):
     header = b"MATLAB 5.0 MAT-file".ljust(124) + b"\x00\x01IM"
     nested = matrix(6, (1, 1), element(9, bytes(8)))
     for _ in range(20):
@@ -336,7 +337,7 @@ def test_matlab_files_ask_for_no_more_than_they_have(tmp_path):
             containers.read(tmp_path / "a.mat")
 
 
-def test_protocol_buffers_of_nothing_are_passed_over_quickly(tmp_path):
+def test_empty_protobuf_fields_are_skipped_quickly(tmp_path):
     (tmp_path / "a.pb").write_bytes(b"\x0a\x00" * 10**6)
     with pytest.raises(ValueError, match="it is none of"):
         containers.read(tmp_path / "a.pb")
@@ -350,9 +351,9 @@ class Payload:
         return os.system, ("touch /tmp/vgg-transfer-was-here",)
 
 
-def test_a_payload_is_named_and_not_run(tmp_path):
+def test_pickle_payload_is_named_and_not_executed(tmp_path):
     np.save(tmp_path / "bad.npy", {"conv1_1": Payload()}, allow_pickle=True)
-    with pytest.raises(ValueError, match="asks for posix.system, which is no data"):
+    with pytest.raises(ValueError, match="asks for posix.system, which is not data"):
         containers.read(tmp_path / "bad.npy")
     with zipfile.ZipFile(tmp_path / "bad.pth", "w") as archive:
         archive.writestr("a/data.pkl", pickle.dumps(Payload()))
@@ -362,7 +363,7 @@ def test_a_payload_is_named_and_not_run(tmp_path):
     assert issubclass(UnsafePickleError, ValueError)
 
 
-def test_a_pickle_that_refers_to_itself_ends(tmp_path):
+def test_exponentially_nested_pickle_is_refused(tmp_path):
     laughs = []
     for _ in range(200):
         laughs = [laughs] * 10
@@ -371,7 +372,7 @@ def test_a_pickle_that_refers_to_itself_ends(tmp_path):
         containers.read(tmp_path / "a.npy")
 
 
-def test_an_array_that_is_its_own_element_ends(tmp_path):
+def test_array_that_contains_itself_is_refused(tmp_path):
     array = np.empty((), object)
     array[()] = array
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
@@ -386,20 +387,20 @@ def write_pickle(path, pickled):
         file.write(pickled)
 
 
-def test_a_pickle_asks_for_no_more_memory_than_it_needs(tmp_path):
+def test_huge_memo_index_is_refused(tmp_path):
     write_pickle(tmp_path / "a.npy", b"\x80\x02]r" + struct.pack("<I", 2**26) + b".")
-    with pytest.raises(ValueError, match="its memo has a place 67108864"):
+    with pytest.raises(ValueError, match="its memo index 67108864"):
         containers.read(tmp_path / "a.npy")
 
 
-def test_a_pickle_cannot_hide_a_list_in_a_string(tmp_path):
+def test_pickle_list_in_place_of_string_is_refused(tmp_path):
     laugh = b"]" + b"".join(b"q%c(%s" % (n, b"h%c" % n * 10) for n in range(3)) + b"eee"
     write_pickle(tmp_path / "a.npy", b"\x80\x02c_codecs\nencode\n(" + laugh + b"tR.")
-    with pytest.raises(ValueError, match="a list in the place of a string|it is damaged"):
+    with pytest.raises(ValueError, match="a list instead of a string|it is damaged"):
         containers.read(tmp_path / "a.npy")
 
 
-def test_a_bomb_behind_a_file_of_pytorch_is_not_unpacked(tmp_path, monkeypatch):
+def test_compressed_pytorch_bomb_is_not_decompressed(tmp_path, monkeypatch):
     monkeypatch.setattr(containers, "MAX_BYTES", 2**20)
     storages = {}
     data = torch_pickle({"features.0.weight": np.zeros(2**20, np.float32)}, storages)
@@ -416,8 +417,8 @@ def test_a_bomb_behind_a_file_of_pytorch_is_not_unpacked(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("writer", [*(w for w, _, _ in WRITERS.values()), write_torch_zip,
                                     write_torch_legacy])  # fmt: skip
-def test_damaged_files_end_in_a_sentence(tmp_path, writer):
-    """Whatever a reader runs into, it names the file; or the damage is in a weight."""
+def test_damaged_files_raise_value_error_only(tmp_path, writer):
+    """Reading raises ``ValueError``, or succeeds if only a weight is damaged."""
     path = tmp_path / "weights"
     writer(path)
     if not path.exists():
@@ -432,7 +433,7 @@ def test_damaged_files_end_in_a_sentence(tmp_path, writer):
             containers.read(tmp_path / "weights")
 
 
-def test_a_zip_bomb_is_not_unpacked(tmp_path):
+def test_zip_bomb_is_not_decompressed(tmp_path):
     with (
         zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
         archive.open("a.npy", "w", force_zip64=True) as file,
@@ -460,7 +461,7 @@ def test_links_in_hdf5_are_not_followed(tmp_path):
 
 @pytest.mark.parametrize("writer", [*(w for w, _, _ in WRITERS.values()), write_torch_zip,
                                     write_torch_legacy])  # fmt: skip
-def test_a_file_that_was_cut_short_is_refused(tmp_path, writer):
+def test_truncated_files_are_refused(tmp_path, writer):
     path = tmp_path / "weights"
     writer(path)
     if not path.exists():
@@ -494,7 +495,7 @@ def test_other_networks_are_refused(tmp_path):
         containers.read(tmp_path / "e")
 
 
-def test_numbers_that_are_not_finite_are_refused(tmp_path):
+def test_non_finite_values_are_refused(tmp_path):
     arrays = {}
     for layer in CONVOLUTIONS + CONNECTED:
         arrays |= {f"{layer}_W": kernel(layer), f"{layer}_b": biases(layer) * np.nan}

@@ -1,4 +1,4 @@
-"""VGG16 at full size, from each kind of file, against what its own software computes.
+"""Full-size VGG16 from each file format, compared with the outputs of the original software.
 
 Keras Applications, tf-slim and PyTorch (where it is installed: the extra ``references``) compute by
 themselves; for the other layouts, written here as they are documented, Keras' model of the same
@@ -21,7 +21,7 @@ tf1 = tf.compat.v1
 VGG16 = architectures.ARCHITECTURES["vgg16"]
 NUM_CLASSES = 1000
 PICTURE = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3)).astype(np.uint8)
-# What each source's documents say to do with a picture; not what our cards say.
+# Preprocessing according to the documentation of each source, independent of our cards.
 SLIM_MEANS = np.array([123.68, 116.78, 103.94], np.float32)  # vgg_preprocessing.py
 PREPARE = {
     "caffe": lambda x: preprocess_input(x.astype(np.float32), mode="caffe"),
@@ -34,8 +34,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def values():
-    """With images of 0 to 255 the activations are of the size of 1, and so are the logits: there,
-    differences of 1e-4 can be seen."""
+    """Weights for which activations and logits of images in 0..255 are of the order of 1, so that
+    differences of 1e-4 are significant."""
     found = architectures.random_weights(VGG16, NUM_CLASSES)
     found["conv1_1/weights"] *= np.float32(0.02)
     return found
@@ -50,7 +50,7 @@ def model(values):
 
 @pytest.fixture(scope="module")
 def expected(model):
-    """fc7 and prob of the picture, by what was done with it."""
+    """fc7 and prob of the picture for each preprocessing."""
     outputs = [model.get_layer("fc2").output, model.output]
     both = keras.Model(model.input, outputs)
     return {
@@ -94,22 +94,22 @@ TORCH = {
 
 
 @pytest.mark.parametrize("kind", [kind for kind in (*WRITERS, *TORCH) if kind != "slim"])  # below
-def test_a_documented_layout(tmp_path, expected, kind):
+def test_documented_layout_gives_original_outputs(tmp_path, expected, kind):
     writer, *_, mode = (WRITERS | TORCH)[kind]
     writer(tmp_path / "weights")
     assert_converted_equals(tmp_path / "weights", expected[mode], tmp_path / "vgg")
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".keras", ".weights.h5"])
-def test_keras_applications(tmp_path, model, expected, suffix):
+def test_keras_file_gives_outputs_of_keras(tmp_path, model, expected, suffix):
     path = tmp_path / f"model{suffix}"
     (model.save_weights if "weights" in suffix else model.save)(path)
     assert_converted_equals(path, expected["caffe"], tmp_path / "vgg")
 
 
-@pytest.mark.filterwarnings("ignore")  # of a package of 2020
+@pytest.mark.filterwarnings("ignore")  # tf-slim is from 2020
 @pytest.mark.parametrize("version", [1, 2])
-def test_tf_slim(tmp_path, values, version):
+def test_tf_slim_checkpoint_gives_outputs_of_tf_slim(tmp_path, values, version):
     slim_vgg = pytest.importorskip("tf_slim.nets.vgg")
     with tf.Graph().as_default(), tf1.Session() as session:
         images = tf1.placeholder(tf.float32, [None, 224, 224, 3])
@@ -126,7 +126,7 @@ def test_tf_slim(tmp_path, values, version):
 
 
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "before 1.6"])
-def test_pytorch(tmp_path, values, is_zip):
+def test_pytorch_file_gives_outputs_of_pytorch(tmp_path, values, is_zip):
     torch = pytest.importorskip("torch")
     layers, channels = [], 3
     for block in VGG16.convolutions:
@@ -148,8 +148,8 @@ def test_pytorch(tmp_path, values, is_zip):
     torch.save(network.state_dict(), path, _use_new_zipfile_serialization=is_zip)
     with torch.no_grad():
         # torchvision.transforms: to 0..1, then Normalize with the statistics of ImageNet.
-        mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-        images = (torch.from_numpy(PICTURE) / 255 - mean) / deviation
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        images = (torch.from_numpy(PICTURE) / 255 - mean) / std
         images = images.permute(0, 3, 1, 2).contiguous()
         fc7 = network.classifier[:5](network.features(images).flatten(1))
         expected = [fc7.numpy(), torch.softmax(network.classifier[5:](fc7), -1).numpy()]

@@ -2,8 +2,9 @@
 
 The graph takes ``images:0`` float32 ``[batch, size, size, 3]``, preprocessed, and has a tensor for
 every layer: ``conv1_1:0`` ... ``pool5:0``, ``fc6:0``, ``fc7:0``, ``fc8:0`` (the logits) and
-``prob:0``. ``keep_prob:0`` is the share that dropout keeps after fc6 and fc7, 1.0 unless it is fed.
-All but fc8 come after their ReLU. Variables are named ``<layer>/weights`` and ``<layer>/biases``.
+``prob:0``. ``keep_prob:0`` is the keep probability of dropout after fc6 and fc7, 1.0 unless it is
+fed. The tensors of all layers but fc8 are after the ReLU. Variables are named ``<layer>/weights``
+and ``<layer>/biases``.
 
 Source of the architectures: table 1 of arXiv 1409.1556 (A = vgg11, B = vgg13, D = vgg16, E =
 vgg19).
@@ -21,9 +22,9 @@ tf1 = tf.compat.v1
 
 @dataclass(frozen=True)
 class Architecture:
-    """``blocks``: the widths of each block's 3x3 convolutions; a 2x2 max-pooling ends each
-    block. ``pooling``: what is before fc6, ``flatten`` or ``average``, the average over space, for
-    images of any size."""
+    """``blocks``: the widths of each block's 3x3 convolutions; a 2x2 max-pooling ends each block.
+    ``pooling``: the layer before fc6, ``flatten`` or ``average``; ``average`` is global average
+    pooling, for images of any size."""
 
     blocks: tuple[tuple[int, ...], ...]
     fc: int = 4096
@@ -69,12 +70,12 @@ ARCHITECTURES = {
 def kernel_shapes(
     architecture: Architecture, num_classes: int | None, *, convolutional: bool = False
 ) -> dict[str, tuple[int, ...]]:
-    """Layer to the shape of its weights; the biases have the last of its dimensions.
+    """Shape of the weights of each layer; the biases have the size of its last dimension.
 
-    ``convolutional`` gives fc6 to fc8 as convolutions (``[7, 7, 512, 4096]`` for VGG16), so that
-    fc7 is ``[batch, h, w, 4096]``; otherwise they are matrices (``[25088, 4096]``), rows in the
-    order height, width, channel. The two have the same values in the same order. With
-    ``num_classes=None`` there are no fc layers.
+    With ``convolutional``, fc6 to fc8 are convolutions (``[7, 7, 512, 4096]`` for VGG16), and fc7
+    is ``[batch, h, w, 4096]``; otherwise they are matrices (``[25088, 4096]``), rows in the order
+    height, width, channel. Both have the same values in the same order. With ``num_classes=None``
+    there are no fc layers.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     channels = 3
@@ -97,7 +98,7 @@ def kernel_shapes(
 
 
 def num_parameters(architecture: Architecture, num_classes: int | None) -> int:
-    """Weights and biases of all layers; without the fc layers for ``num_classes=None``."""
+    """Number of weights and biases of all layers; without fc layers for ``num_classes=None``."""
     shapes = kernel_shapes(architecture, num_classes).values()
     return sum(int(np.prod(shape)) + shape[-1] for shape in shapes)
 
@@ -109,8 +110,7 @@ def random_weights(
     seed: int = 0,
     convolutional: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Variable name to float32 values: He-normal weights (arXiv 1502.01852), small random
-    biases."""
+    """He-normal weights (arXiv 1502.01852) and small random biases, float32, by variable name."""
     generator = np.random.default_rng(seed)
     values = {}
     for name, shape in kernel_shapes(
@@ -131,15 +131,15 @@ def build_graph(
     convolutional: bool = False,
     use_resource: bool = False,
 ) -> tf.Graph:
-    """The network as a graph of its own; see the module's docstring for its tensors.
+    """Build the network in a new graph; see the module docstring for its tensors.
 
     Args:
-        architecture: from ``ARCHITECTURES``, or one's own.
+        architecture: from ``ARCHITECTURES``, or a custom one.
         num_classes: width of fc8; ``None`` ends the network with its last pooling.
-        convolutional: fc layers as convolutions; then images of any size work for which the
-            poolings leave a pixel (32 for five of them). What is smaller than the window of fc6 has
-            zeros around it. After an average over space they see one pixel.
-        use_resource: resource variables, as TensorFlow 2 makes them, rather than reference ones.
+        convolutional: fc layers as convolutions; they accept images of any size of which the
+            poolings leave at least one pixel (32 pixels for five poolings). Feature maps smaller
+            than the kernel of fc6 are zero-padded. After global average pooling they see one pixel.
+        use_resource: resource variables, as in TensorFlow 2, instead of reference variables.
     """
     shapes = kernel_shapes(architecture, num_classes, convolutional=convolutional)
     is_average = architecture.pooling == "average"
@@ -168,7 +168,7 @@ def build_graph(
                     outputs = tf.matmul(inputs, weights)
                 outputs = tf.nn.bias_add(outputs, biases)
                 outputs = tf.nn.relu(outputs) if relu else outputs
-            # The slash makes the name exact: the scope has taken it already.
+            # The trailing slash makes the name exact; the variable scope has already used it.
             return tf.identity(outputs, name=f"{name}/")
 
         for number, block in enumerate(architecture.convolutions, 1):
@@ -190,7 +190,7 @@ def build_graph(
 
 
 def _padded(net: tf.Tensor, window: int) -> tf.Tensor:
-    """With zeros around what is smaller than a window."""
+    """Zero-pad feature maps that are smaller than the window."""
     missing = tf.maximum(window - tf.shape(net)[1:3], 0)
     before = missing // 2
     spatial = tf.stack([before, missing - before], axis=1)

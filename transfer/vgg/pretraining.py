@@ -1,7 +1,7 @@
-"""Train a VGG from scratch: batch norm while training, none in what is saved.
+"""Train a VGG from scratch with batch norm, which is folded into the weights of the saved model.
 
-Batch norm makes the network train from random weights. It is linear once trained, so ``folded``
-puts it into the weights before it, and what is saved is a plain VGG.
+Batch norm makes training from random weights converge. At inference it is linear, so ``folded``
+merges it into the preceding weights, and the saved model is a plain VGG.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ def trainable_model(
     """A Keras model of the architecture with batch norm after each layer but the last.
 
     Args:
-        architecture: what to build.
+        architecture: the architecture, e.g. from ``ARCHITECTURES``.
         num_classes: width of fc8.
-        dropout: share dropped after fc6 and fc7 while training.
+        dropout: dropout rate after fc6 and fc7 in training.
 
     Returns:
-        float32 ``[batch, size, size, 3]``, preprocessed, to logits ``[batch, num_classes]``. Images
-        may be smaller than the architecture's if the last pooling makes as much of them.
+        A model from preprocessed images, float32 ``[batch, size, size, 3]``, to logits ``[batch,
+        num_classes]``. Images may be smaller than the architecture's if the output of the last
+        pooling has the same size.
     """
     net = inputs = keras.Input((None, None, 3), name="images")
     for number, block in enumerate(architecture.convolutions, 1):
@@ -42,7 +43,7 @@ def trainable_model(
             )(net)
             net = _normalized_relu(net, name)
         net = keras.layers.MaxPooling2D(padding="same", name=f"pool{number}")(net)
-    # Not Flatten, which does not know its width where the image's size is open.
+    # Not Flatten, whose output width is unknown if the image size is unknown.
     width = architecture.pooled_size**2 * architecture.blocks[-1][-1]
     net = keras.layers.Reshape((width,), name="flatten")(net)
     for name in ("fc6", "fc7"):
@@ -55,8 +56,8 @@ def trainable_model(
 
 
 def halves(model: keras.Model) -> tuple[keras.Model, keras.Model]:
-    """The convolutions and the fully connected layers of a trainable model, which share its
-    weights: images to float32 ``[batch, width]``, and these to logits."""
+    """Split a trainable model into two models that share its weights: the convolutions, from images
+    to float32 ``[batch, width]``, and the fully connected layers, from these to logits."""
     flat = model.get_layer("flatten").output
     return keras.Model(model.input, flat), keras.Model(flat, model.output)
 
@@ -70,13 +71,13 @@ def with_new_fully_connected(model: keras.Model, architecture: Architecture) -> 
 
 
 def folded(model: keras.Model) -> dict[str, np.ndarray]:
-    """The weights of the plain VGG that computes what ``model`` does in inference mode.
+    """The weights of the plain VGG that is equivalent to ``model`` at inference.
 
     ``gamma * (x @ w - mean) / sqrt(variance + epsilon) + beta`` is ``x @ (w * s) + (beta - mean *
     s)`` with ``s = gamma / sqrt(variance + epsilon)``.
 
     Returns:
-        Variable name (``conv1_1/weights``) to float32 values, for ``architectures.build_graph``.
+        float32 values by variable name (``conv1_1/weights``), for ``architectures.build_graph``.
     """
     values = {}
     for layer in model.layers:
@@ -96,14 +97,14 @@ def folded(model: keras.Model) -> dict[str, np.ndarray]:
 
 
 def _normalized_relu(net: keras.KerasTensor, name: str) -> keras.KerasTensor:
-    # 0.9 rather than Keras' 0.99: the statistics must have settled after an epoch or two.
+    # 0.9 instead of Keras' 0.99: the moving statistics must converge within an epoch or two.
     net = FusedBatchNormalization(momentum=0.9, name=f"{name}_norm")(net)
     return keras.layers.ReLU(name=f"{name}_relu")(net)
 
 
 class FusedBatchNormalization(keras.layers.BatchNormalization):
-    """Keras' layer, training with TensorFlow's fused operation: steps of a small VGG on two cores
-    go 1.4 times faster. Last axis only; 2-D and 4-D inputs."""
+    """Keras' batch norm, with TensorFlow's fused operation in training: steps of a small VGG on two
+    cores are 1.4 times as fast. Last axis only; 2-D and 4-D inputs."""
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         if not training:
@@ -118,13 +119,13 @@ class FusedBatchNormalization(keras.layers.BatchNormalization):
 
 
 class DecodedImages:
-    """Images that are decoded once and kept in memory, a byte a number.
+    """Images that are decoded once and cached in memory as uint8.
 
-    Small images take longer to decode than a step of a small network leaves time for.
+    Decoding small images takes longer than a training step of a small network.
 
     Args:
         images: ``(images, labels)``, float32 ``[batch, size, size, channels]`` in 0..255.
-        num_images: in all batches together.
+        num_images: number of images in all batches.
         labels: int64 ``[num_images]``.
     """
 
@@ -142,8 +143,8 @@ class DecodedImages:
         augment: bool,
         first_batch: int = 0,
     ) -> Iterator[tuple[tf.Tensor, np.ndarray]]:
-        """Perfectly shuffled, as random views if ``augment`` is set, and preprocessed; ``seed``
-        gives order and views."""
+        """Preprocessed batches in a random permutation of all images, as random views if
+        ``augment`` is set; ``seed`` determines order and views."""
         pixels = self._pixels.batches(batch_size, seed, first_batch=first_batch)
         for number, (images, labels) in enumerate(pixels, first_batch):
             view = tf.constant([seed, number], tf.int64) if augment else None
@@ -157,10 +158,10 @@ def _prepared(images: tf.Tensor, seed: tf.Tensor | None, preprocess: Preprocess)
 def optimizer(
     learning_rate: float, weight_decay: float, steps_per_epoch: int, epochs: int
 ) -> keras.optimizers.Optimizer:
-    """SGD with Nesterov momentum 0.9, half an epoch of warm-up and a cosine down to zero.
+    """SGD with Nesterov momentum 0.9, half an epoch of linear warm-up, and cosine decay to zero.
 
-    Weight decay is for kernels only: on the scales of batch norm and on biases it does harm
-    (arXiv 1812.01187, section 3.1).
+    Weight decay applies to kernels only: on batch norm scales and biases it is harmful (arXiv
+    1812.01187, section 3.1).
     """
     schedule = cosine(
         learning_rate, steps_per_epoch * epochs, warmup_steps=max(1, steps_per_epoch // 2)

@@ -14,30 +14,29 @@ class PretrainOptions:
     epochs: int = 30
     """Passes over the training images."""
     small_epochs: int = 0
-    """How many of them, the first ones, see images of small_size: half as many pixels, half the
-    time."""
+    """Number of initial epochs on images of small_size: half as many pixels take half the time."""
     small_size: int | None = None
-    """Height and width of these images in pixels. The last pooling must make as much of them as of
-    full-size ones: 33 to 64 pixels for vgg_small, 193 to 224 for the others."""
+    """Height and width of these images in pixels. The output of the last pooling must have the same
+    size as for full-size images: 33 to 64 pixels for vgg_small, 193 to 224 for the others."""
     fc_epochs: int = 0
-    """Passes after these for fc6, fc7 and fc8 alone: begun anew, on convolutions that stay as they
-    are, without dropout and mixup. Nearly as good at the task itself, and fc7 transfers better."""
+    """Additional epochs for new fc6, fc7 and fc8 on frozen convolutions, without dropout and mixup.
+    The accuracy is nearly the same, and fc7 transfers better."""
     batch_size: int = 128
     """Images per step."""
     learning_rate: float = 0.05
-    """Highest learning rate of SGD with momentum: reached after a warm-up of half an epoch, then
-    lowered to zero along a cosine."""
+    """Peak learning rate of SGD with momentum: linear warm-up over half an epoch, then cosine decay
+    to zero."""
     weight_decay: float = 5e-3
-    """Decay of the kernels, times the learning rate per step. With momentum 0.9 it does what an L2
-    penalty of a tenth of it does."""
+    """Decay of the kernels, times the learning rate per step. With momentum 0.9 it is equivalent to
+    an L2 penalty of a tenth of it."""
     dropout: float = 0.2
-    """Share dropped after fc6 and fc7 while training."""
+    """Dropout rate after fc6 and fc7 in training."""
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
     mixup: float = 0.2
-    """Train on mixtures of two images; parameter of the Beta distribution of their shares."""
+    """Parameter of the Beta distribution of mixup; 0 turns it off."""
     preprocess: str = "torch"
-    """Input convention to train with: caffe, slim, torch, tf, unit or none."""
+    """Preprocessing: caffe, slim, torch, tf, unit or none."""
     augment: bool = True
     """Train on random shifts and flips."""
     seed: int = 0

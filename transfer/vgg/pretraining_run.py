@@ -1,6 +1,6 @@
 """Train a VGG from scratch and save it as a meta graph with its checkpoint and card.
 
-The embedded model was made by this; ``pretrained/README.md`` says how.
+The embedded model was trained with this module; see ``pretrained/README.md``.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from transfer.vgg.pretraining_options import PretrainOptions
 logger = logging.getLogger(__name__)
 
 CHECKPOINT_S = 600.0
-KEPT_DECODED_MB = 2000  # of training images; larger ones take longer to train on than to decode
+KEPT_DECODED_MB = 2000  # of decoded training images; for larger ones, training is the bottleneck
 
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """``prefix`` is that of the model in the run folder; ``metrics`` are those of ``metrics.json``
-    on the held-out images, of what was written."""
+    """``prefix`` is the checkpoint prefix of the model in the run folder; ``metrics`` are those of
+    the saved model on the held-out images, as in ``metrics.json``."""
 
     prefix: Path
     metrics: dict[str, Any]
@@ -48,7 +48,7 @@ class PretrainResult:
 
 @dataclass(frozen=True)
 class _Run:
-    """What all parts of a run need."""
+    """Options, images and folder of a run."""
 
     options: PretrainOptions
     train: Split
@@ -83,10 +83,10 @@ def pretrain(
     Args:
         train: training images; a split of ``open_source``.
         held_out: images to evaluate on, of the same source.
-        options: how to train.
+        options: training options.
         run_dir: folder of the run, new or empty. Default: ``runs/<date-time>-<dataset>-<arch>``.
-        resume: continue the run in ``run_dir``, or begin it where there is none.
-        origin: where the images are from, for ``config.yaml``. Default: what the source says.
+        resume: continue the run in ``run_dir``, or start it if there is none.
+        origin: origin of the images, for ``config.yaml``. Default: that of the source.
         source: how the model was made, for its card. Default: the options.
         verbose: 0 silent, 1 progress bars, 2 a line per epoch.
 
@@ -125,7 +125,7 @@ def pretrain(
 
 
 def check(options: PretrainOptions) -> None:
-    """Check what can be said of options alone.
+    """Check the options, without images or files.
 
     Raises:
         ValueError: names the option, its value and what is expected.
@@ -167,7 +167,7 @@ def _train_and_save(run: _Run, source: str) -> PretrainResult:
     )
     graph = architectures.build_graph(run.architecture, len(class_names))
     save_meta_graph(graph, prefix, pretraining.folded(model), card)
-    # What is reported is what was written.
+    # Report the metrics of the saved files.
     saved = load_meta_graph(prefix)
     metrics = evaluated(Backbone(saved, tap="fc8"))
     write_card(prefix.with_name(f"{prefix.name}.json"), replace(saved.card, eval=metrics))
@@ -176,8 +176,8 @@ def _train_and_save(run: _Run, source: str) -> PretrainResult:
 
 
 def _trained(run: _Run, evaluated: Callable[[keras.Model], dict[str, Any]]) -> keras.Model:
-    """The whole network, trained for ``epochs``; then, for ``fc_epochs``, one with its
-    convolutions. ``evaluated`` gives metrics on held-out images."""
+    """Train the whole network for ``epochs``, then new fully connected layers on its frozen
+    convolutions for ``fc_epochs``. ``evaluated`` computes metrics on held-out images."""
     options = run.options
     steps_per_epoch = -(-len(run.train) // options.batch_size)
     batches = _batches(run)
@@ -221,7 +221,7 @@ def _trained(run: _Run, evaluated: Callable[[keras.Model], dict[str, Any]]) -> k
     fit(trainer, model, options.epochs, checkpoints)
     if not options.fc_epochs:
         return model
-    keras.utils.set_random_seed(options.seed)  # the same weights in a run that is resumed here
+    keras.utils.set_random_seed(options.seed)  # the same initial weights in a resumed run
     model = pretraining.with_new_fully_connected(model, run.architecture)
     convolutions, fully_connected = pretraining.halves(model)
     trainer = Trainer(
@@ -232,14 +232,14 @@ def _trained(run: _Run, evaluated: Callable[[keras.Model], dict[str, Any]]) -> k
         seed=options.seed,
         epoch=options.epochs,
     )
-    # Where a resumed run has more epochs, the convolutions become others, and these begin anew.
+    # If a resumed run has more epochs, the convolutions change, and these layers start again.
     checkpoints = checkpoints / f"fc-after-{options.epochs}"
     fit(trainer, model, options.epochs + options.fc_epochs, checkpoints)
     return model
 
 
 def _batches(run: _Run) -> Callable[[int, int], Iterable[Any]]:
-    """An epoch's number, and how many of its batches are done, to the rest of its batches."""
+    """A function from an epoch and its number of finished batches to its remaining batches."""
     options, train, preprocess = run.options, run.train, run.preprocess
     small = _small_images(options)
     decoded = _decoded(run)
@@ -263,8 +263,8 @@ def _batches(run: _Run) -> Callable[[int, int], Iterable[Any]]:
 
 
 def _decoded(run: _Run) -> pretraining.DecodedImages | None:
-    """The training images in memory, if they are few and small enough. Order and views are others
-    than where they are read anew, so that the choice may depend on nothing but the images."""
+    """The decoded training images, if they fit in memory. Order and views differ from those of
+    images that are read in each epoch, so the choice must depend on the images only."""
     train, pixels = run.train, replace(run.preprocess, mode="none")
     needed = len(train) * pixels.height * pixels.width * pixels.channels / 1e6
     if needed > KEPT_DECODED_MB:
@@ -277,7 +277,7 @@ def _small_images(options: PretrainOptions) -> Preprocess:
     """Preprocessing of the first ``small_epochs``.
 
     Raises:
-        ValueError: if the last pooling would make something else of them than of full-size images.
+        ValueError: if the last pooling's output would differ in size from that of full-size images.
     """
     architecture = architectures.ARCHITECTURES[options.arch]
     if (options.small_epochs > 0) != (options.small_size is not None):

@@ -1,5 +1,5 @@
-"""Published weights of VGG networks, from the files that they come in.
+"""Conversion of published weights of VGG networks.
 
-``containers`` reads files, ``layouts`` tells what is in them and brings it into one layout,
-``conversion`` writes that as a model, and ``download`` gets files that Keras publishes.
+``containers`` reads weight files, ``layouts`` identifies their layout and converts it to a common
+one, ``conversion`` writes the model, and ``download`` downloads the files of Keras Applications.
 """

@@ -1,4 +1,4 @@
-"""Batch norm after a layer as part of the layer: exact, since both are linear at inference."""
+"""Fold batch norm into the preceding layer: exact, since both are linear at inference."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """``gamma * (x - mean) / sqrt(variance + epsilon) + beta``; without ``gamma`` and ``beta``
-    where a layer has none."""
+    """``gamma * (x - mean) / sqrt(variance + epsilon) + beta``; ``gamma`` and ``beta`` are ``None``
+    if the layer has none."""
 
     mean: np.ndarray
     variance: np.ndarray
@@ -21,16 +21,16 @@ class BatchNorm:
     def folded(
         self, name: str, kernel: np.ndarray, biases: np.ndarray | None, axis: int = -1
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Kernel and biases of a layer that computes what it and the batch norm after it do.
+        """Kernel and biases of a layer that is equivalent to a layer followed by this batch norm.
 
         Args:
-            name: of the batch norm, for errors.
-            kernel: of any shape.
-            biases: ``[outputs]``; ``None`` for a layer without.
-            axis: of the outputs in the kernel.
+            name: name of the batch norm, for errors.
+            kernel: array of any shape.
+            biases: ``[outputs]``; ``None`` for a layer without biases.
+            axis: axis of the outputs in the kernel.
 
         Raises:
-            ValueError: if the batch norm is for another number of outputs, or broken.
+            ValueError: if an array of the batch norm does not fit the number of outputs.
         """
         width = kernel.shape[axis]
         parts = [self.mean, self.variance, self.gamma, self.beta, biases]
@@ -40,7 +40,7 @@ class BatchNorm:
                     f"its batch norm {name} has an array of shape {values.shape}; the layer before "
                     f"it has {width} outputs"
                 )
-        with np.errstate(all="ignore"):  # results that are not finite are refused later on
+        with np.errstate(all="ignore"):  # non-finite results are refused later
             scale = 1 / np.sqrt(self.variance.astype(np.float64) + self.epsilon)
             if self.gamma is not None:
                 scale = scale * self.gamma

@@ -1,7 +1,7 @@
-"""Any file of weights → its arrays by name. Told by what the file holds, never by its name.
+"""Read the arrays of any weight file by name. The format is identified by the contents.
 
-Nothing in a file is run, links to other files are not followed, and sizes are checked before memory
-is asked for.
+Nothing in a file is executed, links to other files are not followed, and sizes are checked before
+memory is allocated.
 """
 
 from __future__ import annotations
@@ -26,23 +26,24 @@ from transfer.vgg.published import caffe, keras_model, matlab, wire
 from transfer.vgg.published.unpickle import TORCH_MAGIC, numpy_arrays, torch_archive, torch_arrays
 
 MAX_BYTES = 5 * 2**28
-"""Of all arrays of a file together; VGG19 with its three fully connected layers has 0.6 GB, and
-twice that in float64. Arrays of an optimizer do not count."""
+"""Limit for all arrays of a file, without those of optimizers. VGG19 with its three fully connected
+layers has 0.6 GB in float32, and twice that in float64."""
 _MAX_DIMENSIONS, _MAX_ENTRIES = 8, 20_000
 _MAX_CHUNKS, _MAX_ATTRIBUTE_BYTES = 100_000, 2**26
-_MAX_COMPRESSION = 1100  # deflate makes at most 1032 bytes of one
+_MAX_COMPRESSION = 1100  # deflate expands a byte to at most 1032
 _SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
 _MAX_DIRECTORY_BYTES = 2**22  # of a zip archive
 _LEGACY_TORCH = b"\x8a\x0a" + TORCH_MAGIC.to_bytes(10, "little")
+_TABLE_MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")  # ends a LevelDB table
 
 
 @dataclass(frozen=True)
 class Container:
-    """``kind``: what the file is, for people and for ``layouts``. ``arrays``: name to values.
+    """``kind``: file format, for messages and for ``layouts``. ``arrays``: values by name.
 
-    The rest is what some files say about themselves: ``model``, the layers of a Keras model;
-    ``order``, the names of a Keras model's layers, where there is no more than that;
-    ``preprocess``, what the network expects of its images; ``labels``, the names of its classes.
+    Further contents of some files: ``model``, the layers of a Keras model; ``order``, the layer
+    names of a Keras weight file, which has no more than these; ``preprocess``, the preprocessing of
+    the network; ``labels``, the class names.
     """
 
     kind: str
@@ -57,8 +58,8 @@ def read(path: Path) -> Container:
     """Read a file, or the checkpoint of a prefix.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is of no known kind, is damaged, or holds what is not data.
+        FileNotFoundError: if there is neither.
+        ValueError: if the format is unknown, or the file is damaged or contains more than data.
     """
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder; expected a file of weights")
@@ -75,7 +76,7 @@ def read(path: Path) -> Container:
         return _read(path)
     except ValueError as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
-    except Exception as error:  # the readers of damaged files raise what they like
+    except Exception as error:  # readers raise arbitrary exceptions for damaged files
         raise ValueError(
             f"{str(path)!r} cannot be read: it is damaged ({type(error).__name__}: {error})"
         ) from error
@@ -116,7 +117,7 @@ def _read(path: Path) -> Container:
 
 
 def _mapped(path: Path) -> memoryview:
-    """The bytes of a file, read when they are looked at; arrays are views of them."""
+    """A file as memory-mapped bytes, which are read on access; arrays are views of them."""
     with path.open("rb") as file:
         if not path.stat().st_size:
             return memoryview(b"")
@@ -126,7 +127,7 @@ def _mapped(path: Path) -> memoryview:
 def _hdf5(
     file: IO[bytes], config: bytes | None = None, preprocess: dict[str, Any] | None = None
 ) -> Container:
-    """``config`` is the model's configuration where it lies beside the weights."""
+    """``config`` is the model's configuration if it is stored separately from the weights."""
     arrays: dict[str, np.ndarray] = {}
     total = 0
     with h5py.File(file, "r") as root:
@@ -146,8 +147,8 @@ def _hdf5(
 
 
 def _datasets(root: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
-    """All arrays of a file, in the order of their names. Links to elsewhere are refused, and those
-    that lead to a group twice."""
+    """All arrays of a file, in the order of their names. External and soft links, and several links
+    to one group, are refused."""
     seen: set[int] = set()
     pending: list[tuple[str, h5py.Group]] = [("", root)]
     for _ in range(_MAX_ENTRIES):
@@ -176,7 +177,7 @@ def _datasets(root: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:
 
 
 def _check_stored(name: str, dataset: h5py.Dataset) -> None:
-    """Whether the file holds the values of an array, in a form that can be read in a moment."""
+    """Check that the values of an array are stored in this file, in a form that is fast to read."""
     if dataset.external or dataset.is_virtual:
         raise ValueError(f"its array {name!r} lies in another file")
     if dataset.ndim > _MAX_DIMENSIONS:
@@ -196,7 +197,7 @@ def _check_stored(name: str, dataset: h5py.Dataset) -> None:
 
 
 def _attribute(group: h5py.Group, name: str) -> bytes | None:
-    """Text beside a group, if there is any."""
+    """A text attribute of a group; ``None`` if it does not exist."""
     if name not in group.attrs:
         return None
     if group.attrs.get_id(name).get_storage_size() > _MAX_ATTRIBUTE_BYTES:
@@ -208,8 +209,9 @@ def _attribute(group: h5py.Group, name: str) -> bytes | None:
 
 
 def _names(group: h5py.Group, name: str) -> list[str]:
-    """Names beside a group; Keras divides long lists into ``name0``, ``name1``, ..."""
-    found: list[str] = []
+    """A list of names in attributes of a group; Keras splits long lists into ``name0``, ``name1``,
+    ..."""
+    names: list[str] = []
     parts = [name] if name in group.attrs else [f"{name}{n}" for n in range(100)]
     for part in parts:
         if part not in group.attrs:
@@ -217,28 +219,29 @@ def _names(group: h5py.Group, name: str) -> list[str]:
         if group.attrs.get_id(part).get_storage_size() > _MAX_ATTRIBUTE_BYTES:
             raise ValueError(f"its {part} has over {_MAX_ATTRIBUTE_BYTES:,} bytes")
         values = np.ravel(group.attrs[part])[:_MAX_ENTRIES]
-        found += [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values]
-    return found
+        names += [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values]
+    return names
 
 
 def _keras_hub(weights: Path) -> dict[str, Any] | None:
-    """What a preset of KerasHub says about its images, in the files beside its weights.
+    """The preprocessing in the files beside the weights of a KerasHub preset; ``None`` for other
+    files.
 
-    Its networks are those of timm, so ``torch`` unless it says otherwise. Source: keras_hub,
+    KerasHub's VGGs are converted from timm, so the default is ``torch``. Source: keras_hub,
     src/utils/preset_utils.py (names of files) and src/models/vgg/vgg_image_converter.py.
     """
     config = _json(weights.with_name("config.json"))
     if not str(config.get("registered_name", "")).startswith("keras_hub>VGG"):
         return None
     for name in ("image_converter.json", "preprocessor.json"):
-        found = _json(weights.with_name(name)).get("config")
-        if isinstance(found, dict) and isinstance(found.get("image_converter"), dict):
-            found = found["image_converter"].get("config")
-        if isinstance(found, dict) and found.get("scale") is not None:
+        converter = _json(weights.with_name(name)).get("config")
+        if isinstance(converter, dict) and isinstance(converter.get("image_converter"), dict):
+            converter = converter["image_converter"].get("config")
+        if isinstance(converter, dict) and converter.get("scale") is not None:
             try:
                 scale, offset = np.broadcast_arrays(
-                    np.ravel(np.asarray(found["scale"], np.float64)),
-                    np.ravel(np.asarray(found.get("offset") or 0.0, np.float64)),
+                    np.ravel(np.asarray(converter["scale"], np.float64)),
+                    np.ravel(np.asarray(converter.get("offset") or 0.0, np.float64)),
                 )
             except (TypeError, ValueError):
                 continue
@@ -248,7 +251,7 @@ def _keras_hub(weights: Path) -> dict[str, Any] | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A small file beside the weights; empty if there is none, or it is none."""
+    """A small JSON file beside the weights; empty if it does not exist or is not a JSON object."""
     try:
         if not path.is_file() or path.stat().st_size > _MAX_ATTRIBUTE_BYTES:
             return {}
@@ -278,14 +281,14 @@ def _zip(file: IO[bytes]) -> Container:
 
 
 def _keras(archive: zipfile.ZipFile, sizes: dict[str, int]) -> Container:
-    """The weights are unpacked first: HDF5 is read here and there, which in a compressed file is
-    reading it from its beginning each time."""
+    """A ``.keras`` file. Compressed weights are decompressed to memory first: HDF5 needs random
+    access, and each backward seek in a compressed member decompresses it from the beginning."""
     config = None
     if "config.json" in sizes:
         if sizes["config.json"] > _MAX_ATTRIBUTE_BYTES:
             raise ValueError(f"its config.json has {sizes['config.json']:,} bytes")
         config = archive.read("config.json")
-    # As much again for the state of an optimizer, twice.
+    # Up to three times as much, with the state of an optimizer.
     if sizes["model.weights.h5"] > 3 * MAX_BYTES:
         _check_total(sizes["model.weights.h5"])
     if archive.getinfo("model.weights.h5").compress_type == zipfile.ZIP_STORED:
@@ -296,14 +299,15 @@ def _keras(archive: zipfile.ZipFile, sizes: dict[str, int]) -> Container:
 
 
 def _check_directory(file: IO[bytes]) -> None:
-    """The list of an archive's files, before it is read: an entry takes 46 bytes, and an object."""
+    """Check the size of an archive's directory before it is parsed: each entry of 46 bytes becomes
+    an object."""
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - 2**16 - 22))
     end = file.read()
     file.seek(0)
-    found = end.rfind(b"PK\x05\x06")
-    if found >= 0 and len(end) >= found + 22:
-        (num_bytes,) = struct.unpack_from("<I", end, found + 12)
+    record = end.rfind(b"PK\x05\x06")
+    if record >= 0 and len(end) >= record + 22:
+        (num_bytes,) = struct.unpack_from("<I", end, record + 12)
         if num_bytes > _MAX_DIRECTORY_BYTES:
             raise ValueError("it is a zip archive of far more files than weights are in")
 
@@ -335,16 +339,16 @@ def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     if reader is None:
         raise ValueError(f"it has version {version} of NumPy's format; expected 1.0 or 2.0")
     try:
-        found = reader(file)
+        header = reader(file)
     except RecursionError as error:
         raise ValueError("its header is damaged") from error
-    if len(found[0]) > _MAX_DIMENSIONS:
-        raise ValueError(f"it has an array of {len(found[0]):,} dimensions")
-    return found
+    if len(header[0]) > _MAX_DIMENSIONS:
+        raise ValueError(f"it has an array of {len(header[0]):,} dimensions")
+    return header
 
 
 def _safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Views of the file: of one that declares much and holds nothing, nothing is read."""
+    """Arrays as views of the file, so that declared but missing data are not read."""
     import safetensors
 
     with path.open("rb") as file:
@@ -371,8 +375,8 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def _matconvnet(data: memoryview) -> Container:
     """``<layer>/0`` and ``<layer>/1``; in older files ``<layer>/filters``, ``<layer>/biases``."""
-    found = matlab.variables(data, MAX_BYTES)
-    roots = [root for root in (found.get("net"), found) if isinstance(root, dict)]
+    variables = matlab.variables(data, MAX_BYTES)
+    roots = [root for root in (variables.get("net"), variables) if isinstance(root, dict)]
     layers: Any = next((root["layers"] for root in roots if "layers" in root), [])
     arrays: dict[str, np.ndarray] = {}
     for layer in layers if isinstance(layers, list) else [layers]:
@@ -395,7 +399,7 @@ def _matconvnet(data: memoryview) -> Container:
 
 
 def _check_kind(name: str, layer: dict[str, Any]) -> None:
-    """Layers without arrays change the result, too."""
+    """Refuse layer types that no VGG has: layers without arrays also change the result."""
     kind, method = layer.get("type", "conv"), layer.get("method", "max")
     known = ("conv", "relu", "pool", "dropout", "softmax", "softmaxloss", "custom")
     if kind not in known or (kind == "pool" and method != "max"):
@@ -403,13 +407,13 @@ def _check_kind(name: str, layer: dict[str, Any]) -> None:
 
 
 def _squeezed(values: np.ndarray) -> np.ndarray:
-    """MATLAB's arrays have two dimensions at least: biases are ``[1, outputs]``, and the height and
-    width of a kernel of 1x1 are kept."""
+    """MATLAB's arrays have at least two dimensions: biases are ``[1, outputs]``. Kernels keep
+    height and width, also for 1x1."""
     return values if values.ndim > 2 else np.atleast_1d(values.squeeze())
 
 
 def _mean_image(meta: dict[str, Any]) -> dict[str, Any] | None:
-    """The mean that is subtracted from RGB images: one number a channel, or an image of them."""
+    """The mean that is subtracted from RGB images, per channel; a mean image is averaged."""
     normalization = meta.get("normalization")
     mean = normalization.get("averageImage") if isinstance(normalization, dict) else None
     if not isinstance(mean, np.ndarray) or mean.size % 3 or not mean.size:
@@ -419,7 +423,7 @@ def _mean_image(meta: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _frozen_graph(data: memoryview) -> dict[str, np.ndarray]:
-    """The float constants of a frozen graph that are arrays; empty if the data are no graph.
+    """The float32 array constants of a frozen graph; empty if the data are not a graph.
 
     Field numbers from tensorflow/core/framework: graph, node_def, attr_value, tensor,
     tensor_shape and types.
@@ -439,7 +443,7 @@ def _frozen_graph(data: memoryview) -> dict[str, np.ndarray]:
 
 
 def _constant(node: memoryview) -> tuple[str, np.ndarray | None]:
-    """Name of a node, and its value if it is a float32 constant that is an array."""
+    """Name and value of a float32 array constant; the value is ``None`` for other nodes."""
     parts = dict(wire.fields(node))
     if bytes(_message(parts.get(2))) != b"Const":
         return "", None
@@ -456,7 +460,7 @@ def _constant(node: memoryview) -> tuple[str, np.ndarray | None]:
             wire.fields(_message(tensor.get(2))) if n == 2]  # fmt: skip
     shape = wire.integers(dims)
     content = _message(tensor.get(4)) or _message(tensor.get(5))
-    # What is written as one number for many is no weight.
+    # A tensor stored as one repeated value is not a weight.
     if not shape or min(shape) < 1 or math.prod(shape) * 4 != len(content):
         return "", None
     return wire.text(parts.get(1, memoryview(b""))), np.frombuffer(content, "<f4").reshape(shape)
@@ -467,12 +471,12 @@ def _message(value: wire.Value | None) -> memoryview:
 
 
 def _is_checkpoint(path: Path) -> bool:
-    """Whether a file is part of a checkpoint: its index or data, or a V1 table."""
+    """Whether a file is part of a checkpoint: an index or data file, or a V1 table."""
     if checkpoint.PART.search(path.name):
         return checkpoint.exists(path.with_name(checkpoint.PART.sub("", path.name)))
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 8))
-        return file.read(8) == (0xDB4775248B80FB57).to_bytes(8, "little")  # of a LevelDB table
+        return file.read(8) == _TABLE_MAGIC
 
 
 def _checkpoint(path: Path) -> Container:
@@ -484,7 +488,7 @@ def _checkpoint(path: Path) -> Container:
 
 
 def _is_slot(name: str) -> bool:
-    """Whether it is an optimizer's."""
+    """Whether a variable is a slot variable of an optimizer."""
     return bool(re.search(r"/(Adam(_1)?|Momentum|RMSProp(_1)?|Adagrad|ExponentialMoving.*)$", name))
 
 

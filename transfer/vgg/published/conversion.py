@@ -1,4 +1,4 @@
-"""From a file of published weights to a meta graph with its checkpoint and card."""
+"""Convert published weights to a meta graph with its checkpoint and card."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ SpatialOrder = Literal["auto", "rows", "columns"]
 
 
 class Preprocessing(NamedTuple):
-    """``mode``: for the card, ``None`` if nothing tells. ``why``: how it is known. ``warning``:
-    what to do if it is not known; ``note``: what to do if it is but may not be meant."""
+    """``mode``: for the card, ``None`` if unknown. ``why``: how it was determined. ``warning``:
+    what to do if it is unknown or assumed. ``note``: what to do if the head was trained with
+    another."""
 
     mode: str | dict[str, Any] | None
     why: str
@@ -40,25 +41,25 @@ class Preprocessing(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversion:
-    """What ``convert`` wrote, and what it rests on.
+    """The result of ``convert``, and how it was determined.
 
-    ``warnings`` say what was assumed because nothing in the file tells it; read them.
+    ``warnings`` name what was assumed because the file does not say; read them.
     """
 
     prefix: Path
-    """Of the model: a path for ``load_meta_graph``."""
+    """Checkpoint prefix of the model: a path for ``load_meta_graph``."""
     card: Card
     network: str
     """Architecture, such as ``vgg16``."""
     num_parameters: int
     num_classes: int | None
-    """``None`` where the file has no classifier."""
+    """``None`` if the file has no classifier."""
     layout: str
     """How the file names and orders its arrays, such as ``torchvision``."""
     why_preprocess: str
-    """How the preprocessing on the card is known."""
+    """How the preprocessing on the card was determined."""
     origin: str | None
-    """What the file is, if it is known by its hash."""
+    """Name of the published file, if its hash is known."""
     left_out: list[str] = field(default_factory=list)
     """Arrays of the file that are not part of the network."""
     notes: list[str] = field(default_factory=list)
@@ -78,9 +79,9 @@ def convert(
 ) -> Conversion:
     """Convert published weights of a VGG to a meta graph with its checkpoint and card.
 
-    What a file is follows from its contents, not from its name. Nothing in it is executed. The
-    network computes what the original computes, or the conversion is refused; nothing that exists
-    is overwritten.
+    The file is identified by its contents, not by its name. Nothing in it is executed. The network
+    computes the same function as the original, or the conversion is refused. Existing files are
+    never overwritten.
 
     Args:
         file: Keras ``.h5`` or ``.keras``, tf-slim checkpoint, ``.npz``, ``.npy``, PyTorch
@@ -88,24 +89,24 @@ def convert(
             ``.tfmodel``.
         out: prefix of the model to write, such as ``models/vgg16``.
         convolutional: write fc6 to fc8 as convolutions, for images of any size from 32 pixels.
-        preprocess: what the weights expect: ``caffe``, ``slim``, ``torch``, ``tf``, ``unit`` or
-            ``none``; or means of their own, such as ``{"mean": [93.594, 104.7624, 129.1863],
-            "order": "BGR"}``. Default: what the file says; else what it was published with, if its
-            hash is known; else what its layout usually expects, with a warning.
-        labels: file with one class name per line. Default: the file's own, or the names of
-            ImageNet where there are 1000.
-        spatial_order: which of the spatial axes of MatConvNet's kernels comes first; old files
-            have the columns first. ``auto``: by the age of the file.
-        pooling: what stands before the first fully connected layer; needed where its inputs are as
-            many as the last convolution has outputs and the file does not say.
+        preprocess: preprocessing of the weights: ``caffe``, ``slim``, ``torch``, ``tf``, ``unit``
+            or ``none``; or custom means, such as ``{"mean": [93.594, 104.7624, 129.1863], "order":
+            "BGR"}``. Default: that in the file; else that of the published file, if its hash is
+            known; else the usual one of its layout, with a warning.
+        labels: file with one class name per line. Default: the names in the file, or those of
+            ImageNet if there are 1000 classes.
+        spatial_order: which spatial axis of MatConvNet's kernels comes first; in old files it is
+            the columns. ``auto``: by the age of the file.
+        pooling: the layer before the first fully connected layer; needed if that layer has as many
+            inputs as the last convolution has outputs and the file does not say.
         leave_out: patterns of arrays that do not matter for the features, such as ``extras.*``.
 
     Returns:
-        What was written, and what was assumed.
+        The model that was written, and what was assumed.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is not a VGG, or ``out`` exists; nothing is written then.
+        ValueError: if it is not a VGG, or ``out`` exists; then nothing is written.
 
     Example:
         >>> import numpy as np
@@ -130,7 +131,7 @@ def convert(
         raise ValueError(
             f"spatial_order={spatial_order!r} is unknown; choose from {', '.join(_COLUMNS_FIRST)}"
         )
-    found = layouts.identify(
+    published = layouts.identify(
         containers.read(file),
         columns_first=_COLUMNS_FIRST[spatial_order],
         pooling=pooling,
@@ -138,25 +139,25 @@ def convert(
     )
     sha256 = file_digest(file)
     origin = origins.of_file(file_md5(file), sha256) if file.is_file() else None
-    preprocessing = preprocessing_of(found, preprocess, origin)
-    names = _class_names(found, labels)
+    preprocessing = preprocessing_of(published, preprocess, origin)
+    names = _class_names(published, labels)
     is_known = f" ({origin.name})" if origin else ""
-    source = f"{file.name}{is_known}, layout of {found.layout.name}, sha256 {sha256}"
-    card = _save(found, out, names, source, preprocessing.mode, origin, convolutional)
+    source = f"{file.name}{is_known}, layout of {published.layout.name}, sha256 {sha256}"
+    card = _save(published, out, names, source, preprocessing.mode, origin, convolutional)
     warnings = [preprocessing.warning] if preprocessing.warning else []
-    if not origin and not labels and not found.labels and names:
+    if not origin and not labels and not published.labels and names:
         warnings.append("the names of its 1000 classes are assumed to be ImageNet's")
     return Conversion(
         prefix=out,
         card=card,
-        network=found.name,
-        num_parameters=sum(value.size for value in found.values.values()),
-        num_classes=found.num_classes,
-        layout=found.layout.name,
+        network=published.name,
+        num_parameters=sum(value.size for value in published.values.values()),
+        num_classes=published.num_classes,
+        layout=published.layout.name,
         why_preprocess=preprocessing.why,
         origin=origin.name if origin else None,
-        left_out=[*found.left_out],
-        notes=[*found.notes, *([preprocessing.note] if preprocessing.note else [])],
+        left_out=[*published.left_out],
+        notes=[*published.notes, *([preprocessing.note] if preprocessing.note else [])],
         warnings=warnings,
     )
 
@@ -165,30 +166,30 @@ _COLUMNS_FIRST = {"auto": None, "rows": False, "columns": True}
 
 
 def preprocessing_of(
-    found: Published, given: str | Mapping[str, Any] | None, origin: Origin | None
+    published: Published, requested: str | Mapping[str, Any] | None, origin: Origin | None
 ) -> Preprocessing:
-    """What the weights expect of their images, and how that is known."""
-    if given is not None:
-        return Preprocessing(for_card(given), "as given")
-    if found.preprocess is not None:
-        return Preprocessing(for_card(found.preprocess), "as the file says")
+    """The preprocessing of the weights, and how it was determined."""
+    if requested is not None:
+        return Preprocessing(for_card(requested), "as given")
+    if published.preprocess is not None:
+        return Preprocessing(for_card(published.preprocess), "as the file says")
     if origin is not None:
         return Preprocessing(for_card(origin.preprocess), "as published")
-    known = origins.convention_of(found.values["conv1_1/weights"])
-    is_imagenet = found.num_classes in (None, NUM_IMAGENET_CLASSES)
+    known = origins.convention_of(published.values["conv1_1/weights"])
+    is_imagenet = published.num_classes in (None, NUM_IMAGENET_CLASSES)
     if known is not None:
         why = "as the first convolution, which is that of Oxford's VGG16, was trained with"
         note = "" if is_imagenet else "if the head was trained with another: preprocess=MODE"
         return Preprocessing(known, why, note=note)
-    if not is_imagenet and found.layout.container in ("Caffe", "MatConvNet"):
+    if not is_imagenet and published.layout.container in ("Caffe", "MatConvNet"):
         hint = f"; VGG-Face expects {canonical(_VGG_FACE)}"
         warning = (
-            f"nothing tells which mean the images of its {found.num_classes} classes had; give it "
-            "with preprocess=MEAN, here or when the model is fine-tuned"
-            + (hint if found.num_classes == _VGG_FACE_CLASSES else "")
+            f"nothing tells which mean the images of its {published.num_classes} classes had; give "
+            "it with preprocess=MEAN, here or when the model is fine-tuned"
+            + (hint if published.num_classes == _VGG_FACE_CLASSES else "")
         )
         return Preprocessing(None, "unknown", warning)
-    mode = found.layout.preprocess
+    mode = published.layout.preprocess
     return Preprocessing(
         mode,
         "assumed",
@@ -198,7 +199,7 @@ def preprocessing_of(
 
 
 def _save(
-    found: Published,
+    published: Published,
     prefix: Path,
     names: list[str],
     source: str,
@@ -208,14 +209,14 @@ def _save(
 ) -> Card:
     """Write meta graph, checkpoint, labels and card; returns the card."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    has_top = found.num_classes is not None
+    has_top = published.num_classes is not None
     labels = prefix.with_name(f"{prefix.name}.labels.txt")
     if names:
         write_names(labels, names)
     card = Card(
         input="images:0",
-        tap="fc7:0" if has_top else f"pool{len(found.architecture.blocks)}:0",
-        image_size=found.architecture.image_size,
+        tap="fc7:0" if has_top else f"pool{len(published.architecture.blocks)}:0",
+        image_size=published.architecture.image_size,
         preprocess=preprocess,
         labels=labels.name if names else None,
         outputs={"logits": "fc8:0", "probabilities": "prob:0"} if has_top else {},
@@ -224,14 +225,14 @@ def _save(
         trained_on=origin.trained_on if origin else None,
     )
     graph = architectures.build_graph(
-        found.architecture, found.num_classes, convolutional=convolutional
+        published.architecture, published.num_classes, convolutional=convolutional
     )
     shapes = architectures.kernel_shapes(
-        found.architecture, found.num_classes, convolutional=convolutional
+        published.architecture, published.num_classes, convolutional=convolutional
     )
     values = {
         name: value.reshape(shapes[layer]) if part == "weights" else value
-        for name, value in found.values.items()
+        for name, value in published.values.items()
         for layer, part in [name.split("/")]
     }
     save_meta_graph(graph, prefix, values, card)
@@ -239,10 +240,10 @@ def _save(
 
 
 def check_out(prefix: Path) -> None:
-    """Whether a model may be written there: nothing is replaced, not even what is converted.
+    """Check that no file of a model with this prefix exists, so that nothing is overwritten.
 
     Raises:
-        ValueError: names what is there.
+        ValueError: names an existing file.
     """
     checkpoint.check_path(prefix)
     name = glob.escape(prefix.name)
@@ -253,17 +254,17 @@ def check_out(prefix: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """Of a file; of all files of a checkpoint, one after the other."""
+    """SHA-256 of a file, or of all files of a checkpoint concatenated."""
     files = [path] if path.is_file() and not checkpoint.PART.search(path.name) else []
     if not files:
         prefix = glob.escape(checkpoint.PART.sub("", path.name))
         patterns = (f"{prefix}.index", f"{prefix}.data-*", f"{prefix}-?????-of-?????")
-        files = [found for pattern in patterns for found in sorted(path.parent.glob(pattern))]
+        files = [part for pattern in patterns for part in sorted(path.parent.glob(pattern))]
     return file_sha256(*files)
 
 
 def file_md5(path: Path) -> str:
-    """By which the files of Keras, Caffe and MatConvNet are known."""
+    """MD5 of a file, by which files of Keras, Caffe and MatConvNet are identified."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(2**20):
@@ -271,17 +272,18 @@ def file_md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _class_names(found: Published, labels: str | Path | None) -> list[str]:
+def _class_names(published: Published, labels: str | Path | None) -> list[str]:
     if labels is not None:
         names = read_names(Path(labels))
-        if len(names) != found.num_classes:
+        if len(names) != published.num_classes:
             raise ValueError(
-                f"{str(labels)!r} has {len(names)} names; the model has {found.num_classes} classes"
+                f"{str(labels)!r} has {len(names)} names; the model has {published.num_classes} "
+                "classes"
             )
         return names
-    if found.labels:
-        return [" ".join(name.split()) for name in found.labels]
-    if found.num_classes != NUM_IMAGENET_CLASSES:
+    if published.labels:
+        return [" ".join(name.split()) for name in published.labels]
+    if published.num_classes != NUM_IMAGENET_CLASSES:
         return []
     text = (files("transfer.vgg.published") / "imagenet_labels.txt").read_text(encoding="utf-8")
     return text.splitlines()

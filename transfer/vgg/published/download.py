@@ -1,4 +1,4 @@
-"""Published weights of VGG16 and VGG19 from Keras Applications, as meta graphs."""
+"""Download the weights of VGG16 and VGG19 from Keras Applications and convert them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from transfer.vgg.published.conversion import Conversion, file_md5
 
 TIMEOUT_S = 8.0
 _CHUNK = 2**20
-_TOLERANCE = 1e-4  # between probabilities
+_TOLERANCE = 1e-4  # of probabilities
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Where weights are published; source: keras.applications.vgg16 and vgg19."""
+    """URL, MD5 and Keras model of published weights; source: keras.applications.vgg16 and vgg19."""
 
     url: str
     md5: str
@@ -39,7 +39,7 @@ class Weights:
 
     @property
     def path(self) -> Path:
-        """Where Keras looks for them before it downloads them."""
+        """The file in Keras' cache."""
         home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
         return home / "models" / self.url.rsplit("/", 1)[1]
 
@@ -67,12 +67,12 @@ class Bar(Protocol):
 
 
 Progress = Callable[[str, int, int], AbstractContextManager[Bar]]
-"""A file's name, its bytes that are there and all its bytes, to a progress bar."""
+"""Makes a progress bar from a file name, the bytes already received, and the total bytes."""
 
 
 @dataclass(frozen=True)
 class Pulled:
-    """``max_difference`` is the largest between a probability of the model and of Keras' own."""
+    """``max_difference`` is the largest difference of a probability from Keras' model."""
 
     conversion: Conversion
     max_difference: float
@@ -94,9 +94,9 @@ def pull(
         progress: makes a progress bar of the download.
 
     Raises:
-        ConnectionError: if there is no network.
-        ValueError: if the name is unknown, the file is not the one that was published, or the
-            results differ.
+        ConnectionError: if the download fails.
+        ValueError: if the name is unknown, the downloaded file has another hash than the published
+            one, or the probabilities differ from those of Keras' model.
     """
     if name not in PUBLISHED:
         raise ValueError(f"no weights of {name!r} are known; choose from {', '.join(PUBLISHED)}")
@@ -114,7 +114,7 @@ def pull(
                 f"probability; expected at most {_TOLERANCE:g}; nothing was written, report this"
             )
         for path in sorted(draft.parent.iterdir()):
-            if path.name != retention.STATE:  # there may be one, which lists other checkpoints
+            if path.name != retention.STATE:  # an existing one may list other checkpoints
                 os.replace(path, out.parent / path.name)
         state, _ = retention.plan(out, out.name, None, None)
         write_text(out.with_name(retention.STATE), state)
@@ -122,10 +122,10 @@ def pull(
 
 
 def download(weights: Weights, progress: Progress | None = None) -> None:
-    """Get a file, or the rest of it, into Keras' cache.
+    """Download a file, or the missing rest of it, into Keras' cache.
 
     Raises:
-        ConnectionError, ValueError: see ``pull``; what has come so far stays for the next time.
+        ConnectionError, ValueError: see ``pull``; a partial download is kept and resumed next time.
     """
     path = weights.path
     if path.is_file() and file_md5(path) == weights.md5:
@@ -137,11 +137,11 @@ def download(weights: Weights, progress: Progress | None = None) -> None:
     request = urllib.request.Request(weights.url, headers={"Range": f"bytes={done}-"})
     try:
         with _opened(request) as response:
-            if response.status != 206:  # it gives the whole file
+            if response.status != 206:  # the server ignores the range
                 done = 0
             _receive(response, part, done, progress or _no_progress)
     except urllib.error.HTTPError as error:
-        if error.code != 416 or not done:  # there is no rest
+        if error.code != 416 or not done:  # 416: the file is complete
             raise ConnectionError(_manual(weights, f"the server says {error.code}")) from error
     except (OSError, http.client.HTTPException) as error:
         reason = str(error) or type(error).__name__
@@ -149,15 +149,15 @@ def download(weights: Weights, progress: Progress | None = None) -> None:
     if file_md5(part) != weights.md5:
         part.unlink()
         raise ValueError(
-            f"what came from {weights.url} is not the published file (its MD5 differs); it was "
+            f"the download from {weights.url} is not the published file (its MD5 differs); it was "
             "deleted, try again"
         )
     part.replace(path)
 
 
 def compare(prefix: Path, weights: Weights) -> float:
-    """The largest difference between a probability of the model and of Keras' own, on an image of
-    noise and one of stripes."""
+    """The largest difference between probabilities of the model and of Keras' model, on an image of
+    noise and an image of stripes."""
     graph = load_meta_graph(prefix)
     preprocess = graph.preprocess(str(graph.card.input))
     shape = (1, *preprocess.shape)
@@ -171,31 +171,31 @@ def compare(prefix: Path, weights: Weights) -> float:
 
 
 def _opened(request: urllib.request.Request) -> Any:
-    """The response, within ``TIMEOUT_S``. The timeout of ``urlopen`` is for each address, and a
-    name server has none; so it is waited for from outside."""
-    found: list[Any] = []
+    """The response to a request, within ``TIMEOUT_S``. ``urlopen`` applies its timeout to each
+    address, and none to name resolution; so it runs in a thread that is joined with a timeout."""
+    result: list[Any] = []
 
     def ask() -> None:
         try:
-            found.append(urllib.request.urlopen(request, timeout=TIMEOUT_S))
+            result.append(urllib.request.urlopen(request, timeout=TIMEOUT_S))
         except Exception as error:
-            found.append(error)
+            result.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(TIMEOUT_S)
-    if not found:
+    if not result:
         raise TimeoutError(f"no answer within {TIMEOUT_S:g} s")
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+    if isinstance(result[0], Exception):
+        raise result[0]
+    return result[0]
 
 
 def _receive(response: Any, part: Path, done: int, progress: Progress) -> None:
-    """Append what comes to ``part``, which has ``done`` bytes already.
+    """Append the response to ``part``, which already has ``done`` bytes.
 
     Raises:
-        ConnectionError: if it ends before its end.
+        ConnectionError: if the response ends early.
     """
     total = done + int(response.headers.get("Content-Length", 0))
     with (
@@ -208,7 +208,7 @@ def _receive(response: Any, part: Path, done: int, progress: Progress) -> None:
             bar.update(len(chunk))
             done += len(chunk)
     if done < total:
-        raise ConnectionError(f"it was cut after {done:,} of {total:,} bytes; pull again to go on")
+        raise ConnectionError(f"it was cut after {done:,} of {total:,} bytes; pull again to resume")
 
 
 @contextlib.contextmanager
@@ -224,6 +224,6 @@ class _Silent:
 
 def _manual(weights: Weights, reason: str) -> str:
     return (
-        f"cannot download {weights.url} ({reason}); get it where there is a network and put it at "
+        f"cannot download {weights.url} ({reason}); download it elsewhere and put it at "
         f"{str(weights.path)!r}, or convert any copy of published weights"
     )

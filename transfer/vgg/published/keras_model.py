@@ -1,8 +1,8 @@
-"""A Keras model's own list of its layers: which arrays belong to which, and in which order.
+"""Read the configuration of a Keras model: its layers in order, with their arrays.
 
-Weights alone do not tell ``Conv2D -> BatchNormalization -> ReLU`` from ``Conv2D -> ReLU ->
-BatchNormalization``, nor a flattening from an average. The configuration that ``model.save`` writes
-does. It is read as data: no class of it is made.
+Weights alone do not distinguish ``Conv2D -> BatchNormalization -> ReLU`` from ``Conv2D -> ReLU ->
+BatchNormalization``, nor flattening from global average pooling. The configuration that
+``model.save`` writes does. It is read as data, without instantiating any class.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _ROLES = {"W": "kernel", "b": "bias"}
 
 @dataclass(frozen=True)
 class Layer:
-    """``kind``: its class. ``arrays``: role (kernel, bias, gamma, beta, moving_mean,
-    moving_variance, or a number) to values."""
+    """``kind``: class name. ``arrays``: values by role (kernel, bias, gamma, beta, moving_mean,
+    moving_variance, or a number)."""
 
     name: str
     kind: str
@@ -36,8 +36,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Model:
-    """``layers``: each takes the output of the one before it, beginning with the images.
-    ``branches``: the layers from the first fork on. ``others``: arrays of no layer, by name."""
+    """``layers``: a chain that begins with the images, each layer's input being the output of the
+    previous one. ``branches``: the layers after the first fork. ``others``: names of arrays that
+    belong to no layer."""
 
     layers: Sequence[Layer]
     branches: Sequence[Layer]
@@ -45,17 +46,17 @@ class Model:
 
 
 def read(config: str | bytes, arrays: Mapping[str, np.ndarray], *, is_legacy: bool) -> Model | None:
-    """The layers of a model; ``None`` if the configuration does not list them, as that of a
-    subclassed model does not.
+    """The layers of a model; ``None`` if the configuration does not list them, as for a subclassed
+    model.
 
     Args:
-        config: JSON.
-        arrays: by their names in the file.
-        is_legacy: whether the file is Keras' ``.h5``, in which arrays are named after layers; in
-            ``.keras`` they are after classes.
+        config: configuration in JSON.
+        arrays: values by their names in the file.
+        is_legacy: whether the file is a Keras ``.h5`` file, in which arrays are named after layers;
+            in ``.keras`` files they are named after classes.
 
     Raises:
-        ValueError: if it is damaged.
+        ValueError: if the configuration is damaged.
     """
     try:
         model = json.loads(config)
@@ -75,7 +76,7 @@ def _is_model(entry: Any) -> bool:
 
 
 def _entries(model: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The layers in a model's configuration, as they stand in it."""
+    """The layer entries in a model's configuration."""
     config = model.get("config")
     layers = config.get("layers") if isinstance(config, dict) else config
     if not isinstance(layers, list):
@@ -131,7 +132,7 @@ def _chain(
 
 
 def _in_order(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """From the images on, as long as each layer has one input and one that uses it."""
+    """The chain of layers from the images on, as long as each has one input and one consumer."""
     sources = {id(entry): _sources(entry.get("inbound_nodes")) for entry in entries}
     users: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:
@@ -150,40 +151,41 @@ def _in_order(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _sources(nodes: Any) -> list[str]:
-    """The layers that a layer takes its inputs from. Keras 2 writes ``[name, 0, 0, {}]``, Keras 3
+    """Names of the input layers of a layer. Keras 2 writes ``[name, 0, 0, {}]``, Keras 3
     ``{"keras_history": [name, 0, 0]}``."""
-    found, pending = [], [nodes]
+    names, pending = [], [nodes]
     while pending:
         value = pending.pop()
         if isinstance(value, dict):
             history = value.get("keras_history")
             if isinstance(history, list) and history:
-                found.append(str(history[0]))
+                names.append(str(history[0]))
             else:
                 pending += value.values()
         elif isinstance(value, list):
             is_edge = len(value) >= 3 and isinstance(value[0], str)
             if is_edge and all(isinstance(number, int) for number in value[1:3]):
-                found.append(value[0])
+                names.append(value[0])
             else:
                 pending += value
-    return found
+    return names
 
 
 def _leaves(model: Mapping[str, Any], depth: int = 0) -> list[dict[str, Any]]:
     if depth > _MAX_DEPTH:
         raise ValueError(f"its models are nested over {_MAX_DEPTH} deep")
-    found: list[dict[str, Any]] = []
+    leaves: list[dict[str, Any]] = []
     for entry in _entries(model):
-        found += _leaves(entry, depth + 1) if _is_model(entry) else [entry]
-    return found
+        leaves += _leaves(entry, depth + 1) if _is_model(entry) else [entry]
+    return leaves
 
 
 def _by_layer(
     model: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> dict[int, dict[str, np.ndarray]]:
-    """``model_weights/<layer>/<layer>/kernel:0``; of a model within the model,
-    ``model_weights/<model>/<layer>/kernel:0``."""
+    """Arrays by layer in a ``.h5`` file, which are named
+    ``model_weights/<layer>/<layer>/kernel:0``, or ``model_weights/<model>/<layer>/kernel:0`` in a
+    nested model."""
     owned: dict[int, dict[str, np.ndarray]] = {}
     for entry in _entries(model):
         leaves = _leaves(entry) if _is_model(entry) else [entry]
@@ -207,7 +209,7 @@ def _by_layer(
 
 def _owner(parts: Sequence[str], by_name: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
     for part in reversed(parts[:-1]):
-        # Older programs number scopes that are there twice.
+        # Older Keras versions number repeated scopes.
         for name in (part, re.sub(r"_\d+$", "", part)):
             if name in by_name:
                 return by_name[name]
@@ -220,8 +222,8 @@ def _owner(parts: Sequence[str], by_name: Mapping[str, dict[str, Any]]) -> dict[
 def _by_class(
     model: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> dict[int, dict[str, np.ndarray]]:
-    """``layers/conv2d_1/vars/0``: classes are numbered within each model; variables are in the
-    order in which a layer makes them."""
+    """Arrays by layer in a ``.keras`` file, which are named ``layers/conv2d_1/vars/0``: layers of a
+    class are numbered within each model, variables in the order of their creation."""
     owned: dict[int, dict[str, np.ndarray]] = {}
     by_path: dict[str, dict[int, np.ndarray]] = {}
     for path, values in arrays.items():
@@ -260,7 +262,7 @@ def _roles(entry: Mapping[str, Any], count: int) -> list[str]:
 
 
 def _snake_case(name: str) -> str:
-    """As ``keras.src.utils.naming.to_snake_case``."""
+    """Equal to ``keras.src.utils.naming.to_snake_case``."""
     name = re.sub(r"\W+", "", name)
     name = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", name)
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()

@@ -1,8 +1,8 @@
-"""The layers of a Keras model → those of a VGG: what can be expressed exactly, and nothing else.
+"""Convert the layers of a Keras model to those of a VGG, exactly or not at all.
 
-A batch norm between a layer and its ReLU becomes part of the layer. Whatever else stands between
-the images and the last pooling and is not a VGG's is refused by name. A head that is not a VGG's is
-left out by name.
+A batch norm between a layer and its ReLU is folded into the layer. Any other layer between the
+images and the last pooling that a VGG does not have is refused by name. A head that is not a VGG's
+is left out and reported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _EPSILON = 1e-3  # Keras' default
 
 
 class Weights(NamedTuple):
-    """Kernel as Keras has it, and biases."""
+    """Kernel in Keras' layout, and biases."""
 
     name: str
     kernel: np.ndarray
@@ -36,9 +36,10 @@ class Weights(NamedTuple):
 
 @dataclass
 class KerasVGG:
-    """``blocks``: widths of the convolutions between poolings. ``pooling``: what stands before the
-    first of the ``connected`` layers: flatten or average. ``mean`` and ``std``: what the model
-    itself does with images of 0..255. ``left_out``: layers of the head; ``why``: the reason."""
+    """``blocks``: widths of the convolutions between poolings. ``pooling``: the layer before the
+    first of the ``connected`` layers: flatten or average. ``preprocess``: mean and std of a
+    ``Rescaling`` layer, for images in 0..255. ``left_out``: layers of a head that is left out;
+    ``why``: the reason."""
 
     convolutions: list[Weights] = field(default_factory=list)
     blocks: list[list[int]] = field(default_factory=lambda: [[]])
@@ -50,47 +51,47 @@ class KerasVGG:
 
 
 def interpret(model: Model) -> KerasVGG:
-    """Bring a model's layers into a VGG's.
+    """Convert a model's layers to those of a VGG.
 
     Raises:
-        ValueError: names the layer that no VGG has.
+        ValueError: names a layer that no VGG has.
     """
-    found = KerasVGG()
-    rest = _base(list(model.layers), found)
-    if not found.convolutions:
+    vgg = KerasVGG()
+    rest = _base(list(model.layers), vgg)
+    if not vgg.convolutions:
         raise ValueError("its model has no convolutions")
-    _head(rest, list(model.branches), found)
+    _head(rest, list(model.branches), vgg)
     if model.others:
         raise ValueError(
             f"its arrays {', '.join(model.others[:5])} belong to no layer of its configuration"
         )
-    return found
+    return vgg
 
 
-def _base(layers: list[Layer], found: KerasVGG) -> list[Layer]:
-    """Take the layers up to the last pooling; returns the others."""
-    pending: tuple[Layer, BatchNorm | None] | None = None  # a convolution without its ReLU yet
+def _base(layers: list[Layer], vgg: KerasVGG) -> list[Layer]:
+    """Add the layers up to the last pooling to the result; returns the remaining layers."""
+    pending: tuple[Layer, BatchNorm | None] | None = None  # convolution before its ReLU
 
     def finish() -> None:
         nonlocal pending
         if pending is not None:
-            found.convolutions.append(_weights(*pending))
-            found.blocks[-1].append(found.convolutions[-1].kernel.shape[-1])
+            vgg.convolutions.append(_weights(*pending))
+            vgg.blocks[-1].append(vgg.convolutions[-1].kernel.shape[-1])
             pending = None
 
     for number, layer in enumerate(layers):
         kind = layer.kind
         if _is_inert(layer):
             continue
-        is_pooled = pending is None and not found.blocks[-1]
-        blocks = tuple(map(tuple, found.blocks[:-1]))
+        is_pooled = pending is None and not vgg.blocks[-1]
+        blocks = tuple(map(tuple, vgg.blocks[:-1]))
         if is_pooled and any(table.blocks == blocks for table in ARCHITECTURES.values()):
             return layers[number:]
         if kind == "Conv2D":
             if pending is not None:
                 raise ValueError(
-                    f"its convolution {pending[0].name} has no ReLU before {layer.name}; that of a "
-                    "VGG has"
+                    f"its convolution {pending[0].name} has no ReLU before {layer.name}; expected "
+                    "one"
                 )
             _check_convolution(layer)
             pending = layer, None
@@ -100,25 +101,25 @@ def _base(layers: list[Layer], found: KerasVGG) -> list[Layer]:
             pending = pending[0], _batch_norm(layer, axis=3)
         elif _is_relu(layer) and pending is not None:
             finish()
-        elif _is_relu(layer) and found.convolutions:
-            continue  # once more does nothing
-        elif kind == "MaxPooling2D" and pending is None and found.blocks[-1]:
+        elif _is_relu(layer) and vgg.convolutions:
+            continue  # ReLU is idempotent
+        elif kind == "MaxPooling2D" and pending is None and vgg.blocks[-1]:
             _check_pooling(layer)
-            found.blocks.append([])
-        elif kind == "Rescaling" and not found.convolutions and found.preprocess is None:
-            found.preprocess = _rescaling(layer)
+            vgg.blocks.append([])
+        elif kind == "Rescaling" and not vgg.convolutions and vgg.preprocess is None:
+            vgg.preprocess = _rescaling(layer)
         else:
-            raise ValueError(_refusal(layer, found, pending))
+            raise ValueError(_refusal(layer, vgg, pending))
     if pending is not None:
-        raise ValueError(f"its convolution {pending[0].name} has no ReLU; that of a VGG has")
+        raise ValueError(f"its convolution {pending[0].name} has no ReLU; expected one")
     return []
 
 
-def _refusal(layer: Layer, found: KerasVGG, pending: Any) -> str:
+def _refusal(layer: Layer, vgg: KerasVGG, pending: Any) -> str:
     if pending is not None:
         where = f"after its convolution {pending[0].name}, before the ReLU"
-    elif found.convolutions:
-        where = f"after the ReLU of its convolution {found.convolutions[-1].name}"
+    elif vgg.convolutions:
+        where = f"after the ReLU of its convolution {vgg.convolutions[-1].name}"
     else:
         where = "before its first convolution"
     return (
@@ -128,14 +129,14 @@ def _refusal(layer: Layer, found: KerasVGG, pending: Any) -> str:
 
 
 def _is_inert(layer: Layer) -> bool:
-    """Whether it does nothing at inference."""
+    """Whether a layer is the identity at inference."""
     is_linear = layer.kind == "Activation" and _activation(layer) == "linear"
     return layer.kind in _INERT or layer.kind.startswith("Random") or is_linear
 
 
 def _activation(layer: Layer) -> str:
     value = layer.config.get("activation", "linear")
-    if isinstance(value, dict):  # an object of its own class
+    if isinstance(value, dict):  # a serialized object
         config = value.get("config")
         value = config if isinstance(config, str) else value.get("class_name")
     return str(value or "linear").lower()
@@ -178,7 +179,7 @@ def _check_config(layer: Layer, expected: Mapping[str, Any]) -> None:
         if isinstance(wanted, tuple) and isinstance(value, int):
             value = (value,) * len(wanted)
         if value is not None and value != wanted:
-            raise ValueError(f"its layer {layer.name} has {key} {value}; that of a VGG {wanted}")
+            raise ValueError(f"its layer {layer.name} has {key} {value}; expected {wanted}")
 
 
 def _batch_norm(layer: Layer, axis: int) -> BatchNorm:
@@ -218,40 +219,40 @@ def _weights(layer: Layer, norm: BatchNorm | None) -> Weights:
 
 
 def _rescaling(layer: Layer) -> dict[str, Any]:
-    """``image * scale + offset`` as a mean and a standard deviation."""
+    """``image * scale + offset`` of a ``Rescaling`` layer as mean and standard deviation."""
     try:
         scale = np.atleast_1d(np.asarray(layer.config.get("scale"), np.float64))
         offset = np.atleast_1d(np.asarray(layer.config.get("offset", 0.0), np.float64))
         scale, offset = np.broadcast_arrays(scale, offset)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"its layer {layer.name} scales by no numbers") from error
+        raise ValueError(f"its layer {layer.name} has a non-numeric scale or offset") from error
     if scale.size not in (1, 3) or not np.isfinite([scale, offset]).all() or (scale <= 0).any():
         raise ValueError(f"its layer {layer.name} scales by {scale.tolist()}")
     return {"mean": (-offset / scale + 0.0).tolist(), "std": (1 / scale).tolist()}
 
 
 class _NoVGG(Exception):
-    """Why a head is left out."""
+    """The reason why a head is left out."""
 
 
-def _head(rest: list[Layer], branches: list[Layer], found: KerasVGG) -> None:
+def _head(rest: list[Layer], branches: list[Layer], vgg: KerasVGG) -> None:
     layers = [layer for layer in rest if not _is_inert(layer)]
     if not layers and not branches:
         return
     try:
         if branches:
             raise _NoVGG(f"it has branches, from {branches[0].name} on")
-        found.pooling = _pooling(layers[0])
-        found.connected = _connected(layers[1:])
-        if len(found.connected) != 3:
-            raise _NoVGG(f"it has {len(found.connected)} fully connected layers, a VGG three")
-        first, second, _ = (weights.kernel.shape for weights in found.connected)
+        vgg.pooling = _pooling(layers[0])
+        vgg.connected = _connected(layers[1:])
+        if len(vgg.connected) != 3:
+            raise _NoVGG(f"it has {len(vgg.connected)} fully connected layers; expected 3")
+        first, second, _ = (weights.kernel.shape for weights in vgg.connected)
         if first[-1] != second[-1]:
-            raise _NoVGG(f"its layers have {first[-1]} and {second[-1]} outputs, a VGG's as many")
+            raise _NoVGG(f"its layers have {first[-1]} and {second[-1]} outputs; expected as many")
     except (_NoVGG, ValueError) as reason:
-        found.connected, found.pooling = [], "flatten"
-        found.left_out = [layer.name for layer in (*layers, *branches) if layer.arrays]
-        found.why = str(reason)
+        vgg.connected, vgg.pooling = [], "flatten"
+        vgg.left_out = [layer.name for layer in (*layers, *branches) if layer.arrays]
+        vgg.why = str(reason)
 
 
 def _pooling(layer: Layer) -> str:
@@ -283,7 +284,7 @@ def _connected(layers: Sequence[Layer]) -> list[Weights]:
         elif layer is layers[-1] and pending is not None and _is_softmax(layer):
             continue
         else:
-            raise _NoVGG(f"it has {layer.name} ({layer.kind}) where no VGG has")
+            raise _NoVGG(f"it has the unexpected layer {layer.name} ({layer.kind})")
     if pending is not None:
         connected.append(_weights(*pending))
     return connected

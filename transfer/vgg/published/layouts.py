@@ -1,14 +1,15 @@
-"""How published weights are laid out: names and shapes → a VGG's layers, in one layout.
+"""Layouts of published weights: identify a layout by names and shapes, and convert it to a common
+one.
 
-Here all are float32: kernels of convolutions ``[3, 3, inputs, outputs]``, of fully connected layers
-``[inputs, outputs]`` with the inputs of fc6 in the order height, width, channel. The order of the
-colours stays that of the source, and so does what it expects of its images: ``preprocess``.
+In the common layout all arrays are float32: kernels of convolutions ``[3, 3, inputs, outputs]``, of
+fully connected layers ``[inputs, outputs]`` with the inputs of fc6 in the order height, width,
+channel. The channel order of the images and the preprocessing stay those of the source.
 
-Every array of a file is used, or known to change nothing, or a layer with a kernel of its own that
-is left out by name: a head. Any other ends the conversion, since without it the network would
-compute something else.
+Every array of a file is either used, or known to have no effect, or part of a layer with its own
+kernel that is left out and reported: a head. Any other array ends the conversion with an error,
+since without it the network would compute a different function.
 
-The layouts and where they come from:
+The layouts and their sources:
 
 =================  =========================================================================
 keras              keras.applications.vgg16, vgg19: github.com/keras-team/keras-applications
@@ -39,29 +40,29 @@ from transfer.vgg.published import keras_vgg
 from transfer.vgg.published.batch_norm import BatchNorm
 from transfer.vgg.published.containers import Container
 
-# Defaults of the layers that the weights are from; a file of weights does not say.
+# Default epsilons of the original layers; weight files do not contain them.
 _TORCH_EPSILON, _KERAS_EPSILON, _SLIM_EPSILON = 1e-5, 1e-3, 1e-3
 _HARMLESS = re.compile(
     r"num_batches_tracked$|global_step|mean_rgb$|save_counter|learning_rate|iterations?\b|seed_gen"
     r"|optimizer|Adam|Momentum|RMSProp|Adagrad|ExponentialMovingAverage|beta\d_power|loss_scale"
     r"|/(biased|local_step)$"
 )
-_MAX_HARMLESS = 4  # numbers: a mean of the images, a step, a rate
+_MAX_HARMLESS = 4  # elements: a channel mean, a step, a learning rate
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to write a VGG down.
+    """Names, shapes and preprocessing of one kind of published weights.
 
     Args:
-        name: for people.
-        container: what kind of file it comes in.
-        pattern: of an array's name, with a group ``layer``.
-        preprocess: what the published weights expect: a key of
+        name: name for messages.
+        container: ``Container.kind`` of its files.
+        pattern: regular expression for array names, with a group ``layer``.
+        preprocess: preprocessing of the published weights: a key of
             ``transfer.images.preprocess.CONVENTIONS``.
         outputs_first: kernels are ``[outputs, inputs, height, width]`` and ``[outputs, inputs]``,
             and the inputs of fc6 are in the order channel, height, width.
-        columns_first: the two spatial axes are exchanged.
+        columns_first: the two spatial axes are swapped.
     """
 
     name: str
@@ -72,7 +73,7 @@ class Layout:
     columns_first: bool = False
 
 
-# Layers in their order, by the beginning of their names; any other is the last one.
+# Prefixes of layer names in the order of the layers; other names come last.
 _KINDS = ("block", "conv", "features", "fc", "dense", "pre_logits", "classifier")
 _LAYER = r"(?P<layer>conv\d_\d|fc[678])"
 _SLIM = r"(?:weights|biases|BatchNorm/(?:beta|gamma|moving_mean|moving_variance))"
@@ -103,11 +104,11 @@ LAYOUTS = (
 
 @dataclass(frozen=True)
 class Published:
-    """The weights of a VGG, as ``vgg.build_graph`` names them, and what the file says of them.
+    """The weights of a VGG under the names of ``architectures.build_graph``, and their properties.
 
-    ``num_classes`` is ``None`` where there are no fully connected layers. ``left_out`` are layers
-    and arrays that are no part of it, ``notes`` is what was assumed. ``preprocess`` and ``labels``
-    are the file's own.
+    ``num_classes`` is ``None`` if there are no fully connected layers. ``left_out`` are layers and
+    arrays that are not part of the network, ``notes`` are assumptions. ``preprocess`` and
+    ``labels`` are those stored in the file, if any.
     """
 
     layout: Layout
@@ -123,7 +124,7 @@ class Published:
 
 @dataclass
 class _Layer:
-    """Kernel and biases as the file has them, and the batch norm after them."""
+    """Kernel and biases in the layout of the file, and the following batch norm."""
 
     name: str
     kernel: np.ndarray
@@ -148,17 +149,17 @@ def identify(
     pooling: str | None = None,
     leave_out: Sequence[str] = (),
 ) -> Published:
-    """Tell which layout a file has, and bring it into ours.
+    """Identify the layout of a file and convert it to the common layout.
 
     Args:
         container: from ``containers.read``.
-        columns_first: overrules the layout's; only MatConvNet's files are known in both orders.
-        pooling: what stands before the first fully connected layer, ``flatten`` or ``average``,
-            where the file does not say and its number of inputs fits both.
-        leave_out: patterns of names of arrays that do not matter.
+        columns_first: overrides that of the layout; only MatConvNet files exist in both orders.
+        pooling: the layer before the first fully connected layer, ``flatten`` or ``average``, if
+            the file does not say and the number of inputs fits both.
+        leave_out: name patterns of arrays to ignore.
 
     Raises:
-        ValueError: says what was found and what was expected.
+        ValueError: states what was found and what was expected.
     """
     if container.model is not None:
         return _of_keras(container, pooling)
@@ -181,7 +182,7 @@ def identify(
     if layout.container == "HDF5":
         _add_keras_norms(ordered, others, container.order)
     notes = [
-        f"batch norm folded with epsilon {layer.norm.epsilon:g}, the default where it is from"
+        f"batch norm folded with epsilon {layer.norm.epsilon:g}, the original default"
         for layer in ordered
         if layer.norm is not None
     ][:1]
@@ -210,29 +211,27 @@ def identify(
 
 
 def _of_keras(container: Container, pooling: str | None) -> Published:
-    """By the list of layers in the file."""
+    """Identify a file that contains the configuration of a Keras model."""
     assert container.model is not None
     if pooling is not None:
         raise ValueError("its configuration says what stands before its fully connected layers")
-    found = keras_vgg.interpret(container.model)
-    convolutions = [(weights.kernel, weights.biases) for weights in found.convolutions]
-    connected = [(weights.kernel, weights.biases) for weights in found.connected]
+    vgg = keras_vgg.interpret(container.model)
+    convolutions = [(weights.kernel, weights.biases) for weights in vgg.convolutions]
+    connected = [(weights.kernel, weights.biases) for weights in vgg.connected]
     architecture, name = _architecture(convolutions, [], "flatten")
-    blocks = tuple(tuple(block) for block in found.blocks if block)
+    blocks = tuple(tuple(block) for block in vgg.blocks if block)
     if blocks != architecture.blocks:
         raise ValueError(f"its convolutions between poolings are {blocks}; those of {name} differ")
     if connected:
         try:
-            _architecture(convolutions, connected, found.pooling)
+            _architecture(convolutions, connected, vgg.pooling)
         except ValueError as error:
-            found.left_out, found.why = [weights.name for weights in found.connected], str(error)
+            vgg.left_out, vgg.why = [weights.name for weights in vgg.connected], str(error)
             connected = []
-    left_out = found.left_out
-    notes = [f"the head is left out: {found.why}"] if found.why else []
-    container = replace(container, preprocess=found.preprocess or container.preprocess)
-    return _published(
-        container, LAYOUTS[0], convolutions, connected, left_out, notes, found.pooling
-    )
+    left_out = vgg.left_out
+    notes = [f"the head is left out: {vgg.why}"] if vgg.why else []
+    container = replace(container, preprocess=vgg.preprocess or container.preprocess)
+    return _published(container, LAYOUTS[0], convolutions, connected, left_out, notes, vgg.pooling)
 
 
 def _published(
@@ -272,10 +271,10 @@ def _published(
 def _layout(
     kind: str, arrays: Mapping[str, np.ndarray]
 ) -> tuple[Layout, dict[str, dict[str, np.ndarray]]]:
-    """The layout that fits most layers, and these."""
+    """The layout that matches the most layers, and the arrays of these layers."""
     candidates = [layout for layout in LAYOUTS if layout.container == kind]
-    found = [(layout, _layers(layout, arrays)) for layout in candidates]
-    layout, layers = max(found, key=lambda pair: len(pair[1]), default=(None, {}))
+    matches = [(layout, _layers(layout, arrays)) for layout in candidates]
+    layout, layers = max(matches, key=lambda pair: len(pair[1]), default=(None, {}))
     if layout is None or not layers:
         names = ", ".join(list(arrays)[:6]) or "none"
         raise ValueError(
@@ -286,7 +285,7 @@ def _layout(
 
 
 def _layers(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Layer to its arrays by name."""
+    """Arrays by name, for each layer that matches the layout's pattern."""
     layers: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     for name, values in arrays.items():
         if match := re.fullmatch(layout.pattern, name):
@@ -295,7 +294,7 @@ def _layers(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, dict[
 
 
 def _in_order(layers: Mapping[str, dict[str, np.ndarray]]) -> list[_Layer]:
-    """From the images on, each with the batch norm that directly follows it."""
+    """The layers in order, each with the batch norm that directly follows it."""
     ordered: list[_Layer] = []
     last = ""
     for name in sorted(layers, key=_position):
@@ -313,8 +312,8 @@ def _in_order(layers: Mapping[str, dict[str, np.ndarray]]) -> list[_Layer]:
 def _add_torch_norm(
     ordered: list[_Layer], last: str, name: str, arrays: Mapping[str, np.ndarray]
 ) -> None:
-    """``torch.nn.BatchNorm``: the number after that of its layer. One further on, there is a ReLU
-    between them."""
+    """Add a ``torch.nn.BatchNorm`` to its layer, whose number it follows directly. With a gap of
+    one in the numbers there is a ReLU between them."""
     if not ordered:
         raise ValueError(f"its layer {name} normalises the images; no VGG does")
     (kind, before), (same, number) = _position(last), _position(name)
@@ -336,8 +335,8 @@ def _add_torch_norm(
 
 
 def _slim_norm(name: str, arrays: Mapping[str, np.ndarray]) -> BatchNorm | None:
-    """``slim.conv2d`` with ``normalizer_fn=slim.batch_norm``: always before the activation, without
-    biases, and without gamma unless it is asked for. Source: tf_slim/layers/layers.py."""
+    """Batch norm of ``slim.conv2d`` with ``normalizer_fn=slim.batch_norm``: always before the
+    activation, without biases, and by default without gamma. Source: tf_slim/layers/layers.py."""
     parts = {
         key.rsplit("/", 1)[1]: values for key, values in arrays.items() if "/BatchNorm/" in key
     }
@@ -357,12 +356,12 @@ def _slim_norm(name: str, arrays: Mapping[str, np.ndarray]) -> BatchNorm | None:
 def _add_keras_norms(
     ordered: Sequence[_Layer], others: dict[str, np.ndarray], names: Sequence[str]
 ) -> None:
-    """Batch norms of a file of weights, taken from its ``others``: which layer they follow is told
-    by their numbers or by the order of the layers, and that they do so before its ReLU by moving
-    means below zero. There are none after a ReLU.
+    """Move the batch norms of a Keras weight file from ``others`` to their layers. The layer
+    follows from their numbers or from the order of the layers. Moving means below zero show that
+    they are before the ReLU, since its output is never negative.
 
     Raises:
-        ValueError: if the file does not tell.
+        ValueError: if the position of a batch norm cannot be determined.
     """
     groups: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     for path, values in others.items():
@@ -409,11 +408,11 @@ def _untold(group: str, why: str) -> str:
 
 
 def _left_out(others: Mapping[str, np.ndarray]) -> list[str]:
-    """The arrays that may be missing: those that change nothing, and layers with a kernel of their
-    own. A batch norm, a scale or an attention is between other layers.
+    """The arrays that may be left out: those without effect, and layers with their own kernel. A
+    batch norm, a scale or an attention belongs between other layers.
 
     Raises:
-        ValueError: names the arrays that may not.
+        ValueError: names the arrays that may not be left out.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for name, values in others.items():
@@ -440,8 +439,8 @@ def _is_ambiguous(
     convolutions: Sequence[tuple[np.ndarray, np.ndarray]],
     connected: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> bool:
-    """Whether the first fully connected layer takes one pixel: all that is left of a small image,
-    or an average."""
+    """Whether the first fully connected layer takes one pixel, which is either the flattened
+    feature map of a small image or a global average."""
     inputs = math.prod(connected[0][0].shape[:-1])
     return bool(convolutions) and inputs == convolutions[-1][0].shape[-1]
 
@@ -464,7 +463,8 @@ def _kernel_and_biases(
 
 def _outputs_last(kernel: np.ndarray, channels: int | None) -> np.ndarray:
     """``[outputs, inputs, height, width]`` or ``[outputs, inputs]`` to ``[height, width, inputs,
-    outputs]``; with ``channels`` the inputs of a matrix are in the order channel, height, width."""
+    outputs]``; with ``channels``, the inputs of a matrix are in the order channel, height,
+    width."""
     if kernel.ndim == 2:
         window = math.isqrt(kernel.shape[1] // channels) if channels else 1
         inputs = kernel.shape[1] // window**2 if window else 0
@@ -479,7 +479,7 @@ def _architecture(
     connected: Sequence[tuple[np.ndarray, np.ndarray]],
     pooling: str,
 ) -> tuple[Architecture, str]:
-    """The one with these layers, and its name in ``vgg.ARCHITECTURES``."""
+    """The architecture with these layers, and its name in ``architectures.ARCHITECTURES``."""
     widths = tuple(kernel.shape[-1] for kernel, _ in convolutions)
     known = {
         tuple(width for block in table.blocks for width in block): name
@@ -522,4 +522,4 @@ def _architecture(
 def _check_finite(values: Mapping[str, np.ndarray]) -> None:
     broken = [name for name, array in values.items() if not np.isfinite(array).all()]
     if broken:
-        raise ValueError(f"its {', '.join(broken)} hold numbers that are not finite; get it again")
+        raise ValueError(f"its {', '.join(broken)} have values that are not finite; get it again")

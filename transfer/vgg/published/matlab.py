@@ -1,6 +1,6 @@
-"""MATLAB files of version 5 → plain values: structs, cells, text and arrays.
+"""Read MATLAB files of version 5: structs, cells, text and arrays as plain Python values.
 
-Sizes are those that the file has the bytes for, and nesting is limited, before memory is asked for.
+Sizes are checked against the bytes of the file, and nesting is limited, before memory is allocated.
 
 Source: "MAT-File Format", MathWorks, chapter 1.
 """
@@ -26,18 +26,19 @@ _CHUNK = 2**20
 
 
 def variables(data: memoryview, max_bytes: int) -> dict[str, Any]:
-    """The variables of a file: a struct is a list of dictionaries (or one, where it is one), a cell
-    a list, text a ``str``, numbers an array. What is none of these is ``None``.
+    """The variables of a file by name. A struct array is a list of dictionaries (a single struct is
+    a dictionary), a cell array a list, text a ``str``, a numeric array a NumPy array; anything else
+    is ``None``.
 
     Args:
         data: the whole file, beginning with its header of 128 bytes.
-        max_bytes: of all that is decompressed.
+        max_bytes: limit of all decompressed data.
 
     Raises:
-        ValueError: if it is damaged, larger or nested deeper.
+        ValueError: if the file is damaged, larger or nested deeper.
     """
     order = "<" if bytes(data[126:128]) == b"IM" else ">"
-    found, position, left = {}, 128, max_bytes
+    values, position, left = {}, 128, max_bytes
     reader = _Reader(order)
     while position + 8 <= len(data):
         kind, size = struct.unpack_from(f"{order}II", data, position)
@@ -50,13 +51,13 @@ def variables(data: memoryview, max_bytes: int) -> dict[str, Any]:
             kind, content, _ = reader.element(content, 0)
         if kind == _MATRIX:
             name, value = reader.matrix(content, 0)
-            found[name] = value
+            values[name] = value
         position += 8 + size
-    return found
+    return values
 
 
 def _decompressed(data: memoryview, order: str, max_bytes: int) -> memoryview:
-    """The one element that is compressed, of the size that it says it has."""
+    """The single element in compressed data, up to its declared size."""
     decompressor, result, size = zlib.decompressobj(), bytearray(), 8
     try:
         for start in range(0, len(data), _CHUNK):
@@ -82,14 +83,14 @@ class _Reader:
         self._left = _MAX_ELEMENTS
 
     def element(self, data: memoryview, position: int) -> tuple[int, memoryview, int]:
-        """Type and content of an element, and where the next one is."""
+        """Type and content of an element, and the position of the next one."""
         self._left -= 1
         if self._left < 0:
             raise ValueError(f"it has over {_MAX_ELEMENTS:,} elements")
         if position + 8 > len(data):
             raise ValueError("it was cut short")
         kind, size = struct.unpack_from(f"{self._order}II", data, position)
-        if kind >> 16:  # a small one: type and size in four bytes, content in the other four
+        if kind >> 16:  # small element: type and size in four bytes, content in four
             kind, size, begin = kind & 0xFFFF, kind >> 16, position + 4
             end = position + 8
             if size > 4:
@@ -187,5 +188,5 @@ class _Reader:
         if math.prod(shape) * dtype.itemsize != len(data):
             raise ValueError(f"it has an array {shape} in {len(data):,} bytes")
         values = np.frombuffer(data, dtype).reshape(shape, order="F")
-        # Integers may be written in fewer bytes than their class has.
+        # Floating-point arrays may be stored as smaller integers.
         return values if kind > _SINGLE or dtype.kind == "f" else values.astype(np.float64)

@@ -1,7 +1,7 @@
-"""Which published file a file is, by its hash; nothing else tells where weights come from.
+"""Published files by hash: their origin, licence and preprocessing.
 
-A layout says how somebody wrote a file, and anybody may write one: users' own networks have the
-layouts of Keras Applications and of torchvision, and other means, classes and licences.
+Only the hash identifies the origin of weights. The layout does not: users' own networks have the
+layouts of Keras Applications and torchvision, but other means, classes and licences.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TORCHVISION = "BSD-3-Clause (weights: torchvision)"
 
 @dataclass(frozen=True)
 class Origin:
-    """A published file. ``preprocess`` is what its weights expect: see
+    """A published file. ``preprocess`` is the preprocessing of its weights, see
     ``transfer.images.preprocess.convention``."""
 
     name: str
@@ -55,9 +55,9 @@ _BY_MD5 = {
     ),
 }
 
-# PyTorch's names of files end with the first eight digits of their SHA256, which torch.hub checks.
+# PyTorch's file names end with the first eight digits of their SHA256, which torch.hub checks.
 # Sources: torchvision/models/vgg.py of several years; github.com/jcjohnson/pytorch-vgg, whose files
-# are Oxford's, with the names of PyTorch.
+# contain Oxford's weights under PyTorch's names.
 _BY_SHA256 = {
     "8a719046": _torchvision("torchvision vgg11"),
     "bbd30ac9": _torchvision("torchvision vgg11"),
@@ -73,7 +73,7 @@ _BY_SHA256 = {
     "d01eb7cb": _oxford("jcjohnson/pytorch-vgg vgg19"),
 }
 
-# SHA256 of VGG16's conv1_1, float32 [3, 3, 3, 64], inputs in the order blue, green, red.
+# SHA256 of the kernel of VGG16's conv1_1, float32 [3, 3, 3, 64], input channels BGR.
 _OXFORD_CONV1_1 = "564034bfdba3ca76c2787bb27101f4fff7fa318d2fbce72b98ee85a91ac7233c"
 
 
@@ -83,8 +83,8 @@ def of_file(md5: str, sha256: str) -> Origin | None:
 
 
 def convention_of(kernel: np.ndarray) -> str | None:
-    """What the first convolution expects, where its values are those of Oxford's VGG16 to the last
-    bit, in whatever file they are: ``caffe`` or ``slim``, by the order of its inputs.
+    """Preprocessing of a first convolution that is bit-identical to that of Oxford's VGG16, in any
+    file: ``caffe`` or ``slim``, depending on its channel order; otherwise ``None``.
 
     Args:
         kernel: float32 ``[3, 3, 3, outputs]``.

@@ -1,8 +1,8 @@
-"""Arrays out of pickles, without running what a pickle asks for.
+"""Read arrays from pickles without executing the callables that a pickle names.
 
-A pickle is a program: it names callables and has them called. Here a name is looked up in a short
-table of stand-ins that only note what they are given; any other name ends the reading. So a
-``.npy`` with a dictionary of arrays and a PyTorch file can be read, and nothing else can happen.
+A pickle is a program: it names callables and calls them. Here, a name is looked up in a short table
+of stand-ins that only record their arguments; any other name is an error. So a ``.npy`` file with a
+dictionary of arrays and a PyTorch file can be read, without any side effects.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import IO, Any, ClassVar
 import numpy as np
 
 TORCH_MAGIC = 0x1950A86A20F9469CFC6C
-"""First object of PyTorch's format before 1.6; source: torch/serialization.py, MAGIC_NUMBER."""
+"""First object in files of PyTorch before 1.6; source: torch/serialization.py, MAGIC_NUMBER."""
 _MAX_PICKLE_BYTES = 2**28
 _MAX_OBJECTS, _MAX_DEPTH, _MAX_MEMO = 20_000, 6, 10**6
 _MAX_OPERATIONS, _MAX_KEY_PARTS, _MAX_DIMENSIONS = 15 * 10**5, 8, 8
@@ -39,47 +39,47 @@ _TORCH_TYPES = {
 
 
 class UnsafePickleError(ValueError):
-    """A pickle names something that is not data."""
+    """A pickle names something other than data."""
 
 
 def numpy_arrays(file: IO[bytes]) -> dict[str, np.ndarray]:
-    """The arrays in the object of a ``.npy`` of dtype object, whose header is behind: path in the
-    object (``conv1_1/0``) to array. Written by Python 2 or 3, by any NumPy.
+    """The arrays in a ``.npy`` file of dtype object, positioned after its header, by their path in
+    the object (``conv1_1/0``). Files of Python 2 and 3 and of any NumPy version are read.
 
     Raises:
-        UnsafePickleError: if it is more than arrays, numbers and containers of them.
+        UnsafePickleError: if it contains more than arrays, numbers and containers of them.
         ValueError: if it is damaged.
     """
     return _arrays(_load(file, _NUMPY))
 
 
 def torch_arrays(file: IO[bytes], max_bytes: int) -> dict[str, np.ndarray]:
-    """The tensors that ``torch.save`` wrote before PyTorch 1.6; path in the object
-    (``state_dict/features.0.weight``) to array.
+    """The tensors in a file of ``torch.save`` before PyTorch 1.6, by their path in the object
+    (``state_dict/features.0.weight``).
 
     Args:
-        file: at its beginning.
-        max_bytes: of all tensors together.
+        file: positioned at its beginning.
+        max_bytes: limit for all tensors together.
 
     Raises:
         UnsafePickleError, ValueError: see ``numpy_arrays``.
     """
     storages = _Storages(max_bytes)
-    magic, _, system, found = (_load(file, _TORCH, storages.of) for _ in range(4))
+    magic, _, system, saved = (_load(file, _TORCH, storages.of) for _ in range(4))
     if magic != TORCH_MAGIC or not isinstance(system, dict) or not system.get("little_endian"):
-        raise ValueError("it is no PyTorch file of a little-endian machine")
+        raise ValueError("it is not a PyTorch file of a little-endian machine")
     keys = _load(file, {})
     if not isinstance(keys, list):
-        raise ValueError("it is damaged: its storages are no list")
+        raise ValueError("it is damaged: its storages are not a list")
     for key in keys:
         storage = storages.get(_text(key))
         if file.read(8) != struct.pack("<q", storage.count):
-            raise ValueError(f"its storage {storage.key!r} has another size than its tensors need")
+            raise ValueError(f"its storage {storage.key!r} has a size other than its tensors")
         storage.read = storages.limited(
             partial(_read_at, file, file.tell(), storage.num_bytes), storage
         )
         file.seek(storage.num_bytes, io.SEEK_CUR)
-    return _arrays(found)
+    return _arrays(saved)
 
 
 def _read_at(file: IO[bytes], position: int, num_bytes: int) -> bytes:
@@ -88,7 +88,12 @@ def _read_at(file: IO[bytes], position: int, num_bytes: int) -> bytes:
 
 
 def torch_archive(archive: zipfile.ZipFile, max_bytes: int) -> dict[str, np.ndarray]:
-    """The same of PyTorch 1.6 and newer.
+    """The tensors in a file of ``torch.save`` of PyTorch 1.6 and newer, by their path in the
+    object.
+
+    Args:
+        archive: the file, a zip archive.
+        max_bytes: limit for all tensors together.
 
     Raises:
         UnsafePickleError, ValueError: see ``numpy_arrays``.
@@ -106,20 +111,21 @@ def torch_archive(archive: zipfile.ZipFile, max_bytes: int) -> dict[str, np.ndar
         size = archive.getinfo(pickles[0]).file_size
         if size > _MAX_PICKLE_BYTES:
             raise ValueError(f"its data.pkl has {size:,} bytes; expected names and shapes")
-        found = _load(file, _TORCH, storages.of, size)
+        saved = _load(file, _TORCH, storages.of, size)
     for storage in storages.all:
         name = f"{root}data/{storage.key}"
         if name not in names:
             raise ValueError(f"its storage {storage.key!r} is missing; it was cut short")
         if archive.getinfo(name).file_size != storage.num_bytes:
-            raise ValueError(f"its storage {storage.key!r} has another size than its tensors need")
+            raise ValueError(f"its storage {storage.key!r} has a size other than its tensors")
         storage.read = storages.limited(partial(archive.read, name), storage)
-    return _arrays(found)
+    return _arrays(saved)
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own unpickler, the one in Python: it can be interrupted, its operations can be
-    counted, and those that would run for ever or change a class can be replaced."""
+    """The pure Python unpickler of the standard library: unlike the C one, it can be interrupted,
+    its operations can be counted, and those that could run forever or modify a class can be
+    replaced."""
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
     read: Callable[[int], bytes]
@@ -135,7 +141,7 @@ class _Unpickler(pickle._Unpickler):
         stand_ins: Mapping[tuple[str, str], Any],
         persistent: Callable[[Any], Any] | None,
     ):
-        # Strings of Python 2 are bytes; latin1 keeps each.
+        # Strings of Python 2 are bytes; latin1 preserves each byte.
         super().__init__(file, encoding="latin1")
         self._stand_ins = stand_ins
         self._persistent = persistent
@@ -144,29 +150,29 @@ class _Unpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self._stand_ins:
             raise UnsafePickleError(
-                f"it asks for {module}.{name}, which is no data; nothing of it was run"
+                f"it asks for {module}.{name}, which is not data; nothing was executed"
             )
         if (module, name) == ("_codecs", "encode"):
             return self._encode
         return self._stand_ins[module, name]
 
     def get_extension(self, code: int) -> None:
-        raise UnsafePickleError(f"it asks for extension {code}, which is no data")
+        raise UnsafePickleError(f"it asks for extension {code}, which is not data")
 
     def persistent_load(self, pid: Any) -> Any:
         if self._persistent is None:
-            raise UnsafePickleError("it refers to objects outside of it")
+            raise UnsafePickleError("it refers to external objects")
         return self._persistent(pid)
 
     def _encode(self, text: Any, encoding: Any = "latin1") -> bytes:
-        """``_codecs.encode``: bytes in pickles of protocol 2. A text may be encoded once: what a
-        pickle holds once could otherwise be made a thousand times."""
+        """``_codecs.encode``, which makes bytes in pickles of protocol 2. The total size is
+        limited: otherwise a pickle could encode the same text a thousand times."""
         data = _text(text).encode("latin1")
         self._file.allow(len(data))
         return data
 
     def _load_frame(self) -> None:
-        self.read(8)  # frames only say how much may be read ahead
+        self.read(8)  # frames are only a hint for read-ahead
 
     def _load_bytearray(self) -> None:
         (size,) = struct.unpack("<Q", self.read(8))
@@ -180,7 +186,7 @@ class _Unpickler(pickle._Unpickler):
 
     def _put(self, place: int) -> None:
         if not 0 <= place <= _MAX_MEMO:
-            raise ValueError(f"its memo has a place {place}")
+            raise ValueError(f"its memo index {place} is invalid; expected 0 to {_MAX_MEMO}")
         self.memo[place] = self.stack[-1]
 
     def _load_setitem(self) -> None:
@@ -238,7 +244,7 @@ for _operation, _replacement in (
 
 
 class _Operations:
-    """A file as the unpickler reads it: a limited number of times, and never more than is left."""
+    """A file for the unpickler, with limits on the number of reads and on the bytes read."""
 
     def __init__(self, file: IO[bytes], size: int):
         self._file, self._left, self._extra = file, size, size
@@ -251,10 +257,10 @@ class _Operations:
         return self._counted(self._file.readline(self._left))
 
     def allow(self, size: int) -> None:
-        """Ask for memory beside what is read; of that there may be as much as the file has."""
+        """Account for additional memory; in total it may be as large as the file."""
         self._extra -= size
         if self._extra < 0:
-            raise ValueError("it makes the same bytes again and again")
+            raise ValueError("it encodes more bytes than the file has")
 
     def _counted(self, data: bytes) -> bytes:
         self._left -= len(data)
@@ -270,7 +276,7 @@ def _load(
     persistent: Callable[[Any], Any] | None = None,
     size: int | None = None,
 ) -> Any:
-    """One object. ``size``: of the rest of the file; by default it is looked up."""
+    """Load one object. ``size``: remaining bytes of the file; by default they are determined."""
     try:
         if size is None:
             start = file.tell()
@@ -279,13 +285,13 @@ def _load(
         return _Unpickler(_Operations(file, size), stand_ins, persistent).load()
     except UnsafePickleError:
         raise
-    except Exception as error:  # whatever a damaged pickle runs into
+    except Exception as error:  # damaged pickles raise arbitrary exceptions
         raise ValueError(f"it is damaged ({type(error).__name__}: {error})") from error
 
 
 def _key(value: Any) -> Any:
-    """A key whose hash takes a moment: a tuple of a few levels, in which each holds the one below
-    it twice, is hashed for ever."""
+    """Check that a key is fast to hash: hashing nested tuples, each of which contains the next one
+    twice, takes exponential time."""
     parts = value if type(value) is tuple and len(value) <= _MAX_KEY_PARTS else (value,)
     for part in parts:
         is_small = type(part) is int and abs(part) < 2**60
@@ -295,25 +301,25 @@ def _key(value: Any) -> Any:
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    """A shape that an array can have."""
+    """Check that a value is a valid shape."""
     if not isinstance(value, tuple | list) or len(value) > _MAX_DIMENSIONS:
-        raise ValueError("it has an array whose shape is none")
+        raise ValueError("it has an array with an invalid shape")
     if not all(type(extent) is int and 0 <= extent < 2**40 for extent in value):
-        raise ValueError("it has an array whose shape is none")
+        raise ValueError("it has an array with an invalid shape")
     return tuple(value)
 
 
 def _text(value: Any) -> str:
-    """A string as it is; of anything else ``str`` may take for ever."""
+    """Check that a value is a string or bytes; ``str`` of other objects may take forever."""
     if isinstance(value, bytes):
         return value.decode("latin1")
     if not isinstance(value, str):
-        raise ValueError(f"it has a {type(value).__name__} in the place of a string")
+        raise ValueError(f"it has a {type(value).__name__} instead of a string")
     return value
 
 
 class _DType:
-    """Stands for ``numpy.dtype``."""
+    """Stand-in for ``numpy.dtype``."""
 
     def __init__(self, code: Any = "", *_: Any):
         self.code, self.order = _text(code), "|"
@@ -330,7 +336,7 @@ class _DType:
 
 
 class _Array:
-    """Stands for ``numpy.ndarray``; becomes one by ``resolve``."""
+    """Stand-in for ``numpy.ndarray``; ``resolve`` makes the array."""
 
     def __init__(self, *_: Any):
         self.state: tuple[Any, ...] = ()
@@ -342,7 +348,7 @@ class _Array:
         _, shape, dtype, is_fortran, data = self.state
         resolved = dtype.resolve()
         if resolved.hasobject:
-            # np.save keeps any object as an array of one element.
+            # np.save stores an object as an array with one element.
             return data[0] if len(data) == 1 else list(data)
         if isinstance(data, str):
             data = data.encode("latin1")
@@ -351,7 +357,7 @@ class _Array:
 
 
 class _Buffer:
-    """Stands for ``numpy.core.numeric._frombuffer``: arrays of pickle protocol 5."""
+    """Stand-in for ``numpy.core.numeric._frombuffer``: arrays in pickle protocol 5."""
 
     def __init__(self, data: Any, dtype: Any, shape: Any, order: Any = "C"):
         self.data, self.dtype, self.shape, self.order = data, dtype, shape, order
@@ -363,7 +369,7 @@ class _Buffer:
 
 
 class _Dict(dict[str, Any]):
-    """Stands for ``collections.OrderedDict``, whose attributes do not matter."""
+    """Stand-in for ``collections.OrderedDict``, whose attributes are ignored."""
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -371,7 +377,7 @@ class _Dict(dict[str, Any]):
 
 @dataclass
 class _Storage:
-    """``read`` gives its bytes; they are asked for when a tensor is needed, and once."""
+    """``read`` returns its bytes; it is called once, when a tensor is needed."""
 
     key: str
     dtype: np.dtype
@@ -394,12 +400,12 @@ class _StorageType:
     code: str
 
     def __call__(self, *_: Any) -> Any:
-        raise UnsafePickleError("it makes a storage of its own")
+        raise UnsafePickleError("it creates a storage")
 
 
 class _Tensor:
-    """Stands for ``torch._utils._rebuild_tensor_v2``, and for ``torch.FloatTensor``, whose state
-    old files set."""
+    """Stand-in for ``torch._utils._rebuild_tensor_v2``, and for ``torch.FloatTensor``, whose state
+    is set in old files."""
 
     def __init__(self, storage: Any, offset: int, size: Any, stride: Any, *_: Any):
         self.__setstate__((storage, offset, size, stride))
@@ -423,7 +429,7 @@ class _Tensor:
 
 
 class _Parameter:
-    """Stands for ``torch._utils._rebuild_parameter``."""
+    """Stand-in for ``torch._utils._rebuild_parameter``."""
 
     def __init__(self, data: Any, *_: Any):
         self.data = data
@@ -455,14 +461,14 @@ _TORCH |= {("torch", name.replace("Storage", "Tensor")): _Tensor for name in _TO
 
 
 class _Storages:
-    """Those that the tensors of a file share, by their key."""
+    """The storages that the tensors of a file share, by key."""
 
     def __init__(self, max_bytes: int) -> None:
         self._by_key: dict[str, _Storage] = {}
         self._max_bytes = self._left = max_bytes
 
     def limited(self, read: Callable[[], bytes], storage: _Storage) -> Callable[[], bytes]:
-        """``read``, unless all that is read would be too much."""
+        """``read`` with a check that the total of all reads stays within the limit."""
 
         def checked() -> bytes:
             self._left -= storage.num_bytes
@@ -476,7 +482,7 @@ class _Storages:
         return checked
 
     def of(self, pid: Any) -> _Storage:
-        """For ``("storage", type, key, device, number of elements, ...)``."""
+        """The storage of ``("storage", type, key, device, number of elements, ...)``."""
         kind, storage_type, key, _, count = pid[:5]
         if _text(kind) != "storage" or not isinstance(storage_type, _StorageType):
             raise UnsafePickleError(f"it refers to {_text(kind)!r} outside of it")
@@ -494,14 +500,14 @@ class _Storages:
         return list(self._by_key.values())
 
 
-def _arrays(found: Any) -> dict[str, np.ndarray]:
-    """All arrays in an object, by their path; those of an optimizer are not read.
+def _arrays(root: Any) -> dict[str, np.ndarray]:
+    """All arrays in an object by their path, without those of optimizers.
 
-    The depth and the number of objects are limited: a pickle of a few bytes can refer to itself.
+    The depth and the number of objects are limited: a pickle of a few bytes can contain itself.
     """
     arrays: dict[str, np.ndarray] = {}
     resolved: dict[int, Any] = {}
-    pending: list[tuple[tuple[str, ...], Any]] = [((), found)]
+    pending: list[tuple[tuple[str, ...], Any]] = [((), root)]
     for _ in range(_MAX_OBJECTS):
         if not pending:
             return arrays

@@ -1,7 +1,7 @@
-"""Protocol buffers, field by field, without making objects of them.
+"""Read protocol buffers field by field, without parsing them into objects.
 
-What a parser makes of a message of two bytes takes a hundred, and of a large array a copy. Here a
-field that is not asked for is passed over, and data are views of the file.
+A parsed message of two bytes takes a hundred bytes in memory, and a large array is copied. Here,
+fields that are not needed are skipped, and data are views of the file.
 
 Source of the encoding: protobuf.dev/programming-guides/encoding.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 Value = int | memoryview
-_MAX_FIELDS = 100_000  # of one message: a byte or two each, in a file of nothing else
+_MAX_FIELDS = 100_000  # per message; a malicious file may contain only fields of one or two bytes
 _VARINT, _I64, _LEN, _I32 = 0, 1, 2, 5
 
 
@@ -20,7 +20,7 @@ def fields(message: memoryview) -> Iterator[tuple[int, Value]]:
     packed numbers or one number of fixed size.
 
     Raises:
-        ValueError: if the bytes are no message, or one of very many fields.
+        ValueError: if the bytes are not a valid message, or it has too many fields.
     """
     position = count = 0
     while position < len(message):
@@ -30,7 +30,7 @@ def fields(message: memoryview) -> Iterator[tuple[int, Value]]:
         tag, position = _varint(message, position)
         number, kind = tag >> 3, tag & 7
         if not number:
-            raise ValueError("no protocol buffer has a field 0")
+            raise ValueError("a protocol buffer has invalid field number 0")
         if kind == _VARINT:
             value, position = _varint(message, position)
             yield number, value
@@ -40,7 +40,7 @@ def fields(message: memoryview) -> Iterator[tuple[int, Value]]:
         elif kind in (_I64, _I32):
             size = 8 if kind == _I64 else 4
         else:
-            raise ValueError(f"no protocol buffer has a field of wire type {kind}")
+            raise ValueError(f"a protocol buffer has invalid wire type {kind}")
         if position + size > len(message):
             raise ValueError("a protocol buffer was cut short")
         yield number, message[position : position + size]
@@ -48,30 +48,30 @@ def fields(message: memoryview) -> Iterator[tuple[int, Value]]:
 
 
 def integers(values: list[Value], most: int = 16) -> tuple[int, ...]:
-    """A repeated integer, packed or not; negative ones as the large numbers that they are written
-    as.
+    """A repeated integer field, packed or not. Negative values are returned as the large unsigned
+    values of their encoding.
 
     Raises:
         ValueError: if there are more than ``most``.
     """
-    found: list[int] = []
+    numbers: list[int] = []
     for value in values:
         position = 0
         if isinstance(value, int):
-            found.append(value)
+            numbers.append(value)
         else:
-            while position < len(value) and len(found) <= most:
+            while position < len(value) and len(numbers) <= most:
                 number, position = _varint(value, position)
-                found.append(number)
-        if len(found) > most:
+                numbers.append(number)
+        if len(numbers) > most:
             raise ValueError(f"a protocol buffer has over {most} numbers where few are expected")
-    return tuple(found)
+    return tuple(numbers)
 
 
 def text(value: Value) -> str:
-    """A string."""
+    """A string field."""
     if isinstance(value, int):
-        raise ValueError("a protocol buffer has a number in the place of text")
+        raise ValueError("a protocol buffer has an integer instead of text")
     return bytes(value[:1000]).decode("utf-8", "replace")
 
 
@@ -85,4 +85,4 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
         number |= (byte & 127) << shift
         if byte < 128:
             return number, position
-    raise ValueError("a protocol buffer has a number of over ten bytes")
+    raise ValueError("a protocol buffer has a varint of over ten bytes")
