@@ -25,13 +25,13 @@ def folder(tmp_path):
     return root
 
 
-def look(root):
+def scan(root):
     split = open_source("", image_folder=str(root)).split("train")
-    return data_checks.look(split), split.names
+    return data_checks.scan(split), split.names
 
 
 def groups(root):
-    found, names = look(root)
+    found, names = scan(root)
     return [{names[index] for index in group} for group in data_checks.duplicates(found)]
 
 
@@ -60,7 +60,7 @@ def test_unreadable_and_truncated(folder):
     photo(1).save(data, "JPEG")
     (folder / "a" / "half.jpg").write_bytes(data.getvalue()[: len(data.getvalue()) // 2])
     (folder / "a" / "text.png").write_bytes(b"no image")
-    found, names = look(folder)
+    found, names = scan(folder)
     assert {names[i] for i in np.flatnonzero(found.unreadable)} == {"a/half.jpg", "a/text.png"}
     assert data_checks.duplicates(found) == []
 
@@ -135,7 +135,7 @@ def test_thousand_copies_are_one_group():
 def test_photos_that_are_the_same_in_a_public_dataset(shared_tfds):
     """Counted by comparing all pairs of full-size thumbnails."""
     split = open_source("tf_flowers", data_dir=shared_tfds).split("train")
-    found = data_checks.duplicates(data_checks.look(split))
+    found = data_checks.duplicates(data_checks.scan(split))
     assert found == [
         [214, 1204],
         [725, 1007],

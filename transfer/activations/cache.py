@@ -51,7 +51,7 @@ def default_directory() -> Path:
 
 
 @dataclass(frozen=True)
-class Listed:
+class CacheEntryInfo:
     """An entry as a list shows it; ``last_used`` in seconds since 1970."""
 
     digest: str
@@ -128,7 +128,7 @@ class Cache:
                 "others are at work in it"
             )
 
-    def entries(self) -> list[Listed]:
+    def entries(self) -> list[CacheEntryInfo]:
         """All entries. Other folders are passed over."""
         found = []
         for folder in self._folders():
@@ -137,7 +137,7 @@ class Cache:
             except (OSError, ValueError):
                 continue
             found.append(
-                Listed(
+                CacheEntryInfo(
                     folder.name,
                     key,
                     _size(folder / _INDEX) // _RECORD.itemsize,

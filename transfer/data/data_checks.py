@@ -21,11 +21,11 @@ RARE = 10.0
 
 
 @dataclass(frozen=True)
-class Look:
-    """What one pass over images found.
+class ImageScan:
+    """Result of decoding all images of a split once.
 
-    ``fingerprints`` are ``near_duplicates.FINGERPRINT`` ``[num_examples]``; ``unreadable`` says
-    which images do not decode: bool ``[num_examples]``.
+    ``fingerprints`` are ``near_duplicates.FINGERPRINT`` ``[num_examples]``; ``unreadable``, bool
+    ``[num_examples]``, is true for images that cannot be decoded.
     """
 
     fingerprints: np.ndarray
@@ -35,14 +35,14 @@ class Look:
         return ~self.fingerprints["readable"]
 
 
-def look(split: Split, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Look:
+def scan(split: Split, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> ImageScan:
     """Read and decode every image once."""
-    return Look(split.fingerprints(progress))
+    return ImageScan(split.fingerprints(progress))
 
 
-def duplicates(found: Look) -> list[list[int]]:
-    """Groups of positions with the same picture; see ``near_duplicates``."""
-    return near_duplicates(found.fingerprints)
+def duplicates(images: ImageScan) -> list[list[int]]:
+    """Groups of positions of duplicates and near-duplicates; see ``near_duplicates``."""
+    return near_duplicates(images.fingerprints)
 
 
 def describe_leaks(train: np.ndarray, held_out: np.ndarray) -> list[str]:
