@@ -1,7 +1,7 @@
-"""The plots of an evaluation.
+"""Plots of an evaluation.
 
-Each function gives a title, a text for those who do not see the plot, and the figure; or ``None``
-where there is nothing to plot.
+Each function returns a title, an alternative text and the Matplotlib figure; or ``None`` if there
+is nothing to plot.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from transfer.evaluation import metrics
 
 Plot: TypeAlias = tuple[str, str, Figure]
-# Okabe and Ito's colours, which can be told apart by (nearly) all.
+# Colour-blind safe palette of Okabe and Ito.
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
-_MAX_NAMES = 40  # more cannot be read
+_MAX_NAMES = 40  # more names are not legible
 
 
 def learning_curves(history: dict[str, list[float]]) -> Plot | None:
-    """Loss and accuracy by epoch, in training and on held-out images."""
+    """Training and held-out loss and accuracy by epoch."""
     if len(history.get("epoch", [])) < 2:
         return None
     figure = Figure(figsize=(8, 3.4), layout="constrained")
@@ -43,7 +43,7 @@ def learning_curves(history: dict[str, list[float]]) -> Plot | None:
 
 
 def confusion(classes: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -> Plot:
-    """Rows are the labels, columns the predictions; shares of a row."""
+    """Confusion matrix: rows are labels, columns are predictions, colours are row fractions."""
     count = len(classes)
     counts = sklearn.metrics.confusion_matrix(labels, predictions, labels=np.arange(count))
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
@@ -56,7 +56,7 @@ def confusion(classes: Sequence[str], predictions: np.ndarray, labels: np.ndarra
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
     if named:
-        # A dollar in a name begins no formula.
+        # A dollar sign in a name does not start a formula.
         axes.set_xticks(range(count), classes, rotation=90, parse_math=False)
         axes.set_yticks(range(count), classes, parse_math=False)
     if count <= 15:
@@ -75,7 +75,7 @@ def confusion(classes: Sequence[str], predictions: np.ndarray, labels: np.ndarra
 
 
 def calibration(p: np.ndarray, labels: np.ndarray) -> Plot:
-    """Accuracy by confidence."""
+    """Calibration plot (reliability diagram): accuracy by confidence."""
     bins = metrics.calibration(p, labels)
     figure = Figure(figsize=(5, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -111,7 +111,7 @@ def calibration(p: np.ndarray, labels: np.ndarray) -> Plot:
 
 
 def classes(rows: Sequence[dict[str, Any]]) -> Plot:
-    """Precision and recall of each class; of many, those with the lowest F1."""
+    """Precision and recall per class; with many classes, those with the lowest F1."""
     chosen = sorted(rows, key=lambda row: row["f1"])[:_MAX_NAMES]
     figure = Figure(figsize=(7, 0.36 * len(chosen) + 1.4), layout="constrained")
     axes = figure.subplots()
