@@ -178,7 +178,7 @@ def test_a_second_export_leaves_the_first_and_what_is_not_ours(run, tmp_path, ca
     (out / "tflite").mkdir()
     (out / "tflite" / "notes.txt").write_text("mine")
     assert main(["export", str(run), "--format", "tflite", "--out", str(out)]) == 1
-    assert "is no earlier export; choose another --out" in capsys.readouterr().err
+    assert "is not an earlier export; choose another --out" in capsys.readouterr().err
     assert (out / "tflite" / "notes.txt").read_text() == "mine"
 
 

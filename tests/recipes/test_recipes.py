@@ -411,7 +411,7 @@ def test_wrong_usage_is_status_2(capsys):
 
 def test_evaluate_a_folder_that_is_no_run(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 1
-    assert "is no run folder: it has no config.yaml" in capsys.readouterr().err
+    assert "is not a run folder: it has no config.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.slow_variants

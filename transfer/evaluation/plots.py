@@ -52,7 +52,7 @@ def confusion(classes: Sequence[str], predictions: np.ndarray, labels: np.ndarra
     figure = Figure(figsize=(size, size * 0.92), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the class", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="fraction of the class", shrink=0.8)
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
     if named:
@@ -69,7 +69,8 @@ def confusion(classes: Sequence[str], predictions: np.ndarray, labels: np.ndarra
     text = f"{int(np.trace(counts))} of {int(counts.sum())} images are on the diagonal."
     if off.max():
         text += (
-            f" Most often confused: {int(off.max())} of {classes[row]} taken for {classes[column]}."
+            f" Most frequent confusion: {int(off.max())} images of {classes[row]} predicted as "
+            f"{classes[column]}."
         )
     return "Confusion matrix", text, figure
 
@@ -79,7 +80,7 @@ def calibration(p: np.ndarray, labels: np.ndarray) -> Plot:
     bins = metrics.calibration(p, labels)
     figure = Figure(figsize=(5, 4.4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="as sure as it is right")
+    axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfect calibration")
     axes.bar(
         [row["low"] for row in bins],
         [row["accuracy"] for row in bins],
@@ -88,7 +89,7 @@ def calibration(p: np.ndarray, labels: np.ndarray) -> Plot:
         color=_BLUE,
         alpha=0.35,
         edgecolor=_BLUE,
-        label="accuracy of these images",
+        label="accuracy in the bin",
     )
     sizes = [20 + 180 * row["count"] / len(labels) for row in bins]
     axes.scatter(
@@ -97,15 +98,15 @@ def calibration(p: np.ndarray, labels: np.ndarray) -> Plot:
         sizes,
         color=_ORANGE,
         zorder=3,
-        label="mean confidence; area: images",
+        label="mean confidence (area: number of images)",
     )
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
-    surest = bins[-1]
+    last = bins[-1]
     text = (
-        f"Of the {surest['count']} images of which it is surest, at {surest['confidence']:.3f} in "
-        f"the mean, {surest['accuracy']:.3f} are right."
+        f"Highest confidence bin: {last['count']} images, mean confidence "
+        f"{last['confidence']:.3f}, accuracy {last['accuracy']:.3f}."
     )
     return "Calibration", f"Accuracy by confidence. {text}", figure
 
