@@ -64,7 +64,7 @@ def chromium(page, *flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
-def test_in_a_browser(run, tmp_path, width):
+def test_report_renders_in_browser(run, tmp_path, width):
     page = tmp_path / "page.html"
     page.write_text((run / "report.html").read_text() + PROBE)
     result = chromium(page, f"--window-size={width},900", "--dump-dom")
@@ -85,18 +85,18 @@ def test_in_a_browser(run, tmp_path, width):
     assert found["figures"] == {title: f"{value:.4f}" for title, value in expected.items()}
 
 
-def test_on_paper(run, tmp_path):
+def test_report_prints(run, tmp_path):
     chromium(run / "report.html", f"--print-to-pdf={tmp_path / 'report.pdf'}")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_names_are_text(run):
+def test_names_in_report_are_escaped(run):
     page = (run / "report.html").read_text()
     assert "<b>" not in page
     assert "&lt;b&gt;&amp;amp;" in page
 
 
-def test_plots_are_files_too(run):
+def test_plots_are_also_files(run):
     plots = {path.stem: path for path in (run / "plots").iterdir()}
     assert plots.keys() == {"learning_curves", "confusion", "calibration", "classes"}
     for path in plots.values():
@@ -104,7 +104,7 @@ def test_plots_are_files_too(run):
             assert image.width > 300
 
 
-def test_what_was_trained_and_how_to_repeat_it(run, tmp_path):
+def test_report_has_config_and_commands(run, tmp_path):
     page = html.unescape((run / "report.html").read_text())
     assert "freeze_until: fc7" in page
     assert re.search(r"trained on photos, \d+ images, \d+ epochs", page)

@@ -77,14 +77,14 @@ def assert_same_runs(root: Path, out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_devices_do_what_one_does(root):
+def test_two_devices_equal_one(root):
     out = root / "mirrored"
     finished(Process(SCRIPT, "mirrored", as_json(root, out, "--cache", "memory")))
     assert_same_runs(root, out)
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(root):
+def test_two_processes_equal_one(root):
     out = root / "workers"
     runs = as_json(root, out, "--cache-dir", root / "cache")
     finished(*start_workers(SCRIPT, "multi_worker", runs))
@@ -96,7 +96,7 @@ def test_two_processes_do_what_one_does(root):
 
 
 @pytest.mark.slow
-def test_when_the_chief_refuses_the_other_stops(root):
+def test_worker_stops_if_chief_fails(root):
     words = flags(root, "fc7", "--out", root / "one" / "fc7")
     chief, other = start_workers("-m", "recipes", "finetune", *words)
     status, says = chief.wait()
@@ -117,7 +117,7 @@ def wait_for_epochs(run: Path, count: int, workers: list[Process]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_worker_is_killed_the_other_stops_and_the_run_can_be_resumed(root, victim):
+def test_worker_stops_if_other_is_killed_and_run_is_resumable(root, victim):
     out = root / f"killed-{victim}"
 
     def run(epochs: int) -> list[Process]:
@@ -141,7 +141,7 @@ def test_when_a_worker_is_killed_the_other_stops_and_the_run_can_be_resumed(root
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_worker_stops_both_at_one_step(root):
+def test_signal_to_one_worker_stops_all_at_same_step(root):
     out = root / "stopped"
     words = flags(root, "fc7", "--epochs", 5000, "--out", out)
     workers = start_workers("-m", "recipes", "finetune", *words)
