@@ -109,7 +109,7 @@ def _text(findings: dict[str, Any], show: int) -> str:
         _list("unreadable", findings["unreadable"], show),
         _list("in both splits", map(" = ".join, findings["in_both_splits"]), show),
         _list("twice in a split", map(" = ".join, findings["duplicates"]), show),
-        _list("the same with another label", map(" = ".join, findings["other_label"]), show),
+        _list("duplicates with different labels", map(" = ".join, findings["other_label"]), show),
     ]
     if passed_over := findings.get("passed_over"):
         parts.append(_list("files passed over", passed_over, show))
@@ -118,7 +118,7 @@ def _text(findings: dict[str, Any], show: int) -> str:
     if "doubtful_labels" in findings:
         parts.append(
             _list(
-                "labels to look at (judged by the other images)",
+                "labels to review (predicted from the other images)",
                 (
                     f"{row['image']}: {row['label']} {row['probability']:.3f}, rather "
                     f"{row['looks_like']} {row['its_probability']:.3f}"

@@ -97,7 +97,7 @@ def resumable(verb: str) -> Iterator[None]:
     except Interrupted as error:
         run_dir = error.run_dir
         raise Stopped(
-            f"interrupted; go on with: vgg-transfer {verb} --config {run_dir / run_folder.CONFIG} "
+            f"interrupted; resume with: vgg-transfer {verb} --config {run_dir / run_folder.CONFIG} "
             f"--out {run_dir} --resume",
             error.status,
         ) from error

@@ -13,7 +13,7 @@ from transfer import load_meta_graph
 from transfer.models.inspection import Coverage, Inspection, Tensor, Variables, inspect
 
 MAX_ROWS = 8
-_CUTS = "cuts for --freeze-until: an image's activations, arithmetic before, parameters after"
+_CUTS = "cuts for --freeze-until: activations per image, compute before, parameters after"
 
 
 def run(model: Path, *, as_json: bool, rename: Sequence[str] = ()) -> str:
@@ -56,7 +56,7 @@ def _lines(inspection: Inspection) -> Iterable[str]:
     if inspection.command:
         tried = [inspection.command, "with your own images: --image-folder DIR"]
     else:
-        tried = [f"nothing works as it is: {inspection.command_problem}"]
+        tried = [f"no command works without further flags: {inspection.command_problem}"]
     yield from _section("try first", tried)
 
 

@@ -69,7 +69,7 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
             bar.update()
     if not done + num_failed:
         reasons = "".join(f"; {line}" for line in passed_over.describe())
-        raise ValueError(f"no image was found in what was named{reasons}")
+        raise ValueError(f"no images were found{reasons}")
     for line in passed_over.describe():
         print(f"warning: {line}", file=sys.stderr)
     rate = done / (time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""Rows on disk: what is found again, what is noticed, what two processes see."""
+"""Activation cache: reading rows, detecting damage, and sharing between processes."""
 
 import hashlib
 import json
@@ -197,7 +197,7 @@ def test_rows_that_never_fit_evict_nothing(tmp_path):
 def test_locked_entries_are_not_evicted(tmp_path):
     cache = Cache(tmp_path, limit_bytes=10_000)
     busy = fill(cache, "busy", 100, 1000)
-    with busy.lock(), pytest.raises(OSError, match="while others are at work in it"):
+    with busy.lock(), pytest.raises(OSError, match="while other processes use it"):
         Cache(tmp_path, limit_bytes=10_000).make_room(9000)
     assert names(cache) == ["busy"]
     cache.make_room(9000)
@@ -210,7 +210,7 @@ def test_foreign_files_are_kept(cache, entry):
         *(f"{'0' * 32}/key.json", f"{'0' * 32}/index.bin", f"{'0' * 32}/rows.bin"),
         *(f"{entry.folder.name}/notes.txt", f"{entry.folder.name}/.key.json.tmp", "locks/a.txt"),
     ]
-    text = (entry.folder / "key.json").read_text()  # a copy of a key, under another name
+    text = (entry.folder / "key.json").read_text()  # a copy of the key in another folder
     for name in mine:
         (cache.directory / name).parent.mkdir(exist_ok=True)
         (cache.directory / name).write_text(text)
@@ -298,7 +298,7 @@ def test_damaged_key_is_reported_and_others_are_listed(cache, entry, tmp_path):
 
 
 def test_entry_of_earlier_version_is_read_and_deleted(cache):
-    """As it was written then: the key in place, without a temporary file."""
+    """The key was written in place, without a temporary file."""
     text = json.dumps(
         {"cut": "pool4", "dtype": "float32", "layout": 1, "row_shape": [3, 2], "sha256": "00"},
         indent=1,

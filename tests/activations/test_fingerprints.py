@@ -9,7 +9,7 @@ from transfer.data.sources import open_source
 
 @pytest.fixture
 def looked_at(monkeypatch):
-    """How many images were decoded, a number each time."""
+    """The numbers of images decoded in each pass."""
     counts = []
 
     def fingerprints(images, progress=iter):

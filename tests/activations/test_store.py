@@ -1,4 +1,4 @@
-"""Activations that one run computes and others find, and `vgg-transfer cache`."""
+"""Reuse of cached activations between runs, and `vgg-transfer cache`."""
 
 import json
 import shutil
@@ -21,7 +21,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, model, folder):
-    """Runs with a cache of their own; the second value is what was computed and what was found."""
+    """Fine-tunes with a separate cache; returns the model and the numbers of computed and cached
+    images."""
 
     def run(name, *flags):
         out = tmp_path / name
@@ -34,7 +35,7 @@ def run(tmp_path, model, folder):
 
 
 def rows_file(tmp_path, cut, num_images):
-    """Of the entry with so many images."""
+    """The rows file of the entry with ``num_images`` images."""
     for key in (tmp_path / "cache").glob("*/key.json"):
         index = key.with_name("index.bin")
         record = 20  # a 16-byte id and a CRC
@@ -164,7 +165,7 @@ def test_float16_cache_has_half_the_size(run, tmp_path):
 @pytest.mark.slow
 def test_fresh_augmentation_is_not_cached(run):
     augmented, counts = run("augmented", "--augment")
-    assert counts == (NUM_HELD_OUT, 0)  # these are evaluated on, as they are
+    assert counts == (NUM_HELD_OUT, 0)  # held-out images are not augmented
     plain, _ = run("plain")
     assert largest_difference(augmented, plain) > 1e-4
 
@@ -241,7 +242,7 @@ def test_unusable_cache_folder_falls_back_to_memory(run, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_replaced_images_are_recomputed(run, folder):
-    """What is held out changes with the images; nothing of another image is ever taken."""
+    """The held-out images change with the images; activations of other images are never used."""
     first, _ = run("first")
     shutil.rmtree(folder / "red")
     make_image_folder(folder.parent / "other", 40)

@@ -10,7 +10,7 @@ from transfer.data.sources import open_source
 
 
 def photo(seed, size=(64, 48)):
-    """Something smooth, as photos are."""
+    """A smooth random image."""
     small = np.random.default_rng(seed).integers(0, 255, (6, 8, 3)).astype(np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
@@ -98,7 +98,7 @@ def test_missing_and_rare_classes_are_described():
 
 
 def test_large_photos_match_small_copies(folder):
-    """They are decoded at an eighth of their size."""
+    """Large photos are decoded at 1/8 of their size."""
     for seed in (3, 4):
         large = photo(seed, (1210, 1117))
         large.save(folder / "a" / f"large{seed}.jpg", quality=90)
@@ -133,7 +133,7 @@ def test_many_copies_are_one_group():
 
 @pytest.mark.slow
 def test_duplicates_in_public_dataset_are_found(shared_tfds):
-    """Counted by comparing all pairs of full-size thumbnails."""
+    """Expected counts come from comparing all pairs of full-size thumbnails."""
     split = open_source("tf_flowers", data_dir=shared_tfds).split("train")
     found = data_checks.duplicates(data_checks.scan(split))
     assert found == [

@@ -19,7 +19,7 @@ PREPROCESS = Preprocess("none", 8)
 
 
 class Unlabelled(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Like the test splits of many public datasets: the labels are kept back and given as -1."""
+    """Like the test splits of many public datasets, whose labels are secret and given as -1."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -95,7 +95,7 @@ def test_holdout_is_stratified():
 
 
 def holdout_of_single_images(labels, names, share):
-    """Each class by itself, in the order of the hashes of the names."""
+    """Reference: hold out each class separately, in the order of the hashes of the names."""
     digests = np.array([hashlib.sha256(name.encode()).hexdigest() for name in names])
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
@@ -283,8 +283,8 @@ def test_split_with_overlapping_parts_is_refused(image_folder):
 
 
 def add_copies(root, number):
-    """Re-encoded and resized copies of ``number`` images of a folder, in their own class and in
-    another one; pairs of names."""
+    """Add re-encoded and resized copies of ``number`` images per class, in the same or another
+    class; returns pairs of names."""
     pairs = []
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     for place, folder in enumerate(folders):
@@ -317,12 +317,12 @@ def test_copies_stay_on_the_side_of_their_originals(smooth_folder):
     assert 14 <= len(held_out) <= 18
     for original, copy in pairs:
         assert (original in held_out) == (copy in held_out), (original, copy)
-    # They are what made the difference.
+    # Without grouping, the copies would be on both sides.
     split = open_source(image_folder=str(smooth_folder)).split("train")
     alone = dataset.stratified_holdout(split.labels, split.names, 0.2)
     alone = {name for name, out in zip(split.names, alone, strict=True) if out}
     assert any((original in alone) != (copy in alone) for original, copy in pairs)
-    # Images that come later leave it as it is.
+    # New images do not change it.
     Image.effect_mandelbrot((50, 50), (-2, -1, 1, 1), 50).save(smooth_folder / "a" / "new.png")
     assert len(held_out & automatic_sides(smooth_folder)[1]) >= len(held_out) - 1
 
@@ -362,8 +362,8 @@ def test_copies_of_photos_stay_on_the_side_of_their_originals(shared_tfds, tmp_p
 
 
 class Numbered:
-    """A source whose images are their positions, sorted by class; ``reads`` are those read, if it
-    is watched."""
+    """A source whose images are their positions, sorted by class; ``reads`` records the positions
+    that were read, if it is watched."""
 
     def __init__(self, watched=False, **sizes):
         self.watched, self.reads = watched, []
@@ -403,7 +403,7 @@ def as_it_is(image):
 
 @pytest.fixture
 def undecoded(monkeypatch):
-    """Batches of what the images of a ``Numbered`` are: ``(positions, labels)``."""
+    """Batches of a ``Numbered`` source: ``(positions, labels)``."""
     monkeypatch.setattr(dataset, "decode", as_it_is)
 
     def batches(split, batch_size=100, **options):

@@ -1,4 +1,4 @@
-"""Records of tfds datasets by their position, against tfds' own reading."""
+"""Random access to records of tfds datasets, compared with tfds."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from transfer.images.preprocess import Preprocess
 
 
 class Sharded(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Sorted by class, in several files."""
+    """A dataset sorted by class, in several shards."""
 
     VERSION = tfds.core.Version("1.0.0")
 

@@ -54,7 +54,7 @@ def test_image_folder_has_classes_and_labels(tmp_path, layout):
     assert np.bincount(train.labels).tolist() == [10, 10]
     assert np.bincount(held_out.labels).tolist() == [2, 2]
     assert all(name.endswith((".jpg", ".png")) for name in train.names)
-    for images, labels in train.batches(PREPROCESS, 4):  # colours tell the classes
+    for images, labels in train.batches(PREPROCESS, 4):  # the classes differ by colour
         is_red = images.numpy()[..., 0].mean((1, 2)) > images.numpy()[..., 2].mean((1, 2))
         np.testing.assert_array_equal(is_red, labels)
 
@@ -129,7 +129,7 @@ def test_image_folder_with_one_class_is_refused(tmp_path):
 
 @pytest.mark.timeout(300)
 def test_unprepared_dataset_without_network_fails_fast(tmp_path, monkeypatch):
-    """As on a machine without network: nothing answers."""
+    """Simulates a machine without a network."""
 
     answer = threading.Event()
 

@@ -1,4 +1,4 @@
-"""Grad-CAM against the same of a Keras model, computed as Keras' documentation shows it."""
+"""Grad-CAM compared with the implementation in the Keras documentation."""
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ def classifier(model):
 
 
 def keras_model(classifier):
-    """The same network by hand: images to the last feature maps and logits."""
+    """Reference model of the same network: images to the last feature maps and logits."""
     values = {name: np.asarray(value) for name, value in classifier.backbone.values().items()}
     net = images = keras.Input((16, 16, 3))
     for name in ("conv1_1", "pool", "conv2_1", "conv2_2", "pool"):

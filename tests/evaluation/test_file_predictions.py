@@ -1,4 +1,4 @@
-"""``predict`` from Python gives what ``vgg-transfer predict`` gives."""
+"""``predict`` from Python equals ``vgg-transfer predict``."""
 
 import json
 import os
@@ -124,7 +124,7 @@ def test_file_names_need_not_be_utf8(run, tmp_path):
 
 @pytest.mark.parametrize("channels, more", [(1, 2.5), (3, 0.5)])
 def test_resizing_a_large_image_makes_no_float_copy(tmp_path, channels, more):
-    """As floats it would take four times as much; gray takes a third, twice, and some strips."""
+    """A float copy would take four times the memory; gray needs a third, twice, and some strips."""
     side = 6000
     Image.new("RGB", (side, side), (9, 90, 200)).save(tmp_path / "large.png")
     data = (tmp_path / "large.png").read_bytes()
@@ -133,7 +133,7 @@ def test_resizing_a_large_image_makes_no_float_copy(tmp_path, channels, more):
     image = read_tensor(data)
     before = resident("VmRSS")
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current memory
     except OSError:
         pytest.skip("the system does not tell")
     prepare(image)

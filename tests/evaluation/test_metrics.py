@@ -60,7 +60,7 @@ def test_metrics_equal_scikit_learn():
 
 @pytest.mark.slow
 def test_intervals_have_nominal_coverage():
-    """Of accuracies of many samples, 95 % of the intervals hold the true one."""
+    """Over many samples, 95 % of the intervals contain the true accuracy."""
     samples = (sample(seed=seed) for seed in range(200))
     truth = np.mean([(logits.argmax(-1) == labels).mean() for logits, labels, _ in samples])
     covered = 0
@@ -94,7 +94,7 @@ def test_intervals_are_repeatable_and_contain_the_metric():
 
 
 def test_intervals_contain_the_metric_with_few_images_per_class():
-    """Plain percentiles lie above the average precision: fewer different images make it larger."""
+    """Plain percentiles are above the average precision: fewer distinct images make it larger."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 100, 1000)
     logits = generator.normal(size=(1000, 100)) + 1.5 * np.eye(100)[labels]

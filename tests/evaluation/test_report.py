@@ -1,4 +1,4 @@
-"""report.html, as a browser sees it: headless Chromium, where there is one."""
+"""Rendering of report.html in headless Chromium, if installed."""
 
 import html
 import json
@@ -45,7 +45,7 @@ def run(tmp_path_factory):
     card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
     model = save_vgg(folder / "model" / "tiny", card=card)
     photos = make_image_folder(folder / "photos", 30)
-    for name in ("<b>&amp;", "d'été", "$\\q$"):  # names that a page must not take for its own
+    for name in ("<b>&amp;", "d'été", "$\\q$"):  # names that must be escaped
         shutil.copytree(photos / "red", photos / name)
     assert finetune(folder / "run", model, photos) == 0
     assert main(["evaluate", str(folder / "run")]) == 0
@@ -72,7 +72,7 @@ def test_report_renders_in_browser(run, tmp_path, width):
     text = re.search(r'data-found="([^"]*)"', result.stdout)[1]
     found = json.loads(html.unescape(text))
     assert (found["broken"], found["without_text"], found["outside"]) == (0, 0, [])
-    assert found["images"] >= 4 + 2  # plots, and the least certain with what they came from
+    assert found["images"] >= 4 + 2  # plots, and the least certain images with heat maps
     assert found["too_wide"] <= 0
     metrics = json.loads((run / "metrics.json").read_text())["eval"]
     evaluation = json.loads((run / "evaluation.json").read_text())

@@ -1,4 +1,4 @@
-"""``evaluate`` from Python gives what ``fine_tune`` and ``vgg-transfer evaluate`` give."""
+"""``evaluate`` from Python equals ``fine_tune`` and ``vgg-transfer evaluate``."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`export` from Python: what it writes gives the classifier's results."""
+"""`export` from Python: exported models equal the classifier."""
 
 import json
 
@@ -19,7 +19,7 @@ LABELS = ["a", "b", "c"]
 def new_classifier(model, head=None):
     classifier = Classifier(Backbone(model), head or Head(3), Preprocess("caffe", 16), LABELS)
     classifier.build_from_size()
-    for variable in classifier.head.trainable_variables:  # labels that can be told apart
+    for variable in classifier.head.trainable_variables:  # so that the labels differ
         variable.assign(np.random.default_rng(1).normal(size=variable.shape))
     return classifier
 
@@ -32,7 +32,7 @@ def classifier(tmp_path_factory):
 
 @pytest.fixture
 def loaded(classifier, tmp_path):
-    """The classifier as `fine_tune` returns it: read back from a run's model."""
+    """The classifier as returned by `fine_tune`: loaded from a run's model."""
     save_classifier(classifier, tmp_path / "run" / "model", Card(licence="MIT"))
     return Classifier.load(tmp_path / "run")
 

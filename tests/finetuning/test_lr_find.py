@@ -1,4 +1,4 @@
-"""The range test from Python gives what ``vgg-transfer lr-find`` gives."""
+"""The learning-rate range test from Python equals ``vgg-transfer lr-find``."""
 
 import csv
 

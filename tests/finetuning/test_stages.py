@@ -49,7 +49,7 @@ def test_schedule_unfreezes_stage_by_stage(tmp_path, model, image_folder):
     assert found["activations"]["computed"] == 48  # at fc7 and at pool2
     assert changed(model, out) == {"conv1_1", "conv2_1", "conv2_2", "fc6", "fc7"}
     first, *others = yaml.safe_load((out / "config.yaml").read_text())["schedule"].split(",")
-    assert first.startswith("fc7:2:0.")  # the rate that was chosen
+    assert first.startswith("fc7:2:0.")  # the default rate
     assert others == ["pool2:1:0.001", "none:2:0.0005"]
 
 
@@ -104,7 +104,7 @@ def test_invalid_schedule_is_refused(text):
 
 @pytest.mark.slow
 def test_cut_equals_full_training_with_zero_rate_before_it(tmp_path, model, image_folder):
-    # What is trained has its dropout on; what is frozen has not.
+    # Dropout is active in the trained part only.
     flags = ["--learning-rate", 0.02, "--lr-schedule", "constant", "--feed", "keep_prob=1.0"]
     assert finetune(tmp_path / "cut", model, image_folder, *flags) == 0
     flags += ["--freeze-until", "none", "--backbone-lr-scale", 0]
@@ -114,7 +114,7 @@ def test_cut_equals_full_training_with_zero_rate_before_it(tmp_path, model, imag
 
 
 def test_inner_cut_equals_full_training_with_zero_rate_before_it(model):
-    """On kept activations of pool1, and on images with rates of zero before it."""
+    """Training on cached activations of pool1 equals training on images with zero rates before."""
     images = np.random.default_rng(0).random((24, 16, 16, 3), np.float32)
     labels = np.arange(24) % 2
 
@@ -153,7 +153,7 @@ def test_inner_cut_equals_full_training_with_zero_rate_before_it(model):
 @pytest.mark.parametrize(
     "flags, head, backbone",
     [
-        # A new head has far to go, the backbone has not. The features are small.
+        # A new head needs a higher rate than the backbone. The features are small.
         ([], (0.006, 1), 1e-4),
         (["--learning-rate", 0.01], (0.01, 0.01), 0.01),
         (["--learning-rate", 0.01, "--backbone-lr-scale", 0.1], (0.01, 0.01), 1e-3),
@@ -262,7 +262,7 @@ def test_each_option_changes_the_result(tmp_path, model, image_folder, flags):
 
 @pytest.mark.slow
 def test_accumulated_steps_equal_large_batches(tmp_path, model, image_folder):
-    """Whole batches of one size: the mean of two means is the mean of all."""
+    """With batches of equal size, the mean of the batch means is the mean over all examples."""
     flags = ["--learning-rate", 0.02, "--epochs", 2]
     assert finetune(tmp_path / "large", model, image_folder, *flags, "--batch-size", 20) == 0
     flags += ["--batch-size", 10, "--accumulate", 2]

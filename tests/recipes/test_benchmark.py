@@ -1,4 +1,4 @@
-"""The benchmark from end to end on a small network, and its figures."""
+"""The benchmark end to end on a small network, and its metrics."""
 
 import csv
 import dataclasses
@@ -25,7 +25,7 @@ def benchmark(out, model, folder, *flags):
 @pytest.mark.slow
 def test_benchmark_resumes_and_writes_report(tmp_path, model, image_folder, capfd, monkeypatch):
     out = tmp_path / "b"
-    (tmp_path / "work").mkdir()  # a newcomer's working folder, which no run imports from
+    (tmp_path / "work").mkdir()  # working folder, from which no run imports modules
     for name in ("transfer", "recipes", "numpy", "random"):
         (tmp_path / "work" / f"{name}.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path / "work")
@@ -54,7 +54,7 @@ def test_benchmark_resumes_and_writes_report(tmp_path, model, image_folder, capf
     assert "http" not in page
     assert not list(out.glob("*/seed-*/model.*"))
 
-    # What was cut off is done again, what is done is not.
+    # Interrupted runs are repeated, finished ones are not.
     (out / "fc7" / "seed-1" / "metrics.json").unlink()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*/seed-*/metrics.json")}
     assert benchmark(out, model, image_folder, *flags, "--resume") == 0

@@ -1,4 +1,4 @@
-"""`vgg-transfer check-data`, and the part of it that finetune runs."""
+"""`vgg-transfer check-data`, and the data checks of finetune."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from transfer.runs import run_data
 
 
 def spoil(root):
-    """A copy in another class, an unreadable file, and a red image among the blue ones."""
+    """A copy in another class, an unreadable file, and a red image in the blue class."""
     for number in range(6):
         source = root / "red" / f"{number:02d}.{'png' if number % 2 else 'jpg'}"
         (root / "blue" / f"copy{number}{source.suffix}").write_bytes(source.read_bytes())
@@ -50,7 +50,7 @@ def test_findings_are_listed(image_folder, capsys):
     assert status == 1
     assert "unreadable: 1\n  blue/broken.jpg" in out
     assert "... and 4 more" in out
-    assert "labels to look at" not in out
+    assert "labels to review" not in out
 
 
 def test_rare_classes_and_ignored_files_are_listed(image_folder, capsys):
@@ -149,7 +149,7 @@ def test_near_duplicates_stay_on_one_side_in_all_verbs(tmp_path, model, smooth_f
 
 @pytest.mark.slow
 def test_resumed_runs_keep_their_held_out_images(tmp_path, model, smooth_folder, capsys):
-    """Those of an earlier version, which did not compare images."""
+    """Also runs of an earlier version, which did not compare images."""
     for path in sorted(smooth_folder.glob("*/*.*")):
         image = Image.open(path).convert("RGB")
         image.save(path.with_name(f"copy-{path.stem}.jpg"), quality=60)

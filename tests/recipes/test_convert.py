@@ -133,7 +133,7 @@ def test_hashes_of_published_files_are_known():
 @pytest.mark.skipif(not REAL.is_file(), reason="no weights in ../shared")
 @pytest.mark.parametrize(("flip", "expected"), [(False, "caffe"), (True, "slim")])
 def test_first_convolution_of_oxford_is_recognized_in_any_file(tmp_path, flip, expected):
-    """In PyTorch's names and order of axes; with the order of the colours told apart."""
+    """With PyTorch's names and axis order; the colour order is detected."""
     values = layouts.identify(containers.read(REAL)).values
     state, index = {}, 0
     for block in architectures.ARCHITECTURES["vgg16"].convolutions:
@@ -160,7 +160,7 @@ def test_mean_is_not_assumed_for_other_classes(tmp_path, capsys, image_folder):
 
 @pytest.mark.slow
 def test_custom_means_are_kept_in_card_run_and_prediction(tmp_path, image_folder):
-    """The run's card, its activations and its exports see what the model's card says."""
+    """The run's card, activations and exports use the preprocessing of the model's card."""
     means = {"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}
     write_caffe(tmp_path / "faces.caffemodel")
     flags = ["--preprocess", json.dumps(means)]
@@ -207,7 +207,7 @@ def test_hash_covers_all_files_of_a_checkpoint(tmp_path):
     assert convert(tmp_path / "vgg_16", tmp_path / "out" / "vgg") == 0
     card = json.loads((tmp_path / "out" / "vgg.json").read_text())
     assert card["source"].endswith(hashlib.sha256(b"".join(data)).hexdigest())
-    assert "licence" not in card  # of seven classes: somebody's own weights
+    assert "licence" not in card  # seven classes: custom weights
 
 
 def test_spatial_order_is_for_matconvnet_only(tmp_path, capsys):
@@ -226,7 +226,7 @@ def test_convert_rejects_other_networks_and_writes_nothing(tmp_path, capsys):
 
 @pytest.fixture
 def keras_vgg(monkeypatch, tmp_path):
-    """Keras' VGG16, small: its layers and names, with fewer channels."""
+    """A small version of Keras' VGG16: same layers and names, fewer channels."""
 
     def model(weights):
         net = inputs = keras.Input((64, 64, 3))
@@ -268,7 +268,7 @@ def test_converted_keras_file_equals_keras(tmp_path, keras_vgg, suffix):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves ``data``, and the rest of it where that is asked for."""
+    """Serves ``data``, with support for range requests."""
 
     data = b""
     requests = ()

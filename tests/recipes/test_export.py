@@ -1,4 +1,4 @@
-"""`vgg-transfer export`: each format in a process or interpreter of its own, against the model."""
+"""`vgg-transfer export`: each format is run by its own runtime and compared with the model."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def photo(run, tmp_path):
-    """A JPEG that lies on its side, and the model's own probabilities for it."""
+    """A JPEG with an EXIF rotation, and the model's probabilities for it."""
     return on_its_side(run, tmp_path / "photo.jpg")
 
 
@@ -71,8 +71,8 @@ def test_exports_are_compared_with_model(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["meta_graph", "saved_model", "tflite", "onnx", "keras"])
 def test_readme_code_predicts_as_model(run, tmp_path, name):
-    """Its Python code, as a newcomer runs it: in the folder of the export, without this project
-    but for what Keras needs to know. On a JPEG and a PNG that lie on their sides."""
+    """Runs its Python code in the folder of the export, without this project except for the Keras
+    export, on a JPEG and a PNG with an EXIF rotation."""
     photos = [on_its_side(run, tmp_path / f"photo.{kind}") for kind in ("jpg", "png")]
     folder = run / "export" / name
     text = (folder / "README.md").read_text()
@@ -125,7 +125,8 @@ def test_saved_model_rejects_undecodable_files(run, tmp_path):
 def test_exported_meta_graph_can_be_loaded(run):
     graph = load_meta_graph(run / "export" / "meta_graph" / "model")
     assert (graph.card.input, graph.card.preprocess) == ("pixels:0", "none")
-    graph.network(graph.card.outputs["probabilities"], graph.card.input)  # arithmetic only
+    # Raises if the graph needs more than arithmetic.
+    graph.network(graph.card.outputs["probabilities"], graph.card.input)
 
 
 @pytest.mark.slow

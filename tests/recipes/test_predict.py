@@ -1,4 +1,4 @@
-"""`vgg-transfer predict`, compared with what `evaluate` says of the same images."""
+"""`vgg-transfer predict`, compared with `evaluate` on the same images."""
 
 import csv
 import io
@@ -85,7 +85,7 @@ def test_file_names_need_not_be_utf8(run, image_folder, monkeypatch, capfd):
 
 
 def odd_files(folder):
-    """Name to a file of a kind, and what it must give: the class, or what the error says."""
+    """Maps names to unusual files and the expected result: the class, or the error message."""
     red = Image.new("RGB", (24, 24), (220, 30, 30))
     noisy = Image.effect_noise((40, 24), 60).convert("RGB")
     files = {}
@@ -182,7 +182,7 @@ def test_unreadable_image_is_reported_and_others_are_predicted(run, image_folder
 
 
 def test_only_a_few_batches_are_read_ahead(run, image_folder, monkeypatch, capsys):
-    """A million files are a million names, one after the other."""
+    """The names of a million files are consumed lazily."""
     path = image_folder / "red" / "00.jpg"
     asked = 0
 
@@ -207,7 +207,7 @@ def test_predict_rejects_no_images(run, tmp_path, capsys):
     assert predict(run) == 1
     assert "no images are named" in capsys.readouterr().err
     assert predict(run, tmp_path / "nothing") == 1
-    assert "no image was found" in capsys.readouterr().err
+    assert "no images were found" in capsys.readouterr().err
     assert predict(tmp_path / "nothing", "a.jpg") == 1
     assert predict(run, "a.jpg", "--top-k", 0) == 1
     assert "top k must be at least 1" in capsys.readouterr().err

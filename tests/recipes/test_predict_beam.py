@@ -1,4 +1,4 @@
-"""The pipeline on Beam's local runner gives what ``predict`` gives."""
+"""Predictions of the pipeline on Beam's local runner equal those of ``predict``."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_options_after_two_dashes_go_to_beam(run, image_folder, tmp_path, capsys
 def test_missing_model_or_images_are_reported(run, image_folder, tmp_path, capsys):
     out = str(tmp_path / "predictions")
     assert main(["predict-beam", str(tmp_path), f"{image_folder}/*/*", "--output", out]) == 1
-    assert "neither a run folder nor the prefix of a model" in capsys.readouterr().err
+    assert "neither a run folder nor the checkpoint prefix of a model" in capsys.readouterr().err
     assert main(["predict-beam", str(run), f"{tmp_path}/none/*.jpg", "--output", out]) == 1
     assert "no file matches" in capsys.readouterr().err
 

@@ -129,7 +129,7 @@ def test_evaluate_on_other_splits_and_folders(tmp_path, model, image_folder, cap
 
 @pytest.mark.slow
 def test_evaluate_uses_recorded_held_out_images(tmp_path, model, image_folder, capsys):
-    """Naming the run's own data, or adding to them, leaves the held-out images what they were."""
+    """Passing the run's own data, or adding images to it, does not change the held-out images."""
     out = tmp_path / "run"
     assert finetune(out, model, image_folder) == 0
     shutil.copy(image_folder / "red" / "00.jpg", image_folder / "red" / "99.jpg")
@@ -230,7 +230,7 @@ def test_resume_ends_where_an_uninterrupted_run_ends(
         patch.setattr(Trainer, "train_epoch", interrupted)
         assert finetune(tmp_path / "parts", model, image_folder, *flags) == 130
     out = tmp_path / "parts"
-    hint = f"go on with: vgg-transfer finetune --config {out}/config.yaml --out {out} --resume"
+    hint = f"resume with: vgg-transfer finetune --config {out}/config.yaml --out {out} --resume"
     assert capsys.readouterr().err.endswith(f"error: interrupted; {hint}\n")
     assert finetune(tmp_path / "parts", model, image_folder, *flags, "--resume") == 0
     data = "model.data-00000-of-00001"
@@ -280,7 +280,7 @@ def test_activations_that_do_not_fit_are_recomputed(
     assert finetune(tmp_path / "kept", model, image_folder, *flags) == 0
     monkeypatch.setattr("transfer.core.measurement.available_memory_mb", lambda: 0.001)
     assert finetune(tmp_path / "anew", model, image_folder, *flags) == 0
-    assert "computed anew in each epoch" in capsys.readouterr().err
+    assert "recomputed in each epoch" in capsys.readouterr().err
     kept, anew = (metrics(tmp_path / name)["eval"] for name in ("kept", "anew"))
     assert kept["num_examples"] == anew["num_examples"] == 4
     assert main(["evaluate", str(tmp_path / "anew")]) == 0
@@ -298,7 +298,7 @@ def test_nondeterministic_features_are_refused(tmp_path, image_folder, capsys):
     save_meta_graph(graph, tmp_path / "noisy" / "m", {"unused": np.zeros(1)})
     flags = ["--tap", "tap", "--preprocess", "unit"]
     assert finetune(tmp_path / "a", tmp_path / "noisy", image_folder, *flags) == 1
-    assert "differ from run to run: noise lies before" in capsys.readouterr().err
+    assert "are not deterministic: random operations before" in capsys.readouterr().err
     flags += ["--feed", "noise=0.0"]
     assert finetune(tmp_path / "b", tmp_path / "noisy", image_folder, *flags) == 0
 
@@ -312,7 +312,7 @@ def test_config_yaml_repeats_a_run(tmp_path, model, image_folder):
     assert main(again) == 0
     data = "model.data-00000-of-00001"
     assert (tmp_path / "a" / data).read_bytes() == (tmp_path / "b" / data).read_bytes()
-    config.unlink()  # the next run in this process has nothing to do with it
+    config.unlink()  # does not affect the next run in this process
     assert finetune(tmp_path / "c", model, image_folder) == 0
 
 
@@ -325,7 +325,7 @@ def test_shots_per_class_limits_training_images(tmp_path, model, image_folder):
 
 @pytest.mark.slow
 def test_graph_without_card_or_names_is_fine_tuned(tmp_path, image_folder):
-    """A stranger's: no card, another name for all, a keep_prob that must be fed."""
+    """A foreign graph: no card, other tensor names, a keep_prob that must be fed."""
     prefix = tmp_path / "wild" / "model.ckpt-7"
     prefix.parent.mkdir()
     with tf.Graph().as_default(), tf1.Session() as session:
@@ -489,7 +489,7 @@ def test_pretrain_retrains_fully_connected_layers(tmp_path, image_folder):
     assert [line.split(",")[0] for line in history] == ["epoch", "0", "1", "2", "3"]
     np.testing.assert_array_equal(anew["conv5_2/weights"], plain["conv5_2/weights"])
     assert not np.allclose(anew["fc6/weights"], plain["fc6/weights"], atol=1e-3)
-    # A run that ended before these epochs goes on to the same end; one that is done stays as it is.
+    # A run that ended before these epochs continues to the same result; a finished one stays.
     resumed, resumed_history = run("a", "--fc-epochs", 2, "--resume")
     np.testing.assert_array_equal(resumed["fc6/weights"], anew["fc6/weights"])
     assert resumed_history == history

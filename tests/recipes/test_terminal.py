@@ -1,4 +1,4 @@
-"""What a terminal gets to see of names, and what happens when it goes away."""
+"""Escaping of names in terminal output, and closed pipes."""
 
 import csv
 import io
@@ -73,7 +73,7 @@ def test_streams_are_restored():
 
 
 class Closed(io.StringIO):
-    """A pipe whose reader has gone."""
+    """A pipe whose reader has closed it."""
 
     def __init__(self, file):
         super().__init__()
@@ -118,7 +118,7 @@ def test_help_into_closed_pipe_is_not_an_error():
 
 @pytest.fixture(scope="module")
 def hostile_run(tmp_path_factory):
-    """A run with a class of a hostile name, and a folder of its images."""
+    """A run with a class whose name has control characters, and a folder of its images."""
     from commands import finetune
     from conftest import make_image_folder, save_vgg
 

@@ -1,4 +1,4 @@
-"""Signals while a run goes on, in this process and in one of its own."""
+"""Signals during a run, in this process and in a child process."""
 
 import json
 import os
@@ -21,7 +21,7 @@ FLAGS = ("--freeze-until", "pool2", "--dropout", 0.2, "--early-stopping", 2)
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """Model, images, and a run of ``FLAGS`` that nothing interrupted."""
+    """Model, images, and an uninterrupted run with ``FLAGS``."""
     from conftest import make_image_folder, save_vgg
 
     from transfer import Card
@@ -65,7 +65,7 @@ def test_signal_stops_after_step_and_run_is_resumable(
         assert finetune(out, model, photos, *FLAGS) == status
     error = capsys.readouterr().err
     assert "finishing the step" in error
-    assert f"go on with: vgg-transfer finetune --config {out}/config.yaml" in error
+    assert f"resume with: vgg-transfer finetune --config {out}/config.yaml" in error
     command = error.splitlines()[-1].split("vgg-transfer ")[1].split()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     steps = []
@@ -77,14 +77,14 @@ def test_signal_stops_after_step_and_run_is_resumable(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", counted)
         assert main(command) == 0
-    assert steps[0] == step + 1  # no step is done twice
+    assert steps[0] == step + 1  # no step is repeated
     assert_same_end(whole, out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 2])
 def test_signal_during_validation_is_resumable(tmp_path, setting, monkeypatch, call):
-    """The dropout of the network goes on where it was, too."""
+    """The dropout state of the network is also restored."""
     model, photos, whole = setting
     calls = []
 
@@ -138,7 +138,7 @@ def test_resume_rejects_other_images(tmp_path, setting, capsys):
 
 
 def test_signal_outside_of_a_step_stops_immediately(tmp_path):
-    expected = pytest.raises(Interrupted, match="go on with: vgg-transfer pretrain")
+    expected = pytest.raises(Interrupted, match="resume with: vgg-transfer pretrain")
     with expected as caught, resumable("pretrain", tmp_path, "config.yaml"):
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.status == 143
@@ -154,7 +154,7 @@ def test_second_signal_stops_immediately():
 
 @pytest.mark.slow
 def test_killed_process_is_resumable(tmp_path, setting):
-    """As the kernel kills: nothing is asked, nothing can be tidied up."""
+    """With SIGKILL, so that nothing can be cleaned up."""
     *_, whole = setting
     out = tmp_path / "run"
     config = yaml.safe_load((whole / "config.yaml").read_text()) | {"out": str(out)}

@@ -14,7 +14,7 @@ from transfer.runs import run_data, run_folder
 
 @pytest.fixture
 def source():
-    """A test split whose labels nobody knows, as those of competitions."""
+    """A source with an unlabelled test split, as in competitions."""
     labels = {"train": [0, 1, 0, 1], "validation": [0, 1], "test": [-1, -1]}
 
     def examples(part, positions):

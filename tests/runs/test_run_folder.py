@@ -1,4 +1,4 @@
-"""Run folders of other people, in which any name may be a link to somewhere else."""
+"""Run folders from untrusted origin, in which any name may be a link."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def linked(source: Path, run: Path, link) -> Path:
-    """A copy of a run, all of whose files are links."""
+    """A copy of a run in which all files are links."""
     for path in sorted(source.rglob("*")):
         copy = run / path.relative_to(source)
         if path.is_dir():
@@ -63,7 +63,7 @@ def test_run_does_not_write_through_links(setting, tmp_path, link) -> None:
     before = contents(theirs)
     assert main(["evaluate", str(out)]) == 0
     assert (out / "plots" / "confusion.png").read_bytes() == before["plots/confusion.png"]
-    # A run that is resumed does an epoch once more, and the rest.
+    # A resumed run repeats an epoch and continues.
     assert finetune(out, model, photos, *FLAGS, "--resume", "--epochs", 4) == 0
     assert contents(theirs) == before
     assert len((out / "history.csv").read_text().splitlines()) == 1 + 4
@@ -80,7 +80,7 @@ def test_broken_links_create_no_files(setting, tmp_path) -> None:
     for name in names:
         (out / name).unlink(missing_ok=True)
         (out / name).symlink_to(elsewhere / Path(name).name)
-    shutil.rmtree(out / "checkpoints")  # so that no epoch is done, and none is kept
+    shutil.rmtree(out / "checkpoints")  # so that no completed epoch is kept
     assert main(["evaluate", str(out)]) == 0
     assert finetune(out, model, photos, *FLAGS, "--resume") == 0
     assert list(elsewhere.iterdir()) == []

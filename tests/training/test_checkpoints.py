@@ -17,7 +17,7 @@ def names(directory):
 
 
 def interrupted_after(steps):
-    """Batches that are cut off by Ctrl-C after some steps, of all epochs together."""
+    """Batches that raise ``KeyboardInterrupt`` after a number of steps, counted over all epochs."""
     count = itertools.count()
 
     def cut_off(epoch, first):
@@ -65,11 +65,16 @@ def test_no_checkpoint_is_saved_within_uninterrupted_code(tmp_path):
 def test_checkpoints_are_saved_within_an_epoch(tmp_path):
     seen = []
 
-    class Look(keras.callbacks.Callback):
+    class Recorder(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
             seen.append(names(tmp_path))
 
-    fit(new_trainer(), 1, checkpoint=RunCheckpoint(tmp_path, every_s=0), callbacks=[Look()])
+    fit(
+        new_trainer(),
+        1,
+        checkpoint=RunCheckpoint(tmp_path, every_s=0),
+        callbacks=[Recorder()],
+    )
     assert seen == [[], ["step-1"], ["step-1", "step-2"], ["step-2", "step-3"]]
     assert names(tmp_path) == ["step-4", "step-5"]
 
@@ -107,7 +112,7 @@ def test_temporary_files_of_killed_session_are_removed(tmp_path):
 
 def test_interrupted_validation_restores_random_states(tmp_path):
     def validate():
-        trainer.model(np.zeros((4, 8), np.float32), training=True)  # draws
+        trainer.model(np.zeros((4, 8), np.float32), training=True)  # draws random numbers
         raise KeyboardInterrupt
 
     trainer = with_dropout()
@@ -124,7 +129,7 @@ def test_restore_fails_if_all_checkpoints_are_damaged(tmp_path, part):
     fit(new_trainer(), epochs=1, checkpoint=RunCheckpoint(tmp_path))
     path = tmp_path / f"step-1.{part}"
     path.write_bytes(path.read_bytes()[:30])
-    with pytest.raises(ValueError, match="no checkpoint is left to go on from: .*step-1'"):
+    with pytest.raises(ValueError, match="no readable checkpoint is left: .*step-1'"):
         RunCheckpoint(tmp_path).restore(new_trainer())
 
 
@@ -174,7 +179,7 @@ def test_best_weights_are_kept_with_last_checkpoint(tmp_path):
 def test_best_weights_of_repeated_epoch_are_deleted(tmp_path):
     trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path)
     fit(trainer, 2, validate=lambda: {"loss": 1.0 / (1 + trainer.epoch)}, checkpoint=checkpoint)
-    checkpoint.save_best(trainer)  # the run is killed before the checkpoint that follows
+    checkpoint.save_best(trainer)  # the run is killed before the next checkpoint
     assert names(tmp_path) == ["best-1", "best-2", "step-1", "step-2"]
     RunCheckpoint(tmp_path).restore(new_trainer())
     assert names(tmp_path) == ["best-1", "step-1", "step-2"]
@@ -187,7 +192,9 @@ def test_full_disk_keeps_last_checkpoint(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        with pytest.raises(OSError, match=r"cannot write checkpoint .*step-1 is whole: make room"):
+        with pytest.raises(
+            OSError, match=r"cannot write checkpoint .*step-1 is complete: free disk space"
+        ):
             checkpoint.save(trainer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -211,7 +218,7 @@ def test_foreign_files_and_links_are_kept(tmp_path):
     (directory / ".saving-photos").mkdir()
     for name in (".writing-plan.txt", ".saving-photos/a.jpg", "step-1.notes.txt", "best-0.txt"):
         (directory / name).write_text("mine")
-    # Names that are known before, such as TensorFlow's, are links.
+    # Predictable names, such as TensorFlow's, are links.
     for name in ("step-1.index", "step-1.data-00000-of-00001", ".writing-step-2.index"):
         (directory / name).symlink_to(theirs)
     trainer, checkpoint = new_trainer(), RunCheckpoint(directory)

@@ -1,4 +1,4 @@
-"""The learning-rate range test, on a model of ours and from the command line."""
+"""The learning-rate range test, on a small model and from the command line."""
 
 import csv
 
@@ -41,7 +41,7 @@ def test_range_test_stops_at_divergence_and_suggests_lower_rate():
     np.testing.assert_allclose(found.rates[1:] / found.rates[:-1], 10 ** (8 / 79), rtol=1e-6)
     lowest = found.rates[np.argmin(found.smoothed)]
     assert lowest / 20 < found.suggestion < lowest / 5
-    # It is a rate that trains.
+    # Training works with the suggested rate.
     trainer = new_trainer(found.suggestion)
     losses = [trainer.train_step(INPUTS, LABELS)[0] for _ in range(50)]
     assert losses[-1] < 0.9 * losses[0]

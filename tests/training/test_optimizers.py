@@ -37,7 +37,7 @@ def updated(optimizer, gradients=GRADIENTS, variables=None):
 
 
 def assert_close(first, second):
-    # Twelve steps of 0.05: a hundred-thousandth of what was travelled.
+    # Relative to the distance of twelve steps of 0.05, the tolerance is 1e-5.
     for a, b in zip(first, second, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=6e-6)
 

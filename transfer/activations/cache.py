@@ -126,7 +126,7 @@ class Cache:
         if excess > 0:
             raise OSError(
                 f"{num_bytes / 1e6:,.0f} MB of activations do not fit into {self.directory} while "
-                "others are at work in it"
+                "other processes use it"
             )
 
     def entries(self) -> list[CacheEntryInfo]:
@@ -265,8 +265,8 @@ class Entry:
             full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
             raise OSError(
                 error.errno,
-                f"cannot write activations to {self.folder}: {error.strerror}{full}; those that "
-                "are complete are kept, and the next run goes on from there",
+                f"cannot write activations to {self.folder}: {error.strerror}{full}; complete "
+                "rows are kept, and the next run continues from there",
             ) from error
 
     def read(self, ids: Sequence[bytes]) -> StoredRows:

@@ -111,7 +111,7 @@ class ActivationStore:
         if needed > free / 2:
             logger.info(
                 f"the activations at {self._cut} would take {needed:,.0f} MB and {free:,.0f} MB of "
-                "memory are free: they are computed anew in each epoch; a later freeze_until or "
+                "memory are free: they are recomputed in each epoch; a later freeze_until or "
                 "cache_dtype=float16 needs less"
             )
             return None
@@ -203,4 +203,4 @@ class ActivationStore:
         return key
 
     def _say_waiting(self) -> None:
-        logger.info(f"another process computes the activations at {self._cut}: waiting for it")
+        logger.info(f"waiting for another process that computes the activations at {self._cut}")

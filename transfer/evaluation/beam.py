@@ -119,7 +119,8 @@ def find_model(model: str) -> str:
         if FileSystems.exists(f"{prefix}.meta"):
             return prefix
     raise FileNotFoundError(
-        f"{model!r} is neither a run folder nor the prefix of a model: there is no {model}.meta"
+        f"{model!r} is neither a run folder nor the checkpoint prefix of a model: {model}.meta "
+        "does not exist"
     )
 
 

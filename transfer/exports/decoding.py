@@ -85,14 +85,14 @@ def _in_segments(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         text = tf.strings.substr(encoded, position, 4 + len(XMP))
         marker, length = _big(text, 0, tf.uint16), _big(text, 2, tf.uint16)
 
-        def found(key: bytes) -> tuple[tf.Tensor, tf.Tensor]:
+        def segment(key: bytes) -> tuple[tf.Tensor, tf.Tensor]:
             is_it = tf.equal(tf.strings.substr(text, 4, len(key)), key)
             span = tf.stack([position + 4 + len(key), length - 2 - len(key), _AS_IT_IS])
             return is_it & tf.equal(marker, 0xFFE1), span
 
-        is_exif, span = found(EXIF)
+        is_exif, span = segment(EXIF)
         exif = tf.where(is_exif & (exif[1] == 0), span, exif)
-        xmp = tf.where(*found(XMP), xmp)
+        xmp = tf.where(*segment(XMP), xmp)
         # 0xFFFF is a fill byte; restart markers and the start of the image have no length; the
         # start of a scan ends the metadata.
         is_alone = (marker >= 0xFFD0) & (marker <= 0xFFD8)
@@ -119,7 +119,7 @@ def _in_chunks(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         kind = tf.strings.substr(text, tf.where(is_png, 4, 0), 4)
         is_of_kind = tf.equal(kind, [b"tEXt", b"zTXt", b"iTXt"])
         how = tf.reduce_sum(tf.where(is_of_kind, [_TEXT, _PACKED_TEXT, _INTERNATIONAL_TEXT], 0))
-        found = tf.stack([position + 8, length, how])
+        span = tf.stack([position + 8, length, how])
 
         def is_text(keyword: bytes) -> tf.Tensor:
             start = tf.strings.substr(text, 8, len(keyword) + 1)
@@ -127,9 +127,9 @@ def _in_chunks(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
         has_chunk = (exif[1] > 0) & (exif[2] == _AS_IT_IS)
         is_exif = tf.equal(kind, tf.where(is_png, b"eXIf", b"EXIF")) & (is_png | ~has_chunk)
-        exif = tf.where(is_exif | (is_text(PNG_EXIF) & ~has_chunk), found, exif)
+        exif = tf.where(is_exif | (is_text(PNG_EXIF) & ~has_chunk), span, exif)
         is_xmp = tf.equal(kind, b"XMP ") & (xmp[1] == 0)
-        xmp = tf.where(is_xmp | is_text(PNG_XMP), found, xmp)
+        xmp = tf.where(is_xmp | is_text(PNG_XMP), span, xmp)
         after = position + tf.where(is_png, 12 + length, 8 + length + length % 2)
         return tf.where(tf.equal(kind, b"IEND"), size, after), exif, xmp
 
@@ -160,8 +160,9 @@ def _walk(
     return exif, xmp
 
 
-def _cut(encoded: tf.Tensor, found: tf.Tensor) -> tf.Tensor:
-    return tf.strings.substr(encoded, found[0], tf.maximum(found[1], 0))
+def _cut(encoded: tf.Tensor, span: tf.Tensor) -> tf.Tensor:
+    """The bytes of a span (position, number of bytes, encoding)."""
+    return tf.strings.substr(encoded, span[0], tf.maximum(span[1], 0))
 
 
 def _number(
@@ -181,17 +182,17 @@ def _bytes(text: tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.io.decode_raw(text, tf.uint8), tf.int32)
 
 
-def _text(encoded: tf.Tensor, found: tf.Tensor) -> tf.Tensor:
+def _text(encoded: tf.Tensor, span: tf.Tensor) -> tf.Tensor:
     """The text of a PNG text chunk; fields end with a null byte (PNG specification, 11.3.4)."""
-    chunk, how = _cut(encoded, found), found[2]
+    chunk, how = _cut(encoded, span), span[2]
     ends = tf.where(tf.equal(_bytes(chunk), 0))[:, 0]
-    ends = tf.pad(tf.cast(ends, tf.int32), [[0, 5]], constant_values=found[1])
+    ends = tf.pad(tf.cast(ends, tf.int32), [[0, 5]], constant_values=span[1])
     # tEXt: keyword, 0, text. zTXt: keyword, 0, 0, compressed text. iTXt: keyword, 0, compression
     # flag, 0, language, 0, translated keyword, 0, text.
-    is_flag = tf.equal(tf.strings.substr(chunk, tf.minimum(ends[0] + 1, found[1]), 1), b"\1")
+    is_flag = tf.equal(tf.strings.substr(chunk, tf.minimum(ends[0] + 1, span[1]), 1), b"\1")
     is_packed = (how == _PACKED_TEXT) | ((how == _INTERNATIONAL_TEXT) & is_flag)
     number = tf.where(how == _INTERNATIONAL_TEXT, tf.where(is_flag, 4, 5), how)
-    text = tf.strings.substr(chunk, tf.minimum(ends[number - 1] + 1, found[1]), found[1])
+    text = tf.strings.substr(chunk, tf.minimum(ends[number - 1] + 1, span[1]), span[1])
     is_packed &= tf.strings.length(text) <= MAX_PACKED
     return tf.cond(is_packed, lambda: tf.io.decode_compressed(text, "ZLIB"), lambda: text)
 

@@ -166,8 +166,8 @@ def _opened(context: RunContext) -> Iterator[None]:
                 write_provenance(context)
             elif not (run_dir / run_folder.PROVENANCE).is_file():
                 raise FileNotFoundError(
-                    f"worker {replicas.worker} does not see what the chief wrote to "
-                    f"{str(run_dir)!r}; the run folder must be one that all workers share"
+                    f"worker {replicas.worker} cannot see the files of the chief in "
+                    f"{str(run_dir)!r}; the run folder must be shared by all workers"
                 )
         yield
 

@@ -425,7 +425,7 @@ def _check_repeatable(classifier: Classifier, split: Split, keep_dropout: bool) 
     if np.array_equal(backbone(images), backbone(images)):
         return
     raise ValueError(
-        "the features of one image differ from run to run: noise lies before the tap "
-        f"({', '.join(backbone.random_nodes[:3])}); choose an input after it, a tap before it, or "
-        "turn it off with feeds"
+        "the features are not deterministic: random operations before the tap "
+        f"({', '.join(backbone.random_nodes[:3])}); choose an input after them, a tap before them, "
+        "or turn them off with feeds"
     )

@@ -124,7 +124,7 @@ class RunCheckpoint:
                     self._delete(f"best-{epoch}")
             return True
         if numbers:
-            raise ValueError(f"no checkpoint is left to go on from: {'; '.join(self.damaged)}")
+            raise ValueError(f"no readable checkpoint is left: {'; '.join(self.damaged)}")
         for epoch in self._numbers("best"):
             self._delete(f"best-{epoch}")
         return False
@@ -149,7 +149,7 @@ class RunCheckpoint:
         except _UNREADABLE as error:
             raise ValueError(
                 f"the best weights of the run, {str(self.directory / f'best-{numbers[-1]}')!r}, "
-                f"cannot be read ({_first_line(error)}); start the run anew"
+                f"cannot be read ({_first_line(error)}); start a new run"
             ) from error
         return [variable.numpy() for variable in copies["weights"]]
 
@@ -172,8 +172,8 @@ class RunCheckpoint:
             complete = [f"step-{number}" for number in self._numbers("step")]
             raise OSError(
                 f"cannot write checkpoint {str(path)!r} ({_first_line(error)}); "
-                + (f"{complete[-1]} is whole: " if complete else "there is none before it: ")
-                + "make room, or mend the folder, and start again with resume=True"
+                + (f"{complete[-1]} is complete: " if complete else "there is no earlier one: ")
+                + "free disk space or repair the folder, and continue with resume=True"
             ) from error
 
     def _read(self, name: str, state: dict[str, Any]) -> None:
