@@ -76,8 +76,8 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
     print(f"loss     {metrics['loss']:.4f}")
     if other := metrics.get("against"):
         print(
-            f"right where {other['run']} is wrong: {other['only_first']} images; the other way "
-            f"round: {other['only_second']}; p {other['p_value']:.3g} (McNemar, exact)"
+            f"correct where {other['run']} is wrong: {other['only_first']} images; vice versa: "
+            f"{other['only_second']}; p {other['p_value']:.3g} (McNemar's exact test)"
         )
     print(run / "report.html")
     if threshold is not None and metrics["accuracy"] < threshold:

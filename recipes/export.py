@@ -52,8 +52,8 @@ def export(run: Path, /, config: ExportConfig = ExportConfig()) -> int:
         )
     for name, row in metrics["exports"].items():
         print(
-            f"{name}: {row['megabytes']:.1f} MB; {row['same_label']:.1%} of the labels, "
-            f"probabilities to {row['max_difference']:.1g}"
+            f"{name}: {row['megabytes']:.1f} MB; {row['same_label']:.1%} equal labels, "
+            f"probabilities differ by at most {row['max_difference']:.1g}"
         )
     print(folder)
     return 0

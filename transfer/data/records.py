@@ -71,10 +71,10 @@ class TFRecords:
     def __init__(self, files: Sequence[str], num_examples: Sequence[int]):
         self._files = tf.constant(list(files), tf.string)
         offsets = [_offsets(Path(file)) for file in files]
-        for file, of_shard, expected in zip(files, offsets, num_examples, strict=True):
-            if len(of_shard) != expected:
+        for file, starts, expected in zip(files, offsets, num_examples, strict=True):
+            if len(starts) != expected:
                 raise ValueError(
-                    f"{str(file)!r} has {len(of_shard)} records; expected {expected}, as the "
+                    f"{str(file)!r} has {len(starts)} records; expected {expected}, as the "
                     "dataset's dataset_info.json says: copy or prepare it again"
                 )
         self._offsets = np.concatenate([*offsets, np.zeros(0, np.int64)])

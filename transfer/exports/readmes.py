@@ -47,8 +47,8 @@ import tensorflow as tf
 
 model = tf.saved_model.load("1")
 files = tf.constant([open("photo.jpg", "rb").read()])
-found = model.signatures["serving_default"](image_bytes=files)
-print(found["label"][0].numpy().decode(), found["probabilities"][0].numpy().max())
+outputs = model.signatures["serving_default"](image_bytes=files)
+print(outputs["label"][0].numpy().decode(), outputs["probabilities"][0].numpy().max())
 ```
 
 With TensorFlow Serving; `1` is the version number, and this folder contains the versions:
@@ -189,6 +189,6 @@ def text(
     return (
         template.format(**words)
         + f"\nCompared with the model it was made from, on {images}:\n\n"
-        + "| | MB | largest difference of a probability | same labels |\n|---|---|---|---|\n"
+        + "| | MB | largest difference of a probability | equal labels |\n|---|---|---|---|\n"
         + rows
     )

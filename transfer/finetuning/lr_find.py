@@ -52,8 +52,8 @@ def find_learning_rate(
         >>> from transfer.finetuning.setup import RunRequest
         >>> graph = load_meta_graph("embedded")
         >>> train, held_out = open_source("digits").train_and_eval_splits()
-        >>> found = find_learning_rate(RunRequest(graph, train, held_out))
-        >>> 1e-6 < found.suggestion < 1
+        >>> result = find_learning_rate(RunRequest(graph, train, held_out))
+        >>> 1e-6 < result.suggestion < 1
         True
     """
     options = request.options

@@ -381,7 +381,7 @@ def _report(options: FineTuneOptions, tap: str, network: Network) -> None:
         for mode in network.modes
     ]
     if network.batch_size is not None:
-        lines.append(f"the graph takes batches of {network.batch_size} only; others are filled up")
+        lines.append(f"the graph takes batches of {network.batch_size} only; others are padded")
     for line in lines:
         logger.info(line)
 
@@ -402,7 +402,7 @@ def _warn_if_stopped(network: Network, cut: str) -> None:
         shown = f"{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
         line = (
             f"the graph stops gradients at {tensor!r}: {len(names)} of the variables after the cut "
-            f"{cut!r} stay as they are ({shown})"
+            f"{cut!r} are not trained ({shown})"
         )
         with contextlib.suppress(ValueError):  # a branch bypasses the tensor
             graph_cut(network, tensor)
