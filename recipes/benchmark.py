@@ -1,10 +1,10 @@
-"""Compare cuts: accuracy against time, memory and disk, for a model and a dataset.
+"""Benchmark cuts of a model on a dataset: accuracy, time, memory and disk space.
 
     vgg-transfer benchmark
     vgg-transfer benchmark --model vgg16 --image-folder photos --cuts fc7,pool4,none --seeds 5
     vgg-transfer benchmark --dataset tf_flowers --epochs 5 --baseline keras
 
-Each run is a process of its own. Takes the flags of ``finetune``, for all runs alike.
+Each run is a separate process. The flags of ``finetune`` apply to all runs.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ class BenchmarkConfig(FinetuneConfig):
     """Flags of ``vgg-transfer benchmark``, with their defaults."""
 
     cuts: str | None = None
-    """What to compare: tensors to freeze up to, none, and scratch (all is trained, from random
-    weights), as in 'fc7,pool4,none'. [default: the tap, the two poolings in the middle of the
-    network, none and scratch]"""
+    """Cuts to compare, separated by commas, e.g. 'fc7,pool4,none': tensors to freeze up to; none
+    (full fine-tuning); scratch (full training from random weights). [default: the tap, the two
+    middle pooling layers, none and scratch]"""
     seeds: int = 3
-    """Runs of each, with --seed and the ones after it."""
+    """Runs per cut, with consecutive seeds starting at --seed."""
     baseline: tuple[Literal["keras", "keras-onednn"], ...] = ()
-    """Compare with keras.Model.fit on the same network and images, for as many epochs: with the
-    backbone's trainable=False, and with all of it trained. keras-onednn: with oneDNN turned on,
-    which is the default here and not in TensorFlow. May be given several times."""
+    """Also run keras.Model.fit on the same network, images and number of epochs: once with a
+    frozen backbone (trainable=False), once with all of it trained. keras-onednn: with oneDNN
+    enabled, as it is by default here but not in TensorFlow. Repeatable."""
     keep_models: bool = False
-    """Keep the models of the runs, not only their figures."""
+    """Keep the models of the runs, not only their metrics."""
 
 
 def benchmark(config: BenchmarkConfig = BenchmarkConfig()) -> int:

@@ -1,4 +1,4 @@
-"""What ``vgg-transfer benchmark`` does; its flags are in ``recipes.benchmark``."""
+"""Implementation of ``vgg-transfer benchmark``; its flags are in ``recipes.benchmark``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FROZEN, _FULL = "frozen", "full"
 
 @dataclass(frozen=True)
 class Run:
-    """One process: ``label`` is the row of the table that it belongs to."""
+    """One training process; ``label`` names its row of the results table."""
 
     label: str
     verb: str
@@ -42,13 +42,13 @@ class Run:
 
     @property
     def cache(self) -> Path:
-        """Where the activations of its row are."""
+        """The activation cache, shared by all runs of a row."""
         return self.folder.parent / "cache"
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The flags, with the folder and the rows decided."""
+    """The flags, with the output folder and row labels resolved."""
 
     config: BenchmarkConfig
     out: Path
@@ -56,14 +56,15 @@ class Benchmark:
 
 
 def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
-    """Do all runs that have no figures yet; returns the table, its folder, how many runs failed.
+    """Do all runs that have no metrics yet; returns the table, its folder and the number of failed
+    runs.
 
     Raises:
-        ValueError, OSError: if the flags do not fit, or the model cannot be opened.
+        ValueError, OSError: if the flags are inconsistent, or the model cannot be opened.
     """
     _check(config)
     graph, network = _open(config)
-    if config.image_folder:  # what the runs say is in their logs
+    if config.image_folder:  # logs its warnings here; those of the runs go to their log files
         open_source(image_folder=config.image_folder)
     size = parse_size(config.image_size) if config.image_size else graph.card.image_size
     cuts = list_cuts(network, size)
@@ -81,7 +82,7 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
 
 
 def _run_all(benchmark: Benchmark, cuts: Sequence[Cut]) -> tuple[str, int]:
-    """The table, and how many runs failed."""
+    """Returns the results table and the number of failed runs."""
     out, limits, keep_models = benchmark.out, _limits(benchmark), benchmark.config.keep_models
     records = []
     runs = list(_runs(benchmark))
@@ -106,10 +107,10 @@ def _check(config: BenchmarkConfig) -> None:
         "--solver": config.solver != "gradient",
         "--strategy": config.strategy != "auto",
     }
-    given = [flag for flag, value in unused.items() if value]
-    if given:
+    conflicting = [flag for flag, value in unused.items() if value]
+    if conflicting:
         raise ValueError(
-            f"benchmark chooses {', '.join(given)} itself; --cuts says what to compare"
+            f"benchmark chooses {', '.join(conflicting)} itself; --cuts says what to compare"
         )
     if config.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {config.seeds}")
@@ -118,7 +119,7 @@ def _check(config: BenchmarkConfig) -> None:
 
 
 def _open(config: BenchmarkConfig) -> tuple[MetaGraph, Network]:
-    """What the runs will take, to know its cuts."""
+    """The graph and network of the runs, to list the cuts."""
     graph = load_meta_graph(config.model, rename=parse_renames(config.rename))
     feeds = dict(parse_feed(assignment) for assignment in config.feed)
     tap = graph.tensor(config.tap or graph.card.tap or "fc7")
@@ -126,14 +127,14 @@ def _open(config: BenchmarkConfig) -> tuple[MetaGraph, Network]:
 
 
 def _check_cuts(labels: Sequence[str], graph: MetaGraph, network: Network) -> None:
-    """Before anything is run for hours."""
+    """Refuse invalid cuts before the slow runs start."""
     for label in labels:
         if label.strip() not in ("none", SCRATCH):
             cut(network, graph.tensor(label.strip()))
 
 
 def _runs(benchmark: Benchmark) -> Iterator[Run]:
-    """Row by row, so that the seeds of a row find each other's activations."""
+    """Row by row, so that the seeds of a row share cached activations."""
     config, labels = benchmark.config, benchmark.labels
     options = {
         field.name: getattr(config, field.name) for field in dataclasses.fields(FinetuneConfig)
@@ -143,40 +144,40 @@ def _runs(benchmark: Benchmark) -> Iterator[Run]:
         environment = dict(os.environ, TF_ENABLE_ONEDNN_OPTS="1")
         if baseline == "keras":
             environment.pop("TF_ENABLE_ONEDNN_OPTS")
-        for what, at in ((_FROZEN, "tap"), (_FULL, "none")):
-            if what == _FROZEN or {"none", SCRATCH} & {*labels}:
-                rows.append((f"{baseline} {what}", "keras-baseline", at, environment))
-    for label, verb, at, environment in rows:
+        for kind, cut_name in ((_FROZEN, "tap"), (_FULL, "none")):
+            if kind == _FROZEN or {"none", SCRATCH} & {*labels}:
+                rows.append((f"{baseline} {kind}", "keras-baseline", cut_name, environment))
+    for label, verb, cut_name, environment in rows:
         for seed in range(config.seed, config.seed + config.seeds):
             row = benchmark.out / label.replace("/", "-").replace(" ", "-")
             folder = row / f"seed-{seed}"
             changed: dict[str, Any] = {
-                "freeze_until": "none" if at == SCRATCH else at,
-                "random_weights": at == SCRATCH,
+                "freeze_until": "none" if cut_name == SCRATCH else cut_name,
+                "random_weights": cut_name == SCRATCH,
                 "seed": seed,
                 "out": folder,
                 "cache_dir": row / "cache",
                 "resume": False,
-                "strategy": "none",  # as the baselines
+                "strategy": "none",  # like the baselines
             }
             yield Run(label, verb, FinetuneConfig(**{**options, **changed}), folder, environment)
 
 
 def _record(item: Run, keep_models: bool) -> dict[str, Any]:
-    """The figures of a run, which is done if it has none yet."""
+    """The metrics of a run; the run is done first unless it has them already."""
     record: dict[str, Any] = {"label": item.label, "seed": item.config.seed}
     path = item.folder / run_folder.METRICS
     if not path.is_file():
-        run_folder.remove(item.folder)  # of a run that was cut off
+        run_folder.remove(item.folder)  # left by an interrupted run
         before = measurement.sgemm_gflops()
         error = _start(item.verb, item.config, item.folder, item.environment)
         if error is not None:
             return record | {"error": error}
         metrics = run_folder.read_json(path)
-        # Machines are faster at one time than at another, so each run has its own limit.
+        # The speed of a machine varies over time, so each run has its own limit.
         metrics["sgemm_gflops"] = (before + measurement.sgemm_gflops()) / 2
-        used = Cache(item.cache, 0).entries()
-        metrics["disk_mb"] = round(sum(entry.num_bytes for entry in used) / 1e6, 4)
+        cached = Cache(item.cache, 0).entries()
+        metrics["disk_mb"] = round(sum(entry.num_bytes for entry in cached) / 1e6, 4)
         run_folder.write_json(path, metrics)
         if not keep_models:
             retention.delete(item.folder / run_folder.MODEL)
@@ -185,10 +186,10 @@ def _record(item: Run, keep_models: bool) -> dict[str, Any]:
 
 
 def _limits(benchmark: Benchmark) -> dict[str, float]:
-    """What the machine can do; see ``recipes.benchmark_limits``."""
+    """Measure the machine's peak throughput; see ``recipes.benchmark_limits``."""
     path = benchmark.out / LIMITS
     if not path.is_file():
-        terminal.say("the machine: matrix products, a forward pass, the input pipeline")
+        terminal.say("measuring the machine: matrix products, forward pass, input pipeline")
         (item, *_) = _runs(benchmark)
         folder = benchmark.out / "limits"
         run_folder.remove(folder)
@@ -200,7 +201,7 @@ def _limits(benchmark: Benchmark) -> dict[str, float]:
             dict(os.environ),
         )
         if error is not None:
-            raise ValueError(error)  # what the runs would fail with, too
+            raise ValueError(error)  # the runs would fail with the same error
         os.replace(folder / LIMITS, path)
     return run_folder.read_json(path)
 
@@ -208,9 +209,9 @@ def _limits(benchmark: Benchmark) -> dict[str, float]:
 def _start(
     verb: str, config: FinetuneConfig, folder: Path, environment: dict[str, str]
 ) -> str | None:
-    """Run a verb with a config in a process of its own; what it failed with, if it did.
+    """Run a subcommand in a child process; returns its error message, or ``None`` on success.
 
-    Its output goes to a log beside its folder.
+    Its output goes to a log file beside its folder.
     """
     files.make_folder(folder.parent)
     flags, log = folder.with_suffix(".yaml"), folder.with_suffix(".log")

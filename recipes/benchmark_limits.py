@@ -1,5 +1,5 @@
-"""What a machine can do, to hold a benchmark against: products of matrices, a forward pass of the
-network, and the input pipeline. A process of ``vgg-transfer benchmark``."""
+"""Upper bounds for a benchmark: throughput of matrix multiplication, of a forward pass of the
+network, and of the input pipeline. A child process of ``vgg-transfer benchmark``."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 from recipes.finetune_flags import DEFAULTS, FinetuneConfig
 from recipes.startup import job
 
-_PASSES = 10  # of a batch through the network
-_MAX_IMAGES = 2000  # through the pipeline
+_PASSES = 10  # forward passes of one batch
+_MAX_IMAGES = 2000  # read by the input pipeline
 
 
 def benchmark_limits(config: FinetuneConfig = DEFAULTS) -> int:
-    """Measure, and write limits.json."""
+    """Measure the machine's limits and write limits.json."""
     with job():
         run(config)
     return 0
 
 
 def run(config: FinetuneConfig) -> None:
-    """Writes ``limits.json``: ``sgemm_gflops``, ``forward_images_per_s`` (of the network
-    alone), ``pipeline_images_per_s`` (read, decoded, resized, preprocessed)."""
+    """Write ``limits.json``: ``sgemm_gflops``, ``forward_images_per_s`` (network only),
+    ``pipeline_images_per_s`` (read, decode, resize, preprocess)."""
     import tensorflow as tf
 
     from recipes.finetune_request import request
@@ -38,13 +38,13 @@ def run(config: FinetuneConfig) -> None:
     forward = Compiled(work.classifier.backbone)
     shape = [EXTRACTION_BATCH, *preprocess.shape]
     images = tf.random.stateless_uniform(shape, [0, 0])
-    forward(images)  # traces, and touches its memory for the first time
+    forward(images)  # warm-up: traces the function and allocates its memory
 
     def passes() -> None:
         for _ in range(_PASSES):
             forward(images).numpy()
 
-    one_pass = _seconds(passes) / _PASSES  # what it can keep up, not its best moment
+    one_pass = _seconds(passes) / _PASSES  # sustained speed, not the best pass
     batches = work.train.batches(preprocess, EXTRACTION_BATCH)
     num_images = min(len(work.train), _MAX_IMAGES)
 
@@ -64,7 +64,7 @@ def run(config: FinetuneConfig) -> None:
 
 
 def _best(work: Callable[[], Any], repeat: int = 3) -> float:
-    """Seconds; a noisy machine only ever adds to them."""
+    """Shortest wall time in seconds: noise only adds time."""
     work()
     return min(_seconds(work) for _ in range(repeat))
 

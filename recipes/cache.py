@@ -1,9 +1,9 @@
-"""See and clear the activations that fine-tuning runs keep on disk.
+"""List and clear the activation cache of fine-tuning runs on disk.
 
     vgg-transfer cache list
     vgg-transfer cache clear --older-than-days 30
 
-Everything there can be computed again.
+Everything in the cache can be recomputed.
 """
 
 from __future__ import annotations
@@ -17,21 +17,25 @@ from recipes.startup import job
 
 
 def cache(
-    action: Annotated[Literal["list", "clear"], Parameter(help="What to do.")],
+    action: Annotated[Literal["list", "clear"], Parameter(help="List or delete entries.")],
     digests: Annotated[
         tuple[str, ...],
-        Parameter(help="clear: only these entries; the first letters will do."),
+        Parameter(help="clear: delete only entries whose digests start with these characters."),
     ] = (),
     *,
     cache_dir: Annotated[
-        Path | None, Parameter(help="Folder of the activations. [default: the user's]")
+        Path | None,
+        Parameter(
+            help="Folder of the activation cache. [default: vgg-transfer in the user's cache "
+            "folder]"
+        ),
     ] = None,
     older_than_days: Annotated[
-        float | None, Parameter(help="clear: only what was not used for so long.")
+        float | None, Parameter(help="clear: delete only entries unused for this many days.")
     ] = None,
-    json: Annotated[bool, Parameter(help="list: as JSON.")] = False,
+    json: Annotated[bool, Parameter(help="list: print JSON.")] = False,
 ) -> int:
-    """List or clear the activations that are kept on disk."""
+    """List or clear the activation cache on disk."""
     with job():
         from recipes.cache_job import clear, show
         from transfer.activations.cache import default_directory

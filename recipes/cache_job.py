@@ -1,4 +1,4 @@
-"""What ``vgg-transfer cache`` does; its flags are in ``recipes.cache``."""
+"""Implementation of ``vgg-transfer cache``; its flags are in ``recipes.cache``."""
 
 from __future__ import annotations
 
@@ -11,52 +11,51 @@ from datetime import datetime
 from pathlib import Path
 
 from recipes import terminal
-from transfer.activations.cache import Cache, Listed
+from transfer.activations.cache import Cache, CacheEntryInfo
 
 
 def show(directory: Path, *, as_json: bool) -> None:
-    """Print all entries, those that were used last first; warn of what is damaged."""
+    """Print all entries, most recently used first; warn about damaged ones."""
     cache = _cache(directory)
-    listed = sorted(cache.entries(), key=lambda e: e.last_used, reverse=True)
+    entries = sorted(cache.entries(), key=lambda e: e.last_used, reverse=True)
     for name, reason in cache.damaged().items():
         print(f"warning: {terminal.escaped(name)} is not an entry: {reason}", file=sys.stderr)
     if as_json:
-        print(json.dumps([dataclasses.asdict(entry) for entry in listed], indent=2))
+        print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
         return
-    for entry in listed:
+    for entry in entries:
         used = datetime.fromtimestamp(entry.last_used).strftime("%Y-%m-%d %H:%M")
         key = entry.key
         splits = key.get("splits")
-        what = (
+        description = (
             f"{key.get('cut')} of {Path(str(key.get('model'))).name}, {key.get('dataset')} "
             f"{'+'.join(map(str, splits)) if isinstance(splits, list) else splits}"
         )
         if key.get("view_seed") is not None:
-            what += f", view {key['view_seed']}"
+            description += f", view {key['view_seed']}"
         print(
             f"{entry.digest[:12]}  {used}  {entry.num_bytes / 1e6:10,.1f} MB  "
-            f"{entry.num_rows:8,} images  {terminal.escaped(what)}"
+            f"{entry.num_rows:8,} images  {terminal.escaped(description)}"
         )
-    total = sum(entry.num_bytes for entry in listed)
-    print(f"{len(listed)} entries, {total / 1e6:,.1f} MB in {directory}")
+    total = sum(entry.num_bytes for entry in entries)
+    print(f"{len(entries)} entries, {total / 1e6:,.1f} MB in {directory}")
 
 
 def clear(directory: Path, digests: Sequence[str], older_than_days: float | None) -> None:
-    """Delete entries: those whose digests begin so, or all; only old ones, if an age is given.
+    """Delete the entries whose digests start with ``digests`` (all if empty), optionally only those
+    unused for longer than ``older_than_days``.
 
     Raises:
-        ValueError: if a digest names no entry.
+        ValueError: if no entry starts with one of the digests.
     """
     cache = _cache(directory)
-    listed = cache.entries()
+    entries = cache.entries()
     for digest in digests:
-        if not any(entry.digest.startswith(digest) for entry in listed):
-            raise ValueError(
-                f"no entry {digest!r} in {directory}; `cache list` shows what there is"
-            )
+        if not any(entry.digest.startswith(digest) for entry in entries):
+            raise ValueError(f"no entry {digest!r} in {directory}; `cache list` shows all entries")
     chosen = [
         entry
-        for entry in listed
+        for entry in entries
         if (not digests or entry.digest.startswith(tuple(digests)))
         and _is_old(entry, older_than_days)
     ]
@@ -70,14 +69,17 @@ def clear(directory: Path, digests: Sequence[str], older_than_days: float | None
             print(f"{str(folder)!r} stays: it holds other files", file=sys.stderr)
 
 
-def _is_old(entry: Listed, days: float | None) -> bool:
+def _is_old(entry: CacheEntryInfo, days: float | None) -> bool:
     return days is None or time.time() - entry.last_used > days * 24 * 3600
 
 
 def _cache(directory: Path) -> Cache:
-    """Raises:
-    NotADirectoryError: if it is a file."""
-    cache = Cache(directory, limit_bytes=0)  # nothing is added
+    """Open the cache in a directory.
+
+    Raises:
+        NotADirectoryError: if it is a file.
+    """
+    cache = Cache(directory, limit_bytes=0)  # opened to list and delete only
     if cache.directory.exists() and not cache.directory.is_dir():
         raise NotADirectoryError(f"{str(directory)!r} is a file; expected the folder of a cache")
     return cache

@@ -1,10 +1,10 @@
-"""Look for what is wrong with a dataset before training on it.
+"""Check a dataset for errors before training on it.
 
     vgg-transfer check-data --image-folder photos
     vgg-transfer check-data --dataset tf_flowers --data-dir data --json
 
-Unreadable images, the same picture twice (above all in both splits: then evaluation flatters),
-labels that look wrong, rare and missing classes.
+Reports unreadable images, duplicates and near-duplicates (leakage between the two splits makes the
+accuracy too high), probably wrong labels, rare and missing classes.
 """
 
 from __future__ import annotations
@@ -25,27 +25,28 @@ class CheckDataConfig:
     dataset: str | None = None
     """Name of a tfds dataset. [default: digits, which is embedded]"""
     data_dir: str | None = None
-    """Where tfds datasets are, or the directory of one. [default: ~/tensorflow_datasets]"""
+    """Directory of tfds datasets, or of one prepared dataset. [default: ~/tensorflow_datasets]"""
     image_folder: str | None = None
-    """A folder of images per class, or of splits with such folders, instead of a dataset."""
+    """Folder with one subfolder of images per class, or with split folders that contain them;
+    replaces --dataset."""
     train_split: str = "auto"
     """Split to train on."""
     eval_split: str = "auto"
-    """Split to evaluate on, as of finetune."""
+    """Split to evaluate on; auto as in finetune."""
     model: str = "embedded"
-    """Whose features labels are judged by; 'none' leaves labels alone."""
+    """Model whose features are used to find wrong labels; 'none' skips this check."""
     preprocess: str | None = None
-    """What the weights expect. [default: the card's]"""
+    """Preprocessing that the weights expect. [default: the card's]"""
     show: int = 20
-    """Findings of each kind to list; --json has all."""
+    """Findings of each kind to list; --json lists all."""
     json: Annotated[bool, Parameter(negative=())] = False
-    """Print JSON, for programs."""
+    """Print JSON."""
     strict: Annotated[bool, Parameter(negative=())] = False
     """Exit with status 1 if an image is unreadable, or in both splits."""
 
 
 def check_data(config: CheckDataConfig = CheckDataConfig()) -> int:
-    """List unreadable, duplicate and mislabelled-looking images, and rare classes."""
+    """Find unreadable, duplicate and probably mislabelled images, and rare classes."""
     with job():
         from recipes.check_data_job import run
 

@@ -1,4 +1,4 @@
-"""What ``vgg-transfer check-data`` does; its flags are in ``recipes.check_data``."""
+"""Implementation of ``vgg-transfer check-data``; its flags are in ``recipes.check_data``."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from transfer.runs import run_data
 
 
 def run(config: CheckDataConfig) -> tuple[str, bool]:
-    """What was found, to print, and whether it is free of the worst."""
+    """Returns the report to print, and whether no image is unreadable or in both splits."""
     source = open_source(
         config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
     )
     with remembered(source):
         train, held_out = run_data.splits(source, config.train_split, config.eval_split)
-        # One selection, so that each image is looked at once.
+        # One split, so that each image is decoded once.
         both = Split(source, train.parts + held_out.parts)
-        found = data_checks.look(both, lambda files: measurement.progress(files, "images", "image"))
+        scan = data_checks.scan(both, lambda files: measurement.progress(files, "images", "image"))
     in_train = np.arange(len(both)) < len(train)
 
     names = both.names
-    groups = data_checks.duplicates(found)
+    groups = data_checks.duplicates(scan)
     leaks = [group for group in groups if 0 < in_train[group].sum() < len(group)]
     findings: dict[str, Any] = {
         "dataset": source.name,
@@ -40,7 +40,7 @@ def run(config: CheckDataConfig) -> tuple[str, bool]:
         "num_held_out": len(held_out),
         "classes": _counts(source.class_names, train.labels, held_out.labels),
         "balance": data_checks.describe_balance(source.class_names, train.labels, held_out.labels),
-        "unreadable": [names[index] for index in np.flatnonzero(found.unreadable)],
+        "unreadable": [names[index] for index in np.flatnonzero(scan.unreadable)],
         "in_both_splits": [[names[index] for index in group] for group in leaks],
         "duplicates": [[names[i] for i in group] for group in groups if group not in leaks],
         "other_label": [
@@ -51,7 +51,7 @@ def run(config: CheckDataConfig) -> tuple[str, bool]:
         findings["passed_over"] = [name for name, _ in source.passed_over.files]
         findings["empty_classes"] = source.passed_over.empty_classes
     if config.model != "none":
-        readable = both.where(~found.unreadable)
+        readable = both.where(~scan.unreadable)
         counts = np.bincount(readable.labels, minlength=len(source.class_names))
         judged = readable.where(counts[readable.labels] > 1)
         findings["not_judged"] = [
@@ -61,13 +61,13 @@ def run(config: CheckDataConfig) -> tuple[str, bool]:
         if len(np.unique(judged.labels)) > 1:
             findings["doubtful_labels"] = _doubtful(config, judged)
     text = json.dumps(findings, indent=2) if config.json else _text(findings, config.show)
-    return text, not leaks and not found.unreadable.any()
+    return text, not leaks and not scan.unreadable.any()
 
 
 def _counts(
     class_names: list[str], train: np.ndarray, held_out: np.ndarray
 ) -> dict[str, list[int]]:
-    """Class to the numbers of its images in the two splits."""
+    """Class name to its numbers of training and held-out images."""
     counts = [np.bincount(labels, minlength=len(class_names)) for labels in (train, held_out)]
     return {name: [int(n[i]) for n in counts] for i, name in enumerate(class_names)}
 
@@ -109,7 +109,7 @@ def _text(findings: dict[str, Any], show: int) -> str:
         _list("unreadable", findings["unreadable"], show),
         _list("in both splits", map(" = ".join, findings["in_both_splits"]), show),
         _list("twice in a split", map(" = ".join, findings["duplicates"]), show),
-        _list("the same with another label", map(" = ".join, findings["other_label"]), show),
+        _list("duplicates with different labels", map(" = ".join, findings["other_label"]), show),
     ]
     if passed_over := findings.get("passed_over"):
         parts.append(_list("files passed over", passed_over, show))
@@ -118,7 +118,7 @@ def _text(findings: dict[str, Any], show: int) -> str:
     if "doubtful_labels" in findings:
         parts.append(
             _list(
-                "labels to look at (judged by the other images)",
+                "labels to review (predicted from the other images)",
                 (
                     f"{row['image']}: {row['label']} {row['probability']:.3f}, rather "
                     f"{row['looks_like']} {row['its_probability']:.3f}"
@@ -130,7 +130,7 @@ def _text(findings: dict[str, Any], show: int) -> str:
     return "\n".join(parts)
 
 
-def _list(what: str, items: Any, show: int) -> str:
+def _list(title: str, items: Any, show: int) -> str:
     lines = [terminal.escaped(line) for line in items]
     more = [f"  ... and {len(lines) - show} more"] if len(lines) > show else []
-    return "\n".join([f"{what}: {len(lines)}", *(f"  {line}" for line in lines[:show]), *more])
+    return "\n".join([f"{title}: {len(lines)}", *(f"  {line}" for line in lines[:show]), *more])

@@ -1,9 +1,9 @@
-"""``vgg-transfer VERB``: reads flags, runs the verb, turns errors into one line and an exit status.
+"""Entry point ``vgg-transfer VERB``: parses flags, runs the subcommand, and turns exceptions into a
+one-line message and an exit status.
 
-Exit status: 0 done, or whoever reads the results has had enough of them; 1 an error (one line on
-standard error; ``--debug`` shows where), 2 wrong usage, 130 or 143 interrupted (Ctrl-C, SIGTERM).
-Nothing here imports TensorFlow, so that ``--help``
-answers at once.
+Exit status: 0 success, or the reader of standard output closed it (``| head``); 1 an error (one
+line on standard error; ``--debug`` shows the traceback), 2 wrong usage, 130 or 143 interrupted
+(Ctrl-C, SIGTERM). Nothing here imports TensorFlow, so that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VERBS = (
     "pretrain",
 )
 
-BENCHMARK_VERBS = ("benchmark-limits", "keras-baseline")  # processes that it starts
+BENCHMARK_VERBS = ("benchmark-limits", "keras-baseline")  # child processes of benchmark
 
 app = App(
     name="vgg-transfer",
@@ -61,13 +61,13 @@ def _launch(
     """Transfer learning with pretrained VGG networks that come as TensorFlow meta graphs.
 
     Args:
-        config: a YAML file with flags, such as a run's config.yaml; flags given beside it win.
+        config: a YAML file with flags, such as a run's config.yaml; command-line flags override it.
         debug: show the traceback of an error.
     """
     del debug  # read in main, where errors are caught
     if config is not None:
         flags = yaml_files.read_flags(config.expanduser())
-        # By verb: in a flat file, cyclopts passes over flags that are called as a verb is (cache).
+        # Keyed by verb: in a flat file, cyclopts ignores flags named like a verb (cache).
         by_verb = dict.fromkeys((*VERBS, *BENCHMARK_VERBS), flags)
         app.config = (cyclopts.config.Dict(by_verb, source=str(config)),)
     return app(tokens, exit_on_error=False, print_error=False)
@@ -77,10 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if "keras-baseline" not in arguments:  # which shows what TensorFlow does by itself
-        # It turns oneDNN on for some processors only; AVX2 gains as much. See docs/performance.md.
+    if "keras-baseline" not in arguments:  # the baseline keeps TensorFlow's defaults
+        # TensorFlow enables oneDNN on some CPUs only; AVX2 gains as much. See docs/performance.md.
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    app.config = ()  # not that of an earlier call, which the parsing of --config would read
+    app.config = ()  # drop the config of an earlier call, which parsing --config would read
     with terminal.escaping():
         return _run(arguments)
 
@@ -97,15 +97,15 @@ def _run(arguments: list[str]) -> int:
         print(f"error: {terminal.escaped(str(error)) or 'interrupted'}", file=sys.stderr)
         return error.status if isinstance(error, console.Stopped) else 130
     except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # how rich ends, which prints --help
+        if isinstance(error.__context__, BrokenPipeError):  # from rich, which prints --help
             return 0
         raise
     except Exception as error:
         if isinstance(error, BrokenPipeError):
-            # Which one is closed: that of the results (predict | head -1), or of the progress?
+            # Which stream is closed: stdout (predict | head -1), or stderr?
             closed = [terminal.is_closed(stream) for stream in (sys.stdout, sys.stderr)]
             if any(closed):
-                return 0 if closed[0] else 141  # as of a process that SIGPIPE ends
+                return 0 if closed[0] else 141  # as for a process killed by SIGPIPE
         if "--debug" in arguments:
             raise
         print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -114,6 +114,6 @@ def _run(arguments: list[str]) -> int:
 
 def _one_line(error: BaseException) -> str:
     text = console.with_flags(" ".join(str(error).split()))
-    # What the project raises on purpose speaks for itself; anything else needs its type.
+    # Exceptions raised on purpose have clear messages; others need their type.
     expected = (ValueError, ArithmeticError, OSError, cyclopts.CycloptsError)
     return text if text and isinstance(error, expected) else f"{type(error).__name__}: {text}"

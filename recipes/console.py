@@ -1,4 +1,4 @@
-"""What the command line prints: accuracies, progress bars, log lines."""
+"""Console output of the command line: accuracies, progress bars, log lines."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ _FLAGS = {option.name: option.name for option in fields(FinetuneConfig)} | {
     "run_dir": "out",
     "feeds": "feed",
     "formats": "format",
-    # Of export, convert and pretrain.
+    # Arguments of export, convert and pretrain.
     **{
         name: name
         for name in ("num_images", "num_examples", "spatial_order", "pooling", "leave_out", "arch")
     },
     **{name: name for name in ("small_epochs", "small_size")},
 }
-"""Arguments of the library to flags."""
+"""Library argument name to flag name."""
 
 
-def describe_accuracy(figures: dict[str, Any], what: str) -> str:
-    """The accuracy with its interval, for a person."""
-    low, high = figures["accuracy_ci95"]
+def describe_accuracy(metrics: dict[str, Any], images: str) -> str:
+    """Format the accuracy with its confidence interval; ``images`` names what was evaluated on."""
+    low, high = metrics["accuracy_ci95"]
     return (
-        f"accuracy {figures['accuracy']:.4f} on {figures['num_examples']} {what} "
+        f"accuracy {metrics['accuracy']:.4f} on {metrics['num_examples']} {images} "
         f"(95 % interval {low:.4f} to {high:.4f})"
     )
 
 
-def download_bar(what: str, done: int, total: int) -> Any:
-    """A progress bar of bytes on standard error, for ``with`` and ``update``."""
+def download_bar(title: str, done: int, total: int) -> Any:
+    """A tqdm progress bar in bytes on standard error; a context manager."""
     from tqdm import tqdm
 
     return tqdm(
-        desc=terminal.escaped(what),
+        desc=terminal.escaped(title),
         initial=done,
         total=total,
         unit="B",
@@ -52,39 +52,39 @@ def download_bar(what: str, done: int, total: int) -> Any:
 
 
 def with_flags(text: str) -> str:
-    """A message of the library with its arguments as flags.
+    """Replace argument names in a library message by the command-line flags.
 
     ``views=N`` becomes ``--views N``, ``resume=True`` ``--resume``, ``run_dir`` ``--out`` and
     ``feeds={'keep_prob:0': 1.0}`` ``--feed=keep_prob:0=1.0``.
     """
-    either = "|".join(sorted(_FLAGS, key=len, reverse=True))
+    names = "|".join(sorted(_FLAGS, key=len, reverse=True))
     text = re.sub(
-        rf"\b({either})=\{{'([^']*)': '?([^'}}]*)'?\}}",
-        lambda found: f"--{_FLAGS[found[1]]}={found[2]}={found[3]}",
+        rf"\b({names})=\{{'([^']*)': '?([^'}}]*)'?\}}",
+        lambda match: f"--{_FLAGS[match[1]]}={match[2]}={match[3]}",
         text,
     )
     return re.sub(
-        rf"(?<![\w./:'\"-])({either})(=True\b|=(?=[\S])|(?![\w./:'\"=]))",
+        rf"(?<![\w./:'\"-])({names})(=True\b|=(?=[\S])|(?![\w./:'\"=]))",
         _as_flag,
         text,
     )
 
 
-def _as_flag(found: re.Match[str]) -> str:
-    name, value = found.groups()
+def _as_flag(match: re.Match[str]) -> str:
+    name, value = match.groups()
     if not value and "_" not in name:
         return name  # may be an ordinary word
     return f"--{_FLAGS[name].replace('_', '-')}{' ' if value == '=' else ''}"
 
 
 def verbosity() -> int:
-    """For Keras: a bar for a person, a line an epoch for a log file."""
+    """Keras ``verbose``: 1 (progress bar) on a terminal, 2 (one line per epoch) otherwise."""
     return 1 if sys.stderr.isatty() else 2
 
 
 @contextlib.contextmanager
 def resumable(verb: str) -> Iterator[None]:
-    """Say how an interrupted run is continued from the command line.
+    """On interruption, tell the user the command that resumes the run.
 
     Raises:
         Stopped: in place of ``Interrupted``.
@@ -97,14 +97,14 @@ def resumable(verb: str) -> Iterator[None]:
     except Interrupted as error:
         run_dir = error.run_dir
         raise Stopped(
-            f"interrupted; go on with: vgg-transfer {verb} --config {run_dir / run_folder.CONFIG} "
+            f"interrupted; resume with: vgg-transfer {verb} --config {run_dir / run_folder.CONFIG} "
             f"--out {run_dir} --resume",
             error.status,
         ) from error
 
 
 class Stopped(KeyboardInterrupt):
-    """A run was asked to end; ``status`` is the exit status of the process."""
+    """A run was interrupted; ``status`` is the exit status of the process."""
 
     def __init__(self, message: str, status: int):
         super().__init__(message)
@@ -112,7 +112,8 @@ class Stopped(KeyboardInterrupt):
 
 
 class LogLines(logging.Handler):
-    """Log records of the library as lines on standard error: ``warning: ...``, or as they are."""
+    """Logging handler that writes lines to standard error, with ``warning: `` and higher levels as
+    a prefix."""
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
@@ -120,7 +121,7 @@ class LogLines(logging.Handler):
 
 
 def log_to_stderr() -> None:
-    """Show what the library logs."""
+    """Show the library's log messages (INFO and above) on standard error."""
     logger = logging.getLogger("transfer")
     if not any(isinstance(handler, LogLines) for handler in logger.handlers):
         logger.addHandler(LogLines())

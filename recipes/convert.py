@@ -1,9 +1,9 @@
-"""From published weights of a VGG to a meta graph with its checkpoint and card.
+"""Convert published VGG weights to a meta graph with its checkpoint and card.
 
     vgg-transfer convert vgg16_weights_tf_dim_ordering_tf_kernels.h5 --out models/vgg16
     vgg-transfer convert vgg16-397923af.pth --out models/vgg16_torch
 
-What a file is follows from what it holds, not from its name. Nothing in it is run.
+The file format is detected from the content, not the name. No code in the file is executed.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ class ConvertConfig:
     """Flags of ``vgg-transfer convert``, with their defaults."""
 
     out: Path
-    """Prefix of the model to write, e.g. models/vgg16."""
+    """Checkpoint prefix of the model to write, e.g. models/vgg16."""
     convolutional: bool = False
-    """Write fc6 to fc8 as convolutions, so that images of any size from 32 pixels up fit."""
+    """Write fc6 to fc8 as convolutions, to accept images of any size from 32 pixels up."""
     preprocess: str | None = None
-    """What the weights expect: caffe, slim, torch, tf, unit or none; or means of their own, e.g.
-    '{"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}'. [default: what the file says; for a
-    file that is known by its hash, what it was published with; else what others of its layout were,
-    with a warning]"""
+    """Preprocessing that the weights expect: caffe, slim, torch, tf, unit or none; or custom means,
+    e.g. '{"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}'. [default: as stored in the file;
+    for a file with a known hash, as published; else as usual for its layout, with a warning]"""
     labels: Path | None = None
-    """File with one class name a line. [default: the file's own, or the names of ImageNet where
-    there are 1000]"""
+    """File with one class name per line. [default: the names in the weights file, or the ImageNet
+    names for 1000 classes]"""
     spatial_order: Literal["auto", "rows", "columns"] = "auto"
-    """Which of the spatial axes of the kernels comes first; old MatConvNet files have the columns
-    first. auto: by the age of the file."""
+    """Spatial axis of the kernels that comes first; old MatConvNet files are columns-first. auto:
+    decided by the age of the file."""
     pooling: Literal["flatten", "average"] | None = None
-    """What stands before the first fully connected layer; needed where its inputs are as many as
-    the last convolution has outputs and the file does not say."""
+    """Operation before the first fully connected layer; needed if that layer has as many inputs as
+    the last convolution has output channels and the file does not say which one it is."""
     leave_out: tuple[str, ...] = ()
-    """Arrays of the file that do not matter for its features, e.g. 'extras.*'; repeatable."""
+    """Arrays in the file to ignore, because the features do not depend on them, e.g. 'extras.*'.
+    Repeatable."""
 
 
 def convert(
@@ -56,7 +56,7 @@ def convert(
     *,
     config: ConvertConfig,
 ) -> int:
-    """Convert published weights of a VGG to a meta graph."""
+    """Convert published VGG weights to a meta graph."""
     with job():
         from recipes.convert_report import lines_of
         from transfer.vgg.published.conversion import convert as convert_file

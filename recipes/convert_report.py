@@ -1,4 +1,4 @@
-"""What ``convert`` and ``pull`` print of a conversion."""
+"""Text report of a conversion, printed by ``convert`` and ``pull``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from transfer.vgg.published.conversion import Conversion
 
 
 def lines_of(conversion: Conversion) -> list[str]:
-    """What the model is, how that is known, and what was assumed."""
+    """Lines that describe the model, its origin, and the assumptions made."""
     num_classes, origin = conversion.num_classes, conversion.origin
     lines = [
         f"{conversion.network}, {conversion.num_parameters:,} parameters, "

@@ -1,4 +1,4 @@
-"""Errors about images, with the flag that helps."""
+"""Adds the flag that helps to errors about unreadable images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transfer.data.dataset import UnreadableImageError
 
 @contextlib.contextmanager
 def skip_suggested() -> Iterator[None]:
-    """Errors about images that cannot be decoded name the flag that leaves these out."""
+    """Mention --skip-unreadable in errors about images that cannot be decoded."""
     try:
         yield
     except UnreadableImageError as error:

@@ -1,11 +1,11 @@
-"""Export a fine-tuned model, with its preprocessing, to be used elsewhere.
+"""Export a fine-tuned model, including its preprocessing, for deployment.
 
     vgg-transfer export RUN
     vgg-transfer export RUN --format saved_model,onnx
 
-Each format goes to a folder of its own in RUN/export, with a README that says how to call it. It is
-run on images that the run held out, and compared with the model itself, before it is there; what
-came out is in export.json.
+Each format is written to its own folder in RUN/export, with a README that shows how to call it.
+Before an export is moved there, its predictions on held-out images are compared with those of the
+model; export.json has the result.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class ExportConfig:
     """Flags of ``vgg-transfer export``, with their defaults."""
 
     format: str | None = None
-    """meta_graph, saved_model, tflite, onnx, keras, or several with commas between. [default: all;
-    onnx if vgg-transfer[onnx] is installed]"""
+    """meta_graph, saved_model, tflite, onnx, keras, or a comma-separated list. [default: all; onnx
+    only if vgg-transfer[onnx] is installed]"""
     num_images: int = 32
-    """Images to compare on."""
+    """Held-out images on which the export is compared with the model."""
     num_examples: int = 100
-    """Images from which TFLite's int8 learns which range its integers must cover."""
+    """Calibration images for TFLite int8 quantization."""
     out: Path | None = None
-    """Folder of the exports. [default: RUN/export]"""
+    """Output folder. [default: RUN/export]"""
 
 
 def export(run: Path, /, config: ExportConfig = ExportConfig()) -> int:
@@ -52,8 +52,8 @@ def export(run: Path, /, config: ExportConfig = ExportConfig()) -> int:
         )
     for name, row in metrics["exports"].items():
         print(
-            f"{name}: {row['megabytes']:.1f} MB; {row['same_label']:.1%} of the labels, "
-            f"probabilities to {row['max_difference']:.1g}"
+            f"{name}: {row['megabytes']:.1f} MB; {row['same_label']:.1%} equal labels, "
+            f"probabilities differ by at most {row['max_difference']:.1g}"
         )
     print(folder)
     return 0

@@ -1,10 +1,10 @@
-"""The main job: from a pretrained network and labelled images to a fine-tuned classifier.
+"""Fine-tune a pretrained network on labelled images.
 
     vgg-transfer finetune
     vgg-transfer finetune --model vgg16 --preprocess caffe --image-folder photos
     vgg-transfer finetune --dataset tf_flowers --freeze-until none
 
-The first fine-tunes the embedded model on the embedded digits. The README says what to expect.
+The first command fine-tunes the embedded model on the embedded digits; the README shows its output.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def finetune(config: FinetuneConfig = DEFAULTS) -> int:
         with console.resumable("finetune"), skip_suggested():
             result = run(request(config, replicas))
     if not result.metrics:
-        return 0  # the chief reports
+        return 0  # only the chief prints the results
     print(console.describe_accuracy(result.metrics["eval"], "held-out images"))
     print(result.run_dir)
     return 0

@@ -1,4 +1,4 @@
-"""From the flags of ``finetune`` to a request of the library: model and images opened."""
+"""Builds a ``RunRequest`` from the flags of ``finetune``: opens the model and the images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from transfer.finetuning.setup import RunRequest
 from transfer.models.meta_graph import load_meta_graph
 from transfer.runs import run_data, run_folder
 
-# Beside the options, what config.yaml has of the flags.
+# Flags recorded in config.yaml besides the options.
 _RECORDED = (
     "feed",
     "rename",
@@ -33,7 +33,7 @@ _RECORDED = (
 
 
 def request(config: FinetuneConfig, replicas: Replicas | None = None) -> RunRequest:
-    """Open model and images.
+    """Open the model and the images.
 
     Raises:
         ValueError, OSError: see the library functions.
@@ -51,8 +51,8 @@ def request(config: FinetuneConfig, replicas: Replicas | None = None) -> RunRequ
     source = open_source(
         config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
     )
-    kept = remembered(source, config.cache_dir) if config.cache == "disk" else None
-    with kept or contextlib.nullcontext():
+    on_disk = remembered(source, config.cache_dir) if config.cache == "disk" else None
+    with on_disk or contextlib.nullcontext():
         train, held_out = run_data.splits(
             source,
             config.train_split,
@@ -77,5 +77,5 @@ def request(config: FinetuneConfig, replicas: Replicas | None = None) -> RunRequ
 
 
 def flags_of(config: Any) -> dict[str, Any]:
-    """All flags of a verb, for ``config.yaml``."""
+    """All flags of a subcommand, for ``config.yaml``."""
     return {option.name: getattr(config, option.name) for option in fields(config)}

@@ -1,9 +1,9 @@
-"""Look into a model before using it: inputs, taps, variables, checkpoint, hazards.
+"""Inspect a model before using it: inputs, taps, variables, checkpoint, hazards.
 
     vgg-transfer inspect vgg.meta
     vgg-transfer inspect saved_model --json
 
-Works without the weights, and runs nothing of the model.
+Works without the weights and does not run the model.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class InspectConfig:
     """Flags of ``vgg-transfer inspect``, with their defaults."""
 
     rename: tuple[str, ...] = ()
-    """NAME=KEY where the checkpoint's keys differ from the graph's names by a rule, e.g.
-    weights=kernel. May be given several times."""
+    """NAME=KEY maps a part of the graph's variable names to the checkpoint's keys, e.g.
+    weights=kernel; an empty NAME prepends KEY. Repeatable."""
     json: Annotated[bool, Parameter(negative=())] = False
-    """Print JSON, for programs."""
+    """Print JSON."""
 
 
 def inspect(model: Path, /, config: InspectConfig = InspectConfig()) -> int:
-    """Say what is in a model: inputs, taps, variables, checkpoint, hazards; and what to try first.
+    """Show a model's inputs, taps, variables, checkpoint and hazards, and a command to try first.
 
     Args:
         model: meta graph (prefix, .meta, .index or .data file, V1 checkpoint, or a folder with

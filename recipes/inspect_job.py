@@ -1,4 +1,4 @@
-"""What ``vgg-transfer inspect`` does; its flags are in ``recipes.inspect``."""
+"""Implementation of ``vgg-transfer inspect``; its flags are in ``recipes.inspect``."""
 
 from __future__ import annotations
 
@@ -13,46 +13,50 @@ from transfer import load_meta_graph
 from transfer.models.inspection import Coverage, Inspection, Tensor, Variables, inspect
 
 MAX_ROWS = 8
-_CUTS = "cuts for --freeze-until: an image's activations, arithmetic before, parameters after"
+_CUTS = "cuts for --freeze-until: activations per image, compute before, parameters after"
 
 
 def run(model: Path, *, as_json: bool, rename: Sequence[str] = ()) -> str:
     """Inspect a model; returns what to print.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no graph to look at.
+        FileNotFoundError, ValueError: if there is no graph to inspect.
     """
-    found = inspect(load_meta_graph(model, rename=parse_renames(rename)))
+    inspection = inspect(load_meta_graph(model, rename=parse_renames(rename)))
     if as_json:
-        return json.dumps(dataclasses.asdict(found), indent=2)
-    return "\n".join(terminal.escaped(console.with_flags(line)) for line in _lines(found))
+        return json.dumps(dataclasses.asdict(inspection), indent=2)
+    return "\n".join(terminal.escaped(console.with_flags(line)) for line in _lines(inspection))
 
 
-def _lines(found: Inspection) -> Iterable[str]:
-    wrote = f"TensorFlow {found.tensorflow_version}" if found.tensorflow_version else "unknown"
-    yield f"{found.model}: {found.format}, written by {wrote}, {found.operations} operations"
-    yield from _section("inputs", _tensors(found.inputs))
-    yield from _section("taps, best first", _tensors(found.taps))
+def _lines(inspection: Inspection) -> Iterable[str]:
+    version = inspection.tensorflow_version
+    written_by = f"TensorFlow {version}" if version else "unknown"
+    yield (
+        f"{inspection.model}: {inspection.format}, written by {written_by}, "
+        f"{inspection.operations} operations"
+    )
+    yield from _section("inputs", _tensors(inspection.inputs))
+    yield from _section("taps, best first", _tensors(inspection.taps))
     yield from _section(
         "variables",
-        [f"{_amount(found.variables)}; {_amount(found.tap_variables)} for the first tap"],
+        [f"{_amount(inspection.variables)}; {_amount(inspection.tap_variables)} for the first tap"],
     )
-    yield from _section("checkpoint", _coverage(found.checkpoint))
+    yield from _section("checkpoint", _coverage(inspection.checkpoint))
     feeds = [
         f"{mode.tensor}  {mode.kind}: {mode.inference}, {mode.training} while training "
         f"(found by {mode.why})"
-        for mode in found.feeds
+        for mode in inspection.feeds
     ]
     feeds += [
-        f"{name}  unknown: needs a value, --feed {name}=VALUE" for name in found.unknown_feeds
+        f"{name}  unknown: needs a value, --feed {name}=VALUE" for name in inspection.unknown_feeds
     ]
     yield from _section("feeds", feeds)
-    yield from _section(_CUTS, _cuts(found))
-    yield from _section("hazards", found.hazards)
-    if found.command:
-        tried = [found.command, "with your own images: --image-folder DIR"]
+    yield from _section(_CUTS, _cuts(inspection))
+    yield from _section("hazards", inspection.hazards)
+    if inspection.command:
+        tried = [inspection.command, "with your own images: --image-folder DIR"]
     else:
-        tried = [f"nothing works as it is: {found.command_problem}"]
+        tried = [f"no command works without further flags: {inspection.command_problem}"]
     yield from _section("try first", tried)
 
 
@@ -85,11 +89,11 @@ def _amount(variables: Variables) -> str:
     return f"{variables.count} ({variables.parameters:,} parameters, {variables.megabytes:,} MB)"
 
 
-def _cuts(found: Inspection) -> list[str]:
-    """One line for each stage of the network; --json has each layer."""
-    parameters = max(1, found.tap_variables.parameters)
+def _cuts(inspection: Inspection) -> list[str]:
+    """One line per stage of the network; --json has one entry per layer."""
+    parameters = max(1, inspection.tap_variables.parameters)
     rows = []
-    for cut in found.cuts:
+    for cut in inspection.cuts:
         if not cut.ends_stage:
             continue
         shape = "unknown shape" if cut.shape is None else f"[{', '.join(map(str, cut.shape))}]"

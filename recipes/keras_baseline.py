@@ -1,9 +1,9 @@
-"""What ``benchmark --baseline keras`` compares with: fine-tuning as the Keras guides do it.
+"""Baseline of ``benchmark --baseline keras``: fine-tuning as in the Keras guides.
 
     vgg-transfer keras-baseline --dataset tf_flowers --freeze-until tap --out runs/baseline
 
 The same network, images, head, learning rate and epochs as ``vgg-transfer finetune``, but with
-``keras.Model.fit``: the backbone runs anew in each epoch, with ``trainable=False`` or all of it.
+``keras.Model.fit``: the backbone runs in every epoch, frozen (``trainable=False``) or trained.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def run(config: FinetuneConfig) -> Path:
                 self._start = None
 
     class InferenceMode(keras.layers.Layer):
-        """``base(x, training=False)``, as in https://keras.io/guides/transfer_learning, and also
-        where a functional model says something else to all of its layers."""
+        """``base(x, training=False)``, as in https://keras.io/guides/transfer_learning, even where
+        a functional model passes another ``training`` to its layers."""
 
         def __init__(self, base: keras.layers.Layer):
             super().__init__(trainable=False)
@@ -72,7 +72,7 @@ def run(config: FinetuneConfig) -> Path:
         classifier.backbone.trainable = is_full
         base = classifier.backbone if is_full else InferenceMode(classifier.backbone)
         model = keras.Model(inputs, classifier.head(base(inputs)))
-        # Keras has one rate for all: where the backbone is trained, the one that it bears.
+        # Keras has one learning rate for all layers: if the backbone is trained, the backbone's.
         scale = stage.backbone_lr_scale if is_full else 1.0
         model.compile(
             keras.optimizers.Adam(stage.learning_rate * scale),
@@ -90,10 +90,10 @@ def run(config: FinetuneConfig) -> Path:
             verbose=2,
         )
     with clock("eval_s"):
-        figures = summarize(*predict(Compiled(model), held_out))
+        evaluation = summarize(*predict(Compiled(model), held_out))
     seconds = clock.seconds
     metrics = {
-        "eval": figures,
+        "eval": evaluation,
         "train": {
             "epochs": stage.epochs,
             "steps": stage.epochs * work.steps_per_epoch,

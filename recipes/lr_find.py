@@ -1,8 +1,8 @@
-"""Find a learning rate: a short trial with rising rates.
+"""Find a learning rate with a learning-rate range test: a short training with rising rates.
 
     vgg-transfer lr-find --dataset tf_flowers --freeze-until pool4
 
-Takes the flags of ``finetune``; nothing that is trained is kept.
+Takes the flags of ``finetune``; the trained weights are discarded.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def lr_find(
     *,
     lowest: Annotated[float, Parameter(help="Learning rate of the first step.")] = 1e-7,
     highest: Annotated[float, Parameter(help="Learning rate of the last step.")] = 1.0,
-    steps: Annotated[int, Parameter(help="Steps at most.")] = 100,
+    steps: Annotated[int, Parameter(help="Maximum number of steps.")] = 100,
 ) -> int:
-    """Find a learning rate for a fine-tuning run, with a plot."""
+    """Suggest a learning rate for a fine-tuning run (learning-rate range test), with a plot."""
     with job():
         from recipes.data_errors import skip_suggested
         from recipes.finetune_request import request
@@ -36,8 +36,8 @@ def lr_find(
             raise ValueError("lr-find tries one cut; leave out --schedule, --solver and --resume")
         out = (config.out or run_folder.default_out("lr-find")).resolve()
         with skip_suggested():
-            asked = request(replace(config, out=out))
-            found = find_learning_rate(asked, lowest=lowest, highest=highest, steps=steps)
-    print(f"--learning-rate {found.suggestion:g}")
+            run_request = request(replace(config, out=out))
+            test = find_learning_rate(run_request, lowest=lowest, highest=highest, steps=steps)
+    print(f"--learning-rate {test.suggestion:g}")
     print(out)
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def parse_feed(assignment: str) -> tuple[str, float | bool]:
-    """``NAME=VALUE``, with a number, true or false.
+    """Parse ``NAME=VALUE``; the value is a number, true or false.
 
     Raises:
         ValueError: for anything else.
@@ -21,7 +21,7 @@ def parse_feed(assignment: str) -> tuple[str, float | bool]:
 
 
 def parse_renames(assignments: Iterable[str]) -> dict[str, str]:
-    """``NAME=KEY`` of each: a part of the graph's names, and what the checkpoint has there.
+    """Parse ``NAME=KEY``: a part of the graph's names, and its replacement in the checkpoint.
 
     Raises:
         ValueError: for anything else.

@@ -3,8 +3,8 @@
     vgg-transfer predict RUN photo.jpg holiday/ 'scans/*.tif'
     find / -name '*.jpg' | vgg-transfer predict RUN - --format jsonl > predictions.jsonl
 
-Results go to standard output; images that cannot be read are named on standard error, and the exit
-status is 1 if there were any.
+Results go to standard output. Images that cannot be read are reported on standard error, and the
+exit status is then 1.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ class PredictConfig:
     """Flags of ``vgg-transfer predict``, with their defaults."""
 
     top_k: int = 3
-    """Classes to show for each image, the most probable first."""
+    """Number of classes to show per image, most probable first."""
     format: Literal["table", "csv", "jsonl"] = "table"
-    """csv: a row for each image and class; jsonl: an object a line for each image."""
+    """csv: a row per image and class; jsonl: one JSON object per image and line."""
     batch_size: int = 32
     """Images per step."""
     explain: Path | None = None
-    """Folder for a picture of each image, named by its number in the results: the more red a part,
-    the more it speaks for the most probable class (Grad-CAM)."""
+    """Folder for a Grad-CAM heat map per image, named by its number in the results: red marks the
+    region that explains the most probable class."""
 
 
 def _no_option(_: type, words: str | Sequence[str]) -> None:
-    """Refuse words that look like options; cyclopts passes one word or all."""
+    """Refuse arguments that look like options; cyclopts passes one argument or all."""
     words = [words] if isinstance(words, str) else words
     if unknown := [word for word in words if word.startswith("--")]:
         raise ValueError(f"unknown option: {unknown[0]}")
@@ -51,12 +51,12 @@ def predict(run: Path, /, *images: Images, config: PredictConfig = PredictConfig
     """Predict the classes of images.
 
     Args:
-        run: run folder of finetune, or prefix of a fine-tuned model.
-        images: files, folders, patterns such as '*.jpg', or - for a list on standard input.
+        run: run folder of finetune, or checkpoint prefix of a fine-tuned model.
+        images: files, folders, patterns such as '*.jpg', or - to read paths from standard input.
     """
     results = sys.stdout
     if config.format == "jsonl" or (config.format == "csv" and not results.isatty()):
-        results = terminal.raw(results)  # names as they are, for programs
+        results = terminal.raw(results)  # file names unescaped, for programs
     with job():
         from recipes.predict_job import run as predict_run
 

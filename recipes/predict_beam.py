@@ -1,11 +1,11 @@
-"""Predict the classes of very many images with a fine-tuned model, on an Apache Beam runner.
+"""Predict the classes of large numbers of images with a fine-tuned model on Apache Beam.
 
     vgg-transfer predict-beam RUN 'photos/**.jpg' --output predictions
     vgg-transfer predict-beam hdfs://models/flowers/model 'hdfs://photos/*' --output hdfs://out/p \
         -- --runner FlinkRunner --flink_master host:8081
 
-Patterns, models and outputs may lie wherever Beam finds files: on a disk that all workers share, on
-HDFS, on S3 or on Google Cloud Storage. What comes after ``--`` is for Beam. Needs
+Images, models and outputs may be on any filesystem that Beam supports: a disk shared by all
+workers, HDFS, S3 or Google Cloud Storage. Arguments after ``--`` are passed to Beam. Needs
 ``pip install 'vgg-transfer[beam]'``, here and on the workers.
 """
 
@@ -24,21 +24,21 @@ class PredictBeamConfig:
     """Flags of ``vgg-transfer predict-beam``, with their defaults."""
 
     output: str
-    """Prefix of the results, OUTPUT-00000-of-00004.jsonl and so on, an object a line for each
-    image; OUTPUT.failed-*.jsonl name images that could not be read, with the reason."""
+    """Prefix of the output shards, OUTPUT-00000-of-00004.jsonl etc., with one JSON object per line
+    and image; OUTPUT.failed-*.jsonl list images that could not be read, with the reason."""
     top_k: int = 3
-    """Classes to show for each image, the most probable first."""
+    """Number of classes to show per image, most probable first."""
     batch_size: int = 32
     """Images per step."""
 
 
 def predict_beam(run: str, pattern: str, /, *options: str, config: PredictBeamConfig) -> int:
-    """Predict the classes of very many images on an Apache Beam runner.
+    """Predict the classes of large numbers of images on an Apache Beam runner.
 
     Args:
-        run: run folder of finetune, or prefix of a fine-tuned model.
-        pattern: the images, e.g. 'photos/*.jpg'; ** stands for folders, too.
-        options: after --, options of Beam, e.g. --runner FlinkRunner. Without any it runs here.
+        run: run folder of finetune, or checkpoint prefix of a fine-tuned model.
+        pattern: glob pattern of the images, e.g. 'photos/*.jpg'; ** also matches subfolders.
+        options: after --, Beam options, e.g. --runner FlinkRunner. Default: run on this machine.
     """
     with job():
         from transfer.evaluation.beam import predict_on_beam

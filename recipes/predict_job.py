@@ -1,4 +1,4 @@
-"""What ``vgg-transfer predict`` does; its flags are in ``recipes.predict``."""
+"""Implementation of ``vgg-transfer predict``; its flags are in ``recipes.predict``."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ Top = list[tuple[str, float]]
 
 
 def run(model: Path, images: Sequence[str], config: PredictConfig, results: TextIO) -> int:
-    """Predict, write to ``results``, and return how many images could not be read.
+    """Predict, write to ``results``, and return the number of images that could not be read.
 
-    Only a few batches are in memory at any time, however many images there are.
+    Only a few batches are in memory at any time, whatever the number of images.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no such model, or no image.
+        FileNotFoundError, ValueError: if the model does not exist, or there are no images.
     """
     check_counts(top_k=config.top_k, batch_size=config.batch_size)
     if not images:
@@ -69,7 +69,7 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
             bar.update()
     if not done + num_failed:
         reasons = "".join(f"; {line}" for line in passed_over.describe())
-        raise ValueError(f"no image was found in what was named{reasons}")
+        raise ValueError(f"no images were found{reasons}")
     for line in passed_over.describe():
         print(f"warning: {line}", file=sys.stderr)
     rate = done / (time.perf_counter() - start)
@@ -79,24 +79,24 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
 
 
 def find_images(words: Iterable[str], passed_over: PassedOver) -> Iterator[Path]:
-    """The files that words mean, one after the other: folders are searched for images, patterns are
-    resolved, ``-`` reads a path a line from standard input. Files of folders that are not images go
-    to ``passed_over``."""
+    """Yield the image files that the arguments name: folders are searched for images, glob patterns
+    are expanded, ``-`` reads one path per line from standard input. Files in folders that are not
+    images are recorded in ``passed_over``."""
     for word in words:
         path = Path(word).expanduser()
         if word == "-":
-            # As bytes: names of files need not be UTF-8.
+            # As bytes: file names need not be UTF-8.
             lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
             yield from (Path(line) for line in lines if line.strip())
         elif path.exists() or not glob.has_magic(word):
             yield from _in_folder(path, passed_over) if path.is_dir() else (path,)
         else:
-            for found in map(Path, glob.iglob(str(path), recursive=True)):
-                # Where ** is, what is in a folder is found by itself.
-                if not found.is_dir():
-                    yield found
+            for match in map(Path, glob.iglob(str(path), recursive=True)):
+                # ** already matches the files inside folders.
+                if not match.is_dir():
+                    yield match
                 elif "**" not in word:
-                    yield from _in_folder(found, passed_over)
+                    yield from _in_folder(match, passed_over)
 
 
 def _in_folder(folder: Path, passed_over: PassedOver) -> Iterator[Path]:

@@ -5,7 +5,7 @@ The embedded model was made with
     vgg-transfer pretrain --dataset tiny_imagenet --data-dir DIR --licence MIT \
         --epochs 27 --small-epochs 14 --small-size 44 --fc-epochs 5
 
-which takes about two hours on two cores. Its card says what it reached.
+which takes about two hours on two cores. Its card records its accuracy.
 """
 
 # No `from __future__ import annotations`: the options' types are looked up in this module.
@@ -27,18 +27,18 @@ class PretrainConfig(PretrainOptions):
     dataset: str = "tiny_imagenet"
     """Name of a tfds dataset."""
     data_dir: str | None = None
-    """Where tfds datasets are. [default: ~/tensorflow_datasets]"""
+    """Directory of tfds datasets. [default: ~/tensorflow_datasets]"""
     image_folder: str | None = None
-    """A folder of images per class, instead of a dataset."""
+    """Folder with one subfolder of images per class; replaces --dataset."""
     train_split: str = "auto"
     """Split to train on, e.g. train[:90%]."""
     eval_split: str = "auto"
     """Split to evaluate on."""
     out: Path | None = None
-    """Folder for the model, named after its architecture, and for the run.
+    """Run folder; the model is written there, named after its architecture.
     [default: runs/DATE-TIME-DATASET-ARCH]"""
     resume: bool = False
-    """Continue the run in --out after its last complete epoch."""
+    """Continue the interrupted run in --out after its last complete epoch."""
 
 
 def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
@@ -85,7 +85,7 @@ _IMAGES = ("dataset", "data_dir", "image_folder", "train_split", "eval_split")
 
 
 def _command(config: PretrainConfig) -> str:
-    """The command that makes the same model, but for where things lie."""
+    """The command that reproduces the model, without machine-specific paths."""
     places = ("data_dir", "image_folder", "out", "resume", "licence")
     words = ["vgg-transfer", "pretrain"]
     for name in dict.fromkeys(["arch", *_IMAGES, *vars(config)]):

@@ -1,8 +1,8 @@
-"""Download published weights of a VGG, and convert them to a meta graph.
+"""Download published VGG weights and convert them to a meta graph.
 
     vgg-transfer pull vgg16 --out models/vgg16
 
-The weights are those of Keras Applications, which were converted from the original ones.
+The weights are those of Keras Applications, which were converted from the original weights.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from recipes.startup import job
 
 
 def pull(
-    name: Annotated[Literal["vgg16", "vgg19"], Parameter(help="Which network.")],
+    name: Annotated[Literal["vgg16", "vgg19"], Parameter(help="Network to download.")],
     *,
     out: Annotated[
-        Path | None, Parameter(help="Prefix of the model to write. [default: models/NAME]")
+        Path | None,
+        Parameter(help="Checkpoint prefix of the model to write. [default: models/NAME]"),
     ] = None,
     convolutional: Annotated[
-        bool, Parameter(help="fc6 to fc8 as convolutions, for images of any size.")
+        bool, Parameter(help="Write fc6 to fc8 as convolutions, to accept images of any size.")
     ] = False,
 ) -> int:
-    """Download the published weights of VGG16 or VGG19, and convert them."""
+    """Download the published weights of VGG16 or VGG19 and convert them to a meta graph."""
     with job():
         from recipes.convert_report import lines_of
         from transfer.vgg.published.download import pull as pull_weights

@@ -1,4 +1,4 @@
-"""What every job begins with: TensorFlow without its chatter, standard output for results only."""
+"""Start-up of every subcommand: imports TensorFlow quietly, keeps standard output for results."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from recipes import console, terminal
 
 @contextlib.contextmanager
 def job(strategy: str = "none") -> Iterator[Any]:
-    """Import TensorFlow; what it, Keras and tfds print within goes to standard error.
-
-    Gives the ``Replicas`` of a strategy, which may be: other processes must start, too.
-
-    While it is imported and looks for devices, standard error is closed: its C++ parts write lines
-    there (oneDNN is on, there is no GPU) that no setting turns off and that would bury a one-line
+    """Import TensorFlow; within the context, output of TensorFlow, Keras and tfds goes to standard
     error.
+
+    Yields the ``Replicas`` of the strategy, or ``None``; with several workers it waits until all
+    have started.
+
+    During the import and device discovery, standard error is redirected to the null device: the C++
+    code logs lines (oneDNN is on, no GPU found) that no setting turns off and that would hide a
+    one-line error.
     """
     sys.stderr.flush()
     saved = os.dup(2)

@@ -1,5 +1,4 @@
-"""Text for a terminal, in which characters that it would obey are shown as escapes; see
-``transfer.core.escapes``."""
+"""Terminal output with control characters escaped; see ``transfer.core.escapes``."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from typing import Any, TextIO
 
 from transfer.core.escapes import escaped as escaped
 
-_BAR = re.compile("(?:\n|\x1b\\[A)+|\r")  # how tqdm moves the cursor, in one write
+_BAR = re.compile("(?:\n|\x1b\\[A)+|\r")  # cursor movements of tqdm, each in one write
 
 
 def say(line: str) -> None:
@@ -21,10 +20,10 @@ def say(line: str) -> None:
 
 
 class EscapingStream:
-    """A stream that writes to another one; line breaks and tabs stay."""
+    """Writes to another stream with control characters escaped, except newlines and tabs."""
 
     def __init__(self, raw: TextIO) -> None:
-        self.raw = self.rich_proxied_file = raw  # the second name: where rich writes its colours
+        self.raw = self.rich_proxied_file = raw  # rich writes its colours to the second attribute
 
     def write(self, text: str) -> int:
         bar = _BAR.match(text)
@@ -43,13 +42,13 @@ class EscapingStream:
 
 
 def raw(stream: Any) -> TextIO:
-    """The stream itself, for programs and for what moves the cursor."""
+    """The unescaped stream, for output to programs and for progress bars that move the cursor."""
     return stream.raw if isinstance(stream, EscapingStream) else stream
 
 
 @contextlib.contextmanager
 def escaping() -> Iterator[None]:
-    """Standard output and error escape what they are given."""
+    """Escape control characters on standard output and standard error."""
     with (
         contextlib.redirect_stdout(EscapingStream(raw(sys.stdout))),
         contextlib.redirect_stderr(EscapingStream(raw(sys.stderr))),
@@ -58,8 +57,8 @@ def escaping() -> Iterator[None]:
 
 
 def is_closed(stream: Any) -> bool:
-    """Whether the reader of a stream that failed has gone, as that of ``predict | head -1`` does.
-    What would still be written there is dropped, so that Python does not complain as it exits."""
+    """Whether the reader of a stream has closed it, as in ``predict | head -1``. Its remaining
+    output is then discarded, so that Python does not report an error at exit."""
     try:
         stream.flush()
     except BrokenPipeError:

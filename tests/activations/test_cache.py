@@ -1,4 +1,4 @@
-"""Rows on disk: what is found again, what is noticed, what two processes see."""
+"""Activation cache: reading rows, detecting damage, and sharing between processes."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def again(cache):
     return cache.entry(KEY, SHAPE, "float32")
 
 
-def test_rows_are_found_again_in_any_order(cache, entry):
+def test_rows_are_read_in_any_order(cache, entry):
     assert entry.missing(ids(1, 2)).tolist() == [True, True]
     entry.append(ids(1, 2, 3), rows(1, 2, 3))
     found = again(cache)
@@ -59,13 +59,13 @@ def test_ids_may_end_in_zero_bytes(entry):
     np.testing.assert_array_equal(entry.read(similar[::-1])[:], rows(3, 2, 1))
 
 
-def test_the_newest_row_of_an_example_counts(entry):
+def test_newest_row_of_an_example_is_read(entry):
     entry.append(ids(1, 2), rows(1, 2))
     entry.append(ids(1), rows(9))
     np.testing.assert_array_equal(entry.read(ids(1, 2))[:], rows(9, 2))
 
 
-def test_another_key_is_another_entry(cache, entry):
+def test_different_keys_have_different_entries(cache, entry):
     entry.append(ids(1), rows(1))
     for other in (
         cache.entry(KEY | {"cut": "pool5"}, SHAPE, "float32"),
@@ -77,7 +77,7 @@ def test_another_key_is_another_entry(cache, entry):
     assert len(cache.entries()) == 4
 
 
-def test_half_precision_takes_half_of_the_room(cache):
+def test_float16_rows_have_half_the_size(cache):
     half = cache.entry(KEY, SHAPE, "float16")
     half.append(ids(1), rows(1 / 3))
     assert half.read(ids(1))[:].dtype == np.float16
@@ -85,7 +85,7 @@ def test_half_precision_takes_half_of_the_room(cache):
 
 
 @pytest.mark.parametrize("name, cut_off", [("rows.bin", 5), ("index.bin", 7)])
-def test_what_a_crash_left_is_no_row_and_is_overwritten(cache, entry, name, cut_off):
+def test_incomplete_rows_are_overwritten(cache, entry, name, cut_off):
     entry.append(ids(1, 2), rows(1, 2))
     path = entry.folder / name
     os.truncate(path, path.stat().st_size - cut_off)
@@ -104,7 +104,7 @@ def test_rows_without_records_are_overwritten(cache, entry):
     np.testing.assert_array_equal(found.read(ids(1, 2))[:], rows(1, 2))
 
 
-def test_a_damaged_row_is_missing_and_is_rebuilt(cache, entry):
+def test_damaged_row_is_missing_and_replaced(cache, entry):
     entry.append(ids(1, 2, 3), rows(1, 2, 3))
     with (entry.folder / "rows.bin").open("r+b") as file:
         file.seek(entry.row_bytes + 3)
@@ -118,7 +118,7 @@ def test_a_damaged_row_is_missing_and_is_rebuilt(cache, entry):
 
 
 @pytest.mark.parametrize("name", ["rows.bin", "index.bin", "key.json"])
-def test_foreign_bytes_are_never_taken_for_rows(cache, entry, name):
+def test_random_bytes_are_never_valid_rows(cache, entry, name):
     entry.append(ids(1, 2), rows(1, 2))
     size = (entry.folder / name).stat().st_size
     (entry.folder / name).write_bytes(np.random.default_rng(0).bytes(size))
@@ -137,7 +137,7 @@ def test_rows_of_another_shape_are_refused(entry):
         entry.append(ids(1), np.zeros((1, 2, 3)))
 
 
-def test_a_full_disk_is_named_and_nothing_is_lost(cache, entry):
+def test_full_disk_is_reported_and_rows_are_kept(cache, entry):
     resource = pytest.importorskip("resource", reason="limits of a process are Unix")
     entry.append(ids(1, 2), rows(1, 2))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -167,7 +167,7 @@ def names(cache):
     return sorted(entry.key["name"] for entry in cache.entries())
 
 
-def test_room_is_made_by_what_was_not_used_for_longest(tmp_path):
+def test_least_recently_used_entries_are_evicted(tmp_path):
     cache = Cache(tmp_path, limit_bytes=20_000)
     fill(cache, "old", 100, 1000)
     fill(cache, "older", 100, 500)
@@ -183,7 +183,7 @@ def test_room_is_made_by_what_was_not_used_for_longest(tmp_path):
     assert names(cache) == ["new", "used again"]
 
 
-def test_what_never_fits_deletes_nothing(tmp_path):
+def test_rows_that_never_fit_evict_nothing(tmp_path):
     cache = Cache(tmp_path, limit_bytes=20_000)
     fill(cache, "a", 100, 1000)
     with pytest.raises(OSError, match="1 MB of activations do not fit into .* of at most 0 MB"):
@@ -194,23 +194,23 @@ def test_what_never_fits_deletes_nothing(tmp_path):
     assert names(cache) == ["a"]
 
 
-def test_what_is_being_written_stays(tmp_path):
+def test_locked_entries_are_not_evicted(tmp_path):
     cache = Cache(tmp_path, limit_bytes=10_000)
     busy = fill(cache, "busy", 100, 1000)
-    with busy.lock(), pytest.raises(OSError, match="while others are at work in it"):
+    with busy.lock(), pytest.raises(OSError, match="while other processes use it"):
         Cache(tmp_path, limit_bytes=10_000).make_room(9000)
     assert names(cache) == ["busy"]
     cache.make_room(9000)
     assert names(cache) == []
 
 
-def test_files_of_others_are_left_alone(cache, entry):
+def test_foreign_files_are_kept(cache, entry):
     mine = [
         *("photos/a.jpg", "photos/key.json", "photos/index.bin", "photos/rows.bin", "key.json"),
         *(f"{'0' * 32}/key.json", f"{'0' * 32}/index.bin", f"{'0' * 32}/rows.bin"),
         *(f"{entry.folder.name}/notes.txt", f"{entry.folder.name}/.key.json.tmp", "locks/a.txt"),
     ]
-    text = (entry.folder / "key.json").read_text()  # a copy of a key, under another name
+    text = (entry.folder / "key.json").read_text()  # a copy of the key in another folder
     for name in mine:
         (cache.directory / name).parent.mkdir(exist_ok=True)
         (cache.directory / name).write_text(text)
@@ -251,7 +251,7 @@ def test_links_are_never_followed(cache, entry, tmp_path):
     assert {path.name: path.read_bytes() for path in theirs.iterdir()} == before
 
 
-def test_a_directory_that_is_a_link_is_the_users_wish(tmp_path):
+def test_cache_directory_may_be_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "cache").symlink_to(tmp_path / "disk")
     cache = Cache(tmp_path / "cache", 10**6)
@@ -261,7 +261,7 @@ def test_a_directory_that_is_a_link_is_the_users_wish(tmp_path):
     assert not entry.folder.exists()
 
 
-def test_a_backup_by_hard_links_keeps_its_rows(cache, entry, tmp_path):
+def test_hard_linked_backup_is_not_changed(cache, entry, tmp_path):
     entry.append(ids(1), rows(1))
     backup = {name: tmp_path / name for name in ("rows.bin", "index.bin")}
     for name, path in backup.items():
@@ -272,7 +272,7 @@ def test_a_backup_by_hard_links_keeps_its_rows(cache, entry, tmp_path):
     assert {name: path.read_bytes() for name, path in backup.items()} == before
 
 
-def test_a_damaged_key_is_named_and_the_others_are_there(cache, entry, tmp_path):
+def test_damaged_key_is_reported_and_others_are_listed(cache, entry, tmp_path):
     link = tmp_path / "elsewhere.json"
     link.write_text("{}")
     bad = {
@@ -297,8 +297,8 @@ def test_a_damaged_key_is_named_and_the_others_are_there(cache, entry, tmp_path)
     assert {path.name for path in cache.directory.iterdir()} == bad.keys()
 
 
-def test_an_entry_of_an_earlier_version_is_read_and_deleted(cache):
-    """As it was written then: the key in place, without a temporary file."""
+def test_entry_of_earlier_version_is_read_and_deleted(cache):
+    """The key was written in place, without a temporary file."""
     text = json.dumps(
         {"cut": "pool4", "dtype": "float32", "layout": 1, "row_shape": [3, 2], "sha256": "00"},
         indent=1,
@@ -316,7 +316,7 @@ def test_an_entry_of_an_earlier_version_is_read_and_deleted(cache):
     assert not folder.exists()
 
 
-def test_a_cleared_cache_is_gone(cache, entry):
+def test_clear_removes_cache_directory(cache, entry):
     entry.append(ids(1), rows(1))
     (entry.folder / f".key.json.{'0' * 16}.tmp").write_text("of a process that was killed")
     cache.clear()
@@ -324,7 +324,7 @@ def test_a_cleared_cache_is_gone(cache, entry):
     assert cache.entries() == []
 
 
-def test_the_key_can_be_read(cache, entry):
+def test_key_json_describes_rows(cache, entry):
     entry.append(ids(1), rows(1))
     (listed,) = cache.entries()
     assert listed.key["cut"] == "pool4"
@@ -362,7 +362,7 @@ def test_two_processes_share_an_entry(tmp_path):
     ]
 
 
-def test_the_command_names_what_is_damaged_and_lists_the_others(cache, entry, tmp_path, capfd):
+def test_cache_list_reports_damaged_entries(cache, entry, tmp_path, capfd):
     entry.append(ids(1), rows(1))
     for name in ("\x1b[31mred", "0" * 32):
         (cache.directory / name).mkdir()

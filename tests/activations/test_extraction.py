@@ -16,18 +16,18 @@ def test_extract_keeps_every_example_in_order():
     assert extract(lambda x: x, batches(), 10, "float16").dtype == np.float16
 
 
-def test_stream_gives_the_same():
+def test_stream_equals_extract():
     streamed = np.concatenate([x for x, _ in stream(lambda x: x * 2, batches())])
     np.testing.assert_array_equal(streamed, extract(lambda x: x * 2, batches(), 10))
 
 
-def test_extract_counts():
+def test_extract_checks_number_of_examples():
     for wrong in (9, 11):
         with pytest.raises(ValueError, match=f"expected {wrong} examples, the dataset gave "):
             extract(lambda x: x, batches(), wrong)
 
 
-def test_batches_shuffle_perfectly_and_repeatably():
+def test_batches_are_a_repeatable_full_shuffle():
     activations = Activations([IMAGES], LABELS)
     epochs = [np.concatenate([y for _, y in activations.batches(4, seed)]) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(epochs[0], epochs[1])
@@ -54,7 +54,7 @@ def test_each_epoch_shows_another_view_of_every_image():
     np.testing.assert_array_equal(np.sort(seen, axis=0), [[0] * 10, [1] * 10, [2] * 10])
 
 
-def test_a_batch_is_computed_as_a_whole():
+def test_whole_batches_extends_mask_to_batches():
     missing = np.zeros(10, bool)
     missing[[1, 9]] = True
     expected = [True] * 4 + [False] * 4 + [True] * 2

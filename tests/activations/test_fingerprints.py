@@ -9,7 +9,7 @@ from transfer.data.sources import open_source
 
 @pytest.fixture
 def looked_at(monkeypatch):
-    """How many images were decoded, a number each time."""
+    """The numbers of images decoded in each pass."""
     counts = []
 
     def fingerprints(images, progress=iter):
@@ -38,7 +38,7 @@ def test_images_are_decoded_once(image_folder, tmp_path, looked_at):
     assert looked_at == [24, 2]
 
 
-def test_damaged_and_forbidden_caches_are_passed_over(image_folder, tmp_path, looked_at):
+def test_unusable_caches_are_ignored(image_folder, tmp_path, looked_at):
     first = found(image_folder, tmp_path / "cache")
     (rows,) = (tmp_path / "cache").rglob("rows.bin")
     data = bytearray(rows.read_bytes())

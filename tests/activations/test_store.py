@@ -1,4 +1,4 @@
-"""Activations that one run computes and others find, and `vgg-transfer cache`."""
+"""Reuse of cached activations between runs, and `vgg-transfer cache`."""
 
 import json
 import shutil
@@ -21,7 +21,8 @@ def folder(tmp_path):
 
 @pytest.fixture
 def run(tmp_path, model, folder):
-    """Runs with a cache of their own; the second value is what was computed and what was found."""
+    """Fine-tunes with a separate cache; returns the model and the numbers of computed and cached
+    images."""
 
     def run(name, *flags):
         out = tmp_path / name
@@ -34,7 +35,7 @@ def run(tmp_path, model, folder):
 
 
 def rows_file(tmp_path, cut, num_images):
-    """Of the entry with so many images."""
+    """The rows file of the entry with ``num_images`` images."""
     for key in (tmp_path / "cache").glob("*/key.json"):
         index = key.with_name("index.bin")
         record = 20  # a 16-byte id and a CRC
@@ -45,7 +46,7 @@ def rows_file(tmp_path, cut, num_images):
     raise AssertionError(f"no entry of {num_images} images at {cut}")
 
 
-def test_a_second_run_finds_them(run, capsys):
+def test_second_run_reuses_activations(run, capsys):
     first, counts = run("first")
     assert counts == (80, 0)
     assert "activations at fc7: 0 images found, 80 to compute" in capsys.readouterr().err
@@ -67,7 +68,7 @@ def test_a_second_run_finds_them(run, capsys):
     ],
     ids=lambda flags: flags[0],
 )
-def test_so_does_a_run_that_trains_otherwise(run, flags):
+def test_run_with_other_training_options_reuses_activations(run, flags):
     run("first")
     _, (computed, _) = run("second", *flags)
     assert computed == 0
@@ -86,14 +87,14 @@ def test_so_does_a_run_that_trains_otherwise(run, flags):
     ],
     ids=lambda flags: flags[0],
 )
-def test_what_they_depend_on_makes_others(run, flags):
+def test_options_that_affect_activations_change_the_key(run, flags):
     run("first")
     _, (computed, _) = run("second", *flags)
     assert computed >= NUM_TRAINING
 
 
 @pytest.mark.slow
-def test_an_image_that_changed_is_computed_again(run, folder):
+def test_changed_image_is_recomputed(run, folder):
     run("first")
     changed = sorted(path for path in folder.rglob("*.jpg"))[0]
     changed.write_bytes(sorted(folder.rglob("*.jpg"))[1].read_bytes())
@@ -102,7 +103,7 @@ def test_an_image_that_changed_is_computed_again(run, folder):
     assert found == 80 - computed
 
 
-def test_an_interrupted_extraction_goes_on(run, tmp_path, model, folder, monkeypatch, capsys):
+def test_interrupted_extraction_is_resumed(run, tmp_path, model, folder, monkeypatch, capsys):
     whole, _ = run("whole", "--cache", "memory")
     append = Entry.append
     calls = []
@@ -126,7 +127,7 @@ def test_an_interrupted_extraction_goes_on(run, tmp_path, model, folder, monkeyp
 
 
 @pytest.mark.slow
-def test_damaged_rows_are_computed_again(run, tmp_path):
+def test_damaged_rows_are_recomputed(run, tmp_path):
     first, _ = run("first")
     rows = rows_file(tmp_path, "fc7", NUM_TRAINING)
     damaged = bytearray(rows.read_bytes())
@@ -142,7 +143,7 @@ def test_damaged_rows_are_computed_again(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_cache_on_disk_in_memory_or_none_gives_one_head(run):
+def test_all_cache_modes_give_the_same_head(run):
     """Cached and uncached training see the same images in the same order."""
     disk, _ = run("disk")
     memory, _ = run("memory", "--cache", "memory")
@@ -153,7 +154,7 @@ def test_a_cache_on_disk_in_memory_or_none_gives_one_head(run):
 
 
 @pytest.mark.slow
-def test_half_precision_takes_half_the_room(run, tmp_path):
+def test_float16_cache_has_half_the_size(run, tmp_path):
     single, _ = run("single", "--freeze-until", "pool1")
     half, _ = run("half", "--freeze-until", "pool1", "--cache-dtype", "float16")
     sizes = sorted(path.stat().st_size for path in (tmp_path / "cache").glob("*/rows.bin"))
@@ -162,15 +163,15 @@ def test_half_precision_takes_half_the_room(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_fresh_augmentation_is_never_kept(run):
+def test_fresh_augmentation_is_not_cached(run):
     augmented, counts = run("augmented", "--augment")
-    assert counts == (NUM_HELD_OUT, 0)  # these are evaluated on, as they are
+    assert counts == (NUM_HELD_OUT, 0)  # held-out images are not augmented
     plain, _ = run("plain")
     assert largest_difference(augmented, plain) > 1e-4
 
 
 @pytest.mark.slow
-def test_views_are_kept(run):
+def test_views_are_cached(run):
     two, counts = run("two", "--views", 2)
     assert counts == (NUM_HELD_OUT + 2 * NUM_TRAINING, 0)
     again, counts = run("again", "--views", 2)
@@ -181,7 +182,7 @@ def test_views_are_kept(run):
 
 
 @pytest.mark.slow
-def test_a_limit_leaves_memory(run, tmp_path, capsys):
+def test_small_cache_limit_falls_back_to_memory(run, tmp_path, capsys):
     _, counts = run("run", "--cache-limit", 1e-6)
     assert counts == (80, 0)
     assert "raise the limit" in capsys.readouterr().err
@@ -189,7 +190,7 @@ def test_a_limit_leaves_memory(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_what_was_not_used_for_longest_makes_room(run, tmp_path):
+def test_least_recently_used_activations_are_evicted(run, tmp_path):
     run("old", "--freeze-until", "pool1")  # 512 floats an image
     run("new", "--cache-limit", 12e-6)  # 32 floats an image, 10 kB
     assert not any(
@@ -200,7 +201,7 @@ def test_what_was_not_used_for_longest_makes_room(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_list_and_clear(run, tmp_path, capsys):
+def test_cache_list_and_clear(run, tmp_path, capsys):
     directory = tmp_path / "cache"
     run("fc7")
     run("pool1", "--freeze-until", "pool1")
@@ -232,7 +233,7 @@ def test_list_and_clear(run, tmp_path, capsys):
     assert list(directory.glob("*/rows.bin")) == []
 
 
-def test_a_folder_that_is_not_writable_is_done_without(run, tmp_path, capsys):
+def test_unusable_cache_folder_falls_back_to_memory(run, tmp_path, capsys):
     (tmp_path / "cache").write_text("a file, where a folder should be")
     _, counts = run("run")
     assert counts == (80, 0)
@@ -240,8 +241,8 @@ def test_a_folder_that_is_not_writable_is_done_without(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_moved_images_are_other_images_and_a_removed_one_is_not_missed(run, folder):
-    """What is held out changes with the images; nothing of another image is ever taken."""
+def test_replaced_images_are_recomputed(run, folder):
+    """The held-out images change with the images; activations of other images are never used."""
     first, _ = run("first")
     shutil.rmtree(folder / "red")
     make_image_folder(folder.parent / "other", 40)

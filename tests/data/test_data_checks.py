@@ -10,7 +10,7 @@ from transfer.data.sources import open_source
 
 
 def photo(seed, size=(64, 48)):
-    """Something smooth, as photos are."""
+    """A smooth random image."""
     small = np.random.default_rng(seed).integers(0, 255, (6, 8, 3)).astype(np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
@@ -25,21 +25,21 @@ def folder(tmp_path):
     return root
 
 
-def look(root):
+def scan(root):
     split = open_source("", image_folder=str(root)).split("train")
-    return data_checks.look(split), split.names
+    return data_checks.scan(split), split.names
 
 
 def groups(root):
-    found, names = look(root)
+    found, names = scan(root)
     return [{names[index] for index in group} for group in data_checks.duplicates(found)]
 
 
-def test_different_photos_are_different(folder):
+def test_different_photos_are_not_duplicates(folder):
     assert groups(folder) == []
 
 
-def test_copies_and_other_sizes_and_qualities(folder):
+def test_copies_of_other_size_and_quality_are_duplicates(folder):
     (folder / "b" / "copy.png").write_bytes((folder / "a" / "3.png").read_bytes())
     photo(5).save(folder / "b" / "worse.jpg", quality=60)
     photo(5).resize((200, 150)).save(folder / "a" / "larger.png")
@@ -49,18 +49,18 @@ def test_copies_and_other_sizes_and_qualities(folder):
     assert {"a/5.png", "a/larger.png", "b/worse.jpg"} in found
 
 
-def test_flat_pictures_are_the_same_only_if_the_files_are(folder):
+def test_blank_images_are_duplicates_only_if_files_are_equal(folder):
     for number, value in enumerate((10, 11, 10)):
         Image.new("RGB", (20, 20), (value, 0, 0)).save(folder / "a" / f"flat{number}.png")
     assert groups(folder) == [{"a/flat0.png", "a/flat2.png"}]
 
 
-def test_unreadable_and_truncated(folder):
+def test_unreadable_and_truncated_images_are_found(folder):
     data = io.BytesIO()
     photo(1).save(data, "JPEG")
     (folder / "a" / "half.jpg").write_bytes(data.getvalue()[: len(data.getvalue()) // 2])
     (folder / "a" / "text.png").write_bytes(b"no image")
-    found, names = look(folder)
+    found, names = scan(folder)
     assert {names[i] for i in np.flatnonzero(found.unreadable)} == {"a/half.jpg", "a/text.png"}
     assert data_checks.duplicates(found) == []
 
@@ -80,12 +80,12 @@ def test_wrong_labels_come_first():
     np.testing.assert_array_equal(p.argmax(-1)[wrong], labels[wrong])
 
 
-def test_labels_of_single_images_cannot_be_judged():
+def test_doubtful_labels_needs_two_images_per_class():
     with pytest.raises(ValueError, match="at least 2 images"):
         data_checks.doubtful_labels(np.zeros((3, 2), np.float32), np.array([0, 0, 1]))
 
 
-def test_balance():
+def test_missing_and_rare_classes_are_described():
     names = ["a", "b", "c"]
     train = np.array([0] * 30 + [1] * 3)
     lines = data_checks.describe_balance(names, train, np.array([0, 1, 2]))
@@ -97,8 +97,8 @@ def test_balance():
     assert data_checks.describe_balance(names[:2], np.array([0, 1]), np.array([0, 1])) == []
 
 
-def test_large_photos_are_the_same_as_small_copies(folder):
-    """They are decoded at an eighth of their size."""
+def test_large_photos_match_small_copies(folder):
+    """Large photos are decoded at 1/8 of their size."""
     for seed in (3, 4):
         large = photo(seed, (1210, 1117))
         large.save(folder / "a" / f"large{seed}.jpg", quality=90)
@@ -114,7 +114,7 @@ def test_large_photos_are_the_same_as_small_copies(folder):
     ]
 
 
-def test_very_large_images_have_the_thumbnails_of_others(folder, monkeypatch):
+def test_very_large_images_have_same_thumbnail(folder, monkeypatch):
     split = open_source("", image_folder=str(folder)).split("train")
     expected = near_duplicates.fingerprints(split)["thumbnail"]
     monkeypatch.setattr(near_duplicates, "_LARGE", 0)
@@ -122,7 +122,7 @@ def test_very_large_images_have_the_thumbnails_of_others(folder, monkeypatch):
     np.testing.assert_allclose(found.astype(int), expected, atol=1)
 
 
-def test_thousand_copies_are_one_group():
+def test_many_copies_are_one_group():
     found = np.zeros(1000, FINGERPRINT)
     generator = np.random.default_rng(0)
     found["sha256"] = [generator.bytes(32) for _ in found]
@@ -132,10 +132,10 @@ def test_thousand_copies_are_one_group():
 
 
 @pytest.mark.slow
-def test_photos_that_are_the_same_in_a_public_dataset(shared_tfds):
-    """Counted by comparing all pairs of full-size thumbnails."""
+def test_duplicates_in_public_dataset_are_found(shared_tfds):
+    """Expected counts come from comparing all pairs of full-size thumbnails."""
     split = open_source("tf_flowers", data_dir=shared_tfds).split("train")
-    found = data_checks.duplicates(data_checks.look(split))
+    found = data_checks.duplicates(data_checks.scan(split))
     assert found == [
         [214, 1204],
         [725, 1007],

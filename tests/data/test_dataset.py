@@ -19,7 +19,7 @@ PREPROCESS = Preprocess("none", 8)
 
 
 class Unlabelled(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Like the test splits of many public datasets: the labels are kept back and given as -1."""
+    """Like the test splits of many public datasets, whose labels are secret and given as -1."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -55,7 +55,7 @@ class Unlabelled(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         ("train[:5]+test[:7]", 12),
     ],
 )
-def test_split_expressions_mean_what_tfds_says(digits_dir, expression, size):
+def test_split_expressions_equal_tfds(digits_dir, expression, size):
     source = open_source("digits", data_dir=str(digits_dir))
     split = source.split(expression)
     assert len(split) == len(split.names) == size
@@ -64,19 +64,19 @@ def test_split_expressions_mean_what_tfds_says(digits_dir, expression, size):
 
 
 @pytest.mark.parametrize("expression", ["nope", "train[", "train[:x%]"])
-def test_unknown_splits_list_those_there_are(digits_dir, expression):
+def test_unknown_split_lists_available_splits(digits_dir, expression):
     source = open_source("digits", data_dir=str(digits_dir))
     with pytest.raises(ValueError, match=r"its splits are \['train', 'test'\]"):
         source.split(expression)
 
 
-def test_an_empty_split_is_refused(digits_dir):
+def test_empty_split_is_refused(digits_dir):
     source = open_source("digits", data_dir=str(digits_dir))
     with pytest.raises(ValueError, match=r"split 'train\[:0\]' of 'digits' has no images"):
         source.split("train[:0]")
 
 
-def test_eval_images_are_never_trained_on(digits_dir):
+def test_train_and_eval_splits_are_disjoint(digits_dir):
     source = open_source("digits", data_dir=str(digits_dir))
     train, held_out = dataset.train_and_eval_splits(source, eval_split="train[:100]")
     assert (len(train), len(held_out)) == (1338, 100)
@@ -85,7 +85,7 @@ def test_eval_images_are_never_trained_on(digits_dir):
         dataset.train_and_eval_splits(source, "train[:100]", "train[50:150]")
 
 
-def test_stratified_holdout():
+def test_holdout_is_stratified():
     labels = np.repeat([0, 1, 2, 3], [100, 10, 2, 1])
     names = [f"{index}.jpg" for index in range(len(labels))]
     held_out = dataset.stratified_holdout(labels, names, 0.2)
@@ -95,7 +95,7 @@ def test_stratified_holdout():
 
 
 def holdout_of_single_images(labels, names, share):
-    """Each class by itself, in the order of the hashes of the names."""
+    """Reference: hold out each class separately, in the order of the hashes of the names."""
     digests = np.array([hashlib.sha256(name.encode()).hexdigest() for name in names])
     held_out = np.zeros(len(labels), bool)
     for label in np.unique(labels):
@@ -105,7 +105,7 @@ def holdout_of_single_images(labels, names, share):
     return held_out
 
 
-def test_holdout_without_groups_is_that_of_single_images():
+def test_holdout_without_groups_equals_groups_of_one():
     generator = np.random.default_rng(0)
     for count in range(1, 100):
         labels = generator.integers(0, generator.integers(1, 9), count)
@@ -149,7 +149,7 @@ def test_holdout_keeps_groups_together():
         ([100], 0),  # one picture: it is trained on
     ],
 )
-def test_holdout_where_groups_are_most_of_a_class(sizes, expected):
+def test_holdout_takes_smallest_group_if_groups_dominate_class(sizes, expected):
     labels = np.repeat([0, 1], 100)
     names = [f"{index}.jpg" for index in range(200)]
     ends = np.cumsum(sizes)
@@ -160,7 +160,7 @@ def test_holdout_where_groups_are_most_of_a_class(sizes, expected):
     assert all(len({*held_out[group]}) == 1 for group in groups)
 
 
-def test_few_shot(digits_dir):
+def test_few_shot_takes_given_number_per_class(digits_dir):
     train = open_source("digits", data_dir=str(digits_dir)).split("train")
     few = dataset.few_shot(train, 5, seed=1)
     assert np.bincount(few.labels).tolist() == [5] * 10
@@ -171,7 +171,7 @@ def test_few_shot(digits_dir):
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "LA"])
-def test_all_kinds_of_png_decode(tmp_path, mode):
+def test_all_png_types_decode(tmp_path, mode):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         Image.new(mode, (7, 5)).save(tmp_path / name / "x.png")
@@ -193,7 +193,7 @@ def test_unreadable_images_are_named(image_folder):
     assert dataset.find_unreadable(split) == error.value.reasons
 
 
-def test_only_the_batch_with_an_unreadable_image_is_read_again(image_folder, monkeypatch):
+def test_only_batch_with_unreadable_image_is_reread(image_folder, monkeypatch):
     broken = image_folder / "red" / "00.jpg"
     broken.write_bytes(broken.read_bytes()[:400])
     split = open_source(image_folder=str(image_folder)).split("train")
@@ -209,7 +209,7 @@ def test_only_the_batch_with_an_unreadable_image_is_read_again(image_folder, mon
     assert broken.read_bytes() in read
 
 
-def test_images_that_come_later_leave_the_held_out_ones_as_they_are(image_folder):
+def test_new_images_do_not_change_held_out_images(image_folder):
     def held_out():
         source = open_source(image_folder=str(image_folder))
         return set(dataset.train_and_eval_splits(source)[1].names)
@@ -219,7 +219,7 @@ def test_images_that_come_later_leave_the_held_out_ones_as_they_are(image_folder
     assert len(before & held_out()) >= len(before) - 1
 
 
-def test_a_label_out_of_range_is_named(tmp_path):
+def test_label_out_of_range_is_named(tmp_path):
     builder = Unlabelled(data_dir=tmp_path)
     builder.download_and_prepare(file_format="tfrecord")
     source = open_source(data_dir=str(builder.data_dir))
@@ -228,7 +228,7 @@ def test_a_label_out_of_range_is_named(tmp_path):
         source.split("test")
 
 
-def test_shuffling_is_repeatable_and_complete(digits_dir):
+def test_shuffle_is_a_repeatable_permutation(digits_dir):
     split = open_source("digits", data_dir=str(digits_dir)).split("test")
 
     def labels(seed):
@@ -251,7 +251,7 @@ def test_random_views_differ_between_epochs_and_repeat_with_the_seed(image_folde
     np.testing.assert_array_equal(views(1)[some], views(1, split.where(some)))
 
 
-def test_an_id_stays_until_its_image_changes(image_folder):
+def test_id_changes_only_with_image(image_folder):
     def ids():
         split = open_source(image_folder=str(image_folder)).split("train")
         return dict(zip(split.names, split.ids, strict=True))
@@ -267,7 +267,7 @@ def test_an_id_stays_until_its_image_changes(image_folder):
     assert after["red/new.png"] not in before.values()
 
 
-def test_ids_of_a_dataset_belong_to_its_examples(digits_dir):
+def test_ids_follow_examples_of_a_dataset(digits_dir):
     source = open_source("digits", data_dir=str(digits_dir))
     train = source.split("train")
     assert len({*train.ids, *source.split("test").ids}) == 1797
@@ -275,7 +275,7 @@ def test_ids_of_a_dataset_belong_to_its_examples(digits_dir):
     assert open_source("digits", data_dir=str(digits_dir)).split("train").ids == train.ids
 
 
-def test_a_split_has_no_image_twice(image_folder):
+def test_split_with_overlapping_parts_is_refused(image_folder):
     source = open_source(image_folder=str(image_folder))
     with pytest.raises(ValueError, match="has images of 'train' twice"):
         source.split("train[:60%]+train[40%:]")
@@ -283,8 +283,8 @@ def test_a_split_has_no_image_twice(image_folder):
 
 
 def add_copies(root, number):
-    """Re-encoded and resized copies of ``number`` images of a folder, in their own class and in
-    another one; pairs of names."""
+    """Add re-encoded and resized copies of ``number`` images per class, in the same or another
+    class; returns pairs of names."""
     pairs = []
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     for place, folder in enumerate(folders):
@@ -305,7 +305,7 @@ def automatic_sides(root):
 
 
 @pytest.mark.slow
-def test_copies_are_not_held_out_of_their_originals(smooth_folder):
+def test_copies_stay_on_the_side_of_their_originals(smooth_folder):
     before = automatic_sides(smooth_folder)
     source = open_source(image_folder=str(smooth_folder))
     split = source.split("train")
@@ -317,17 +317,17 @@ def test_copies_are_not_held_out_of_their_originals(smooth_folder):
     assert 14 <= len(held_out) <= 18
     for original, copy in pairs:
         assert (original in held_out) == (copy in held_out), (original, copy)
-    # They are what made the difference.
+    # Without grouping, the copies would be on both sides.
     split = open_source(image_folder=str(smooth_folder)).split("train")
     alone = dataset.stratified_holdout(split.labels, split.names, 0.2)
     alone = {name for name, out in zip(split.names, alone, strict=True) if out}
     assert any((original in alone) != (copy in alone) for original, copy in pairs)
-    # Images that come later leave it as it is.
+    # New images do not change it.
     Image.effect_mandelbrot((50, 50), (-2, -1, 1, 1), 50).save(smooth_folder / "a" / "new.png")
     assert len(held_out & automatic_sides(smooth_folder)[1]) >= len(held_out) - 1
 
 
-def test_too_many_images_are_not_compared(smooth_folder):
+def test_near_duplicate_search_is_skipped_for_many_images(smooth_folder):
     add_copies(smooth_folder, 10)
     split = open_source(image_folder=str(smooth_folder)).split("train")
     expected = dataset.stratified_holdout(split.labels, split.names, 0.2)
@@ -337,7 +337,7 @@ def test_too_many_images_are_not_compared(smooth_folder):
         assert np.array_equal(np.isin(split.names, held_out.names), expected) == is_same
 
 
-def test_a_folder_of_one_picture_a_class_still_has_a_holdout(tmp_path):
+def test_holdout_of_classes_of_near_duplicates_is_not_empty(tmp_path):
     for name, color in (("a", "red"), ("b", "blue")):
         (tmp_path / name).mkdir()
         for number in range(10):
@@ -347,7 +347,7 @@ def test_a_folder_of_one_picture_a_class_still_has_a_holdout(tmp_path):
 
 
 @pytest.mark.slow
-def test_copies_of_photos_are_not_held_out_of_their_originals(shared_tfds, tmp_path):
+def test_copies_of_photos_stay_on_the_side_of_their_originals(shared_tfds, tmp_path):
     flowers = open_source("tf_flowers", data_dir=shared_tfds).split("train[:300]")
     for example in flowers.encoded():
         folder = tmp_path / flowers.source.class_names[int(example["label"])]
@@ -362,8 +362,8 @@ def test_copies_of_photos_are_not_held_out_of_their_originals(shared_tfds, tmp_p
 
 
 class Numbered:
-    """A source whose images are their positions, sorted by class; ``reads`` are those read, if it
-    is watched."""
+    """A source whose images are their positions, sorted by class; ``reads`` records the positions
+    that were read, if it is watched."""
 
     def __init__(self, watched=False, **sizes):
         self.watched, self.reads = watched, []
@@ -403,7 +403,7 @@ def as_it_is(image):
 
 @pytest.fixture
 def undecoded(monkeypatch):
-    """Batches of what the images of a ``Numbered`` are: ``(positions, labels)``."""
+    """Batches of a ``Numbered`` source: ``(positions, labels)``."""
     monkeypatch.setattr(dataset, "decode", as_it_is)
 
     def batches(split, batch_size=100, **options):
@@ -414,7 +414,7 @@ def undecoded(monkeypatch):
 
 
 @pytest.mark.parametrize("size", [2, 100, 16_384, 40_000])
-def test_order_is_a_permutation_of_any_number_of_images(undecoded, size):
+def test_shuffled_is_a_permutation_for_any_size(undecoded, size):
     split = Numbered(train=size).source.split("train")
     batches = undecoded(split, shuffle_seed=7)
     order = np.concatenate([images for images, _ in batches])
@@ -433,7 +433,7 @@ def test_order_is_a_permutation_of_any_number_of_images(undecoded, size):
         np.testing.assert_allclose(means, 0.5, atol=0.15)
 
 
-def test_the_order_of_a_seed_stays():
+def test_shuffle_order_of_a_seed_is_fixed():
     tf.random.set_seed(87654321)  # what TensorFlow takes where none is set; another test may have
     assert dataset.shuffled(12, 0).tolist() == [0, 2, 10, 5, 9, 8, 4, 7, 1, 6, 3, 11]
     large = [6, 4, 7, 9, 8, 11, 5, 3, 1, 2, 10, 0]
@@ -454,7 +454,7 @@ def test_parts_of_a_split_are_shuffled_together(undecoded):
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("piece", [(0, 1), (0, 3), (2, 3)])
 @pytest.mark.parametrize("expression", ["train", "train[:40]+test+train[60:]"])
-def test_a_resumed_epoch_is_the_rest_of_the_whole_and_reads_no_more(undecoded, expression, piece):
+def test_resumed_epoch_reads_remaining_batches_only(undecoded, expression, piece):
     numbered = Numbered(watched=True, train=100, test=30)
     split = numbered.source.split(expression)
     options = {"shuffle_seed": 1, "batch_size": 8, "piece": piece}
@@ -468,14 +468,14 @@ def test_a_resumed_epoch_is_the_rest_of_the_whole_and_reads_no_more(undecoded, e
     assert undecoded(split, first_batch=99, **options) == []
 
 
-def test_few_images_are_read_ahead(undecoded):
+def test_prefetch_reads_few_images(undecoded):
     numbered = Numbered(watched=True, train=40_000)
     batches = numbered.source.split("train").batches(as_it_is, 10, shuffle_seed=0)
     assert len(list(itertools.islice(batches, 20))) == 20
     assert len(numbered.reads) < 4_000
 
 
-def test_a_resumed_epoch_needs_no_file_of_an_earlier_batch(image_folder):
+def test_resumed_epoch_needs_no_files_of_earlier_batches(image_folder):
     split = open_source(image_folder=str(image_folder)).split("train")
     options = {"shuffle_seed": 2, "view_seed": 2}
     whole = list(split.batches(PREPROCESS, 5, **options))
@@ -487,7 +487,7 @@ def test_a_resumed_epoch_needs_no_file_of_an_earlier_batch(image_folder):
         np.testing.assert_array_equal(found[1], expected[1])
 
 
-def test_names_of_files_may_be_any_bytes(tmp_path):
+def test_file_names_may_be_any_bytes(tmp_path):
     names = [b"a\xff.png", "ü\n.png".encode(), "\u2028.png".encode(), b"d.png"]
     names = [os.path.join(folder, name) for folder in (b"x", b"y") for name in names]
     for name in names:

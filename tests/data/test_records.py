@@ -1,4 +1,4 @@
-"""Records of tfds datasets by their position, against tfds' own reading."""
+"""Random access to records of tfds datasets, compared with tfds."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from transfer.images.preprocess import Preprocess
 
 
 class Sharded(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Sorted by class, in several files."""
+    """A dataset sorted by class, in several shards."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -47,7 +47,7 @@ def prepared(folder, file_format="tfrecord", num_shards=5):
 
 
 @pytest.mark.parametrize("file_format", ["tfrecord", "array_record", "parquet"])
-def test_position_is_the_one_that_tfds_means(tmp_path, file_format):
+def test_positions_equal_tfds(tmp_path, file_format):
     if file_format == "parquet":
         pytest.importorskip("pyarrow")
     builder = prepared(tmp_path, file_format)
@@ -71,7 +71,7 @@ def test_position_is_the_one_that_tfds_means(tmp_path, file_format):
     assert names == [split.names[position] for position in order]
 
 
-def test_one_image_is_read_without_the_others(tmp_path):
+def test_single_record_is_read_without_others(tmp_path):
     builder = prepared(tmp_path, num_shards=1)
     split = open_source(data_dir=str(builder.data_dir)).split("train")
     whole = [example["image"].numpy() for example in split.encoded()]
@@ -85,7 +85,7 @@ def test_one_image_is_read_without_the_others(tmp_path):
         list(split.examples(np.array([3])))
 
 
-def test_files_that_are_not_whole_are_named(tmp_path):
+def test_truncated_files_are_named(tmp_path):
     builder = prepared(tmp_path, num_shards=1)
     (path,) = builder.info.splits["train"].filepaths
     content = path.read_bytes()
@@ -97,7 +97,7 @@ def test_files_that_are_not_whole_are_named(tmp_path):
         open_source(data_dir=str(builder.data_dir)).split("train")
 
 
-def test_a_format_without_random_access_is_refused(tmp_path):
+def test_format_without_random_access_is_refused(tmp_path):
     builder = prepared(tmp_path)
     info = Path(builder.data_dir) / "dataset_info.json"
     info.write_text(info.read_text().replace("tfrecord", "riegeli"))

@@ -12,7 +12,7 @@ from transfer.images.preprocess import Preprocess
 PREPROCESS = Preprocess("none", 8)
 
 
-def test_digits_are_scikit_learns(digits_dir):
+def test_digits_equal_scikit_learn(digits_dir):
     from sklearn.datasets import load_digits
 
     source = open_source("digits", data_dir=str(digits_dir))
@@ -38,14 +38,14 @@ def test_digits_splits_are_stratified(digits_dir):
     np.testing.assert_allclose(test, 0.2 * (train + test), atol=0.5)
 
 
-def test_a_data_dir_with_one_dataset_needs_no_name(digits_dir):
+def test_data_dir_with_one_dataset_needs_no_name(digits_dir):
     assert open_source(data_dir=str(digits_dir)).name == "digits"
     direct = open_source(data_dir=str(digits_dir / "digits" / "1.0.0"))
     assert direct.class_names == [str(digit) for digit in range(10)]
 
 
 @pytest.mark.parametrize("layout", ["", "train"], ids=["classes", "splits"])
-def test_image_folder(tmp_path, layout):
+def test_image_folder_has_classes_and_labels(tmp_path, layout):
     make_image_folder(tmp_path / "photos" / layout)
     source = open_source(image_folder=str(tmp_path / "photos"))
     assert source.class_names == ["blue", "red"]
@@ -54,12 +54,12 @@ def test_image_folder(tmp_path, layout):
     assert np.bincount(train.labels).tolist() == [10, 10]
     assert np.bincount(held_out.labels).tolist() == [2, 2]
     assert all(name.endswith((".jpg", ".png")) for name in train.names)
-    for images, labels in train.batches(PREPROCESS, 4):  # colours tell the classes
+    for images, labels in train.batches(PREPROCESS, 4):  # the classes differ by colour
         is_red = images.numpy()[..., 0].mean((1, 2)) > images.numpy()[..., 2].mean((1, 2))
         np.testing.assert_array_equal(is_red, labels)
 
 
-def test_image_folder_with_splits_of_its_own(tmp_path):
+def test_image_folder_with_split_folders(tmp_path):
     make_image_folder(tmp_path / "train", 6)
     make_image_folder(tmp_path / "val", 3)
     source = open_source(image_folder=str(tmp_path))
@@ -67,7 +67,7 @@ def test_image_folder_with_splits_of_its_own(tmp_path):
     assert len(source.split("train[:50%]+val")) == 12
 
 
-def test_a_class_that_one_split_lacks_keeps_the_numbers(tmp_path):
+def test_class_missing_in_one_split_keeps_labels(tmp_path):
     make_image_folder(tmp_path / "train", 3)
     make_image_folder(tmp_path / "test", 3)
     for path in (tmp_path / "test" / "blue").iterdir():
@@ -76,7 +76,7 @@ def test_a_class_that_one_split_lacks_keeps_the_numbers(tmp_path):
     assert test.labels.tolist() == [1, 1, 1]
 
 
-def test_litter_in_a_folder_is_no_class_and_no_image(tmp_path):
+def test_other_files_in_image_folder_are_ignored(tmp_path):
     make_image_folder(tmp_path / "train", 4)
     train = tmp_path / "train"
     for name in (".ipynb_checkpoints", "__MACOSX", "empty"):
@@ -93,7 +93,7 @@ def test_litter_in_a_folder_is_no_class_and_no_image(tmp_path):
     assert len(source.split("train")) == 8
 
 
-def test_all_kinds_of_files_below_a_class_are_found(tmp_path):
+def test_images_in_subfolders_of_a_class_are_found(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name / "2024").mkdir(parents=True)
         for file in ("x.JPG", "x.bmp", "x.gif", "2024/y.jpeg", "2024/y.PNG"):
@@ -103,7 +103,7 @@ def test_all_kinds_of_files_below_a_class_are_found(tmp_path):
     assert sum(len(labels) for _, labels in split.batches(PREPROCESS, 3)) == len(split) == 10
 
 
-def test_a_name_that_is_not_that_of_the_directory_is_refused(digits_dir):
+def test_dataset_name_must_match_prepared_directory(digits_dir):
     for directory in (digits_dir / "digits" / "1.0.0", digits_dir / "digits"):
         assert open_source(data_dir=str(directory)).name == "digits"
         assert open_source("digits", data_dir=str(directory)).name == "digits"
@@ -111,14 +111,14 @@ def test_a_name_that_is_not_that_of_the_directory_is_refused(digits_dir):
             open_source("mnist", data_dir=str(directory))
 
 
-def test_an_empty_folder_is_refused(tmp_path):
+def test_empty_image_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has no images; expected one folder per class"):
         open_source(image_folder=str(tmp_path))
     with pytest.raises(FileNotFoundError, match="does not exist"):
         open_source(image_folder=str(tmp_path / "nowhere"))
 
 
-def test_one_class_is_refused(tmp_path):
+def test_image_folder_with_one_class_is_refused(tmp_path):
     make_image_folder(tmp_path)
     for path in (tmp_path / "blue").iterdir():
         path.unlink()
@@ -128,8 +128,8 @@ def test_one_class_is_refused(tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_a_dataset_that_cannot_be_had_fails_fast(tmp_path, monkeypatch):
-    """As on a machine without network: nothing answers."""
+def test_unprepared_dataset_without_network_fails_fast(tmp_path, monkeypatch):
+    """Simulates a machine without a network."""
 
     answer = threading.Event()
 
@@ -143,18 +143,18 @@ def test_a_dataset_that_cannot_be_had_fails_fast(tmp_path, monkeypatch):
     answer.set()
 
 
-def test_an_unknown_dataset_suggests_near_ones(tmp_path):
+def test_unknown_dataset_suggests_similar_names(tmp_path):
     with pytest.raises(ValueError, match="no dataset 'tf_flower'; did you mean tf_flowers"):
         open_source("tf_flower", data_dir=str(tmp_path))
 
 
-def test_a_data_dir_that_is_not_there(tmp_path):
+def test_missing_data_dir_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="data dir .* does not exist"):
         open_source("tf_flowers", data_dir=str(tmp_path / "nowhere"))
 
 
 @pytest.mark.slow
-def test_prepared_datasets(shared_tfds):
+def test_prepared_datasets_are_opened(shared_tfds):
     for name, classes, size in (("tf_flowers", 5, 3670), ("cmaterdb/telugu", 10, None)):
         source = open_source(name, data_dir=shared_tfds)
         train, held_out = dataset.train_and_eval_splits(source)

@@ -11,7 +11,7 @@ from transfer.data.tfds import tfds
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_it_is_tensorflow_datasets():
+def test_tfds_is_tensorflow_datasets():
     assert tfds is tensorflow_datasets
 
 
@@ -23,7 +23,7 @@ def test_it_is_tensorflow_datasets():
         ("", "is this another package of its name?"),
     ],
 )
-def test_half_an_import_fails_with_its_reason(tmp_path, public_api, reason):
+def test_partial_import_fails_with_reason(tmp_path, public_api, reason):
     package = tmp_path / "tensorflow_datasets"
     package.mkdir()
     # As tfds does it.

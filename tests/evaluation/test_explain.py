@@ -1,4 +1,4 @@
-"""Grad-CAM against the same of a Keras model, computed as Keras' documentation shows it."""
+"""Grad-CAM compared with the implementation in the Keras documentation."""
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ def classifier(model):
 
 
 def keras_model(classifier):
-    """The same network by hand: images to the last feature maps and logits."""
+    """Reference model of the same network: images to the last feature maps and logits."""
     values = {name: np.asarray(value) for name, value in classifier.backbone.values().items()}
     net = images = keras.Input((16, 16, 3))
     for name in ("conv1_1", "pool", "conv2_1", "conv2_2", "pool"):
@@ -43,7 +43,7 @@ def keras_model(classifier):
     return keras.Model(images, [maps, logits])
 
 
-def test_it_equals_keras(classifier, images):
+def test_grad_cam_equals_keras(classifier, images):
     classes = np.array([0, 1, 2, 0, 1])
     reference = keras_model(classifier)
     with tf.GradientTape() as tape:
@@ -59,7 +59,7 @@ def test_it_equals_keras(classifier, images):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_images_are_a_batch_of_the_networks_size(classifier, images):
+def test_grad_cam_checks_image_shape(classifier, images):
     explain = grad_cam(classifier)
     whole = explain(images, np.zeros(5, np.int32))
     np.testing.assert_allclose(explain(images[:2], np.zeros(2)), whole[:2], atol=1e-5)
@@ -75,13 +75,13 @@ def test_the_last_feature_maps_of_vgg16():
     assert last_feature_maps(network, 224).startswith("conv5_3")
 
 
-def test_a_network_without_places_says_so(classifier, monkeypatch):
+def test_network_without_feature_maps_is_refused(classifier, monkeypatch):
     monkeypatch.setattr("transfer.evaluation.explain.last_feature_maps", lambda *_: None)
     with pytest.raises(ValueError, match="no feature maps with a height and a width"):
         grad_cam(classifier)
 
 
-def test_the_overlay_is_red_where_it_is_hot():
+def test_overlay_is_red_in_hot_regions():
     pixels = np.full((16, 16, 3), 100.0, np.float32)
     heat = np.zeros((4, 4), np.float32)
     heat[0, 0] = 1

@@ -1,4 +1,4 @@
-"""``predict`` from Python gives what ``vgg-transfer predict`` gives."""
+"""``predict`` from Python equals ``vgg-transfer predict``."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_predictions_equal_those_of_the_command_line(run, image_folder, tmp_path
     ).read_bytes()
 
 
-def test_models_and_images_may_be_paths(run, image_folder):
+def test_model_and_images_may_be_paths(run, image_folder):
     (run / "other.meta").write_bytes(b"of the user")
     paths = [str(image_folder / "red" / "00.jpg"), image_folder / "blue"]
     found = list(predict(str(run), paths))
@@ -62,7 +62,7 @@ def test_models_and_images_may_be_paths(run, image_folder):
     (run / "other.meta").unlink()
 
 
-def test_an_unreadable_image_ends_the_iteration_unless_it_is_handled(run, image_folder):
+def test_unreadable_image_raises_without_handler(run, image_folder):
     bad, gone = image_folder / "bad.jpg", image_folder / "gone.jpg"
     bad.write_bytes(b"no image")
     good = image_folder / "red" / "00.jpg"
@@ -79,14 +79,14 @@ def test_an_unreadable_image_ends_the_iteration_unless_it_is_handled(run, image_
     assert isinstance(failed[gone], FileNotFoundError)
 
 
-def test_files_that_are_no_images_are_logged(run, image_folder, caplog):
+def test_ignored_files_are_logged(run, image_folder, caplog):
     (image_folder / "red" / "notes.txt").write_text("mine")
     with caplog.at_level("WARNING", "transfer"):
         assert len(list(predict(run, image_folder))) == 24
     assert "1 of 25 files passed over" in caplog.text
 
 
-def test_files_are_named_as_they_are_used(run, image_folder):
+def test_paths_are_consumed_lazily(run, image_folder):
     def paths():
         for number in range(100):
             asked.append(number)
@@ -97,7 +97,7 @@ def test_files_are_named_as_they_are_used(run, image_folder):
     assert len(asked) == 8
 
 
-def test_wrong_numbers_and_models_are_refused_at_once(run, tmp_path):
+def test_invalid_counts_and_models_are_refused_immediately(run, tmp_path):
     with pytest.raises(ValueError, match="top k must be at least 1, got 0"):
         predict(run, [], top_k=0)
     with pytest.raises(ValueError, match="batch size must be at least 1"):
@@ -106,13 +106,13 @@ def test_wrong_numbers_and_models_are_refused_at_once(run, tmp_path):
         predict(tmp_path / "nothing", [])
 
 
-def test_the_first_of_equals_comes_first():
+def test_ties_are_in_label_order():
     found = file_predictions.most_probable(np.array([0.2, 0.4, 0.4]), ["a", "b", "c"], 2)
     assert [label for label, _ in found] == ["b", "c"]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="names are UTF-16 there")
-def test_names_need_not_be_text(run, tmp_path):
+def test_file_names_need_not_be_utf8(run, tmp_path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
     Image.new("RGB", (9, 9)).save(tmp_path / "plain.png")
     (tmp_path / "plain.png").rename(path)
@@ -123,8 +123,8 @@ def test_names_need_not_be_text(run, tmp_path):
 
 
 @pytest.mark.parametrize("channels, more", [(1, 2.5), (3, 0.5)])
-def test_a_large_image_is_in_memory_once(tmp_path, channels, more):
-    """As floats it would take four times as much; gray takes a third, twice, and some strips."""
+def test_resizing_a_large_image_makes_no_float_copy(tmp_path, channels, more):
+    """A float copy would take four times the memory; gray needs a third, twice, and some strips."""
     side = 6000
     Image.new("RGB", (side, side), (9, 90, 200)).save(tmp_path / "large.png")
     data = (tmp_path / "large.png").read_bytes()
@@ -133,7 +133,7 @@ def test_a_large_image_is_in_memory_once(tmp_path, channels, more):
     image = read_tensor(data)
     before = resident("VmRSS")
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what there is
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current memory
     except OSError:
         pytest.skip("the system does not tell")
     prepare(image)

@@ -17,7 +17,7 @@ def sample(num_examples=300, num_classes=6, seed=0):
     return logits, labels, [f"class {number}" for number in range(num_classes)]
 
 
-def test_by_hand():
+def test_metrics_by_hand():
     found = metrics.measure(LOGITS, LABELS, ["a", "b", "c"], resamples=20)
     assert found["balanced_accuracy"] == pytest.approx((1 / 2 + 1 + 1) / 3)
     a, b, c = found["classes"]
@@ -33,7 +33,7 @@ def test_by_hand():
     assert found["calibration_error"] == pytest.approx((0.3 + 0.4 + abs(1 - 1.0)) / 4)
 
 
-def test_equals_scikit_learn():
+def test_metrics_equal_scikit_learn():
     logits, labels, names = sample()
     found = metrics.measure(logits, labels, names, resamples=20)
     p, predictions = probabilities(logits), logits.argmax(-1)
@@ -59,8 +59,8 @@ def test_equals_scikit_learn():
 
 
 @pytest.mark.slow
-def test_intervals_cover_what_they_should():
-    """Of accuracies of many samples, 95 % of the intervals hold the true one."""
+def test_intervals_have_nominal_coverage():
+    """Over many samples, 95 % of the intervals contain the true accuracy."""
     samples = (sample(seed=seed) for seed in range(200))
     truth = np.mean([(logits.argmax(-1) == labels).mean() for logits, labels, _ in samples])
     covered = 0
@@ -71,7 +71,7 @@ def test_intervals_cover_what_they_should():
     assert 42 <= covered <= 50
 
 
-def test_ranks_of_resamples_equal_scikit_learns():
+def test_resampled_ranks_equal_scikit_learn():
     logits, labels, _ = sample(80, 4)
     p = probabilities(np.round(logits))  # many are equal
     resampled = metrics._resampled_ranks(p, labels)
@@ -82,7 +82,7 @@ def test_ranks_of_resamples_equal_scikit_learns():
             np.testing.assert_allclose(found[name], expected, rtol=1e-12, err_msg=name)
 
 
-def test_they_are_the_same_each_time_and_hold_the_figure():
+def test_intervals_are_repeatable_and_contain_the_metric():
     logits, labels, names = sample()
     first, second = (metrics.measure(logits, labels, names, resamples=200) for _ in range(2))
     assert first == second
@@ -93,8 +93,8 @@ def test_they_are_the_same_each_time_and_hold_the_figure():
     assert low < first["macro"]["f1"] < high
 
 
-def test_intervals_hold_the_figure_with_few_images_a_class():
-    """Plain percentiles lie above the average precision: fewer different images make it larger."""
+def test_intervals_contain_the_metric_with_few_images_per_class():
+    """Plain percentiles are above the average precision: fewer distinct images make it larger."""
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 100, 1000)
     logits = generator.normal(size=(1000, 100)) + 1.5 * np.eye(100)[labels]
@@ -107,7 +107,7 @@ def test_intervals_hold_the_figure_with_few_images_a_class():
     assert low < single["average_precision"] - 0.005
 
 
-def test_each_class_has_its_intervals():
+def test_each_class_has_intervals():
     logits, labels, names = sample()
     found = metrics.measure(logits, labels, names, resamples=100)
     for row in found["classes"]:
@@ -116,7 +116,7 @@ def test_each_class_has_its_intervals():
             assert 0 <= low <= row[name] <= high <= 1
 
 
-def test_a_class_without_images_has_no_rank():
+def test_class_without_images_has_no_rank_metrics():
     logits, labels, names = sample()
     found = metrics.measure(logits, np.where(labels == 3, 2, labels), names, resamples=20)
     assert found["classes"][3]["support"] == 0
@@ -124,7 +124,7 @@ def test_a_class_without_images_has_no_rank():
     assert 0 < found["roc_auc"] < 1
 
 
-def test_one_class_only():
+def test_single_class_has_no_rank_metrics():
     logits = np.zeros((4, 2), np.float32)
     found = metrics.measure(logits, np.zeros(4, int), ["a", "b"], resamples=5)
     assert found["roc_auc"] is None
@@ -144,7 +144,7 @@ def test_calibration_counts_every_image():
     assert found["calibration_error"] == pytest.approx(weighted / len(labels))
 
 
-def test_mcnemar():
+def test_mcnemar_equals_binomial_test():
     labels = np.zeros(20, int)
     first = np.array([0] * 15 + [1] * 5)
     second = np.array([0] * 5 + [1] * 10 + [0] * 2 + [1] * 3)

@@ -29,7 +29,7 @@ def test_summarize_equals_scikit_learn():
     assert figures["loss"] == pytest.approx(sklearn.metrics.log_loss(labels, p), rel=1e-6)
 
 
-def test_classes_that_do_not_occur_do_not_matter():
+def test_summarize_ignores_absent_classes():
     figures = prediction.summarize(np.eye(7, dtype=np.float32)[:2], np.array([0, 1]))
     assert figures["accuracy"] == figures["top5"] == 1.0
 

@@ -1,4 +1,4 @@
-"""report.html, as a browser sees it: headless Chromium, where there is one."""
+"""Rendering of report.html in headless Chromium, if installed."""
 
 import html
 import json
@@ -45,7 +45,7 @@ def run(tmp_path_factory):
     card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
     model = save_vgg(folder / "model" / "tiny", card=card)
     photos = make_image_folder(folder / "photos", 30)
-    for name in ("<b>&amp;", "d'été", "$\\q$"):  # names that a page must not take for its own
+    for name in ("<b>&amp;", "d'été", "$\\q$"):  # names that must be escaped
         shutil.copytree(photos / "red", photos / name)
     assert finetune(folder / "run", model, photos) == 0
     assert main(["evaluate", str(folder / "run")]) == 0
@@ -64,7 +64,7 @@ def chromium(page, *flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
-def test_in_a_browser(run, tmp_path, width):
+def test_report_renders_in_browser(run, tmp_path, width):
     page = tmp_path / "page.html"
     page.write_text((run / "report.html").read_text() + PROBE)
     result = chromium(page, f"--window-size={width},900", "--dump-dom")
@@ -72,7 +72,7 @@ def test_in_a_browser(run, tmp_path, width):
     text = re.search(r'data-found="([^"]*)"', result.stdout)[1]
     found = json.loads(html.unescape(text))
     assert (found["broken"], found["without_text"], found["outside"]) == (0, 0, [])
-    assert found["images"] >= 4 + 2  # plots, and the least certain with what they came from
+    assert found["images"] >= 4 + 2  # plots, and the least certain images with heat maps
     assert found["too_wide"] <= 0
     metrics = json.loads((run / "metrics.json").read_text())["eval"]
     evaluation = json.loads((run / "evaluation.json").read_text())
@@ -85,18 +85,18 @@ def test_in_a_browser(run, tmp_path, width):
     assert found["figures"] == {title: f"{value:.4f}" for title, value in expected.items()}
 
 
-def test_on_paper(run, tmp_path):
+def test_report_prints(run, tmp_path):
     chromium(run / "report.html", f"--print-to-pdf={tmp_path / 'report.pdf'}")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_names_are_text(run):
+def test_names_in_report_are_escaped(run):
     page = (run / "report.html").read_text()
     assert "<b>" not in page
     assert "&lt;b&gt;&amp;amp;" in page
 
 
-def test_plots_are_files_too(run):
+def test_plots_are_also_files(run):
     plots = {path.stem: path for path in (run / "plots").iterdir()}
     assert plots.keys() == {"learning_curves", "confusion", "calibration", "classes"}
     for path in plots.values():
@@ -104,7 +104,7 @@ def test_plots_are_files_too(run):
             assert image.width > 300
 
 
-def test_what_was_trained_and_how_to_repeat_it(run, tmp_path):
+def test_report_has_config_and_commands(run, tmp_path):
     page = html.unescape((run / "report.html").read_text())
     assert "freeze_until: fc7" in page
     assert re.search(r"trained on photos, \d+ images, \d+ epochs", page)

@@ -1,4 +1,4 @@
-"""``evaluate`` from Python gives what ``fine_tune`` and ``vgg-transfer evaluate`` give."""
+"""``evaluate`` from Python equals ``fine_tune`` and ``vgg-transfer evaluate``."""
 
 import json
 
@@ -55,7 +55,7 @@ def test_evaluate_run_returns_what_it_writes(run):
     assert evaluate(Classifier.load(run), held_out, cut="fc7") == found
 
 
-def test_classes_may_be_in_another_order_but_not_others(run):
+def test_class_order_may_differ_but_not_classes(run):
     held_out = run_data.held_out(run, run_data.open_data(run))
     classifier = Classifier.load(run)
     expected = evaluate(classifier, held_out)
@@ -71,7 +71,7 @@ def test_classes_may_be_in_another_order_but_not_others(run):
         evaluate(classifier, held_out)
 
 
-def test_an_empty_split_and_an_empty_batch_are_refused(run):
+def test_empty_split_and_empty_batch_are_refused(run):
     held_out = run_data.held_out(run, run_data.open_data(run))
     classifier = Classifier.load(run)
     with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):

@@ -1,4 +1,4 @@
-"""`export` from Python: what it writes gives the classifier's results."""
+"""`export` from Python: exported models equal the classifier."""
 
 import json
 
@@ -19,7 +19,7 @@ LABELS = ["a", "b", "c"]
 def new_classifier(model, head=None):
     classifier = Classifier(Backbone(model), head or Head(3), Preprocess("caffe", 16), LABELS)
     classifier.build_from_size()
-    for variable in classifier.head.trainable_variables:  # labels that can be told apart
+    for variable in classifier.head.trainable_variables:  # so that the labels differ
         variable.assign(np.random.default_rng(1).normal(size=variable.shape))
     return classifier
 
@@ -32,12 +32,12 @@ def classifier(tmp_path_factory):
 
 @pytest.fixture
 def loaded(classifier, tmp_path):
-    """The classifier as `fine_tune` returns it: read back from a run's model."""
+    """The classifier as returned by `fine_tune`: loaded from a run's model."""
     save_classifier(classifier, tmp_path / "run" / "model", Card(licence="MIT"))
     return Classifier.load(tmp_path / "run")
 
 
-def test_keras_file_gives_the_logits(classifier, tmp_path):
+def test_keras_file_outputs_logits(classifier, tmp_path):
     metrics = export(classifier, tmp_path, formats=["keras"])
     model = keras.models.load_model(tmp_path / "keras" / "model.keras")
     np.testing.assert_allclose(model(PHOTOS), classifier(PHOTOS), rtol=1e-5, atol=1e-5)
@@ -49,7 +49,7 @@ def test_keras_file_gives_the_logits(classifier, tmp_path):
     assert "np.repeat" not in text
 
 
-def test_saved_model_gives_the_probabilities(classifier, tmp_path):
+def test_saved_model_outputs_probabilities(classifier, tmp_path):
     export(classifier, tmp_path, formats=["saved_model"])
     model = tf.saved_model.load(str(tmp_path / "saved_model" / "1"))
     found = model.signatures["pixels"](pixels=tf.constant(PHOTOS))["probabilities"]
@@ -57,7 +57,7 @@ def test_saved_model_gives_the_probabilities(classifier, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["classifier", "loaded"])
-def test_meta_graph_gives_the_logits(request, tmp_path, stock_session, kind):
+def test_meta_graph_outputs_logits(request, tmp_path, stock_session, kind):
     exported = request.getfixturevalue(kind)
     export(exported, tmp_path / "out", formats=["meta_graph"])
     card = json.loads((tmp_path / "out" / "meta_graph" / "model.json").read_text())
@@ -68,7 +68,7 @@ def test_meta_graph_gives_the_logits(request, tmp_path, stock_session, kind):
     assert (tmp_path / "out" / "meta_graph" / "labels.txt").read_text() == "a\nb\nc\n"
 
 
-def test_meta_graph_has_the_present_weights(loaded, tmp_path, stock_session):
+def test_meta_graph_has_current_weights(loaded, tmp_path, stock_session):
     before = np.asarray(loaded(PHOTOS))
     for variable in loaded.trainable_variables:
         variable.assign(variable * 0.9)
@@ -96,14 +96,14 @@ def test_int8_needs_images(classifier, tmp_path, image_folder):
     assert "on labelled images:" in (tmp_path / "out" / "tflite" / "README.md").read_text()
 
 
-def test_a_head_of_another_kind_keeps_only_its_format_from_being_written(model, tmp_path):
+def test_other_head_prevents_meta_graph_only(model, tmp_path):
     classifier = new_classifier(model, keras.layers.Dense(3))
     with pytest.raises(ValueError, match="meta_graph: can save a classifier with a Head"):
         export(classifier, tmp_path / "out", formats=["meta_graph", "keras"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export.json", "keras"]
 
 
-def test_an_unknown_format_is_refused_before_anything_is_written(classifier, tmp_path):
+def test_unknown_format_is_refused_before_writing(classifier, tmp_path):
     for formats in ("onnx,pickle", ["onnx", "pickle"]):
         with pytest.raises(ValueError, match="formats=onnx,pickle: 'pickle' is unknown; choose"):
             export(classifier, tmp_path / "out", formats=formats)

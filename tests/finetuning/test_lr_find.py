@@ -1,4 +1,4 @@
-"""The range test from Python gives what ``vgg-transfer lr-find`` gives."""
+"""The learning-rate range test from Python equals ``vgg-transfer lr-find``."""
 
 import csv
 
@@ -16,7 +16,7 @@ def splits(image_folder):
     return open_source(image_folder=str(image_folder)).train_and_eval_splits()
 
 
-def test_it_finds_what_the_command_line_finds(tmp_path, model, image_folder, splits, capsys):
+def test_find_learning_rate_equals_command_line(tmp_path, model, image_folder, splits, capsys):
     request = RunRequest(load_meta_graph(model), *splits, FineTuneOptions(cache="memory"))
     found = find_learning_rate(request, steps=20)
     out = tmp_path / "trial"
@@ -28,7 +28,7 @@ def test_it_finds_what_the_command_line_finds(tmp_path, model, image_folder, spl
     assert [row["loss"] for row in rows] == [f"{loss:.6g}" for loss in found.losses]
 
 
-def test_several_stages_are_refused(model, splits):
+def test_lr_find_rejects_several_stages(model, splits):
     options = FineTuneOptions(schedule="fc7:1,pool2:1")
     with pytest.raises(ValueError, match="leave out schedule=STAGES"):
         find_learning_rate(RunRequest(load_meta_graph(model), *splits, options))

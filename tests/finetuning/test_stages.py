@@ -39,7 +39,7 @@ def changed(model, out):
 
 
 @pytest.mark.slow
-def test_a_schedule_thaws_the_network_from_its_end(tmp_path, model, image_folder):
+def test_schedule_unfreezes_stage_by_stage(tmp_path, model, image_folder):
     out = tmp_path / "run"
     schedule = "fc7:2,pool2:1:0.001,none:2:0.0005"
     assert finetune(out, model, image_folder, "--schedule", schedule) == 0
@@ -49,12 +49,12 @@ def test_a_schedule_thaws_the_network_from_its_end(tmp_path, model, image_folder
     assert found["activations"]["computed"] == 48  # at fc7 and at pool2
     assert changed(model, out) == {"conv1_1", "conv2_1", "conv2_2", "fc6", "fc7"}
     first, *others = yaml.safe_load((out / "config.yaml").read_text())["schedule"].split(",")
-    assert first.startswith("fc7:2:0.")  # the rate that was chosen
+    assert first.startswith("fc7:2:0.")  # the default rate
     assert others == ["pool2:1:0.001", "none:2:0.0005"]
 
 
 @pytest.mark.slow
-def test_a_stage_leaves_alone_what_it_froze(tmp_path, model, image_folder):
+def test_stage_does_not_change_frozen_weights(tmp_path, model, image_folder):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--schedule", "fc7:1,pool2:2:0.001") == 0
     assert changed(model, out) == {"fc6", "fc7"}
@@ -62,7 +62,7 @@ def test_a_stage_leaves_alone_what_it_froze(tmp_path, model, image_folder):
 
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_an_interrupted_schedule_goes_on(tmp_path, model, image_folder, monkeypatch, epoch, capsys):
+def test_interrupted_schedule_is_resumed(tmp_path, model, image_folder, monkeypatch, epoch, capsys):
     flags = ["--schedule", "fc7:2,pool1:2:0.001", "--mixup", 0.2]
     assert finetune(tmp_path / "whole", model, image_folder, *flags) == 0
     train_epoch = Trainer.train_epoch
@@ -90,23 +90,21 @@ def test_an_interrupted_schedule_goes_on(tmp_path, model, image_folder, monkeypa
         ("a/b:0:2, none:1:1e-4", [("a/b", 2, None), ("none", 1, 1e-4)]),
     ],
 )
-def test_schedules(text, stages):
+def test_schedule_is_parsed(text, stages):
     assert requested_stages(FineTuneOptions(schedule=text)) == [
         StageRequest(*stage, 1.0) for stage in stages
     ]
 
 
 @pytest.mark.parametrize("text", ["fc7", "fc7:0", "fc7:x", ":3", "fc7:1:2:3", "", "fc7:1,,none:1"])
-def test_what_is_no_schedule(text):
+def test_invalid_schedule_is_refused(text):
     with pytest.raises(ValueError, match="expected CUT:EPOCHS or CUT:EPOCHS:RATE"):
         requested_stages(FineTuneOptions(schedule=text))
 
 
 @pytest.mark.slow
-def test_a_cut_equals_full_training_with_a_prefix_that_has_no_learning_rate(
-    tmp_path, model, image_folder
-):
-    # What is trained has its dropout on; what is frozen has not.
+def test_cut_equals_full_training_with_zero_rate_before_it(tmp_path, model, image_folder):
+    # Dropout is active in the trained part only.
     flags = ["--learning-rate", 0.02, "--lr-schedule", "constant", "--feed", "keep_prob=1.0"]
     assert finetune(tmp_path / "cut", model, image_folder, *flags) == 0
     flags += ["--freeze-until", "none", "--backbone-lr-scale", 0]
@@ -115,8 +113,8 @@ def test_a_cut_equals_full_training_with_a_prefix_that_has_no_learning_rate(
     assert largest_difference(tmp_path / "cut" / "model", tmp_path / "full" / "model") < 1e-5
 
 
-def test_so_does_one_within_the_network(model):
-    """On kept activations of pool1, and on images with rates of zero before it."""
+def test_inner_cut_equals_full_training_with_zero_rate_before_it(model):
+    """Training on cached activations of pool1 equals training on images with zero rates before."""
     images = np.random.default_rng(0).random((24, 16, 16, 3), np.float32)
     labels = np.arange(24) % 2
 
@@ -155,7 +153,7 @@ def test_so_does_one_within_the_network(model):
 @pytest.mark.parametrize(
     "flags, head, backbone",
     [
-        # A new head has far to go, the backbone has not. The features are small.
+        # A new head needs a higher rate than the backbone. The features are small.
         ([], (0.006, 1), 1e-4),
         (["--learning-rate", 0.01], (0.01, 0.01), 0.01),
         (["--learning-rate", 0.01, "--backbone-lr-scale", 0.1], (0.01, 0.01), 1e-3),
@@ -179,12 +177,12 @@ def test_learning_rates_of_head_and_backbone(tmp_path, model, image_folder, flag
     "width, scale, rate",
     [(512, 1, 0.006), (8, 1, 0.006), (512, 0.1, 0.06), (4096, 1, 0.00075), (4096, 0, 0.00075)],
 )
-def test_a_head_learns_the_slower_the_more_its_features_say(width, scale, rate):
+def test_head_learning_rate_falls_with_width_and_rms(width, scale, rate):
     assert head_learning_rate(np.full((4, width), scale, np.float32)) == rate
 
 
 @pytest.mark.slow
-def test_blocks_learn_the_slower_the_further_they_are_from_the_head(tmp_path, model, image_folder):
+def test_block_learning_rates_decay_away_from_head(tmp_path, model, image_folder):
     flags = ["--freeze-until", "none", "--learning-rate", 0.01, "--epochs", 1]
     flags += ["--lr-schedule", "constant", "--block-lr-decay", 0.1, "--batch-size", 20]
     assert finetune(tmp_path / "run", model, image_folder, *flags) == 0
@@ -199,7 +197,7 @@ def test_blocks_learn_the_slower_the_further_they_are_from_the_head(tmp_path, mo
     assert found == expected
 
 
-def test_a_cut_that_a_branch_goes_round_is_refused(tmp_path, image_folder, capsys):
+def test_cut_bypassed_by_branch_is_refused(tmp_path, image_folder, capsys):
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
@@ -215,7 +213,7 @@ def test_a_cut_that_a_branch_goes_round_is_refused(tmp_path, image_folder, capsy
     assert error.count("error: ") == 1
 
 
-def test_lbfgs_solves_for_the_same_head(tmp_path, model, image_folder, capsys):
+def test_lbfgs_finds_the_same_head(tmp_path, model, image_folder, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--solver", "lbfgs") == 0
     found = metrics(out)
@@ -226,7 +224,7 @@ def test_lbfgs_solves_for_the_same_head(tmp_path, model, image_folder, capsys):
     assert len(history(out)) == 1
 
 
-def test_early_stopping_goes_back_to_the_best_epoch(tmp_path, model, image_folder):
+def test_early_stopping_restores_best_epoch(tmp_path, model, image_folder):
     out = tmp_path / "run"
     flags = ["--early-stopping", 2, "--epochs", 40, "--learning-rate", 3.0]
     assert finetune(out, model, image_folder, *flags) == 0
@@ -252,7 +250,7 @@ def test_early_stopping_goes_back_to_the_best_epoch(tmp_path, model, image_folde
     ],
     ids=lambda flags: flags[0],
 )
-def test_each_flag_changes_what_is_learnt(tmp_path, model, image_folder, flags):
+def test_each_option_changes_the_result(tmp_path, model, image_folder, flags):
     (image_folder / "red" / "10.jpg").unlink()  # classes of different sizes
     (image_folder / "red" / "08.jpg").unlink()
     assert finetune(tmp_path / "plain", model, image_folder) == 0
@@ -264,7 +262,7 @@ def test_each_flag_changes_what_is_learnt(tmp_path, model, image_folder, flags):
 
 @pytest.mark.slow
 def test_accumulated_steps_equal_large_batches(tmp_path, model, image_folder):
-    """Whole batches of one size: the mean of two means is the mean of all."""
+    """With batches of equal size, the mean of the batch means is the mean over all examples."""
     flags = ["--learning-rate", 0.02, "--epochs", 2]
     assert finetune(tmp_path / "large", model, image_folder, *flags, "--batch-size", 20) == 0
     flags += ["--batch-size", 10, "--accumulate", 2]
@@ -273,7 +271,7 @@ def test_accumulated_steps_equal_large_batches(tmp_path, model, image_folder):
 
 
 @pytest.mark.slow
-def test_metrics_say_what_an_epoch_took(tmp_path, model, image_folder):
+def test_metrics_have_epoch_time(tmp_path, model, image_folder):
     assert finetune(tmp_path / "run", model, image_folder) == 0
     train = json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]
     assert 0 < train["epoch_s"] < 60

@@ -1,4 +1,4 @@
-"""Runs with two replicas do what one does with the same batches: two logical CPUs of a process,
+"""Runs with two replicas equal runs with one on the same batches: two logical CPUs of one process,
 and two processes on the loopback interface."""
 
 import json
@@ -25,12 +25,13 @@ RUNS = {
     "schedule": ("--schedule", "fc7:2:0.01,pool1:4:0.001", "--early-stopping", "2"),
     "lbfgs": ("--solver", "lbfgs", "--lbfgs-c", "1"),
 }
-TOLERANCE = {"schedule": 1e-3, "lbfgs": 1e-3}  # Adam and lbfgs make more of a rounding error
+TOLERANCE = {"schedule": 1e-3, "lbfgs": 1e-3}  # Adam and lbfgs amplify rounding errors
 
 
 def flags(root: Path, name: str, *more: object) -> list[str]:
-    """Of a run. No dropout: each replica draws its own. 160 training images in batches of 7: of a
-    batch, the two have different numbers. Each has activations to keep: they come by 32 images."""
+    """Flags of a run. No dropout, which each replica draws itself. 160 training images in batches
+    of 7, so that the replicas have different numbers of examples of a batch, and each of them has
+    activations to cache, which are extracted 32 images at a time."""
     words = ["--model", root / "tiny", "--image-folder", root / "photos", "--feed", "keep_prob=1"]
     words += ["--batch-size", 7, *RUNS[name], *more]
     if "--epochs" not in words and "--schedule" not in words:
@@ -40,7 +41,7 @@ def flags(root: Path, name: str, *more: object) -> list[str]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, images, and the runs of one replica in ``one``."""
+    """A model, images, and runs with one replica in ``one``."""
     root = tmp_path_factory.mktemp("strategies")
     card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
     save_vgg(root / "tiny", card=card)
@@ -77,26 +78,26 @@ def assert_same_runs(root: Path, out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_devices_do_what_one_does(root):
+def test_two_devices_equal_one(root):
     out = root / "mirrored"
     finished(Process(SCRIPT, "mirrored", as_json(root, out, "--cache", "memory")))
     assert_same_runs(root, out)
 
 
 @pytest.mark.slow
-def test_two_processes_do_what_one_does(root):
+def test_two_processes_equal_one(root):
     out = root / "workers"
     runs = as_json(root, out, "--cache-dir", root / "cache")
     finished(*start_workers(SCRIPT, "multi_worker", runs))
     assert_same_runs(root, out)
-    # Each image by one of the two.
+    # Each image is computed by one of the two.
     for name in ("fc7", "pool1"):
         found = metrics(out / name)["activations"]
         assert found == metrics(root / "one" / name)["activations"]
 
 
 @pytest.mark.slow
-def test_when_the_chief_refuses_the_other_stops(root):
+def test_worker_stops_if_chief_fails(root):
     words = flags(root, "fc7", "--out", root / "one" / "fc7")
     chief, other = start_workers("-m", "recipes", "finetune", *words)
     status, says = chief.wait()
@@ -117,7 +118,7 @@ def wait_for_epochs(run: Path, count: int, workers: list[Process]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_a_worker_is_killed_the_other_stops_and_the_run_can_be_resumed(root, victim):
+def test_worker_stops_if_other_is_killed_and_run_is_resumable(root, victim):
     out = root / f"killed-{victim}"
 
     def run(epochs: int) -> list[Process]:
@@ -141,7 +142,7 @@ def test_when_a_worker_is_killed_the_other_stops_and_the_run_can_be_resumed(root
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_worker_stops_both_at_one_step(root):
+def test_signal_to_one_worker_stops_all_at_same_step(root):
     out = root / "stopped"
     words = flags(root, "fc7", "--epochs", 5000, "--out", out)
     workers = start_workers("-m", "recipes", "finetune", *words)
@@ -150,4 +151,4 @@ def test_a_signal_to_one_worker_stops_both_at_one_step(root):
     for worker, expected in zip(workers, (130, 143), strict=True):
         status, says = worker.wait()
         assert status == expected, says
-        assert "interrupted; go on with: vgg-transfer finetune" in says.splitlines()[-1]
+        assert "interrupted; resume with: vgg-transfer finetune" in says.splitlines()[-1]

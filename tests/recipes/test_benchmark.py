@@ -1,4 +1,4 @@
-"""The benchmark from end to end on a small network, and its figures."""
+"""The benchmark end to end on a small network, and its metrics."""
 
 import csv
 import dataclasses
@@ -23,9 +23,9 @@ def benchmark(out, model, folder, *flags):
 
 
 @pytest.mark.slow
-def test_a_benchmark_is_resumed_and_reported(tmp_path, model, image_folder, capfd, monkeypatch):
+def test_benchmark_resumes_and_writes_report(tmp_path, model, image_folder, capfd, monkeypatch):
     out = tmp_path / "b"
-    (tmp_path / "work").mkdir()  # a newcomer's working folder, which no run imports from
+    (tmp_path / "work").mkdir()  # working folder, from which no run imports modules
     for name in ("transfer", "recipes", "numpy", "random"):
         (tmp_path / "work" / f"{name}.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path / "work")
@@ -54,7 +54,7 @@ def test_a_benchmark_is_resumed_and_reported(tmp_path, model, image_folder, capf
     assert "http" not in page
     assert not list(out.glob("*/seed-*/model.*"))
 
-    # What was cut off is done again, what is done is not.
+    # Interrupted runs are repeated, finished ones are not.
     (out / "fc7" / "seed-1" / "metrics.json").unlink()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*/seed-*/metrics.json")}
     assert benchmark(out, model, image_folder, *flags, "--resume") == 0
@@ -65,7 +65,7 @@ def test_a_benchmark_is_resumed_and_reported(tmp_path, model, image_folder, capf
 
 
 @pytest.mark.slow
-def test_a_failed_run_is_reported_and_the_others_go_on(
+def test_failed_run_is_reported_and_others_continue(
     tmp_path, model, image_folder, capfd, monkeypatch
 ):
     out = tmp_path / "b"
@@ -103,15 +103,13 @@ def test_a_failed_run_is_reported_and_the_others_go_on(
         (["--cuts", "fc7,absent"], "absent"),
     ],
 )
-def test_flags_that_it_sets_itself_are_refused(
-    tmp_path, model, image_folder, capfd, flags, message
-):
+def test_benchmark_rejects_flags_that_it_sets(tmp_path, model, image_folder, capfd, flags, message):
     assert benchmark(tmp_path / "b", model, image_folder, *flags) == 1
     assert message in capfd.readouterr().err
     assert not (tmp_path / "b").exists()
 
 
-def test_an_interval_covers_seeds_and_images():
+def test_accuracy_interval_covers_seeds_and_images():
     # Wilson: https://www.itl.nist.gov/div898/handbook/prc/section2/prc241.htm
     low, high = benchmark_report.accuracy_interval([0.2], 20)
     np.testing.assert_allclose([low, high], [0.0807, 0.4160], atol=1e-4)
@@ -124,7 +122,7 @@ def test_an_interval_covers_seeds_and_images():
     )
 
 
-def test_arithmetic_of_training():
+def test_training_multiply_adds_by_hand():
     graph = architectures.build_graph(TINY, 10).as_graph_def(add_shapes=True)
     from transfer.graph import extract
 
@@ -140,7 +138,7 @@ def test_arithmetic_of_training():
     assert work("none", []) is None
 
 
-def test_the_default_cuts_are_the_tap_and_the_middle(model):
+def test_default_cuts_are_tap_and_middle_poolings(model):
     from transfer.graph.cuts import default_cuts
 
     graph = load_meta_graph(model)

@@ -1,4 +1,4 @@
-"""`vgg-transfer check-data`, and the part of it that finetune runs."""
+"""`vgg-transfer check-data`, and the data checks of finetune."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from transfer.runs import run_data
 
 
 def spoil(root):
-    """A copy in another class, an unreadable file, and a red image among the blue ones."""
+    """A copy in another class, an unreadable file, and a red image in the blue class."""
     for number in range(6):
         source = root / "red" / f"{number:02d}.{'png' if number % 2 else 'jpg'}"
         (root / "blue" / f"copy{number}{source.suffix}").write_bytes(source.read_bytes())
@@ -27,7 +27,7 @@ def check(root, capsys, *flags):
     return status, capsys.readouterr().out
 
 
-def test_a_sound_folder(image_folder, capsys):
+def test_valid_image_folder_has_no_findings(image_folder, capsys):
     status, out = check(image_folder, capsys, "--strict")
     assert status == 0
     assert "2 classes" in out
@@ -35,7 +35,7 @@ def test_a_sound_folder(image_folder, capsys):
         assert line in out
 
 
-def test_what_is_wrong_is_listed(image_folder, capsys):
+def test_findings_are_listed(image_folder, capsys):
     spoil(image_folder)
     status, out = check(image_folder, capsys, "--json")
     found = json.loads(out)
@@ -50,10 +50,10 @@ def test_what_is_wrong_is_listed(image_folder, capsys):
     assert status == 1
     assert "unreadable: 1\n  blue/broken.jpg" in out
     assert "... and 4 more" in out
-    assert "labels to look at" not in out
+    assert "labels to review" not in out
 
 
-def test_rare_classes_flat_images_and_other_files(image_folder, capsys):
+def test_rare_classes_and_ignored_files_are_listed(image_folder, capsys):
     (image_folder / "001").mkdir()
     (image_folder / "red" / "00.jpg").rename(image_folder / "001" / "00.jpg")
     (image_folder / "red" / "notes.txt").write_text("")
@@ -73,7 +73,7 @@ def test_rare_classes_flat_images_and_other_files(image_folder, capsys):
     assert "unreadable: 24" in out
 
 
-def test_finetune_warns(tmp_path, model, image_folder, capsys):
+def test_finetune_warns_about_data_problems(tmp_path, model, image_folder, capsys):
     for name in ("held_out", "train"):
         folder = image_folder.parent / "splits" / name / "red"
         folder.mkdir(parents=True)
@@ -89,13 +89,13 @@ def test_finetune_warns(tmp_path, model, image_folder, capsys):
 
 
 @pytest.mark.slow
-def test_finetune_is_silent_about_sound_data(tmp_path, model, image_folder, capsys):
+def test_finetune_does_not_warn_about_valid_data(tmp_path, model, image_folder, capsys):
     assert finetune(tmp_path / "run", model, image_folder) == 0
     assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_finetune_warns_of_near_duplicates_across_given_splits(tmp_path, model, capsys):
+def test_finetune_warns_about_near_duplicates_across_splits(tmp_path, model, capsys):
     root = tmp_path / "splits"
     generator = np.random.default_rng(0)
     for split, name in itertools.product(("train", "test"), ("a", "b")):
@@ -120,7 +120,7 @@ def test_finetune_warns_of_near_duplicates_across_given_splits(tmp_path, model, 
 
 
 @pytest.mark.slow
-def test_finetune_says_when_near_duplicates_are_not_compared(
+def test_finetune_logs_when_near_duplicates_are_not_compared(
     tmp_path, model, image_folder, capsys, monkeypatch
 ):
     monkeypatch.setattr(setup, "MAX_COMPARED", 23)
@@ -130,9 +130,7 @@ def test_finetune_says_when_near_duplicates_are_not_compared(
 
 
 @pytest.mark.slow
-def test_copies_are_on_the_side_of_their_originals_in_all_verbs(
-    tmp_path, model, smooth_folder, capsys
-):
+def test_near_duplicates_stay_on_one_side_in_all_verbs(tmp_path, model, smooth_folder, capsys):
     for path in sorted(smooth_folder.glob("*/*.*")):
         image = Image.open(path).convert("RGB")
         image.save(path.with_name(f"copy-{path.stem}.jpg"), quality=60)
@@ -150,8 +148,8 @@ def test_copies_are_on_the_side_of_their_originals_in_all_verbs(
 
 
 @pytest.mark.slow
-def test_resumed_runs_keep_the_images_that_they_held_out(tmp_path, model, smooth_folder, capsys):
-    """Those of an earlier version, which did not compare images."""
+def test_resumed_runs_keep_their_held_out_images(tmp_path, model, smooth_folder, capsys):
+    """Also runs of an earlier version, which did not compare images."""
     for path in sorted(smooth_folder.glob("*/*.*")):
         image = Image.open(path).convert("RGB")
         image.save(path.with_name(f"copy-{path.stem}.jpg"), quality=60)
@@ -169,7 +167,7 @@ def test_resumed_runs_keep_the_images_that_they_held_out(tmp_path, model, smooth
 
 
 @pytest.mark.slow
-def test_evaluate_warns_of_copies_of_training_images(tmp_path, model, smooth_folder, capsys):
+def test_evaluate_warns_about_copies_of_training_images(tmp_path, model, smooth_folder, capsys):
     assert finetune(tmp_path / "run", model, smooth_folder) == 0
     held_out = (tmp_path / "run" / "held_out.txt").read_text().splitlines()
     trained = [

@@ -41,7 +41,7 @@ def convert(file, out, *flags):
 
 
 @pytest.mark.slow
-def test_a_model_is_written_and_fine_tuned(tmp_path, image_folder, capsys):
+def test_converted_model_can_be_fine_tuned(tmp_path, image_folder, capsys):
     write_frossard(tmp_path / "weights.npz")
     out = tmp_path / "models" / "vgg"
     assert convert(tmp_path / "weights.npz", out) == 0
@@ -63,7 +63,7 @@ def test_a_model_is_written_and_fine_tuned(tmp_path, image_folder, capsys):
 
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("size", [32, 64, 100])
-def test_convolutional_heads_take_any_size(tmp_path, size):
+def test_convolutional_model_accepts_any_image_size(tmp_path, size):
     write_frossard(tmp_path / "weights.npz")
     assert convert(tmp_path / "weights.npz", tmp_path / "dense") == 0
     assert convert(tmp_path / "weights.npz", tmp_path / "conv", "--convolutional") == 0
@@ -76,7 +76,7 @@ def test_convolutional_heads_take_any_size(tmp_path, size):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_flags_overrule_what_is_found(tmp_path, capsys):
+def test_flags_override_detected_values(tmp_path, capsys):
     write_frossard(tmp_path / "weights.npz")
     (tmp_path / "names").write_text("".join(f"class {n}\n" for n in range(NUM_CLASSES)))
     flags = ["--preprocess", "torch", "--labels", tmp_path / "names"]
@@ -92,7 +92,7 @@ def test_flags_overrule_what_is_found(tmp_path, capsys):
     assert not (tmp_path / "b.meta").exists()
 
 
-def test_file_that_is_not_known_claims_nothing(tmp_path, capsys):
+def test_unknown_file_has_no_origin_or_licence(tmp_path, capsys):
     write_keras_legacy(tmp_path / "mine.h5")
     assert convert(tmp_path / "mine.h5", tmp_path / "vgg") == 0
     printed = capsys.readouterr().out
@@ -103,7 +103,7 @@ def test_file_that_is_not_known_claims_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("known_by", ["md5", "sha256"])
-def test_file_that_is_known_by_its_hash_is_named(tmp_path, monkeypatch, capsys, known_by):
+def test_known_hash_gives_origin(tmp_path, monkeypatch, capsys, known_by):
     path = tmp_path / "weights.pth"
     write_torch_zip(path)
     origin = origins.Origin("the Caffe weights", "CC BY 4.0", "caffe")
@@ -120,7 +120,7 @@ def test_file_that_is_known_by_its_hash_is_named(tmp_path, monkeypatch, capsys, 
     assert card["source"].startswith("weights.pth (the Caffe weights), layout of torchvision")
 
 
-def test_published_files_are_known():
+def test_hashes_of_published_files_are_known():
     caffe = origins.of_file("", "00b39a1b" + 56 * "0")
     assert (caffe.preprocess, caffe.trained_on) == ("caffe", "ImageNet")
     assert origins.of_file("", "397923af" + 56 * "0").preprocess == "torch"
@@ -132,8 +132,8 @@ def test_published_files_are_known():
 @pytest.mark.slow_variants
 @pytest.mark.skipif(not REAL.is_file(), reason="no weights in ../shared")
 @pytest.mark.parametrize(("flip", "expected"), [(False, "caffe"), (True, "slim")])
-def test_first_convolution_of_oxford_is_known_in_any_file(tmp_path, flip, expected):
-    """In PyTorch's names and order of axes; with the order of the colours told apart."""
+def test_first_convolution_of_oxford_is_recognized_in_any_file(tmp_path, flip, expected):
+    """With PyTorch's names and axis order; the colour order is detected."""
     values = layouts.identify(containers.read(REAL)).values
     state, index = {}, 0
     for block in architectures.ARCHITECTURES["vgg16"].convolutions:
@@ -149,7 +149,7 @@ def test_first_convolution_of_oxford_is_known_in_any_file(tmp_path, flip, expect
     assert load_meta_graph(tmp_path / "vgg").card.preprocess == expected
 
 
-def test_mean_of_other_classes_is_not_invented(tmp_path, capsys, image_folder):
+def test_mean_is_not_assumed_for_other_classes(tmp_path, capsys, image_folder):
     write_caffe(tmp_path / "faces.caffemodel")
     assert convert(tmp_path / "faces.caffemodel", tmp_path / "vgg") == 0
     assert "nothing tells which mean the images of its 7 classes had" in capsys.readouterr().out
@@ -159,8 +159,8 @@ def test_mean_of_other_classes_is_not_invented(tmp_path, capsys, image_folder):
 
 
 @pytest.mark.slow
-def test_own_means_go_from_card_to_run_to_prediction(tmp_path, image_folder):
-    """The run's card, its activations and its exports see what the model's card says."""
+def test_custom_means_are_kept_in_card_run_and_prediction(tmp_path, image_folder):
+    """The run's card, activations and exports use the preprocessing of the model's card."""
     means = {"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}
     write_caffe(tmp_path / "faces.caffemodel")
     flags = ["--preprocess", json.dumps(means)]
@@ -182,13 +182,13 @@ def test_own_means_go_from_card_to_run_to_prediction(tmp_path, image_folder):
     assert main(["evaluate", str(tmp_path / "run")]) == 0
 
 
-def test_folder_is_no_file_of_weights(tmp_path, capsys):
+def test_convert_rejects_folder(tmp_path, capsys):
     for path in (tmp_path, "/"):
         assert convert(path, tmp_path / "out" / "vgg") == 1
         assert "is a folder; expected a file of weights" in capsys.readouterr().err
 
 
-def test_nothing_is_written_over_not_even_the_source(tmp_path, capsys):
+def test_convert_overwrites_no_file(tmp_path, capsys):
     write_slim(tmp_path / "vgg_16")
     before = (tmp_path / "vgg_16.index").read_bytes()
     assert convert(tmp_path / "vgg_16", tmp_path / "vgg_16") == 1
@@ -201,23 +201,23 @@ def test_nothing_is_written_over_not_even_the_source(tmp_path, capsys):
     assert not (tmp_path / "out[1]").exists()
 
 
-def test_the_hash_is_of_all_files_of_a_checkpoint(tmp_path):
+def test_hash_covers_all_files_of_a_checkpoint(tmp_path):
     write_slim(tmp_path / "vgg_16")
     data = [(tmp_path / f"vgg_16.{end}").read_bytes() for end in ("index", "data-00000-of-00001")]
     assert convert(tmp_path / "vgg_16", tmp_path / "out" / "vgg") == 0
     card = json.loads((tmp_path / "out" / "vgg.json").read_text())
     assert card["source"].endswith(hashlib.sha256(b"".join(data)).hexdigest())
-    assert "licence" not in card  # of seven classes: somebody's own weights
+    assert "licence" not in card  # seven classes: custom weights
 
 
-def test_an_order_of_axes_is_for_matconvnet_only(tmp_path, capsys):
+def test_spatial_order_is_for_matconvnet_only(tmp_path, capsys):
     write_frossard(tmp_path / "weights.npz")
     flags = ["--spatial-order", "columns"]
     assert convert(tmp_path / "weights.npz", tmp_path / "vgg", *flags) == 1
     assert "only MatConvNet's files come in two orders" in capsys.readouterr().err
 
 
-def test_what_is_no_vgg_is_refused_and_nothing_is_written(tmp_path, capsys):
+def test_convert_rejects_other_networks_and_writes_nothing(tmp_path, capsys):
     (tmp_path / "page.h5").write_bytes(b"<html>404</html>")
     assert convert(tmp_path / "page.h5", tmp_path / "out" / "vgg") == 1
     assert "cannot be read: it is none of: Keras" in capsys.readouterr().err
@@ -226,7 +226,7 @@ def test_what_is_no_vgg_is_refused_and_nothing_is_written(tmp_path, capsys):
 
 @pytest.fixture
 def keras_vgg(monkeypatch, tmp_path):
-    """Keras' VGG16, small: its layers and names, with fewer channels."""
+    """A small version of Keras' VGG16: same layers and names, fewer channels."""
 
     def model(weights):
         net = inputs = keras.Input((64, 64, 3))
@@ -255,7 +255,7 @@ LAYERS = [name.split("/")[0] for name in VALUES if name.endswith("/weights")]
 
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("suffix", [".h5", ".keras", ".weights.h5"])
-def test_what_keras_saves_gives_what_keras_computes(tmp_path, keras_vgg, suffix):
+def test_converted_keras_file_equals_keras(tmp_path, keras_vgg, suffix):
     model = keras_vgg(True)
     path = tmp_path / f"model{suffix}"
     (model.save_weights if "weights" in suffix else model.save)(path)
@@ -268,7 +268,7 @@ def test_what_keras_saves_gives_what_keras_computes(tmp_path, keras_vgg, suffix)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves ``data``, and the rest of it where that is asked for."""
+    """Serves ``data``, with support for range requests."""
 
     data = b""
     requests = ()
@@ -309,7 +309,7 @@ def server(tmp_path, monkeypatch, keras_vgg):
     running.server_close()
 
 
-def test_pull_downloads_converts_and_compares(tmp_path, server, capsys):
+def test_pull_downloads_converts_and_verifies(tmp_path, server, capsys):
     assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 0
     assert "probabilities differ from Keras' by at most" in capsys.readouterr().out
     assert server.path.read_bytes() == Handler.data
@@ -320,7 +320,7 @@ def test_pull_downloads_converts_and_compares(tmp_path, server, capsys):
     assert [Path(p).name for p in state.all_model_checkpoint_paths] == ["vgg16", "again"]
 
 
-def test_a_download_does_not_go_through_a_link(tmp_path, server):
+def test_download_does_not_follow_link(tmp_path, server):
     part, theirs = server.path.with_name(f"{server.path.name}.part"), tmp_path / "theirs"
     part.parent.mkdir(parents=True)
     theirs.write_bytes(b"theirs")
@@ -330,7 +330,7 @@ def test_a_download_does_not_go_through_a_link(tmp_path, server):
     assert theirs.read_bytes() == b"theirs"
 
 
-def test_a_download_goes_on_where_it_was_cut(tmp_path, server):
+def test_interrupted_download_is_resumed(tmp_path, server):
     part = server.path.with_name(f"{server.path.name}.part")
     part.parent.mkdir(parents=True)
     part.write_bytes(Handler.data[:1000])
@@ -340,7 +340,7 @@ def test_a_download_goes_on_where_it_was_cut(tmp_path, server):
     assert not part.exists()
 
 
-def test_a_connection_that_ends_early_loses_nothing(tmp_path, server, capsys):
+def test_download_survives_closed_connection(tmp_path, server, capsys):
     Handler.cut_after = 1000
     assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 1
     assert f"cut after 1,000 of {len(Handler.data):,} bytes" in capsys.readouterr().err
@@ -349,14 +349,14 @@ def test_a_connection_that_ends_early_loses_nothing(tmp_path, server, capsys):
     assert Handler.requests == ("bytes=0-", "bytes=1000-")
 
 
-def test_a_folder_that_is_taken_is_known_before_the_download(tmp_path, server, capsys):
+def test_existing_output_is_refused_before_download(tmp_path, server, capsys):
     (tmp_path / "vgg16.json").write_text("{}")
     assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 1
     assert "is there already" in capsys.readouterr().err
     assert Handler.requests == ()
 
 
-def test_a_name_server_that_does_not_answer_is_not_waited_for(server, monkeypatch, capsys):
+def test_download_does_not_wait_for_dns(server, monkeypatch, capsys):
     released = threading.Event()
     monkeypatch.setattr(download, "TIMEOUT_S", 0.2)
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: released.wait(60))
@@ -365,7 +365,7 @@ def test_a_name_server_that_does_not_answer_is_not_waited_for(server, monkeypatc
     assert "no answer within 0.2 s" in capsys.readouterr().err
 
 
-def test_another_file_than_the_published_one_is_refused(tmp_path, server, capsys):
+def test_download_with_wrong_hash_is_refused(tmp_path, server, capsys):
     Handler.data = b"<html>moved</html>"
     assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 1
     assert "is not the published file (its MD5 differs)" in capsys.readouterr().err
@@ -373,7 +373,7 @@ def test_another_file_than_the_published_one_is_refused(tmp_path, server, capsys
     assert not (tmp_path / "vgg16.meta").exists()
 
 
-def test_a_conversion_that_differs_from_keras_is_refused(tmp_path, server, monkeypatch, capsys):
+def test_conversion_that_differs_from_keras_is_refused(tmp_path, server, monkeypatch, capsys):
     wrong = replace(server, model=lambda weights: lambda x, training: np.zeros((2, NUM_CLASSES)))
     monkeypatch.setitem(download.PUBLISHED, "vgg16", wrong)
     out = tmp_path / "models" / "vgg16"
@@ -382,7 +382,7 @@ def test_a_conversion_that_differs_from_keras_is_refused(tmp_path, server, monke
     assert list(out.parent.iterdir()) == []
 
 
-def test_without_a_network_it_says_what_to_do(tmp_path, server, monkeypatch, capsys):
+def test_pull_without_network_suggests_convert(tmp_path, server, monkeypatch, capsys):
     def unreachable(*_, **__):
         raise OSError("Name or service not known")
 

@@ -1,4 +1,4 @@
-"""`vgg-transfer export`: each format in a process or interpreter of its own, against the model."""
+"""`vgg-transfer export`: each format is run by its own runtime and compared with the model."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def photo(run, tmp_path):
-    """A JPEG that lies on its side, and the model's own probabilities for it."""
+    """A JPEG with an EXIF rotation, and the model's probabilities for it."""
     return on_its_side(run, tmp_path / "photo.jpg")
 
 
@@ -56,7 +56,7 @@ def figures(run):
     return json.loads((run / "export" / "export.json").read_text())
 
 
-def test_every_export_is_compared_with_the_model(run):
+def test_exports_are_compared_with_model(run):
     found = figures(run)
     assert list(found["exports"]) == KINDS
     assert found["num_images"] > 0
@@ -70,9 +70,9 @@ def test_every_export_is_compared_with_the_model(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["meta_graph", "saved_model", "tflite", "onnx", "keras"])
-def test_the_readme_is_a_program_that_predicts_as_the_model(run, tmp_path, name):
-    """Its Python code, as a newcomer runs it: in the folder of the export, without this project
-    but for what Keras needs to know. On a JPEG and a PNG that lie on their sides."""
+def test_readme_code_predicts_as_model(run, tmp_path, name):
+    """Runs its Python code in the folder of the export, without this project except for the Keras
+    export, on a JPEG and a PNG with an EXIF rotation."""
     photos = [on_its_side(run, tmp_path / f"photo.{kind}") for kind in ("jpg", "png")]
     folder = run / "export" / name
     text = (folder / "README.md").read_text()
@@ -93,7 +93,7 @@ def test_the_readme_is_a_program_that_predicts_as_the_model(run, tmp_path, name)
     assert f"| {next(k for k in KINDS if k.startswith(name))} |" in text
 
 
-def test_the_saved_model_takes_files_and_pixels(run, photo):
+def test_saved_model_accepts_files_and_pixels(run, photo):
     path, expected = photo
     model = tf.saved_model.load(str(run / "export" / "saved_model" / "1"))
     data = tf.constant([path.read_bytes(), (run.parent / "photos/blue/01.png").read_bytes()])
@@ -105,7 +105,7 @@ def test_the_saved_model_takes_files_and_pixels(run, photo):
     assert model.signatures["labels"]()["labels"].numpy().tolist() == [b"blue", b"red"]
 
 
-def test_predict_and_the_exports_agree(run, photo, capsys):
+def test_exports_agree_with_predict(run, photo, capsys):
     path, expected = photo
     capsys.readouterr()
     assert main(["predict", str(run), str(path), "--format", "jsonl", "--top-k", "1"]) == 0
@@ -113,7 +113,7 @@ def test_predict_and_the_exports_agree(run, photo, capsys):
     assert best["probability"] == pytest.approx(expected.max(), abs=1e-6)
 
 
-def test_the_saved_model_refuses_what_it_cannot_decode(run, tmp_path):
+def test_saved_model_rejects_undecodable_files(run, tmp_path):
     with Image.open(run.parent / "photos" / "red" / "04.jpg") as image:
         image.save(tmp_path / "photo.tiff")
     model = tf.saved_model.load(str(run / "export" / "saved_model" / "1"))
@@ -122,14 +122,15 @@ def test_the_saved_model_refuses_what_it_cannot_decode(run, tmp_path):
         model.signatures["serving_default"](image_bytes=data)
 
 
-def test_the_shipped_meta_graph_opens_here_too(run):
+def test_exported_meta_graph_can_be_loaded(run):
     graph = load_meta_graph(run / "export" / "meta_graph" / "model")
     assert (graph.card.input, graph.card.preprocess) == ("pixels:0", "none")
-    graph.network(graph.card.outputs["probabilities"], graph.card.input)  # arithmetic only
+    # Raises if the graph needs more than arithmetic.
+    graph.network(graph.card.outputs["probabilities"], graph.card.input)
 
 
 @pytest.mark.slow
-def test_a_network_for_gray_images(tmp_path, image_folder):
+def test_gray_network_is_exported(tmp_path, image_folder):
     graph = tf.Graph()
     with graph.as_default():
         x = tf.compat.v1.placeholder(tf.float32, [None, 12, 12, 1], name="x")
@@ -143,7 +144,7 @@ def test_a_network_for_gray_images(tmp_path, image_folder):
     assert list(figures(tmp_path / "run")["exports"]) == KINDS
 
 
-def test_what_differs_is_not_kept(run, tmp_path, monkeypatch, capsys):
+def test_export_with_different_results_is_not_kept(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(onnx, "load", lambda path: lambda pixels: np.full((len(pixels), 2), 0.5))
     out = tmp_path / "out"
     assert main(["export", str(run), "--format", "onnx", "--out", str(out)]) == 1
@@ -152,7 +153,7 @@ def test_what_differs_is_not_kept(run, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_what_differs_does_not_keep_others_from_being_made(run, tmp_path, monkeypatch, capsys):
+def test_rejected_export_does_not_stop_others(run, tmp_path, monkeypatch, capsys):
     load = tflite.load
 
     def wrong(path):
@@ -169,7 +170,7 @@ def test_what_differs_does_not_keep_others_from_being_made(run, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_second_export_leaves_the_first_and_what_is_not_ours(run, tmp_path, capsys):
+def test_second_export_keeps_first_and_foreign_files(run, tmp_path, capsys):
     out = tmp_path / "out"
     for name in ("meta_graph", "saved_model", "meta_graph"):
         assert main(["export", str(run), "--format", name, "--out", str(out)]) == 0
@@ -178,12 +179,12 @@ def test_a_second_export_leaves_the_first_and_what_is_not_ours(run, tmp_path, ca
     (out / "tflite").mkdir()
     (out / "tflite" / "notes.txt").write_text("mine")
     assert main(["export", str(run), "--format", "tflite", "--out", str(out)]) == 1
-    assert "is no earlier export; choose another --out" in capsys.readouterr().err
+    assert "is not an earlier export; choose another --out" in capsys.readouterr().err
     assert (out / "tflite" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.slow
-def test_a_network_with_a_batch_of_one_size(tmp_path, image_folder, capsys):
+def test_network_with_fixed_batch_size_is_exported(tmp_path, image_folder, capsys):
     graph = tf.Graph()
     with graph.as_default():
         x = tf.compat.v1.placeholder(tf.float32, [3, 12, 12, 3], name="x")
@@ -206,12 +207,12 @@ def test_a_network_with_a_batch_of_one_size(tmp_path, image_folder, capsys):
     (["--format", "onnx,pickle"], "'pickle' is unknown; choose from meta_graph, saved_model"),
     (["--num-images", "0"], "--num-images must be at least 1"),
 ])  # fmt: skip
-def test_wrong_flags(run, flags, message, capsys):
+def test_export_rejects_invalid_flags(run, flags, message, capsys):
     assert main(["export", str(run), *flags]) == 1
     assert message in capsys.readouterr().err
 
 
-def test_onnx_says_what_to_install(monkeypatch):
+def test_missing_onnx_suggests_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tf2onnx", None)
     with pytest.raises(ImportError, match=r"pip install 'vgg-transfer\[onnx\]'"):
         onnx.check_installed()
@@ -219,7 +220,7 @@ def test_onnx_says_what_to_install(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("convolutional", [False, True])
-def test_resource_variables_and_convolutions(tmp_path, image_folder, convolutional):
+def test_resource_variables_and_convolutions_are_exported(tmp_path, image_folder, convolutional):
     card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="torch")
     model = save_vgg(
         tmp_path / "vgg", TINY, convolutional=convolutional, use_resource=True, card=card
@@ -229,6 +230,6 @@ def test_resource_variables_and_convolutions(tmp_path, image_folder, convolution
     assert Path(tmp_path / "run" / "export" / "onnx" / "labels.txt").read_text() == "blue\nred\n"
 
 
-def test_an_unknown_precision_is_refused():
+def test_tflite_rejects_unknown_precision():
     with pytest.raises(ValueError, match="precision 'int4' is not known; choose from: float32"):
         tflite.convert(None, "int4")

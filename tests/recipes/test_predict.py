@@ -1,4 +1,4 @@
-"""`vgg-transfer predict`, compared with what `evaluate` says of the same images."""
+"""`vgg-transfer predict`, compared with `evaluate` on the same images."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ def predict(run, *words):
     return main(["predict", str(run), *map(str, words)])
 
 
-def test_it_says_what_evaluate_says(run, image_folder, capsys):
+def test_predictions_equal_those_of_evaluate(run, image_folder, capsys):
     assert main(["evaluate", str(run)]) == 0
     with (run / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -41,7 +41,7 @@ def test_it_says_what_evaluate_says(run, image_folder, capsys):
     assert f"{len(rows)} images, " in err and "images/s" in err
 
 
-def test_tables_and_csv(run, image_folder, capsys):
+def test_table_and_csv_formats(run, image_folder, capsys):
     capsys.readouterr()
     assert predict(run, image_folder / "red", "--top-k", 1) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -54,7 +54,7 @@ def test_tables_and_csv(run, image_folder, capsys):
     assert [row["rank"] for row in rows[:2]] == ["1", "2"]
 
 
-def test_files_folders_patterns_and_lists(run, image_folder, monkeypatch, capsys):
+def test_predict_accepts_files_folders_patterns_and_lists(run, image_folder, monkeypatch, capsys):
     pattern = str(image_folder / "*" / "0*.jpg")
     first, second = image_folder / "red" / "00.jpg", image_folder / "blue" / "01.png"
     listed = io.BytesIO(f"{first}\n\n{second}\r\n".encode())
@@ -73,7 +73,7 @@ def test_links_to_folders_are_not_followed(image_folder):
     assert len(list(predict_job.find_images([str(image_folder)], PassedOver()))) == 24
 
 
-def test_names_need_not_be_text(run, image_folder, monkeypatch, capfd):
+def test_file_names_need_not_be_utf8(run, image_folder, monkeypatch, capfd):
     odd = os.fsencode(image_folder) + b"/caf\xe9.jpg"
     with open(odd, "wb") as file:
         file.write((image_folder / "red" / "00.jpg").read_bytes())
@@ -85,7 +85,7 @@ def test_names_need_not_be_text(run, image_folder, monkeypatch, capfd):
 
 
 def odd_files(folder):
-    """Name to a file of a kind, and what it must give: the class, or what the error says."""
+    """Maps names to unusual files and the expected result: the class, or the error message."""
     red = Image.new("RGB", (24, 24), (220, 30, 30))
     noisy = Image.effect_noise((40, 24), 60).convert("RGB")
     files = {}
@@ -132,7 +132,7 @@ def odd_files(folder):
     return files
 
 
-def test_a_folder_of_odd_files(run, tmp_path, capsys):
+def test_predict_handles_folder_of_unusual_files(run, tmp_path, capsys):
     folder = tmp_path / "odd"
     folder.mkdir()
     files = odd_files(folder)
@@ -149,7 +149,7 @@ def test_a_folder_of_odd_files(run, tmp_path, capsys):
         assert found.get(path, errors.get(path)).startswith(expected), name
 
 
-def test_a_reader_that_raises_anything_is_no_end(run, image_folder, monkeypatch, capsys):
+def test_any_exception_of_a_decoder_is_reported(run, image_folder, monkeypatch, capsys):
     read_tensor = file_predictions.read_tensor
     bad = (image_folder / "red" / "00.jpg").read_bytes()
 
@@ -166,7 +166,7 @@ def test_a_reader_that_raises_anything_is_no_end(run, image_folder, monkeypatch,
     assert "00.jpg: it cannot be read (TypeError: bad operand type)" in err
 
 
-def test_a_bad_image_is_named_and_the_others_go_on(run, image_folder, capsys):
+def test_unreadable_image_is_reported_and_others_are_predicted(run, image_folder, capsys):
     (image_folder / "red" / "bad.jpg").write_bytes(b"no image")
     (image_folder / "red" / "empty.png").write_bytes(b"")
     with Image.open(image_folder / "red" / "00.jpg") as image:
@@ -182,7 +182,7 @@ def test_a_bad_image_is_named_and_the_others_go_on(run, image_folder, capsys):
 
 
 def test_only_a_few_batches_are_read_ahead(run, image_folder, monkeypatch, capsys):
-    """A million files are a million names, one after the other."""
+    """The names of a million files are consumed lazily."""
     path = image_folder / "red" / "00.jpg"
     asked = 0
 
@@ -202,12 +202,12 @@ def test_only_a_few_batches_are_read_ahead(run, image_folder, monkeypatch, capsy
     assert all(ahead - number <= 16 for number, ahead in enumerate(written))
 
 
-def test_nothing_to_predict(run, tmp_path, capsys):
+def test_predict_rejects_no_images(run, tmp_path, capsys):
     (tmp_path / "nothing").mkdir()
     assert predict(run) == 1
     assert "no images are named" in capsys.readouterr().err
     assert predict(run, tmp_path / "nothing") == 1
-    assert "no image was found" in capsys.readouterr().err
+    assert "no images were found" in capsys.readouterr().err
     assert predict(tmp_path / "nothing", "a.jpg") == 1
     assert predict(run, "a.jpg", "--top-k", 0) == 1
     assert "top k must be at least 1" in capsys.readouterr().err

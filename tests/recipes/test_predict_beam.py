@@ -1,4 +1,4 @@
-"""The pipeline on Beam's local runner gives what ``predict`` gives."""
+"""Predictions of the pipeline on Beam's local runner equal those of ``predict``."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def lines(folder: Path, pattern: str) -> dict[str, dict]:
     return {one["image"]: one for one in found}
 
 
-def test_it_predicts_what_predict_does(run, image_folder, tmp_path, capsys):
+def test_beam_predictions_equal_those_of_predict(run, image_folder, tmp_path, capsys):
     (image_folder / "red" / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
     out = tmp_path / "out" / "predictions"
     pattern = f"{image_folder}/**.*"
@@ -42,7 +42,7 @@ def test_it_predicts_what_predict_does(run, image_folder, tmp_path, capsys):
     assert failed["error"]
 
 
-def test_options_after_two_dashes_are_beams(run, image_folder, tmp_path, capsys):
+def test_options_after_two_dashes_go_to_beam(run, image_folder, tmp_path, capsys):
     out = tmp_path / "predictions"
     words = ["predict-beam", str(run), f"{image_folder}/red/*", "--output", str(out)]
     assert main([*words, "--", "--runner", "NoSuchRunner"]) == 1
@@ -51,15 +51,15 @@ def test_options_after_two_dashes_are_beams(run, image_folder, tmp_path, capsys)
     assert len(lines(tmp_path, "predictions-*.jsonl")) == 12
 
 
-def test_what_is_not_there_is_said(run, image_folder, tmp_path, capsys):
+def test_missing_model_or_images_are_reported(run, image_folder, tmp_path, capsys):
     out = str(tmp_path / "predictions")
     assert main(["predict-beam", str(tmp_path), f"{image_folder}/*/*", "--output", out]) == 1
-    assert "neither a run folder nor the prefix of a model" in capsys.readouterr().err
+    assert "neither a run folder nor the checkpoint prefix of a model" in capsys.readouterr().err
     assert main(["predict-beam", str(run), f"{tmp_path}/none/*.jpg", "--output", out]) == 1
     assert "no file matches" in capsys.readouterr().err
 
 
-def test_a_model_is_fetched_from_wherever_beam_finds_files(run, monkeypatch):
+def test_model_is_loaded_from_beam_filesystem(run, monkeypatch):
     from transfer.evaluation import beam
 
     here = beam.load(f"{run}/model")

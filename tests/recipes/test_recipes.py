@@ -60,7 +60,7 @@ def test_finetune_writes_the_run_folder(tmp_path, model, image_folder, capsys):
     assert float(rows[-1]["val_accuracy"]) == found["eval"]["accuracy"]
 
 
-def test_frozen_leaves_the_backbone_bit_identical(tmp_path, model, image_folder):
+def test_frozen_backbone_is_bit_identical(tmp_path, model, image_folder):
     assert finetune(tmp_path / "run", model, image_folder) == 0
     names = Backbone(load_meta_graph(model)).variable_names
     before, after = (saved_values(p, names) for p in (model, tmp_path / "run" / "model"))
@@ -79,7 +79,7 @@ def test_full_changes_every_weight(tmp_path, model, image_folder, optimizer):
     assert unchanged == []
 
 
-def test_partial_changes_what_comes_after_the_cut(tmp_path, model, image_folder):
+def test_partial_changes_weights_after_the_cut_only(tmp_path, model, image_folder):
     flags = ["--freeze-until", "pool2", "--learning-rate", 0.01]
     assert finetune(tmp_path / "run", model, image_folder, *flags) == 0
     names = Backbone(load_meta_graph(model)).variable_names
@@ -91,7 +91,7 @@ def test_partial_changes_what_comes_after_the_cut(tmp_path, model, image_folder)
 
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("cut", ["tap", "pool1", "none"])
-def test_evaluate_reproduces_the_reported_figures(tmp_path, model, image_folder, cut, capsys):
+def test_evaluate_reproduces_the_reported_metrics(tmp_path, model, image_folder, cut, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--freeze-until", cut) == 0
     capsys.readouterr()
@@ -128,8 +128,8 @@ def test_evaluate_on_other_splits_and_folders(tmp_path, model, image_folder, cap
 
 
 @pytest.mark.slow
-def test_evaluate_does_not_count_images_that_were_trained_on(tmp_path, model, image_folder, capsys):
-    """Naming the run's own data, or adding to them, leaves the held-out images what they were."""
+def test_evaluate_uses_recorded_held_out_images(tmp_path, model, image_folder, capsys):
+    """Passing the run's own data, or adding images to it, does not change the held-out images."""
     out = tmp_path / "run"
     assert finetune(out, model, image_folder) == 0
     shutil.copy(image_folder / "red" / "00.jpg", image_folder / "red" / "99.jpg")
@@ -144,7 +144,7 @@ def test_evaluate_does_not_count_images_that_were_trained_on(tmp_path, model, im
 
 
 @pytest.mark.slow
-def test_evaluate_in_a_process_of_its_own(tmp_path, model, image_folder):
+def test_evaluate_in_a_new_process(tmp_path, model, image_folder):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--freeze-until", "pool1") == 0
     command = [sys.executable, "-m", "recipes", "evaluate", str(out)]
@@ -154,7 +154,7 @@ def test_evaluate_in_a_process_of_its_own(tmp_path, model, image_folder):
 
 
 @pytest.mark.slow
-def test_evaluate_can_assert(tmp_path, model, image_folder, monkeypatch, capsys):
+def test_evaluate_asserts_minimum_accuracy(tmp_path, model, image_folder, monkeypatch, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder) == 0
     assert main(["evaluate", str(out), "--assert-accuracy-at-least", "0"]) == 0
@@ -171,7 +171,7 @@ def test_evaluate_can_assert(tmp_path, model, image_folder, monkeypatch, capsys)
 
 
 @pytest.mark.slow
-def test_images_that_were_trained_on_are_known_by_any_name(tmp_path, model, image_folder, capsys):
+def test_evaluate_warns_about_images_not_held_out(tmp_path, model, image_folder, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder) == 0
     capsys.readouterr()
@@ -187,7 +187,7 @@ def test_images_that_were_trained_on_are_known_by_any_name(tmp_path, model, imag
     assert not (out / "changes.csv").exists()
 
 
-def test_the_saved_model_opens_in_a_stock_session(tmp_path, model, image_folder, stock_session):
+def test_saved_model_opens_in_tf1_session(tmp_path, model, image_folder, stock_session):
     assert finetune(tmp_path / "run", model, image_folder, "--hidden", 5, "--dropout", 0.1) == 0
     loaded = Classifier.load(tmp_path / "run")
     photos = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3)).astype(np.uint8)
@@ -230,7 +230,7 @@ def test_resume_ends_where_an_uninterrupted_run_ends(
         patch.setattr(Trainer, "train_epoch", interrupted)
         assert finetune(tmp_path / "parts", model, image_folder, *flags) == 130
     out = tmp_path / "parts"
-    hint = f"go on with: vgg-transfer finetune --config {out}/config.yaml --out {out} --resume"
+    hint = f"resume with: vgg-transfer finetune --config {out}/config.yaml --out {out} --resume"
     assert capsys.readouterr().err.endswith(f"error: interrupted; {hint}\n")
     assert finetune(tmp_path / "parts", model, image_folder, *flags, "--resume") == 0
     data = "model.data-00000-of-00001"
@@ -240,7 +240,7 @@ def test_resume_ends_where_an_uninterrupted_run_ends(
 
 
 @pytest.mark.slow
-def test_resume_with_more_epochs_goes_on(tmp_path, model, image_folder):
+def test_resume_with_more_epochs_continues(tmp_path, model, image_folder):
     assert finetune(tmp_path / "whole", model, image_folder, "--epochs", 4) == 0
     assert finetune(tmp_path / "parts", model, image_folder, "--epochs", 2) == 0
     assert finetune(tmp_path / "parts", model, image_folder, "--epochs", 4, "--resume") == 0
@@ -248,7 +248,7 @@ def test_resume_with_more_epochs_goes_on(tmp_path, model, image_folder):
 
 
 @pytest.mark.slow
-def test_runs_from_before_a_flag_existed_are_resumed(tmp_path, model, image_folder):
+def test_resume_accepts_runs_older_than_a_flag(tmp_path, model, image_folder):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--epochs", 1) == 0
     config = out / "config.yaml"
@@ -259,7 +259,7 @@ def test_runs_from_before_a_flag_existed_are_resumed(tmp_path, model, image_fold
 
 
 @pytest.mark.slow
-def test_resume_with_other_flags_is_refused(tmp_path, model, image_folder, capsys):
+def test_resume_rejects_other_flags(tmp_path, model, image_folder, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--epochs", 1) == 0
     config = (out / "config.yaml").read_text()
@@ -273,21 +273,21 @@ def test_resume_with_other_flags_is_refused(tmp_path, model, image_folder, capsy
 
 
 @pytest.mark.slow
-def test_activations_that_do_not_fit_are_computed_anew(
+def test_activations_that_do_not_fit_are_recomputed(
     tmp_path, model, image_folder, monkeypatch, capsys
 ):
     flags = ["--freeze-until", "pool1", "--cache", "memory"]
     assert finetune(tmp_path / "kept", model, image_folder, *flags) == 0
     monkeypatch.setattr("transfer.core.measurement.available_memory_mb", lambda: 0.001)
     assert finetune(tmp_path / "anew", model, image_folder, *flags) == 0
-    assert "computed anew in each epoch" in capsys.readouterr().err
+    assert "recomputed in each epoch" in capsys.readouterr().err
     kept, anew = (metrics(tmp_path / name)["eval"] for name in ("kept", "anew"))
     assert kept["num_examples"] == anew["num_examples"] == 4
     assert main(["evaluate", str(tmp_path / "anew")]) == 0
 
 
 @pytest.mark.slow
-def test_features_that_differ_from_run_to_run_are_refused(tmp_path, image_folder, capsys):
+def test_nondeterministic_features_are_refused(tmp_path, image_folder, capsys):
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
@@ -298,13 +298,13 @@ def test_features_that_differ_from_run_to_run_are_refused(tmp_path, image_folder
     save_meta_graph(graph, tmp_path / "noisy" / "m", {"unused": np.zeros(1)})
     flags = ["--tap", "tap", "--preprocess", "unit"]
     assert finetune(tmp_path / "a", tmp_path / "noisy", image_folder, *flags) == 1
-    assert "differ from run to run: noise lies before" in capsys.readouterr().err
+    assert "are not deterministic: random operations before" in capsys.readouterr().err
     flags += ["--feed", "noise=0.0"]
     assert finetune(tmp_path / "b", tmp_path / "noisy", image_folder, *flags) == 0
 
 
 @pytest.mark.slow
-def test_config_of_a_run_repeats_it(tmp_path, model, image_folder):
+def test_config_yaml_repeats_a_run(tmp_path, model, image_folder):
     assert finetune(tmp_path / "a", model, image_folder, "--dropout", 0.1, "--hidden", 4) == 0
     config = tmp_path / "a" / "config.yaml"
     assert 0.006 < yaml.safe_load(config.read_text())["learning_rate"] < 1  # small features
@@ -312,20 +312,20 @@ def test_config_of_a_run_repeats_it(tmp_path, model, image_folder):
     assert main(again) == 0
     data = "model.data-00000-of-00001"
     assert (tmp_path / "a" / data).read_bytes() == (tmp_path / "b" / data).read_bytes()
-    config.unlink()  # the next run in this process has nothing to do with it
+    config.unlink()  # does not affect the next run in this process
     assert finetune(tmp_path / "c", model, image_folder) == 0
 
 
 @pytest.mark.slow
-def test_few_shots(tmp_path, model, image_folder):
+def test_shots_per_class_limits_training_images(tmp_path, model, image_folder):
     flags = ["--shots-per-class", 3, "--batch-size", 4]
     assert finetune(tmp_path / "run", model, image_folder, *flags) == 0
     assert metrics(tmp_path / "run")["train"]["steps"] == 3 * 2
 
 
 @pytest.mark.slow
-def test_a_graph_without_card_or_names(tmp_path, image_folder):
-    """A stranger's: no card, another name for all, a keep_prob that must be fed."""
+def test_graph_without_card_or_names_is_fine_tuned(tmp_path, image_folder):
+    """A foreign graph: no card, other tensor names, a keep_prob that must be fed."""
     prefix = tmp_path / "wild" / "model.ckpt-7"
     prefix.parent.mkdir()
     with tf.Graph().as_default(), tf1.Session() as session:
@@ -374,15 +374,13 @@ def test_errors_are_one_line_and_status_1(tmp_path, model, image_folder, capfd, 
     assert "Traceback" not in "".join(lines)
 
 
-def test_a_run_is_not_begun_where_its_model_could_not_be_read(
-    tmp_path, model, image_folder, capsys
-):
+def test_finetune_rejects_pattern_characters_in_path(tmp_path, model, image_folder, capsys):
     assert finetune(tmp_path / "run [1]", model, image_folder) == 1
     assert "takes * ? [ ] in a path for a pattern" in capsys.readouterr().err
     assert not (tmp_path / "run [1]").exists()
 
 
-def test_a_folder_that_is_not_empty_is_refused(tmp_path, model, image_folder, capsys):
+def test_finetune_rejects_nonempty_folder(tmp_path, model, image_folder, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")
     assert finetune(tmp_path / "run", model, image_folder) == 1
@@ -390,28 +388,28 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path, model, image_folder, ca
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
-def test_an_unreadable_image_is_named(tmp_path, model, image_folder, capsys):
+def test_finetune_names_unreadable_image(tmp_path, model, image_folder, capsys):
     (image_folder / "red" / "03.png").write_bytes(b"\x89PNG nonsense")
     assert finetune(tmp_path / "run", model, image_folder) == 1
     assert "red/03.png" in capsys.readouterr().err
 
 
-def test_no_preprocessing_is_guessed(tmp_path, image_folder, capsys):
+def test_finetune_does_not_guess_preprocessing(tmp_path, image_folder, capsys):
     prefix = save_vgg(tmp_path / "bare" / "vgg")
     assert finetune(tmp_path / "run", prefix, image_folder) == 1
     assert "say which with --preprocess MODE: caffe" in capsys.readouterr().err
 
 
-def test_wrong_usage_is_status_2(capsys):
+def test_usage_error_is_status_2(capsys):
     for arguments in (["finetune", "--epoch", "3"], ["finetune", "--epochs", "many"], ["evaluate"]):
         assert main(arguments) == 2
         assert capsys.readouterr().err.startswith("error: ")
     assert main(["conquer"]) == 2
 
 
-def test_evaluate_a_folder_that_is_no_run(tmp_path, capsys):
+def test_evaluate_rejects_foreign_folder(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path)]) == 1
-    assert "is no run folder: it has no config.yaml" in capsys.readouterr().err
+    assert "is not a run folder: it has no config.yaml" in capsys.readouterr().err
 
 
 def test_help_does_not_import_tensorflow():
@@ -432,7 +430,7 @@ def test_the_package_is_a_command():
     assert "Usage: vgg-transfer inspect" in done.stdout
 
 
-def test_pretrain_makes_a_model_that_finetune_takes(tmp_path, image_folder, capsys):
+def test_pretrained_model_can_be_fine_tuned(tmp_path, image_folder, capsys):
     out = tmp_path / "pretrained"
     flags = ["--image-folder", image_folder, "--epochs", 1, "--batch-size", 10, "--out", out]
     assert main(["pretrain", *map(str, flags)]) == 0
@@ -445,7 +443,7 @@ def test_pretrain_makes_a_model_that_finetune_takes(tmp_path, image_folder, caps
 
 
 @pytest.mark.slow
-def test_pretrain_resumes(tmp_path, image_folder):
+def test_pretrain_resumes_an_interrupted_run(tmp_path, image_folder):
     def run(out, epochs, *flags):
         shared = ["--image-folder", image_folder, "--batch-size", 10, "--out", out]
         return main(["pretrain", *map(str, [*shared, "--epochs", epochs, *flags])])
@@ -475,7 +473,7 @@ def test_pretrain_starts_with_small_images(tmp_path, image_folder, capsys):
 
 
 @pytest.mark.slow
-def test_pretrain_trains_fully_connected_layers_anew(tmp_path, image_folder):
+def test_pretrain_retrains_fully_connected_layers(tmp_path, image_folder):
     shared = ["--image-folder", image_folder, "--batch-size", 10, "--epochs", 2]
 
     def run(name, *flags):
@@ -490,7 +488,7 @@ def test_pretrain_trains_fully_connected_layers_anew(tmp_path, image_folder):
     assert [line.split(",")[0] for line in history] == ["epoch", "0", "1", "2", "3"]
     np.testing.assert_array_equal(anew["conv5_2/weights"], plain["conv5_2/weights"])
     assert not np.allclose(anew["fc6/weights"], plain["fc6/weights"], atol=1e-3)
-    # A run that ended before these epochs goes on to the same end; one that is done stays as it is.
+    # A run that ended before these epochs continues to the same result; a finished one stays.
     resumed, resumed_history = run("a", "--fc-epochs", 2, "--resume")
     np.testing.assert_array_equal(resumed["fc6/weights"], anew["fc6/weights"])
     assert resumed_history == history
@@ -499,7 +497,7 @@ def test_pretrain_trains_fully_connected_layers_anew(tmp_path, image_folder):
     assert again_history == history
 
 
-def test_inspect_prints_one_screen_for_a_person(model, capsys):
+def test_inspect_prints_one_screen(model, capsys):
     assert main(["inspect", str(model)]) == 0
     out = capsys.readouterr().out
     for part in ("images:0", "takes the images", "fc7", "12 of the graph's 12 variables matched"):
@@ -522,7 +520,7 @@ def test_inspect_lists_the_cuts(model, capsys):
     ]  # fmt: skip
 
 
-def test_inspect_prints_json_for_a_program(model, capsys):
+def test_inspect_prints_json(model, capsys):
     model.with_name("tiny.data-00000-of-00001").unlink()
     assert main(["inspect", str(model.with_name("tiny.meta")), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -532,7 +530,7 @@ def test_inspect_prints_json_for_a_program(model, capsys):
 
 
 @pytest.mark.slow
-def test_what_inspect_says_to_try_first_works(tmp_path, model, capsys):
+def test_command_suggested_by_inspect_works(tmp_path, model, capsys):
     assert main(["inspect", str(model), "--json"]) == 0
     command = json.loads(capsys.readouterr().out)["command"]
     flags = ["--epochs", "1", "--out", str(tmp_path / "run"), "--shots-per-class", "4"]
@@ -540,7 +538,7 @@ def test_what_inspect_says_to_try_first_works(tmp_path, model, capsys):
 
 
 @pytest.mark.slow
-def test_a_network_for_vectors_takes_square_images(tmp_path, image_folder):
+def test_network_with_vector_input_takes_square_images(tmp_path, image_folder):
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [50, 64], name="x")
@@ -555,7 +553,7 @@ def test_a_network_for_vectors_takes_square_images(tmp_path, image_folder):
 
 
 @pytest.mark.slow
-def test_dropout_of_the_graph_is_on_in_training_only(tmp_path, model, image_folder, capsys):
+def test_graph_dropout_is_active_in_training_only(tmp_path, model, image_folder, capsys):
     flags = ["--freeze-until", "none", "--epochs", "1"]
     assert finetune(tmp_path / "a", model, image_folder, *flags) == 0
     assert "keep_prob: keep_prob:0 is 1.0, and 0.5 in what is trained" in capsys.readouterr().err
@@ -566,7 +564,7 @@ def test_dropout_of_the_graph_is_on_in_training_only(tmp_path, model, image_fold
 
 
 @pytest.mark.slow
-def test_dropout_that_is_always_on_can_be_kept(tmp_path, image_folder, capsys):
+def test_always_active_dropout_can_be_kept(tmp_path, image_folder, capsys):
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
@@ -585,7 +583,7 @@ def test_dropout_that_is_always_on_can_be_kept(tmp_path, image_folder, capsys):
 
 
 @pytest.mark.slow
-def test_weights_that_are_constants_are_fine_tuned(tmp_path, model, image_folder):
+def test_constant_weights_are_fine_tuned(tmp_path, model, image_folder):
     from tensorflow.python.framework.convert_to_constants import (
         convert_variables_to_constants_from_session_graph as freeze,
     )
@@ -603,7 +601,7 @@ def test_weights_that_are_constants_are_fine_tuned(tmp_path, model, image_folder
 
 
 @pytest.mark.slow
-def test_a_saved_model_of_keras_is_fine_tuned(tmp_path, image_folder):
+def test_keras_saved_model_is_fine_tuned(tmp_path, image_folder):
     network = keras.Sequential(
         [
             keras.Input((16, 16, 3)),
@@ -622,7 +620,7 @@ def test_a_saved_model_of_keras_is_fine_tuned(tmp_path, image_folder):
 
 
 @pytest.mark.slow
-def test_the_models_of_the_last_epochs_are_kept(tmp_path, model, image_folder):
+def test_models_of_last_epochs_are_kept(tmp_path, model, image_folder):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--epochs", 5, "--max-to-keep", 2) == 0
     kept = sorted(path.name for path in out.glob("model*.index"))

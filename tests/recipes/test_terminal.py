@@ -1,4 +1,4 @@
-"""What a terminal gets to see of names, and what happens when it goes away."""
+"""Escaping of names in terminal output, and closed pipes."""
 
 import csv
 import io
@@ -20,23 +20,23 @@ HOSTILE = "\x1b[2J\r\x08\x9b31m\u202egnp\u2066\u2028\nb"
 SHOWN = r"\x1b[2J\r\x08\x9b31m\u202egnp\u2066\u2028\nb"
 
 
-def test_characters_that_a_terminal_obeys_are_escaped():
+def test_control_characters_are_escaped():
     assert terminal.escaped(HOSTILE) == SHOWN
     assert terminal.escaped("\udcff") == r"\udcff"
 
 
 @pytest.mark.parametrize("name", ["a b.jpg", r"C:\photos", "ಕನ್ನಡ", "日本", "né", "👩\u200d🚀"])
-def test_names_in_any_script_stay_as_they_are(name):
+def test_printable_names_are_not_escaped(name):
     assert terminal.escaped(name) == name
 
 
-def test_json_with_escapes_means_the_same():
+def test_escaped_json_is_equivalent():
     text = escaped_json(json.dumps(HOSTILE, ensure_ascii=False))
     assert json.loads(text) == HOSTILE
     assert text == terminal.escaped(text)
 
 
-def test_streams_keep_line_breaks_and_tabs():
+def test_streams_keep_newlines_and_tabs():
     file = io.StringIO()
     print("a\tb\x1b[1m\nc\rd", file=terminal.EscapingStream(file))
     assert file.getvalue() == "a\tb\\x1b[1m\nc\\rd\n"
@@ -66,14 +66,14 @@ def test_errors_are_escaped_in_all_verbs(tmp_path, capsys):
         assert text == terminal.escaped(text)
 
 
-def test_streams_are_given_back():
+def test_streams_are_restored():
     before = sys.stdout, sys.stderr
     assert cli.main(["inspect", "nothing"]) == 1
     assert (sys.stdout, sys.stderr) == before
 
 
 class Closed(io.StringIO):
-    """A pipe whose reader has gone."""
+    """A pipe whose reader has closed it."""
 
     def __init__(self, file):
         super().__init__()
@@ -86,7 +86,7 @@ class Closed(io.StringIO):
 
 
 @pytest.mark.parametrize(("stream", "status"), [("stdout", 0), ("stderr", 141)])
-def test_a_reader_that_goes_is_no_error(tmp_path, monkeypatch, capsys, stream, status):
+def test_closed_pipe_is_not_an_error(tmp_path, monkeypatch, capsys, stream, status):
     with (tmp_path / "pipe").open("w") as file:
         monkeypatch.setattr(sys, stream, Closed(file))
         app = SimpleNamespace(meta=lambda *_, **__: getattr(sys, stream).write("x"))
@@ -105,7 +105,7 @@ def test_other_broken_pipes_are_errors(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of other systems fail in other ways")
-def test_help_into_a_closed_pipe_is_no_error():
+def test_help_into_closed_pipe_is_not_an_error():
     reader, writer = os.pipe()
     os.close(reader)
     command = [sys.executable, "-m", "recipes", "finetune", "--help"]
@@ -118,7 +118,7 @@ def test_help_into_a_closed_pipe_is_no_error():
 
 @pytest.fixture(scope="module")
 def hostile_run(tmp_path_factory):
-    """A run with a class of a hostile name, and a folder of its images."""
+    """A run with a class whose name has control characters, and a folder of its images."""
     from commands import finetune
     from conftest import make_image_folder, save_vgg
 
@@ -133,7 +133,7 @@ def hostile_run(tmp_path_factory):
     return folder / "run", photos
 
 
-def test_results_for_people_are_escaped(hostile_run, capsys):
+def test_table_results_are_escaped(hostile_run, capsys):
     run, photos = hostile_run
     (photos / "blue" / f"{HOSTILE}.png").write_bytes((photos / "blue" / "01.png").read_bytes())
     (photos / "blue" / f"x{HOSTILE}.png").write_bytes(b"no image")
@@ -147,7 +147,7 @@ def test_results_for_people_are_escaped(hostile_run, capsys):
         assert line == terminal.escaped(line)
 
 
-def test_results_for_programs_have_the_names_themselves(hostile_run, capsys):
+def test_csv_and_jsonl_results_are_not_escaped(hostile_run, capsys):
     run, photos = hostile_run
     image = photos / "blue" / f"={HOSTILE}.png"
     image.write_bytes((photos / "blue" / "01.png").read_bytes())
@@ -164,7 +164,7 @@ def test_results_for_programs_have_the_names_themselves(hostile_run, capsys):
     assert {row["label"] for row in rows} == {"blue", "'=\x1b[31mred\x9b\u202e"}
 
 
-def test_tables_of_a_run_hold_no_formulas(hostile_run):
+def test_csv_files_have_no_formulas(hostile_run):
     run, _ = hostile_run
     assert cli.main(["evaluate", str(run), "--against", str(run)]) == 0
     for name in ("predictions.csv", "confusion.csv", "changes.csv"):

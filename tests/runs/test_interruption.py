@@ -1,4 +1,4 @@
-"""Signals while a run goes on, in this process and in one of its own."""
+"""Signals during a run, in this process and in a child process."""
 
 import json
 import os
@@ -21,7 +21,7 @@ FLAGS = ("--freeze-until", "pool2", "--dropout", 0.2, "--early-stopping", 2)
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    """Model, images, and a run of ``FLAGS`` that nothing interrupted."""
+    """Model, images, and an uninterrupted run with ``FLAGS``."""
     from conftest import make_image_folder, save_vgg
 
     from transfer import Card
@@ -48,7 +48,7 @@ def assert_same_end(first, second):
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("step", [1, 5])
-def test_a_signal_ends_the_step_and_the_run_can_be_resumed(
+def test_signal_stops_after_step_and_run_is_resumable(
     tmp_path, setting, monkeypatch, capsys, number, status, step
 ):
     model, photos, whole = setting
@@ -65,7 +65,7 @@ def test_a_signal_ends_the_step_and_the_run_can_be_resumed(
         assert finetune(out, model, photos, *FLAGS) == status
     error = capsys.readouterr().err
     assert "finishing the step" in error
-    assert f"go on with: vgg-transfer finetune --config {out}/config.yaml" in error
+    assert f"resume with: vgg-transfer finetune --config {out}/config.yaml" in error
     command = error.splitlines()[-1].split("vgg-transfer ")[1].split()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     steps = []
@@ -77,14 +77,14 @@ def test_a_signal_ends_the_step_and_the_run_can_be_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", counted)
         assert main(command) == 0
-    assert steps[0] == step + 1  # no step is done twice
+    assert steps[0] == step + 1  # no step is repeated
     assert_same_end(whole, out)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", [1, 2])
-def test_a_signal_while_it_validates(tmp_path, setting, monkeypatch, call):
-    """The dropout of the network goes on where it was, too."""
+def test_signal_during_validation_is_resumable(tmp_path, setting, monkeypatch, call):
+    """The dropout state of the network is also restored."""
     model, photos, whole = setting
     calls = []
 
@@ -104,9 +104,7 @@ def test_a_signal_while_it_validates(tmp_path, setting, monkeypatch, call):
 
 
 @pytest.mark.slow
-def test_a_stage_that_ended_with_its_best_weights_is_resumed_with_them(
-    tmp_path, setting, monkeypatch
-):
+def test_resume_restores_best_weights_of_finished_stage(tmp_path, setting, monkeypatch):
     model, photos, _ = setting
     flags = ["--schedule", "fc7:4:0.5,pool2:2:0.01", "--early-stopping", 1]
     assert finetune(tmp_path / "whole", model, photos, *flags) == 0
@@ -125,7 +123,7 @@ def test_a_stage_that_ended_with_its_best_weights_is_resumed_with_them(
 
 
 @pytest.mark.slow
-def test_a_run_is_not_resumed_on_other_images(tmp_path, setting, capsys):
+def test_resume_rejects_other_images(tmp_path, setting, capsys):
     import shutil
 
     model, photos, _ = setting
@@ -139,14 +137,14 @@ def test_a_run_is_not_resumed_on_other_images(tmp_path, setting, capsys):
     assert (tmp_path / "run" / "held_out.txt").read_text() == held_out
 
 
-def test_a_signal_at_any_other_time_ends_it_at_once(tmp_path):
+def test_signal_outside_of_a_step_stops_immediately(tmp_path):
     expected = pytest.raises(Interrupted, match="call again with run_dir=.*, resume=True")
     with expected as caught, resumable(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.status == 143
 
 
-def test_a_second_signal_does_not_wait():
+def test_second_signal_stops_immediately():
     signals = Signals()
     with pytest.raises(KeyboardInterrupt), signals.held():
         signals.handle(signal.SIGINT, None)
@@ -155,8 +153,8 @@ def test_a_second_signal_does_not_wait():
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_resumed(tmp_path, setting):
-    """As the kernel kills: nothing is asked, nothing can be tidied up."""
+def test_killed_process_is_resumable(tmp_path, setting):
+    """With SIGKILL, so that nothing can be cleaned up."""
     *_, whole = setting
     out = tmp_path / "run"
     config = yaml.safe_load((whole / "config.yaml").read_text()) | {"out": str(out)}
@@ -183,7 +181,7 @@ def test_a_process_that_is_killed_is_resumed(tmp_path, setting):
     assert "--resume" in provenance["command"]
 
 
-def test_two_runs_in_one_folder_are_refused(tmp_path, setting, capsys):
+def test_second_run_in_same_folder_is_refused(tmp_path, setting, capsys):
     import filelock
 
     model, photos, _ = setting
@@ -193,7 +191,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, setting, capsys):
     assert "another process works in" in capsys.readouterr().err
 
 
-def test_history_is_cut_back_to_the_checkpoint(tmp_path):
+def test_history_is_truncated_to_checkpoint(tmp_path):
     path = tmp_path / "history.csv"
     path.write_bytes(b"epoch,loss\r\n0,1.5\r\n1,1.25\r\n2,1.0\r\n3,0.")  # as Keras writes it
     run_folder.keep_history(tmp_path, 3)
@@ -205,7 +203,7 @@ def test_history_is_cut_back_to_the_checkpoint(tmp_path):
     run_folder.keep_history(tmp_path, 0)
 
 
-def test_what_is_no_run_is_not_resumed(tmp_path, setting, capsys):
+def test_resume_rejects_foreign_folder(tmp_path, setting, capsys):
     model, photos, _ = setting
     (tmp_path / ".config.yaml.tmp").write_text("of a run that was killed as it began")
     run_folder.check(tmp_path, resume=True)

@@ -14,7 +14,7 @@ from transfer.runs import run_data, run_folder
 
 @pytest.fixture
 def source():
-    """A test split whose labels nobody knows, as those of competitions."""
+    """A source with an unlabelled test split, as in competitions."""
     labels = {"train": [0, 1, 0, 1], "validation": [0, 1], "test": [-1, -1]}
 
     def examples(part, positions):
@@ -34,7 +34,7 @@ def run_of(folder, names):
     return folder
 
 
-def test_a_split_without_labels_does_not_matter(tmp_path, source):
+def test_unlabelled_split_is_ignored(tmp_path, source):
     run = run_of(tmp_path, ["validation/0", "validation/1"])
     held_out = run_data.held_out(run, source)
     assert held_out.names == ["validation/0", "validation/1"]
@@ -43,7 +43,7 @@ def test_a_split_without_labels_does_not_matter(tmp_path, source):
     assert run_data.num_not_held_out(run, source.split("train+validation")) == 4
 
 
-def test_images_that_are_gone_are_named(tmp_path, source):
+def test_missing_held_out_images_are_named(tmp_path, source):
     run = run_of(tmp_path, ["validation/0", "validation/7"])
     with pytest.raises(ValueError, match="1 of the 2 images .* are gone .* 'validation/7'"):
         run_data.held_out(run, source)
@@ -67,7 +67,7 @@ def test_held_out_images_may_have_any_name(tmp_path, source):
     assert run_data.num_not_held_out(run, Split(source, (("validation", np.arange(4)),))) == 1
 
 
-def test_a_list_that_is_empty_or_a_pipe_is_refused(tmp_path, source):
+def test_empty_or_special_held_out_list_is_refused(tmp_path, source):
     run = run_of(tmp_path, [])
     with pytest.raises(ValueError, match=r"'.*held_out.txt' names no images"):
         run_data.held_out(run, source)

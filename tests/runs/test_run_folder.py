@@ -1,4 +1,4 @@
-"""Run folders of other people, in which any name may be a link to somewhere else."""
+"""Run folders from untrusted origin, in which any name may be a link."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def linked(source: Path, run: Path, link) -> Path:
-    """A copy of a run, all of whose files are links."""
+    """A copy of a run in which all files are links."""
     for path in sorted(source.rglob("*")):
         copy = run / path.relative_to(source)
         if path.is_dir():
@@ -51,7 +51,7 @@ def linked(source: Path, run: Path, link) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
-def test_nothing_is_written_through_the_files_of_a_run(setting, tmp_path, link) -> None:
+def test_run_does_not_write_through_links(setting, tmp_path, link) -> None:
     model, photos, run = setting
     theirs = shutil.copytree(run, tmp_path / "theirs")
     out = linked(theirs, tmp_path / "run", link)
@@ -63,14 +63,14 @@ def test_nothing_is_written_through_the_files_of_a_run(setting, tmp_path, link) 
     before = contents(theirs)
     assert main(["evaluate", str(out)]) == 0
     assert (out / "plots" / "confusion.png").read_bytes() == before["plots/confusion.png"]
-    # A run that is resumed does an epoch once more, and the rest.
+    # A resumed run repeats an epoch and continues.
     assert finetune(out, model, photos, *FLAGS, "--resume", "--epochs", 4) == 0
     assert contents(theirs) == before
     assert len((out / "history.csv").read_text().splitlines()) == 1 + 4
 
 
 @pytest.mark.slow
-def test_links_to_nothing_make_nothing(setting, tmp_path) -> None:
+def test_broken_links_create_no_files(setting, tmp_path) -> None:
     model, photos, run = setting
     out = shutil.copytree(run, tmp_path / "run")
     elsewhere = tmp_path / "elsewhere"
@@ -80,14 +80,14 @@ def test_links_to_nothing_make_nothing(setting, tmp_path) -> None:
     for name in names:
         (out / name).unlink(missing_ok=True)
         (out / name).symlink_to(elsewhere / Path(name).name)
-    shutil.rmtree(out / "checkpoints")  # so that no epoch is done, and none is kept
+    shutil.rmtree(out / "checkpoints")  # so that no completed epoch is kept
     assert main(["evaluate", str(out)]) == 0
     assert finetune(out, model, photos, *FLAGS, "--resume") == 0
     assert list(elsewhere.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["plots", "events", "events/train", "checkpoints", "export"])
-def test_a_folder_of_a_run_that_is_a_link_is_refused(setting, tmp_path, capfd, name) -> None:
+def test_linked_subfolder_of_a_run_is_refused(setting, tmp_path, capfd, name) -> None:
     model, photos, run = setting
     out = shutil.copytree(run, tmp_path / "run")
     shutil.move(out / name, tmp_path / "theirs")
@@ -104,7 +104,7 @@ def test_a_folder_of_a_run_that_is_a_link_is_refused(setting, tmp_path, capfd, n
     assert contents(tmp_path / "theirs") == before
 
 
-def test_a_folder_in_the_place_of_a_file_is_named(setting, tmp_path, capfd) -> None:
+def test_folder_in_place_of_a_file_is_named(setting, tmp_path, capfd) -> None:
     out = shutil.copytree(setting[2], tmp_path / "run")
     (out / "plots" / "confusion.png").unlink()
     (out / "plots" / "confusion.png").mkdir()
@@ -113,7 +113,7 @@ def test_a_folder_in_the_place_of_a_file_is_named(setting, tmp_path, capfd) -> N
     assert "Is a directory: " in line and "plots/confusion.png" in line
 
 
-def test_a_run_may_go_to_a_folder_that_the_user_linked(setting, tmp_path) -> None:
+def test_run_folder_may_be_a_link(setting, tmp_path) -> None:
     model, photos, _ = setting
     (tmp_path / "disk").mkdir()
     (tmp_path / "run").symlink_to(tmp_path / "disk")
@@ -123,7 +123,7 @@ def test_a_run_may_go_to_a_folder_that_the_user_linked(setting, tmp_path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["notes.txt", "model_float32.tflite"])
-def test_files_of_the_user_stay_in_an_export(setting, tmp_path, capfd, name) -> None:
+def test_export_keeps_user_files(setting, tmp_path, capfd, name) -> None:
     out = shutil.copytree(setting[2], tmp_path / "run")
     notes = out / "export" / "tflite" / name
     if name == "notes.txt":
@@ -143,7 +143,7 @@ def test_files_of_the_user_stay_in_an_export(setting, tmp_path, capfd, name) -> 
     assert (out / "export" / ".tflite.tmp" / "a.jpg").read_text() == "mine"
 
 
-def test_the_users_own_list_of_changes_stays(tmp_path) -> None:
+def test_user_file_named_changes_csv_is_kept(tmp_path) -> None:
     path = tmp_path / "changes.csv"
     path.write_text("version,change\n1,mine\n")
     evaluation._remove_changes(path)
@@ -158,7 +158,7 @@ def test_the_users_own_list_of_changes_stays(tmp_path) -> None:
     assert not path.exists()
 
 
-def test_only_files_of_a_run_are_removed(setting, tmp_path) -> None:
+def test_remove_deletes_run_files_only(setting, tmp_path) -> None:
     out = shutil.copytree(setting[2], tmp_path / "run")
     for name in ("notes.txt", "events/notes.txt", "checkpoints/notes.txt", "model.notes.txt"):
         (out / name).write_text("mine")

@@ -17,7 +17,7 @@ def names(directory):
 
 
 def interrupted_after(steps):
-    """Batches that are cut off by Ctrl-C after some steps, of all epochs together."""
+    """Batches that raise ``KeyboardInterrupt`` after a number of steps, counted over all epochs."""
     count = itertools.count()
 
     def cut_off(epoch, first):
@@ -31,7 +31,7 @@ def interrupted_after(steps):
 
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("steps", [0, 1, 3, 4, 6, 11])
-def test_a_run_that_is_interrupted_anywhere_ends_bit_identical(tmp_path, steps):
+def test_run_interrupted_anywhere_is_bit_identical(tmp_path, steps):
     history, rest = keras.callbacks.History(), keras.callbacks.History()
     whole = fit(with_dropout(mixup=0.2), epochs=3, callbacks=[history])
     with pytest.raises(KeyboardInterrupt):
@@ -51,7 +51,7 @@ def test_a_run_that_is_interrupted_anywhere_ends_bit_identical(tmp_path, steps):
     assert rest.history["accuracy"] == history.history["accuracy"][steps // 4 :]
 
 
-def test_what_must_not_be_interrupted_is_not_saved_half_done(tmp_path):
+def test_no_checkpoint_is_saved_within_uninterrupted_code(tmp_path):
     class Stop(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
             if batch == 2:
@@ -62,19 +62,24 @@ def test_what_must_not_be_interrupted_is_not_saved_half_done(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_within_a_long_epoch(tmp_path):
+def test_checkpoints_are_saved_within_an_epoch(tmp_path):
     seen = []
 
-    class Look(keras.callbacks.Callback):
+    class Recorder(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
             seen.append(names(tmp_path))
 
-    fit(new_trainer(), 1, checkpoint=RunCheckpoint(tmp_path, every_s=0), callbacks=[Look()])
+    fit(
+        new_trainer(),
+        1,
+        checkpoint=RunCheckpoint(tmp_path, every_s=0),
+        callbacks=[Recorder()],
+    )
     assert seen == [[], ["step-1"], ["step-1", "step-2"], ["step-2", "step-3"]]
     assert names(tmp_path) == ["step-4", "step-5"]
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
+def test_damaged_checkpoint_falls_back_to_previous(tmp_path):
     whole = fit(with_dropout(), epochs=3)
     fit(with_dropout(), epochs=2, checkpoint=RunCheckpoint(tmp_path))
     (data,) = tmp_path.glob("step-2.data*")
@@ -91,7 +96,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path):
     assert_same(weights(whole.model), weights(resumed.model))
 
 
-def test_a_session_that_was_killed_while_it_wrote_one_leaves_nothing(tmp_path):
+def test_temporary_files_of_killed_session_are_removed(tmp_path):
     trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path)
     fit(trainer, 1, checkpoint=checkpoint)
     (tmp_path / ".writing-step-2.index").write_bytes(b"half")  # by an earlier version
@@ -105,9 +110,9 @@ def test_a_session_that_was_killed_while_it_wrote_one_leaves_nothing(tmp_path):
     ]
 
 
-def test_random_layers_are_put_back_where_validation_is_interrupted(tmp_path):
+def test_interrupted_validation_restores_random_states(tmp_path):
     def validate():
-        trainer.model(np.zeros((4, 8), np.float32), training=True)  # draws
+        trainer.model(np.zeros((4, 8), np.float32), training=True)  # draws random numbers
         raise KeyboardInterrupt
 
     trainer = with_dropout()
@@ -120,15 +125,15 @@ def test_random_layers_are_put_back_where_validation_is_interrupted(tmp_path):
 
 
 @pytest.mark.parametrize("part", ["index", "data-00000-of-00001"])
-def test_when_none_is_left_it_says_so(tmp_path, part):
+def test_restore_fails_if_all_checkpoints_are_damaged(tmp_path, part):
     fit(new_trainer(), epochs=1, checkpoint=RunCheckpoint(tmp_path))
     path = tmp_path / f"step-1.{part}"
     path.write_bytes(path.read_bytes()[:30])
-    with pytest.raises(ValueError, match="no checkpoint is left to go on from: .*step-1'"):
+    with pytest.raises(ValueError, match="no readable checkpoint is left: .*step-1'"):
         RunCheckpoint(tmp_path).restore(new_trainer())
 
 
-def test_nothing_to_restore(tmp_path):
+def test_restore_without_checkpoints_returns_false(tmp_path):
     assert not RunCheckpoint(tmp_path).restore(new_trainer())
     assert RunCheckpoint(tmp_path).best_weights(new_trainer()) is None
     (tmp_path / "best-0.index").write_bytes(b"of a run that was killed before its first checkpoint")
@@ -136,14 +141,14 @@ def test_nothing_to_restore(tmp_path):
     assert RunCheckpoint(tmp_path).best_weights(new_trainer()) is None
 
 
-def test_best_weights_that_are_damaged_are_named(tmp_path):
+def test_damaged_best_weights_are_named(tmp_path):
     fit(new_trainer(), 1, validate=lambda: {"loss": 1.0}, checkpoint=RunCheckpoint(tmp_path))
     (tmp_path / "best-0.index").write_bytes(b"")
     with pytest.raises(ValueError, match="best weights of the run, .*best-0', cannot be read"):
         RunCheckpoint(tmp_path).best_weights(new_trainer())
 
 
-def test_a_folder_that_is_removed_is_not_made_again(tmp_path):
+def test_removed_folder_is_not_recreated(tmp_path):
     checkpoint = RunCheckpoint(tmp_path / "run")
     trainer = fit(new_trainer(), epochs=1, checkpoint=checkpoint)
     for path in (tmp_path / "run").iterdir():
@@ -154,7 +159,7 @@ def test_a_folder_that_is_removed_is_not_made_again(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_best_weights_are_kept_beside_the_last(tmp_path):
+def test_best_weights_are_kept_with_last_checkpoint(tmp_path):
     losses = iter([3.0, 1.0, 2.0, 1.5])
     seen = []
 
@@ -171,23 +176,25 @@ def test_the_best_weights_are_kept_beside_the_last(tmp_path):
     assert resumed.best_loss == 1.0
 
 
-def test_the_best_of_an_epoch_that_is_still_to_come_is_forgotten(tmp_path):
+def test_best_weights_of_repeated_epoch_are_deleted(tmp_path):
     trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path)
     fit(trainer, 2, validate=lambda: {"loss": 1.0 / (1 + trainer.epoch)}, checkpoint=checkpoint)
-    checkpoint.save_best(trainer)  # the run is killed before the checkpoint that follows
+    checkpoint.save_best(trainer)  # the run is killed before the next checkpoint
     assert names(tmp_path) == ["best-1", "best-2", "step-1", "step-2"]
     RunCheckpoint(tmp_path).restore(new_trainer())
     assert names(tmp_path) == ["best-1", "step-1", "step-2"]
 
 
-def test_a_full_disk_leaves_the_last_one(tmp_path):
+def test_full_disk_keeps_last_checkpoint(tmp_path):
     trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path)
     fit(trainer, epochs=1, checkpoint=checkpoint)
     resource = pytest.importorskip("resource", reason="limits of a process are Unix")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        with pytest.raises(OSError, match=r"cannot write checkpoint .*step-1 is whole: make room"):
+        with pytest.raises(
+            OSError, match=r"cannot write checkpoint .*step-1 is complete: free disk space"
+        ):
             checkpoint.save(trainer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -195,7 +202,7 @@ def test_a_full_disk_leaves_the_last_one(tmp_path):
     assert RunCheckpoint(tmp_path).restore(new_trainer())
 
 
-def test_restored_weights_are_those_that_were_saved(tmp_path):
+def test_restored_weights_equal_saved_weights(tmp_path):
     trainer = fit(new_trainer(), 1, checkpoint=RunCheckpoint(tmp_path))
     restored = new_trainer()
     assert not np.array_equal(weights(restored.model)[0], weights(trainer.model)[0])
@@ -203,7 +210,7 @@ def test_restored_weights_are_those_that_were_saved(tmp_path):
     assert_same(weights(restored.model), weights(trainer.model))
 
 
-def test_files_and_links_of_others_stay_as_they_are(tmp_path):
+def test_foreign_files_and_links_are_kept(tmp_path):
     directory, theirs = tmp_path / "checkpoints", tmp_path / "theirs.txt"
     directory.mkdir()
     theirs.write_text("theirs")
@@ -211,7 +218,7 @@ def test_files_and_links_of_others_stay_as_they_are(tmp_path):
     (directory / ".saving-photos").mkdir()
     for name in (".writing-plan.txt", ".saving-photos/a.jpg", "step-1.notes.txt", "best-0.txt"):
         (directory / name).write_text("mine")
-    # Names that are known before, such as TensorFlow's, are links.
+    # Predictable names, such as TensorFlow's, are links.
     for name in ("step-1.index", "step-1.data-00000-of-00001", ".writing-step-2.index"):
         (directory / name).symlink_to(theirs)
     trainer, checkpoint = new_trainer(), RunCheckpoint(directory)

@@ -23,7 +23,7 @@ def probabilities(solution, features):
 
 @pytest.mark.parametrize("num_classes", [2, 10])
 @pytest.mark.parametrize("class_weight", [None, "balanced"])
-def test_equals_scikit_learn(num_classes, class_weight):
+def test_head_equals_scikit_learn(num_classes, class_weight):
     chosen = (num_classes > LABELS) & ((LABELS > 0) | (np.arange(len(LABELS)) % 4 == 0))
     features, labels = FEATURES[chosen], LABELS[chosen]
     solution = fit_logistic_regression(
@@ -41,7 +41,7 @@ def test_equals_scikit_learn(num_classes, class_weight):
 
 
 @pytest.mark.slow
-def test_the_penalty_is_the_one_with_the_lowest_loss():
+def test_cross_validation_selects_lowest_loss():
     solution = fit_logistic_regression(FEATURES, LABELS, 10)
     assert len(solution.scores) == len(logistic_regression.GRID)
     assert min(solution.scores, key=solution.scores.get) == solution.C
@@ -53,7 +53,7 @@ def test_the_penalty_is_the_one_with_the_lowest_loss():
         assert loss == pytest.approx(-scores.mean(), rel=0.03)
 
 
-def test_one_example_of_each_class():
+def test_single_example_per_class_uses_default_penalty():
     chosen = [np.flatnonzero(label == LABELS)[0] for label in range(10)]
     solution = fit_logistic_regression(FEATURES[chosen], LABELS[chosen], 10)
     assert solution.scores == {}
@@ -74,7 +74,7 @@ def test_a_class_without_examples_is_never_predicted(absent):
     np.testing.assert_allclose(found[:, present], theirs.predict_proba(FEATURES), atol=2e-3)
 
 
-def test_what_does_not_converge_is_said_and_no_warning():
+def test_missing_convergence_is_reported_without_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         solution = fit_logistic_regression(FEATURES, LABELS, 10, C=1.0, max_iter=3)
@@ -82,6 +82,6 @@ def test_what_does_not_converge_is_said_and_no_warning():
     assert solution.num_iterations == 3
 
 
-def test_one_class_is_refused():
+def test_single_class_is_refused():
     with pytest.raises(ValueError, match="1 class; a classifier needs at least 2"):
         fit_logistic_regression(FEATURES[:5], np.zeros(5, np.int64), 10)

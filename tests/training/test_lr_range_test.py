@@ -1,4 +1,4 @@
-"""The learning-rate range test, on a model of ours and from the command line."""
+"""The learning-rate range test, on a small model and from the command line."""
 
 import csv
 
@@ -34,20 +34,20 @@ def batches():
         yield INPUTS, LABELS
 
 
-def test_it_stops_where_the_loss_explodes_and_suggests_less():
+def test_range_test_stops_at_divergence_and_suggests_lower_rate():
     found = range_test(new_trainer(1.0), batches(), lowest=1e-4, highest=1e4, steps=80)
     assert len(found.rates) < 80
     assert len(found.rates) == len(found.losses) == len(found.smoothed)
     np.testing.assert_allclose(found.rates[1:] / found.rates[:-1], 10 ** (8 / 79), rtol=1e-6)
     lowest = found.rates[np.argmin(found.smoothed)]
     assert lowest / 20 < found.suggestion < lowest / 5
-    # It is a rate that trains.
+    # Training works with the suggested rate.
     trainer = new_trainer(found.suggestion)
     losses = [trainer.train_step(INPUTS, LABELS)[0] for _ in range(50)]
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_groups_keep_their_proportions():
+def test_parameter_groups_keep_rate_ratios():
     trainer = new_trainer(1.0, 0.1)
     found = range_test(trainer, batches(), lowest=1e-4, highest=1e-2, steps=12)
     first, second = (float(group.optimizer.learning_rate) for group in trainer.groups)
@@ -55,24 +55,24 @@ def test_groups_keep_their_proportions():
     assert second == pytest.approx(1e-3)
 
 
-def test_few_batches_are_enough():
+def test_range_test_accepts_fewer_batches_than_steps():
     few = [(INPUTS, LABELS)] * 15
     assert len(range_test(new_trainer(1.0), few, steps=100).rates) == 15
 
 
 @pytest.mark.parametrize("limits", [(0, 1, 10), (1, 1, 10), (1, 2, 1)])
-def test_an_empty_range_is_refused(limits):
+def test_empty_range_is_refused(limits):
     lowest, highest, steps = limits
     with pytest.raises(ValueError, match="expected 0 < lowest < highest"):
         range_test(new_trainer(1.0), batches(), lowest=lowest, highest=highest, steps=steps)
 
 
-def test_a_loss_that_diverges_at_once_is_said():
+def test_immediate_divergence_is_refused():
     with pytest.raises(ValueError, match="diverged after .* begin lower than 100000"):
         range_test(new_trainer(1.0), batches(), lowest=1e5, highest=1e9, steps=50)
 
 
-def test_the_verb_writes_a_table_and_a_plot(tmp_path, model, image_folder, capsys):
+def test_lr_find_writes_table_and_plot(tmp_path, model, image_folder, capsys):
     out = tmp_path / "trial"
     flags = ["--model", model, "--image-folder", image_folder, "--out", out, "--steps", 40]
     assert main(["lr-find", *map(str, flags)]) == 0

@@ -37,13 +37,13 @@ def updated(optimizer, gradients=GRADIENTS, variables=None):
 
 
 def assert_close(first, second):
-    # Twelve steps of 0.05: a hundred-thousandth of what was travelled.
+    # Relative to the distance of twelve steps of 0.05, the tolerance is 1e-5.
     for a, b in zip(first, second, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=6e-6)
 
 
 @pytest.mark.parametrize("pair", PAIRS.values(), ids=PAIRS)
-def test_equals_keras(pair):
+def test_fused_optimizers_equal_keras(pair):
     fused, stock, options = pair
     ours, theirs = fused(0.05, **options), stock(0.05, **options)
     results = updated(ours)
@@ -53,7 +53,7 @@ def test_equals_keras(pair):
 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
-def test_a_step_is_one_operation_for_each_variable(kind):
+def test_update_is_one_operation_per_variable(kind):
     optimizer, variables = make_optimizer(kind, 0.1), new_variables()
     optimizer.build(variables)
     function = tf.function(lambda *values: optimizer.apply(list(values), variables))
@@ -61,7 +61,7 @@ def test_a_step_is_one_operation_for_each_variable(kind):
     assert sum(op.type.startswith("ResourceApply") for op in graph.get_operations()) == 3
 
 
-def test_goes_on_where_keras_stopped():
+def test_fused_optimizer_loads_keras_state():
     theirs = keras.optimizers.Adam(0.05)
     variables = new_variables()
     updated(theirs, GRADIENTS[:6], variables)
@@ -74,7 +74,7 @@ def test_goes_on_where_keras_stopped():
     )
 
 
-def test_sparse_gradients_are_left_to_keras():
+def test_sparse_gradients_use_keras_update():
     sparse = tf.IndexedSlices(tf.ones([1, 5]), tf.constant([2]), tf.constant([7, 5]))
 
     def result(optimizer):
@@ -87,7 +87,7 @@ def test_sparse_gradients_are_left_to_keras():
 
 
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
-def test_only_kernels_decay(kind):
+def test_weight_decay_applies_to_kernels_only(kind):
     zeros = [[np.zeros(shape, np.float32) for shape in SHAPES]]
     after = updated(make_optimizer(kind, 0.5, weight_decay=0.1), zeros)
     np.testing.assert_allclose(after[0], VALUES[0] * (1 - 0.5 * 0.1), rtol=1e-6)
@@ -95,7 +95,7 @@ def test_only_kernels_decay(kind):
     np.testing.assert_allclose(after[2], VALUES[2] * (1 - 0.5 * 0.1), rtol=1e-6)
 
 
-def test_under_a_mirrored_strategy():
+def test_fused_optimizers_work_under_mirrored_strategy():
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
     with strategy.scope():
         variables, optimizer = new_variables(), FusedAdam(0.05)
@@ -121,14 +121,14 @@ def test_config_round_trip():
     assert copy.get_config() == optimizer.get_config()
 
 
-def test_cosine_rises_and_falls():
+def test_cosine_schedule_warms_up_and_decays():
     schedule = cosine(0.2, 100, 10)
     rates = [float(schedule(step)) for step in (0, 5, 10, 55, 100, 120)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.1, 0.0, 0.0], abs=1e-6)
     assert float(cosine(0.2, 100, 0)(0)) == pytest.approx(0.2)
 
 
-def test_an_unknown_optimizer_is_refused():
+def test_unknown_optimizer_is_refused():
     with pytest.raises(
         ValueError, match="optimizer 'rmsprop' is not known; choose from: adam, sgd"
     ):

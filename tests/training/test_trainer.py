@@ -54,7 +54,7 @@ def assert_same(first, second, **tolerance):
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_equals_keras_fit(smoothing):
+def test_trainer_equals_keras_fit(smoothing):
     ours = fit(new_trainer(label_smoothing=smoothing), epochs=3)
     theirs = new_model()
     theirs.compile(
@@ -78,7 +78,7 @@ def test_class_weights_equal_those_of_keras_fit():
     assert_same(weights(ours.model), weights(theirs), rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_are_clipped_all_together():
+def test_gradients_are_clipped_by_global_norm():
     ours = fit(new_trainer(clip_norm=0.01, optimizer=keras.optimizers.SGD(1.0)), epochs=1)
     theirs = new_model()
     theirs.compile(
@@ -90,7 +90,7 @@ def test_gradients_are_clipped_all_together():
     assert_same(weights(ours.model), weights(theirs), rtol=1e-4, atol=1e-6)
 
 
-def test_mixup_mixes_inputs_and_targets_by_one_share():
+def test_mixup_mixes_inputs_and_targets_with_same_weight():
     seen = []
 
     class Spy(keras.Sequential):
@@ -121,7 +121,7 @@ def test_mixup_mixes_inputs_and_targets_by_one_share():
     assert step(0.4, number=1)[0] != loss != step(0.4, seed=1)[0]
 
 
-def test_it_learns_and_counts():
+def test_trainer_learns_and_counts_steps():
     trainer = new_trainer()
     before = weights(trainer.model)
     history = keras.callbacks.History()
@@ -132,7 +132,7 @@ def test_it_learns_and_counts():
     assert all((a != b).any() for a, b in zip(before, weights(trainer.model), strict=True))
 
 
-def test_mean_loss_counts_the_partial_batch_by_its_size():
+def test_mean_loss_weights_partial_batch_by_size():
     trainer = new_trainer(rate=0.0)
     logs = trainer.train_epoch(batches(0), keras.callbacks.CallbackList())
     logits = trainer.model(INPUTS)
@@ -141,19 +141,19 @@ def test_mean_loss_counts_the_partial_batch_by_its_size():
     assert logs["accuracy"] == pytest.approx((logits.numpy().argmax(-1) == LABELS).mean())
 
 
-def test_validation_joins_the_logs():
+def test_validation_metrics_are_added_to_logs():
     history = keras.callbacks.History()
     fit(new_trainer(), epochs=2, callbacks=[history], validate=lambda: {"accuracy": 0.25})
     assert history.history["val_accuracy"] == [0.25, 0.25]
 
 
-def test_a_callback_can_stop_it():
+def test_callback_can_stop_training():
     stop = keras.callbacks.EarlyStopping("val_loss", patience=2)
     trainer = fit(new_trainer(), 50, callbacks=[stop], validate=lambda: {"loss": 1.0})
     assert trainer.epoch == 3
 
 
-def test_variables_in_no_group_stay_as_they_are():
+def test_variables_in_no_group_are_not_trained():
     model = new_model()
     before = weights(model)
     head = ParameterGroup(keras.optimizers.Adam(0.05), model.layers[-1].trainable_variables)
@@ -189,7 +189,7 @@ def test_frozen_inputs_equal_precomputed_ones():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_loss_that_is_not_finite_names_step_and_learning_rate(value):
+def test_non_finite_loss_names_step_and_learning_rate(value):
     def bad(epoch, first):
         for step, (inputs, labels) in enumerate(batches(epoch)):
             yield (inputs * value if step == 2 else inputs), labels

@@ -1,19 +1,19 @@
-"""Activations on disk, for any later run to find: append-only files of rows, by what made them.
+"""Activation cache on disk, shared by runs: append-only files of rows, addressed by their key.
 
 Layout of a cache directory::
 
-    locks/<digest>.lock   held by who writes an entry
-    <digest>/key.json     what the rows depend on, and their shape and dtype
+    locks/<digest>.lock   held by the process that writes an entry
+    <digest>/key.json     everything that the rows depend on, and their shape and dtype
     <digest>/rows.bin     rows of equal size, in the order in which they were computed
-    <digest>/index.bin    for each row the 16-byte id of its example and the CRC-32 of its bytes
+    <digest>/index.bin    records: for each row, the 16-byte id of its example and the CRC-32 of it
 
-The digest is that of ``key.json``: another key, another entry. Rows are written before their
-records, and a row counts once its record is there and its CRC fits, so that nothing that a crash, a
-full disk or a bad block leaves behind is ever taken for activations.
+The digest is the hash of ``key.json``. Rows are written before their records, and a row is valid
+only if it has a record with the right CRC, so that data left by a crash, a full disk or a bad block
+is never taken for activations.
 
 The directory may hold files of other programs. A folder is an entry only if the digest of its
-``key.json`` is the folder's name; of an entry, only files of these names are ever deleted. Links
-are not followed, except for the directory itself.
+``key.json`` is the folder's name; only files with the names above are ever deleted. Links are not
+followed, except for the directory itself.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from filelock import FileLock, Timeout
 from transfer.core import files
 
 _KEY, _ROWS, _INDEX, _LOCKS = "key.json", "rows.bin", "index.bin", "locks"
-_LAYOUT = 1  # of the files; another one is another entry
+_LAYOUT = 1  # version of the file layout; part of the key
 _MAX_KEY_BYTES = 2**20
 _DIGEST = re.compile(r"[0-9a-f]{32}")
 _RECORD = np.dtype([("id", "S16"), ("crc", "<u4")])
@@ -51,8 +51,8 @@ def default_directory() -> Path:
 
 
 @dataclass(frozen=True)
-class Listed:
-    """An entry as a list shows it; ``last_used`` in seconds since 1970."""
+class CacheEntryInfo:
+    """Description of a cache entry; ``last_used`` in seconds since 1970."""
 
     digest: str
     key: dict[str, Any]
@@ -62,11 +62,11 @@ class Listed:
 
 
 class Cache:
-    """A directory of entries.
+    """A directory of cache entries.
 
     Args:
-        directory: made where it is missing.
-        limit_bytes: how much ``make_room`` lets it grow to.
+        directory: created when needed.
+        limit_bytes: maximum size of the directory, enforced by ``make_room``.
     """
 
     def __init__(self, directory: Path, limit_bytes: int):
@@ -74,11 +74,12 @@ class Cache:
         self.limit_bytes = limit_bytes
 
     def entry(self, key: dict[str, Any], row_shape: Sequence[int], dtype: str) -> Entry:
-        """The entry of what ``key`` says, which must be all that a row depends on but its example.
+        """The entry of a key, which must contain everything that a row depends on except its
+        example.
 
         Args:
-            key: of JSON's own types.
-            row_shape: of one example's activations.
+            key: a JSON object.
+            row_shape: shape of the activations of one example.
             dtype: float32 or float16.
 
         Raises:
@@ -89,35 +90,35 @@ class Cache:
         folder = self.directory / _digest(text.encode())
         self.directory.mkdir(parents=True, exist_ok=True)
         files.make_folder(folder)
-        # Written each time: the same text, and its time tells when the entry was last used.
+        # Rewritten on each use: its modification time tells when the entry was last used.
         files.write_text(folder / _KEY, text)
         return Entry(folder, self._lock(folder.name), tuple(row_shape), np.dtype(dtype))
 
     def make_room(self, num_bytes: int, keep: Iterable[Entry] = ()) -> None:
-        """Delete what was not used for longest, until so many bytes may be added.
+        """Evict the least recently used entries until ``num_bytes`` can be added.
 
-        Entries in ``keep``, and those that somebody writes to, stay.
+        Entries in ``keep``, and those that another process is writing, are not evicted.
 
         Raises:
-            OSError: if there is not enough room then, in the limit or on the disk; says how much
-                there is. Nothing is deleted in this case.
+            OSError: if there is not enough space, within the limit or on the disk; says how much
+                there is. If evicting all candidates would not suffice, no entry is deleted.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         kept = {entry.folder.name for entry in keep}
-        listed = sorted(self.entries(), key=lambda entry: entry.last_used)
-        movable = [entry for entry in listed if entry.digest not in kept]
-        used = sum(entry.num_bytes for entry in listed)
+        entries = sorted(self.entries(), key=lambda entry: entry.last_used)
+        evictable = [entry for entry in entries if entry.digest not in kept]
+        used = sum(entry.num_bytes for entry in entries)
         free = shutil.disk_usage(self.directory).free
-        # Both at once: below the limit, and on the disk.
+        # Must fit both within the limit and on the disk.
         excess = max(used + num_bytes - self.limit_bytes, num_bytes - free)
-        if excess > sum(entry.num_bytes for entry in movable):
+        if excess > sum(entry.num_bytes for entry in evictable):
             raise OSError(
                 f"{num_bytes / 1e6:,.0f} MB of activations do not fit into {self.directory}: it "
                 f"holds {used / 1e6:,.0f} MB of at most {self.limit_bytes / 1e6:,.0f} MB, and the "
                 f"disk has {free / 1e6:,.0f} MB free; raise the limit, choose another directory, "
                 "or keep them as float16"
             )
-        for entry in movable:
+        for entry in evictable:
             if excess <= 0:
                 return
             if self.delete(entry.digest):
@@ -125,19 +126,19 @@ class Cache:
         if excess > 0:
             raise OSError(
                 f"{num_bytes / 1e6:,.0f} MB of activations do not fit into {self.directory} while "
-                "others are at work in it"
+                "other processes use it"
             )
 
-    def entries(self) -> list[Listed]:
-        """All entries. Other folders are passed over."""
-        found = []
+    def entries(self) -> list[CacheEntryInfo]:
+        """All entries. Other folders are ignored."""
+        entries = []
         for folder in self._folders():
             try:
                 key, last_used = _read_key(folder)
             except (OSError, ValueError):
                 continue
-            found.append(
-                Listed(
+            entries.append(
+                CacheEntryInfo(
                     folder.name,
                     key,
                     _size(folder / _INDEX) // _RECORD.itemsize,
@@ -145,10 +146,11 @@ class Cache:
                     last_used,
                 )
             )
-        return found
+        return entries
 
     def damaged(self) -> dict[str, str]:
-        """Folders with a ``key.json`` that are not entries, which stay: name to reason."""
+        """Maps the names of folders with an invalid ``key.json`` to the reasons; they are never
+        deleted."""
         reasons = {}
         for folder in self._folders():
             try:
@@ -160,8 +162,8 @@ class Cache:
         return reasons
 
     def delete(self, digest: str) -> bool:
-        """Delete the files of an entry, and its folder unless it holds other files; false if
-        another process writes to it, or it is not an entry."""
+        """Delete the files of an entry, and its folder unless it holds other files; returns false
+        if another process is writing it, or it is not an entry."""
         folder = self.directory / digest
         if not _DIGEST.fullmatch(digest) or not files.is_regular(folder / _KEY):
             return False
@@ -172,13 +174,13 @@ class Cache:
             return False
         try:
             _read_key(folder)
-            for name in (_INDEX, _ROWS):  # rows do not count without their records
+            for name in (_INDEX, _ROWS):  # rows are invalid without their records
                 if files.is_regular(folder / name):
                     (folder / name).unlink()
-            for path in folder.iterdir():  # of a process that was killed
+            for path in folder.iterdir():  # temporary files of killed processes
                 if files.is_temporary(path.name, _KEY) and files.is_regular(path):
                     path.unlink()
-            (folder / _KEY).unlink()  # last: without it, the rest is not known to be an entry
+            (folder / _KEY).unlink()  # last: without it, the folder is no longer an entry
         except (OSError, ValueError):
             return False
         finally:
@@ -197,20 +199,20 @@ class Cache:
             self.directory.rmdir()
 
     def _folders(self) -> list[Path]:
-        """Those in the directory, without links to folders."""
+        """Subfolders of the directory, without links to folders."""
         if not self.directory.exists():
             return []
-        with os.scandir(self.directory) as found:
-            return sorted(Path(f.path) for f in found if f.is_dir(follow_symlinks=False))
+        with os.scandir(self.directory) as items:
+            return sorted(Path(f.path) for f in items if f.is_dir(follow_symlinks=False))
 
     def _lock(self, digest: str) -> FileLock:
-        # Outside the folder, so that a folder can be deleted under its lock.
+        # Outside the folder, so that a folder can be deleted while its lock is held.
         files.make_folder(self.directory / _LOCKS)
         return files.lock(self.directory / _LOCKS / f"{digest}.lock")
 
 
 class Entry:
-    """The rows of one key; made by ``Cache.entry``."""
+    """The rows of one key; created by ``Cache.entry``."""
 
     def __init__(self, folder: Path, lock: FileLock, row_shape: tuple[int, ...], dtype: np.dtype):
         self.folder = folder
@@ -218,13 +220,13 @@ class Entry:
         self._row_shape = row_shape
         self._dtype = dtype
         self.row_bytes = int(np.prod(row_shape)) * dtype.itemsize
-        self._intact = np.zeros(0, bool)  # of the records: their rows were looked at, and fit
+        self._intact = np.zeros(0, bool)  # per record: whether the CRC of its row was verified
 
     @contextlib.contextmanager
     def lock(self, waiting: Any = None) -> Iterator[None]:
-        """Hold the entry alone; needed for ``append``.
+        """Hold the exclusive lock of the entry; required for ``append``.
 
-        ``waiting()`` is called if another process holds it and one has to wait.
+        ``waiting()`` is called before waiting for another process that holds it.
         """
         try:
             self._lock.acquire(blocking=False)
@@ -238,14 +240,14 @@ class Entry:
             self._lock.release()
 
     def missing(self, ids: Sequence[bytes]) -> np.ndarray:
-        """Boolean ``[len(ids)]``: true where there is no row, or a damaged one."""
+        """Boolean ``[len(ids)]``: true for examples without a row, or with a damaged one."""
         return self._positions(ids) < 0
 
     def append(self, ids: Sequence[bytes], rows: np.ndarray) -> None:
-        """Add rows ``[len(ids), *row_shape]``; one of an id that is known takes its place.
+        """Append rows ``[len(ids), *row_shape]``; a row replaces an earlier one with the same id.
 
         Raises:
-            OSError: if they cannot be written, as on a full disk; rows added before stay.
+            OSError: if they cannot be written, e.g. on a full disk; earlier rows are kept.
         """
         rows = np.ascontiguousarray(rows, self._dtype)
         if rows.shape != (len(ids), *self._row_shape):
@@ -255,7 +257,7 @@ class Entry:
         records = np.empty(len(ids), _RECORD)
         records["id"] = ids
         records["crc"] = [zlib.crc32(row) for row in rows]
-        num_rows = self._num_rows()  # what is beyond was cut off while it was written
+        num_rows = self._num_rows()  # bytes beyond are from an incomplete write
         try:
             _append(self.folder / _ROWS, num_rows * self.row_bytes, rows)
             _append(self.folder / _INDEX, num_rows * _RECORD.itemsize, records)
@@ -263,15 +265,15 @@ class Entry:
             full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
             raise OSError(
                 error.errno,
-                f"cannot write activations to {self.folder}: {error.strerror}{full}; those that "
-                "are complete are kept, and the next run goes on from there",
+                f"cannot write activations to {self.folder}: {error.strerror}{full}; complete "
+                "rows are kept, and the next run continues from there",
             ) from error
 
     def read(self, ids: Sequence[bytes]) -> StoredRows:
-        """The rows of some examples, in this order.
+        """The rows of examples, in the order of ``ids``.
 
         Raises:
-            KeyError: if one is missing.
+            KeyError: if a row is missing.
         """
         positions = self._positions(ids)
         if (positions < 0).any():
@@ -279,7 +281,7 @@ class Entry:
         return StoredRows(self._rows(), positions)
 
     def _num_rows(self) -> int:
-        """Records with a row. A row without a record is none."""
+        """Number of complete rows that have a record."""
         return min(
             _size(self.folder / _INDEX) // _RECORD.itemsize,
             _size(self.folder / _ROWS) // max(1, self.row_bytes),
@@ -299,22 +301,22 @@ class Entry:
         return np.memmap(self.folder / _ROWS, self._dtype, "r", shape=shape)
 
     def _positions(self, ids: Sequence[bytes]) -> np.ndarray:
-        """int64 ``[len(ids)]``: the row of each example, the newest if there are several; -1 where
-        there is none that fits its CRC."""
+        """int64 ``[len(ids)]``: row number of each example, the newest if there are several; -1 if
+        it has no row, or its CRC is wrong."""
         records = self._records()
         if not len(records) or not len(ids):
             return np.full(len(ids), -1)
         order = np.argsort(records["id"], kind="stable")
-        wanted = np.array(ids, "S16")
-        found = np.searchsorted(records["id"], wanted, side="right", sorter=order) - 1
-        positions = order[np.maximum(found, 0)]
-        positions[(found < 0) | (records["id"][positions] != wanted)] = -1
+        requested = np.array(ids, "S16")
+        ranks = np.searchsorted(records["id"], requested, side="right", sorter=order) - 1
+        positions = order[np.maximum(ranks, 0)]
+        positions[(ranks < 0) | (records["id"][positions] != requested)] = -1
         intact = self._check(records, positions)
         return np.where(intact[positions] & (positions >= 0), positions, -1)
 
     def _check(self, records: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Boolean ``[len(records)]``: which rows are known to be whole; looks at those that are
-        asked for, once."""
+        """Boolean ``[len(records)]``: rows with a verified CRC; verifies the rows at ``positions``
+        that were not verified before."""
         intact = np.zeros(len(records), bool)
         known = min(len(records), len(self._intact))
         intact[:known] = self._intact[:known]
@@ -327,7 +329,7 @@ class Entry:
 
 
 class StoredRows:
-    """Acts as an array ``[num_examples, *row_shape]`` that is read where it is indexed."""
+    """Acts as an array ``[num_examples, *row_shape]`` that is read from disk when indexed."""
 
     def __init__(self, rows: np.ndarray, positions: np.ndarray):
         self._rows = rows
@@ -346,11 +348,11 @@ def _digest(key: bytes) -> str:
 
 
 def _read_key(folder: Path) -> tuple[dict[str, Any], float]:
-    """The key of an entry, and when it was last used.
+    """The key of an entry, and the time of its last use.
 
     Raises:
         FileNotFoundError: if the folder has no ``key.json``.
-        OSError, ValueError: if the folder is not an entry; says why.
+        OSError, ValueError: if the folder is not an entry, with the reason.
     """
     path = folder / _KEY
     status = path.lstat()
@@ -379,7 +381,7 @@ def _append(path: Path, offset: int, values: np.ndarray) -> None:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a regular file; 0 for anything else."""
+    """Size of a regular file in bytes; 0 for anything else."""
     try:
         status = path.lstat()
     except OSError:

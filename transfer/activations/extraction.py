@@ -1,4 +1,4 @@
-"""Run a frozen part of a network once over a dataset and keep what comes out."""
+"""Feature extraction: runs the frozen part of a network once over a dataset."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from transfer.data.dataset import shuffled
 from transfer.graph.network_function import compiled_per_rank
 
 EXTRACTION_BATCH = 32
-"""Images per batch wherever something is computed to be kept or evaluated. One size, and the same
-images together: results depend on both, in the last bit."""
+"""Images per batch in extraction and evaluation. Fixed, because activations depend on the batch
+they are computed in, at float precision."""
 
 
 class Rows(Protocol):
-    """An array, or what is on disk and acts like one."""
+    """An array, or an array-like object that reads from disk."""
 
     def __getitem__(self, positions: Any) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class Activations:
-    """What a frozen prefix makes of every image of a split, in the split's order.
+    """Activations of the frozen part of a network for every image of a split, in its order.
 
-    ``views`` hold ``[num_examples, ...]`` each, as the prefix gives them: one for the images as
-    they are, or one for each random view of them. ``labels`` are int64 ``[num_examples]``.
+    ``views`` hold ``[num_examples, ...]`` each: one for the original images, or one for each random
+    view of them. ``labels`` are int64 ``[num_examples]``.
 
-    Where several processes share the work, ``here`` is boolean ``[num_examples]``, and views hold
-    the rows of those examples only at which it is true.
+    With several processes, ``here`` is boolean ``[num_examples]``, and the views hold only the rows
+    of examples for which it is true.
     """
 
     views: Sequence[Rows]
@@ -51,17 +51,17 @@ class Activations:
         epoch: int = 0,
         first_batch: int = 0,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """``(inputs, labels)``, float32 and int64; the last batch may be smaller.
+        """Batches of ``(inputs, labels)``, float32 and int64; the last batch may be smaller.
 
-        Each image is shown once, and another view of it in the next epoch. Of each batch, the
-        examples that are here; a row of zeros without a label where there is none.
+        Each image occurs once, with a different view in the next epoch. A batch has only the
+        examples of this process; if it has none, one row of zeros without a label.
 
         Args:
             batch_size: examples per batch.
-            shuffle_seed: gives a perfect shuffle, the same as that of images; ``None`` keeps the
+            shuffle_seed: seed of a full shuffle, the same order as for images; ``None`` keeps the
                 order.
-            epoch: from 0; only of consequence where there are several views.
-            first_batch: where to begin, from 0.
+            epoch: number of the epoch, from 0; selects the views if there are several.
+            first_batch: number of the first batch, from 0.
         """
         order = np.arange(len(self))
         if shuffle_seed is not None:
@@ -79,7 +79,7 @@ class Activations:
 
     @functools.cached_property
     def _rows(self) -> np.ndarray | None:
-        """Example to its row, where not all are here."""
+        """Row number of each example; ``None`` if this process has all examples."""
         return None if self.here is None else np.cumsum(self.here) - 1
 
     def _gather(self, chosen: np.ndarray, view_of_each: np.ndarray) -> np.ndarray:
@@ -103,19 +103,19 @@ def extract(
     num_examples: int,
     dtype: str = "float32",
 ) -> np.ndarray:
-    """Run a prefix over all batches, in inference mode.
+    """Run the frozen part of a network over all batches, in inference mode.
 
     Args:
-        prefix: preprocessed images to activations, e.g. a ``Compiled``.
+        prefix: maps preprocessed images to activations, e.g. a ``Compiled``.
         batches: ``(images, labels)``.
-        num_examples: in all batches together.
-        dtype: to keep them in.
+        num_examples: total number of examples in the batches.
+        dtype: dtype of the result.
 
     Returns:
-        ``[num_examples, ...]``, in memory.
+        Activations ``[num_examples, ...]``, in memory.
 
     Raises:
-        ValueError: if the batches hold another number of examples.
+        ValueError: if the batches hold a different number of examples.
     """
     inputs: np.ndarray = np.zeros(0, dtype)
     done = 0
@@ -134,8 +134,7 @@ def extract(
 def stream(
     prefix: Callable[[Any], Any], batches: Iterable[tuple[Any, Any]]
 ) -> Iterator[tuple[np.ndarray, Any]]:
-    """``(activations, labels)`` of each batch, keeping none: the same values that ``extract``
-    keeps."""
+    """Yield ``(activations, labels)`` of each batch, with the same values as ``extract``."""
     if isinstance(prefix, Compiled) and prefix.replicas.num_local > 1:
         yield from prefix.on_replicas(batches)
         return
@@ -144,7 +143,7 @@ def stream(
 
 
 def whole_batches(missing: np.ndarray, batch_size: int = EXTRACTION_BATCH) -> np.ndarray:
-    """Of a boolean ``[num_examples]``, the same with all examples of a batch where it has one."""
+    """Extend a mask, bool ``[num_examples]``, to all examples of each batch that has a true one."""
     if not len(missing):
         return missing
     starts = np.arange(0, len(missing), batch_size)
@@ -152,11 +151,11 @@ def whole_batches(missing: np.ndarray, batch_size: int = EXTRACTION_BATCH) -> np
 
 
 class Compiled:
-    """A layer in inference mode as one ``tf.function``; make it once, call it for every batch.
+    """A layer in inference mode as a ``tf.function``; create it once, call it for every batch.
 
     Args:
-        layer: inputs to outputs.
-        replicas: those of this process get a batch each, in ``stream``.
+        layer: maps inputs to outputs.
+        replicas: in ``stream``, each replica of this process gets one batch at a time.
     """
 
     def __init__(self, layer: Callable[[Any], Any], replicas: Replicas | None = None):
@@ -172,13 +171,13 @@ class Compiled:
         return self._function(inputs)
 
     def on_replicas(self, batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[np.ndarray, Any]]:
-        """``(outputs, labels)`` of each batch, in order; as many at once as there are replicas."""
+        """Yield ``(outputs, labels)`` of each batch, in order; one batch per replica at a time."""
         count = self.replicas.num_local
         remaining = iter(batches)
         while group := list(itertools.islice(remaining, count)):
-            # Where there are fewer batches than replicas, the others repeat one.
+            # If there are fewer batches than replicas, the remaining replicas repeat the last one.
             inputs = [group[min(number, len(group) - 1)][0] for number in range(count)]
             outputs = self._on_each(self.replicas.each(inputs))
             outputs = self.replicas.strategy.experimental_local_results(outputs)
-            for (_, labels), found in zip(group, outputs, strict=False):
-                yield np.asarray(found), labels
+            for (_, labels), output in zip(group, outputs, strict=False):
+                yield np.asarray(output), labels

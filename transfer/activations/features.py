@@ -1,4 +1,4 @@
-"""Features of labelled images for any other tool: scikit-learn, t-SNE, nearest neighbours."""
+"""Feature extraction for other tools: scikit-learn, t-SNE, nearest neighbours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Features:
     """Features of the images of a split, in its order.
 
     ``values`` are float32 ``[num_examples, width]``, ``labels`` int64 ``[num_examples]``, ``names``
-    the names of the images, and ``class_names`` a name per label.
+    the names of the images, and ``class_names`` the name of each class.
 
     Example:
         >>> import numpy as np
@@ -50,13 +50,14 @@ def extract_features(
 ) -> Features:
     """Run a backbone once over the images of a split.
 
-    The features are kept in the activation cache, and found there by later calls and by
-    ``fine_tune`` runs that freeze everything up to the same tap.
+    The features are stored in the activation cache, where later calls and ``fine_tune`` runs that
+    freeze everything up to the same tap find them.
 
     Args:
-        backbone: preprocessed images to features; a ``Backbone``.
-        split: of a source, see ``open_source``.
-        preprocess: what the backbone's weights expect. Default: that of the card of the model.
+        backbone: a ``Backbone``, which maps preprocessed images to features.
+        split: a split of a source, see ``open_source``.
+        preprocess: preprocessing that the backbone's weights expect. Default: that of the model's
+            card.
         cache: ``disk`` keeps the features for later calls, ``memory`` does not.
         cache_dir: folder of the cache. Default: the user's cache folder.
         cache_limit: largest size of that folder in GB.
@@ -65,8 +66,7 @@ def extract_features(
         The features, with labels and names.
 
     Raises:
-        ValueError: if no preprocessing is given and the card does not say it, or images cannot be
-            decoded.
+        ValueError: if no preprocessing is given and the card has none, or images cannot be decoded.
 
     Example:
         >>> from sklearn.svm import LinearSVC
@@ -81,7 +81,7 @@ def extract_features(
     tap = backbone.network.output
     if preprocess is None:
         preprocess = backbone.graph.preprocess(backbone.network.input)
-    # The layer that a run with this cut caches, without the average over space.
+    # The same layer as in a run with this cut, without global average pooling, to share its cache.
     layer, _ = backbone.split(tap)
     store = ActivationStore(
         layer,

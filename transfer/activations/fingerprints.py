@@ -1,4 +1,4 @@
-"""Fingerprints of images on disk, so that the next command does not decode these images again."""
+"""Cache of image fingerprints on disk, so that later commands need not decode the images again."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from transfer.activations.cache import Cache, default_directory
 from transfer.data.dataset import MAX_COMPARED, Source
 from transfer.data.near_duplicates import FINGERPRINT
 
-_LIMIT_BYTES = 10**9  # of a million images
+_LIMIT_BYTES = 10**9  # enough for a million images
 
 
 @contextlib.contextmanager
 def remembered(source: Source, cache_dir: Path | None = None) -> Iterator[None]:
-    """While images of a source are compared: fingerprints that are on disk are found, new ones are
-    kept. Where the disk cannot be read or written to, they are computed, and forgotten."""
+    """Within the context, fingerprints of a source's images come from the cache on disk; on exit,
+    new ones are added to it. If the disk cannot be read or written, the cache is not used."""
     if sum(source.sizes.values()) > 2 * MAX_COMPARED:
         yield
         return
@@ -29,9 +29,9 @@ def remembered(source: Source, cache_dir: Path | None = None) -> Iterator[None]:
     with contextlib.suppress(OSError):
         entry = cache.entry(key, [FINGERPRINT.itemsize], "uint8")
         ids = np.array([id_ for name in source.sizes for id_ in source.ids(name)], object)
-        found = ids[~entry.missing(ids.tolist())].tolist()
-        rows = np.ascontiguousarray(entry.read(found)[:]).view(FINGERPRINT)[:, 0]
-        source.fingerprints.update(zip(found, rows, strict=True))
+        cached = ids[~entry.missing(ids.tolist())].tolist()
+        rows = np.ascontiguousarray(entry.read(cached)[:]).view(FINGERPRINT)[:, 0]
+        source.fingerprints.update(zip(cached, rows, strict=True))
     known = {*source.fingerprints}
     yield
     if new := [id_ for id_ in source.fingerprints if id_ not in known]:

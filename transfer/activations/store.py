@@ -1,4 +1,4 @@
-"""Compute the activations at a cut once and keep them: on disk, in memory, or not at all."""
+"""Computes the activations at a cut once and caches them on disk or in memory."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class ExtractionRequest:
 
 @dataclass(frozen=True)
 class CachePolicy:
-    """Where activations are kept.
+    """Where activations are cached.
 
     Args:
         mode: ``disk`` keeps them for later runs, ``memory`` for this process, ``off`` not at all.
-        directory: of the cache on disk; ``None`` is ``default_directory()``.
+        directory: directory of the cache on disk; ``None`` is ``default_directory()``.
         limit_gb: largest size of that directory, in units of 1e9 bytes.
-        dtype: float16 halves the size and keeps three digits.
+        dtype: float16 halves the size and keeps about three significant digits.
     """
 
     mode: Literal["disk", "memory", "off"] = "disk"
@@ -62,13 +62,13 @@ class ActivationStore:
     """Provides the activations of a layer, computing those that are missing.
 
     Args:
-        layer: from preprocessed images to the activations.
+        layer: maps preprocessed images to the activations.
         preprocess: applied to every image.
-        cut: name of the tensor at the end of the layer.
+        cut: name of the output tensor of the layer.
         model: name of the model.
-        policy: where to keep activations.
-        compiled: the layer as a function that is called for each batch.
-        replicas: processes that share the work.
+        policy: where to cache activations.
+        compiled: the layer as a ``Compiled``, called for each batch.
+        replicas: devices and processes that share the work.
         progress: wraps the batches, given a description.
 
     ``num_extracted`` images were computed, ``num_found`` were in the cache.
@@ -97,7 +97,8 @@ class ActivationStore:
         self.num_extracted = self.num_found = 0
 
     def rows(self, requests: Sequence[ExtractionRequest]) -> list[Rows] | None:
-        """The rows of each request, in the order of its split; ``None`` if they do not fit."""
+        """The activations of each request, in the order of its split; ``None`` if they do not fit
+        in memory, or the policy is ``off``."""
         if self._policy.mode == "off":
             return None
         if self._policy.mode == "disk":
@@ -110,7 +111,7 @@ class ActivationStore:
         if needed > free / 2:
             logger.info(
                 f"the activations at {self._cut} would take {needed:,.0f} MB and {free:,.0f} MB of "
-                "memory are free: they are computed anew in each epoch; a later freeze_until or "
+                "memory are free: they are recomputed in each epoch; a later freeze_until or "
                 "cache_dtype=float16 needs less"
             )
             return None
@@ -132,7 +133,7 @@ class ActivationStore:
             cache.entry(self._key(item, digest), shape, self._policy.dtype) for item in requests
         ]
         with contextlib.ExitStack() as locks:
-            # In one order everywhere, so that no two processes wait for each other.
+            # Lock in the same order in all processes, to avoid deadlocks.
             for entry in sorted(entries, key=lambda entry: entry.folder):
                 locks.enter_context(entry.lock(self._say_waiting))
             missing = [
@@ -178,7 +179,7 @@ class ActivationStore:
         return int(np.prod(self._row_shape)) * np.dtype(self._policy.dtype).itemsize
 
     def _key(self, request: ExtractionRequest, digest: str) -> dict[str, Any]:
-        """All that a row depends on, but for the image; and names, for people."""
+        """Cache key: everything that a row depends on except the image, and display names."""
         split = request.split
         key = {
             "model": self._model,
@@ -193,13 +194,13 @@ class ActivationStore:
             "versions": {package: version(package) for package in ("vgg-transfer", "tensorflow")},
         }
         if self._replicas.num_workers > 1:
-            # No two workers write to the same file.
+            # Each worker writes its own files.
             key["worker"] = [self._replicas.worker, self._replicas.num_workers]
         if request.role == "held-out":
-            # Rows depend on their company, in the last bit. An evaluation is to be the same to
-            # that bit, whatever was computed before.
+            # Activations depend on the batch they are computed in, at float precision. An
+            # evaluation must be bit-identical whatever was cached before.
             key["examples"] = hashlib.sha256(b"".join(split.ids)).hexdigest()
         return key
 
     def _say_waiting(self) -> None:
-        logger.info(f"another process computes the activations at {self._cut}: waiting for it")
+        logger.info(f"waiting for another process that computes the activations at {self._cut}")

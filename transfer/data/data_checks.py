@@ -1,5 +1,5 @@
-"""What may be wrong with labelled images: unreadable ones, the same one twice, labels that do not
-look right, classes that are missing or rare."""
+"""Checks of labelled images: unreadable images, duplicates, train-test leakage, probably wrong
+labels, missing and rare classes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from transfer.training.logistic_regression import GRID, fit_logistic_regression
 
 FOLDS = 5
 RARE = 10.0
-"""A class is called rare if another has so many times as many images."""
+"""A class is rare if another class has at least this many times as many images."""
 
 
 @dataclass(frozen=True)
-class Look:
-    """What one pass over images found.
+class ImageScan:
+    """Result of decoding all images of a split once.
 
-    ``fingerprints`` are ``near_duplicates.FINGERPRINT`` ``[num_examples]``; ``unreadable`` says
-    which images do not decode: bool ``[num_examples]``.
+    ``fingerprints`` are ``near_duplicates.FINGERPRINT`` ``[num_examples]``; ``unreadable``, bool
+    ``[num_examples]``, is true for images that cannot be decoded.
     """
 
     fingerprints: np.ndarray
@@ -35,22 +35,23 @@ class Look:
         return ~self.fingerprints["readable"]
 
 
-def look(split: Split, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> Look:
+def scan(split: Split, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> ImageScan:
     """Read and decode every image once."""
-    return Look(split.fingerprints(progress))
+    return ImageScan(split.fingerprints(progress))
 
 
-def duplicates(found: Look) -> list[list[int]]:
-    """Groups of positions with the same picture; see ``near_duplicates``."""
-    return near_duplicates(found.fingerprints)
+def duplicates(images: ImageScan) -> list[list[int]]:
+    """Groups of positions of duplicates and near-duplicates; see ``near_duplicates``."""
+    return near_duplicates(images.fingerprints)
 
 
 def describe_leaks(train: np.ndarray, held_out: np.ndarray) -> list[str]:
-    """Warnings about images that are both trained and evaluated on.
+    """Warnings about leakage: held-out images that are also training images.
 
     Args:
-        train: ``near_duplicates.FINGERPRINT`` ``[num_images]``.
-        held_out: likewise.
+        train: fingerprints of the training images, ``near_duplicates.FINGERPRINT``
+            ``[num_images]``.
+        held_out: fingerprints of the held-out images.
     """
     lines = []
     identical = {*map(bytes, train["sha256"])} & {*map(bytes, held_out["sha256"])}
@@ -75,19 +76,20 @@ def describe_leaks(train: np.ndarray, held_out: np.ndarray) -> list[str]:
 
 
 def doubtful_labels(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Out-of-fold probabilities, and the order in which labels should be looked at.
+    """Out-of-fold probabilities, and the order in which labels should be reviewed.
 
-    Each image is judged by a logistic regression on the features of others (5 folds). Those come
-    first that are most surely of another class than their label says (Northcutt et al., "Confident
-    Learning", arXiv 1911.00068, on why they must be others).
+    Each image is classified by a logistic regression trained on the features of other images
+    (5-fold cross-validation). Most confident errors come first: the images with the largest
+    difference between the probability of the predicted class and that of the label (Northcutt et
+    al., "Confident Learning", arXiv 1911.00068, on why out-of-fold predictions are needed).
 
     Args:
         features: float32 ``[num_examples, width]``.
         labels: int ``[num_examples]``.
 
     Returns:
-        float64 ``[num_examples, num_classes]``, and the positions of the images whose label is not
-        the most probable one, int.
+        Probabilities, float64 ``[num_examples, num_classes]``, and int positions of the images
+        whose label is not the most probable class.
 
     Raises:
         ValueError: if a class has fewer than two images.
@@ -113,26 +115,26 @@ def doubtful_labels(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
 def describe_balance(
     class_names: Sequence[str], train: np.ndarray, held_out: np.ndarray
 ) -> list[str]:
-    """Warnings about classes without images, and about rare ones.
+    """Warnings about classes without images, and about rare classes.
 
     Args:
-        class_names: in the order of the labels.
-        train: labels, int ``[num_examples]``.
-        held_out: labels of the others.
+        class_names: names in the order of the labels.
+        train: labels of the training images, int ``[num_examples]``.
+        held_out: labels of the held-out images, int ``[num_examples]``.
     """
     lines = []
-    for what, labels in (("train on", train), ("evaluate on", held_out)):
+    for purpose, labels in (("train on", train), ("evaluate on", held_out)):
         counts = np.bincount(labels, minlength=len(class_names))
         if missing := [name for name, n in zip(class_names, counts, strict=True) if not n]:
-            lines.append(f"{len(missing)} classes have no images to {what}: {_some(missing)}")
+            lines.append(f"{len(missing)} classes have no images to {purpose}: {_some(missing)}")
     counts = np.bincount(train, minlength=len(class_names))
     rare = [
         name for name, n in zip(class_names, counts, strict=True) if n and counts.max() / n >= RARE
     ]
     if rare:
-        most = class_names[int(counts.argmax())]
+        largest = class_names[int(counts.argmax())]
         lines.append(
-            f"{len(rare)} classes have less than a tenth of the training images of {most!r}: "
+            f"{len(rare)} classes have less than a tenth of the training images of {largest!r}: "
             f"{_some(rare)}; consider class_weights=balanced"
         )
     return lines

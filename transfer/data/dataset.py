@@ -1,6 +1,6 @@
-"""Labelled images from tfds datasets, prepared tfds directories and folders of images, all alike.
+"""Labelled images from tfds datasets, prepared tfds directories and image folders, with one API.
 
-Data contract: a ``Source`` knows the class names and the splits. A ``Split`` is a selection of its
+Data contract: a ``Source`` has the class names and the splits. A ``Split`` is a selection of its
 examples in a fixed order, with the labels in memory and the images still encoded (JPEG, PNG, ...).
 ``Split.batches`` decodes and preprocesses them: float32 ``[batch, size, size, channels]`` and int64
 ``[batch]`` labels.
@@ -32,37 +32,38 @@ from transfer.images.preprocess import Preprocess
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_SHARE = 0.2  # of a dataset that comes with nothing but a training split
+HELD_OUT_SHARE = 0.2  # fraction held out of a dataset that has a training split only
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "val", "valid", "dev", "test", "testing")
-_READERS = 4  # threads; decoding lets go of Python's lock
+_READERS = 4  # threads; decoding releases the GIL
 MAX_COMPARED = 10_000
-"""Images up to which the automatic hold-out looks for near-duplicates: it decodes all of them."""
+"""Maximum number of images among which near-duplicates are searched, which decodes all of them."""
 _AUTO = "auto"
 
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset.
+    """A dataset of labelled images.
 
     Args:
-        name: for people.
-        class_names: in the order of the labels.
-        sizes: split's name to the number of its examples.
-        examples: split's name and positions in its fixed order, int64 ``[n]`` in any order, to
-            these examples: ``{"image": encoded bytes, "label": int64, "name": bytes}``. Reads no
-            other image.
-        labels: split's name to int64, one per example, in that order.
-        names: split's name to the names of its examples, in that order, without reading an image.
-        ids: split's name to what tells its examples from all others, bytes ``[16]`` each, in that
-            order: another id where an image has changed. What is computed of an image is kept
-            under it.
+        name: display name.
+        class_names: names in the order of the labels.
+        sizes: maps the name of a split to its number of examples.
+        examples: maps the name of a split and positions in its fixed order, int64 ``[n]`` in any
+            order, to these examples: ``{"image": encoded bytes, "label": int64, "name": bytes}``.
+            Reads no other images.
+        labels: maps the name of a split to its labels, int64, in the fixed order.
+        names: maps the name of a split to the names of its examples, in the fixed order, without
+            reading images.
+        ids: maps the name of a split to unique ids of its examples, bytes ``[16]`` each, in the
+            fixed order. The id changes if the image changes; it is the cache key of everything
+            computed from an image.
         passed_over: the files of a folder that are not among the examples.
-        origin: the arguments of ``open_source`` that open it again.
-        refused: names of examples that must not be read (pipes, devices), with the reasons; their
+        origin: the arguments of ``open_source`` that open the source again.
+        refused: maps names of examples that must not be read (pipes, devices) to the reasons; their
             bytes are empty, which makes them unreadable images.
-        fingerprints: id to ``near_duplicates.FINGERPRINT``, of the images that were looked at.
-        unreadable: name to the reason, of the images that ``Split.readable`` left out.
+        fingerprints: maps ids to ``near_duplicates.FINGERPRINT``, for images decoded so far.
+        unreadable: maps names of the images that ``Split.readable`` left out to the reasons.
 
     Raises:
         ValueError: if there are fewer than two classes.
@@ -90,15 +91,15 @@ class Source:
 
     @property
     def split_names(self) -> list[str]:
-        """Names of the splits that the source comes with."""
+        """Names of the predefined splits."""
         return list(self.sizes)
 
     def split(self, expression: str) -> Split:
-        """The examples that a tfds split expression names: ``train``, ``train[:80%]``, ``a+b``.
+        """The examples of a tfds split expression, e.g. ``train``, ``train[:80%]``, ``a+b``.
 
         Raises:
-            ValueError: if the expression or the split is unknown, selects nothing, or has a label
-                that is not the number of a class.
+            ValueError: if the expression or the split is unknown, selects no examples, or has a
+                label outside the range of the classes.
         """
         infos = tfds.core.SplitDict(
             [
@@ -135,9 +136,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Split:
-    """Some examples of a source, in a fixed order.
+    """A selection of examples of a source, in a fixed order.
 
-    ``parts`` are pairs of a split's name and the sorted positions within it.
+    ``parts`` are pairs of a split name and sorted positions in this split.
     """
 
     source: Source
@@ -156,7 +157,7 @@ class Split:
 
     @functools.cached_property
     def names(self) -> list[str]:
-        """A name per example: its file, or ``split/index``."""
+        """One name per example: its file, or ``split/index``."""
         by_part = {part: self.source.names(part) for part, _ in self.parts}
         return [by_part[part][index] for part, indices in self.parts for index in indices]
 
@@ -167,8 +168,8 @@ class Split:
         return [by_part[part][index] for part, indices in self.parts for index in indices]
 
     def fingerprints(self, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> np.ndarray:
-        """``near_duplicates.FINGERPRINT`` ``[len(self)]``; reads and decodes the images whose
-        fingerprints the source does not have yet."""
+        """Fingerprints of the images, ``near_duplicates.FINGERPRINT`` ``[len(self)]``. Decodes the
+        images whose fingerprints are not yet in ``source.fingerprints``."""
         known = self.source.fingerprints
         rest = self.where(np.array([id_ not in known for id_ in self.ids], bool))
         if len(rest):
@@ -190,18 +191,18 @@ class Split:
     def readable(
         self, limit: int, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
     ) -> Split:
-        """The examples whose images can be decoded; all are decoded once. The others are listed in
-        ``source.unreadable``.
+        """The examples whose images can be decoded; decodes all images once. The others are added
+        to ``source.unreadable``.
 
         Raises:
-            UnreadableImageError: if the source has more than ``limit`` of them.
-            ValueError: if none is left.
+            UnreadableImageError: if the source has more than ``limit`` unreadable images.
+            ValueError: if no examples are left.
         """
-        found, unreadable = find_unreadable(self, progress), self.source.unreadable
-        unreadable |= found
+        reasons, unreadable = find_unreadable(self, progress), self.source.unreadable
+        unreadable |= reasons
         if len(unreadable) > limit:
             raise UnreadableImageError(unreadable)
-        for name, why in found.items():
+        for name, why in reasons.items():
             logger.warning(f"{name} was left out: {why}")
         kept = self.where(np.array([name not in unreadable for name in self.names], bool))
         if not len(kept):
@@ -221,7 +222,7 @@ class Split:
         return self.examples(np.arange(len(self)))
 
     def examples(self, positions: np.ndarray) -> tf.data.Dataset:
-        """The same at positions in the split, int64 ``[n]``, in any order; reads no others."""
+        """The examples at the given positions, int64 ``[n]`` in any order; reads no others."""
         sizes = [len(indices) for _, indices in self.parts]
         part_of = np.repeat(np.arange(len(sizes)), sizes)[positions]
         indices = np.concatenate([indices for _, indices in self.parts])[positions]
@@ -244,17 +245,17 @@ class Split:
         first_batch: int = 0,
         piece: tuple[int, int] = (0, 1),
     ) -> Batches:
-        """Decoded, preprocessed batches; the last one may be smaller, none is left out.
+        """Decoded, preprocessed batches of all examples; the last batch may be smaller.
 
         Args:
             preprocess: applied to every image.
             batch_size: images per batch.
-            shuffle_seed: gives the order; ``None`` keeps the split's.
-            view_seed: gives a random view (shift, flip) of each image, the same in any order;
-                ``None`` shows the images as they are.
-            first_batch: where to begin, from 0; images of earlier batches are not read.
-            piece: number and count of the processes that share each batch; this one gets, and
-                reads, its piece. See ``distribution``.
+            shuffle_seed: seed of the order; ``None`` keeps the order of the split.
+            view_seed: seed of the random view (shift, flip) of each image, independent of the
+                order; ``None`` does not augment.
+            first_batch: number of the first batch, from 0; images of earlier batches are not read.
+            piece: index and number of the processes that share each batch; this process reads only
+                its shard of a batch. See ``distribution``.
         """
         return Batches(self, preprocess, batch_size, shuffle_seed, view_seed, first_batch, piece)
 
@@ -275,7 +276,7 @@ class Batches:
         return max(0, -(-len(self.split) // self.batch_size) - self.first_batch)
 
     def dataset(self) -> tf.data.Dataset:
-        """The same as a ``tf.data.Dataset``; unreadable images raise TensorFlow's own errors."""
+        """The batches as a ``tf.data.Dataset``; unreadable images raise TensorFlow errors."""
         examples, rows = self._examples()
         return (
             examples.map(self._to_pair, num_parallel_calls=tf.data.AUTOTUNE)
@@ -285,16 +286,16 @@ class Batches:
         )
 
     def _examples(self) -> tuple[tf.data.Dataset, int]:
-        """The examples of this process from the first batch on, still encoded, and how many a
-        batch has of them."""
+        """The encoded examples of this process from the first batch on, and their number per
+        batch."""
         order = np.arange(len(self.split))
         if self.shuffle_seed is not None:
             order = shuffled(len(self.split), self.shuffle_seed)
         return self._of_piece(order[self.first_batch * self.batch_size :])
 
     def _of_piece(self, order: np.ndarray) -> tuple[tf.data.Dataset, int]:
-        """Of the examples at these positions, those of this process, and how many of them a batch
-        has."""
+        """The examples of this process among those at these positions, and their number per
+        batch."""
         if self.piece == (0, 1):
             return self.split.examples(order), self.batch_size
         is_read, stands_in = pieces_of_batches(len(order), self.batch_size, *self.piece)
@@ -311,14 +312,17 @@ class Batches:
     def _to_pair(self, example: dict[str, Any]) -> tuple[tf.Tensor, tf.Tensor]:
         image = decode(example["image"])
         if self.view_seed is not None:
-            # By its name, so that neither the order nor the company of an image matters.
+            # Seeded by its name, so that a view does not depend on the order or the batch.
             number = tf.strings.to_hash_bucket_fast(example["name"], 2**31 - 1)
             image = random_view(image, tf.stack([tf.cast(self.view_seed, tf.int64), number]))
         return self.preprocess(image), example["label"]
 
     def __iter__(self) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
-        """Raises:
-        UnreadableImageError: names the images of a batch that cannot be read."""
+        """Yields batches of ``(images, labels)``.
+
+        Raises:
+            UnreadableImageError: names the images of a batch that cannot be read.
+        """
         done = 0
         try:
             for pair in self.dataset():
@@ -331,19 +335,19 @@ class Batches:
             raise UnreadableImageError(unreadable) from error
 
     def _unreadable(self, number: int) -> dict[str, str]:
-        """The images of a batch, by its number, that cannot be read, with the reasons."""
+        """Maps the names of the unreadable images of batch ``number`` to the reasons."""
         batches = replace(self, first_batch=self.first_batch + number)
         examples, rows = batches._examples()
         examples = examples.take(rows).as_numpy_iterator()
         try:
-            found = dict(filter(None, map(_look, examples)))
-            return {name: self.split.source.refused.get(name, why) for name, why in found.items()}
-        except tf.errors.OpError as error:  # a file is gone, a shard is damaged
+            reasons = dict(filter(None, map(_check_readable, examples)))
+            return {name: self.split.source.refused.get(name, why) for name, why in reasons.items()}
+        except tf.errors.OpError as error:  # a missing file, a damaged shard
             raise ValueError(f"an image cannot be read ({reason(error)})") from error
 
 
 class UnreadableImageError(ValueError):
-    """Images that cannot be decoded: ``reasons`` by name."""
+    """Some images cannot be decoded; ``reasons`` maps their names to the reasons."""
 
     def __init__(self, reasons: Mapping[str, str]):
         self.reasons = dict(reasons)
@@ -357,8 +361,8 @@ class UnreadableImageError(ValueError):
 
 def shuffled(num_examples: int, seed: int) -> np.ndarray:
     """A random permutation of positions, int64 ``[num_examples]``: the order of ``Split.batches``
-    and of ``Activations.batches`` with this seed. As with all of TensorFlow's seeds, the global one
-    (``tf.random.set_seed``) has a part in it; a run sets that to its own."""
+    and of ``Activations.batches`` with this seed. As with all TensorFlow op seeds, the result also
+    depends on the global seed (``tf.random.set_seed``), which a run sets."""
     positions = tf.data.Dataset.range(num_examples).shuffle(num_examples, seed=seed)
     return positions.batch(num_examples).get_single_element().numpy()
 
@@ -366,17 +370,17 @@ def shuffled(num_examples: int, seed: int) -> np.ndarray:
 def find_unreadable(
     split: Split, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
 ) -> dict[str, str]:
-    """Decode every image once, on several threads: those that cannot be read, with the reasons."""
+    """Decode every image once, on several threads; maps the names of unreadable ones to reasons."""
     examples = iter(progress(split.encoded().prefetch(_READERS).as_numpy_iterator()))
     unreadable: dict[str, str] = {}
     with ThreadPoolExecutor(_READERS) as pool:
         while chunk := list(itertools.islice(examples, 8 * _READERS)):
-            unreadable.update(filter(None, pool.map(_look, chunk)))
+            unreadable.update(filter(None, pool.map(_check_readable, chunk)))
     return {name: split.source.refused.get(name, why) for name, why in unreadable.items()}
 
 
-def _look(example: dict[str, Any]) -> tuple[str, str] | None:
-    """The name of an image that cannot be read, and the reason."""
+def _check_readable(example: dict[str, Any]) -> tuple[str, str] | None:
+    """Name and reason if an image cannot be decoded, else ``None``."""
     try:
         read_image(example["image"])
     except ValueError as error:
@@ -385,7 +389,7 @@ def _look(example: dict[str, Any]) -> tuple[str, str] | None:
 
 
 def training_split(source: Source, train_split: str = _AUTO) -> Split:
-    """The split to take training images from; held-out images are still in it.
+    """The split to take training images from; it still includes the held-out images.
 
     Raises:
         ValueError: if it is unknown or empty.
@@ -394,7 +398,7 @@ def training_split(source: Source, train_split: str = _AUTO) -> Split:
 
 
 def is_automatic(source: Source, eval_split: str = _AUTO) -> bool:
-    """Whether images to evaluate on are held out of the training split."""
+    """Whether the held-out images are taken from the training split."""
     return eval_split == _AUTO and not {*EVAL_SPLITS} & {*source.split_names}
 
 
@@ -407,24 +411,25 @@ def train_and_eval_splits(
     max_compared: int = MAX_COMPARED,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> tuple[Split, Split]:
-    """The two splits to train and to evaluate on, which never share an image.
+    """Disjoint splits of training and held-out images.
 
-    ``auto`` takes ``train`` and the first of validation and test that exists. Where neither does,
-    20 % of each class is held out of the training split, always the same images, with
-    near-duplicates on the same side.
+    ``auto`` takes ``train`` and the first of validation and test that exists. If there is neither,
+    20 % of each class is held out of the training split, deterministically, with near-duplicates on
+    the same side.
 
     Args:
-        source: where the images are.
+        source: the dataset.
         train_split: a split expression, or ``auto``.
-        eval_split: likewise.
-        skip_unreadable: leave out up to so many images that cannot be decoded, before any are held
-            out; see ``Split.readable``. 0 decodes none here.
-        max_compared: near-duplicates are looked for among at most this many training images.
+        eval_split: a split expression, or ``auto``.
+        skip_unreadable: leave out up to this many images that cannot be decoded, before the split;
+            see ``Split.readable``. 0 does not check.
+        max_compared: maximum number of training images for the search for near-duplicates; above
+            it, the search is skipped.
         progress: wraps the images that are decoded.
 
     Raises:
         ValueError: if a split is unknown or empty, or the two overlap.
-        UnreadableImageError: if there are more unreadable images than may be left out.
+        UnreadableImageError: if more than ``skip_unreadable`` images are unreadable.
     """
     train = training_split(source, train_split)
     if skip_unreadable:
@@ -454,7 +459,7 @@ def _held_out(
     if len(train) <= max_compared:
         groups = near_duplicates(train.fingerprints(progress))
     held_out = stratified_holdout(train.labels, train.names, HELD_OUT_SHARE, groups)
-    if not held_out.any():  # every class is one picture
+    if not held_out.any():  # all images of each class are near-duplicates
         held_out = stratified_holdout(train.labels, train.names, HELD_OUT_SHARE)
     if not held_out.any():
         raise ValueError(
@@ -465,37 +470,39 @@ def _held_out(
 
 
 def whole_eval_split(source: Source) -> Split:
-    """What to evaluate a finished classifier on: validation or test, else all there is."""
+    """The split to evaluate a finished classifier on: validation, test, or else training."""
     return source.split(_first(source, EVAL_SPLITS + TRAIN_SPLITS))
 
 
 def stratified_holdout(
     labels: np.ndarray, names: Sequence[str], share: float, groups: Sequence[Sequence[int]] = ()
 ) -> np.ndarray:
-    """Boolean ``[len(labels)]``: true for ``share`` of each class.
+    """Stratified hold-out: boolean ``[len(labels)]``, true for the held-out part of each class.
 
-    Which ones follows from a hash of their names, so that a few images more or less change little.
-    At least one example of each class that has two or more, none of a class that has only one.
+    Examples are chosen by a hash of their names, so that adding or removing a few images changes
+    little. At least one example of each class with two or more is held out, and none of a class
+    with only one.
 
     Args:
         labels: int ``[num_examples]``.
         names: one per example.
-        share: of each class, 0 to 1.
-        groups: positions that stay on one side, such as near-duplicates, whatever their classes. A
-            group goes by the hash of its first name, and is trained on where it is too large for
-            what is held out. A class that is a single group has nothing held out.
+        share: fraction of each class to hold out, 0 to 1.
+        groups: groups of positions to keep on one side, such as near-duplicates, whatever their
+            classes. A group is ordered by the hash of its first name, and stays in the training
+            part if it is larger than the number still to be held out. No image is held out of a
+            class that is a single group.
     """
     digests = [hashlib.sha256(os.fsencode(name)).hexdigest() for name in names]
     grouped = {min(group, key=names.__getitem__): [*group] for group in groups}
     others = {position for group in groups for position in group} - grouped.keys()
     firsts = sorted({*range(len(names))} - others, key=digests.__getitem__)
     sizes = Counter(labels.tolist())
-    wanted = {label: min(max(1, round(share * n)), n - 1) for label, n in sizes.items()}
+    targets = {label: min(max(1, round(share * n)), n - 1) for label, n in sizes.items()}
     held_out = np.zeros(len(labels), bool)
     taken: Counter[int] = Counter()
 
     def take(members: list[int], limits: Mapping[int, int]) -> None:
-        """Hold a group out, if it fits the limits of all its classes."""
+        """Hold out a group if this stays within the limits of all its classes."""
         counts = Counter(labels[members].tolist())
         if all(taken[label] + n <= limits[label] for label, n in counts.items()):
             held_out[members] = True
@@ -503,25 +510,25 @@ def stratified_holdout(
 
     for first, label in zip(firsts, labels[firsts].tolist(), strict=True):
         if first in grouped:
-            take(grouped[first], wanted)
-        elif taken[label] < wanted[label]:
+            take(grouped[first], targets)
+        elif taken[label] < targets[label]:
             held_out[first] = True
             taken[label] += 1
-    # Where all groups of a class are larger than what is wanted, the smallest one.
-    most = {label: n - 1 for label, n in sizes.items()}
+    # If all groups of a class exceed its target, hold out the smallest one.
+    maxima = {label: n - 1 for label, n in sizes.items()}
     smallest_first = sorted((grouped[first] for first in firsts if first in grouped), key=len)
     for label in sorted(sizes):
-        for members in smallest_first if wanted[label] else ():
+        for members in smallest_first if targets[label] else ():
             if not taken[label] and label in labels[members]:
-                take(members, most)
+                take(members, maxima)
     return held_out
 
 
 def few_shot(split: Split, shots_per_class: int, seed: int) -> Split:
-    """``shots_per_class`` examples of each class, chosen by the seed.
+    """A random subset with ``shots_per_class`` examples of each class.
 
     Raises:
-        ValueError: if a class has fewer, or none are asked for.
+        ValueError: if a class has fewer examples, or ``shots_per_class`` is less than 1.
     """
     if shots_per_class < 1:
         raise ValueError(f"shots per class must be at least 1, got {shots_per_class}")
@@ -549,7 +556,7 @@ def _first(source: Source, candidates: tuple[str, ...]) -> str:
 
 
 def _check_overlap(name: str, expression: str, parts: Sequence[Any]) -> None:
-    """No image is to count twice."""
+    """Refuse split expressions that select an image twice."""
     ranges = sorted((part.splitname, part.from_ or 0, part.to) for part in parts)
     for (first, _, end), (second, start, _) in itertools.pairwise(ranges):
         if first == second and (end is None or start < end):

@@ -1,7 +1,7 @@
 """scikit-learn's handwritten digits as a tfds dataset: 1,797 gray images, 8x8 pixels, 10 classes.
 
-It comes with scikit-learn, so it needs no network. Importing this module registers it with tfds:
-``tfds.load("digits")`` works afterwards. The dataset is the test part of the UCI set "Optical
+It is part of scikit-learn, so it needs no network. Importing this module registers it with tfds, so
+that ``tfds.load("digits")`` works. The dataset is the test split of the UCI dataset "Optical
 Recognition of Handwritten Digits" (doi 10.24432/C50P49, CC BY 4.0).
 """
 
@@ -18,7 +18,7 @@ TEST_SHARE = 0.2
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """Splits ``train`` (1,438) and ``test`` (359), stratified, always the same."""
+    """Digits with fixed, stratified splits ``train`` (1,438) and ``test`` (359)."""
 
     VERSION = tfds.core.Version("1.0.0")
 

@@ -1,4 +1,4 @@
-"""Near-duplicates: images with the same picture, whether one file twice, re-encoded or resized."""
+"""Near-duplicate detection: finds copies of an image, including re-encoded and resized ones."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from transfer.images.decoding import decode, read_tensor
 from transfer.images.orientation import orientation, oriented
 
 _THUMBNAIL = 32
-_LEAST_PIXELS = 4 * _THUMBNAIL  # a side that a JPEG keeps where it is decoded at a smaller scale
-_LARGE = 2**26  # numbers in an image of which there is no second copy
-_LARGEST_JPEG = 2**29  # bytes of pixels from which TensorFlow refuses to decode one
-_HASH = 8  # low frequencies a side of which the hash is made
-_ALIKE = 16  # of its 64 bits may differ where pictures are compared,
-_NEAREST = 64  # each with this many others at most
+_LEAST_PIXELS = 4 * _THUMBNAIL  # minimum side of a JPEG that is decoded at a reduced scale
+_LARGE = 2**26  # elements of an image above which no float copy of it is made
+_LARGEST_JPEG = 2**29  # bytes of pixels from which TensorFlow refuses to decode a JPEG
+_HASH = 8  # low frequencies per axis in the perceptual hash
+_ALIKE = 16  # maximum Hamming distance of the 64-bit hashes of images to compare,
+_NEAREST = 64  # each with at most this many others
 _DISTANCES_AT_ONCE = 2**24
 _PAIRS_AT_ONCE = 4096
-_SAME = 4.0  # gray levels that two thumbnails may differ by, in the mean,
-_SAME_CONTRAST = 0.4  # and how much of a standard deviation: textures have little contrast
-_FLAT = 2.0  # standard deviation below which a thumbnail shows nothing
+_SAME = 4.0  # maximum mean absolute difference of two thumbnails in gray levels,
+_SAME_CONTRAST = 0.4  # and in standard deviations, because textures have little contrast
+_FLAT = 2.0  # standard deviation below which a thumbnail is considered blank
 
 FINGERPRINT = np.dtype(
     [("sha256", "V32"), ("readable", "?"), ("thumbnail", "u1", (_THUMBNAIL, _THUMBNAIL))]
 )
-"""Fingerprint of an image: SHA-256 of its file, whether it decodes, and a gray thumbnail."""
+"""Fingerprint of an image: SHA-256 of its file, whether it can be decoded, and a gray thumbnail."""
 
 
 class EncodedImages(Protocol):
-    """A ``transfer.data.dataset.Split``."""
+    """Interface of ``transfer.data.dataset.Split``."""
 
     def __len__(self) -> int: ...
 
@@ -48,43 +48,42 @@ def fingerprints(
 ) -> np.ndarray:
     """Read and decode every image once; returns ``FINGERPRINT`` ``[len(images)]``.
 
-    Large JPEGs are decoded at a half, a quarter or an eighth of their size, which is several times
-    as fast.
+    Large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size, which is several times faster.
     """
-    found = np.zeros(len(images), FINGERPRINT)
+    prints = np.zeros(len(images), FINGERPRINT)
     examples = images.encoded().map(lambda example: example["image"]).enumerate()
     examples = examples.map(
         lambda index, file: (index, file, _thumbnail(file)), num_parallel_calls=tf.data.AUTOTUNE
     )
     for index, file, thumbnail in progress(examples.ignore_errors().as_numpy_iterator()):
-        found[index] = (hashlib.sha256(file).digest(), True, thumbnail)
-    failed = ~found["readable"]
-    if failed.any():  # at least at this scale
+        prints[index] = (hashlib.sha256(file).digest(), True, thumbnail)
+    failed = ~prints["readable"]
+    if failed.any():  # retry at full scale
         rest = images.where(failed).encoded().as_numpy_iterator()
-        found[failed] = [_fingerprint(example["image"]) for example in rest]
-    return found
+        prints[failed] = [_fingerprint(example["image"]) for example in rest]
+    return prints
 
 
-def near_duplicates(found: np.ndarray) -> list[list[int]]:
-    """Groups of positions with the same picture: the same file, or one of another size or quality.
+def near_duplicates(prints: np.ndarray) -> list[list[int]]:
+    """Groups of positions of near-duplicates: the same file, or copies of other size or quality.
 
-    Pictures are compared if their perceptual hashes (the signs of the lowest frequencies of a
-    cosine transform: Zauner, "Implementation and Benchmarking of Perceptual Image Hash Functions",
-    2010, section 3.2.1) are alike, and are the same if their thumbnails differ by at most 4 gray
-    levels in the mean, and by little of their contrast.
+    Images are compared if their perceptual hashes are similar (the signs of the lowest frequencies
+    of a cosine transform: Zauner, "Implementation and Benchmarking of Perceptual Image Hash
+    Functions", 2010, section 3.2.1). They are near-duplicates if the mean absolute difference of
+    their thumbnails is at most 4 gray levels and at most 0.4 standard deviations.
 
     Args:
-        found: ``FINGERPRINT`` ``[num_images]``.
+        prints: ``FINGERPRINT`` ``[num_images]``.
 
     Returns:
-        Sorted groups of two or more; no position is in two of them.
+        Sorted, disjoint groups of two or more positions.
     """
-    # As strings, whose zeros at the end do not count: at a fixed length they still differ.
-    digests = np.ascontiguousarray(found["sha256"]).view("S32")
+    # As strings, which ignore trailing zeros: at a fixed length, digests still differ.
+    digests = np.ascontiguousarray(prints["sha256"]).view("S32")
     component = np.unique(digests, return_inverse=True)[1].ravel()
-    shows = found["readable"] & (found["thumbnail"].std((1, 2)) > _FLAT)
-    thumbnails = found["thumbnail"][shows].astype(np.float32)
-    positions = np.flatnonzero(shows)
+    is_comparable = prints["readable"] & (prints["thumbnail"].std((1, 2)) > _FLAT)
+    thumbnails = prints["thumbnail"][is_comparable].astype(np.float32)
+    positions = np.flatnonzero(is_comparable)
     for pairs in _candidates(_hashes(thumbnails)) if len(positions) else ():
         first, other = pairs[:, component[positions[pairs[0]]] != component[positions[pairs[1]]]]
         is_same = _is_same(thumbnails, first, other)
@@ -99,7 +98,7 @@ def near_duplicates(found: np.ndarray) -> list[list[int]]:
 
 
 def _fingerprint(file: bytes) -> tuple[bytes, bool, Any]:
-    """Of an image that was not decoded at a smaller scale."""
+    """SHA-256, readability and thumbnail of an image, decoded at full scale."""
     digest = hashlib.sha256(file).digest()
     try:
         return digest, True, _shrunk(read_tensor(file)).numpy()
@@ -108,7 +107,7 @@ def _fingerprint(file: bytes) -> tuple[bytes, bool, Any]:
 
 
 def _thumbnail(file: tf.Tensor) -> tf.Tensor:
-    """``images.decode``, of fewer pixels where a JPEG has many; uint8 ``[32, 32]``."""
+    """Thumbnail, uint8 ``[32, 32]``; large JPEGs are decoded at a reduced scale."""
     is_jpeg = tf.equal(tf.strings.substr(file, 0, 2), b"\xff\xd8")
     halvings = tf.cond(is_jpeg, lambda: _spare_halvings(file), lambda: tf.constant(0))
 
@@ -128,8 +127,8 @@ def _orientation(jpeg: bytes) -> np.int32:
 
 
 def _spare_halvings(jpeg: tf.Tensor) -> tf.Tensor:
-    """How often the sides of a JPEG can be halved, up to 3 times; 0 for what cannot be decoded at
-    full size."""
+    """Number of times, 0 to 3, that the sides of a JPEG can be halved while decoding; 0 if it is
+    too large to be decoded at full size."""
     shape = tf.io.extract_jpeg_shape(jpeg)[:2]
     is_too_large = 3 * tf.reduce_prod(tf.cast(shape, tf.int64)) >= _LARGEST_JPEG
     sides = tf.reduce_min(shape) // tf.constant([2, 4, 8])
@@ -146,7 +145,7 @@ def _shrunk(image: tf.Tensor) -> tf.Tensor:
         return resized(tf.reduce_mean(tf.cast(image, tf.float32), -1, keepdims=True))[..., 0]
 
     def as_bytes() -> tf.Tensor:
-        """The same but for rounding, more slowly, without copies of four bytes a number."""
+        """Equal up to rounding; slower, but without a float32 copy of the image."""
         return tf.reduce_mean(resized(image), -1)
 
     small = tf.cond(tf.size(image) < _LARGE, as_floats, as_bytes)
@@ -154,20 +153,20 @@ def _shrunk(image: tf.Tensor) -> tf.Tensor:
 
 
 def _hashes(thumbnails: np.ndarray) -> np.ndarray:
-    """Bool ``[num_images, 64]``."""
+    """Perceptual hashes, bool ``[num_images, 64]``."""
     low = scipy.fft.dctn(thumbnails, axes=(1, 2))[:, :_HASH, :_HASH].reshape(len(thumbnails), -1)
     return low > np.median(low, axis=1, keepdims=True) if len(low) else low > 0
 
 
 def _candidates(hashes: np.ndarray) -> Iterable[np.ndarray]:
-    """Pairs of positions whose hashes are alike, int ``[2, pairs]``: each with the nearest of those
-    after it."""
+    """Pairs of positions with similar hashes, int ``[2, pairs]``: each image with its nearest
+    neighbours among later images."""
     signs = np.where(hashes, 1, -1).astype(np.float32)
     count = len(signs)
     rows = max(1, _DISTANCES_AT_ONCE // count)
     for start in range(0, count - 1, rows):
         first = np.arange(start, min(start + rows, count))
-        agreement = signs[first] @ signs[start:].T  # bits that agree less those that differ
+        agreement = signs[first] @ signs[start:].T  # equal bits minus different bits
         agreement[first[:, None] >= np.arange(start, count)] = -np.inf
         nearest = np.argpartition(-agreement, min(_NEAREST, agreement.shape[1]) - 1)[:, :_NEAREST]
         is_alike = np.take_along_axis(agreement, nearest, 1) >= signs.shape[1] - 2 * _ALIKE
@@ -176,7 +175,7 @@ def _candidates(hashes: np.ndarray) -> Iterable[np.ndarray]:
 
 
 def _is_same(thumbnails: np.ndarray, first: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Whether pictures are the same, bool ``[len(first)]``."""
+    """Whether the thumbnails of each pair are nearly equal, bool ``[len(first)]``."""
     same = np.zeros(len(first), bool)
     for start in range(0, len(first), _PAIRS_AT_ONCE):
         chunk = slice(start, start + _PAIRS_AT_ONCE)

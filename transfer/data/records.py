@@ -1,7 +1,7 @@
-"""Records of a prepared tfds dataset by their position: only those asked for are read.
+"""Random access to the records of a prepared tfds dataset: reads requested positions only.
 
-Data contract: ``Records`` are the serialized examples of one split. Position i is the example that
-tfds calls ``split[i]``: the shards one after the other, each in its own order.
+Data contract: ``Records`` are the serialized examples of one split. Position i is ``split[i]`` in
+tfds: the concatenation of the shards, each in file order.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from tensorflow_datasets.core.file_adapters import FileFormat
 
 from transfer.data.tfds import tfds
 
-# https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details: the length of
-# the record, uint64, and its checksum; the record; its checksum.
+# Layout of a record: its length, uint64, and a checksum; the data; a checksum. See
+# https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 _HEADER_BYTES, _FOOTER_BYTES = 12, 4
-_READ_TOGETHER = 32  # records; a call into Python takes longer than one of them
+_READ_TOGETHER = 32  # records per call into Python, which takes longer than reading a record
 
 
 class Records(Protocol):
     """The serialized examples of a split."""
 
     def read(self, positions: np.ndarray) -> tf.data.Dataset:
-        """Records, bytes, at positions, int64 ``[n]``, in any order."""
+        """The records (bytes) at positions, int64 ``[n]`` in any order."""
 
     def read_all(self) -> tf.data.Dataset:
-        """All of them in order, from the first byte to the last."""
+        """All records in order, read sequentially."""
 
 
 def open_records(builder: tfds.core.DatasetBuilder, split_name: str) -> Records:
     """The records of a split.
 
     Raises:
-        ValueError: if the dataset is in a format that is only read from the beginning, or its files
-            are not those that its description names.
+        ValueError: if the format of the dataset has no random access, or its files do not match
+            ``dataset_info.json``.
     """
     file_format = builder.info.file_format or FileFormat.TFRECORD
     if file_format == FileFormat.TFRECORD:
@@ -58,27 +58,27 @@ def open_records(builder: tfds.core.DatasetBuilder, split_name: str) -> Records:
 
 
 class TFRecords:
-    """TFRecord files, read at the byte where a record begins. Checksums are verified.
+    """TFRecord files with random access by byte offset. Checksums are verified.
 
     Args:
         files: shards, in order.
-        num_examples: of each shard.
+        num_examples: expected number of records of each shard.
 
     Raises:
-        ValueError: if a file is damaged or has another number of records.
+        ValueError: if a file is damaged or has a different number of records.
     """
 
     def __init__(self, files: Sequence[str], num_examples: Sequence[int]):
         self._files = tf.constant(list(files), tf.string)
         offsets = [_offsets(Path(file)) for file in files]
-        for file, found, expected in zip(files, offsets, num_examples, strict=True):
-            if len(found) != expected:
+        for file, starts, expected in zip(files, offsets, num_examples, strict=True):
+            if len(starts) != expected:
                 raise ValueError(
-                    f"{str(file)!r} has {len(found)} records; expected {expected}, as the "
+                    f"{str(file)!r} has {len(starts)} records; expected {expected}, as the "
                     "dataset's dataset_info.json says: copy or prepare it again"
                 )
         self._offsets = np.concatenate([*offsets, np.zeros(0, np.int64)])
-        self._file_numbers = np.repeat(np.arange(len(files)), [len(found) for found in offsets])
+        self._file_numbers = np.repeat(np.arange(len(files)), [len(shard) for shard in offsets])
 
     def read(self, positions: np.ndarray) -> tf.data.Dataset:
         places = self._file_numbers[positions], self._offsets[positions]
@@ -90,11 +90,11 @@ class TFRecords:
         return tf.data.TFRecordDataset(self._files)
 
     def _read_one(self, file_number: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
-        # tf.data.TFRecordDataset has no argument for where to begin; the operation under it has.
+        # tf.data.TFRecordDataset has no argument for a byte offset; the underlying op has one.
         from_there = tf.raw_ops.TFRecordDatasetV2(
             filenames=self._files[file_number][None],
             compression_type="",
-            buffer_size=0,  # reads what the record has, and not more
+            buffer_size=0,  # reads only the record
             byte_offsets=offset[None],
         )
         records = tf.data.experimental.from_variant(from_there, tf.TensorSpec([], tf.string))
@@ -102,7 +102,7 @@ class TFRecords:
 
 
 class IndexedRecords:
-    """Files with an index of their own: ArrayRecord, and Parquet, which tfds keeps in memory."""
+    """Formats with built-in random access: ArrayRecord, and Parquet, which tfds keeps in memory."""
 
     def __init__(self, builder: tfds.core.DatasetBuilder, split_name: str):
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
@@ -123,7 +123,7 @@ class IndexedRecords:
 
 
 def _offsets(path: Path) -> np.ndarray:
-    """Where each record of a TFRecord file begins, int64 ``[num_records]``; reads their lengths."""
+    """Byte offsets of the records of a TFRecord file, int64 ``[num_records]``; reads no data."""
     offsets, position = [], 0
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size

@@ -1,4 +1,4 @@
-"""Where labelled images come from: tfds datasets, prepared tfds directories, folders of images."""
+"""Sources of labelled images: tfds datasets, prepared tfds directories, image folders."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ from transfer.images.image_files import PassedOver, class_folders
 
 logger = logging.getLogger(__name__)
 
-_LABELS_TOGETHER = 1024  # one by one, most of the time would go into handing them over
+_LABELS_TOGETHER = 1024  # batch size for reading labels; one by one, overhead dominates
 
 
 def open_source(
     dataset: str = "", *, data_dir: str | None = None, image_folder: str | None = None
 ) -> Source:
-    """Open a dataset; prepare it if tfds can do so. Logs which files of a folder are passed over.
+    """Open a dataset, and prepare it with tfds if necessary. Logs which files of a folder are
+    ignored.
 
     Args:
         dataset: a tfds name such as ``tf_flowers`` or ``cmaterdb/telugu:1.0.0``, or ``digits``
-            (embedded, needs no network). May be left out where ``data_dir`` holds one dataset only.
-        data_dir: where tfds datasets are, or are to be prepared; or the directory of one prepared
-            dataset. Default: tfds' own, ``~/tensorflow_datasets``.
-        image_folder: a folder with one folder of images per class, or with split folders
-            (``train``, ``test``, ...) that hold them. Excludes ``dataset``.
+            (embedded, needs no network). Optional if ``data_dir`` holds a single dataset.
+        data_dir: directory of tfds datasets, prepared or to be prepared; or the directory of one
+            prepared dataset. Default: that of tfds, ``~/tensorflow_datasets``.
+        image_folder: a folder with one subfolder of images per class, or with split folders
+            (``train``, ``test``, ...) that contain such subfolders. Excludes ``dataset``.
 
     Raises:
-        ValueError, FileNotFoundError: if it cannot be found, is not about classifying images, or is
-            neither prepared nor can be downloaded.
+        ValueError, FileNotFoundError: if it cannot be found, is not an image classification
+            dataset, or is neither prepared nor can be downloaded.
 
     Example:
         >>> from transfer import open_source
@@ -115,8 +116,8 @@ def _open_image_folder(folder: Path) -> Source:
 
     refused = {
         str(path.relative_to(folder)): reason
-        for found in files.values()
-        for path, _ in found
+        for labelled in files.values()
+        for path, _ in labelled
         if (reason := _refused(path))
     }
 
@@ -129,7 +130,7 @@ def _open_image_folder(folder: Path) -> Source:
 
     @functools.cache
     def columns(split_name: str) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        # Names of files are bytes: not all of them are UTF-8.
+        # File names are bytes: not all of them are UTF-8.
         paths = [
             os.fsencode(os.devnull if name in refused else path)
             for name, (path, _) in zip(names(split_name), files[split_name], strict=True)
@@ -141,7 +142,7 @@ def _open_image_folder(folder: Path) -> Source:
         )
 
     def examples(split_name: str, positions: np.ndarray) -> tf.data.Dataset:
-        # Positions, not paths: a path takes a hundred bytes, and an epoch has one per image.
+        # Positions instead of paths save memory: a path takes a hundred bytes per image and epoch.
         paths, names, labels = columns(split_name)
         return tf.data.Dataset.from_tensor_slices(positions).map(
             lambda position: {
@@ -155,7 +156,7 @@ def _open_image_folder(folder: Path) -> Source:
     def ids(split_name: str) -> list[bytes]:
         return [_digest(str(path), *_state_of(path)) for path, _ in files[split_name]]
 
-    sizes = {name: len(found) for name, found in files.items()}
+    sizes = {name: len(labelled) for name, labelled in files.items()}
     return Source(
         folder.name,
         class_names,
@@ -170,10 +171,10 @@ def _open_image_folder(folder: Path) -> Source:
 
 
 def _refused(path: Path) -> str:
-    """Why a file must not be read, whose reading may never end; empty if it may."""
+    """Why a file must not be read (e.g. reading a pipe may never end); empty if it may be read."""
     try:
         image_files.check(path)
-    except OSError:  # it is gone since
+    except OSError:  # deleted in the meantime
         return ""
     except ValueError as error:
         return str(error)
@@ -181,9 +182,9 @@ def _refused(path: Path) -> str:
 
 
 def _state_of(path: Path) -> tuple[int, ...]:
-    """What changes when a file does, without reading it."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    """File size and times, which change with the content, without reading the file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _digest(*words: object) -> bytes:
@@ -193,8 +194,7 @@ def _digest(*words: object) -> bytes:
 def _split_folders(
     folder: Path, passed_over: PassedOver
 ) -> tuple[list[Path], dict[Path, dict[str, list[Path]]]]:
-    """The folders of the splits, or the folder itself where there are none; of each, the images by
-    class."""
+    """The split folders, or the folder itself if it has none; and for each, the images by class."""
     children = class_folders(folder)
     splits = [child for child in children if child.name in TRAIN_SPLITS + EVAL_SPLITS]
     splits = [child for child in splits if any(map(_has_images, class_folders(child)))] or [folder]
@@ -221,10 +221,10 @@ def _has_images(folder: Path) -> bool:
 
 
 def _images(folder: Path, passed_over: PassedOver) -> list[Path]:
-    """The images in a folder and below, shuffled the same way each time.
+    """The images in a folder and its subfolders, in a fixed, shuffled order.
 
-    Not in the order of their names: neighbours there are often alike (frames of a film). Those that
-    must not be read (pipes, devices, too large ones) are among them, see ``_refused``.
+    Not sorted by name, because neighbours are often similar (frames of a video). Files that must
+    not be read (pipes, devices, too large ones) are included, see ``_refused``.
     """
     images = []
     for path in image_files.find(folder, passed_over):
@@ -234,7 +234,7 @@ def _images(folder: Path, passed_over: PassedOver) -> list[Path]:
             if isinstance(error, ValueError) and not path.is_dir():
                 images.append(path)
                 continue
-            # Links to nothing, and folders that cannot be listed, hold no image.
+            # Broken links, and folders that cannot be listed.
             reason = "a folder that cannot be listed" if path.is_dir() else "a link to nothing"
             passed_over.files.append((str(path), reason))
             passed_over.num_images -= not path.is_dir()
@@ -299,13 +299,13 @@ def _from_builder(builder: tfds.core.DatasetBuilder, name: str) -> Source:
 
     @functools.cache
     def labels(split_name: str) -> np.ndarray:
-        found = (
+        batches = (
             records(split_name)
             .read_all()
             .map(lambda record: deserialize(record)[label_key], num_parallel_calls=tf.data.AUTOTUNE)
             .batch(_LABELS_TOGETHER)
         )
-        return np.concatenate([np.zeros(0, np.int64), *found.as_numpy_iterator()])
+        return np.concatenate([np.zeros(0, np.int64), *batches.as_numpy_iterator()])
 
     def ids(split_name: str) -> list[bytes]:
         info = builder.info.splits[split_name]
@@ -336,19 +336,19 @@ def _unknown_dataset(name: str) -> str:
 
 
 def _require_network(name: str, data_dir: str, timeout_s: float = 3.0) -> None:
-    """Fail at once where tfds would retry for minutes."""
+    """Fail immediately without a network, where tfds would retry for minutes."""
     reached: list[bool] = []
 
     def probe() -> None:
         try:
             urllib.request.urlopen("https://storage.googleapis.com", timeout=timeout_s).close()
         except urllib.error.HTTPError:
-            pass  # an answer is an answer
+            pass  # any response shows that there is a network
         except OSError:
             return
         reached.append(True)
 
-    # In a thread: the look-up of the host's name does not keep to the timeout.
+    # In a thread: the DNS lookup ignores the timeout.
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
     thread.join(timeout_s)
@@ -361,10 +361,10 @@ def _require_network(name: str, data_dir: str, timeout_s: float = 3.0) -> None:
 
 
 def _prepared_directory(directory: Path) -> Path | None:
-    """The directory itself, or its newest version, if it is that of one prepared dataset."""
-    found = [p.parent for p in directory.glob("features.json")]
-    found += sorted(p.parent for p in directory.glob("*/features.json"))
-    return found[-1] if found else None
+    """The directory of a prepared dataset, or of its newest version; ``None`` if it is not one."""
+    prepared = [p.parent for p in directory.glob("features.json")]
+    prepared += sorted(p.parent for p in directory.glob("*/features.json"))
+    return prepared[-1] if prepared else None
 
 
 def _only_dataset_in(directory: Path) -> str:
@@ -375,8 +375,8 @@ def _only_dataset_in(directory: Path) -> str:
     )
     if len(names) == 1:
         return names[0]
-    found = f"holds {len(names)} datasets ({', '.join(names)})" if names else "holds no dataset"
-    raise ValueError(f"data dir {str(directory)!r} {found}; say which with a dataset name")
+    content = f"holds {len(names)} datasets ({', '.join(names)})" if names else "holds no dataset"
+    raise ValueError(f"data dir {str(directory)!r} {content}; say which with a dataset name")
 
 
 def _only_feature(features: tfds.features.FeaturesDict, kind: type, name: str) -> str:

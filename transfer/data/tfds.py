@@ -1,8 +1,8 @@
-"""``tensorflow_datasets``, whole or not at all.
+"""Imports ``tensorflow_datasets`` and fails early if the import was incomplete.
 
-When a part of it cannot be imported, tfds logs the reason and leaves out the rest, so that programs
-fail later with ``module 'tensorflow_datasets' has no attribute 'ReadConfig'``. All modules of this
-project import it from here, where such an import fails at once and says why.
+When a part of it cannot be imported, tfds only logs the reason, and programs fail later with
+``module 'tensorflow_datasets' has no attribute 'ReadConfig'``. All modules of this project import
+tfds from here, where such an import fails immediately with the reason.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _PACKAGES = ("tensorflow-datasets", "tensorflow-metadata", "protobuf", "tensorfl
 
 
 def _check() -> None:
-    """Refuse a tfds that is imported in part.
+    """Refuse a partially imported tfds.
 
     Raises:
-        ImportError: with the first error of the import, and the versions of the packages in which
-            it usually lies.
+        ImportError: with the first error of the import, and the versions of the packages that
+            usually cause it.
     """
     if hasattr(tfds, "builder") and hasattr(tfds, "ReadConfig"):
         return

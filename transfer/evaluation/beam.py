@@ -1,7 +1,7 @@
-"""Predict the classes of very many images as an Apache Beam pipeline.
+"""Prediction on large numbers of images as an Apache Beam pipeline.
 
-Names of files -> pixels -> probabilities -> lines. Beam's ``RunInference`` makes the batches and
-loads the model once a process.
+File names -> pixels -> probabilities -> lines of JSON. Beam's ``RunInference`` batches the images
+and loads the model once per process.
 """
 
 from __future__ import annotations
@@ -55,25 +55,26 @@ def predict_on_beam(
     batch_size: int = 32,
     options: Sequence[str] = (),
 ) -> tuple[int, int]:
-    """Run the pipeline to its end.
+    """Run the pipeline and wait until it finishes.
 
     Args:
-        model: run folder, or checkpoint prefix of a fine-tuned model; it may lie, as images and
-            outputs may, wherever Beam finds files.
-        pattern: the images, e.g. ``"photos/*.jpg"``; ``**`` stands for folders as well.
-        output: prefix of the results, ``<output>-00000-of-00004.jsonl`` and so on, a line of
-            ``as_json`` for each image; ``<output>.failed-*.jsonl`` name unreadable images, with the
+        model: run folder, or checkpoint prefix of a fine-tuned model. Model, images and outputs may
+            be on any filesystem that Beam supports.
+        pattern: glob pattern of the images, e.g. ``"photos/*.jpg"``; ``**`` also matches
+            subfolders.
+        output: prefix of the output shards, ``<output>-00000-of-00004.jsonl`` etc., with one line
+            of ``as_json`` per image; ``<output>.failed-*.jsonl`` list unreadable images, with the
             reason.
-        top_k: classes for each image.
-        batch_size: largest number of images per step.
-        options: options of Beam, e.g. ``["--runner", "FlinkRunner"]``.
+        top_k: number of classes per image.
+        batch_size: maximum number of images per step.
+        options: Beam options, e.g. ``["--runner", "FlinkRunner"]``.
 
     Returns:
         The number of images, and the number of those that could not be read.
 
     Raises:
-        FileNotFoundError: if there is no such model, or no image.
-        ValueError: if a number is less than 1, or the model is not a fine-tuned one.
+        FileNotFoundError: if the model does not exist, or no image matches.
+        ValueError: if ``top_k`` or ``batch_size`` is less than 1, or the model is not fine-tuned.
 
     Example:
         >>> from transfer.evaluation.beam import predict_on_beam
@@ -82,7 +83,7 @@ def predict_on_beam(
     """
     check_counts(top_k=top_k, batch_size=batch_size)
     prefix = find_model(model)
-    classifier = load(prefix)  # here first: what is wrong with it is said before workers start
+    classifier = load(prefix)  # raises errors of the model before workers start
     labels = list(classifier.labels)
     if not FileSystems.match([pattern], limits=[1])[0].metadata_list:
         raise FileNotFoundError(f"no file matches {pattern!r}")
@@ -90,7 +91,7 @@ def predict_on_beam(
     read = (
         pipeline
         | fileio.MatchFiles(pattern)
-        | beam.Reshuffle()  # so that workers share the files, not the pattern
+        | beam.Reshuffle()  # distributes the files over the workers
         | fileio.ReadMatches()
         | beam.ParDo(Read(classifier.preprocess)).with_outputs(_FAILED, main="pixels")
     )
@@ -109,21 +110,22 @@ def predict_on_beam(
 
 
 def find_model(model: str) -> str:
-    """The prefix of a model, which may be in a run folder.
+    """The checkpoint prefix of a model, given this prefix or a run folder.
 
     Raises:
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if there is no model.
     """
     for prefix in (FileSystems.join(model, MODEL), model):
         if FileSystems.exists(f"{prefix}.meta"):
             return prefix
     raise FileNotFoundError(
-        f"{model!r} is neither a run folder nor the prefix of a model: there is no {model}.meta"
+        f"{model!r} is neither a run folder nor the checkpoint prefix of a model: {model}.meta "
+        "does not exist"
     )
 
 
 def load(prefix: str) -> Classifier:
-    """A classifier from wherever Beam finds files."""
+    """Load a classifier from any filesystem that Beam supports."""
     if Path(f"{prefix}.meta").is_file():
         return Classifier.load(Path(prefix))
     directory, name = FileSystems.split(prefix)
@@ -135,35 +137,36 @@ def load(prefix: str) -> Classifier:
                 shutil.copyfileobj(source, file)
             return copy
 
-        for found in FileSystems.match([f"{prefix}.*"])[0].metadata_list:
-            fetch(found.path)
+        for file in FileSystems.match([f"{prefix}.*"])[0].metadata_list:
+            fetch(file.path)
         card = Path(folder, f"{name}.json")
         labels = read_card(card).labels if card.is_file() else None
-        if labels and Path(labels).name == labels:  # else loading says what is wrong
+        if labels and Path(labels).name == labels:  # else loading raises the error
             fetch(FileSystems.join(directory, labels))
         return Classifier.load(Path(folder, name))
 
 
 class Read(beam.DoFn):
-    """A file to ``(name, float32 [size, size, channels] in 0..255)``; what cannot be read goes to
-    another output, as a line."""
+    """Maps a file to ``(name, float32 [size, size, channels] in 0..255)``; unreadable files go to a
+    second output, as lines of JSON."""
 
     def __init__(self, preprocess: Preprocess):
         self._preprocess = preprocess
 
     def setup(self) -> None:
-        """Trace the resizing, once per worker."""
+        """Trace the resizing function, once per worker."""
         self._prepare = prepare_images(self._preprocess)
 
     def process(self, file: Any) -> Iterator[Any]:
-        """A file's name and resized pixels, or a line of JSON about why it cannot be read."""
+        """Yield the name and resized pixels of a file, or a line of JSON with the reason why it
+        cannot be read."""
         name = file.metadata.path
         try:
-            if os.path.exists(name):  # of the local file system, which may have pipes
+            if os.path.exists(name):  # a local file, which may be a pipe
                 image_files.check(Path(name))
             with file.open() as opened:
                 pixels = self._prepare(read_tensor(opened.read())).numpy()
-        except Exception as error:  # a damaged file makes its reader raise anything
+        except Exception as error:  # decoders of damaged files may raise anything
             Metrics.counter("predict", _UNREADABLE).inc()
             line = json.dumps({"image": name, "error": reason(error)}, ensure_ascii=False)
             yield beam.pvalue.TaggedOutput(_FAILED, line)
@@ -173,14 +176,14 @@ class Read(beam.DoFn):
 
 
 class Handler(ModelHandler[np.ndarray, np.ndarray, Compiled]):
-    """Pixels to probabilities, for ``RunInference``."""
+    """Maps pixels to probabilities, for ``RunInference``."""
 
     def __init__(self, prefix: str, batch_size: int):
         super().__init__(min_batch_size=1, max_batch_size=batch_size)
         self._prefix = prefix
 
     def load_model(self) -> Compiled:
-        """Open the model, once per worker."""
+        """Load the model, once per worker."""
         return Compiled(load(self._prefix).probabilities_of_resized)
 
     def run_inference(

@@ -1,4 +1,5 @@
-"""Which part of an image a prediction came from: Grad-CAM (arXiv 1610.02391, equations 1 and 2)."""
+"""Grad-CAM: heat maps of the region that explains a prediction (arXiv 1610.02391, equations 1 and
+2)."""
 
 from __future__ import annotations
 
@@ -16,28 +17,28 @@ from transfer.graph.cuts import last_feature_maps
 from transfer.layers.classifier import Classifier
 
 _COLOUR = np.array([255.0, 40.0, 0.0])
-_STRONGEST = 0.6  # how much of that colour covers the image at most
+_STRONGEST = 0.6  # maximum opacity of that colour
 
 
 def grad_cam(classifier: Classifier) -> Callable[[Any, Any], np.ndarray]:
-    """A function from images and classes to heat maps.
+    """Returns a function that maps images and classes to Grad-CAM heat maps.
 
-    It takes preprocessed images, float32 ``[batch, size, size, channels]``, and the numbers of the
-    classes to explain, int ``[batch]``; it gives float32 ``[batch, rows, columns]``, 0 to 1, one
-    value for each place of the last feature maps before the tap. All is 0 where nothing speaks for
-    the class.
+    It takes preprocessed images, float32 ``[batch, size, size, channels]``, and the indices of the
+    classes to explain, int ``[batch]``. It returns float32 ``[batch, rows, columns]``, 0 to 1, one
+    value per position of the last feature maps before the tap; all zeros if no region supports the
+    class.
 
     Raises:
         ValueError: if the network has no feature maps with a height and a width.
     """
     backbone = classifier.backbone
-    at = last_feature_maps(backbone.network, classifier.preprocess.size)
-    if at is None:
+    tensor = last_feature_maps(backbone.network, classifier.preprocess.size)
+    if tensor is None:
         raise ValueError(
             "the network has no feature maps with a height and a width; no part of the image can "
             "be shown as the reason of a prediction"
         )
-    prefix, suffix = backbone.split(at)
+    prefix, suffix = backbone.split(tensor)
     rest = keras.Sequential([suffix, classifier.head])
 
     size = classifier.preprocess.size
@@ -52,8 +53,8 @@ def grad_cam(classifier: Classifier) -> Callable[[Any, Any], np.ndarray]:
             logits = tf.gather(rest(maps), classes, batch_dims=1)
         gradients = tape.gradient(logits, maps)
         weights = tf.reduce_mean(gradients, axis=[1, 2], keepdims=True)
-        found = tf.nn.relu(tf.reduce_sum(weights * maps, axis=-1))
-        return tf.math.divide_no_nan(found, tf.reduce_max(found, axis=[1, 2], keepdims=True))
+        heat = tf.nn.relu(tf.reduce_sum(weights * maps, axis=-1))
+        return tf.math.divide_no_nan(heat, tf.reduce_max(heat, axis=[1, 2], keepdims=True))
 
     def run(images: Any, classes: Any) -> np.ndarray:
         images = tf.convert_to_tensor(images, tf.float32)
@@ -68,10 +69,10 @@ def grad_cam(classifier: Classifier) -> Callable[[Any, Any], np.ndarray]:
 
 
 def overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """An image with its heat map in red over it.
+    """A gray image with its heat map overlaid in red.
 
     Args:
-        pixels: 0..255 ``[size, size, channels]``, as the network saw them (``preprocess.resize``).
+        pixels: 0..255 ``[size, size, channels]``, resized for the network (``preprocess.resize``).
         heat: 0 to 1 ``[rows, columns]``.
 
     Returns:
@@ -84,12 +85,12 @@ def overlay(pixels: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 class Explainer:
-    """Writes a PNG of each image, with the region in red that explains the predicted class.
+    """Writes a PNG of each image with the region in red that explains the predicted class.
 
     Args:
-        classifier: what predicts.
-        folder: for the PNGs; is made where there is none. They are named by the number of the
-            image, from 1, and its name.
+        classifier: the classifier to explain.
+        folder: folder for the PNGs, created if missing. They are named by the number of the image,
+            from 1, and its name.
 
     Raises:
         ValueError: if the network has no feature maps.
@@ -106,9 +107,9 @@ class Explainer:
         """Write the next images.
 
         Args:
-            names: of the image files.
-            pixels: float32 ``[batch, size, size, channels]`` in 0..255, of ``preprocess.resize``.
-            classes: predictions, int ``[batch]``.
+            names: names of the image files.
+            pixels: float32 ``[batch, size, size, channels]`` in 0..255, from ``preprocess.resize``.
+            classes: predicted classes, int ``[batch]``.
         """
         heats = self._grad_cam(self._normalize(pixels), classes)
         for name, image, heat in zip(names, pixels.numpy(), heats, strict=True):

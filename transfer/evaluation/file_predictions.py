@@ -25,7 +25,7 @@ from transfer.layers.classifier import Classifier
 
 logger = logging.getLogger(__name__)
 
-_READERS = 4  # threads; decoding lets go of Python's lock
+_READERS = 4  # threads; decoding releases the GIL
 
 OnUnreadable = Callable[[Path, Exception], None]
 
@@ -34,7 +34,7 @@ OnUnreadable = Callable[[Path, Exception], None]
 class Prediction:
     """The predicted class of an image file.
 
-    ``label`` is the most probable class and ``probability`` (0..1) what the classifier gives it.
+    ``label`` is the most probable class and ``probability`` (0..1) its predicted probability.
     ``top`` are the most probable classes with their probabilities, in descending order.
 
     Example:
@@ -64,29 +64,29 @@ def predict(
 ) -> Iterator[Prediction]:
     """Predict the classes of image files, in the order of the paths.
 
-    All formats are read that are read in training, with the same pixels. A few batches are in
-    memory at any time, so there may be any number of files.
+    Images are decoded as in training, from the same formats. Only a few batches are in memory at
+    any time, so the number of files is not limited.
 
     Args:
-        model: a classifier, of ``fine_tune`` or ``Classifier.load``, or the path of a run folder or
-            of a fine-tuned model.
-        paths: image files, and folders that are searched for images, subfolders as well, in the
-            order of their names.
-        top_k: classes in ``Prediction.top``.
+        model: a classifier from ``fine_tune`` or ``Classifier.load``, or the path of a run folder
+            or of a fine-tuned model.
+        paths: image files, and folders that are searched recursively for images, in the order of
+            their names.
+        top_k: number of classes in ``Prediction.top``.
         batch_size: images per step.
-        explain: folder for a PNG of each image, named by its number in the results: the more red a
-            region, the more it speaks for the predicted class (Grad-CAM).
-        on_unreadable: is called with the path and the error for each image that cannot be read;
-            the others are predicted. By default, such an image ends the iteration.
+        explain: folder for a Grad-CAM heat map per image, as a PNG named by its number in the
+            results: red marks the region that explains the predicted class.
+        on_unreadable: called with the path and the error of each image that cannot be read; the
+            others are predicted. By default, such an image raises an error.
 
     Returns:
         An iterator of predictions.
 
     Raises:
-        FileNotFoundError: if there is no such model; in the iteration, if there is no such image.
-        ValueError: if a number is less than 1, or ``explain`` is given and the network has no
-            feature maps.
-        UnreadableImageError: in the iteration, if an image cannot be decoded.
+        FileNotFoundError: if the model does not exist; during iteration, if an image does not.
+        ValueError: if ``top_k`` or ``batch_size`` is less than 1, or ``explain`` is given and the
+            network has no feature maps.
+        UnreadableImageError: during iteration, if an image cannot be decoded.
 
     Example:
         >>> import numpy as np
@@ -124,7 +124,7 @@ def predict_files(
     explainer: Explainer | None,
     on_unreadable: OnUnreadable,
 ) -> Iterator[Prediction]:
-    """``predict`` of files only. The unreadable images of a batch come before its predictions."""
+    """``predict`` for files. Unreadable images of a batch are reported before its predictions."""
     network = Compiled(classifier.probabilities_of_resized)
     for paths, pixels, failures in _batches(files, classifier.preprocess, batch_size):
         for path, error in failures:
@@ -140,8 +140,10 @@ def predict_files(
 
 
 def check_counts(**counts: int) -> None:
-    """Raises:
-    ValueError: if one of them is less than 1.
+    """Validate counts such as ``top_k``.
+
+    Raises:
+        ValueError: if one of them is less than 1.
     """
     for name, count in counts.items():
         if count < 1:
@@ -151,13 +153,14 @@ def check_counts(**counts: int) -> None:
 def most_probable(
     probabilities: np.ndarray, labels: Sequence[str], count: int
 ) -> list[tuple[str, float]]:
-    """The most probable classes with their probabilities, the first of equals first."""
+    """The most probable classes with their probabilities; ties are in the order of the labels."""
     order = np.argsort(-probabilities, kind="stable")[:count]
     return [(labels[index], float(probabilities[index])) for index in order]
 
 
 def prepare_images(preprocess: Preprocess) -> Callable[[np.ndarray], tf.Tensor]:
-    """From pixels, uint8 ``[height, width, 3]``, to float32 ``[size, size, channels]``, 0..255."""
+    """A function that resizes pixels, uint8 ``[height, width, 3]``, to float32 ``[size, size,
+    channels]`` in 0..255."""
     return tf.function(
         lambda image: preprocess.resize(to_channels(image, preprocess.channels)),
         input_signature=[tf.TensorSpec([None, None, 3], tf.uint8)],
@@ -166,7 +169,7 @@ def prepare_images(preprocess: Preprocess) -> Callable[[np.ndarray], tf.Tensor]:
 
 
 def reason(error: Exception) -> str:
-    """Why an image cannot be read, from the error."""
+    """The reason why an image cannot be read, from its error."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, ValueError):
@@ -175,7 +178,7 @@ def reason(error: Exception) -> str:
 
 
 def printable(path: Path) -> str:
-    """A name that can be encoded: bytes that are not UTF-8 are shown by their numbers."""
+    """A path as valid UTF-8: other bytes are shown as escapes."""
     return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -188,7 +191,7 @@ def as_json(name: str, top: Sequence[tuple[str, float]]) -> str:
 
 
 def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
-    """The files, and the images in the folders."""
+    """The files, and the images in folders."""
     passed_over = PassedOver()
     for path in paths:
         path = Path(path).expanduser()
@@ -206,8 +209,8 @@ def _refuse(path: Path, error: Exception) -> None:
 def _batches(
     paths: Iterable[Path], preprocess: Preprocess, batch_size: int
 ) -> Iterator[tuple[list[Path], list[tf.Tensor], list[tuple[Path, Exception]]]]:
-    """Paths and resized images of each batch, and the paths of unreadable images with the errors;
-    the next batches are read while one is predicted."""
+    """Yield the paths and resized images of each batch, and the paths of unreadable images with the
+    errors. The next batches are read while one is predicted."""
     prepare = prepare_images(preprocess)
     budget = PixelBudget()
 
@@ -222,8 +225,8 @@ def _batches(
         waiting: list[tuple[Path, Future[tf.Tensor]]] = []
         paths = iter(paths)
         while True:
-            wanted = 2 * batch_size - len(waiting)
-            waiting += [(path, pool.submit(read, path)) for path in islice(paths, wanted)]
+            num_free = 2 * batch_size - len(waiting)
+            waiting += [(path, pool.submit(read, path)) for path in islice(paths, num_free)]
             if not waiting:
                 return
             batch, waiting = waiting[:batch_size], waiting[batch_size:]
@@ -232,6 +235,6 @@ def _batches(
                 try:
                     images.append(future.result())
                     readable.append(path)
-                except Exception as error:  # a damaged file makes its reader raise anything
+                except Exception as error:  # decoders of damaged files may raise anything
                     failures.append((path, error))
             yield readable, images, failures

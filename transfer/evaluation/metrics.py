@@ -1,9 +1,9 @@
-"""All that is measured of a classifier beyond its accuracy: by class, by confidence, by rank.
+"""Metrics of a classifier: per class, calibration, ROC AUC and average precision, with intervals.
 
-Equal to scikit-learn's figures of these names. Intervals are percentiles of a bootstrap over the
-images (doi 10.1007/978-1-4899-4541-9, chapter 13), what another set of as many images might have
-given, shifted by how far its median lies from the figure: fewer different images make an average
-precision larger and an F1 smaller, so that plain percentiles may lie beside the figure.
+Equal to scikit-learn's metrics of the same names. Confidence intervals are percentiles of a
+bootstrap over the images (doi 10.1007/978-1-4899-4541-9, chapter 13), shifted by the difference
+between the metric and the median of its resamples: a resample has fewer distinct images, which
+makes average precision larger and F1 smaller, so that plain percentiles may not contain the metric.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import numpy as np
 from transfer.evaluation.prediction import probabilities
 
 BINS = 15
-"""Of the confidence, in the calibration error; as in arXiv 1706.04599."""
+"""Number of confidence bins of the expected calibration error, as in arXiv 1706.04599."""
 _OF_CLASSES = ("precision", "recall", "f1")
-_RANK_WORK, _MIN_RANKED = 10**8, 50  # probabilities in all resamples together; resamples at least
+# For metrics based on ranks: maximum number of probabilities in all resamples together, and minimum
+# number of resamples.
+_RANK_WORK, _MIN_RANKED = 10**8, 50
 
 
 def measure(
@@ -30,29 +32,29 @@ def measure(
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Figures by class and over all classes.
+    """Compute metrics per class and over all classes.
 
     Args:
         logits: float ``[num_examples, num_classes]``.
         labels: int ``[num_examples]``.
-        class_names: a name per logit.
-        resamples: of the bootstrap. Where sorting would take too long there are fewer for the
-            figures that need it, and none (no interval) for more than two million probabilities.
-        seed: of the bootstrap.
+        class_names: one name per logit.
+        resamples: number of bootstrap resamples. Metrics that need sorting use fewer if it would
+            take too long, and none (no interval) for more than two million probabilities.
+        seed: seed of the bootstrap.
 
     Returns:
         ``accuracy``, ``top5``, ``loss`` (mean cross-entropy, nats), ``balanced_accuracy``;
         ``macro`` and ``weighted``, each with ``precision``, ``recall`` and ``f1``; ``roc_auc`` and
-        ``average_precision`` (one class against the rest, averaged over the classes that occur and
-        are not all there is); ``calibration_error`` (0 to 1, ``BINS`` bins of equal width);
+        ``average_precision`` (one-vs-rest, averaged over the classes with both positive and
+        negative examples); ``calibration_error`` (0 to 1, ``BINS`` bins of equal width);
         ``classes``: for each its ``label``, ``precision``, ``recall``, ``f1``, ``support``,
         ``roc_auc`` and ``average_precision`` (``None`` where undefined) and ``ci95`` of these; and
-        ``ci95``, the names of the figures over all classes with their intervals.
+        ``ci95``, which maps the names of the metrics over all classes to their intervals.
     """
     p = probabilities(logits)
     num_examples = len(p)
     cheap, resampled_ranks = _cheap(p, labels), _resampled_ranks(p, labels)
-    figures, by_class = cheap(np.arange(num_examples)), _ranks(p, labels)
+    overall_metrics, by_class = cheap(np.arange(num_examples)), _ranks(p, labels)
     generator = np.random.default_rng(seed)
     num_ranked = min(int(_RANK_WORK / p.size), resamples)
     num_ranked = 0 if num_ranked < min(_MIN_RANKED, resamples) else num_ranked
@@ -61,24 +63,24 @@ def measure(
     for number in range(resamples):
         chosen = generator.integers(0, num_examples, num_examples)
         sample = cheap(chosen)
-        found = _flat(sample)
+        values_of_sample = _flat(sample)
         of_classes = {name: np.array(sample["classes"][name]) for name in _OF_CLASSES}
-        # Without an image of it, there is nothing to say of a class.
+        # Metrics of a class without images are undefined.
         occurs = np.array(sample["classes"]["support"]) > 0
         of_classes = {name: np.where(occurs, v, np.nan) for name, v in of_classes.items()}
         if number < num_ranked:
             ranks = resampled_ranks(np.bincount(chosen, minlength=num_examples))
-            found |= {name: _mean(values) for name, values in ranks.items()}
+            values_of_sample |= {name: _mean(values) for name, values in ranks.items()}
             of_classes |= ranks
-        for name, value in found.items():
+        for name, value in values_of_sample.items():
             drawn.setdefault(name, []).append(value)
         for name, values in of_classes.items():
             drawn_by_class.setdefault(name, []).append(values)
     overall = {name: _mean(values) for name, values in by_class.items()}
-    by_class |= {name: np.array(figures["classes"][name]) for name in _OF_CLASSES}
+    by_class |= {name: np.array(overall_metrics["classes"][name]) for name in _OF_CLASSES}
     samples_by_class = {name: np.stack(values) for name, values in drawn_by_class.items()}
     classes = [
-        {"label": name, "support": int(figures["classes"]["support"][number])}
+        {"label": name, "support": int(overall_metrics["classes"]["support"][number])}
         | {part: _none_if_nan(values[number]) for part, values in by_class.items()}
         | {
             "ci95": {
@@ -88,22 +90,22 @@ def measure(
         }
         for number, name in enumerate(class_names)
     ]
-    del figures["classes"]
-    single = _flat(figures) | overall
+    del overall_metrics["classes"]
+    single = _flat(overall_metrics) | overall
     intervals = {
-        name: _interval(np.array(drawn.get(name, [])), figure, math.inf if name == "loss" else 1.0)
-        for name, figure in single.items()
+        name: _interval(np.array(drawn.get(name, [])), value, math.inf if name == "loss" else 1.0)
+        for name, value in single.items()
     }
     return (
-        figures
+        overall_metrics
         | {name: _none_if_nan(value) for name, value in overall.items()}
         | {"classes": classes, "ci95": intervals}
     )
 
 
 def calibration(p: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
-    """For each bin of the confidence that has images: ``low``, ``high``, ``confidence`` and
-    ``accuracy`` (means), ``count``."""
+    """Calibration curve: for each non-empty confidence bin its ``low`` and ``high`` ends, mean
+    ``confidence`` and ``accuracy``, and ``count``."""
     confidence, right = p.max(-1), p.argmax(-1) == labels
     number = np.minimum((confidence * BINS).astype(int), BINS - 1)
     return [
@@ -119,15 +121,16 @@ def calibration(p: np.ndarray, labels: np.ndarray) -> list[dict[str, float]]:
 
 
 def compare(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """McNemar's test of two classifiers on the same images (doi 10.1007/BF02295996), exact.
+    """McNemar's exact test of two classifiers on the same images (doi 10.1007/BF02295996).
 
     Args:
-        first: predictions of one classifier, int ``[num_examples]``.
-        second: predictions of the other one, int ``[num_examples]``.
+        first: predictions of the first classifier, int ``[num_examples]``.
+        second: predictions of the second classifier, int ``[num_examples]``.
         labels: int ``[num_examples]``.
 
     Returns:
-        ``only_first`` and ``only_second``: how many images only that one has right; ``p_value``.
+        ``only_first`` and ``only_second``, the numbers of images that only this classifier predicts
+        correctly, and ``p_value``.
     """
     from scipy.stats import binomtest
 
@@ -140,7 +143,7 @@ def compare(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> dict[s
 
 
 def _cheap(p: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], dict[str, Any]]:
-    """What follows from predictions and confidences, for a choice of images."""
+    """A function that computes the metrics that need no sorting, for chosen positions."""
     predictions, confidences = p.argmax(-1), p.max(-1)
     num_examples, num_classes = p.shape
     own = p[np.arange(num_examples), labels]
@@ -148,9 +151,9 @@ def _cheap(p: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], dict[str
     in_top5 = (p > own[:, None]).sum(-1) < 5
     bins = np.minimum((confidences * BINS).astype(int), BINS - 1)
 
-    def figures(chosen: np.ndarray) -> dict[str, Any]:
+    def compute(chosen: np.ndarray) -> dict[str, Any]:
         label, prediction = labels[chosen], predictions[chosen]
-        # As scikit-learn's precision_recall_fscore_support, which a thousand times is too slow.
+        # Equal to scikit-learn's precision_recall_fscore_support, too slow for 1000 resamples.
         support = np.bincount(label, minlength=num_classes)
         predicted = np.bincount(prediction, minlength=num_classes)
         both = np.bincount(label[label == prediction], minlength=num_classes)
@@ -178,43 +181,43 @@ def _cheap(p: np.ndarray, labels: np.ndarray) -> Callable[[np.ndarray], dict[str
             | {"support": support.tolist()},
         }
 
-    return figures
+    return compute
 
 
 def _ranks(p: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """What follows from the order of the probabilities of each class: float ``[num_classes]``, NaN
-    where all images or none are of the class."""
+    """ROC AUC and average precision of each class, float ``[num_classes]``; NaN for a class without
+    positive or without negative examples."""
     import sklearn.metrics
 
     scores: dict[str, Callable[..., float]] = {
         "roc_auc": sklearn.metrics.roc_auc_score,
         "average_precision": sklearn.metrics.average_precision_score,
     }
-    found = {name: np.full(p.shape[1], np.nan) for name in scores}
+    by_class = {name: np.full(p.shape[1], np.nan) for name in scores}
     for number in range(p.shape[1]):
         is_it = labels == number
         if is_it.any() and not is_it.all():
             for name, score in scores.items():
-                found[name][number] = score(is_it, p[:, number])
-    return found
+                by_class[name][number] = score(is_it, p[:, number])
+    return by_class
 
 
 def _resampled_ranks(
     p: np.ndarray, labels: np.ndarray
 ) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """The same of images that count several times or not at all, by how often each is drawn: int
-    ``[num_examples]``. All classes at once, and sorted once: scikit-learn would take minutes."""
+    """A function that computes ``_ranks`` for a resample, given how often each image was drawn, int
+    ``[num_examples]``. Vectorized over classes, and sorts once: scikit-learn would take minutes."""
     order = np.argsort(-p, axis=0, kind="stable")
     ordered = np.take_along_axis(p, order, axis=0)
     is_last_of_equals = np.ones_like(order, bool)
     is_last_of_equals[:-1] = ordered[:-1] != ordered[1:]
     is_it = labels[order] == np.arange(p.shape[1])
 
-    def figures(counts: np.ndarray) -> dict[str, np.ndarray]:
+    def compute(counts: np.ndarray) -> dict[str, np.ndarray]:
         drawn = counts[order]
         all_so_far = np.where(is_last_of_equals, drawn.cumsum(0), 0)
         right_so_far = np.where(is_last_of_equals, (drawn * is_it).cumsum(0), 0)
-        # Within equals, and only there, nothing is added.
+        # The counts change only at the last of equal probabilities.
         all_so_far = np.maximum.accumulate(all_so_far, axis=0)
         right_so_far = np.maximum.accumulate(right_so_far, axis=0)
         wrong_so_far = all_so_far - right_so_far
@@ -228,12 +231,12 @@ def _resampled_ranks(
         mean_precision[num_wrong == 0] = np.nan
         return {"roc_auc": auc, "average_precision": mean_precision}
 
-    return figures
+    return compute
 
 
-def _flat(figures: dict[str, Any]) -> dict[str, float]:
+def _flat(metrics: dict[str, Any]) -> dict[str, float]:
     flat: dict[str, float] = {}
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if isinstance(value, dict) and name != "classes":
             flat |= {f"{name}_{part}": number for part, number in value.items()}
         elif isinstance(value, float):
@@ -241,13 +244,13 @@ def _flat(figures: dict[str, Any]) -> dict[str, float]:
     return flat
 
 
-def _interval(values: np.ndarray, figure: float, highest: float = 1.0) -> list[float] | None:
-    """Of a figure of 0 to ``highest``, by its resamples."""
+def _interval(values: np.ndarray, metric: float, highest: float = 1.0) -> list[float] | None:
+    """95 % interval of a metric in 0 to ``highest``, from its values in the resamples."""
     known = values[~np.isnan(values)]
-    if not len(known) or math.isnan(figure):
+    if not len(known) or math.isnan(metric):
         return None
     low, middle, high = np.quantile(known, [0.025, 0.5, 0.975])
-    shift = figure - middle
+    shift = metric - middle
     return [float(max(low + shift, 0.0)), float(min(high + shift, highest))]
 
 

@@ -1,7 +1,7 @@
-"""The plots of an evaluation.
+"""Plots of an evaluation.
 
-Each function gives a title, a text for those who do not see the plot, and the figure; or ``None``
-where there is nothing to plot.
+Each function returns a title, an alternative text and the Matplotlib figure; or ``None`` if there
+is nothing to plot.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from matplotlib.figure import Figure
 from transfer.evaluation import metrics
 
 Plot: TypeAlias = tuple[str, str, Figure]
-# Okabe and Ito's colours, which can be told apart by (nearly) all.
+# Colour-blind safe palette of Okabe and Ito.
 _BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
-_MAX_NAMES = 40  # more cannot be read
+_MAX_NAMES = 40  # more names are not legible
 
 
 def learning_curves(history: dict[str, list[float]]) -> Plot | None:
-    """Loss and accuracy by epoch, in training and on held-out images."""
+    """Training and held-out loss and accuracy by epoch."""
     if len(history.get("epoch", [])) < 2:
         return None
     figure = Figure(figsize=(8, 3.4), layout="constrained")
@@ -43,7 +43,7 @@ def learning_curves(history: dict[str, list[float]]) -> Plot | None:
 
 
 def confusion(classes: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -> Plot:
-    """Rows are the labels, columns the predictions; shares of a row."""
+    """Confusion matrix: rows are labels, columns are predictions, colours are row fractions."""
     count = len(classes)
     counts = sklearn.metrics.confusion_matrix(labels, predictions, labels=np.arange(count))
     shares = counts / np.maximum(1, counts.sum(1, keepdims=True))
@@ -52,11 +52,11 @@ def confusion(classes: Sequence[str], predictions: np.ndarray, labels: np.ndarra
     figure = Figure(figsize=(size, size * 0.92), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=axes, label="share of the class", shrink=0.8)
+    figure.colorbar(image, ax=axes, label="fraction of the class", shrink=0.8)
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
     if named:
-        # A dollar in a name begins no formula.
+        # A dollar sign in a name does not start a formula.
         axes.set_xticks(range(count), classes, rotation=90, parse_math=False)
         axes.set_yticks(range(count), classes, parse_math=False)
     if count <= 15:
@@ -69,17 +69,18 @@ def confusion(classes: Sequence[str], predictions: np.ndarray, labels: np.ndarra
     text = f"{int(np.trace(counts))} of {int(counts.sum())} images are on the diagonal."
     if off.max():
         text += (
-            f" Most often confused: {int(off.max())} of {classes[row]} taken for {classes[column]}."
+            f" Most frequent confusion: {int(off.max())} images of {classes[row]} predicted as "
+            f"{classes[column]}."
         )
     return "Confusion matrix", text, figure
 
 
 def calibration(p: np.ndarray, labels: np.ndarray) -> Plot:
-    """Accuracy by confidence."""
+    """Calibration plot (reliability diagram): accuracy by confidence."""
     bins = metrics.calibration(p, labels)
     figure = Figure(figsize=(5, 4.4), layout="constrained")
     axes = figure.subplots()
-    axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="as sure as it is right")
+    axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfect calibration")
     axes.bar(
         [row["low"] for row in bins],
         [row["accuracy"] for row in bins],
@@ -88,7 +89,7 @@ def calibration(p: np.ndarray, labels: np.ndarray) -> Plot:
         color=_BLUE,
         alpha=0.35,
         edgecolor=_BLUE,
-        label="accuracy of these images",
+        label="accuracy in the bin",
     )
     sizes = [20 + 180 * row["count"] / len(labels) for row in bins]
     axes.scatter(
@@ -97,21 +98,21 @@ def calibration(p: np.ndarray, labels: np.ndarray) -> Plot:
         sizes,
         color=_ORANGE,
         zorder=3,
-        label="mean confidence; area: images",
+        label="mean confidence (area: number of images)",
     )
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
-    surest = bins[-1]
+    last = bins[-1]
     text = (
-        f"Of the {surest['count']} images of which it is surest, at {surest['confidence']:.3f} in "
-        f"the mean, {surest['accuracy']:.3f} are right."
+        f"Highest confidence bin: {last['count']} images, mean confidence "
+        f"{last['confidence']:.3f}, accuracy {last['accuracy']:.3f}."
     )
     return "Calibration", f"Accuracy by confidence. {text}", figure
 
 
 def classes(rows: Sequence[dict[str, Any]]) -> Plot:
-    """Precision and recall of each class; of many, those with the lowest F1."""
+    """Precision and recall per class; with many classes, those with the lowest F1."""
     chosen = sorted(rows, key=lambda row: row["f1"])[:_MAX_NAMES]
     figure = Figure(figsize=(7, 0.36 * len(chosen) + 1.4), layout="constrained")
     axes = figure.subplots()

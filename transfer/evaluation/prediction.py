@@ -1,4 +1,4 @@
-"""How good a classifier is: scikit-learn's metrics over every image, each counted once."""
+"""Logits, probabilities, and the metrics accuracy, top-5 accuracy and loss."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def predict(
     """Logits and labels of all batches, in their order.
 
     Args:
-        model: inputs to logits ``[batch, num_classes]``, e.g. a ``features.Compiled``.
+        model: maps inputs to logits ``[batch, num_classes]``, e.g. an ``extraction.Compiled``.
         batches: ``(inputs, labels)``.
 
     Returns:
@@ -50,7 +50,7 @@ def summarize(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
     num_examples, num_classes = logits.shape
     correct = int(accuracy_score(labels, logits.argmax(-1), normalize=False))
-    with np.errstate(invalid="ignore"):  # the loss says it where the logits are not finite
+    with np.errstate(invalid="ignore"):  # with non-finite logits, the loss shows it
         log_probabilities = log_softmax(logits.astype(np.float64), axis=-1)
     interval = binomtest(correct, num_examples).proportion_ci(0.95, method="wilson")
     return {

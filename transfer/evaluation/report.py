@@ -1,4 +1,4 @@
-"""``report.html``: what a run is and how good, on one page that needs nothing else."""
+"""Writes ``report.html``: metrics, plots and example images of a run, as a self-contained page."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ _HEADLINES = {
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What was evaluated, and the outcome.
+    """A classifier, the images it was evaluated on, and the results.
 
-    ``logits`` are float ``[num_examples, num_classes]``, ``labels`` int ``[num_examples]``, numbers
-    of logits. ``metrics`` is what ``evaluation.json`` holds.
+    ``logits`` are float ``[num_examples, num_classes]``, ``labels`` int ``[num_examples]``, indices
+    of logits. ``metrics`` is the content of ``evaluation.json``.
     """
 
     classifier: Classifier
@@ -60,10 +60,10 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What the page says of the run that trained the classifier.
+    """Information about the run that trained the classifier.
 
-    ``history`` are the metrics of each epoch by name, ``config`` the resolved options,
-    ``commands`` the command lines that repeat training and evaluation.
+    ``history`` maps the name of a metric to its value after each epoch, ``config`` are the resolved
+    options, ``commands`` the command lines that repeat training and evaluation.
     """
 
     name: str
@@ -77,7 +77,7 @@ class RunSummary:
 
 
 def write(folder: Path, evaluated: Evaluated, run: RunSummary) -> Path:
-    """Write ``plots/`` and ``report.html`` into a folder; returns the page."""
+    """Write ``plots/`` and ``report.html`` into a folder; returns the path of the page."""
     make_folder(folder / PLOTS)
     p = probabilities(evaluated.logits)
     class_names, metrics = evaluated.classifier.labels, evaluated.metrics
@@ -119,7 +119,7 @@ def write(folder: Path, evaluated: Evaluated, run: RunSummary) -> Path:
 
 
 def _headlines(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Name, value, interval."""
+    """Rows of title, value and interval."""
     flat = metrics | {"macro_f1": metrics["macro"]["f1"]}
     intervals = metrics["ci95"] | {"accuracy": metrics["accuracy_ci95"]}
     rows = []
@@ -138,13 +138,13 @@ def _most_confident_mistakes(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _least_certain(p: np.ndarray) -> np.ndarray:
-    """Those whose two most probable classes are nearest to each other."""
+    """Positions of the images with the smallest margin between the two most probable classes."""
     first_two = np.sort(p, axis=-1)[:, -2:]
     return np.argsort(first_two[:, 1] - first_two[:, 0], kind="stable")[:NUM_PICTURES]
 
 
 def _pictures(evaluated: Evaluated, p: np.ndarray, chosen: np.ndarray) -> list[dict[str, str]]:
-    """Each image as the network saw it, and with the part in red that the prediction came from."""
+    """Each image as resized for the network, and overlaid with its Grad-CAM heat map."""
     if not len(chosen):
         return []
     classifier = evaluated.classifier
@@ -156,10 +156,10 @@ def _pictures(evaluated: Evaluated, p: np.ndarray, chosen: np.ndarray) -> list[d
     pixels = np.stack([preprocess.resize(to_channels(decode(e["image"]), preprocess.channels))
                        for e in examples])  # fmt: skip
     heats = _heats(classifier, pixels, p[order].argmax(-1))
-    found = {}
+    pictures = {}
     for index, example, image, heat in zip(order, examples, pixels, heats, strict=True):
         label, prediction = labels[evaluated.labels[index]], labels[p[index].argmax()]
-        found[index] = {
+        pictures[index] = {
             "data": _jpeg(image.round().clip(0, 255).astype(np.uint8)),
             "heat": None if heat is None else _jpeg(overlay(image, heat)),
             "name": example["name"].numpy().decode(),
@@ -168,7 +168,7 @@ def _pictures(evaluated: Evaluated, p: np.ndarray, chosen: np.ndarray) -> list[d
             "probability": f"{p[index].max():.3f}",
             "alt": f"image of {label}, predicted {prediction}",
         }
-    return [found[index] for index in chosen]
+    return [pictures[index] for index in chosen]
 
 
 def _heats(
@@ -192,7 +192,7 @@ def _jpeg(pixels: np.ndarray) -> str:
 def _png(figure: Figure, path: Path) -> str:
     data = io.BytesIO()
     with warnings.catch_warnings():
-        # Matplotlib's own font has no signs of many scripts; the names are on the page as text.
+        # Matplotlib's font lacks glyphs of many scripts; the page has the names as text.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(data, format="png", dpi=120)
     write_bytes(path, data.getvalue())

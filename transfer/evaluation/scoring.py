@@ -25,28 +25,28 @@ def evaluate(
     """Evaluate a classifier on labelled images, each counted once.
 
     On the held-out images of a run, the metrics are those in its ``metrics.json``, and those that
-    ``vgg-transfer evaluate`` writes to ``evaluation.json``. They are equal to the last bit where
-    the cut and the batch size are those of the run.
+    ``vgg-transfer evaluate`` writes to ``evaluation.json``. They are bit-identical if the cut and
+    the batch size are those of the run.
 
     Args:
-        classifier: of ``fine_tune`` or ``Classifier.load``.
-        split: images with the classes of the classifier, in any order; of ``open_source``.
-        cut: the frozen part of the network, up to this tensor, and the rest are computed in two
-            steps, as in training; ``"none"`` computes in one step. It changes the last bits of the
-            logits only. Default: ``classifier.cut``, which ``fine_tune`` sets.
-        batch_size: images per step. Another one than in training changes the last bits of the
-            logits.
+        classifier: a classifier from ``fine_tune`` or ``Classifier.load``.
+        split: images with the classes of the classifier, in any order; from ``open_source``.
+        cut: compute the frozen part of the network, up to this tensor, and the rest in two steps,
+            as in training; ``"none"`` computes in one step. Affects the logits at float precision
+            only. Default: ``classifier.cut``, which ``fine_tune`` sets.
+        batch_size: images per step. A different size than in training changes the logits at float
+            precision.
         progress: wraps the batches, for a progress bar.
 
     Returns:
         ``accuracy`` and ``top5`` (0..1), ``loss`` (mean cross-entropy, nats), ``num_examples``,
-        ``accuracy_ci95`` (Wilson score interval), and ``dataset`` and ``splits``, which say what
-        was evaluated on; and the metrics by class and over all classes, with bootstrap intervals,
-        of ``transfer.evaluation.metrics.measure``. Values are what JSON can hold.
+        ``accuracy_ci95`` (Wilson score interval); ``dataset`` and ``splits``, the images used; and
+        the metrics per class and over all classes, with bootstrap intervals, of
+        ``transfer.evaluation.metrics.measure``. All values are JSON types.
 
     Raises:
-        ValueError: if the split is empty or has other classes, ``cut`` does not separate the input
-            from the tap, or the batch size is less than 1.
+        ValueError: if the split is empty or has different classes, ``cut`` does not separate the
+            input from the tap, or the batch size is less than 1.
         UnreadableImageError: if images cannot be decoded; ``split.readable`` leaves them out.
 
     Example:
@@ -73,7 +73,7 @@ def compute_logits(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits, float32 ``[num_examples, num_classes]``, and labels, int64 ``[num_examples]``, as
-    numbers of logits. See ``evaluate``."""
+    indices of logits. See ``evaluate``."""
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, got {batch_size}")
     if not len(split):
@@ -82,7 +82,7 @@ def compute_logits(
     frozen, trained = classifier.split(classifier.cut if cut is None else cut)
     batches: Iterable[Any] = progress(split.batches(classifier.preprocess, batch_size))
     if frozen is not None:
-        # In two steps, as in training, so that not a bit is different.
+        # In two steps, as in training, for bit-identical results.
         batches = stream(Compiled(frozen), batches)
     logits, labels = predict(Compiled(trained), batches)
     return logits, to_logit[labels]
@@ -91,7 +91,7 @@ def compute_logits(
 def measure(
     classifier: Classifier, split: Split, logits: np.ndarray, labels: np.ndarray
 ) -> dict[str, Any]:
-    """What ``evaluate`` returns, of logits and labels of ``compute_logits``."""
+    """The result of ``evaluate``, from the logits and labels of ``compute_logits``."""
     return (
         {"dataset": split.source.name, "splits": [name for name, _ in split.parts]}
         | metrics.measure(logits, labels, classifier.labels)
@@ -100,7 +100,7 @@ def measure(
 
 
 def _class_order(source: Source, labels: list[str]) -> np.ndarray:
-    """The number of the logit for each class number of the dataset."""
+    """Index of the logit for each class index of the dataset."""
     missing = sorted(set(labels) - set(source.class_names))
     extra = sorted(set(source.class_names) - set(labels))
     if missing or extra:

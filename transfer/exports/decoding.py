@@ -1,5 +1,5 @@
-"""Decoding in an exported graph, which has TensorFlow's operations only: the same pixels as
-``images.decode`` gives, or an error."""
+"""Image decoding in an exported graph, with TensorFlow operations only: the same pixels as
+``images.decode``, or an error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _AS_IT_IS, _TEXT, _PACKED_TEXT, _INTERNATIONAL_TEXT = range(4)
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
-    """Decode a JPEG, PNG, GIF or BMP, and a WebP where TensorFlow does so.
+    """Decode a JPEG, PNG, GIF or BMP, and a WebP if TensorFlow can decode it.
 
     Args:
         encoded: string ``[]``, the bytes of the file.
@@ -34,8 +34,8 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
         uint8 RGB ``[height, width, 3]``; see ``images.decode``.
 
     Raises:
-        tf.errors.InvalidArgumentError: when run, if it is of another kind, a BMP that is packed
-            or has colours in another order, or damaged.
+        tf.errors.InvalidArgumentError: at run time, if the format is unknown, a BMP is compressed
+            or has another colour order, or the file is damaged.
     """
     with tf.control_dependencies([_check_bmp(encoded)]):
         image = decode_as_stored(tf.identity(encoded))
@@ -44,7 +44,7 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _check_bmp(encoded: tf.Tensor) -> tf.Operation:
-    """TensorFlow would take any BMP for a plain one."""
+    """Refuse BMPs that TensorFlow would decode wrongly, because it assumes a plain one."""
     is_bmp = tf.equal(tf.strings.substr(encoded, 0, 2), b"BM")
     head = tf.strings.substr(encoded, 0, 34)
 
@@ -59,15 +59,15 @@ def _check_bmp(encoded: tf.Tensor) -> tf.Operation:
 
 
 def orientation(encoded: tf.Tensor) -> tf.Tensor:
-    """The orientation of a JPEG, PNG or WebP file by its metadata; see
+    """The orientation of a JPEG, PNG or WebP file from its EXIF or XMP metadata; see
     ``transfer.images.orientation``.
 
     Args:
         encoded: string ``[]``, the bytes of the file.
 
     Returns:
-        int32 ``[]``, 1 to 8; 1 is upright, and also what a file of another kind has, or one that
-        does not say.
+        int32 ``[]``, 1 to 8; 1 is upright, and the default for other formats and files without an
+        orientation.
     """
     is_jpeg = tf.equal(tf.strings.substr(encoded, 0, 2), b"\xff\xd8")
     exif, xmp = tf.cond(is_jpeg, lambda: _in_segments(encoded), lambda: _in_chunks(encoded))
@@ -78,23 +78,23 @@ def orientation(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def _in_segments(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """EXIF, int32 ``[length]``, and XMP, string ``[]``, of a JPEG."""
+    """EXIF data, int32 ``[length]``, and XMP data, string ``[]``, of a JPEG."""
     size = tf.strings.length(encoded)
 
     def step(position: tf.Tensor, exif: tf.Tensor, xmp: tf.Tensor) -> tuple[tf.Tensor, ...]:
         text = tf.strings.substr(encoded, position, 4 + len(XMP))
         marker, length = _big(text, 0, tf.uint16), _big(text, 2, tf.uint16)
 
-        def found(key: bytes) -> tuple[tf.Tensor, tf.Tensor]:
+        def segment(key: bytes) -> tuple[tf.Tensor, tf.Tensor]:
             is_it = tf.equal(tf.strings.substr(text, 4, len(key)), key)
             span = tf.stack([position + 4 + len(key), length - 2 - len(key), _AS_IT_IS])
             return is_it & tf.equal(marker, 0xFFE1), span
 
-        is_exif, span = found(EXIF)
+        is_exif, span = segment(EXIF)
         exif = tf.where(is_exif & (exif[1] == 0), span, exif)
-        xmp = tf.where(*found(XMP), xmp)
-        # 0xFFFF is a byte of filling; restarts and the start of the image have no length; a scan
-        # ends the metadata.
+        xmp = tf.where(*segment(XMP), xmp)
+        # 0xFFFF is a fill byte; restart markers and the start of the image have no length; the
+        # start of a scan ends the metadata.
         is_alone = (marker >= 0xFFD0) & (marker <= 0xFFD8)
         after = tf.where(marker == 0xFFFF, 1, tf.where(is_alone, 2, 2 + length))
         is_end = (marker <= 0xFF00) | (marker == 0xFFDA) | (marker == 0xFFD9)
@@ -105,7 +105,7 @@ def _in_segments(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def _in_chunks(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The same of a PNG or WebP; empty in all other files."""
+    """EXIF and XMP data of a PNG or WebP; empty for all other files."""
     size = tf.strings.length(encoded)
     is_png = tf.equal(tf.strings.substr(encoded, 0, 4), b"\x89PNG")
     is_webp = tf.equal(tf.strings.substr(encoded, 0, 4), b"RIFF")
@@ -119,7 +119,7 @@ def _in_chunks(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         kind = tf.strings.substr(text, tf.where(is_png, 4, 0), 4)
         is_of_kind = tf.equal(kind, [b"tEXt", b"zTXt", b"iTXt"])
         how = tf.reduce_sum(tf.where(is_of_kind, [_TEXT, _PACKED_TEXT, _INTERNATIONAL_TEXT], 0))
-        found = tf.stack([position + 8, length, how])
+        span = tf.stack([position + 8, length, how])
 
         def is_text(keyword: bytes) -> tf.Tensor:
             start = tf.strings.substr(text, 8, len(keyword) + 1)
@@ -127,9 +127,9 @@ def _in_chunks(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
         has_chunk = (exif[1] > 0) & (exif[2] == _AS_IT_IS)
         is_exif = tf.equal(kind, tf.where(is_png, b"eXIf", b"EXIF")) & (is_png | ~has_chunk)
-        exif = tf.where(is_exif | (is_text(PNG_EXIF) & ~has_chunk), found, exif)
+        exif = tf.where(is_exif | (is_text(PNG_EXIF) & ~has_chunk), span, exif)
         is_xmp = tf.equal(kind, b"XMP ") & (xmp[1] == 0)
-        xmp = tf.where(is_xmp | is_text(PNG_XMP), found, xmp)
+        xmp = tf.where(is_xmp | is_text(PNG_XMP), span, xmp)
         after = position + tf.where(is_png, 12 + length, 8 + length + length % 2)
         return tf.where(tf.equal(kind, b"IEND"), size, after), exif, xmp
 
@@ -151,8 +151,8 @@ def _in_chunks(encoded: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 def _walk(
     step: Callable[..., tuple[tf.Tensor, ...]], start: tf.Tensor, last: tf.Tensor
 ) -> tuple[Any, ...]:
-    """From one position to the next, while they are at most ``last``: where EXIF and XMP are, each
-    position, number of bytes, and how they are written, int32 ``[3]``."""
+    """Walk over segments or chunks while their position is at most ``last``. Returns the locations
+    of EXIF and XMP, int32 ``[3]`` each: position, number of bytes, and encoding."""
     nothing = tf.zeros([3], tf.int32)
     _, exif, xmp = tf.while_loop(
         lambda position, *_: position <= last, step, (start, nothing, nothing)
@@ -160,14 +160,15 @@ def _walk(
     return exif, xmp
 
 
-def _cut(encoded: tf.Tensor, found: tf.Tensor) -> tf.Tensor:
-    return tf.strings.substr(encoded, found[0], tf.maximum(found[1], 0))
+def _cut(encoded: tf.Tensor, span: tf.Tensor) -> tf.Tensor:
+    """The bytes of a span (position, number of bytes, encoding)."""
+    return tf.strings.substr(encoded, span[0], tf.maximum(span[1], 0))
 
 
 def _number(
     text: tf.Tensor, position: int, dtype: tf.DType, little_endian: bool = True
 ) -> tf.Tensor:
-    """int32 ``[]``."""
+    """The integer at a position, int32 ``[]``."""
     digits = tf.strings.substr(text, position, dtype.size)
     return tf.cast(tf.io.decode_raw(digits, dtype, little_endian=little_endian)[0], tf.int32)
 
@@ -177,27 +178,27 @@ def _big(text: tf.Tensor, position: int, dtype: tf.DType) -> tf.Tensor:
 
 
 def _bytes(text: tf.Tensor) -> tf.Tensor:
-    """int32 ``[length]``."""
+    """The bytes of a string, int32 ``[length]``."""
     return tf.cast(tf.io.decode_raw(text, tf.uint8), tf.int32)
 
 
-def _text(encoded: tf.Tensor, found: tf.Tensor) -> tf.Tensor:
-    """What a text chunk of a PNG says. Its fields end with a zero: PNG specification, 11.3.4."""
-    chunk, how = _cut(encoded, found), found[2]
+def _text(encoded: tf.Tensor, span: tf.Tensor) -> tf.Tensor:
+    """The text of a PNG text chunk; fields end with a null byte (PNG specification, 11.3.4)."""
+    chunk, how = _cut(encoded, span), span[2]
     ends = tf.where(tf.equal(_bytes(chunk), 0))[:, 0]
-    ends = tf.pad(tf.cast(ends, tf.int32), [[0, 5]], constant_values=found[1])
-    # Keyword, 0, text. Or keyword, 0, 0, packed text. Or keyword, 0, whether it is packed, 0,
-    # language, 0, keyword in it, 0, text.
-    is_flag = tf.equal(tf.strings.substr(chunk, tf.minimum(ends[0] + 1, found[1]), 1), b"\1")
+    ends = tf.pad(tf.cast(ends, tf.int32), [[0, 5]], constant_values=span[1])
+    # tEXt: keyword, 0, text. zTXt: keyword, 0, 0, compressed text. iTXt: keyword, 0, compression
+    # flag, 0, language, 0, translated keyword, 0, text.
+    is_flag = tf.equal(tf.strings.substr(chunk, tf.minimum(ends[0] + 1, span[1]), 1), b"\1")
     is_packed = (how == _PACKED_TEXT) | ((how == _INTERNATIONAL_TEXT) & is_flag)
     number = tf.where(how == _INTERNATIONAL_TEXT, tf.where(is_flag, 4, 5), how)
-    text = tf.strings.substr(chunk, tf.minimum(ends[number - 1] + 1, found[1]), found[1])
+    text = tf.strings.substr(chunk, tf.minimum(ends[number - 1] + 1, span[1]), span[1])
     is_packed &= tf.strings.length(text) <= MAX_PACKED
     return tf.cond(is_packed, lambda: tf.io.decode_compressed(text, "ZLIB"), lambda: text)
 
 
 def _of_profile(text: tf.Tensor) -> tf.Tensor:
-    """The bytes that ImageMagick writes as hexadecimal digits, from the fourth line on."""
+    """Bytes that ImageMagick wrote as hexadecimal digits, starting at the fourth line."""
     digits = _bytes(tf.strings.reduce_join(tf.strings.split(text, b"\n")[3:]))
     digits = tf.boolean_mask(digits, digits > ord(" "))
     values = tf.where(digits > ord("9"), digits % 32 + 9, digits - ord("0"))
@@ -206,15 +207,15 @@ def _of_profile(text: tf.Tensor) -> tf.Tensor:
 
 
 def _of_xmp(xmp: tf.Tensor) -> tf.Tensor:
-    """-1 where it does not say."""
+    """Orientation in XMP data; -1 if there is none."""
     digit = tf.strings.regex_replace(xmp, _XMP_ORIENTATION, r"\1", replace_global=False)
     is_digit = tf.strings.regex_full_match(digit, "[0-9]")
     return tf.strings.to_number(tf.where(is_digit, digit, b"-1"), tf.int32)
 
 
 def _of_exif(data: tf.Tensor) -> tf.Tensor:
-    """-1 where it does not say. It is laid out as a TIFF file; some write the mark of a JPEG's
-    segment before it once more."""
+    """Orientation in EXIF data, which has the layout of a TIFF file; -1 if there is none. Some
+    programs repeat the EXIF marker of a JPEG segment before it."""
     mark = tf.constant([*EXIF])
     has_mark = tf.cond(
         tf.size(data) > 6, lambda: tf.reduce_all(data[:6] == mark), lambda: tf.constant(False)
@@ -225,8 +226,8 @@ def _of_exif(data: tf.Tensor) -> tf.Tensor:
     is_little_endian = data[0] == ord("I")
 
     def number(position: tf.Tensor, num_bytes: int) -> tf.Tensor:
-        """The number at a position, or those at several; -1 where it is negative or beyond the
-        end."""
+        """The integer at a position, or those at several; -1 if the position is negative or beyond
+        the end."""
         places = position[..., None] + tf.range(num_bytes)
         digits = tf.gather(data, tf.clip_by_value(places, 0, size + 15))
         digits = tf.where(is_little_endian, digits, digits[..., ::-1])

@@ -1,4 +1,4 @@
-"""A ``.keras`` file: for Python programs that have this package."""
+"""Export to the ``.keras`` format, for Python programs with this package installed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transfer.layers.classifier import Classifier
 
 
 def save(classifier: Classifier, path: Path) -> None:
-    """Write a classifier as a Keras model: images in 0..255 of any size to logits.
+    """Write a classifier as a Keras model that maps images in 0..255 of any size to logits.
 
     ``keras.models.load_model`` reads it in a program that has imported ``transfer``.
     """
@@ -22,7 +22,7 @@ def save(classifier: Classifier, path: Path) -> None:
 
 
 def load(path: Path) -> Callable[[list[bytes]], np.ndarray]:
-    """Encoded image files to probabilities, by the model that Keras loads."""
+    """A function that maps encoded image files to probabilities with the loaded Keras model."""
     classifier = keras.models.load_model(path)
     predict = tf.function(classifier.probabilities_of_resized, autograph=False)
 

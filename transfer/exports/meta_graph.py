@@ -1,4 +1,4 @@
-"""Meta graphs: of a fine-tuned model, and of one that prepares its images itself."""
+"""Meta graphs of fine-tuned models, without and with preprocessing in the graph."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ tf1 = tf.compat.v1
 def save_classifier(classifier: Classifier, prefix: str | Path, card: Card, **options: Any) -> None:
     """Write a classifier as meta graph, checkpoint, card and ``labels.txt``.
 
-    The graph has the names of the pretrained one up to the tap, then ``head/logits:0`` and
-    ``head/probabilities:0``. It takes preprocessed images and has no dropout. Variables are
-    reference variables, which programs of all TensorFlow versions restore.
+    The graph keeps the tensor names of the pretrained graph up to the tap, followed by
+    ``head/logits:0`` and ``head/probabilities:0``. It takes preprocessed images and has no dropout.
+    Variables are reference variables, which all TensorFlow versions can restore.
 
     Args:
-        classifier: with a ``Head``, and a backbone made from a meta graph.
-        prefix: path without ``.meta``.
-        card: what to say about it; inputs, outputs and preprocessing are filled in.
-        **options: steps and what is kept of them; see ``save_meta_graph``.
+        classifier: a classifier with a ``Head`` and a backbone made from a meta graph.
+        prefix: checkpoint prefix, the path without ``.meta``.
+        card: description of the model; inputs, outputs and preprocessing are filled in.
+        **options: step and retention of checkpoints; see ``save_meta_graph``.
 
     Raises:
-        TypeError: if the classifier's head is no ``Head``.
+        TypeError: if the classifier's head is not a ``Head``.
     """
     if not isinstance(classifier.head, Head):
         raise TypeError(
@@ -64,11 +64,11 @@ def save_classifier(classifier: Classifier, prefix: str | Path, card: Card, **op
 
 
 def check_savable(classifier: Classifier) -> None:
-    """Whether ``save_classifier`` can write a classifier and ``Classifier.load`` read it: all but
-    the files is done.
+    """Check that ``save_classifier`` can write a classifier and ``Classifier.load`` can read it, by
+    building the graph without writing files.
 
     Raises:
-        ValueError: if not; says why.
+        ValueError: if not, with the reason.
     """
     try:
         graph, tensors, _ = _to_graph(classifier)
@@ -83,21 +83,21 @@ def check_savable(classifier: Classifier) -> None:
 def save_with_preprocessing(model: Classifier | str | Path, prefix: str | Path) -> Card:
     """Write a classifier as a meta graph with preprocessing in the graph.
 
-    The graph takes ``pixels:0``, float32 ``[batch, height, width, channels]`` in 0..255, of any
-    size, and gives ``probabilities:0``, float32 ``[batch, num_classes]``. ``labels.txt`` lies
-    beside it.
+    The graph maps ``pixels:0``, float32 ``[batch, height, width, channels]`` in 0..255, of any
+    size, to ``probabilities:0``, float32 ``[batch, num_classes]``. ``labels.txt`` is written to the
+    same folder.
 
     Args:
-        model: a classifier that ``save_classifier`` can write, or that was loaded from what it
-            wrote; or the path of that.
-        prefix: path without ``.meta``.
+        model: a classifier that ``save_classifier`` can write, or that was loaded from one of its
+            files; or the path of such files.
+        prefix: checkpoint prefix, the path without ``.meta``.
 
     Returns:
-        Its card.
+        The card of the written model.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no such model.
-        TypeError: if it is a classifier of another kind.
+        FileNotFoundError, ValueError: if the model does not exist.
+        TypeError: if it is another kind of classifier.
     """
     classifier = model if isinstance(model, Classifier) else Classifier.load(model)
     if isinstance(classifier.head, Head):
@@ -130,10 +130,10 @@ def save_with_preprocessing(model: Classifier | str | Path, prefix: str | Path) 
 
 
 def _whole(classifier: Classifier) -> GraphLayer:
-    """The network of a classifier whose backbone and head are parts of one graph.
+    """Join the backbone and head of a classifier that are parts of one graph.
 
     Raises:
-        TypeError: if they are not.
+        TypeError: if they are not parts of one graph.
     """
     first, second = classifier.backbone, classifier.head
     is_cut = isinstance(first, GraphLayer) and isinstance(second, GraphLayer)
@@ -145,7 +145,7 @@ def _whole(classifier: Classifier) -> GraphLayer:
     graph_def = GraphDef()
     graph_def.CopyFrom(first.network.graph_def)
     names = {node.name for node in graph_def.node}
-    # Constants may be in both parts.
+    # Both parts may contain the same constants.
     graph_def.node.extend(n for n in second.network.graph_def.node if n.name not in names)
     layers = {
         name: (known, variable)
@@ -165,7 +165,7 @@ def _whole(classifier: Classifier) -> GraphLayer:
 
 
 def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[str, Any]]:
-    """The classifier as a TF1 graph; names of its tensors; values of its variables."""
+    """The classifier as a TF1 graph, with the names of its tensors and values of its variables."""
     backbone, head = classifier.backbone, classifier.head
     graph = tf.Graph()
     with graph.as_default():
@@ -196,12 +196,12 @@ def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[st
 def _import_backbone(
     backbone: GraphLayer, preprocess: Preprocess, *, from_pixels: bool = False
 ) -> str:
-    """Bring a backbone into the default graph, under its own names; returns the input's.
+    """Import a backbone into the default graph with its original names; returns the input tensor.
 
-    With ``from_pixels`` it takes images as they are, ``pixels:0``, and preprocesses them.
+    With ``from_pixels`` the input is ``pixels:0``, raw images, which are preprocessed in the graph.
 
-    In one import with its variables: names such as ``fc7`` beside ``fc7/weights`` are kept only
-    where neither is in the graph before the other.
+    The graph and its variables are imported at once: names such as ``fc7`` and ``fc7/weights`` are
+    both kept only if neither is in the graph before the other.
     """
     network = backbone.network
     operation, index = split_tensor_name(network.input)
@@ -221,7 +221,7 @@ def _import_backbone(
                 name=operation if index == 0 else "images",
             )
         values = {network.input: images.name}
-        if is_seeded(network.graph_def):  # kept dropout: another seed in each run of a session
+        if is_seeded(network.graph_def):  # kept dropout: a new seed in each session.run call
             seed = tf1.random.uniform([2], maxval=2**31 - 1, dtype=tf.int32, name="dropout_seed")
             values[SEED] = seed.name
         for name, variable in zip(backbone.variable_names, backbone.graph_variables, strict=True):

@@ -1,4 +1,4 @@
-"""ONNX: for onnxruntime, and whatever else reads it. Needs the extra ``vgg-transfer[onnx]``."""
+"""Export to ONNX, for onnxruntime and other runtimes. Needs the extra ``vgg-transfer[onnx]``."""
 
 from __future__ import annotations
 
@@ -14,8 +14,11 @@ OPSET = 18
 
 
 def check_installed() -> None:
-    """Raises:
-    ImportError: says how to install what is missing."""
+    """Check that the ONNX packages are installed.
+
+    Raises:
+        ImportError: if not; says how to install them.
+    """
     try:
         import onnxruntime
         import tf2onnx
@@ -30,12 +33,12 @@ def check_installed() -> None:
 def save(classifier: Classifier, path: Path) -> None:
     """Write a classifier as an ONNX model.
 
-    It takes ``pixels``, float32 ``[batch, height, width, channels]`` in 0..255, and gives
+    It maps ``pixels``, float32 ``[batch, height, width, channels]`` in 0..255, to
     ``probabilities``, float32 ``[batch, num_classes]``.
 
     Raises:
         ImportError: see ``check_installed``.
-        ValueError: if ONNX has no such operation.
+        ValueError: if an operation of the network cannot be converted.
     """
     check_installed()
     import tf2onnx
@@ -49,13 +52,14 @@ def save(classifier: Classifier, path: Path) -> None:
 
     try:
         tf2onnx.convert.from_function(run, run.input_signature, opset=OPSET, output_path=str(path))
-    except Exception as error:  # tf2onnx has no type of its own for it
+    except Exception as error:  # tf2onnx has no specific exception type
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"tf2onnx cannot convert this network: {reason}") from error
 
 
 def load(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Resized pixels, float32 ``[batch, size, size, channels]``, to probabilities."""
+    """A function that maps resized pixels, float32 ``[batch, size, size, channels]``, to
+    probabilities."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

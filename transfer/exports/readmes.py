@@ -1,4 +1,4 @@
-"""The README beside each export: what it takes and gives, and how to call it."""
+"""The README of each export: inputs, outputs, and example code."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from transfer.layers.classifier import Classifier
 
 _META_GRAPH = """\
-# {name}: a meta graph that takes images as they are
+# {name}: a meta graph with preprocessing in the graph
 
-`pixels:0` takes float32 `[{batch}, height, width, {channels}]`, 0 to 255, of any size;
-`probabilities:0` gives float32 `[batch, {num_classes}]`, in the order of `labels.txt`.
+Input `pixels:0`: float32 `[{batch}, height, width, {channels}]`, 0 to 255, of any size. Output
+`probabilities:0`: float32 `[batch, {num_classes}]`, in the order of `labels.txt`.
 
 ```python
 import numpy as np
@@ -33,11 +33,11 @@ _SAVED_MODEL = """\
 # {name}: a SavedModel
 
 * `serving_default` takes `image_bytes`, string `[batch]`: JPEG, PNG, GIF or BMP files,
-  turned as their metadata say, and WebP where TensorFlow decodes it; others are refused: decode
-  them and use `pixels`;
+  oriented by their metadata (EXIF, XMP), and WebP if TensorFlow can decode it; other formats are
+  refused: decode them and use `pixels`;
 * `pixels` takes `pixels`, uint8 `[batch, height, width, 3]`: RGB, of any size;
-* both give `probabilities`, float32 `[batch, {num_classes}]`, and `label`, string `[batch]`;
-* `labels` takes nothing and gives `labels`, string `[{num_classes}]`, in the order of the
+* both return `probabilities`, float32 `[batch, {num_classes}]`, and `label`, string `[batch]`;
+* `labels` has no inputs and returns `labels`, string `[{num_classes}]`, in the order of the
   probabilities.
 
 In Python:
@@ -47,11 +47,11 @@ import tensorflow as tf
 
 model = tf.saved_model.load("1")
 files = tf.constant([open("photo.jpg", "rb").read()])
-found = model.signatures["serving_default"](image_bytes=files)
-print(found["label"][0].numpy().decode(), found["probabilities"][0].numpy().max())
+outputs = model.signatures["serving_default"](image_bytes=files)
+print(outputs["label"][0].numpy().decode(), outputs["probabilities"][0].numpy().max())
 ```
 
-With TensorFlow Serving; `1` is the version, and this folder holds the versions:
+With TensorFlow Serving; `1` is the version number, and this folder contains the versions:
 
 ```
 docker run -p 8501:8501 -v "$PWD:/models/it" -e MODEL_NAME=it tensorflow/serving
@@ -80,10 +80,11 @@ def prepare(path):
 _TFLITE = """\
 # {name}: TFLite
 
-Three files that take and give the same: float32 `[batch, {height}, {width}, {channels}]` in 0 to
-255, resized until they cover {height}x{width} pixels and cut to the middle, and float32
-`[batch, {num_classes}]` probabilities in the order of `labels.txt`. `float16` has half the size,
-`int8` a quarter and computes in integers.
+Up to three files with the same inputs and outputs. Input: images, float32
+`[batch, {height}, {width}, {channels}]` in 0 to 255, resized to cover {height}x{width} pixels and
+center-cropped. Output: probabilities, float32 `[batch, {num_classes}]`, in the order of
+`labels.txt`. `float16` has half the size of `float32`; `int8` has a quarter and computes in
+integers.
 
 ```python
 from ai_edge_litert.interpreter import Interpreter
@@ -102,8 +103,8 @@ print(labels[probabilities.argmax()], probabilities.max())
 _ONNX = """\
 # {name}: ONNX
 
-`pixels` takes float32 `[batch, {height}, {width}, {channels}]` in 0 to 255, resized until they
-cover {height}x{width} pixels and cut to the middle; `probabilities` gives float32
+Input `pixels`: float32 `[batch, {height}, {width}, {channels}]` in 0 to 255, resized to cover
+{height}x{width} pixels and center-cropped. Output `probabilities`: float32
 `[batch, {num_classes}]`, in the order of `labels.txt`.
 
 ```python
@@ -120,9 +121,9 @@ print(labels[probabilities.argmax()], probabilities.max())
 _KERAS = """\
 # {name}: a Keras model
 
-It takes images of any size, float32 `[batch, height, width, {channels}]` in 0 to 255, and gives
-logits, float32 `[batch, {num_classes}]`, in the order of `labels.txt`. `import transfer` (the
-package `vgg-transfer`) tells Keras its layers.
+It maps images of any size, float32 `[batch, height, width, {channels}]` in 0 to 255, to logits,
+float32 `[batch, {num_classes}]`, in the order of `labels.txt`. `import transfer` (the package
+`vgg-transfer`) registers its layers with Keras.
 
 ```python
 import keras
@@ -159,11 +160,11 @@ def text(
     """The README of an export.
 
     Args:
-        name: of the format.
-        title: of the model.
-        classifier: what was exported.
-        metrics: kind of file to what came out when it was compared with the classifier.
-        images: what they were compared on.
+        name: name of the format.
+        title: title of the model.
+        classifier: the exported classifier.
+        metrics: maps each file kind to the result of its comparison with the classifier.
+        images: description of the images of the comparison.
     """
     preprocess = classifier.preprocess
     words: dict[str, Any] = {
@@ -178,9 +179,9 @@ def text(
     }
     words["prepare"] = _PREPARE.format(**words).strip()
     rows = "".join(
-        f"| {kind} | {found['megabytes']:.1f} | {found['max_difference']:.1g} "
-        f"| {found['same_label']:.1%} |\n"
-        for kind, found in metrics.items()
+        f"| {kind} | {row['megabytes']:.1f} | {row['max_difference']:.1g} "
+        f"| {row['same_label']:.1%} |\n"
+        for kind, row in metrics.items()
     )
     template = _TEMPLATES[name]
     if words["repeats"] == 1:
@@ -188,6 +189,6 @@ def text(
     return (
         template.format(**words)
         + f"\nCompared with the model it was made from, on {images}:\n\n"
-        + "| | MB | largest difference of a probability | same labels |\n|---|---|---|---|\n"
+        + "| | MB | largest difference of a probability | equal labels |\n|---|---|---|---|\n"
         + rows
     )

@@ -1,4 +1,4 @@
-"""SavedModel: for TensorFlow Serving, and for any program with TensorFlow."""
+"""Export to SavedModel, for TensorFlow Serving and any program with TensorFlow."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def save(classifier: Classifier, folder: Path) -> None:
 
     ========================  ==========================================================
     ``serving_default``       ``image_bytes``: string ``[batch]``, JPEG, PNG, GIF or BMP
-                              files, and WebP where TensorFlow decodes it; turned as
-                              their metadata say
+                              files, and WebP if TensorFlow can decode it; oriented
+                              by their metadata (EXIF, XMP)
     ``pixels``                ``pixels``: uint8 ``[batch, height, width, 3]``
-    ``labels``                nothing in; ``labels``: string ``[num_classes]``
+    ``labels``                no inputs; ``labels``: string ``[num_classes]``
     ========================  ==========================================================
 
-    The first two give ``probabilities``, float32 ``[batch, num_classes]``, and ``label``, string
-    ``[batch]``, that of the most probable class.
+    The first two return ``probabilities``, float32 ``[batch, num_classes]``, and ``label``, string
+    ``[batch]``, the most probable class.
     """
     module = _Servable(classifier)
     signatures = {
@@ -37,7 +37,7 @@ def save(classifier: Classifier, folder: Path) -> None:
 
 
 def load(folder: Path) -> Callable[[list[bytes]], np.ndarray]:
-    """Encoded image files to probabilities, as a program would that has nothing but TensorFlow."""
+    """A function that maps encoded image files to probabilities, using TensorFlow only."""
     signature = tf.saved_model.load(str(folder)).signatures["serving_default"]
 
     def run(files: list[bytes]) -> np.ndarray:

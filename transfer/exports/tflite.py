@@ -1,4 +1,4 @@
-"""TFLite: for phones and small computers, through the interpreter that is now called LiteRT."""
+"""Export to TFLite (LiteRT), for phones and embedded devices."""
 
 from __future__ import annotations
 
@@ -20,20 +20,21 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "float16", "int8")
 def convert(
     classifier: Classifier, precision: Precision, examples: Iterable[np.ndarray] = ()
 ) -> bytes:
-    """A classifier as a TFLite model.
+    """Convert a classifier to a TFLite model.
 
-    It takes float32 ``[batch, size, size, channels]`` in 0..255 and gives float32 probabilities
-    ``[batch, num_classes]``, whatever the precision within.
+    It maps float32 ``[batch, size, size, channels]`` in 0..255 to float32 probabilities ``[batch,
+    num_classes]``, for any internal precision.
 
     Args:
-        classifier: what to convert.
-        precision: float16 halves the weights; int8 quarters them, and computes in integers.
-        examples: for int8, images such as it will see, ``[1, size, size, channels]`` each: their
-            activations say which range the integers cover. A hundred are enough.
+        classifier: the classifier to convert.
+        precision: float16 halves the size of the weights; int8 quarters it, and computes in
+            integers.
+        examples: for int8, representative images, ``[1, size, size, channels]`` each: calibrate the
+            quantization range of the activations. A hundred are enough.
 
     Raises:
-        ValueError: if the precision is unknown, there are no examples where they are needed, or
-            TFLite has no kernel for an operation of the network.
+        ValueError: if the precision is unknown, int8 has no examples, or TFLite has no kernel for
+            an operation of the network.
     """
     if precision not in PRECISIONS:
         raise ValueError(
@@ -43,7 +44,7 @@ def convert(
     shape = [None, *preprocess.shape]
     function = tf.function(classifier.probabilities_of_resized, autograph=False)
     concrete = function.get_concrete_function(tf.TensorSpec(shape, tf.float32, "pixels"))
-    # The converter would take the weights, which reach the graph as arguments, for variables.
+    # Otherwise the converter would treat the weights, which are function arguments, as variables.
     frozen = with_constants(concrete)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([frozen], classifier)
     if precision != "float32":
@@ -58,21 +59,22 @@ def convert(
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     try:
         return converter.convert()
-    except Exception as error:  # TFLite has no type of its own for it
+    except Exception as error:  # TFLite has no specific exception type
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"TFLite cannot convert this network: {reason}") from error
 
 
 def load(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Resized pixels, float32 ``[batch, size, size, channels]``, to probabilities."""
+    """A function that maps resized pixels, float32 ``[batch, size, size, channels]``, to
+    probabilities."""
     interpreter = Interpreter(model_path=str(path))
-    (given,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
+    (input_,), (output,) = interpreter.get_input_details(), interpreter.get_output_details()
 
     def run(pixels: np.ndarray) -> np.ndarray:
-        interpreter.resize_tensor_input(given["index"], pixels.shape)
+        interpreter.resize_tensor_input(input_["index"], pixels.shape)
         interpreter.allocate_tensors()
-        interpreter.set_tensor(given["index"], pixels)
+        interpreter.set_tensor(input_["index"], pixels)
         interpreter.invoke()
-        return interpreter.get_tensor(result["index"])
+        return interpreter.get_tensor(output["index"])
 
     return run

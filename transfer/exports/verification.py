@@ -1,4 +1,4 @@
-"""Whether an export gives what the classifier gives: the same images through both."""
+"""Verification of exports: compares the predictions of an export with those of the classifier."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from transfer.layers.classifier import Classifier
 from transfer.runs import run_data
 
 NUM_SYNTHETIC = 8
-# Largest difference of a probability.
+# Maximum absolute difference of a probability.
 _TOLERANCES = {"tflite float16": 0.02, "tflite int8": 0.3}
 _TOLERANCE = 1e-4
-# Labels must be the same where the two most probable classes are so far apart.
+# Minimum fraction of equal labels, among images whose two most probable classes are _CLEAR apart.
 _CLEAR = 0.1
 _SAME_LABELS = 0.9
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images to compare on: ``files`` that TensorFlow decodes, and their ``pixels``, float32
-    ``[num_images, height, width, channels]`` in 0..255, resized for the classifier. ``source`` says
-    in words where they are from."""
+    """Images for the comparison: ``files`` that TensorFlow can decode, and their ``pixels``,
+    float32 ``[num_images, height, width, channels]`` in 0..255, resized for the classifier.
+    ``source`` is a description of the images."""
 
     files: list[bytes]
     pixels: np.ndarray
@@ -36,13 +36,13 @@ class Samples:
 
 
 def samples_of(classifier: Classifier, files: list[bytes], source: str) -> Samples:
-    """Samples from encoded image files of any kind that is read here."""
+    """Samples from encoded image files of any supported format."""
     files = list(map(_for_tensorflow, files))
     return Samples(files, np.stack([resized(classifier, file) for file in files]), source)
 
 
 def synthetic(classifier: Classifier) -> Samples:
-    """A few random textures of the classifier's size, from coarse to fine; the same each time."""
+    """A few fixed random textures of the classifier's image size, from coarse to fine."""
     preprocess = classifier.preprocess
     generator = np.random.default_rng(0)
     files = []
@@ -56,37 +56,37 @@ def synthetic(classifier: Classifier) -> Samples:
 
 
 def files_of(split: Split, count: int) -> list[bytes]:
-    """The encoded files of a number of images, evenly spread over a split."""
+    """The encoded files of at most ``count`` images, evenly spread over a split."""
     return [example["image"].numpy() for example in run_data.some(split, count).encoded()]
 
 
 def resized(classifier: Classifier, file: bytes) -> np.ndarray:
-    """Pixels of an encoded image as the classifier's network takes them, before ``normalize``:
-    float32 ``[height, width, channels]`` in 0..255."""
+    """Decode and resize an image for the classifier, before ``normalize``: float32 ``[height,
+    width, channels]`` in 0..255."""
     preprocess = classifier.preprocess
     return preprocess.resize(to_channels(read_image(file), preprocess.channels)).numpy()
 
 
-def compare(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+def compare(actual: np.ndarray, expected: np.ndarray) -> dict[str, float]:
     """Compare probabilities ``[num_images, num_classes]``.
 
     Returns:
-        ``max_difference`` of a probability, ``same_label`` (share of images with the same most
-        probable class), and ``same_label_where_clear``, the same of images whose two most probable
-        classes are at least 0.1 apart.
+        ``max_difference`` (maximum absolute difference of a probability), ``same_label`` (fraction
+        of images with the same most probable class), and ``same_label_where_clear``, the same for
+        images whose two most probable classes are more than 0.1 apart.
     """
-    same = found.argmax(-1) == expected.argmax(-1)
+    same = actual.argmax(-1) == expected.argmax(-1)
     second, first = np.sort(expected, axis=-1)[:, -2:].T
     clear = first - second > _CLEAR
     return {
-        "max_difference": float(np.max(np.abs(found - expected))),
+        "max_difference": float(np.max(np.abs(actual - expected))),
         "same_label": float(np.mean(same)),
         "same_label_where_clear": float(np.mean(same[clear])) if clear.any() else 1.0,
     }
 
 
-def what_is_wrong(kind: str, compared: dict[str, float]) -> str | None:
-    """Why an export must not be kept, given what ``compare`` returned; ``None`` if it may."""
+def rejection_reason(kind: str, compared: dict[str, float]) -> str | None:
+    """Why an export must be rejected, given the result of ``compare``; ``None`` if it is good."""
     difference, same = compared["max_difference"], compared["same_label_where_clear"]
     tolerance = _TOLERANCES.get(kind, _TOLERANCE)
     if difference <= tolerance and same >= _SAME_LABELS:
@@ -101,15 +101,15 @@ def what_is_wrong(kind: str, compared: dict[str, float]) -> str | None:
 def timed(
     predict: Callable[[np.ndarray], np.ndarray], pixels: np.ndarray
 ) -> tuple[np.ndarray, float]:
-    """Probabilities, and images per second; the first run prepares things and does not count."""
+    """Probabilities, and images per second, measured after a warm-up run."""
     predict(pixels)
     start = time.perf_counter()
-    found = predict(pixels)
-    return found, len(pixels) / (time.perf_counter() - start)
+    probabilities = predict(pixels)
+    return probabilities, len(pixels) / (time.perf_counter() - start)
 
 
 def _for_tensorflow(file: bytes) -> bytes:
-    """The same picture as a file that a SavedModel decodes."""
+    """The file, re-encoded as PNG if a SavedModel cannot decode its format."""
     if is_for_tensorflow(file):
         return file
     return tf.io.encode_png(read_image(file)).numpy()

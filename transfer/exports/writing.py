@@ -1,4 +1,4 @@
-"""A classifier to files for other programs: each format in a folder of its own, verified."""
+"""Exports a classifier to formats for other programs, each in its own folder, and verifies them."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def export(
     num_examples: int = 100,
     name: str | None = None,
 ) -> dict[str, Any]:
-    """Write a classifier in formats that other programs load, and verify what was written.
+    """Export a classifier to formats that other programs can load, and verify the exports.
 
-    Each format goes to a folder of its own in ``out``, with a README whose code runs as it stands:
+    Each format is written to its own folder in ``out``, with a README that has runnable code:
 
     * ``meta_graph``: meta graph and checkpoint with preprocessing in the graph, for TensorFlow 1;
     * ``saved_model``: takes encoded image files or pixels, for TensorFlow Serving;
@@ -68,32 +68,33 @@ def export(
     * ``onnx``: needs ``pip install 'vgg-transfer[onnx]'``;
     * ``keras``: ``keras.models.load_model`` reads it after ``import transfer``.
 
-    Each is loaded by the software that will run it and compared with the classifier. A file that
-    gives other probabilities is not kept; the others are.
+    Each export is loaded with its target runtime and compared with the classifier. A file with
+    different probabilities is not kept; the others are.
 
     Args:
-        classifier: what to export, e.g. the ``classifier`` of a ``FineTuneResult``. As
-            ``meta_graph`` only with a ``Head``, or if it was loaded from a run.
-        out: folder of the exports. Those of an earlier call that are not made again stay.
-        formats: names from the list above. Default: all; ``onnx`` where it is installed.
-        images: labelled images to compare on; a split of ``open_source``. Without them the exports
-            are compared on a few synthetic images, and there is no int8 model.
-        calibration: images from which the int8 model learns the range of its integers, preferably
-            training images. Default: ``images``.
-        num_images: how many of ``images`` to compare on.
-        num_examples: how many of ``calibration`` to take.
+        classifier: the classifier to export, e.g. that of a ``FineTuneResult``. For ``meta_graph``,
+            it must have a ``Head``, or be loaded from a run.
+        out: output folder. Earlier exports of other formats in it are kept.
+        formats: names from the list above. Default: all; ``onnx`` only if it is installed.
+        images: labelled images for the comparison; a split from ``open_source``. Without them the
+            exports are compared on a few synthetic images, and there is no int8 model.
+        calibration: calibration images for int8 quantization, preferably training images. Default:
+            ``images``.
+        num_images: number of ``images`` for the comparison.
+        num_examples: number of ``calibration`` images.
         name: title of the READMEs. Default: the classifier's name.
 
     Returns:
-        What ``export.json`` in ``out`` says: ``exports`` has ``max_difference`` (largest difference
-        of a probability), ``same_label`` (share of images, 0..1), ``images_per_s`` and
-        ``megabytes`` by format; ``images_per_s`` is the classifier's own.
+        The content of ``export.json`` in ``out``: ``exports`` has ``max_difference`` (maximum
+        absolute difference of a probability), ``same_label`` (fraction of images, 0..1),
+        ``images_per_s`` and ``megabytes`` per format; the outer ``images_per_s`` is that of the
+        classifier.
 
     Raises:
-        FileExistsError: if a format's folder holds anything but an earlier export.
-        ImportError: if ``onnx`` is asked for and not installed.
-        ValueError: if a format is unknown, or an export cannot be made or gives other results than
-            the classifier; the others are there all the same.
+        FileExistsError: if a format's folder holds anything other than an earlier export.
+        ImportError: if ``onnx`` is requested and not installed.
+        ValueError: if a format is unknown, or an export fails or gives different results than the
+            classifier; the other exports are written nevertheless.
 
     Example:
         >>> from transfer import Backbone, Classifier, Head, Preprocess, export
@@ -112,8 +113,8 @@ def export(
         files = verification.files_of(images, num_images)
         samples = verification.samples_of(classifier, files, "labelled images")
     examples = images if calibration is None else calibration
-    job = _Job(classifier, samples, _examples(classifier, examples, num_examples))
-    return _export_all(job, names, Path(out).resolve(), name or classifier.name)
+    context = _ExportContext(classifier, samples, _examples(classifier, examples, num_examples))
+    return _export_all(context, names, Path(out).resolve(), name or classifier.name)
 
 
 def export_run(
@@ -124,18 +125,18 @@ def export_run(
     num_images: int = 32,
     num_examples: int = 100,
 ) -> tuple[dict[str, Any], Path]:
-    """Export the model of a run, compared on images that the run held out and calibrated with
-    training images.
+    """Export the model of a run, with held-out images for the comparison and training images for
+    the int8 calibration.
 
     Args:
         run: a run folder.
-        out: folder of the exports. Default: ``export`` in the run folder.
+        out: output folder. Default: ``export`` in the run folder.
         formats: see ``export``.
-        num_images: images to compare on.
-        num_examples: images from which int8 learns the range of its integers.
+        num_images: number of held-out images for the comparison.
+        num_examples: number of calibration images for int8 quantization.
 
     Returns:
-        See ``export``; and the folder of the exports.
+        The result of ``export``, and the output folder.
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
@@ -152,14 +153,14 @@ def export_run(
     examples = _examples(classifier, run_data.trained_on(run, source), num_examples)
     files = verification.files_of(held_out, num_images)
     samples = verification.samples_of(classifier, files, "images that were not trained on")
-    job = _Job(classifier, samples, examples)
-    return _export_all(job, names, folder, run.resolve().name), folder
+    context = _ExportContext(classifier, samples, examples)
+    return _export_all(context, names, folder, run.resolve().name), folder
 
 
 @dataclass(frozen=True)
-class _Job:
-    """``examples`` are for int8: pixels ``[1, height, width, channels]`` each; ``None`` makes no
-    int8 model."""
+class _ExportContext:
+    """What to export. ``examples`` calibrate the int8 model: pixels ``[1, height, width,
+    channels]`` each; ``None`` skips it."""
 
     classifier: Classifier
     samples: Samples
@@ -197,10 +198,10 @@ def _check_counts(num_images: int, num_examples: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {count}")
 
 
-def _export_all(job: _Job, names: list[str], out: Path, title: str) -> dict[str, Any]:
-    live = partial(_in_one_batch, job.classifier.probabilities_of_resized)
-    expected, rate = verification.timed(live, job.samples.pixels)
-    metrics = _earlier(out) | {"num_images": len(job.samples.files), "images_per_s": rate}
+def _export_all(context: _ExportContext, names: list[str], out: Path, title: str) -> dict[str, Any]:
+    predict = partial(_in_one_batch, context.classifier.probabilities_of_resized)
+    expected, rate = verification.timed(predict, context.samples.pixels)
+    metrics = _earlier(out) | {"num_images": len(context.samples.files), "images_per_s": rate}
     metrics |= {"versions": measurement.versions()}
     for name in names:
         _check_ours(out / name, metrics)
@@ -208,12 +209,12 @@ def _export_all(job: _Job, names: list[str], out: Path, title: str) -> dict[str,
     for name in names:
         logger.info("%s ...", name)
         try:
-            found, failed = _export(job, name, out, expected, title)
+            exported, failed = _export(context, name, out, expected, title)
         except (ValueError, TypeError, tf.errors.OpError) as error:
-            found, failed = {}, [f"{name}: {' '.join(str(error).split())[:300]}"]
+            exported, failed = {}, [f"{name}: {' '.join(str(error).split())[:300]}"]
         failures += failed
         kept = {k: v for k, v in metrics["exports"].items() if k.split()[0] != name}
-        metrics["exports"] = kept | found
+        metrics["exports"] = kept | exported
         run_folder.write_json(out / METRICS, metrics)
     if failures:
         raise ValueError("; ".join(failures))
@@ -227,14 +228,18 @@ def _earlier(out: Path) -> dict[str, Any]:
 
 
 def _check_ours(folder: Path, metrics: dict[str, Any]) -> None:
-    """Raises:
-    FileExistsError: if there is something that is not part of an earlier export."""
+    """Check that a folder is missing or holds an earlier export only.
+
+    Raises:
+        FileExistsError: if it holds anything else.
+    """
     if not os.path.lexists(folder):
         return
     is_listed = any(k.split()[0] == folder.name for k in metrics["exports"])
     if not is_listed or folder.is_symlink() or not folder.is_dir():
         raise FileExistsError(
-            f"{str(folder)!r} is there already and is no earlier export; choose another out=FOLDER"
+            f"{str(folder)!r} is there already and is not an earlier export; choose another "
+            "out=FOLDER"
         )
     for path in folder.rglob("*"):
         is_known = _WRITTEN[folder.name].fullmatch(path.relative_to(folder).as_posix())
@@ -246,26 +251,26 @@ def _check_ours(folder: Path, metrics: dict[str, Any]) -> None:
 
 
 def _export(
-    job: _Job, name: str, out: Path, expected: np.ndarray, title: str
+    context: _ExportContext, name: str, out: Path, expected: np.ndarray, title: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Write a format to its folder: the files of it that give what is expected. Returns their
-    metrics, and what is wrong with the others."""
+    """Write a format to its folder, keeping only files that pass verification. Returns their
+    metrics, and error messages about the others."""
     folder = out / name
     out.mkdir(parents=True, exist_ok=True)
     remove_drafts(out, _WRITTEN[name])
     with draft_folder(out) as draft:
         metrics, failures = {}, []
-        for kind, path, predict in _FORMATS[name](job, draft):
-            found, rate = verification.timed(predict, job.samples.pixels)
-            compared = verification.compare(found, expected)
-            if wrong := verification.what_is_wrong(kind, compared):
-                failures.append(wrong)
+        for kind, path, predict in _FORMATS[name](context, draft):
+            actual, rate = verification.timed(predict, context.samples.pixels)
+            compared = verification.compare(actual, expected)
+            if reason := verification.rejection_reason(kind, compared):
+                failures.append(reason)
                 _remove(path)
                 continue
             metrics[kind] = compared | {"images_per_s": rate, "megabytes": _megabytes(path)}
         if not metrics:
             return {}, failures
-        text = readmes.text(name, title, job.classifier, metrics, job.samples.source)
+        text = readmes.text(name, title, context.classifier, metrics, context.samples.source)
         run_folder.write_text(draft / "README.md", text)
         remove_folder(folder, _WRITTEN[name])
         draft.rename(folder)
@@ -277,19 +282,19 @@ def _remove(path: Path) -> None:
 
 
 Exported = Iterator[tuple[str, Path, Callable[[np.ndarray], np.ndarray]]]
-"""What was written: kind, file or folder, and what predicts with it, from resized pixels."""
+"""Exported files: kind, path, and a function that maps resized pixels to its predictions."""
 
 
-def _meta_graph(job: _Job, folder: Path) -> Exported:
-    card = meta_graph.save_with_preprocessing(job.classifier, folder / "model")
-    batch_size = job.classifier.backbone.network.batch_size
+def _meta_graph(context: _ExportContext, folder: Path) -> Exported:
+    card = meta_graph.save_with_preprocessing(context.classifier, folder / "model")
+    batch_size = context.classifier.backbone.network.batch_size
     yield "meta_graph", folder, _session(folder / "model", card, batch_size)
 
 
 def _session(
     prefix: Path, card: Card, batch_size: int | None
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """What a TF1 program does; where the graph has a batch of one size, it fills the last one."""
+    """Predict as a TF1 program would; pads the last batch if the graph has a fixed batch size."""
     with tf.Graph().as_default():
         session = tf1.Session()
         tf1.train.import_meta_graph(f"{prefix}.meta").restore(session, str(prefix))
@@ -304,46 +309,46 @@ def _session(
     return predict
 
 
-def _saved_model(job: _Job, folder: Path) -> Exported:
-    # TensorFlow Serving looks for versions in folders with numbers.
-    saved_model.save(job.classifier, folder / "1")
+def _saved_model(context: _ExportContext, folder: Path) -> Exported:
+    # TensorFlow Serving expects versions in numbered folders.
+    saved_model.save(context.classifier, folder / "1")
     predict = saved_model.load(folder / "1")
-    yield "saved_model", folder / "1", lambda _: predict(job.samples.files)
+    yield "saved_model", folder / "1", lambda _: predict(context.samples.files)
 
 
-def _tflite(job: _Job, folder: Path) -> Exported:
-    _write_labels(job, folder)
+def _tflite(context: _ExportContext, folder: Path) -> Exported:
+    _write_labels(context, folder)
     for precision in tflite.PRECISIONS:
-        if precision == "int8" and job.examples is None:
+        if precision == "int8" and context.examples is None:
             logger.info("no int8 model: it is calibrated with images, and none were given")
             continue
         path = folder / f"model_{precision}.tflite"
-        examples = job.examples() if job.examples is not None else ()
-        path.write_bytes(tflite.convert(job.classifier, precision, examples))
+        examples = context.examples() if context.examples is not None else ()
+        path.write_bytes(tflite.convert(context.classifier, precision, examples))
         yield f"tflite {precision}", path, tflite.load(path)
 
 
-def _onnx(job: _Job, folder: Path) -> Exported:
-    if job.classifier.backbone.network.batch_size is not None:
+def _onnx(context: _ExportContext, folder: Path) -> Exported:
+    if context.classifier.backbone.network.batch_size is not None:
         raise ValueError(
             "the network takes batches of one size only, which its ONNX model would not fill; "
             "export it as saved_model"
         )
-    _write_labels(job, folder)
+    _write_labels(context, folder)
     path = folder / "model.onnx"
-    onnx.save(job.classifier, path)
+    onnx.save(context.classifier, path)
     yield "onnx", path, onnx.load(path)
 
 
-def _keras(job: _Job, folder: Path) -> Exported:
-    _write_labels(job, folder)
+def _keras(context: _ExportContext, folder: Path) -> Exported:
+    _write_labels(context, folder)
     path = folder / "model.keras"
-    keras_file.save(job.classifier, path)
+    keras_file.save(context.classifier, path)
     predict = keras_file.load(path)
-    yield "keras", path, lambda _: predict(job.samples.files)
+    yield "keras", path, lambda _: predict(context.samples.files)
 
 
-_FORMATS: dict[str, Callable[[_Job, Path], Exported]] = {
+_FORMATS: dict[str, Callable[[_ExportContext, Path], Exported]] = {
     "meta_graph": _meta_graph,
     "saved_model": _saved_model,
     "tflite": _tflite,
@@ -364,11 +369,11 @@ _WRITTEN = {
     "onnx": re.compile(rf"model\.onnx(\.data)?|{_LABELS}|{_README}"),
     "keras": re.compile(rf"model\.keras|{_LABELS}|{_README}"),
 }
-"""Paths of what an export writes, in its folder."""
+"""Relative paths of the files of each export."""
 
 
-def _write_labels(job: _Job, folder: Path) -> None:
-    write_names(folder / run_folder.LABELS, job.classifier.labels)
+def _write_labels(context: _ExportContext, folder: Path) -> None:
+    write_names(folder / run_folder.LABELS, context.classifier.labels)
 
 
 def _in_one_batch(function: Callable[[Any], Any], pixels: np.ndarray) -> np.ndarray:

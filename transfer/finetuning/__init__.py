@@ -1,1 +1,1 @@
-"""``fine_tune``: from a pretrained network and labelled images to a classifier."""
+"""``fine_tune``: fine-tunes a pretrained network on labelled images."""

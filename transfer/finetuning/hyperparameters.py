@@ -1,4 +1,4 @@
-"""The stages of a fine-tuning run: where each one cuts, its epochs and its learning rates."""
+"""The stages of a fine-tuning run: the cut, epochs and learning rates of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transfer.layers.classifier import Classifier
 from transfer.training.optimizers import cosine, make_optimizer
 from transfer.training.trainer import ParameterGroup
 
-# A head on cached features: its steps cost next to nothing.
+# For a head on cached features, whose steps are cheap.
 HEAD_LEARNING_RATE, HEAD_WIDTH, HEAD_STEPS, HEAD_EPOCHS = 6e-3, 512, 2000, (5, 200)
 # A VGG without batch norm diverges or stalls at 1e-3.
 BACKBONE_LEARNING_RATE, BACKBONE_STEPS, BACKBONE_EPOCHS = 1e-4, 900, (3, 60)
@@ -23,9 +23,9 @@ BACKBONE_LEARNING_RATE, BACKBONE_STEPS, BACKBONE_EPOCHS = 1e-4, 900, (3, 60)
 
 @dataclass(frozen=True)
 class StageRequest:
-    """A stage as the options describe it; ``None`` is decided by ``resolve``.
+    """A stage as given by the options; ``resolve`` replaces each ``None``.
 
-    ``cut`` is a tensor, a short name of one, ``tap`` or ``none``.
+    ``cut`` is a tensor name, a short name of a tensor, ``tap`` or ``none``.
     """
 
     cut: str
@@ -36,9 +36,9 @@ class StageRequest:
 
 @dataclass(frozen=True)
 class Stage:
-    """Some epochs with everything up to a tensor frozen.
+    """A number of epochs with everything up to a tensor frozen.
 
-    ``cut`` is the name of the tensor without its ``:0``, or ``none``. ``learning_rate`` is the
+    ``cut`` is the name of the tensor without ``:0``, or ``none``. ``learning_rate`` is the
     head's; the backbone's is ``backbone_lr_scale`` times that.
     """
 
@@ -52,7 +52,7 @@ class Stage:
 
 
 def requested_stages(options: FineTuneOptions) -> list[StageRequest]:
-    """The stages that the options name.
+    """The stages that the options specify.
 
     Raises:
         ValueError: if the schedule is not of the form ``CUT:EPOCHS[:RATE],...``.
@@ -62,7 +62,7 @@ def requested_stages(options: FineTuneOptions) -> list[StageRequest]:
         return [StageRequest(options.freeze_until, options.epochs, options.learning_rate, scale)]
     if options.epochs is not None:
         raise ValueError("schedule has its own epochs; leave epochs=N out")
-    # The head of a later stage is trained already: it needs no learning rate of its own.
+    # In later stages the head is already trained: it needs no separate learning rate.
     scale = 1.0 if options.backbone_lr_scale is None else options.backbone_lr_scale
     return [_parse(part, options.learning_rate, scale) for part in options.schedule.split(",")]
 
@@ -89,18 +89,18 @@ def resolve(
     features: np.ndarray,
     steps_per_epoch: int,
 ) -> Stage:
-    """Decide what a request leaves open.
+    """Replace the ``None`` values of a stage request by defaults.
 
     Args:
         request: its cut may be ``tap``, or a short name.
-        classifier: built.
+        classifier: a built classifier.
         tap: the tensor with the features.
-        features: float ``[images, width]`` of a few images, as the head gets them.
-        steps_per_epoch: on the training images.
+        features: float ``[images, width]``, inputs of the head for a few images.
+        steps_per_epoch: training steps per epoch.
 
     Raises:
         ValueError: if the cut is not a tensor, or does not separate the input from the tap; or if
-            everything is to be trained and nothing in the backbone is trainable.
+            the whole network is to be trained and the backbone has no trainable variables.
     """
     backbone, cut = classifier.backbone, request.cut
     if cut == "tap":
@@ -122,10 +122,10 @@ def resolve(
         rate = BACKBONE_LEARNING_RATE
     epochs = request.epochs
     if epochs is None:
-        steps, (least, most) = (
+        steps, (min_epochs, max_epochs) = (
             (HEAD_STEPS, HEAD_EPOCHS) if only_head else (BACKBONE_STEPS, BACKBONE_EPOCHS)
         )
-        epochs = min(max(-(-steps // steps_per_epoch), least), most)
+        epochs = min(max(-(-steps // steps_per_epoch), min_epochs), max_epochs)
     return Stage(cut, epochs, rate, 1.0 if scale is None else scale)
 
 
@@ -144,14 +144,14 @@ def head_learning_rate(features: np.ndarray) -> float:
 
 
 def rms(features: np.ndarray) -> float:
-    """Root mean square; 1 if all values are zero."""
+    """Root mean square (RMS); 1 if all values are zero."""
     return float(np.sqrt(np.mean(np.square(features)))) or 1.0
 
 
 def parameter_groups(
     options: FineTuneOptions, classifier: Classifier, stage: Stage, steps_per_epoch: int
 ) -> list[ParameterGroup]:
-    """Optimizers and the variables they update: the head's, then the backbone's by block."""
+    """Optimizers and the variables they update: the head's, then those of the backbone's blocks."""
     _, trained = classifier.split(stage.cut)
     head = classifier.head.trainable_variables
     rates = [(stage.learning_rate, head)]
@@ -179,7 +179,7 @@ def parameter_groups(
 
 
 def _trainable_blocks(layer: GraphLayer) -> Iterable[list[keras.Variable]]:
-    """The variables of a layer that are trained, by block, the block nearest to the head first."""
+    """The trained variables of a layer by block, starting with the block nearest to the head."""
     by_name = dict(zip(layer.variable_names, layer.graph_variables, strict=True))
     untrained = {name for names in stopped(layer.network).values() for name in names}
     for block in reversed(blocks(layer.network)):
@@ -191,7 +191,7 @@ def _trainable_blocks(layer: GraphLayer) -> Iterable[list[keras.Variable]]:
 def _merged(
     rates: list[tuple[float, list[keras.Variable]]],
 ) -> list[tuple[float, list[keras.Variable]]]:
-    """Merge groups with the same rate, so that there is one optimizer for each rate."""
+    """Merge groups with the same rate, to have one optimizer per rate."""
     by_rate: dict[float, list[keras.Variable]] = {}
     for rate, variables in rates:
         by_rate.setdefault(rate, []).extend(variables)

@@ -1,4 +1,4 @@
-"""Inputs of the trained part of a classifier: cached activations, or else images."""
+"""Inputs of the trained part of a classifier: cached activations where possible, else images."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from transfer.training.trainer import epoch_seed
 class Inputs:
     """Training and evaluation inputs of a stage.
 
-    Activations at the cut are computed once and kept, on disk or in memory, where there is a frozen
-    part and the same image always gives the same. Random views are kept if there is a fixed number
-    of them; what is evaluated on has none. Where several workers share the run, each computes and
-    keeps its share, and trains on the rows of a batch that it has.
+    Activations at the cut are computed once and cached, on disk or in memory, if there is a frozen
+    part and it is deterministic. Random views are cached if their number is fixed; held-out images
+    have none. With several workers, each computes and caches its shard of the images, and trains on
+    the rows of a batch that are in this shard.
 
-    ``num_extracted`` images were computed now, ``num_found`` were there already.
+    ``num_extracted`` images were computed now, ``num_found`` came from the cache.
     """
 
     def __init__(self, context: RunContext, cut: str, frozen: GraphLayer | None):
         self._context = context
         self._layer = frozen
         self._frozen: Compiled | None = None
-        share = context.replicas.share
-        self._mine_held_out = share(len(context.held_out), EXTRACTION_BATCH)
-        self._mine_train = share(len(context.train), EXTRACTION_BATCH)
+        shard = context.replicas.share
+        self._mine_held_out = shard(len(context.held_out), EXTRACTION_BATCH)
+        self._mine_train = shard(len(context.train), EXTRACTION_BATCH)
         self.num_extracted = self.num_found = 0
         options = context.options
         self._held_out = self._train = None
@@ -50,9 +50,9 @@ class Inputs:
         if options.augment and not options.views:
             views = []  # new ones in each epoch
         if options.mixup and context.replicas.num_workers > 1:
-            views = []  # the two that are mixed would lie with two workers
-        held_out = _part(context.held_out, self._mine_held_out)
-        train = _part(context.train, self._mine_train)
+            views = []  # the paired images may live on different workers
+        held_out = _shard(context.held_out, self._mine_held_out)
+        train = _shard(context.train, self._mine_train)
         requests = [ExtractionRequest("held-out", held_out, None)]
         requests += [ExtractionRequest("training", train, view) for view in views]
         store = ActivationStore(
@@ -67,28 +67,28 @@ class Inputs:
         )
         rows = store.rows(requests)
         self.num_extracted, self.num_found = store.num_extracted, store.num_found
-        # Where one worker has no room for its rows, none may train on those that it has: together
-        # they would miss some.
+        # If the rows of one worker do not fit, no worker uses its cached rows: together they would
+        # miss some images.
         if context.replicas.total(int(rows is None)) or rows is None:
             return
         self._held_out = Activations(rows[:1], held_out.labels)
         if views:
-            here = None if self._mine_train.all() else self._mine_train
-            self._train = Activations(rows[1:], context.train.labels, here)
+            is_here = None if self._mine_train.all() else self._mine_train
+            self._train = Activations(rows[1:], context.train.labels, is_here)
 
     @property
     def frozen(self) -> GraphLayer | None:
-        """What is still to be applied to the training inputs."""
+        """The frozen layer to apply to the training inputs; ``None`` if they are activations."""
         return self._layer if self._train is None else None
 
     def train(self, epoch: int, first_batch: int = 0) -> Iterable[Any]:
-        """Shuffled batches of ``(inputs, labels)`` for an epoch, from one of them on: of each, what
-        is this worker's."""
+        """Shuffled batches of ``(inputs, labels)`` for an epoch, starting at ``first_batch``; of
+        each batch, this worker's examples."""
         options = self._context.options
         seed = view = epoch_seed(options.seed, epoch)
         if self._train is not None:
             return self._train.batches(options.batch_size, seed, epoch, first_batch)
-        if options.views:  # there was no room to keep them
+        if options.views:  # they did not fit in the cache
             view = epoch_seed(options.seed, epoch % options.views)
         return self._images(
             self._context.train,
@@ -100,27 +100,27 @@ class Inputs:
         )
 
     def train_in_order(self, layer: Callable[[Any], Any]) -> tuple[np.ndarray, np.ndarray]:
-        """What a layer makes of all views of the training images, one view after the other.
+        """Outputs of a layer for all views of the training images, view by view, and the labels.
 
         Returns:
-            float32 ``[num_views * num_examples, width]``, with the width that the head takes, and
-            int64 ``[num_views * num_examples]``.
+            float32 ``[num_views * num_examples, width]``, where width is the head's input width,
+            and int64 ``[num_views * num_examples]``.
         """
         context, mine = self._context, self._mine_train
         width = context.classifier.head.classifier.kernel.shape[0]
         if self._train is None:
-            views = [self._computed(_part(context.train, mine))]
+            views = [self._computed(_shard(context.train, mine))]
         else:
-            # As one view each, of the rows that are here.
+            # One ``Activations`` per view, with the rows of this worker.
             labels = context.train.labels[mine]
             views = [
                 Activations([rows], labels).batches(EXTRACTION_BATCH) for rows in self._train.views
             ]
-        found = [self._joined(layer, view, mine, width) for view in views]
-        return np.concatenate(found), np.tile(context.train.labels, len(found))
+        outputs = [self._joined(layer, view, mine, width) for view in views]
+        return np.concatenate(outputs), np.tile(context.train.labels, len(outputs))
 
     def evaluator(self, model: keras.Model) -> Callable[[], dict[str, Any]]:
-        """A function that evaluates a model on what was held out, with its weights at that time."""
+        """A function that evaluates a model, with its current weights, on the held-out images."""
         context, mine = self._context, self._mine_held_out
         forward = Compiled(model, context.replicas)
 
@@ -134,7 +134,7 @@ class Inputs:
     def _joined(
         self, layer: Callable[[Any], Any], batches: Iterable[Any], mine: np.ndarray, width: int
     ) -> np.ndarray:
-        """What a layer makes of the batches of all workers: float32 ``[len(mine), width]``."""
+        """Outputs of a layer for the batches of all workers: float32 ``[len(mine), width]``."""
         rows = np.zeros((0, width), np.float32)
         if mine.any():
             rows, _ = predict(layer, batches)
@@ -143,7 +143,7 @@ class Inputs:
     def _evaluation_batches(self) -> Iterable[Any]:
         if self._held_out is not None:
             return self._held_out.batches(EXTRACTION_BATCH)
-        return self._computed(_part(self._context.held_out, self._mine_held_out))
+        return self._computed(_shard(self._context.held_out, self._mine_held_out))
 
     def _computed(self, split: Split) -> Iterable[Any]:
         images = self._images(split, EXTRACTION_BATCH)
@@ -153,5 +153,5 @@ class Inputs:
         return split.batches(self._context.classifier.preprocess, batch_size, **options)
 
 
-def _part(split: Split, mine: np.ndarray) -> Split:
+def _shard(split: Split, mine: np.ndarray) -> Split:
     return split if mine.all() else split.where(mine)

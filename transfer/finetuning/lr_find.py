@@ -1,4 +1,4 @@
-"""Find a learning rate for a run: the range test on the model and images of a request."""
+"""Learning-rate range test on the model and images of a run request."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ PLOT = "lr_find.png"
 def find_learning_rate(
     request: RunRequest, *, lowest: float = 1e-7, highest: float = 1.0, steps: int = 100
 ) -> RangeTest:
-    """Find a learning rate for the run of a request, by training with rising rates.
+    """Find a learning rate for a run by training with rising rates (learning-rate range test).
 
     Writes ``lr_find.csv``, ``lr_find.png`` and ``config.yaml`` to the ``run_dir`` of the request,
-    and nothing where that is ``None``. No weights are kept. The seed of the options is set
+    or no files if that is ``None``. The weights are discarded. The seed of the options is set
     globally.
 
     Args:
-        request: as for the run; its learning rate and schedule are replaced.
+        request: as for the run; its learning rate and learning-rate schedule are replaced.
         lowest: learning rate of the first step.
         highest: learning rate of the last step.
-        steps: steps at most.
+        steps: maximum number of steps.
 
     Returns:
-        The rates with their losses; ``suggestion`` is the rate to train with.
+        The rates with their losses; ``suggestion`` is the suggested learning rate.
 
     Raises:
-        ValueError, OSError: as for the run; and if it has several stages or replicas, the range is
+        ValueError, OSError: as for the run; also if it has several stages or replicas, the range is
             empty, or the loss diverges in the first steps.
 
     Example:
@@ -52,8 +52,8 @@ def find_learning_rate(
         >>> from transfer.finetuning.setup import RunRequest
         >>> graph = load_meta_graph("embedded")
         >>> train, held_out = open_source("digits").train_and_eval_splits()
-        >>> found = find_learning_rate(RunRequest(graph, train, held_out))
-        >>> 1e-6 < found.suggestion < 1
+        >>> result = find_learning_rate(RunRequest(graph, train, held_out))
+        >>> 1e-6 < result.suggestion < 1
         True
     """
     options = request.options
@@ -71,11 +71,11 @@ def find_learning_rate(
     if request.run_dir is None:
         return _trial(context, lowest=lowest, highest=highest, steps=steps)
     with run_folder.opened(context.run_dir, context.config):
-        found = _trial(context, lowest=lowest, highest=highest, steps=steps)
-        _write_table(context.run_dir / TABLE, found)
+        test = _trial(context, lowest=lowest, highest=highest, steps=steps)
+        _write_table(context.run_dir / TABLE, test)
         with replacing(context.run_dir / PLOT) as path:
-            _plot(found).savefig(path, format="png", dpi=150)
-    return found
+            _plot(test).savefig(path, format="png", dpi=150)
+    return test
 
 
 def _trial(context: RunContext, *, lowest: float, highest: float, steps: int) -> RangeTest:
@@ -100,24 +100,24 @@ def _endless(inputs: Inputs) -> Iterator[Batch]:
         yield from inputs.train(epoch)
 
 
-def _write_table(path: Path, found: RangeTest) -> None:
+def _write_table(path: Path, test: RangeTest) -> None:
     lines = ["learning_rate,loss,smoothed_loss"]
-    rows = zip(found.rates, found.losses, found.smoothed, strict=True)
+    rows = zip(test.rates, test.losses, test.smoothed, strict=True)
     lines += [",".join(f"{value:.6g}" for value in row) for row in rows]
     run_folder.write_text(path, "\n".join(lines) + "\n")
 
 
-def _plot(found: RangeTest) -> Figure:
+def _plot(test: RangeTest) -> Figure:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    axes.plot(found.rates, found.losses, color="0.75", linewidth=1, label="loss of a batch")
-    axes.plot(found.rates, found.smoothed, color="#0072B2", linewidth=2, label="smoothed")
+    axes.plot(test.rates, test.losses, color="0.75", linewidth=1, label="batch loss")
+    axes.plot(test.rates, test.smoothed, color="#0072B2", linewidth=2, label="smoothed")
     axes.axvline(
-        found.suggestion, color="#D55E00", linestyle="--", label=f"suggested: {found.suggestion:g}"
+        test.suggestion, color="#D55E00", linestyle="--", label=f"suggested: {test.suggestion:g}"
     )
     axes.set_xscale("log")
-    # A loss that explodes in the end must not flatten the rest.
-    axes.set_ylim(0, float(np.quantile(found.losses, 0.9) * 1.5))
+    # Limit the axis, so that the diverging loss at the end does not flatten the curve.
+    axes.set_ylim(0, float(np.quantile(test.losses, 0.9) * 1.5))
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss (nats)")
     axes.legend()

@@ -78,15 +78,15 @@ class FineTuneOptions:
     dropout: float = 0.0
     """Dropout rate of the features while training."""
     label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes."""
+    """Label smoothing, 0 to 1: the part of the target that is spread over all classes."""
     mixup: float = 0.0
-    """Parameter of the Beta distribution of mixup, e.g. 0.2; 0 turns it off. After a cut,
-    activations are mixed."""
+    """Parameter of the Beta distribution of mixup, e.g. 0.2; 0 turns it off. With a frozen part,
+    the activations at the cut are mixed instead of the images."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: weight classes inversely to their frequency."""
     augment: bool = False
-    """Train on random shifts and flips, new ones in each epoch. The frozen part is then computed
-    in each epoch, unless there are views."""
+    """Train on random shifts and flips, new ones in each epoch. The frozen part is then recomputed
+    in each epoch, unless views is set."""
     views: int = 0
     """Train on this number of random views of each image, whose activations are cached."""
     cache: Literal["disk", "memory", "off"] = "disk"
@@ -96,18 +96,19 @@ class FineTuneOptions:
     cache_limit: float = 20.0
     """Largest size of that folder in GB; the least recently used entries are evicted."""
     cache_dtype: Literal["float32", "float16"] = "float32"
-    """float16 halves the size and keeps three digits."""
+    """float16 halves the size and keeps about three significant digits."""
     max_to_keep: int = 0
-    """Also write the model after each epoch, as model-STEP, and keep the last ones."""
+    """Also write the model after each epoch, as model-STEP, and keep this many of the latest; 0
+    writes none."""
     keep_checkpoint_every_n_hours: float | None = None
     """With max_to_keep: additionally keep one model for each interval of this many hours."""
     checkpoint_minutes: float = 10.0
-    """Interval of checkpoints within an epoch; each epoch ends with one."""
+    """Minutes between checkpoints within an epoch; one is also written after each epoch."""
     seed: int = 0
-    """Seed of the head, the order, the few shots and the augmentation."""
+    """Seed of the head initialization, shuffling, shots_per_class sampling and augmentation."""
 
     def check(self) -> None:
-        """Check what can be said of the options alone.
+        """Validate what can be checked without the model and the images.
 
         Raises:
             ValueError: names the option, its value and what is expected.
@@ -128,10 +129,10 @@ class FineTuneOptions:
             "views": 0,
             "checkpoint_minutes": 0,
         }
-        for name, least in limits.items():
+        for name, minimum in limits.items():
             value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+            if value is not None and not value >= minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value}")
         for name in ("clip_norm", "lbfgs_c", "cache_limit"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -157,14 +158,16 @@ class FineTuneOptions:
             "early_stopping": self.early_stopping,
             "max_to_keep": self.max_to_keep,
         }
-        given = [name for name, value in ignored.items() if value]
-        if given:
-            raise ValueError(f"solver=lbfgs does not use {', '.join(given)}; leave out one of them")
+        conflicts = [name for name, value in ignored.items() if value]
+        if conflicts:
+            raise ValueError(
+                f"solver=lbfgs does not use {', '.join(conflicts)}; leave out one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedOptions(FineTuneOptions):
-    """Options of a run that has been set up: what depends on model and images is decided."""
+    """Options of a run that has been set up, with the defaults that depend on model and images."""
 
     tap: str = field()
     input: str = field()
@@ -173,16 +176,16 @@ class ResolvedOptions(FineTuneOptions):
     batch_size: int = field()
 
 
-def options_from(given: Mapping[str, Any]) -> FineTuneOptions:
+def options_from(arguments: Mapping[str, Any]) -> FineTuneOptions:
     """Options from keyword arguments.
 
     Raises:
         TypeError: for a name that is not an option; suggests the nearest one.
     """
     names = [option.name for option in fields(FineTuneOptions)]
-    for name in given:
+    for name in arguments:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(names)}"
             raise TypeError(f"{name!r} is not an option of fine_tune{hint}")
-    return FineTuneOptions(**given)
+    return FineTuneOptions(**arguments)

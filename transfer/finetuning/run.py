@@ -1,4 +1,4 @@
-"""The main job: from a pretrained network and labelled images to a fine-tuned classifier."""
+"""Fine-tune a pretrained network on labelled images: ``fine_tune`` and the run it performs."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from transfer.runs.interruption import Signals
 class FineTuneResult:
     """A finished run.
 
-    ``classifier`` is the fine-tuned model as it was read back from ``run_dir``, ``metrics`` what
-    ``metrics.json`` says (empty on a worker that is not the chief), and ``history`` the metrics of
-    each epoch by name.
+    ``classifier`` is the fine-tuned model, loaded from ``run_dir``; ``metrics`` is the content of
+    ``metrics.json`` (empty on a worker that is not the chief); ``history`` maps the name of a
+    metric to its value after each epoch.
 
     Example:
         >>> from transfer import FineTuneResult, fine_tune, open_source
@@ -80,14 +80,14 @@ def fine_tune(
     ``keras.utils.set_random_seed``.
 
     Args:
-        graph: the pretrained network, from ``load_meta_graph``, or a path for it.
-        train: training images; a split of ``open_source``.
-        held_out: images to evaluate on, of the same source, none of which is in ``train``.
+        graph: the pretrained network from ``load_meta_graph``, or a path to load.
+        train: training images; a split of a source from ``open_source``.
+        held_out: images to evaluate on, from the same source and disjoint from ``train``.
         run_dir: folder of the run, new or empty. Default: ``runs/<date-time>-<dataset>-<cut>``.
-        resume: continue the run in ``run_dir``, or begin it where there is none.
+        resume: continue the run in ``run_dir``, or start it if there is none.
         feeds: values of placeholders of the graph, see ``Backbone``.
-        callbacks: Keras callbacks, beside those that write the run folder.
-        verbose: 0 silent, 1 progress bars, 2 a line per epoch.
+        callbacks: Keras callbacks in addition to those that write the run folder.
+        verbose: 0 silent, 1 progress bars, 2 one line per epoch.
         replicas: devices and processes that train together; see ``open_replicas``.
         **options: the fields of ``FineTuneOptions``, such as ``freeze_until="pool4"``,
             ``epochs=5`` or ``learning_rate=0.001``.
@@ -97,11 +97,11 @@ def fine_tune(
 
     Raises:
         TypeError: for an unknown option.
-        ValueError, OSError: if options, model and images do not fit; nearly all before any slow
-            work.
+        ValueError, OSError: if options, model and images are incompatible; nearly all are raised
+            before any slow work.
         NonFiniteLossError: if training diverges.
         Interrupted: on Ctrl-C or SIGTERM; the run can be resumed.
-        LostWorkerError: if another worker is gone; the run can be resumed.
+        LostWorkerError: if another worker has stopped; the run can be resumed.
 
     Example:
         >>> from transfer import fine_tune, load_meta_graph, open_source
@@ -132,7 +132,7 @@ def fine_tune(
 
 
 def run(request: RunRequest) -> FineTuneResult:
-    """What ``fine_tune`` does, for a request; see there."""
+    """Perform the run of a request; see ``fine_tune``."""
     replicas = request.replicas
     keras.utils.set_random_seed(request.options.seed)
     clock = measurement.Clock()
@@ -143,14 +143,14 @@ def run(request: RunRequest) -> FineTuneResult:
             classifier, metrics = _train_and_evaluate(context, clock, signals)
             if replicas.is_chief:
                 run_folder.write_json(context.run_dir / run_folder.METRICS, metrics)
-            replicas.barrier()  # none leaves while the chief may still need it
+            replicas.barrier()  # no worker exits while the chief may still need it
     history = run_folder.read_history(context.run_dir)
     return FineTuneResult(classifier, metrics, history, context.run_dir)
 
 
 @contextlib.contextmanager
 def _opened(context: RunContext) -> Iterator[None]:
-    """The run folder, which the chief writes and all workers read."""
+    """Open the run folder: the chief writes it, all workers read it."""
     replicas, run_dir = context.replicas, context.run_dir
     is_chief = replicas.is_chief
     folder = run_folder.opened(
@@ -166,8 +166,8 @@ def _opened(context: RunContext) -> Iterator[None]:
                 write_provenance(context)
             elif not (run_dir / run_folder.PROVENANCE).is_file():
                 raise FileNotFoundError(
-                    f"worker {replicas.worker} does not see what the chief wrote to "
-                    f"{str(run_dir)!r}; the run folder must be one that all workers share"
+                    f"worker {replicas.worker} cannot see the files of the chief in "
+                    f"{str(run_dir)!r}; the run folder must be shared by all workers"
                 )
         yield
 
@@ -175,8 +175,9 @@ def _opened(context: RunContext) -> Iterator[None]:
 def _train_and_evaluate(
     context: RunContext, clock: measurement.Clock, signals: Signals
 ) -> tuple[Classifier, dict[str, Any]]:
-    """Run all stages; returns the saved classifier and, on the chief, ``metrics.json``."""
-    extracted = found = 0
+    """Run all stages; returns the saved classifier and, on the chief, the content of
+    ``metrics.json``."""
+    num_extracted = num_found = 0
     progress = Progress()
     for number, stage in enumerate(context.stages):
         with clock("load_s"):
@@ -191,23 +192,23 @@ def _train_and_evaluate(
                 inputs = Inputs(context, stage.cut, frozen)
             with clock("train_s"):
                 trainer.fit(inputs, functools.partial(_save, context), signals)
-            extracted += inputs.num_extracted
-            found += inputs.num_found
+            num_extracted += inputs.num_extracted
+            num_found += inputs.num_found
         progress = trainer.progress
     with clock("eval_s"):
         classifier, evaluation = _save_and_evaluate(context, inputs, progress)
     replicas = context.replicas
-    extracted, found = replicas.total(extracted), replicas.total(found)
+    num_extracted, num_found = replicas.total(num_extracted), replicas.total(num_found)
     if not replicas.is_chief:
         return classifier, {}
     metrics = _metrics(context, progress, evaluation)
     metrics["time"] = seconds = clock.seconds
     num_trained = progress.steps_now / context.steps_per_epoch * len(context.train)
     metrics["throughput"] = {
-        "extract_images_per_s": measurement.rate(extracted, seconds["extract_s"]),
+        "extract_images_per_s": measurement.rate(num_extracted, seconds["extract_s"]),
         "train_images_per_s": measurement.rate(num_trained, seconds["train_s"]),
     }
-    metrics["activations"] = {"computed": extracted, "found": found}
+    metrics["activations"] = {"computed": num_extracted, "found": num_found}
     metrics["unreadable"] = run_data.unreadable(context.train, context.held_out)
     return classifier, metrics
 
@@ -227,7 +228,7 @@ def _save(context: RunContext, epochs: int, **options: Any) -> None:
 def _save_and_evaluate(
     context: RunContext, inputs: Inputs, progress: Progress
 ) -> tuple[Classifier, dict[str, Any]]:
-    """Write the model, read it back and evaluate that: metrics are those of the files."""
+    """Write the model, load it and evaluate the loaded model: metrics are those of the files."""
     replicas = context.replicas
     with replicas.chief_first():
         if replicas.is_chief:
@@ -244,7 +245,7 @@ def _save_and_evaluate(
 
 
 def _metrics(context: RunContext, progress: Progress, evaluation: dict[str, Any]) -> dict[str, Any]:
-    """``metrics.json``, except for times."""
+    """Content of ``metrics.json``, except for times."""
     final_loss = run_folder.read_history(context.run_dir)["loss"][-1]
     return {
         "eval": evaluation,

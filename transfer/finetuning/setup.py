@@ -1,4 +1,4 @@
-"""Everything about a fine-tuning run that is decided before the slow work begins."""
+"""Set-up of a fine-tuning run: model, defaults and checks, before any slow work."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ from transfer.runs import run_folder
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH = 32
-# Standard deviation of the logits before training. Confident logits of a new head cost steps to
-# unlearn, and their gradients disturb the backbone's weights in the meantime.
+# Standard deviation of the initial logits. A new head with confident logits needs steps to unlearn
+# them, and their gradients meanwhile disturb the backbone's weights.
 FIRST_LOGITS = 0.1
-# What workers may have different: where they find things.
+# Options that may differ between workers: locations of files.
 _PLACES = ("model", "data_dir", "image_folder", "out", "cache_dir", "cache_limit")
 SOURCES = ("model", "dataset", "data_dir", "image_folder")
-"""Where model and images come from, in ``config.yaml``; ``provenance.json`` tells their content."""
+"""Sources of model and images in ``config.yaml``; ``provenance.json`` identifies their content."""
 
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What is asked of a run.
+    """Arguments of a fine-tuning run.
 
     Args:
         graph: the pretrained network.
@@ -67,11 +67,10 @@ class RunRequest:
         feeds: values of placeholders, see ``Backbone``.
         run_dir: folder of the run; ``None`` takes ``runs/<date-time>-<dataset>-<cut>``.
         resume: continue the run in ``run_dir``.
-        origin: where model and images come from, written to ``config.yaml``; ``model`` must be
-            there.
-        command: written to ``provenance.json``.
-        callbacks: Keras callbacks that run beside the run's own.
-        verbose: 0 silent, 1 progress bars, 2 a line per epoch, as in Keras.
+        origin: sources of model and images, written to ``config.yaml``; ``model`` is required.
+        command: command line, written to ``provenance.json``.
+        callbacks: Keras callbacks in addition to the run's own.
+        verbose: 0 silent, 1 progress bars, 2 one line per epoch, as in Keras.
         replicas: devices and processes that train together.
     """
 
@@ -91,9 +90,9 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run that is set up: what to train on what.
+    """A run that has been set up: classifier, stages and images.
 
-    ``fingerprint`` identifies the images that are trained and evaluated on.
+    ``fingerprint`` identifies the training and held-out images.
     """
 
     request: RunRequest
@@ -119,7 +118,7 @@ class RunContext:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What ``config.yaml`` says: the resolved options, and where model and images come from."""
+        """Content of ``config.yaml``: the resolved options, and the sources of model and images."""
         options = dataclasses.asdict(self.options) | {"freeze_until": self.last_cut}
         if self.options.schedule is not None:
             options["schedule"] = ",".join(map(str, self.stages))
@@ -137,20 +136,20 @@ class RunContext:
             options.cache, options.cache_dir, options.cache_limit, options.cache_dtype
         )
 
-    def progress(self, batches: Iterable[Any], what: str) -> Iterable[Any]:
+    def progress(self, batches: Iterable[Any], title: str) -> Iterable[Any]:
         """The same batches, with a progress bar unless the run is silent."""
-        return measurement.progress(batches, what) if self.request.verbose else batches
+        return measurement.progress(batches, title) if self.request.verbose else batches
 
 
 def prepare(request: RunRequest) -> RunContext:
-    """Build the classifier and decide the defaults; nothing is written yet.
+    """Build the classifier and resolve the defaults; writes no files.
 
     Raises:
         ValueError, OSError: see the library functions; nearly all before any slow work.
     """
     replicas, options = request.replicas, request.options
-    alike = {k: v for k, v in _asked(request).items() if k not in _PLACES}
-    replicas.check_same("set of options", (alike, measurement.versions()))
+    shared = {k: v for k, v in _requested_options(request).items() if k not in _PLACES}
+    replicas.check_same("set of options", (shared, measurement.versions()))
     options.check()
     _check_replicas(options, replicas)
     if options.image_size is not None:
@@ -179,10 +178,11 @@ def prepare(request: RunRequest) -> RunContext:
 
 
 def write_provenance(context: RunContext) -> None:
-    """Write what is evaluated on, and what the run was made with and of.
+    """Write the names of the held-out images, and ``provenance.json``: the command, versions, model
+    and images of the run.
 
     Raises:
-        ValueError: if the run is resumed with another model or other images.
+        ValueError: if a resumed run has a different model or different images.
     """
     run_dir, request = context.run_dir, context.request
     provenance = {
@@ -214,11 +214,11 @@ def write_provenance(context: RunContext) -> None:
 
 
 def _content(provenance: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """What a part is, whatever it is called."""
+    """A part of the provenance without its name."""
     return {name: value for name, value in provenance[part].items() if name != "name"}
 
 
-def _asked(request: RunRequest) -> dict[str, Any]:
+def _requested_options(request: RunRequest) -> dict[str, Any]:
     return {**request.origin, **vars(request.options)}
 
 
@@ -237,7 +237,7 @@ def _check_replicas(options: FineTuneOptions, replicas: Replicas) -> None:
 
 @contextlib.contextmanager
 def _remembered(options: FineTuneOptions, train: Split, held_out: Split) -> Iterator[None]:
-    """Where the cache is on disk, fingerprints of images are kept there, too."""
+    """If the cache is on disk, also cache fingerprints of images there."""
     with contextlib.ExitStack() as stack:
         if options.cache == "disk":
             for source in {id(split.source): split.source for split in (train, held_out)}.values():
@@ -246,8 +246,8 @@ def _remembered(options: FineTuneOptions, train: Split, held_out: Split) -> Iter
 
 
 def _inspect_images(train: Split, held_out: Split, verbose: int) -> dict[str, Any]:
-    """Warn about classes without images and, where there are few enough to decode all, about
-    images that are on both sides; returns what identifies the images.
+    """Warn about classes without images and, if there are few enough to decode all, about training
+    images among the held-out ones; returns the fingerprint of the images.
 
     Raises:
         UnreadableImageError: if some of them cannot be decoded.
@@ -257,15 +257,15 @@ def _inspect_images(train: Split, held_out: Split, verbose: int) -> dict[str, An
     count = len(train) + len(held_out)
     if count <= MAX_COMPARED:
         show = (lambda it: measurement.progress(it, "images", "image")) if verbose else iter
-        found = {what: split.fingerprints(show) for what, split in splits.items()}
-        unreadable = [split.where(~found[what]["readable"]) for what, split in splits.items()]
+        prints = {role: split.fingerprints(show) for role, split in splits.items()}
+        unreadable = [split.where(~prints[role]["readable"]) for role, split in splits.items()]
         if any(map(len, unreadable)):
             raise UnreadableImageError(
                 {name: why for split in unreadable for name, why in find_unreadable(split).items()}
             )
-        leaks = data_checks.describe_leaks(found["training"], found["held_out"])
+        leaks = data_checks.describe_leaks(prints["training"], prints["held_out"])
         lines += [f"{line}; vgg-transfer check-data lists them" for line in leaks]
-        marks = {what: [*map(bytes, prints["sha256"])] for what, prints in found.items()}
+        marks = {role: [*map(bytes, images["sha256"])] for role, images in prints.items()}
         hashed = "files and labels"
     else:
         lines.append(
@@ -274,15 +274,15 @@ def _inspect_images(train: Split, held_out: Split, verbose: int) -> dict[str, An
             "check-data compares any number"
         )
         marks = {
-            what: [os.fsencode(name) for name in split.names] for what, split in splits.items()
+            role: [os.fsencode(name) for name in split.names] for role, split in splits.items()
         }
         hashed = "names and labels"
     for line in lines:
         logger.warning(line)
     fingerprint: dict[str, Any] = {"sha256_of": hashed}
-    for what, split in splits.items():
-        digest = hashlib.sha256(b"\0".join(marks[what]) + split.labels.tobytes())
-        fingerprint[what] = {"images": len(split), "sha256": digest.hexdigest()}
+    for role, split in splits.items():
+        digest = hashlib.sha256(b"\0".join(marks[role]) + split.labels.tobytes())
+        fingerprint[role] = {"images": len(split), "sha256": digest.hexdigest()}
     return fingerprint
 
 
@@ -305,7 +305,7 @@ def _classifier(
     _report(options, tap, network)
     labels = train.source.class_names
     _warn_if_prepared_twice(network, preprocess.mode)
-    # The values of the variables are the chief's for all, but the variables must be the same.
+    # All workers take the chief's values, but they must have the same variables.
     replicas.check_same("model", network.variables)
     with replicas.strategy.scope():
         backbone = Backbone(
@@ -364,30 +364,30 @@ def _stages(
 
 
 def _after(backbone: GraphLayer, at: str) -> Network:
-    """What a stage trains of the backbone. Not as a layer: a layer with dropout draws a seed, so
-    that one more would change what the run draws."""
+    """The part of the backbone that a stage trains, as a network. Not as a layer: a layer with
+    dropout draws a seed, so an additional one would change the random numbers of the run."""
     if at == "none":
         return backbone.network
     return graph_cut(backbone.network, backbone.tensor(at))[1]
 
 
 def _report(options: FineTuneOptions, tap: str, network: Network) -> None:
-    """Log what was found in the graph and not given by the caller."""
-    found = {"tap": (options.tap, tap), "input": (options.input, network.input)}
-    lines = [f"{what}: {name}" for what, (asked, name) in found.items() if asked != name]
+    """Log what was detected in the graph rather than given by the caller."""
+    tensors = {"tap": (options.tap, tap), "input": (options.input, network.input)}
+    lines = [f"{role}: {name}" for role, (given, name) in tensors.items() if given != name]
     lines += [
         f"{mode.kind}: {mode.tensor} is {mode.inference}, and {mode.training} in what is trained "
         f"(found by {mode.why})"
         for mode in network.modes
     ]
     if network.batch_size is not None:
-        lines.append(f"the graph takes batches of {network.batch_size} only; others are filled up")
+        lines.append(f"the graph takes batches of {network.batch_size} only; others are padded")
     for line in lines:
         logger.info(line)
 
 
 def _warn_if_prepared_twice(network: Network, mode: str) -> None:
-    """Warn where the graph subtracts a mean or swaps colours and preprocessing does so as well."""
+    """Warn if both the graph and the preprocessing subtract a mean or swap colours."""
     prepared = graph_preprocessing.find(network)
     if twice := prepared.repeats(mode):
         logger.warning(
@@ -397,27 +397,27 @@ def _warn_if_prepared_twice(network: Network, mode: str) -> None:
 
 
 def _warn_if_stopped(network: Network, cut: str) -> None:
-    """Warn where gradients are stopped inside of what is trained, so that layers do not learn."""
+    """Warn if gradients are stopped inside the trained part, so that some layers do not learn."""
     for tensor, names in stopped(network).items():
         shown = f"{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
         line = (
             f"the graph stops gradients at {tensor!r}: {len(names)} of the variables after the cut "
-            f"{cut!r} stay as they are ({shown})"
+            f"{cut!r} are not trained ({shown})"
         )
-        with contextlib.suppress(ValueError):  # a branch goes round it
+        with contextlib.suppress(ValueError):  # a branch bypasses the tensor
             graph_cut(network, tensor)
             line += f"; freeze_until={tensor.removesuffix(':0')} trains the same and computes less"
         logger.warning(line)
 
 
 def _features_of_a_few(backbone: Backbone, split: Split, preprocess: Preprocess) -> np.ndarray:
-    """float32 ``[images, width]``, as a head gets them."""
+    """Inputs of the head for a few images, float32 ``[images, width]``."""
     images, _ = next(iter(split.batches(preprocess, 4)))
     return np.asarray(average_over_space(tf.cast(backbone(images), tf.float32)))
 
 
 def _check_repeatable(classifier: Classifier, split: Split, keep_dropout: bool) -> None:
-    """Refuse features that differ from run to run: no two evaluations would agree."""
+    """Refuse nondeterministic features: no two evaluations would agree."""
     backbone = classifier.backbone
     if not is_seeded(backbone.network.graph_def) or keep_dropout:
         return
@@ -425,7 +425,7 @@ def _check_repeatable(classifier: Classifier, split: Split, keep_dropout: bool) 
     if np.array_equal(backbone(images), backbone(images)):
         return
     raise ValueError(
-        "the features of one image differ from run to run: noise lies before the tap "
-        f"({', '.join(backbone.random_nodes[:3])}); choose an input after it, a tap before it, or "
-        "turn it off with feeds"
+        "the features are not deterministic: random operations before the tap "
+        f"({', '.join(backbone.random_nodes[:3])}); choose an input after them, a tap before them, "
+        "or turn them off with feeds"
     )

@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 
 class StageSolver:
-    """Does the work of a ``StageTrainer`` with scikit-learn's logistic regression.
+    """Replaces ``StageTrainer`` by scikit-learn's logistic regression.
 
     Args:
-        context: the run, of one stage.
-        model: from the activations at the tap to the logits, with the classifier's head.
+        context: a run with one stage.
+        model: maps the activations at the tap to logits, with the classifier's head.
     """
 
     is_done = False
@@ -37,8 +37,8 @@ class StageSolver:
         self.progress = Progress()
 
     def fit(self, inputs: Inputs, save: Callable[..., Any], signals: Signals) -> None:
-        """Put the solution into the head, and its figures into the history."""
-        del save, signals  # there are no epochs to save a model after
+        """Assign the solution to the head, and write its metrics to the history."""
+        del save, signals  # no epochs, so no intermediate models
         options, head = self._context.options, self._context.classifier.head
         features, labels = self._features(inputs)
         solution = fit_logistic_regression(
@@ -68,5 +68,5 @@ class StageSolver:
 
     def _features(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
         """float32 ``[num_examples, width]`` and int64 ``[num_examples]``."""
-        to_features = Compiled(self._model.layers[0])  # averages where a tap has four dimensions
+        to_features = Compiled(self._model.layers[0])  # averages over space if the tap has 4 axes
         return inputs.train_in_order(to_features)

@@ -1,4 +1,4 @@
-"""One stage of a fine-tuning run, trained step by step."""
+"""Gradient training of one stage of a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, earlier sessions included; ``steps_now`` are those of this one.
+    """Progress of a run, including earlier sessions; ``steps_now`` are the steps of this session.
 
-    ``epoch_s`` is the usual wall time of an epoch of the last stage, without its validation.
+    ``epoch_s`` is the typical wall time of an epoch of the last stage, without validation.
     """
 
     epoch: int = 0
@@ -40,13 +40,13 @@ class Progress:
 
 
 class StageTrainer:
-    """Trains a stage by gradient steps, from its last checkpoint where the run is resumed.
+    """Trains a stage by gradient descent; a resumed run continues from its last checkpoint.
 
     Args:
         context: the run.
-        number: of the stage, from 0.
-        frozen, model: the two sides of the stage's cut.
-        before: how far the run was at the end of the stage before.
+        number: number of the stage, from 0.
+        frozen, model: the parts of the network before and after the cut.
+        before: progress of the run at the end of the previous stage.
     """
 
     def __init__(
@@ -76,8 +76,8 @@ class StageTrainer:
             with context.replicas.chief_first():
                 self._resume(number)
             trainer = self.trainer
-            at = (trainer.epoch, trainer.step, trainer.sums, trainer.model.stop_training)
-            context.replicas.check_same("checkpoint", at)
+            state = (trainer.epoch, trainer.step, trainer.sums, trainer.model.stop_training)
+            context.replicas.check_same("checkpoint", state)
         self._first_step = self.trainer.step
 
     def _resume(self, number: int) -> None:
@@ -89,11 +89,12 @@ class StageTrainer:
             if self._context.replicas.is_chief:
                 self._remove_stages(number + 1)
         elif self._context.options.early_stopping is not None:
-            # As Keras does at the end of the training, after the last checkpoint.
+            # Keras does the same at the end of training, after the last checkpoint.
             trainer.model.set_weights(self._checkpoint.best_weights(trainer))
 
     def _remove_stages(self, first: int) -> None:
-        """Later stages began with what this one must end with first."""
+        """Remove the checkpoints of later stages, which started from weights that this stage has
+        yet to reach."""
         for later in range(first, len(self._context.stages)):
             folder = self._context.run_dir / run_folder.CHECKPOINTS / f"stage-{later}"
             files.remove_folder(folder, files.CHECKPOINT_FILES)
@@ -117,7 +118,7 @@ class StageTrainer:
         trainer.frozen = inputs.frozen
         validate = inputs.evaluator(trainer.model)
         alone = replicas.num_workers == 1
-        # One of several workers does not stop by itself: they agree on a step.
+        # Several workers do not stop independently: they agree on a step.
         with contextlib.nullcontext() if alone else signals.held():
             trainer.fit(
                 inputs.train,
@@ -136,11 +137,11 @@ class StageTrainer:
             )
 
     def _writers(self, save: Callable[..., Any]) -> list[keras.callbacks.Callback]:
-        """What writes to the run folder."""
+        """Callbacks that write to the run folder."""
         context, options = self._context, self._context.options
-        goes_on = context.request.resume or self._before.epoch > 0
+        is_continued = context.request.resume or self._before.epoch > 0
         callbacks: list[keras.callbacks.Callback] = [
-            keras.callbacks.CSVLogger(context.run_dir / run_folder.HISTORY, append=goes_on),
+            keras.callbacks.CSVLogger(context.run_dir / run_folder.HISTORY, append=is_continued),
             EpochEvents(context.run_dir / run_folder.EVENTS, write_graph=False),
         ]
         if options.max_to_keep:
@@ -185,11 +186,12 @@ class StageTrainer:
 
 
 class ResumedEarlyStopping(keras.callbacks.EarlyStopping):
-    """Keras' early stopping, brought to where it was: it is shown the epochs before once more.
+    """Keras' early stopping for a resumed run: the completed epochs are replayed to restore its
+    state.
 
     Args:
-        history: what it monitors, after each epoch that is done.
-        best_weights: those after the best of these.
+        history: monitored values after each completed epoch.
+        best_weights: weights after the best of these epochs.
         monitor, options: see Keras.
     """
 
@@ -206,7 +208,7 @@ class ResumedEarlyStopping(keras.callbacks.EarlyStopping):
         self._best_weights = best_weights
 
     def _is_improvement(self, value: float, reference: float | None) -> bool:
-        # As the trainer compares; Keras does so with seven digits.
+        # Same comparison as in the trainer; Keras compares in float32.
         return reference is None or value < reference
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -218,8 +220,8 @@ class ResumedEarlyStopping(keras.callbacks.EarlyStopping):
 
 
 class EpochEvents(keras.callbacks.TensorBoard):
-    """TensorBoard without its work after each step, for which it would write nothing here but take
-    as long as the step of a head."""
+    """TensorBoard without its per-step hooks, which write nothing here but take as long as a
+    training step of a head."""
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         pass
@@ -229,7 +231,7 @@ class EpochEvents(keras.callbacks.TensorBoard):
 
 
 def new_trainer(context: RunContext, model: keras.Model, groups: list[ParameterGroup]) -> Trainer:
-    """A trainer of the run's loss, at the beginning."""
+    """A new trainer with the loss of the run."""
     options = context.options
     return Trainer(
         model,
@@ -244,7 +246,7 @@ def new_trainer(context: RunContext, model: keras.Model, groups: list[ParameterG
 
 
 def _class_weights(context: RunContext) -> np.ndarray | None:
-    """Weights of the classes, float ``[num_classes]``; 1 for classes without an example."""
+    """Class weights, float ``[num_classes]``; 1 for classes without examples."""
     if context.options.class_weights == "none":
         return None
     labels = context.train.labels
@@ -255,5 +257,5 @@ def _class_weights(context: RunContext) -> np.ndarray | None:
 
 
 def scalars(summary: dict[str, Any]) -> dict[str, float]:
-    """The figures that a history can hold."""
+    """The scalar metrics, which the history can hold."""
     return {name: value for name, value in summary.items() if isinstance(value, float)}

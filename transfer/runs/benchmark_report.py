@@ -1,4 +1,4 @@
-"""The figures of a benchmark as a table, JSON, CSV, plots and a page."""
+"""Report of a benchmark: table, JSON, CSV, plots and an HTML page."""
 
 from __future__ import annotations
 
@@ -46,24 +46,24 @@ _COLUMNS = {
     "disk_mb": "disk MB",
 }
 _EXPLAINED = """\
-Means over the seeds. accuracy: with a 95 % interval, for the seeds and the number of held-out
-images together. extract: the activations at the cut, for the first seed, which computes them; warm:
-for the others, which find them. epoch: the usual one, without the first, which compiles, and
-without validation. images/s: in such epochs. GFLOP/s: of the multiplications and additions that
-training needs; of sgemm: as a share of what products of matrices reach just before and after the
-run. total: all but starting the process. disk: the activations that are kept."""
+Means over the seeds. accuracy: with a 95 % interval that covers seeds and held-out images. extract:
+time to compute the activations at the cut, for the first seed; warm: for the other seeds, which
+read them from the cache. epoch: typical epoch without validation, excluding the first one, which
+compiles. images/s: in such epochs. GFLOP/s: of the multiplications and additions that training
+needs; of sgemm: relative to matrix multiplication measured just before and after the run. total:
+everything except process start-up. disk: size of the activation cache."""
 
 
 def write(
     out: Path, limits: dict[str, Any], records: Sequence[dict[str, Any]], cuts: Sequence[Cut]
 ) -> str:
-    """Write all files; returns what to print.
+    """Write all files; returns the table to print.
 
     Args:
-        out: folder.
-        limits: of ``benchmark_limits``.
-        records: one a run, ``metrics.json`` with ``label`` and ``seed``, or with ``error``.
-        cuts: of the network, for its arithmetic.
+        out: output folder.
+        limits: content of ``limits.json``, see ``benchmark_limits``.
+        records: one per run: ``metrics.json`` with ``label`` and ``seed``, or with ``error``.
+        cuts: the cuts of the network, with their multiply-adds.
     """
     labels = list(dict.fromkeys(record["label"] for record in records))
     rows = [
@@ -80,7 +80,7 @@ def write(
         [_cells(row) for row in rows],
         list(_COLUMNS.values()),
         "github",
-        disable_numparse=True,  # it takes the digits off again
+        disable_numparse=True,  # keeps the formatted digits
         colalign=["left"] + ["right"] * (len(_COLUMNS) - 1),
     )
     machine = describe_limits(limits)
@@ -91,7 +91,7 @@ def write(
 
 
 def describe(record: dict[str, Any]) -> str:
-    """One run in a line."""
+    """One-line summary of a run."""
     if "error" in record:
         return f"  failed: {record['error']}"
     time = record["time"]
@@ -102,7 +102,7 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def describe_limits(limits: dict[str, Any]) -> list[str]:
-    """Lines about what the machine can do, from ``limits.json``."""
+    """Lines with the machine's peak throughput, from ``limits.json``."""
     forward, pipeline = limits["forward_images_per_s"], limits["pipeline_images_per_s"]
     images = limits["images_training"] + limits["images_held_out"]
     return [
@@ -117,7 +117,7 @@ def describe_limits(limits: dict[str, Any]) -> list[str]:
 def _row(
     label: str, records: Sequence[dict[str, Any]], limits: dict[str, Any], cuts: Sequence[Cut]
 ) -> dict[str, Any]:
-    """The figures of one row; only its label if all of its runs failed."""
+    """The metrics of one row; only counts and the label if all of its runs failed."""
     done = [record for record in records if "error" not in record]
     row: dict[str, Any] = {"label": label, "seeds": len(done), "failed": len(records) - len(done)}
     if not done:
@@ -125,16 +125,16 @@ def _row(
     accuracies = [record["eval"]["accuracy"] for record in done]
     low, high = accuracy_interval(accuracies, done[0]["eval"]["num_examples"])
     row |= {"accuracy": float(np.mean(accuracies)), "accuracy_ci95": [low, high]}
-    # The first that computed anything paid for the others.
+    # The first run computes the activations, the others read them from the cache.
     computed = [r["time"]["extract_s"] for r in done if r["activations"]["computed"]]
-    found = [r["time"]["extract_s"] for r in done if not r["activations"]["computed"]]
+    cached = [r["time"]["extract_s"] for r in done if not r["activations"]["computed"]]
     has_cache = any(r["activations"]["computed"] or r["activations"]["found"] for r in done)
     row["extract_s"] = _mean(computed) if has_cache else 0.0
-    row["warm_extract_s"] = _mean(found) if has_cache else None
+    row["warm_extract_s"] = _mean(cached) if has_cache else None
     for name in ("load_s", "train_s"):
         row[name] = _mean([record["time"][name] for record in done])
-    paid = [r for r in done if r["activations"]["computed"]] or done
-    row["total_s"] = _mean([record["time"]["total_s"] for record in paid])
+    cold = [r for r in done if r["activations"]["computed"]] or done
+    row["total_s"] = _mean([record["time"]["total_s"] for record in cold])
     row["epoch_s"] = epoch_s = _mean([r["train"]["epoch_s"] for r in done])
     row["epochs"] = done[0]["train"]["epochs"]
     num_images = limits["images_training"]
@@ -149,14 +149,14 @@ def _row(
 
 
 def accuracy_interval(accuracies: Sequence[float], num_examples: int) -> tuple[float, float]:
-    """95 % interval of an accuracy that was measured with several seeds on the same images.
+    """95 % confidence interval of an accuracy measured with several seeds on the same images.
 
-    The variance of the mean over the seeds (Student's t) and that of the choice of the images
-    (binomial) are added. With one seed, Wilson's interval for the images alone.
+    Adds the variance of the mean over seeds (Student's t) and the sampling variance of the images
+    (binomial). With one seed, the Wilson score interval for the images.
 
     Args:
-        accuracies: 0 to 1, one a seed.
-        num_examples: held-out images.
+        accuracies: 0 to 1, one per seed.
+        num_examples: number of held-out images.
     """
     mean, count = float(np.mean(accuracies)), len(accuracies)
     if count == 1:
@@ -170,8 +170,8 @@ def accuracy_interval(accuracies: Sequence[float], num_examples: int) -> tuple[f
 
 
 def training_multiply_adds(cut: str, cuts: Sequence[Cut]) -> int | None:
-    """What one image takes in training what comes after a cut: the outputs, the gradients of the
-    kernels, and of the inputs of all layers but the first."""
+    """Multiply-adds per image to train the part after a cut: forward pass, gradients of the
+    kernels, and gradients of the inputs of all layers except the first."""
     total = cuts[-1].multiply_adds if cuts else None
     if total is None:
         return None
@@ -230,7 +230,7 @@ def _accuracy_against_time(rows: Sequence[dict[str, Any]]) -> Figure:
             row["label"], (row["total_s"], row["accuracy"]), (6, 6), textcoords="offset points"
         )
     axes.set_xscale("log")
-    axes.set_xlabel("seconds in all, from the model's files to the evaluated classifier")
+    axes.set_xlabel("total seconds, from the model's files to the evaluated classifier")
     axes.set_ylabel("accuracy on held-out images")
     axes.grid(alpha=0.3)
     return figure
@@ -246,7 +246,7 @@ def _epoch_times(rows: Sequence[dict[str, Any]], limits: dict[str, Any]) -> Figu
     axes.set_xscale("log")
     axes.margins(x=0.15)
     axes.invert_yaxis()
-    axes.set_xlabel("seconds of an epoch, from the second one on")
+    axes.set_xlabel("seconds per epoch, from the second one on")
     axes.legend(loc="lower right")
     axes.grid(axis="x", alpha=0.3)
     return figure

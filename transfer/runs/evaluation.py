@@ -33,9 +33,9 @@ Progress = Callable[[Iterable[Any], str, str], Iterable[Any]]
 """Wraps an iterable, given a description of the work and the unit of its items."""
 
 
-def silent(items: Iterable[Any], what: str, unit: str) -> Iterable[Any]:
+def silent(items: Iterable[Any], title: str, unit: str) -> Iterable[Any]:
     """The same items, without a progress bar."""
-    del what, unit
+    del title, unit
     return items
 
 
@@ -58,26 +58,26 @@ def evaluate_run(
     ``plots/``, and the metrics into ``metrics.json``; with ``against`` also ``changes.csv``.
 
     Args:
-        folder: of a finished run.
-        dataset: other images than the run's, see ``open_source``; so are the next two.
-        data_dir: where tfds datasets are.
-        image_folder: a folder of images per class.
-        eval_split: a split expression. ``auto`` takes the held-out images of the run; of other
-            data validation or test, else all.
+        folder: folder of a finished run.
+        dataset: evaluate on this dataset instead of the run's; see ``open_source``.
+        data_dir: directory of tfds datasets; see ``open_source``.
+        image_folder: evaluate on this image folder instead of the run's data; see ``open_source``.
+        eval_split: a split expression. ``auto`` takes the held-out images of the run; for other
+            data, the validation or test split, else all images.
         batch_size: images per step; see ``evaluate``.
-        against: folder of another run with the same classes, to compare with on the same images.
+        against: folder of another run with the same classes to compare with on the same images.
         skip_unreadable: leave out up to this number of images that cannot be decoded.
-        command: what evaluates the run like this again; shown in the report.
-        progress: wraps what is iterated over, for progress bars.
+        command: command that repeats the evaluation, shown in the report.
+        progress: wraps iterables, for progress bars.
 
     Returns:
-        The metrics of ``transfer.evaluate``. Where asked for, also ``unreadable``, the images that
-        were left out, and ``against``: the other ``run`` with ``only_first``, ``only_second`` and
-        ``p_value`` of ``transfer.evaluation.metrics.compare``.
+        The metrics of ``transfer.evaluate``. With ``skip_unreadable``, also ``unreadable``, the
+        images that were left out; with ``against``, also ``against``: the other ``run`` with
+        ``only_first``, ``only_second`` and ``p_value`` of ``transfer.evaluation.metrics.compare``.
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
-        ValueError: if the images have other classes than the run, or some cannot be decoded.
+        ValueError: if the classes of the images differ from the run's, or some cannot be decoded.
 
     Example:
         >>> from transfer import fine_tune, load_meta_graph, open_source
@@ -100,25 +100,25 @@ def evaluate_run(
         batch_size=batch_size,
         progress=lambda batches: progress(batches, "evaluation", "batch"),
     )
-    found = scoring.measure(classifier, split, logits, labels)
+    results = scoring.measure(classifier, split, logits, labels)
     if skip_unreadable:
-        heading = {name: found[name] for name in ("dataset", "splits")}
-        found = heading | {"unreadable": run_data.unreadable(split)} | found
+        heading = {name: results[name] for name in ("dataset", "splits")}
+        results = heading | {"unreadable": run_data.unreadable(split)} | results
     predictions = logits.argmax(-1)
     if against is not None:
         _warn_of_trained_images(against, split)
         others = _predictions(against, split, classifier.labels, progress)
-        found["against"] = {"run": str(against)} | metrics.compare(predictions, others, labels)
+        results["against"] = {"run": str(against)} | metrics.compare(predictions, others, labels)
         _write_changes(folder / CHANGES, split, classifier.labels, predictions, others, labels)
     else:
-        _remove_changes(folder / CHANGES)  # of another evaluation
-    run_folder.write_json(folder / run_folder.EVALUATION, found)
-    run_folder.add_to_metrics(folder, "evaluation", found)
+        _remove_changes(folder / CHANGES)  # left by an earlier evaluation
+    run_folder.write_json(folder / run_folder.EVALUATION, results)
+    run_folder.add_to_metrics(folder, "evaluation", results)
     _write_predictions(folder / run_folder.PREDICTIONS, split, classifier.labels, logits, labels)
     _write_confusion(folder / run_folder.CONFUSION, classifier.labels, logits, labels)
-    evaluated = Evaluated(classifier, split, logits, labels, found)
+    evaluated = Evaluated(classifier, split, logits, labels, results)
     report.write(folder, evaluated, _summary(folder, command))
-    return found
+    return results
 
 
 def _load(folder: Path, settings: dict[str, Any]) -> Classifier:
@@ -128,10 +128,11 @@ def _load(folder: Path, settings: dict[str, Any]) -> Classifier:
 
 
 def _predictions(folder: Path, split: Split, labels: list[str], progress: Progress) -> np.ndarray:
-    """What another run predicts for the same images: int ``[num_examples]``, in these labels.
+    """Predictions of another run for the same images, int ``[num_examples]``, as indices of
+    ``labels``.
 
     Raises:
-        ValueError: if it has other classes.
+        ValueError: if it has different classes.
     """
     classifier = _load(folder, run_folder.read_config(folder))
     if set(classifier.labels) != set(labels):
@@ -151,28 +152,28 @@ def _split(
     eval_split: str,
     progress: Progress,
 ) -> Split:
-    """The images to evaluate on; those that the run held out, if it is about the run's own data."""
-    theirs = {name: settings.get(name) for name in ("dataset", "data_dir", "image_folder")}
-    ours = dict(theirs)
+    """The images to evaluate on; by default, the held-out images of the run."""
+    of_run = {name: settings.get(name) for name in ("dataset", "data_dir", "image_folder")}
+    origin = dict(of_run)
     if image_folder:
-        ours = {"dataset": None, "data_dir": None}
-        ours["image_folder"] = str(Path(image_folder).expanduser().resolve())
+        origin = {"dataset": None, "data_dir": None}
+        origin["image_folder"] = str(Path(image_folder).expanduser().resolve())
     elif dataset or data_dir:
-        ours["image_folder"] = None
-        given = {"dataset": dataset, "data_dir": data_dir}
-        ours |= {name: value for name, value in given.items() if value}
+        origin["image_folder"] = None
+        flags = {"dataset": dataset, "data_dir": data_dir}
+        origin |= {name: value for name, value in flags.items() if value}
     source = open_source(
-        ours["dataset"] or "", data_dir=ours["data_dir"], image_folder=ours["image_folder"]
+        origin["dataset"] or "", data_dir=origin["data_dir"], image_folder=origin["image_folder"]
     )
     if eval_split != "auto":
         split = source.split(eval_split)
         _warn_of_trained_images(folder, split)
         _warn_of_copies(folder, split, progress)
         return split
-    # A dataset may have moved; a folder is another one in another place.
-    same = all(ours[name] == theirs[name] for name in ("dataset", "image_folder"))
+    # The data_dir of a dataset may change, but the path of an image folder identifies it.
+    same = all(origin[name] == of_run[name] for name in ("dataset", "image_folder"))
     if same or run_data.is_of_run(folder, source):
-        return run_data.held_out(folder, source)  # finetune has warned of copies among them
+        return run_data.held_out(folder, source)  # finetune already warned about near-duplicates
     split = whole_eval_split(source)
     _warn_of_copies(folder, split, progress)
     return split
@@ -184,31 +185,31 @@ def _warn_of_trained_images(folder: Path, split: Split) -> None:
     if count := run_data.num_not_held_out(folder, split):
         logger.warning(
             f"the run in {str(folder)!r} did not hold out {count} of these {len(split)} images; "
-            "it may have been trained on them, and its figures are then too high"
+            "it may have been trained on them, and its metrics are then too high"
         )
 
 
 def _warn_of_copies(folder: Path, split: Split, progress: Progress) -> None:
-    """Warn of near-duplicates of images that the run may have been trained on, where there are few
+    """Warn about near-duplicates of images that the run may have been trained on, if there are few
     enough to compare."""
     try:
         train = run_data.trained_on(folder, run_data.open_data(folder))
     except (OSError, ValueError):
-        return  # its data are gone
+        return  # the data of the run no longer exist
     ids = {*train.ids}
     others = split.where(np.array([id_ not in ids for id_ in split.ids], bool))
     if not len(others) or len(train) + len(others) > MAX_COMPARED:
         return
-    found = []
+    prints = []
     for images in (train, others):
         with remembered(images.source):
-            found.append(images.fingerprints(lambda files: progress(files, "images", "image")))
-    for line in data_checks.describe_leaks(*found):
+            prints.append(images.fingerprints(lambda files: progress(files, "images", "image")))
+    for line in data_checks.describe_leaks(*prints):
         logger.warning(line)
 
 
 def _summary(folder: Path, command: Sequence[str]) -> RunSummary:
-    """What the report says of the run."""
+    """Information about the run for the report."""
     config, flags = run_folder.read_config(folder), str(folder / run_folder.CONFIG)
     train = ["vgg-transfer", "finetune", "--config", flags, "--out", "runs/again"]
     versions = run_folder.read_json(folder / run_folder.METRICS).get("versions")
@@ -245,7 +246,7 @@ def _write_changes(
     others: np.ndarray,
     labels: np.ndarray,
 ) -> None:
-    """The images on which two runs differ."""
+    """Write the images for which the predictions of two runs differ."""
     rows = io.StringIO(newline="")
     write_row(rows, _CHANGES_COLUMNS)
     for name, label, mine, theirs in zip(split.names, labels, predictions, others, strict=True):
@@ -255,7 +256,7 @@ def _write_changes(
 
 
 def _remove_changes(path: Path) -> None:
-    """Delete what ``_write_changes`` wrote; any other file of this name stays."""
+    """Delete the file of ``_write_changes``, but no other file of this name."""
     if not is_regular(path):
         return
     with path.open(encoding="utf-8", errors="replace") as file:

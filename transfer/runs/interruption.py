@@ -21,9 +21,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was asked to end and can be resumed.
+    """A run was interrupted and can be resumed.
 
-    ``run_dir`` is its folder, ``status`` the exit status that a shell expects.
+    ``run_dir`` is its folder, ``status`` the conventional exit status, 128 plus the signal number.
     """
 
     def __init__(self, run_dir: Path, number: int = signal.SIGINT):
@@ -33,7 +33,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Turns signals into ``KeyboardInterrupt``, which is delayed within ``held``."""
+    """Raises ``KeyboardInterrupt`` on signals; within ``held`` it is delayed."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -49,7 +49,7 @@ class Signals:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Delay the interrupt while something must not be left half done."""
+        """Delay the interrupt during code that must complete."""
         self._is_held = True
         try:
             yield
@@ -61,14 +61,14 @@ class Signals:
 
 @contextlib.contextmanager
 def resumable(run_dir: Path) -> Iterator[Signals]:
-    """Handle signals while a run works in its folder; restores the handlers afterwards.
+    """Handle signals during a run; restores the previous handlers afterwards.
 
     Raises:
-        Interrupted: in place of a ``KeyboardInterrupt``.
+        Interrupted: instead of ``KeyboardInterrupt``.
     """
     signals = Signals()
     before: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():  # others may not set handlers
+    if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
         before = {number: signal.signal(number, signals.handle) for number in SIGNALS}
     try:
         yield signals

@@ -1,4 +1,4 @@
-"""The images of a run: those to train and to evaluate on, and those of a finished run."""
+"""The images of a run: its training and held-out splits, also of a finished run."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from transfer.runs import run_folder
 
 
 def open_data(folder: Path) -> Source:
-    """The dataset or folder of images of a run.
+    """Open the dataset or image folder of a run.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no run, or its data are gone.
+        FileNotFoundError, ValueError: if there is no run, or its data no longer exist.
     """
     settings = run_folder.read_config(folder)
     return open_source(
@@ -37,21 +37,21 @@ def open_data(folder: Path) -> Source:
 
 
 def held_out(folder: Path, source: Source) -> Split:
-    """The images whose names the run wrote down, whatever has come or gone since.
+    """The held-out images of a run, by the names it recorded; images added later are ignored.
 
     Raises:
-        ValueError: if some are gone, or their list cannot be read.
+        ValueError: if some no longer exist, or their list cannot be read.
     """
     path = folder / run_folder.HELD_OUT
     names = set(read_names(path))
     if not names:
         raise ValueError(f"{str(path)!r} names no images; name a split or a dataset to evaluate on")
-    # Not by a split expression, which checks all labels: those of a test split may be unknown.
+    # Without a split expression, which would check all labels: a test split may have none.
     positions = {
         part: np.flatnonzero([name in names for name in source.names(part)])
         for part in source.split_names
     }
-    split = Split(source, tuple((part, found) for part, found in positions.items() if len(found)))
+    split = Split(source, tuple((part, at) for part, at in positions.items() if len(at)))
     missing = sorted(names - set(split.names))
     if missing:
         raise ValueError(
@@ -62,7 +62,7 @@ def held_out(folder: Path, source: Source) -> Split:
 
 
 def trained_on(folder: Path, source: Source) -> Split:
-    """The images that the run took its training images from."""
+    """The images that a run took its training images from, without unreadable ones."""
     settings = run_folder.read_config(folder)
     train = training_split(source, settings["train_split"])
     rest = train.without(held_out(folder, source))
@@ -80,15 +80,14 @@ def splits(
     skip_unreadable: int = 0,
     resumed: Path | None = None,
 ) -> tuple[Split, Split]:
-    """``train_and_eval_splits`` with progress bars. A run that is resumed goes on with the images
-    that it held out.
+    """``train_and_eval_splits`` with progress bars. A resumed run keeps its held-out images.
 
     Args:
-        source: where the images are.
+        source: the dataset.
         train_split: a split expression, or ``auto``.
-        eval_split: likewise.
+        eval_split: a split expression, or ``auto``.
         skip_unreadable: see ``train_and_eval_splits``.
-        resumed: folder of the run that goes on, if any.
+        resumed: folder of the run to resume, if any.
 
     Raises:
         ValueError: see ``train_and_eval_splits``.
@@ -103,7 +102,7 @@ def splits(
             is_held_out = np.array([name in names for name in train.names], bool)
             return train.where(~is_held_out), train.where(is_held_out)
         if (resumed / run_folder.CHECKPOINTS).is_dir():
-            max_compared = 0  # by an earlier version of pretrain, which compared none
+            max_compared = 0  # an earlier version of pretrain, which did not compare images
     return train_and_eval_splits(
         source,
         train_split,
@@ -115,7 +114,7 @@ def splits(
 
 
 def is_of_run(folder: Path, source: Source) -> bool:
-    """Whether these are the run's own images, whatever they were called when they were opened."""
+    """Whether a source has the images of the run, even if it was opened under another path."""
     settings = run_folder.read_config(folder)
     if all(settings.get(name) == value for name, value in source.origin.items()):
         return True
@@ -129,18 +128,18 @@ def is_of_run(folder: Path, source: Source) -> bool:
 
 
 def num_not_held_out(folder: Path, split: Split) -> int:
-    """How many images of a split of the run's own data it may have been trained on."""
+    """Number of images of a split of the run's own data that are not held-out images."""
     return len({*split.names} - {*read_names(folder / run_folder.HELD_OUT)})
 
 
 def unreadable(*splits: Split) -> dict[str, Any]:
-    """What metrics say of the images that ``Split.readable`` left out of the sources of splits."""
+    """Entry ``unreadable`` of the metrics: the images that ``Split.readable`` left out."""
     names = {name: None for split in splits for name in split.source.unreadable}
     return {"count": len(names), "names": [*names]}
 
 
 def some(split: Split, count: int) -> Split:
-    """So many images of a split, evenly spread over it; all, where there are no more."""
+    """At most ``count`` images of a split, evenly spread over it."""
     keep = np.zeros(len(split), bool)
     keep[np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(int)] = True
     return split.where(keep)

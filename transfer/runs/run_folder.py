@@ -1,4 +1,4 @@
-"""The folder of a run: names of its files, its lock, its configuration and its history."""
+"""The run folder: file names, lock, configuration and history."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
 _LOCK = ".lock"
-_MAY_DIFFER = ("epochs", "fc_epochs", "out", "strategy")  # of a run that is resumed
+_MAY_DIFFER = ("epochs", "fc_epochs", "out", "strategy")  # options that may differ in a resumed run
 _MAX_JSON_BYTES = 2**26  # metrics of tens of thousands of classes
 
 _WORKING_FILES = (
@@ -41,23 +41,23 @@ _RUN_FILES = (
     r"\.lock|(config\.yaml|labels\.txt|held_out\.txt|history\.csv|(metrics|provenance|limits)\.json)"
     rf"|checkpoint|{MODEL}(-\d+)?\.(meta|json|index|data-\d{{5}}-of-\d{{5}})|{_WORKING_FILES}"
 )
-"""Paths of what a run writes, in its folder."""
+"""Relative paths of the files that a run writes."""
 
 
 def check(out: Path | None, *, resume: bool) -> None:
-    """Whether a run may go there.
+    """Check that a run may be written to a folder.
 
     Raises:
-        FileExistsError: if there is something in it, and ``resume`` is not set.
-        FileNotFoundError: if it is to be resumed, and what is there is no run. Where there is
-            nothing at all the run begins: it may have been killed before it had written anything.
+        FileExistsError: if the folder is not empty, and ``resume`` is false.
+        FileNotFoundError: if ``resume`` is true and the folder holds other files than a run's. A
+            new or empty folder is accepted: the run may have been killed before its first file.
     """
     if out is None:
         raise ValueError("resume=True needs the folder of the run")
     check_path(out.resolve())
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{str(out)!r} is a file; expected a folder to write the run to")
-    is_empty = not out.is_dir() or all(_is_passing(path) for path in out.iterdir())
+    is_empty = not out.is_dir() or all(_is_temporary(path) for path in out.iterdir())
     if is_empty or (resume and _has_begun(out)):
         return
     if resume:
@@ -76,18 +76,18 @@ def opened(
     defaults: Mapping[str, Any] | None = None,
     may_differ: Collection[str] = (),
 ) -> Iterator[None]:
-    """Take a folder for a run and write its configuration; see ``check``.
+    """Lock a run folder and write the configuration; see ``check``.
 
     Args:
         out: the folder.
-        config: what the run is made with.
-        resume: go on with the run in the folder.
-        defaults: values of options that are newer than a run that is resumed.
-        may_differ: options that a resumed run may have other values of, beside its epochs.
+        config: the options of the run.
+        resume: continue the run in the folder.
+        defaults: values of options that did not exist when a resumed run was started.
+        may_differ: options, in addition to the epochs, that may differ in a resumed run.
 
     Raises:
-        BlockingIOError: if another process uses it.
-        ValueError: if the run is resumed with another configuration.
+        BlockingIOError: if another process uses the folder.
+        ValueError: if the run is resumed with a different configuration.
     """
     check(out, resume=resume)
     out.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ def opened(
         for name in (EVENTS, CHECKPOINTS):
             for folder in (out / name, *(out / name).glob("*")):
                 files.refuse_link(folder)
-        files.remove_drafts(out)  # of a run that was killed while it saved its model
+        files.remove_drafts(out)  # left by a run that was killed while saving its model
         if resume and _has_begun(out):
             _check_resumed(out, config, defaults or {}, {*_MAY_DIFFER, *may_differ})
         write_text(out / CONFIG, to_yaml(config))
@@ -109,15 +109,15 @@ def opened(
 
 
 def remove(run: Path, *, only_working: bool = False) -> None:
-    """Delete the files of a run and its folder, or only its checkpoints and events. Other files
-    stay, and so do the folders that they are in."""
+    """Delete the files of a run and its folder, or only its checkpoints and events. Other files and
+    their folders are kept."""
     files.remove_drafts(run)
     names = _WORKING_FILES if only_working else _RUN_FILES
     files.remove_folder(run, re.compile(names))
 
 
-def _is_passing(path: Path) -> bool:
-    """Whether it is no work: the lock, or a file that was not finished."""
+def _is_temporary(path: Path) -> bool:
+    """Whether a file is the lock, or an unfinished file."""
     return path.name == _LOCK or (path.name.startswith(".") and path.suffix == ".tmp")
 
 
@@ -126,11 +126,11 @@ def _has_begun(out: Path) -> bool:
 
 
 def keep_history(run: Path, epochs: int) -> None:
-    """Forget what ``history.csv`` says of epochs, counted from 0, that are to be done again; and
-    of one whose line was cut short."""
+    """Keep the first ``epochs`` epochs of ``history.csv``; drops later ones, which will be
+    repeated, and an incomplete line."""
     path = run / HISTORY
     if not path.is_file():
-        files.unshare(path)  # a link to nothing, which the next epoch would write through
+        files.unshare(path)  # a broken link, which the next epoch would write through
         return
     with path.open(newline="", encoding="utf-8") as file:
         lines = file.readlines()
@@ -141,13 +141,13 @@ def keep_history(run: Path, epochs: int) -> None:
         if line.endswith("\n") and line.count(",") == commas and float(line.split(",")[0]) < epochs
     ]
     if not kept:
-        path.unlink()  # with its header, which the next epoch writes
+        path.unlink()  # with its header, which the next epoch writes again
         return
     write_text(path, "".join([lines[0], *kept]))
 
 
 def read_history(run: Path) -> dict[str, list[float]]:
-    """The columns of ``history.csv``; none where no epoch is done."""
+    """The columns of ``history.csv``; empty before the end of the first epoch."""
     path = run / HISTORY
     if not path.is_file():
         return {}
@@ -162,7 +162,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What ``write_json`` wrote.
+    """Read a file written by ``write_json``.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -181,21 +181,21 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def add_to_metrics(run: Path, name: str, figures: Any) -> None:
-    """Write figures into a run's ``metrics.json``, beside those of its training."""
+def add_to_metrics(run: Path, name: str, metrics: Any) -> None:
+    """Add an entry to a run's ``metrics.json``."""
     path = run / METRICS
-    write_json(path, read_json(path) | {name: figures})
+    write_json(path, read_json(path) | {name: metrics})
 
 
 def to_yaml(config: Mapping[str, Any]) -> str:
-    """Options as the text of ``config.yaml``."""
+    """The text of ``config.yaml`` for some options."""
     return yaml_files.to_yaml(_plain(config))
 
 
 def _check_resumed(
     run: Path, config: Mapping[str, Any], defaults: Mapping[str, Any], may_differ: Collection[str]
 ) -> None:
-    """Refuse a resumed run with other options than it began with."""
+    """Refuse to resume a run with different options."""
     began = {**_plain(defaults), **read_config(run)}
     now = _plain(config)
     different = [
@@ -211,7 +211,7 @@ def _check_resumed(
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration in YAML's own types, without what is not set."""
+    """A configuration in YAML types, without options that are not set."""
     values = {
         key: value for key, value in config.items() if value not in (None, ()) and key != "resume"
     }
@@ -231,7 +231,7 @@ def read_config(run: Path) -> dict[str, Any]:
     """
     path = run / CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"{str(run)!r} is no run folder: it has no {CONFIG}")
+        raise FileNotFoundError(f"{str(run)!r} is not a run folder: it has no {CONFIG}")
     return yaml_files.read_flags(path)
 
 

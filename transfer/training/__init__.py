@@ -1,1 +1,1 @@
-"""Training: the loop, optimizers, checkpoints of a run."""
+"""Training: training loop, optimizers, checkpoints of a run."""

@@ -1,8 +1,9 @@
-"""Checkpoints of a training run: what it needs to go on, and the best weights so far.
+"""Checkpoints of a training run: its full state for resuming, and the best weights so far.
 
-A run that is killed at any moment and resumed ends as if it had not been: everything that its next
-step depends on is in a checkpoint. A checkpoint is never written over. The new one is whole before
-an old one is deleted, and one that cannot be read gives way to the one before it.
+A run that is killed at any time and resumed gives the same result as an uninterrupted one: a
+checkpoint holds everything that the next step depends on. A checkpoint is never overwritten. An old
+one is deleted only after the new one is complete, and if one cannot be read, the previous one is
+used.
 """
 
 from __future__ import annotations
@@ -24,27 +25,27 @@ from transfer.models.checkpoint_index import read_v2
 from transfer.training.trainer import EpochSums, Trainer
 
 _LEFT = re.compile(r"\.writing-(step|best)-\d+(_temp|\.index|\.data-\d{5}-of-\d{5})")
-"""Names of what earlier versions left behind when they were killed."""
-# What TensorFlow's readers raise for files that are cut short, changed, or of another model.
+"""Temporary files that earlier versions left behind when they were killed."""
+# Raised by TensorFlow's readers for files that are truncated, changed, or of another model.
 _UNREADABLE = (tf.errors.OpError, AssertionError, IndexError, RuntimeError, ValueError)
 
 
 class RunCheckpoint:
-    """The checkpoints of a run, or of a stage of one, in a folder.
+    """The checkpoints of a run, or of one of its stages, in a folder.
 
-    They hold weights, the states of optimizers and of random layers, step and epoch, and how much
-    of the epoch is done. They are made of TensorFlow's object-based format, by position: the names
-    of Keras variables differ between two sessions.
+    They hold weights, the states of optimizers and of random layers, step and epoch, and the
+    progress within the epoch. They use TensorFlow's object-based format with variables by position,
+    because the names of Keras variables differ between sessions.
 
     Args:
-        directory: made when there is something to save.
-        keep: how many.
-        every_s: so many seconds after one, another ``is_due`` within an epoch; ``None`` makes none
-            there.
-        is_mine: false for a process that reads checkpoints which another one writes, and deletes
-            none.
+        directory: folder of the checkpoints, created when needed.
+        keep: number of checkpoints to keep.
+        every_s: seconds between checkpoints within an epoch, see ``is_due``; ``None`` writes none
+            within an epoch.
+        is_mine: whether this process writes and deletes checkpoints; if false, it only reads those
+            of another process.
 
-    ``damaged`` says of each checkpoint that ``restore`` passed over why it did.
+    ``damaged`` has one message per checkpoint that ``restore`` skipped, with the reason.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class RunCheckpoint:
         self._has_begun = False
 
     def begin(self) -> None:
-        """Make the folder, once. If it is gone later, somebody has removed it."""
+        """Create the folder, once: if it is missing later, it was removed from outside."""
         if not self._has_begun:
             self.directory.mkdir(parents=True, exist_ok=True)
         self._has_begun = True
@@ -74,10 +75,10 @@ class RunCheckpoint:
         return time.monotonic() - self._saved_at >= self._every_s
 
     def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint; then delete those that are not kept.
+        """Write a checkpoint, then delete old ones.
 
         Raises:
-            OSError: if it cannot be written: says which one is there to go on from.
+            OSError: if it cannot be written; names the last complete checkpoint.
         """
         numbers = self._numbers("step")
         self._write(f"step-{max(numbers, default=0) + 1}", _state(trainer))
@@ -88,9 +89,9 @@ class RunCheckpoint:
             self._delete(f"best-{number}")
 
     def save_best(self, trainer: Trainer) -> None:
-        """Keep the weights as those of the best epoch so far.
+        """Save the weights as those of the best epoch so far.
 
-        Those of the best before stay until the next ``save``: the run may be killed until then.
+        The previous best weights stay until the next ``save``, as the run may be killed before it.
 
         Raises:
             OSError: see ``save``.
@@ -98,10 +99,10 @@ class RunCheckpoint:
         self._write(f"best-{trainer.epoch}", _weights(trainer))
 
     def restore(self, trainer: Trainer) -> bool:
-        """Bring a trainer to the last checkpoint that can be read; false if there is none.
+        """Restore a trainer from the last readable checkpoint; false if there are no checkpoints.
 
         Raises:
-            ValueError: if there are some and none can be read.
+            ValueError: if there are checkpoints, but all are unreadable.
         """
         numbers = self._numbers("step")
         for number in reversed(numbers):
@@ -119,21 +120,21 @@ class RunCheckpoint:
             for later in numbers[numbers.index(number) + 1 :]:
                 self._delete(f"step-{later}")
             for epoch in self._numbers("best"):
-                if epoch >= trainer.epoch:  # of an epoch that is still to come
+                if epoch >= trainer.epoch:  # of an epoch that will be repeated
                     self._delete(f"best-{epoch}")
             return True
         if numbers:
-            raise ValueError(f"no checkpoint is left to go on from: {'; '.join(self.damaged)}")
+            raise ValueError(f"no readable checkpoint is left: {'; '.join(self.damaged)}")
         for epoch in self._numbers("best"):
             self._delete(f"best-{epoch}")
         return False
 
     def best_weights(self, trainer: Trainer) -> list[np.ndarray] | None:
-        """What ``save_best`` kept, in the order of ``trainer.model.weights``; ``None`` if it did
-        not yet.
+        """The weights saved by ``save_best``, in the order of ``trainer.model.weights``; ``None``
+        if there are none yet.
 
         Raises:
-            ValueError: if it cannot be read.
+            ValueError: if they cannot be read.
         """
         numbers = self._numbers("best")
         if not numbers:
@@ -148,7 +149,7 @@ class RunCheckpoint:
         except _UNREADABLE as error:
             raise ValueError(
                 f"the best weights of the run, {str(self.directory / f'best-{numbers[-1]}')!r}, "
-                f"cannot be read ({_first_line(error)}); start the run anew"
+                f"cannot be read ({_first_line(error)}); start a new run"
             ) from error
         return [variable.numpy() for variable in copies["weights"]]
 
@@ -163,39 +164,39 @@ class RunCheckpoint:
         try:
             with files.draft_folder(self.directory) as draft:
                 tf.train.Checkpoint(**state).write(str(draft / name))
-                # TensorFlow writes the index under its final name, and may be killed at that. Here
-                # it is whole, and comes last.
+                # TensorFlow does not write the index atomically. Here it is complete, and moved
+                # last.
                 for part in sorted(draft.iterdir()):
                     os.replace(part, self.directory / part.name)
         except (OSError, tf.errors.OpError) as error:
-            left = [f"step-{number}" for number in self._numbers("step")]
+            complete = [f"step-{number}" for number in self._numbers("step")]
             raise OSError(
                 f"cannot write checkpoint {str(path)!r} ({_first_line(error)}); "
-                + (f"{left[-1]} is whole: " if left else "there is none before it: ")
-                + "make room, or mend the folder, and start again with resume=True"
+                + (f"{complete[-1]} is complete: " if complete else "there is no earlier one: ")
+                + "free disk space or repair the folder, and continue with resume=True"
             ) from error
 
     def _read(self, name: str, state: dict[str, Any]) -> None:
         path = self.directory / name
-        read_v2(path.with_name(f"{name}.index"))  # TensorFlow ends the process at some damages
+        read_v2(path.with_name(f"{name}.index"))  # TensorFlow aborts on some damaged files
         tf.train.Checkpoint(**state).read(str(path)).assert_consumed()
 
     def _numbers(self, kind: str) -> list[int]:
-        """Of the checkpoints whose index is there: it is written last."""
-        found = (re.fullmatch(rf"{kind}-(\d+)\.index", p.name) for p in self.directory.glob("*"))
-        return sorted(int(match[1]) for match in found if match)
+        """Numbers of the complete checkpoints: those with an index, which is written last."""
+        matches = (re.fullmatch(rf"{kind}-(\d+)\.index", p.name) for p in self.directory.glob("*"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def _delete(self, name: str) -> None:
         if not self._is_mine:
             return
-        # The index first: what has none is no checkpoint.
+        # The index first: without it, the rest does not count as a checkpoint.
         for path in sorted(self.directory.glob(f"{name}.*"), reverse=True):
             if PART.search(path.name):
                 with contextlib.suppress(OSError):
                     path.unlink()
 
     def _remove_drafts(self) -> None:
-        """Of sessions that were killed."""
+        """Remove temporary files of sessions that were killed."""
         if not self._is_mine:
             return
         files.remove_drafts(self.directory)
@@ -222,7 +223,7 @@ def _state(trainer: Trainer) -> dict[str, Any]:
 
 
 def _take(trainer: Trainer, state: dict[str, Any]) -> None:
-    """What is no variable of the model or an optimizer."""
+    """Restore the part of the state that is not in variables of the model or an optimizer."""
     counts = [int(count) for count in state["counts"].numpy()]
     loss, trainer.best_loss = (float(value) for value in state["losses"].numpy())
     trainer.epoch, trainer.step, num_batches, num_examples, num_right = counts

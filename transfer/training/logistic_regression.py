@@ -1,7 +1,7 @@
-"""A softmax classifier on fixed features, solved for instead of trained: logistic regression.
+"""Logistic regression: fits a linear softmax classifier on fixed features with L-BFGS.
 
-scikit-learn's, on standardised features. The scaling is then put into the weights, so that the
-result is a head like any other.
+Uses scikit-learn on standardised features. The scaling is then folded into the weights, so that the
+result is an ordinary head.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-10, -1))
-"""Inverse strengths of the penalty to choose from, per example: 1e-5 to 0.03. Standardised features
-of a VGG want a strong one; what is above is nearly none."""
+"""Candidate inverse penalty strengths (C), per example: 1e-5 to 0.03. Standardised VGG features
+need strong regularization; larger values hardly regularize."""
 FOLDS = 3
 ABSENT = -30.0
-"""Logit of a class without an example, below all others: its probability is e^-30 of theirs."""
+"""Logit of a class without examples relative to the mean of the others, so that its probability is
+about e^-30 times theirs."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,10 @@ class Solution:
     """The head that minimises the penalised loss.
 
     ``kernel`` float32 ``[width, num_classes]`` and ``bias`` float32 ``[num_classes]``: logits are
-    ``features @ kernel + bias``. ``C`` is scikit-learn's, the inverse strength of the penalty;
-    ``scores`` are the mean log losses (nats) of the ``C`` that were tried, empty where it was given
-    or could not be chosen. ``converged`` is false if the iterations ran out.
+    ``features @ kernel + bias``. ``C`` is the inverse penalty strength, as in scikit-learn;
+    ``scores`` maps each candidate ``C`` to its mean log loss (nats), empty if ``C`` was given or
+    there were too few examples for cross-validation. ``converged`` is false if the maximum number
+    of iterations was reached.
     """
 
     kernel: np.ndarray
@@ -54,19 +56,19 @@ def fit_logistic_regression(
     seed: int = 0,
     max_iter: int = 1000,
 ) -> Solution:
-    """Solve for a head.
+    """Fit a linear head.
 
     Args:
-        features: float32 ``[num_examples, width]``; a standardised copy is made of them.
-        labels: int ``[num_examples]``, 0 to num_classes - 1. A class without an example is never
+        features: float32 ``[num_examples, width]``; a standardised copy of them is made.
+        labels: int ``[num_examples]``, 0 to num_classes - 1. A class without examples is never
             predicted.
-        num_classes: width of the logits.
-        C: inverse strength of the L2 penalty. ``None`` chooses the one with the lowest log loss in
-            stratified cross-validation, or takes the middle of ``GRID`` where a class has too few
+        num_classes: number of logits.
+        C: inverse strength of the L2 penalty. ``None`` selects the value with the lowest log loss
+            in stratified cross-validation, or the middle of ``GRID`` if a class has too few
             examples for that.
-        class_weight: ``balanced`` lets a class count the more the rarer it is.
-        seed: of the folds.
-        max_iter: of L-BFGS.
+        class_weight: ``balanced`` weights classes inversely to their frequency.
+        seed: seed of the cross-validation folds.
+        max_iter: maximum number of L-BFGS iterations.
 
     Raises:
         ValueError: if there are fewer than two classes with examples.
@@ -89,17 +91,17 @@ def fit_logistic_regression(
     model = LogisticRegression(C=C, class_weight=class_weight, max_iter=max_iter)
     converged = _fit(model, scaled, labels)
     kernel, bias = model.coef_.T.astype(np.float64), model.intercept_.astype(np.float64)
-    if len(present) == 2:  # one column: the second class against the first
+    if len(present) == 2:  # binary: scikit-learn has one column, for the second class
         kernel, bias = np.hstack([0 * kernel, kernel]), np.hstack([0 * bias, bias])
     kernel = kernel / scaler.scale_[:, None]
     bias = bias - scaler.mean_ @ kernel
-    whole = np.zeros((kernel.shape[0], num_classes), np.float32)
-    whole[:, present] = kernel
-    # As low as can be said without knowing the features to come: below the means of the others.
-    whole[:, np.setdiff1d(np.arange(num_classes), present)] = kernel.mean(-1, keepdims=True)
+    kernels = np.zeros((kernel.shape[0], num_classes), np.float32)
+    kernels[:, present] = kernel
+    # Low for any features: ABSENT below the mean logit of the other classes.
+    kernels[:, np.setdiff1d(np.arange(num_classes), present)] = kernel.mean(-1, keepdims=True)
     biases = np.full(num_classes, bias.mean() + ABSENT, np.float32)
     biases[present] = bias
-    return Solution(whole, biases, float(C), scores, int(model.n_iter_.max()), converged)
+    return Solution(kernels, biases, float(C), scores, int(model.n_iter_.max()), converged)
 
 
 def _cross_validate(
@@ -111,7 +113,7 @@ def _cross_validate(
     seed: int,
     max_iter: int,
 ) -> dict[float, float]:
-    """The mean log loss of each candidate; each solution begins where the one before ended."""
+    """Mean log loss of each candidate ``C``; each fit is warm-started from the previous one."""
     folds = list(StratifiedKFold(num_folds, shuffle=True, random_state=seed).split(labels, labels))
     losses = np.zeros((len(candidates), num_folds))
     for fold, (train, rest) in enumerate(folds):
@@ -126,7 +128,7 @@ def _cross_validate(
 
 
 def _fit(model: LogisticRegression, features: np.ndarray, labels: np.ndarray) -> bool:
-    """Fit; whether it converged."""
+    """Fit the model; returns whether it converged."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(features, labels)

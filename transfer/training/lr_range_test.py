@@ -1,6 +1,6 @@
-"""A learning rate from a short trial: raised step by step until the loss goes up.
+"""Learning-rate range test: raises the learning rate in a short training until the loss diverges.
 
-The range test of arXiv 1506.01186, section 3.3, with an exponential ramp.
+As in arXiv 1506.01186, section 3.3, with an exponential ramp.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import numpy as np
 from transfer.training.trainer import Batch, Trainer
 
 SMOOTHING = 0.9
-"""Weight of the past in the smoothed loss; about ten steps are averaged."""
+"""Decay of the exponential moving average of the loss; averages about ten steps."""
 DIVERGED = 4.0
-"""The trial ends when the smoothed loss is so many times its lowest."""
+"""The test stops when the smoothed loss exceeds this multiple of its minimum."""
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """Learning rates and what they did; all ``[steps]``, in the order of the steps.
+    """Learning rates and losses; all ``[steps]``, in the order of the steps.
 
-    ``losses`` are those of the batches, ``smoothed`` their running mean. ``suggestion`` is a tenth
-    of the rate with the lowest smoothed loss: there the loss was about to rise.
+    ``losses`` are the batch losses, ``smoothed`` their exponential moving average. ``suggestion``
+    is a tenth of the rate with the lowest smoothed loss, beyond which the loss rises.
     """
 
     rates: np.ndarray
@@ -44,19 +44,19 @@ def range_test(
     highest: float = 1.0,
     steps: int = 100,
 ) -> RangeTest:
-    """Train with rising learning rates; the weights are spoilt afterwards.
+    """Train with rising learning rates; the weights are unusable afterwards.
 
     Args:
-        trainer: with constant learning rates; those of its groups keep their proportions, and the
-            first group's is the one that is given and found.
-        batches: at least ``steps``, or all that there are are taken.
+        trainer: a trainer with constant learning rates. The ratios between its parameter groups are
+            kept; ``lowest``, ``highest`` and the result refer to the first group.
+        batches: training batches; with fewer than ``steps``, the test ends after the last one.
         lowest: learning rate of the first step.
         highest: learning rate of the last step.
-        steps: at most.
+        steps: maximum number of steps.
 
     Raises:
-        ValueError: if the range is empty, or there are fewer than ten steps before the loss
-            diverges: then ``lowest`` is too high.
+        ValueError: if the range is empty, or the loss diverges in the first ten steps: then
+            ``lowest`` is too high.
     """
     if not 0 < lowest < highest or steps < 2:
         raise ValueError(
@@ -75,7 +75,7 @@ def range_test(
             optimizer.learning_rate = rate * scale
         loss, *_ = trainer.train_step(inputs, labels)
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
-        corrected = mean / (1 - SMOOTHING ** (len(losses) + 1))  # it began at zero
+        corrected = mean / (1 - SMOOTHING ** (len(losses) + 1))  # bias correction, as in Adam
         if not math.isfinite(loss) or (smoothed and corrected > DIVERGED * min(smoothed)):
             break
         rates.append(rate)

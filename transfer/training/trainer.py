@@ -1,9 +1,9 @@
-"""One training loop for every case: a head on cached features, a part of the network, all of it.
+"""The training loop, for a head on cached features, a part of the network, or all of it.
 
 Data contract: a model maps inputs to logits ``[batch, num_classes]``; ``batches(epoch, first)``
-gives an iterable of ``(inputs, labels)`` for an epoch, from its batch ``first`` on, in an order
-that depends on nothing but the epoch, so that a run that is resumed continues as if it had never
-stopped. Optimizers and callbacks are Keras' own.
+gives an iterable of ``(inputs, labels)`` for an epoch, starting at batch ``first``, in an order
+that depends on the epoch only, so that a resumed run gives the same result as an uninterrupted one.
+Works with Keras optimizers and callbacks.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ Batch = tuple[Any, Any]
 
 
 class NonFiniteLossError(ArithmeticError):
-    """The loss became infinite or not a number."""
+    """The loss became infinite or NaN."""
 
 
 class Checkpoint(Protocol):
-    """What keeps the state of a trainer; see ``run_checkpoint.RunCheckpoint``."""
+    """Saves the state of a trainer; see ``checkpoints.RunCheckpoint``."""
 
     @property
     def is_due(self) -> bool:
@@ -57,7 +57,7 @@ class ParameterGroup:
 
 @dataclass
 class EpochSums:
-    """Over the batches of an epoch that are done; ``loss`` is the sum of the examples' losses."""
+    """Sums over the completed batches of an epoch; ``loss`` is the sum of the examples' losses."""
 
     num_batches: int = 0
     num_examples: int = 0
@@ -82,26 +82,26 @@ class EpochSums:
 
 @dataclass(repr=False)
 class Trainer:
-    """A model with what updates it; ``fit`` may be called again to go on.
+    """Trains a model; ``fit`` may be called again to continue.
 
     Args:
-        model: inputs to logits; called with ``training=True`` while it is trained.
-        groups: which optimizer updates which variables; variables in no group stay as they are.
-        label_smoothing: 0..1, the share of the target that is spread over all classes.
+        model: maps inputs to logits; called with ``training=True`` during training.
+        groups: optimizers and the variables they update; variables in no group are not trained.
+        label_smoothing: 0..1, the part of the target that is spread over all classes.
         class_weights: float ``[num_classes]``, a factor for the loss of each class's examples;
-            ``None`` weighs all alike.
-        mixup: parameter of the Beta distribution that mixes pairs of examples (arXiv 1710.09412);
-            0 mixes none. What is mixed are the inputs of ``model``: images, or activations.
-        clip_norm: the gradients of a step, all together, are scaled down to this norm; ``None``
-            leaves them as they are.
-        frozen: applied to the inputs first, in inference mode and without a gradient.
-        seed: of what is drawn at random here, for each step anew.
-        random_states: variables of ``frozen`` that its steps change: states of random layers.
-        replicas: who trains together. The batches of each process are its own part of them.
+            ``None`` weights all classes equally.
+        mixup: parameter of the Beta distribution of mixup (arXiv 1710.09412); 0 turns it off. The
+            inputs of ``model`` are mixed: images, or activations.
+        clip_norm: clip the global norm of a step's gradients to this value; ``None`` does not clip.
+        frozen: applied to the inputs first, in inference mode and without gradients.
+        seed: seed of mixup; each step draws new random numbers.
+        random_states: variables of ``frozen`` that change in each step: states of random layers.
+        replicas: devices and processes that train together. Each process gets its part of each
+            batch.
 
-    ``step`` and ``epoch`` are those that are done, ``sums`` what is done of the epoch that has
-    begun, and ``best_loss`` the lowest validation loss after an epoch. ``epoch_seconds`` are the
-    wall times of the epochs of this session, without their validation.
+    ``step`` and ``epoch`` count completed steps and epochs, ``sums`` are the sums over the current
+    epoch so far, and ``best_loss`` is the lowest validation loss after an epoch. ``epoch_seconds``
+    are the wall times of the epochs of this session, without validation.
     """
 
     model: keras.Model
@@ -127,7 +127,7 @@ class Trainer:
                 "optimizers from transfer.training.optimizers, for Keras' own would add them up "
                 "once more"
             )
-        # Callbacks (EarlyStopping, ReduceLROnPlateau, TensorBoard) look for these on the model.
+        # Callbacks (EarlyStopping, ReduceLROnPlateau, TensorBoard) use these attributes of a model.
         self.model.optimizer = self.groups[0].optimizer
         self.model.stop_training = False
         self._is_changing = self._is_asked_to_stop = False
@@ -140,11 +140,11 @@ class Trainer:
     def _step(
         self, inputs: tf.Tensor, labels: tf.Tensor, step: tf.Tensor, stop: tf.Tensor
     ) -> tf.Tensor:
-        """One update, on each replica with its piece of the batch.
+        """One update, on each replica with its part of the batch.
 
         Returns:
-            float32 ``[4]``, of the whole batch: the mean loss, how many predictions were right, how
-            many examples there are; and how many replicas are asked to stop.
+            float32 ``[4]``, over the whole batch: mean loss, number of correct predictions, number
+            of examples, and number of replicas that were asked to stop.
         """
         if self.frozen is not None:
             inputs = tf.stop_gradient(self.frozen(inputs))
@@ -172,10 +172,10 @@ class Trainer:
         return tf.stack([loss, num_right, num_examples, num_stops])
 
     def _mixing(self, step: tf.Tensor) -> Callable[[tf.Tensor], tf.Tensor]:
-        """What makes of the examples of a batch the mixtures to train on.
+        """A function that applies mixup to the examples of a batch.
 
-        Each with its counterpart from the other end of the batch, which is in a random order, and
-        one share for all of them.
+        Each example is mixed with its counterpart from the other end of the batch, which is in
+        random order; one mixing weight is drawn per batch.
         """
         if not self.mixup:
             return lambda values: values
@@ -198,13 +198,16 @@ class Trainer:
         return losses
 
     def train_step(self, inputs: Any, labels: Any, stop: bool = False) -> tuple[float, int, int]:
-        """One update; the loss of the batch before it, and how many of how many predictions were
-        right. ``stop`` asks all replicas to stop after it.
+        """Perform one update. ``stop`` asks all replicas to stop after it.
+
+        Returns:
+            The loss of the batch before the update, the number of correct predictions, and the
+            number of examples.
         """
         inputs, labels = self.replicas.pieces(inputs, labels)
         step = tf.constant(self.step, tf.int64)
-        figures = self._train_step(inputs, labels, step, tf.constant(float(stop)))
-        loss, num_right, num_examples, num_stops = figures.numpy().tolist()
+        results = self._train_step(inputs, labels, step, tf.constant(float(stop)))
+        loss, num_right, num_examples, num_stops = results.numpy().tolist()
         self.step += 1
         self._is_asked_to_stop = num_stops > 0
         return loss, int(num_right), int(num_examples)
@@ -218,13 +221,13 @@ class Trainer:
         uninterrupted: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> dict[str, float]:
-        """The rest of the epoch that ``sums`` has begun; its mean loss and accuracy while training.
+        """Train the rest of the current epoch; returns its mean training loss and accuracy.
 
         Raises:
             NonFiniteLossError: names the step and the learning rate.
-            KeyboardInterrupt: after the step in which a replica was stopped.
+            KeyboardInterrupt: after the step in which a replica was asked to stop.
         """
-        # Sums in Python: Keras' metrics would take longer than a step of a head.
+        # Sums in Python: Keras' metrics would take longer than a training step of a head.
         for inputs, labels in batches:
             with uninterrupted(), self._changing():
                 callbacks.on_train_batch_begin(self.sums.num_batches)
@@ -251,23 +254,23 @@ class Trainer:
         uninterrupted: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
         is_stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Train until ``self.epoch == epochs``, or until a callback stops it.
+        """Train until ``self.epoch == epochs``, or until a callback stops training.
 
         Args:
-            batches: the epoch's number, from 0, and how many of its batches are done, to the rest
-                of its batches.
-            epochs: in all, those of earlier calls included.
+            batches: called with the number of the epoch, from 0, and the number of its completed
+                batches; returns the remaining batches.
+            epochs: total number of epochs, including those of earlier calls.
             steps_per_epoch: for the progress bar.
-            validate: after each epoch; its figures join the logs with a ``val_`` before their
-                names.
+            validate: called after each epoch; its metrics are added to the logs with the prefix
+                ``val_``.
             callbacks: Keras callbacks.
-            verbose: Keras' progress bar, on standard output: 0 none, 1 a bar, 2 a line an epoch.
-            checkpoint: saved after each epoch, when it is due within one, and when a
-                ``KeyboardInterrupt`` comes between two steps.
-            uninterrupted: makes the context of what must not be left half done by a
-                ``KeyboardInterrupt``: a step, and what follows an epoch.
-            is_stopped: asked before each step. Where it is true on one replica, all of them do this
-                step and stop with a ``KeyboardInterrupt``: none may go on without the others.
+            verbose: Keras' progress bar, on standard output: 0 none, 1 a bar, 2 one line per epoch.
+            checkpoint: saved after each epoch, when it is due within an epoch, and on a
+                ``KeyboardInterrupt`` between two steps.
+            uninterrupted: context manager that delays a ``KeyboardInterrupt`` during a step and
+                the work at the end of an epoch.
+            is_stopped: called before each step. If it returns true on one replica, all replicas
+                complete this step and raise ``KeyboardInterrupt``: none may continue alone.
         """
         callback_list = keras.callbacks.CallbackList(
             list(callbacks),
@@ -294,7 +297,7 @@ class Trainer:
                 self.epoch_seconds.append(time.perf_counter() - start)
                 if validate is not None:
                     logs |= self._validated(validate)
-                    # The last step may have spoilt the weights after its own loss was taken.
+                    # The last update may have made the weights non-finite after its loss was taken.
                     self._check_finite(logs.get("val_loss", 0.0))
                 with uninterrupted(), self._changing():
                     self._end_epoch(logs, callback_list, checkpoint)
@@ -306,7 +309,8 @@ class Trainer:
             callback_list.on_train_end()  # callbacks close their files
 
     def _validated(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Its figures. Where it is interrupted, random layers are put back: it will be repeated."""
+        """Validation metrics. On an interrupt, the states of random layers are restored, because
+        the validation will be repeated."""
         states = [*random_states(self.model), *self.random_states]
         before = [variable.numpy() for variable in states]
         try:
@@ -331,7 +335,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """While weights, counts and histories do not fit together: no time for a checkpoint."""
+        """Marks code in which weights, counts and history are inconsistent: no checkpoint here."""
         self._is_changing = True
         yield
         self._is_changing = False
@@ -353,11 +357,11 @@ class Trainer:
 
 
 def random_states(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """The variables of a layer that are no weights: states of what is random in it."""
+    """The variables of a layer that are not weights: states of its random operations."""
     weights = {id(variable) for variable in layer.weights}
     return [variable for variable in layer.variables if id(variable) not in weights]
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """A seed for the order and the augmentation of an epoch, the same in a run that is resumed."""
+    """Seed of the shuffling and augmentation of an epoch; identical in a resumed run."""
     return int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
