@@ -1,4 +1,4 @@
-"""Implementation of ``vgg-transfer benchmark``; its flags are in ``recipes.benchmark``."""
+"""Implementation of ``vgg-transfer benchmark``; its flags are in ``recipes.benchmark_flags``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes import terminal
-from recipes.benchmark import BenchmarkConfig
+from recipes.benchmark_flags import BenchmarkConfig
 from recipes.finetune_flags import FinetuneConfig
 from recipes.finetune_request import flags_of
 from recipes.network_flags import parse_feed, parse_renames

@@ -12,13 +12,18 @@ from pathlib import Path
 
 from recipes import terminal
 from transfer.activations.cache import Cache, CacheEntryInfo
+from transfer.activations.fingerprints import FOLDER
 
 
 def show(directory: Path, *, as_json: bool) -> None:
     """Print all entries, most recently used first; warn about damaged ones."""
-    cache = _cache(directory)
-    entries = sorted(cache.entries(), key=lambda e: e.last_used, reverse=True)
-    for name, reason in cache.damaged().items():
+    caches = _caches(directory)
+    entries = sorted(
+        (entry for cache in caches for entry in cache.entries()),
+        key=lambda entry: entry.last_used,
+        reverse=True,
+    )
+    for name, reason in {k: v for cache in caches for k, v in cache.damaged().items()}.items():
         print(f"warning: {terminal.escaped(name)} is not an entry: {reason}", file=sys.stderr)
     if as_json:
         print(json.dumps([dataclasses.asdict(entry) for entry in entries], indent=2))
@@ -28,7 +33,9 @@ def show(directory: Path, *, as_json: bool) -> None:
         key = entry.key
         splits = key.get("splits")
         description = (
-            f"{key.get('cut')} of {Path(str(key.get('model'))).name}, {key.get('dataset')} "
+            f"fingerprints of {key.get('dataset')}"
+            if key.get("kind") == "fingerprints"
+            else f"{key.get('cut')} of {Path(str(key.get('model'))).name}, {key.get('dataset')} "
             f"{'+'.join(map(str, splits)) if isinstance(splits, list) else splits}"
         )
         if key.get("view_seed") is not None:
@@ -48,21 +55,21 @@ def clear(directory: Path, digests: Sequence[str], older_than_days: float | None
     Raises:
         ValueError: if no entry starts with one of the digests.
     """
-    cache = _cache(directory)
-    entries = cache.entries()
+    caches = _caches(directory)
+    entries = [(cache, entry) for cache in caches for entry in cache.entries()]
     for digest in digests:
-        if not any(entry.digest.startswith(digest) for entry in entries):
+        if not any(entry.digest.startswith(digest) for _, entry in entries):
             raise ValueError(f"no entry {digest!r} in {directory}; `cache list` shows all entries")
     chosen = [
-        entry
-        for entry in entries
+        (cache, entry)
+        for cache, entry in entries
         if (not digests or entry.digest.startswith(tuple(digests)))
         and _is_old(entry, older_than_days)
     ]
-    deleted = [entry for entry in chosen if cache.delete(entry.digest)]
+    deleted = [entry for cache, entry in chosen if cache.delete(entry.digest)]
     freed = sum(entry.num_bytes for entry in deleted)
     print(f"{len(deleted)} entries deleted, {freed / 1e6:,.1f} MB")
-    for entry in chosen:
+    for cache, entry in chosen:
         if entry not in deleted:
             print(f"{entry.digest[:12]} is in use, and stays", file=sys.stderr)
         elif (folder := cache.directory / entry.digest).exists():
@@ -73,8 +80,8 @@ def _is_old(entry: CacheEntryInfo, days: float | None) -> bool:
     return days is None or time.time() - entry.last_used > days * 24 * 3600
 
 
-def _cache(directory: Path) -> Cache:
-    """Open the cache in a directory.
+def _caches(directory: Path) -> list[Cache]:
+    """Open the cache in a directory: activations, and fingerprints if there are any.
 
     Raises:
         NotADirectoryError: if it is a file.
@@ -82,4 +89,6 @@ def _cache(directory: Path) -> Cache:
     cache = Cache(directory, limit_bytes=0)  # opened to list and delete only
     if cache.directory.exists() and not cache.directory.is_dir():
         raise NotADirectoryError(f"{str(directory)!r} is a file; expected the folder of a cache")
-    return cache
+    fingerprints = cache.directory / FOLDER
+    is_there = fingerprints.is_dir() and not fingerprints.is_symlink()
+    return [cache, Cache(fingerprints, limit_bytes=0)] if is_there else [cache]

@@ -1,4 +1,4 @@
-"""Implementation of ``vgg-transfer check-data``; its flags are in ``recipes.check_data``."""
+"""Implementation of ``vgg-transfer check-data``; its flags are in ``recipes.check_data_flags``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from tabulate import tabulate
 
 from recipes import terminal
-from recipes.check_data import CheckDataConfig
+from recipes.check_data_flags import CheckDataConfig
 from transfer import Backbone, load_meta_graph, open_source
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, extract
 from transfer.activations.fingerprints import remembered

@@ -11,30 +11,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 
 from recipes import terminal
+from recipes.predict_flags import DEFAULTS, PredictConfig
 from recipes.startup import job
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class PredictConfig:
-    """Flags of ``vgg-transfer predict``, with their defaults."""
-
-    top_k: int = 3
-    """Number of classes to show per image, most probable first."""
-    format: Literal["table", "csv", "jsonl"] = "table"
-    """csv: a row per image and class; jsonl: one JSON object per image and line."""
-    batch_size: int = 32
-    """Images per step."""
-    explain: Path | None = None
-    """Folder for a Grad-CAM heat map per image, named by its number in the results: red marks the
-    region that explains the most probable class."""
 
 
 def _no_option(_: type, words: str | Sequence[str]) -> None:
@@ -47,7 +31,7 @@ def _no_option(_: type, words: str | Sequence[str]) -> None:
 Images = Annotated[str, Parameter(allow_leading_hyphen=True, validator=_no_option)]  # "-" is one
 
 
-def predict(run: Path, /, *images: Images, config: PredictConfig = PredictConfig()) -> int:
+def predict(run: Path, /, *images: Images, config: PredictConfig = DEFAULTS) -> int:
     """Predict the classes of images.
 
     Args:

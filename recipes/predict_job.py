@@ -1,4 +1,4 @@
-"""Implementation of ``vgg-transfer predict``; its flags are in ``recipes.predict``."""
+"""Implementation of ``vgg-transfer predict``; its flags are in ``recipes.predict_flags``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from recipes import terminal
-from recipes.predict import PredictConfig
+from recipes.predict_flags import PredictConfig
 from transfer import Classifier
 from transfer.core.csv_files import write_row
 from transfer.evaluation.explain import Explainer

@@ -13,6 +13,8 @@ from transfer.activations.cache import Cache, default_directory
 from transfer.data.dataset import MAX_COMPARED, Source
 from transfer.data.near_duplicates import FINGERPRINT
 
+FOLDER = "fingerprints"
+"""Subfolder of the activation cache."""
 _LIMIT_BYTES = 10**9  # enough for a million images
 
 
@@ -23,7 +25,7 @@ def remembered(source: Source, cache_dir: Path | None = None) -> Iterator[None]:
     if sum(source.sizes.values()) > 2 * MAX_COMPARED:
         yield
         return
-    directory = (cache_dir or default_directory()) / "fingerprints"
+    directory = (cache_dir or default_directory()) / FOLDER
     cache = Cache(directory, _LIMIT_BYTES)
     key = {"kind": "fingerprints", "dataset": source.name, "tensorflow": version("tensorflow")}
     with contextlib.suppress(OSError):

@@ -1,0 +1,28 @@
+"""Flags of ``vgg-transfer predict``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cyclopts import Parameter
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Flags of ``vgg-transfer predict``, with their defaults."""
+
+    top_k: int = 3
+    """Number of classes to show per image, most probable first."""
+    format: Literal["table", "csv", "jsonl"] = "table"
+    """csv: a row per image and class; jsonl: one JSON object per image and line."""
+    batch_size: int = 32
+    """Images per step."""
+    explain: Path | None = None
+    """Folder for a Grad-CAM heat map per image, named by its number in the results: red marks the
+    region that explains the most probable class."""
+
+
+DEFAULTS = PredictConfig()
