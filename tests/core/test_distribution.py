@@ -15,9 +15,9 @@ from transfer.core.distribution import (
     Replicas,
     num_workers,
     open_replicas,
-    piece,
-    pieces_of_batches,
-    take,
+    shard_indices,
+    shards_of_batches,
+    take_shard,
 )
 from transfer.data.sources import open_source
 from transfer.training.trainer import ParameterGroup, Trainer
@@ -26,15 +26,15 @@ from transfer.training.trainer import ParameterGroup, Trainer
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 32])
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_each_row_is_in_one_piece_with_its_counterpart(num_rows, count):
-    pieces = [piece(num_rows, number, count) for number in range(count)]
-    np.testing.assert_array_equal(np.sort(np.concatenate(pieces)), np.arange(num_rows))
-    for rows in pieces:
+    shards = [shard_indices(num_rows, number, count) for number in range(count)]
+    np.testing.assert_array_equal(np.sort(np.concatenate(shards)), np.arange(num_rows))
+    for rows in shards:
         np.testing.assert_array_equal(rows[::-1], num_rows - 1 - rows)
-    assert max(map(len, pieces)) - min(map(len, pieces)) <= 3  # a pair, and one without
+    assert max(map(len, shards)) - min(map(len, shards)) <= 3  # a pair, and one without
 
 
 def test_a_replica_without_a_row_has_one_without_a_label():
-    inputs, labels = take(np.arange(6.0).reshape(2, 3), np.array([4, 5]), 1, 2)
+    inputs, labels = take_shard(np.arange(6.0).reshape(2, 3), np.array([4, 5]), 1, 2)
     np.testing.assert_array_equal(inputs, [[0, 1, 2]])
     np.testing.assert_array_equal(labels, [NO_LABEL])
 
@@ -43,16 +43,21 @@ def test_a_piece_of_a_smaller_batch_has_no_more_rows():
     for batch_size in range(1, 34):
         for count in (2, 3, 4, 8):
             for number in range(count):
-                sizes = [len(piece(n, number, count, batch_size)) for n in range(1, batch_size + 1)]
+                sizes = [
+                    len(shard_indices(n, number, count, batch_size))
+                    for n in range(1, batch_size + 1)
+                ]
                 assert sizes == sorted(sizes)
             for num_rows in range(1, batch_size):
-                parts = [piece(num_rows, number, count, batch_size) for number in range(count)]
+                parts = [
+                    shard_indices(num_rows, number, count, batch_size) for number in range(count)
+                ]
                 assert sorted(np.concatenate(parts)) == list(range(num_rows))
 
 
 def test_pieces_of_batches_hold_every_example_once():
-    read, stand_in = zip(*(pieces_of_batches(20, 6, number, 3) for number in range(3)), strict=True)
-    counted = np.array(read, int) - np.array(stand_in, int)
+    read, padding = zip(*(shards_of_batches(20, 6, number, 3) for number in range(3)), strict=True)
+    counted = np.array(read, int) - np.array(padding, int)
     np.testing.assert_array_equal(counted.sum(0), 1)
     for number in range(3):  # something of each batch
         assert all(read[number][start : start + 6].any() for start in range(0, 20, 6))
@@ -70,14 +75,14 @@ def test_batches_of_images_are_divided(image_folder, first_batch, batch_size):
 
     whole = batches()
     parts = [batches(piece=(number, 2)) for number in range(2)]
-    for (images, labels), *pieces in zip(whole, *parts, strict=True):
-        for number, (piece_images, piece_labels) in enumerate(pieces):
-            chosen = piece(len(labels), number, 2, batch_size)
+    for (images, labels), *shards in zip(whole, *parts, strict=True):
+        for number, (shard_images, shard_labels) in enumerate(shards):
+            chosen = shard_indices(len(labels), number, 2, batch_size)
             if len(chosen):
-                np.testing.assert_array_equal(piece_labels, labels.numpy()[chosen])
-                np.testing.assert_array_equal(piece_images, images.numpy()[chosen])
+                np.testing.assert_array_equal(shard_labels, labels.numpy()[chosen])
+                np.testing.assert_array_equal(shard_images, images.numpy()[chosen])
             else:
-                np.testing.assert_array_equal(piece_labels, [NO_LABEL])
+                np.testing.assert_array_equal(shard_labels, [NO_LABEL])
 
 
 def test_activations_are_divided_by_who_has_them():
@@ -100,9 +105,9 @@ def test_activations_are_divided_by_who_has_them():
 
 
 def test_shares_are_whole_batches():
-    shares = [Replicas(worker=n, num_workers=2).share(10, 4) for n in range(2)]
-    np.testing.assert_array_equal(shares[0], [True] * 4 + [False] * 4 + [True] * 2)
-    np.testing.assert_array_equal(shares[0], ~shares[1])
+    assigned = [Replicas(worker=n, num_workers=2).examples_of_worker(10, 4) for n in range(2)]
+    np.testing.assert_array_equal(assigned[0], [True] * 4 + [False] * 4 + [True] * 2)
+    np.testing.assert_array_equal(assigned[0], ~assigned[1])
 
 
 def test_one_replica_exchanges_nothing():

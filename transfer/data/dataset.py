@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from transfer.core.distribution import NO_LABEL, pieces_of_batches
+from transfer.core.distribution import NO_LABEL, shards_of_batches
 from transfer.data.near_duplicates import FINGERPRINT, fingerprints, near_duplicates
 from transfer.data.tfds import tfds
 from transfer.images.augment import random_view
@@ -297,7 +297,7 @@ class Batches:
         has."""
         if self.piece == (0, 1):
             return self.split.examples(order), self.batch_size
-        is_read, stands_in = pieces_of_batches(len(order), self.batch_size, *self.piece)
+        is_read, stands_in = shards_of_batches(len(order), self.batch_size, *self.piece)
         rows = int(is_read[: self.batch_size].sum())
 
         def labelled(example: dict[str, Any], without_label: tf.Tensor) -> dict[str, Any]:

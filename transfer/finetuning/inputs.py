@@ -33,9 +33,9 @@ class Inputs:
         self._context = context
         self._layer = frozen
         self._frozen: Compiled | None = None
-        share = context.replicas.share
-        self._mine_held_out = share(len(context.held_out), EXTRACTION_BATCH)
-        self._mine_train = share(len(context.train), EXTRACTION_BATCH)
+        assigned = context.replicas.examples_of_worker
+        self._mine_held_out = assigned(len(context.held_out), EXTRACTION_BATCH)
+        self._mine_train = assigned(len(context.train), EXTRACTION_BATCH)
         self.num_extracted = self.num_found = 0
         options = context.options
         self._held_out = self._train = None

@@ -201,7 +201,7 @@ class Trainer:
         """One update; the loss of the batch before it, and how many of how many predictions were
         right. ``stop`` asks all replicas to stop after it.
         """
-        inputs, labels = self.replicas.pieces(inputs, labels)
+        inputs, labels = self.replicas.shard(inputs, labels)
         step = tf.constant(self.step, tf.int64)
         figures = self._train_step(inputs, labels, step, tf.constant(float(stop)))
         loss, num_right, num_examples, num_stops = figures.numpy().tolist()
