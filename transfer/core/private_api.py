@@ -57,7 +57,7 @@ def momentum(optimizer: Any, variable: tf.Variable) -> tf.Variable:
 
 
 class OptimizerOverrides:
-    """Mixin with the Keras optimizer behaviour that ``training.Trainer`` overrides; first base class.
+    """Mixin that overrides Keras optimizer behaviour for ``training.Trainer``; first base class.
 
     Weight decay applies only to variables of rank 2 or more. It is harmful for biases and for the
     scales of normalization layers (arXiv 1812.01187, section 3.1). ``exclude_from_weight_decay``

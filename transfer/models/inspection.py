@@ -1,6 +1,6 @@
-"""What is in a model: inputs, taps, variables, how far the checkpoint covers them, and hazards.
+"""Inspect a model: inputs, taps, variables, their coverage by the checkpoint, and hazards.
 
-Everything is read off the files; nothing is run, and the weights need not be there.
+The files are only parsed; nothing is run, and the weights are not needed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Shape = tuple[int | None, ...] | None
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor and what is said about it: the ``shape`` is ``None`` where it is not known."""
+    """A tensor with a remark ``about`` it; ``shape`` is ``None`` if unknown."""
 
     name: str
     shape: Shape
@@ -55,7 +55,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Variables:
-    """How many variables there are, of how many parameters and of how many megabytes (10^6)."""
+    """Number of variables and of their parameters, and their size in megabytes (10^6 bytes)."""
 
     count: int
     parameters: int
@@ -64,11 +64,11 @@ class Variables:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the checkpoint has of the graph's variables.
+    """How far the checkpoint covers the variables of the graph.
 
-    ``problem`` says why it cannot be read, ``None`` if it can. ``matched`` counts variables,
-    ``missing`` and ``different`` name those that have no value or another shape or type, ``extra``
-    the entries that belong to no variable.
+    ``problem`` is the reason why it cannot be read, ``None`` if it can. ``matched`` counts matching
+    variables, ``missing`` lists variables without a value, ``different`` those of another shape or
+    dtype, ``extra`` the entries that belong to no variable.
     """
 
     prefix: str | None
@@ -82,14 +82,15 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``inspect`` finds.
+    """The result of ``inspect``.
 
-    ``variables`` are all of the graph, ``tap_variables`` those that the first tap needs (weights
-    that are constants included), ``feeds`` the placeholders that tell training from inference,
-    ``unknown_feeds`` other placeholders that the first tap needs and that want a value.
-    ``tap_error`` says why the first tap cannot be a layer; ``None`` if it can. ``cuts`` are those
-    of its network, from the input on. ``command`` passed all checks that fine-tuning begins with;
-    where it is ``None``, ``command_problem`` says why and what would work.
+    ``variables`` are all variables of the graph, ``tap_variables`` those that the first tap depends
+    on (including constant weights), ``feeds`` the placeholders that switch between training and
+    inference, ``unknown_feeds`` other placeholders that the first tap depends on and that need a
+    value. ``tap_error`` is the reason why the first tap cannot be used as a layer; ``None`` if it
+    can. ``cuts`` are the cuts of its network, from input to output. ``command`` passed all checks
+    with which fine-tuning starts; if it is ``None``, ``command_problem`` gives the reason and an
+    alternative.
     """
 
     model: str
@@ -112,7 +113,7 @@ class Inspection:
 
 
 def inspect(graph: MetaGraph) -> Inspection:
-    """Look at a model.
+    """Inspect a model.
 
     Raises:
         ValueError: if the graph is damaged.
@@ -159,7 +160,7 @@ def inspect(graph: MetaGraph) -> Inspection:
 
 
 def _coverage(graph: MetaGraph, variables: Sequence[Variable]) -> tuple[Coverage, set[str] | None]:
-    """What the checkpoint has, and the names of the variables that it has; ``None`` if unknown."""
+    """Coverage by the checkpoint, and the names of the covered variables; ``None`` if unknown."""
     if not variables:
         return Coverage(None, None), set()
     prefix = graph.checkpoint_prefix or graph.prefix
@@ -194,7 +195,7 @@ def _coverage(graph: MetaGraph, variables: Sequence[Variable]) -> tuple[Coverage
 
 
 def _try(graph: MetaGraph, tap: str | None) -> tuple[str | None, Network | None, str | None]:
-    """The input of a tap, the network between them, and what is wrong."""
+    """The input of a tap, the network between them, and an error message."""
     if tap is None:
         return None, None, "no layer of a network was found in it"
     input = None
@@ -206,19 +207,19 @@ def _try(graph: MetaGraph, tap: str | None) -> tuple[str | None, Network | None,
 
 
 def _inputs(graph: MetaGraph, chosen: str | None) -> list[Tensor]:
-    """Where data come in: all placeholders, and what is dequeued and used."""
+    """All tensors that provide data: placeholders, and dequeued tensors that are used."""
     used = outputs(graph.nodes.values())
-    found = []
+    tensors = []
     for node in graph.nodes.values():
         if node.op not in taps.SOURCES:
             continue
         for tensor in used.get(node.name) or [f"{node.name}:0"]:
             index = split_tensor_name(tensor)[1]
             about = "takes the images" if tensor == chosen else node.op
-            found.append(_tensor(node, tensor, index, about))
-    # The file names of savers are placeholders, too.
-    found = [t for t in found if t.dtype != "string" or t.name == chosen]
-    return sorted(found, key=lambda tensor: tensor.name != chosen)
+            tensors.append(_tensor(node, tensor, index, about))
+    # The file names of savers are also placeholders.
+    tensors = [t for t in tensors if t.dtype != "string" or t.name == chosen]
+    return sorted(tensors, key=lambda tensor: tensor.name != chosen)
 
 
 def _tap(graph: MetaGraph, tap: taps.Tap) -> Tensor:
