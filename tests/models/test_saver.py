@@ -310,8 +310,8 @@ def test_what_cannot_be_saved(tmp_path):
             save_meta_graph(graph, tmp_path / name, W, **options)
 
     refused(TypeError, r"step is <tf.Variable.*; expected a whole .* Session.run", step=step)
-    refused(TypeError, r"step is 1.5; expected a whole number", step=1.5)
-    refused(ValueError, r"step is -1; expected a whole number from 0 on", step=-1)
+    refused(TypeError, r"step is 1.5; expected an integer", step=1.5)
+    refused(ValueError, r"step is -1; expected an integer of at least 0", step=-1)
     refused(TypeError, r"the string 'w'; expected several .* write \['w'\]", variables="w")
     refused(ValueError, r"save w:0: the graph's .* w, b, global_step; name", variables=["w:0"])
     refused(ValueError, r"of 3 variables in the graph none is to be saved", variables=[])

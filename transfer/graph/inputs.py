@@ -1,6 +1,6 @@
-"""Tensors that may take the images, where the graph's own source of data does not.
+"""Find tensors that can be fed with images if the graph's own data source cannot.
 
-Behind a decoder of JPEG files, a ``map_fn`` or a split of the batch there is a tensor with images.
+After a JPEG decoder, a ``map_fn`` or a split of the batch there is a tensor with images.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from transfer.graph import (
 
 _SPLITS = frozenset({"Slice", "Split", "SplitV", "StridedSlice", "Unpack"})
 _BATCHES = (12, 16, 20, 28)
-"""They can be divided by any number up to 8."""
+"""Batch sizes such that each number of towers up to 8 divides one of them."""
 _MADE_UP = frozenset({"Const", "Placeholder", "PlaceholderWithDefault", "Fill"}) | VARIABLES
 
 
 def candidates(nodes: Sequence[NodeDef], output: str, known: Iterable[str] = ()) -> list[str]:
-    """Tensors that an output depends on and that look like images, the likeliest first.
+    """Tensors that an output depends on and that look like images, most likely first.
 
-    Those whose height and width are stated come first, and then those that are nearest to the
-    source of the data. Loops are not looked into, unlike what they give.
+    Tensors with static height and width come first, then those closest to the data source. Tensors
+    inside loops are excluded, outputs of loops are not.
 
     Args:
-        nodes: of a graph.
-        output: what is to be computed.
-        known: tensors that have been tried.
+        nodes: the nodes of a graph.
+        output: the tensor to compute.
+        known: tensors to exclude because they have been tried.
     """
     by_name = {node.name: node for node in nodes}
     distance = {operation_of(output): 0}
     pending = [operation_of(output)]
     tensors: dict[str, int] = {}
-    for name in pending:  # breadth first: it grows as it goes
+    for name in pending:  # breadth-first search; the list grows during iteration
         for edge in data_inputs(by_name[name]) if name in by_name else ():
             operation = operation_of(edge)
             if operation not in distance:
@@ -60,7 +60,7 @@ def candidates(nodes: Sequence[NodeDef], output: str, known: Iterable[str] = ())
         if node is None or tensor in set(known):
             continue
         if node.op in _MADE_UP or _reads_variable(by_name, tensor):
-            continue  # no images, or what a layer made of them
+            continue  # not images, or the output of a layer
         shape, dtype = static_shape(node, index), dtype_of(node, index)
         if dtype is not None and not (dtype.is_floating or dtype.is_integer):
             continue
@@ -85,8 +85,8 @@ def _reads_variable(by_name: Mapping[str, NodeDef], tensor: str) -> bool:
 
 
 def shared_batch(network: Network) -> tuple[Fraction, list[str]] | None:
-    """How many rows come out for each image where towers share a batch, and the tensors that the
-    towers take their parts from; ``None`` where one comes out for each, or it cannot be told."""
+    """If towers split the batch: the number of output rows per image, and the tensors with the
+    towers' parts. ``None`` if there is one row per image, or this cannot be determined."""
     by_name = {node.name: node for node in network.graph_def.node}
     live = downstream(network.graph_def.node, [network.input])
 
@@ -124,5 +124,5 @@ def shared_batch(network: Network) -> tuple[Fraction, list[str]] | None:
 
 
 def _split_one(node: NodeDef) -> str:
-    """What an operation takes a part of."""
+    """The input that an operation splits or slices."""
     return data_inputs(node)[1 if node.op == "Split" else 0]

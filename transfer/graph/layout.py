@@ -1,8 +1,8 @@
-"""Channels last: networks of channels first (``NCHW``), as programs for GPUs have them, turned.
+"""Convert networks from channels first (``NCHW``), common in GPU programs, to channels last (NHWC).
 
-TensorFlow computes no such pooling or gradient on a CPU, and images are channels last in all of
-this library. A tensor with a height and a width keeps its name and gets the other order; what does
-not know of heights and widths (a reshape to vectors) gets its operand in the graph's own order.
+TensorFlow does not support NCHW pooling and convolution gradients on CPUs, and this library uses
+channels last throughout. Tensors with height and width keep their names and are transposed; layout
+agnostic operations, such as flattening, get their operand in the graph's original layout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transfer.graph.network import Network
 from transfer.graph.shapes import Shape, infer
 
 _TO_LAST, _TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
-# Operation to those of its operands that are images.
+# Operation type to the index of its operand that is an image.
 _WITH_FORMAT = {
     **dict.fromkeys(("AvgPool", "BiasAdd", "Conv2D", "DepthToSpace", "DepthwiseConv2dNative"), 0),
     **dict.fromkeys(("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3", "MaxPool"), 0),
@@ -59,12 +59,12 @@ def is_channels_first(shape: Shape) -> bool:
 
 
 def channels_last(network: Network) -> Network:
-    """The network with images, and all that has a height and a width, channels last.
+    """Convert a network to channels last, including its input and output.
 
-    It is the same one where nothing in it is channels first.
+    A network without channels-first tensors is returned unchanged.
 
     Raises:
-        ValueError: if the graph is no valid one for its own input.
+        ValueError: if the graph is not valid for its own input.
     """
     turns_input = is_channels_first(network.input_shape)
     has_format = any(_is_first(node) for g in network.graphs for node in g.node)
@@ -86,8 +86,8 @@ def channels_last(network: Network) -> Network:
 
 @dataclass
 class _Turned:
-    """A graph while it is turned. ``last`` are tensors that are channels last by now; ``first``
-    those that are known to be channels first still."""
+    """A graph during conversion. ``last`` are tensors already converted to channels last; ``first``
+    tensors known to be still channels first."""
 
     graph_def: GraphDef
     network: Network
@@ -118,7 +118,7 @@ class _Turned:
         return None if shape is None else len(shape)
 
     def _keep(self, node: NodeDef) -> None:
-        """An operation that gets its operands as the graph has them."""
+        """Add an operation unchanged, with its operands in the original layout."""
         edges = [canonical(edge) for edge in node.input]
         was_first = any(edge in self.last | self.first for edge in edges)
         node.input[:] = [self._as_first(edge) for edge in edges]
@@ -127,7 +127,7 @@ class _Turned:
             self.first |= {tensor for tensor in self._outputs(node) if self._rank(tensor) == 4}
 
     def _turn(self, node: NodeDef) -> bool:
-        """Put an operation down in its form for channels last, if it has one."""
+        """Add an operation converted to channels last, if it can be converted."""
         edges = [canonical(edge) for edge in node.input]
         turned = [edge in self.last for edge in edges]
         if _is_first(node):
@@ -201,7 +201,7 @@ class _Turned:
         return True
 
     def _turn_transpose(self, node: NodeDef, edges: Sequence[str]) -> bool:
-        """A graph that goes from one order to the other stays where it is."""
+        """Replace a transpose between the two layouts by an identity."""
         value = self._constant(edges[1])
         order = None if value is None else tuple(value.ravel().tolist())
         is_last = edges[0] in self.last
@@ -215,7 +215,7 @@ class _Turned:
         return True
 
     def _turn_output(self) -> None:
-        """The output channels last, where an operation that knows no order made it."""
+        """Transpose the output to channels last if its operation was not converted."""
         if self.network.output not in self.first or self._rank(self.network.output) != 4:
             return
         name, _, index = self.network.output.rpartition(":")
@@ -238,11 +238,11 @@ class _Turned:
             return tensor
         return self._other(tensor, "channels_first", _TO_FIRST)
 
-    def _other(self, tensor: str, what: str, order: Sequence[int]) -> str:
-        key = (tensor, what)
+    def _other(self, tensor: str, layout: str, order: Sequence[int]) -> str:
+        key = (tensor, layout)
         if key not in self.made:
             name, _, index = tensor.rpartition(":")
-            self.made[key] = self._transpose(f"{name}/{what}_{index}", tensor, order, None)
+            self.made[key] = self._transpose(f"{name}/{layout}_{index}", tensor, order, None)
         return self.made[key]
 
     def _transpose(self, name: str, tensor: str, order: Sequence[int], like: NodeDef | None) -> str:
@@ -259,7 +259,7 @@ class _Turned:
         return (dtype or tf.float32).as_datatype_enum
 
     def _reordered(self, sizes: str) -> str:
-        """A list of one number an axis, in the order of channels last."""
+        """Reorder a list with one number per axis to channels last."""
         name = f"{operation_of(sizes)}/channels_last"
         if all(node.name != name for node in self.nodes):
             node = NodeDef(name=name, op="GatherV2", input=[sizes])
@@ -271,7 +271,7 @@ class _Turned:
         return f"{name}:0"
 
     def _put(self, name: str, value: Any) -> str:
-        """A constant of integers."""
+        """Add an int32 constant."""
         node = NodeDef(name=name, op="Const")
         node.attr["dtype"].type = tf.int32.as_datatype_enum
         node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value, tf.int32))

@@ -1,4 +1,4 @@
-"""Which variables are factors: 1, and not 0, where a network begins anew."""
+"""Find variables that are multiplicative factors and must be reinitialized to 1 instead of 0."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _ROOTS = frozenset({"Rsqrt", "Sqrt"})
 _PRODUCTS = frozenset({"Mul", "RealDiv", "Div"})
 _SUMS = frozenset({"Add", "AddV2", "Maximum"})
 _FORM = frozenset({"Cast", "ExpandDims", "Identity", "Reshape", "Squeeze"})
-# One side of a PReLU, whose slope begins at 0: of what it multiplies nothing but the sign counts.
+# The negative part of a PReLU, whose slope starts at 0.
 _RECTIFIERS = frozenset({"Abs", "Minimum", "Neg", "Relu", "Sub"})
 
 
 def find_scales(nodes: Iterable[NodeDef], variables: Iterable[str]) -> set[str]:
-    """The variables that activations are multiplied with or divided by, element by element: scales
-    and variances of normalisations, by their use or by their usual names.
+    """The variables that activations are multiplied or divided by elementwise: scales and variances
+    of normalization layers, detected by their use or by their usual names.
 
     Args:
-        nodes: of a network.
-        variables: names of those that it reads.
+        nodes: the nodes of a network.
+        variables: names of its variables.
     """
     nodes = list(nodes)
     operations = {node.name: node for node in nodes}

@@ -281,7 +281,9 @@ def _hazards(
     dropouts = find_dropout(upstream, live)
     constant = [d.node for d in dropouts if graph.nodes[operation_of(d.amount)].op == "Const"]
     if constant and network is not None and network.training is not None:
-        found.append(f"dropout is always on ({_few(constant)}); it is bypassed but in training")
+        found.append(
+            f"dropout is always on ({_few(constant)}); bypassed at inference, active in training"
+        )
     noise = [
         n.name
         for n in upstream

@@ -315,7 +315,7 @@ class MetaGraph:
         dtype = dtype_of(node, index)
         if dtype is not None and dtype.is_integer and mode != "none":
             raise ValueError(
-                f"input {input!r} takes whole numbers ({dtype.name}), so the network prepares its "
+                f"input {input!r} takes integers ({dtype.name}), so the network prepares its "
                 f"images itself; preprocess={mode!r} does not fit, use none"
             )
         if len(shape) == 2:

@@ -96,7 +96,7 @@ def save_meta_graph(
             "checkpoints of a folder; give the prefix another name"
         )
     retention.check(max_to_keep, keep_checkpoint_every_n_hours)
-    saved = prefix if step is None else prefix.with_name(f"{prefix.name}-{_whole(step)}")
+    saved = prefix if step is None else prefix.with_name(f"{prefix.name}-{_integer(step)}")
     chosen = _choose(graph, variables)
     _check_values(chosen, values)
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -123,16 +123,16 @@ def save_meta_graph(
     return saved
 
 
-def _whole(step: SupportsIndex) -> int:
+def _integer(step: SupportsIndex) -> int:
     try:
         number = operator.index(step)
     except TypeError as error:
         raise TypeError(
-            f"step is {step!r}; expected a whole number: of a tensor, give the value that "
+            f"step is {step!r}; expected an integer: of a tensor, give the value that "
             "Session.run returns"
         ) from error
     if number < 0:
-        raise ValueError(f"step is {number}; expected a whole number from 0 on: count from there")
+        raise ValueError(f"step is {number}; expected an integer of at least 0: count from there")
     return number
 
 
