@@ -45,7 +45,7 @@ def test_working_folder_is_not_imported(newcomers_folder: Path, safe_path: str) 
     assert "--freeze-until" in done.stdout
 
 
-def test_code_of_a_clone_is_found_and_given_its_arguments(
+def test_module_of_clone_is_run_with_its_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clone, work, other = tmp_path / "clone", tmp_path / "work", tmp_path / "other"

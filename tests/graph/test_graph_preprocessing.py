@@ -92,7 +92,7 @@ def network(prepare):
 
 
 @pytest.mark.parametrize("prepare", CASES, ids=lambda prepare: prepare.__name__)
-def test_it_is_found(prepare):
+def test_preprocessing_in_graph_is_detected(prepare):
     found, expected = graph_preprocessing.find(network(prepare)), CASES[prepare]
     # In the order of the graph, where one colour may come before another.
     np.testing.assert_allclose(sorted(found.means), sorted(expected.means), rtol=1e-6)
@@ -101,7 +101,7 @@ def test_it_is_found(prepare):
     assert bool(found) == bool(expected)
 
 
-def test_what_would_be_done_twice():
+def test_repeated_preprocessing_steps_are_reported():
     found = Preparation((103.9, 116.8, 123.7), (), True)
     assert str(found) == "subtracts 103.9, 116.8, 123.7 and swaps red and blue"
     assert found.repeats("caffe") == "subtract a mean and swap red and blue"

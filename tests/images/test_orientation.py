@@ -130,7 +130,7 @@ exported = tf.function(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_readings_are_upright_as_pillows(kind):
+def test_all_decoders_apply_orientation_like_pillow(kind):
     files = [encoded(kind, exif=exif(code)) for code in range(1, 9)]
     in_pipeline = list(tf.data.Dataset.from_tensor_slices(files).map(decoding.decode))
     for code, (data, found) in enumerate(zip(files, in_pipeline, strict=True), 1):
@@ -147,7 +147,7 @@ def test_all_readings_are_upright_as_pillows(kind):
 
 
 @pytest.mark.parametrize("name", odd_files(1))
-def test_metadata_at_odd_places_are_read_as_by_pillow(name):
+def test_unusual_metadata_is_read_like_pillow(name):
     for code in (1, 3, 6):
         data = odd_files(code)[name]
         expected = upright(data)
@@ -155,7 +155,7 @@ def test_metadata_at_odd_places_are_read_as_by_pillow(name):
         assert close(exported(data), expected)
 
 
-def test_damaged_metadata_are_read_alike_in_graph_and_program():
+def test_damaged_metadata_is_read_equally_in_graph_and_python():
     generator = np.random.default_rng(0)
     in_graph = tf.function(
         exported.orientation, input_signature=[tf.TensorSpec([], tf.string)], autograph=False

@@ -72,7 +72,7 @@ def test_many_blocks_are_read_as_tensorflow_reads_them(tmp_path: Path) -> None:
     assert reader.get_variable_to_shape_map() == {n: list(s.shape) for n, s in found.items()}
 
 
-def test_indexes_of_strangers_are_read(shared_wild: Path) -> None:
+def test_third_party_indexes_are_read(shared_wild: Path) -> None:
     paths = sorted(shared_wild.rglob("*.index"))
     assert paths
     for path in paths:
@@ -126,7 +126,7 @@ def many_slices() -> bytes:
         (lambda: b"", "it is no table of TensorFlow, or it was cut short"),
     ],
 )
-def test_hostile_indexes_are_refused_at_once(tmp_path: Path, make, message: str) -> None:
+def test_malicious_indexes_are_rejected_quickly(tmp_path: Path, make, message: str) -> None:
     path = tmp_path / "m.index"
     path.write_bytes(make())
     start = time.process_time()
@@ -135,7 +135,7 @@ def test_hostile_indexes_are_refused_at_once(tmp_path: Path, make, message: str)
     assert time.process_time() - start < 20
 
 
-def test_hostile_v1_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_malicious_v1_checkpoints_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "m"
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="m is empty, or not a file"):

@@ -40,7 +40,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", strangers.ALL)
-def test_command_passes_what_finetune_begins_with(tmp_path, name):
+def test_suggested_command_passes_checks_of_finetune(tmp_path, name):
     found = inspect(load_meta_graph(strangers.save(strangers.ALL[name], tmp_path / "m")))
     if name in REFUSED:
         assert found.command is None
@@ -56,7 +56,7 @@ def test_command_passes_what_finetune_begins_with(tmp_path, name):
 
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("name", ["towers_of_slices", "images_that_are_not_square", "jpeg_files"])
-def test_command_trains_as_printed(tmp_path, name, capsys):
+def test_suggested_command_trains_as_printed(tmp_path, name, capsys):
     model = strangers.save(strangers.ALL[name], tmp_path / "model" / "m")
     photos = make_image_folder(tmp_path / "photos", 6)
     assert main(["inspect", model, "--json"]) == 0
@@ -77,7 +77,7 @@ def test_image_size_of_flags_is_a_number_or_two():
 
 
 @pytest.mark.slow
-def test_finetune_warns_of_layers_that_a_stopped_gradient_leaves_untrained(tmp_path, capsys):
+def test_finetune_warns_of_layers_behind_stopped_gradient(tmp_path, capsys):
     model = strangers.save(strangers.gradients_that_stop, tmp_path / "model" / "m")
     photos, run = make_image_folder(tmp_path / "photos", 6), tmp_path / "run"
     flags = ("--tap", "fc7/relu", "--preprocess", "unit", "--epochs", 1)

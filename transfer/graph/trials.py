@@ -41,7 +41,7 @@ _tried: dict[bytes, str] = {}
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a network: its graph, and names, shapes and dtypes of the arguments, input first."""
+    """A call of a network: graph, and names, shapes and dtypes of its arguments, input first."""
 
     graph_def: GraphDef
     output: str
@@ -167,7 +167,7 @@ def run_child(call: Call) -> str:
 
 
 def _search_path() -> list[str]:
-    """``sys.path`` for the child, which ``-I`` omits: this process's, without the working folder."""
+    """``sys.path`` for the child: that of this process, without the working folder."""
     own = str(Path(__file__).resolve().parents[2])
     here = {"", os.getcwd()} - {own}
     return [own, *(path for path in sys.path if path not in here)]
