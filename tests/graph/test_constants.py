@@ -210,7 +210,7 @@ def test_frozen_graph_can_be_trained_cut_and_saved(tmp_path):
     np.testing.assert_array_equal(loaded(pictures()), model(pictures()))
 
 
-def test_frozen_graph_does_not_read_checkpoint(tmp_path):
+def test_frozen_weights_keep_names_and_values(tmp_path):
     frozen = freeze(save_vgg(tmp_path / "m"), "prob", tmp_path / "frozen.pb")
     expected = architectures.random_weights(TINY, 10)
     for name, value in Backbone(load_meta_graph(frozen)).values().items():

@@ -58,14 +58,14 @@ def test_rate_is_detected():
     assert_equals_stock(program, images(3, 4), {"drop:0": 0.0})
 
 
-def test_keep_prob_computed_from_rate_is_detected():
+def test_keep_prob_passed_as_rate_is_detected():
     program = program_of(
         lambda h: tf1.nn.dropout(h, rate=1 - tf1.placeholder(tf.float32, name="keep"))
     )
     assert modes_of(program) == {"keep:0": ("keep_prob", 1.0, 0.5)}
 
 
-def test_rate_computed_from_keep_prob_is_detected():
+def test_rate_passed_as_keep_prob_is_detected():
     program = program_of(lambda h: old_dropout(h, 1 - tf1.placeholder(tf.float32, name="drop")))
     assert modes_of(program) == {"drop:0": ("rate", 0.0, 0.5)}
 

@@ -127,7 +127,7 @@ def test_dropout_of_input_is_bypassed(form):
     assert_close(program.layer()(x), x)
 
 
-def test_dropout_after_cut_is_active_in_training(tmp_path):
+def test_dropout_directly_after_input_is_bypassed(tmp_path):
     """Extracted with the tensor that dropout reads as the input."""
 
     def build():

@@ -151,7 +151,7 @@ class Replicas:
         mine = text.encode() if self.is_chief else b""
         return bytes(self.gather(np.frombuffer(mine, np.uint8).astype(np.int32)).tolist()).decode()
 
-    def check_same(self, what: str, value: Any) -> None:
+    def check_same(self, name: str, value: Any) -> None:
         """Check that a value, compared by its ``repr``, is the same in all processes.
 
         Raises:
@@ -164,7 +164,7 @@ class Replicas:
         different = sorted(numbers[(digests != chief).any(axis=1)].tolist())
         if different:
             raise ValueError(
-                f"workers {different} have another {what} than worker 0; all must be given the same"
+                f"workers {different} have another {name} than worker 0; all must be given the same"
             )
 
     @contextlib.contextmanager

@@ -108,8 +108,8 @@ def git_revision() -> dict[str, Any] | None:
         return None
 
 
-def progress(batches: Iterable[Any], what: str, unit: str = "batch") -> Iterable[Any]:
+def progress(batches: Iterable[Any], description: str, unit: str = "batch") -> Iterable[Any]:
     """Iterate over the batches with a progress bar on standard error."""
     from tqdm import tqdm
 
-    return tqdm(batches, desc=what, unit=unit, file=sys.stderr, mininterval=1.0, leave=False)
+    return tqdm(batches, desc=description, unit=unit, file=sys.stderr, mininterval=1.0, leave=False)

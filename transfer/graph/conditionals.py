@@ -64,29 +64,29 @@ def branches(nodes: Sequence[NodeDef]) -> dict[str, Branches]:
         ValueError: if nested conditionals lead to more than ``MAX_BRANCHES``.
     """
     by_name = {node.name: node for node in nodes}
-    found: dict[str, Branches] = {}
+    branches_of: dict[str, Branches] = {}
     count = 0
     for node in nodes:
         lives: Branches = {}
         for edge in node.input:
-            of_input = _branches_of(edge, by_name, found)
+            of_input = _branches_of(edge, by_name, branches_of)
             if of_input is not lives:
                 count += len(of_input)
                 lives = {**lives, **of_input} if lives and of_input else lives or of_input
-        predicate = predicate_of(node, by_name, found) if node.op in MERGES else None
+        predicate = predicate_of(node, by_name, branches_of) if node.op in MERGES else None
         if predicate in lives:
             lives = {p: side for p, side in lives.items() if p != predicate}
-        found[node.name] = lives
+        branches_of[node.name] = lives
         if count > MAX_BRANCHES:
             raise ValueError(
                 f"the graph nests conditionals too deeply: {node.name!r} is inside {len(lives):,}; "
                 "it is damaged, or made to harm"
             )
-    return found
+    return branches_of
 
 
 def predicate_of(
-    merge: NodeDef, by_name: Mapping[str, NodeDef], found: Mapping[str, Branches]
+    merge: NodeDef, by_name: Mapping[str, NodeDef], branches_of: Mapping[str, Branches]
 ) -> str | None:
     """The predicate of a ``Merge``, whose inputs are the false and the true branch, in this order.
 
@@ -94,7 +94,7 @@ def predicate_of(
     """
     if len(data_inputs(merge)) != 2:
         return None
-    sides = [_branches_of(edge, by_name, found) for edge in data_inputs(merge)]
+    sides = [_branches_of(edge, by_name, branches_of) for edge in data_inputs(merge)]
     both = [p for p in sides[0] if sides[1].get(p, sides[0][p]) != sides[0][p]]
     # A constant may lack the control dependency on its branch; then the other input determines it.
     either = [p for s, other in (sides, sides[::-1]) for p in s if p not in other]
@@ -102,12 +102,12 @@ def predicate_of(
 
 
 def _branches_of(
-    edge: str, by_name: Mapping[str, NodeDef], found: Mapping[str, Branches]
+    edge: str, by_name: Mapping[str, NodeDef], branches_of: Mapping[str, Branches]
 ) -> Branches:
     node = by_name.get(operation_of(edge))
     if node is None:
         return {}
-    lives = found.get(node.name, {})
+    lives = branches_of.get(node.name, {})
     if node.op in SWITCHES and not edge.startswith("^"):
         return {**lives, root(by_name, node.input[1]): split_tensor_name(edge)[1]}
     return lives
@@ -230,7 +230,7 @@ def stored(nodes: Sequence[NodeDef]) -> set[str]:
     """
     by_name = {node.name: node for node in nodes}
     lives = branches(nodes)
-    found = set()
+    names = set()
     for node in nodes:
         predicate = predicate_of(node, by_name, lives) if node.op in MERGES else None
         if predicate is None or known_value(by_name, predicate) is None:
@@ -242,8 +242,8 @@ def stored(nodes: Sequence[NodeDef]) -> set[str]:
                 continue
             is_norm = _is_norm(by_name, lives, computed, None)
             if is_norm and source.name not in _upstream(by_name, computed):
-                found.add(source.name)
-    return found
+                names.add(source.name)
+    return names
 
 
 def _upstream(by_name: Mapping[str, NodeDef], tensor: str) -> set[str]:
@@ -268,7 +268,7 @@ def _is_norm(
     predicate: str | None,
 ) -> bool:
     """Whether a branch computes batch statistics, and generates no random numbers."""
-    pending, seen, found = deque([operation_of(tensor)]), set[str](), False
+    pending, seen, takes_statistics = deque([operation_of(tensor)]), set[str](), False
     while pending and len(seen) < _NEAR:
         node = by_name.get(pending.popleft())
         if (
@@ -281,12 +281,12 @@ def _is_norm(
         if node.op in RANDOM_OPS:
             return False
         if node.op in NORMS:
-            found |= node.attr["is_training"].b
+            takes_statistics |= node.attr["is_training"].b
         elif node.op == "Mean":
             axes = constant(by_name.get(operation_of(node.input[1])))
-            found |= axes is not None and 0 in np.ravel(axes)
+            takes_statistics |= axes is not None and 0 in np.ravel(axes)
         pending += [operation_of(edge) for edge in data_inputs(node)]
-    return found
+    return takes_statistics
 
 
 def _merged(

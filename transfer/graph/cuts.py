@@ -118,18 +118,18 @@ def blocks(network: Network) -> list[list[str]]:
     product) starts a new block. VGG16: conv1_*, conv2_*, ..., conv5_*, fc6, fc7.
     """
     names = {variable.name for variable in network.variables}
-    found: list[list[str]] = [[]]
+    groups: list[list[str]] = [[]]
     seen: set[str] = set()
     for node in _in_order(network.graph_def):
         reads = [name for e in data_inputs(node) if (name := operation_of(e)) in names - seen]
         begins = (node.op in _PRODUCTS and reads) or max(_strides(node), default=1) > 1
-        if begins and node.op not in _POOLS and found[-1]:
-            found.append([])
-        found[-1] += reads
+        if begins and node.op not in _POOLS and groups[-1]:
+            groups.append([])
+        groups[-1] += reads
         seen.update(reads)
-        if node.op in _POOLS and found[-1]:
-            found.append([])
-    return [block for block in found if block]
+        if node.op in _POOLS and groups[-1]:
+            groups.append([])
+    return [block for block in groups if block]
 
 
 def stopped(network: Network) -> dict[str, list[str]]:
@@ -139,17 +139,17 @@ def stopped(network: Network) -> dict[str, list[str]]:
     by_name = {node.name: node for node in graph_def.node}
     names = {variable.name for variable in network.variables if variable.trainable}
     trained, stops = _reached(by_name, [network.output], names)
-    found: dict[str, list[str]] = {}
+    by_stop: dict[str, list[str]] = {}
     for stop in sorted(stops, key=list(by_name).index, reverse=True):
         behind, pending = set[str](), [stop]
         while pending:  # variables behind further stops belong to the one nearest to the output
             reached, more = _reached(by_name, data_inputs(by_name[pending.pop()]), names)
             behind |= reached
             pending += more
-        mine = behind - trained - {name for others in found.values() for name in others}
+        mine = behind - trained - {name for others in by_stop.values() for name in others}
         if mine:
-            found[f"{stop}:0"] = [v.name for v in network.variables if v.name in mine]
-    return found
+            by_stop[f"{stop}:0"] = [v.name for v in network.variables if v.name in mine]
+    return by_stop
 
 
 def _reached(
@@ -192,7 +192,7 @@ def _separating(network: Network, graph_def: GraphDef) -> list[str]:
     for tensor in last_use:
         outputs.setdefault(operation_of(tensor), []).append(tensor)
     crossing = {network.input} if network.input in last_use else set()
-    found: list[str] = []
+    separating: list[str] = []
     ending: dict[int, list[str]] = {}
     for tensor, position in last_use.items():
         ending.setdefault(position, []).append(tensor)
@@ -201,9 +201,9 @@ def _separating(network: Network, graph_def: GraphDef) -> list[str]:
         crossing.difference_update(ending.get(position, []))
         if len(crossing) == 1:
             (tensor,) = crossing
-            if tensor not in found[-1:] and tensor != network.input:
-                found.append(tensor)
-    return found
+            if tensor not in separating[-1:] and tensor != network.input:
+                separating.append(tensor)
+    return separating
 
 
 def _last_of_each_layer(
@@ -230,14 +230,14 @@ def _last_of_each_layer(
 
 def _upstream(tensor: str, by_name: Mapping[str, NodeDef]) -> set[str]:
     """Names of the nodes and variables that a tensor depends on."""
-    pending, found = [operation_of(tensor)], set[str]()
+    pending, upstream = [operation_of(tensor)], set[str]()
     while pending:
         name = pending.pop()
-        if name not in found:
-            found.add(name)
+        if name not in upstream:
+            upstream.add(name)
             if name in by_name:
                 pending += [operation_of(edge) for edge in data_inputs(by_name[name])]
-    return found
+    return upstream
 
 
 def _shapes(network: Network, image_size: Size | None) -> dict[str, Shape]:
@@ -269,7 +269,7 @@ def _multiply_adds(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> dict[str
     An output value of a convolution takes as many as its kernel has elements per output channel, an
     output value of a matrix product as many as its sum has terms. ``None`` if a shape is unknown.
     """
-    found = {}
+    counts = {}
     for node in graph_def.node:
         if node.op not in _CONVOLUTIONS | _PRODUCTS:
             continue
@@ -278,8 +278,8 @@ def _multiply_adds(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> dict[str
         if not output or not first or not second:
             return None
         batch = max(1, first[0])
-        found[node.name] = math.prod(output) * _terms(node, first, second) // batch
-    return found
+        counts[node.name] = math.prod(output) * _terms(node, first, second) // batch
+    return counts
 
 
 def _known(shape: Shape) -> tuple[int, ...] | None:

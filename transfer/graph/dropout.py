@@ -68,7 +68,7 @@ def find(nodes: Sequence[NodeDef], live: Collection[str]) -> list[Dropout]:
         live: the operations that depend on the network's input.
     """
     by_name = {node.name: node for node in nodes}
-    found = []
+    dropouts = []
     for node in nodes:
         edges = data_inputs(node)
         if node.op == "Mul":
@@ -86,9 +86,9 @@ def find(nodes: Sequence[NodeDef], live: Collection[str]) -> list[Dropout]:
             threshold = _threshold(by_name, mask)
             if threshold is not None:
                 source = _unscaled(by_name, values, live, threshold[1])
-                found.append(Dropout(node.name, source, *threshold))
+                dropouts.append(Dropout(node.name, source, *threshold))
                 break
-    return found
+    return dropouts
 
 
 def bypass(nodes: Sequence[NodeDef], live: Collection[str]) -> list[NodeDef]:

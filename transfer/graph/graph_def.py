@@ -147,11 +147,11 @@ def outputs(nodes: Iterable[NodeDef]) -> dict[str, list[str]]:
 def downstream(nodes: Sequence[NodeDef], tensors: Iterable[str]) -> set[str]:
     """The operations among ``nodes`` (in topological order) that depend on one of ``tensors``."""
     sources = {canonical(tensor) for tensor in tensors}
-    found: set[str] = set()
+    dependent: set[str] = set()
     for node in nodes:
-        if any(canonical(e) in sources or operation_of(e) in found for e in data_inputs(node)):
-            found.add(node.name)
-    return found
+        if any(canonical(e) in sources or operation_of(e) in dependent for e in data_inputs(node)):
+            dependent.add(node.name)
+    return dependent
 
 
 def placeholders(nodes: Iterable[NodeDef]) -> list[NodeDef]:

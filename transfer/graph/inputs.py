@@ -53,7 +53,7 @@ def candidates(nodes: Sequence[NodeDef], output: str, known: Iterable[str] = ())
                 distance[operation] = distance[name] + 1
                 pending.append(operation)
             tensors[canonical(edge)] = distance[operation]
-    found = []
+    ranked = []
     for tensor, steps in tensors.items():
         operation, index = split_tensor_name(tensor)
         node = by_name.get(operation)
@@ -67,8 +67,8 @@ def candidates(nodes: Sequence[NodeDef], output: str, known: Iterable[str] = ())
         if shape is None or len(shape) != 4:
             continue
         if shape[3] in (1, 3) or is_channels_first(shape):
-            found.append((None in shape[1:], -steps, tensor))
-    return [tensor for _, _, tensor in sorted(found)]
+            ranked.append((None in shape[1:], -steps, tensor))
+    return [tensor for _, _, tensor in sorted(ranked)]
 
 
 def _reads_variable(by_name: Mapping[str, NodeDef], tensor: str) -> bool:
@@ -113,13 +113,13 @@ def shared_batch(network: Network) -> tuple[Fraction, list[str]] | None:
         count = rows[network.output]
         if count in (None, batch):
             return None
-        found = [
+        tower_inputs = [
             part
             for part in parts
             if rows[canonical(_split_one(by_name[operation_of(part)]))] == batch
             and rows[part] == count
         ]
-        return (Fraction(count or 0, batch), found) if found else None
+        return (Fraction(count or 0, batch), tower_inputs) if tower_inputs else None
     return None
 
 

@@ -80,7 +80,7 @@ def _controls(
     by_name: Mapping[str, NodeDef], place: dropout.Dropout
 ) -> list[tuple[NodeDef, dropout.Control]]:
     """The placeholders that control a dropout, each with its meaning."""
-    found = []
+    controls = []
     pending: list[tuple[str, dropout.Control]] = [(place.amount, place.control)]
     for _ in range(50):
         if not pending:
@@ -92,13 +92,13 @@ def _controls(
         edges = data_inputs(node)
         is_number = node.op in VARIABLES and not node.attr["shape"].shape.dim
         if node.op in _PLACEHOLDERS or is_number:
-            found.append((node, control))
+            controls.append((node, control))
         elif node.op == "Sub" and len(edges) == 2:  # 1 - keep_prob
             flipped: dropout.Control = "rate" if control == "keep_prob" else "keep_prob"
             pending.append((edges[1], flipped))
         elif node.op in conditionals.MERGES:
             pending += [(edge, control) for edge in edges]
-    return found
+    return controls
 
 
 def _training_value(by_name: Mapping[str, NodeDef], leaf: NodeDef, kind: dropout.Control) -> float:
@@ -125,7 +125,7 @@ def _training_sides(
 
     Training generates random numbers and uses batch statistics; inference does neither.
     """
-    found: dict[str, tuple[bool, str]] = {}
+    sides: dict[str, tuple[bool, str]] = {}
     lives = conditionals.branches(nodes)
     for node in nodes:
         in_training = node.op in RANDOM_OPS or (
@@ -136,15 +136,15 @@ def _training_sides(
             predicate = conditionals.predicate_of(node, by_name, lives)
             stored = [_is_variable(by_name, edge) for edge in data_inputs(node)]
             if predicate is not None and stored in ([True, False], [False, True]):
-                _vote(found, by_name, predicate, stored.index(False), node.name)
+                _vote(sides, by_name, predicate, stored.index(False), node.name)
         elif in_training:
             for predicate, side in lives[node.name].items():
-                _vote(found, by_name, predicate, side, node.name)
-    return found
+                _vote(sides, by_name, predicate, side, node.name)
+    return sides
 
 
 def _vote(
-    found: dict[str, tuple[bool, str]],
+    sides: dict[str, tuple[bool, str]],
     by_name: Mapping[str, NodeDef],
     predicate: str,
     side: int,
@@ -156,7 +156,7 @@ def _vote(
         value = not value
         node = origin(by_name, node.input[0], _PASS)
     if node is not None:
-        found.setdefault(node.name, (value, why))
+        sides.setdefault(node.name, (value, why))
 
 
 def _is_variable(by_name: Mapping[str, NodeDef], tensor: str) -> bool:

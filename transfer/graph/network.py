@@ -113,9 +113,9 @@ def extract(
     feeds = _check_feeds(graph_def, feeds or {})
     nodes = ancestors(graph_def.node, output, stop_at=[input])
     _check_depends(nodes, output, input)
-    found = modes.find(nodes, canonical(input))
-    inference = {mode.tensor: mode.inference for mode in found} | feeds
-    training = {mode.tensor: mode.training for mode in found} | feeds
+    switches = modes.find(nodes, canonical(input))
+    inference = {mode.tensor: mode.inference for mode in switches} | feeds
+    training = {mode.tensor: mode.training for mode in switches} | feeds
 
     in_use = _with_constants(nodes, inference)
     parts = [_arithmetic(in_use, output, input, drop=keep_dropout)]
@@ -144,7 +144,7 @@ def extract(
         variables=tuple(in_order),
         training=None if same else with_dropout_on,
         input_shape=input_shape,
-        modes=tuple(m for m in found if m.tensor not in feeds),
+        modes=tuple(m for m in switches if m.tensor not in feeds),
     )
 
 

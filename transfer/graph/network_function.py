@@ -127,10 +127,10 @@ def as_input(network: Network, images: tf.Tensor) -> tf.Tensor:
 
 def _checked(network: Network, inputs: tf.Tensor) -> tf.Tensor:
     """Check the input and set the static shape that the network fixes."""
-    dtype, expected, found = inputs.dtype, network.input_shape, inputs.shape
+    dtype, expected, actual = inputs.dtype, network.input_shape, inputs.shape
     if not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
         raise ValueError(f"the input is of type {dtype.name}; expected numbers, e.g. float32")
-    if found.rank is None:
+    if actual.rank is None:
         if expected is None:
             raise ValueError(
                 "neither the input nor the graph says how many dimensions the input has; give it a "
@@ -139,15 +139,15 @@ def _checked(network: Network, inputs: tf.Tensor) -> tf.Tensor:
         return tf.ensure_shape(inputs, [None, *expected[1:]])
     if expected is None:
         return inputs
-    if found.rank == 0 and len(expected):
+    if actual.rank == 0 and len(expected):
         raise ValueError("the input is a single number; expected a batch")
-    if len(expected) == 2 and found.rank == 4:  # images for a network that takes vectors
-        if found[1:].is_fully_defined() and expected[1] not in (None, math.prod(found[1:])):
-            raise ValueError(_mismatch(found, expected))
+    if len(expected) == 2 and actual.rank == 4:  # images for a network that takes vectors
+        if actual[1:].is_fully_defined() and expected[1] not in (None, math.prod(actual[1:])):
+            raise ValueError(_mismatch(actual, expected))
         return inputs
-    if not found[1:].is_compatible_with(expected[1:]):
-        raise ValueError(_mismatch(found, expected))
-    if any(f is None and e is not None for f, e in zip(found[1:], expected[1:], strict=True)):
+    if not actual[1:].is_compatible_with(expected[1:]):
+        raise ValueError(_mismatch(actual, expected))
+    if any(f is None and e is not None for f, e in zip(actual[1:], expected[1:], strict=True)):
         return _asserted(inputs, [None, *expected[1:]])
     return inputs
 
@@ -164,13 +164,13 @@ def _asserted(inputs: tf.Tensor, expected: Sequence[int | None]) -> tf.Tensor:
     return inputs
 
 
-def _mismatch(found: Any, expected: Sequence[int | None]) -> str:
-    found = tuple(found)  # None is an unknown size, or the number of examples
+def _mismatch(actual: Any, expected: Sequence[int | None]) -> str:
+    actual = tuple(actual)  # None is an unknown size, or the number of examples
     takes = f"the network takes {(None, *expected[1:])}"
-    if len(found) == len(expected) - 1:
-        return f"the input has shape {found}; {takes}: add the batch axis, images[None]"
+    if len(actual) == len(expected) - 1:
+        return f"the input has shape {actual}; {takes}: add the batch axis, images[None]"
     way = "resize or convert the images, e.g. with transfer.Preprocess"
-    return f"the input has shape {found}; {takes}: {way}"
+    return f"the input has shape {actual}; {takes}: {way}"
 
 
 def _with_a_row_each(network: Network, inputs: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:

@@ -95,9 +95,9 @@ def check(graph_def: GraphDef) -> None:
     """
     refused = {node.op: node.name for node in graph_def.node if not _is_arithmetic(node)}
     if refused:
-        found = ", ".join(f"{op} (node {name!r})" for op, name in sorted(refused.items()))
+        shown = ", ".join(f"{op} (node {name!r})" for op, name in sorted(refused.items()))
         raise ForbiddenOpError(
-            f"the graph uses {found}; a loaded model may only do arithmetic, and call no "
+            f"the graph uses {shown}; a loaded model may only do arithmetic, and call no "
             "functions. Choose a tap, or an input, so that what lies between does without"
         )
     for node in graph_def.node:

@@ -43,17 +43,17 @@ def find_scales(nodes: Iterable[NodeDef], variables: Iterable[str]) -> set[str]:
     subtracted = {
         operation_of(data_inputs(node)[-1]) for node in nodes if node.op in ("Sub", "Neg")
     }
-    found = {name for name in variables if name.endswith(("gamma", "variance"))}
+    factors = {name for name in variables if name.endswith(("gamma", "variance"))}
     for node in nodes:
         edges = data_inputs(node)
         if node.op in NORMS:
-            found |= {source(edges[1]), source(edges[4])}
+            factors |= {source(edges[1]), source(edges[4])}
         elif node.op in _ROOTS:
             inner = operations.get(source(edges[0]))
-            found |= (
+            factors |= (
                 {source(e) for e in data_inputs(inner)} if inner and inner.op in _SUMS else set()
             )
-            found.add(source(edges[0]))
+            factors.add(source(edges[0]))
         elif node.op in _PRODUCTS and not is_rectified(edges) and node.name not in subtracted:
-            found |= {source(edge) for edge in edges}
-    return found & variables
+            factors |= {source(edge) for edge in edges}
+    return factors & variables

@@ -231,8 +231,8 @@ def _leaves(network: Network, input_shape: Shape) -> dict[str, Leaf]:
 
 def _infer(graph_def: GraphDef, leaves: Mapping[str, Leaf]) -> dict[str, Shape]:
     leaves = {**leaves, SEED: (tf.int32, (2,))}
-    given = {name: shape for name, (_, shape) in leaves.items()}
-    known = _constant_shapes(graph_def) | given
+    leaf_shapes = {name: shape for name, (_, shape) in leaves.items()}
+    known = _constant_shapes(graph_def) | leaf_shapes
     guards.check_ranks(graph_def, known)
     checked = guards.with_ranks(graph_def, known)
     used = {canonical(edge) for node in graph_def.node for edge in node.input}
@@ -254,7 +254,7 @@ def _infer(graph_def: GraphDef, leaves: Mapping[str, Leaf]) -> dict[str, Shape]:
         }
     _, input_shape = next(iter(leaves.values()))
     _check_sizes(shapes, made_from, (input_shape or (None,))[0] or 1)
-    shapes |= given
+    shapes |= leaf_shapes
     guards.check_ranks(graph_def, shapes)
     return shapes
 

@@ -84,12 +84,12 @@ def find(nodes: Sequence[NodeDef], name: str, inputs: Iterable[str] = ()) -> lis
         ]
         if outside or not users.get(node.name):
             scopes.setdefault(scope, []).append(node.name)
-    found = []
+    matches = []
     for outputs in scopes.values():
         used = [name for name in outputs if users.get(name)]
-        found += [f"{name}:{index}" for name in used or outputs[-1:]]
+        matches += [f"{name}:{index}" for name in used or outputs[-1:]]
     same_name = [node.name for node in nodes if node.name.rpartition("/")[2] == operation]
-    return found or [f"{name}:{index}" for name in same_name]
+    return matches or [f"{name}:{index}" for name in same_name]
 
 
 def _scope(name: str, pattern: str) -> str | None:
@@ -246,11 +246,11 @@ def _layers_after(order: Sequence[NodeDef], layers: Collection[str]) -> dict[str
 
 
 def _leading_to(order: Sequence[NodeDef], ends: Collection[str]) -> set[str]:
-    found = set(ends)
+    leading = set(ends)
     for node in reversed(order):
-        if node.name in found:
-            found |= {operation_of(edge) for edge in data_inputs(node)}
-    return found
+        if node.name in leading:
+            leading |= {operation_of(edge) for edge in data_inputs(node)}
+    return leading
 
 
 def _upstream_facts(

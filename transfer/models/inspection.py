@@ -255,33 +255,37 @@ def _hazards(
     ranked: Sequence[taps.Tap],
 ) -> list[str]:
     ops = Counter(node.op for node in graph.nodes.values())
-    found = []
+    hazards = []
     if coverage.problem:
-        found.append(coverage.problem)
+        hazards.append(coverage.problem)
     needed = {v.name for v in network.variables} if network else set()
     lacking = sorted(needed & set(coverage.missing))
     if lacking:
-        found.append(f"the checkpoint lacks {len(lacking)} of the tap's variables: {_few(lacking)}")
+        hazards.append(
+            f"the checkpoint lacks {len(lacking)} of the tap's variables: {_few(lacking)}"
+        )
     named = state(graph.prefix.parent)
     if named and graph.checkpoint_prefix and named != graph.checkpoint_prefix.name:
-        found.append(f"the state file names another checkpoint, {named!r}; it is not believed")
+        hazards.append(f"the state file names another checkpoint, {named!r}; it is not believed")
     devices = sorted({n.device for n in graph.nodes.values() if not _is_cpu(n.device)})
     if devices:
-        found.append(f"pinned to devices ({_few(devices)}); devices are cleared")
+        hazards.append(f"pinned to devices ({_few(devices)}); devices are cleared")
     queues = [op for op in ops if "Queue" in op or "Reader" in op or op.startswith("Iterator")]
     if queues:
-        found.append(f"has its own input pipeline ({_few(sorted(queues))}); it is left out")
+        hazards.append(f"has its own input pipeline ({_few(sorted(queues))}); it is left out")
     unresolved = repair.unresolved(graph.meta)
     if unresolved:
-        found.append(f"collections name what is not there ({_few(unresolved)}); they are not used")
+        hazards.append(
+            f"collections name what is not there ({_few(unresolved)}); they are not used"
+        )
     loops = [node.name for node in graph.nodes.values() if node.op in ("Enter", "While")]
     if loops:
-        found.append(f"has while loops ({_few(loops[:1])}); nothing inside can be tapped")
+        hazards.append(f"has while loops ({_few(loops[:1])}); nothing inside can be tapped")
     live = downstream(upstream, [input] if input else [])
     dropouts = find_dropout(upstream, live)
     constant = [d.node for d in dropouts if graph.nodes[operation_of(d.amount)].op == "Const"]
     if constant and network is not None and network.training is not None:
-        found.append(
+        hazards.append(
             f"dropout is always on ({_few(constant)}); bypassed at inference, active in training"
         )
     noise = [
@@ -290,38 +294,38 @@ def _hazards(
         if n.op in RANDOM_OPS and n.name not in {d.uniform for d in dropouts}
     ]
     if noise:
-        found.append(
+        hazards.append(
             f"random numbers before the tap ({_few(noise)}): features differ from run to run"
         )
     if any(n.op in NORMS and n.attr["is_training"].b for n in _inference(network)):
-        found.append(
+        hazards.append(
             "batch norm before the tap takes the statistics of the batch, in inference too"
         )
     for tensor, names in (stopped(network) if network is not None else {}).items():
-        found.append(
+        hazards.append(
             f"stops gradients at {tensor!r}: what lies before it stays untrained under any "
             f"freeze_until ({len(names)} variables: {_few(names)})"
         )
     if network is not None and network.batch_size is not None:
-        found.append(f"takes batches of {network.batch_size} only; others are filled up")
+        hazards.append(f"takes batches of {network.batch_size} only; others are filled up")
     prepared = graph_preprocessing.find(network) if network is not None else None
     if prepared:
         mode = graph.card.preprocess
         twice = prepared.repeats(mode) if mode else None
-        found.append(
+        hazards.append(
             f"the graph prepares its images itself: it {prepared}"
             + (f"; preprocess {mode} would {twice} again" if twice else "")
         )
     if graph.card.preprocess is None:
-        found.append(
+        hazards.append(
             "nothing says how images are to be prepared; preprocess=MODE is a guess, check it"
         )
     if coverage.has_averages:
-        found.append("the checkpoint has moving averages of the weights; use_ema=True takes them")
+        hazards.append("the checkpoint has moving averages of the weights; use_ema=True takes them")
     copies = _copies(ranked)
     if copies > 1:
-        found.append(f"{copies} copies of the network, or heads; the taps of each are listed")
-    return found
+        hazards.append(f"{copies} copies of the network, or heads; the taps of each are listed")
+    return hazards
 
 
 def _is_cpu(device: str) -> bool:

@@ -142,8 +142,8 @@ def _choose(graph: tf.Graph, names: Iterable[str] | None) -> list[tf.Variable]:
             f"variables is the string {names!r}; expected several names: write [{names!r}]"
         )
     known = {v.op.name: v for v in graph.get_collection(tf1.GraphKeys.GLOBAL_VARIABLES)}
-    wanted = list(known if names is None else dict.fromkeys(names))
-    unknown = [name for name in wanted if name not in known]
+    names_to_save = list(known if names is None else dict.fromkeys(names))
+    unknown = [name for name in names_to_save if name not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=8, cutoff=0.3) or list(known)
         shown = list(known) if len(known) <= 8 else [*near[:8], f"... ({len(known)} in all)"]
@@ -151,12 +151,12 @@ def _choose(graph: tf.Graph, names: Iterable[str] | None) -> list[tf.Variable]:
             f"cannot save {', '.join(unknown)}: the graph's variables are "
             f"{', '.join(shown) or 'none'}; name some of these"
         )
-    if not wanted:
+    if not names_to_save:
         raise ValueError(
             f"cannot save: of {len(known)} variables in the graph none is to be saved, and a "
             "checkpoint has at least one; name some, or make one (tf.compat.v1.get_variable)"
         )
-    return [known[name] for name in wanted]
+    return [known[name] for name in names_to_save]
 
 
 def _check_values(
