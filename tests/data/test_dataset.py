@@ -189,7 +189,7 @@ def test_unreadable_images_are_named(image_folder):
     with pytest.raises(dataset.UnreadableImageError, match="2 images cannot be decoded: ") as error:
         list(batches)
     assert error.value.reasons.keys() == {"red/00.jpg", "red/02.jpg"}
-    assert "it is no image: it begins with b'not a pi'" in str(error.value)
+    assert "it is not an image: it begins with b'not a pi'" in str(error.value)
     assert dataset.find_unreadable(split) == error.value.reasons
 
 

@@ -68,7 +68,7 @@ def test_an_unreadable_image_ends_the_iteration_unless_it_is_handled(run, image_
     good = image_folder / "red" / "00.jpg"
     predictions = predict(run, [good, bad], batch_size=1)
     assert next(predictions).path == good
-    with pytest.raises(UnreadableImageError, match="bad.jpg.*it is no image"):
+    with pytest.raises(UnreadableImageError, match="bad.jpg.*it is not an image"):
         next(predictions)
     with pytest.raises(FileNotFoundError, match="gone.jpg"):
         list(predict(run, gone))

@@ -40,7 +40,7 @@ def test_ancestors_stop_at_the_input():
 def test_cyclic_graph_is_rejected():
     graph_def = graph_def_of(branched)
     next(node for node in graph_def.node if node.name == "a").input[0] = "tap"
-    with pytest.raises(ValueError, match="damaged: .* depend on each other in a circle"):
+    with pytest.raises(ValueError, match="damaged: .* depend on each other in a cycle"):
         ancestors(graph_def.node, "tap")
 
 

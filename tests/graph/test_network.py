@@ -61,7 +61,7 @@ def test_cut_error_names_the_bypassing_branch():
         tf.add(tf.nn.relu(x, name="inner"), x, name="tap")
 
     network = extract(graph_def_of(build), "tap", "x")
-    with pytest.raises(ValueError, match="branch goes round it, from 'x:0' through 'tap'"):
+    with pytest.raises(ValueError, match="branch bypasses it, from 'x:0' through 'tap'"):
         cut(network, "inner")
 
 

@@ -140,7 +140,7 @@ def test_palette_is_applied_and_first_frame_of_animation_is_used():
 
 BROKEN = {
     "empty": (b"", "it is empty"),
-    "text": (b"hello, world", "it is no image: it begins with b'hello"),
+    "text": (b"hello, world", "it is not an image: it begins with b'hello"),
     "half a JPEG": (encoded(Image.fromarray(PIXELS), "JPEG")[:300], "cannot be decoded"),
     "half a PNG": (encoded(Image.fromarray(PIXELS), "PNG")[:300], "cannot be decoded"),
     "half a TIFF": (encoded(Image.fromarray(PIXELS), "TIFF")[:300], "decoded|no image"),
@@ -201,7 +201,7 @@ def test_decode_in_dataset_equals_read_image(kind):
 
 def test_postscript_is_not_executed():
     data = encoded(Image.fromarray(PIXELS), "EPS")
-    with pytest.raises(ValueError, match="it is no image"):
+    with pytest.raises(ValueError, match="it is not an image"):
         read_image(data)
     assert not suffixes() & {".eps", ".ps", ".pdf", ".wmf", ".mpg"}
 

@@ -50,7 +50,7 @@ def test_all_formats_are_used_and_skipped_files_counted(mixed):
     is_red = pixels[..., 0].mean((1, 2)) > pixels[..., 2].mean((1, 2))
     np.testing.assert_array_equal(is_red, labels == source.class_names.index("red"))
     assert source.passed_over.describe() == [
-        f"8 of 44 files passed over: 5 .heic ({HEIC}), 2 .svg (not a kind of image that is read), "
+        f"8 of 44 files passed over: 5 .heic ({HEIC}), 2 .svg (not a supported image format), "
         "1 .jpg (outside the class folders)",
         "1 class has no readable images: green",
     ]
@@ -206,7 +206,7 @@ def test_unreadable_images_are_skipped_on_request(tmp_path, model, image_folder,
     assert "3 images cannot be decoded: " in capsys.readouterr().err
     assert finetune(out, model, image_folder, "--skip-unreadable", 3) == 0
     err = capsys.readouterr().err
-    assert "warning: blue/00.jpg was left out: it is no image" in err
+    assert "warning: blue/00.jpg was left out: it is not an image" in err
     found = metrics(out)
     assert found["unreadable"]["count"] == 3
     assert set(found["unreadable"]["names"]) == names

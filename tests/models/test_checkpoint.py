@@ -99,7 +99,7 @@ def test_missing_checkpoint_is_reported(tmp_path):
 @pytest.mark.parametrize("name", ["run [1]", "what?", "a*"])
 def test_path_with_glob_characters_is_rejected(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match=r"it takes \* \? \[ \] in a path for a pattern"):
+    with pytest.raises(ValueError, match=r"it takes \* \? \[ \] in a path as a pattern"):
         checkpoint.Checkpoint(tmp_path / name / "m")
 
 
@@ -237,7 +237,7 @@ def test_truncated_data_is_reported_as_such(tmp_path, share):
     content = data.read_bytes()
     data.write_bytes(content[: int(share * len(content))])
     source = checkpoint.Checkpoint(prefix)
-    with pytest.raises(ValueError, match="needs 4,032; it was cut short, get it again"):
+    with pytest.raises(ValueError, match="needs 4,032; it is truncated, get it again"):
         source.read({name: checkpoint.Entry(name) for name in ("a", "b")})
 
 

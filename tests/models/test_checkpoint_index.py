@@ -123,7 +123,7 @@ def many_slices() -> bytes:
         (lambda: table([block([(0, b"k" * 20_000, ENTRY)])]), "20,000 bytes of key"),
         (lambda: table([block([(0, b"k", bytes(2**21))])]), "2,097,152 of value, too many"),
         (lambda: bytes(2**25 + 1), "over 33,554,432 bytes, too many for an index"),
-        (lambda: b"", "it is no table of TensorFlow, or it was cut short"),
+        (lambda: b"", "it is not a TensorFlow table, or it is truncated"),
     ],
 )
 def test_malicious_indexes_are_rejected_quickly(tmp_path: Path, make, message: str) -> None:

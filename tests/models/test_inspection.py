@@ -82,7 +82,7 @@ def test_hazards_are_listed(tmp_path):
     assert "--feed strength:0=1.0" in found.command
     assert "pinned to devices (/device:GPU:3)" in hazards
     assert "random numbers before the tap" in hazards
-    assert "nothing says how images are to be prepared" in hazards
+    assert "the preprocessing of the images is unknown" in hazards
 
 
 def test_forbidden_operation_is_reported(tmp_path):

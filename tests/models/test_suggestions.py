@@ -34,7 +34,7 @@ SUGGESTED = {
 }
 REFUSED = {
     "a_size_that_is_not_square_and_not_stated": "no square size fits, for 'pool2:0' must have 112",
-    "two_inputs": "metadata:0 of shape (None, 5), for which one number does not do",
+    "two_inputs": "metadata:0 of shape (None, 5), which a single number cannot replace",
     "an_operation_that_is_not_arithmetic": "PyFunc",
 }
 

@@ -378,7 +378,7 @@ def test_a_run_is_not_begun_where_its_model_could_not_be_read(
     tmp_path, model, image_folder, capsys
 ):
     assert finetune(tmp_path / "run [1]", model, image_folder) == 1
-    assert "takes * ? [ ] in a path for a pattern" in capsys.readouterr().err
+    assert "takes * ? [ ] in a path as a pattern" in capsys.readouterr().err
     assert not (tmp_path / "run [1]").exists()
 
 

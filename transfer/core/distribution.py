@@ -180,9 +180,9 @@ class Replicas:
             if self.num_workers == 1:
                 raise
             raise LostWorkerError(
-                f"another worker is gone; worker {self.worker} of {self.num_workers} stops, for "
-                "none can go on alone. See what the other one says, and start all of them again "
-                "with resume=True"
+                f"another worker is gone; worker {self.worker} of {self.num_workers} stops, since "
+                "no worker can continue alone. See the log of the other worker, and restart all "
+                "workers with resume=True"
             ) from error
 
 
@@ -242,8 +242,8 @@ def _multi_worker(workers: int) -> Replicas:
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
     except _GONE as error:
         raise LostWorkerError(
-            f"not all {workers} workers of TF_CONFIG came ({str(error).splitlines()[0]}); look at "
-            "the others, and start all of them again"
+            f"not all {workers} workers of TF_CONFIG connected ({str(error).splitlines()[0]}); "
+            "check the others, and restart all of them"
         ) from error
     task = strategy.cluster_resolver
     chiefs = len(task.cluster_spec().as_dict().get("chief", ()))

@@ -28,7 +28,7 @@ def check(content: bytes, kind: Descriptor) -> None:
     if len(content) > SMALL and count_fields(content, kind) > MAX_FIELDS:
         raise ValueError(
             f"it has over {MAX_FIELDS:,} fields in {len(content):,} bytes, more than any graph; "
-            "it is damaged, or made to harm"
+            "it is damaged or malicious"
         )
 
 

@@ -80,7 +80,7 @@ def branches(nodes: Sequence[NodeDef]) -> dict[str, Branches]:
         if count > MAX_BRANCHES:
             raise ValueError(
                 f"the graph nests conditionals too deeply: {node.name!r} is inside {len(lives):,}; "
-                "it is damaged, or made to harm"
+                "it is damaged or malicious"
             )
     return branches_of
 

@@ -69,7 +69,7 @@ def inline(graph_def: GraphDef) -> GraphDef:
                 raise ValueError(
                     f"the graph is too large: the bodies of its functions come to {num_nodes:,} "
                     f"nodes and {num_bytes:,} bytes or more, of which at most {MAX_NODES:,} and "
-                    f"{max_bytes:,} are taken; it is damaged, or made to harm"
+                    f"{max_bytes:,} are taken; it is damaged or malicious"
                 )
     return inlined
 

@@ -104,7 +104,7 @@ def ancestors(nodes: Iterable[NodeDef], output: str, stop_at: Iterable[str] = ()
         if name in edges:
             continue
         if name not in by_name:
-            raise ValueError(f"the graph is damaged: it refers to {name!r}, which it does not have")
+            raise ValueError(f"the graph is damaged: it refers to {name!r}, which does not exist")
         _check_no_loop(by_name[name], output)
         followed = [
             edge
@@ -121,7 +121,7 @@ def ancestors(nodes: Iterable[NodeDef], output: str, stop_at: Iterable[str] = ()
         return [by_name[name] for name in TopologicalSorter(edges).static_order()]
     except CycleError as error:
         raise ValueError(
-            f"the graph is damaged: {', '.join(error.args[1][:4])} depend on each other in a circle"
+            f"the graph is damaged: {', '.join(error.args[1][:4])} depend on each other in a cycle"
         ) from None
 
 
@@ -256,7 +256,7 @@ def _check_no_loop(node: NodeDef, output: str) -> None:
     if node.op in _LOOPS or node.op in _LOOP_CALLS:
         raise ValueError(
             f"{output!r} is inside of, or depends on, a while loop (node {node.name!r}): it has a "
-            "value for each turn of the loop, and a layer has one; choose a tap before the loop"
+            "value per iteration of the loop, and a layer has one; choose a tap before the loop"
         )
 
 

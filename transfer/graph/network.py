@@ -223,8 +223,8 @@ def cut(network: Network, at: str) -> tuple[Network, Network]:
         bypass = [n.name for g in suffix.graphs for n in g.node if _reads(n, network.input)]
         if bypass:
             raise ValueError(
-                f"cannot cut at {at!r}: it does not separate the input from the tap; a branch goes "
-                f"round it, from {network.input!r} through {bypass[0]!r}"
+                f"cannot cut at {at!r}: it does not separate the input from the tap; a branch "
+                f"bypasses it, from {network.input!r} through {bypass[0]!r}"
             )
     return part(at, network.input, network.input_dtype), suffix
 

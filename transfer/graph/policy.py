@@ -98,7 +98,7 @@ def check(graph_def: GraphDef) -> None:
         shown = ", ".join(f"{op} (node {name!r})" for op, name in sorted(refused.items()))
         raise ForbiddenOpError(
             f"the graph uses {shown}; a loaded model may only do arithmetic, and call no "
-            "functions. Choose a tap, or an input, so that what lies between does without"
+            "functions. Choose a tap, or an input, such that the graph between them needs none"
         )
     for node in graph_def.node:
         attributes.check(node)
@@ -141,5 +141,5 @@ def check_constants(nodes: Iterable[NodeDef]) -> None:
     if splat_bytes > MAX_SPLAT_BYTES:
         raise ValueError(
             f"the constants of the graph would take {splat_bytes:,} bytes of memory, more than "
-            f"{MAX_SPLAT_BYTES:,}, though the file is small; it is damaged, or made to harm"
+            f"{MAX_SPLAT_BYTES:,}, though the file is small; it is damaged or malicious"
         )

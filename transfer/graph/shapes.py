@@ -297,7 +297,7 @@ def _check_sizes(
         if elements > MAX_ELEMENTS:
             raise ValueError(
                 f"tensor {name!r} would have {elements:,} elements, more than "
-                f"{MAX_ELEMENTS:,}; the graph is damaged, or made to harm"
+                f"{MAX_ELEMENTS:,}; the graph is damaged or malicious"
             )
         per_example = elements // batch if shape and shape[0] == batch else elements
         total += per_example
@@ -307,7 +307,7 @@ def _check_sizes(
             if number > most:
                 raise ValueError(
                     f"the {kind}tensors up to {name!r} would have {number:,} elements together, "
-                    f"more than {most:,}; the graph is damaged, or made to harm"
+                    f"more than {most:,}; the graph is damaged or malicious"
                 )
 
 

@@ -133,7 +133,7 @@ def _try_once(call: Call, unproven: Sequence[str]) -> None:
         shown = ", ".join(repr(name) for name in unproven[:3])
         raise ValueError(
             f"the graph cannot be run: a process that tried it {_tried[digest]}. It does not say "
-            f"which shapes some operations take or give ({shown}); it is damaged, or made to harm"
+            f"which shapes some operations take or give ({shown}); it is damaged or malicious"
         )
 
 

@@ -76,7 +76,7 @@ def why_not(suffix: str) -> str:
     for kind, names in KINDS.items():
         if suffix.lower() in names:
             return _HEIF if kind == "HEIF" else f"Pillow was built without {kind} here"
-    return "not a kind of image that is read"
+    return "not a supported image format"
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
@@ -263,7 +263,7 @@ def _with_pillow(data: bytes) -> np.ndarray:
     except UnidentifiedImageError:
         if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
             raise ValueError(f"it is HEIC, which {_HEIF}") from None
-        raise ValueError(f"it is no image: it begins with {data[:8]!r}") from None
+        raise ValueError(f"it is not an image: it begins with {data[:8]!r}") from None
     except Exception as error:  # Pillow raises arbitrary exceptions on damaged files
         raise ValueError(f"it cannot be decoded ({reason(error)})") from error
 

@@ -324,7 +324,9 @@ class GraphLayer(keras.layers.Layer):
             SharedVariables() if shared is None else keras.saving.deserialize_keras_object(shared)
         )
         if not isinstance(shared, SharedVariables):
-            raise ValueError("the model is damaged: its layers share something else than variables")
+            raise ValueError(
+                "the model is damaged: its layers share an object that is not SharedVariables"
+            )
         # Subclasses read files in __init__. The configuration is complete, and Keras needs an
         # instance of the same class, so only GraphLayer.__init__ runs.
         layer = cls.__new__(cls)
@@ -434,7 +436,7 @@ def _graphs(config: dict[str, Any]) -> list[GraphDef]:
         data = stream.decompress(base64.b64decode(config.pop("compressed_graphs")), MAX_GRAPH_BYTES)
     if not stream.eof or len(data) != sum(sizes):
         raise ValueError(
-            f"the model is damaged: its graph is not whole, or has over {MAX_GRAPH_BYTES:,} bytes"
+            f"the model is damaged: its graph is incomplete, or has over {MAX_GRAPH_BYTES:,} bytes"
         )
     ends = [*itertools.accumulate(sizes)]
     return [

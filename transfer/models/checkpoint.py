@@ -214,8 +214,8 @@ class Checkpoint:
         needed = sum(math.prod(self._shapes[key]) * self._dtypes[key].size for key in keys)
         if present < needed:
             raise ValueError(
-                f"checkpoint {self.prefix!r} is damaged: its data have {present:,} bytes, and what "
-                f"is to be read needs {needed:,}; it was cut short, get it again"
+                f"checkpoint {self.prefix!r} is damaged: its data have {present:,} bytes, but "
+                f"reading needs {needed:,}; it is truncated, get it again"
             )
 
 
@@ -227,7 +227,7 @@ def check_path(path: str | Path) -> None:
     """
     if set("*?[]") & set(str(path)):
         raise ValueError(
-            f"TensorFlow reads no checkpoint at {str(path)!r}: it takes * ? [ ] in a path for a "
+            f"TensorFlow reads no checkpoint at {str(path)!r}: it takes * ? [ ] in a path as a "
             "pattern; rename the folder or the file"
         )
 

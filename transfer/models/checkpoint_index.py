@@ -72,7 +72,7 @@ def read_v2(path: Path) -> dict[str, Stored]:
             or min(entry.offset, entry.size) < 0
             or (is_whole and entry.size != num_bytes)
         ):
-            raise ValueError(f"its entry {_show(key)} makes no sense")
+            raise ValueError(f"its entry {_show(key)} is invalid")
         num_extents += _check_slices(entry.slices, stored.shape, key)
         if num_extents > _MAX_EXTENTS:
             raise ValueError(f"it has over {_MAX_EXTENTS:,} slices, too many for a checkpoint")
@@ -123,7 +123,7 @@ def table(
             than any checkpoint.
     """
     if len(content) < _FOOTER_BYTES or content[-8:] != struct.pack("<Q", _MAGIC):
-        raise ValueError("it is no table of TensorFlow, or it was cut short")
+        raise ValueError("it is not a TensorFlow table, or it is truncated")
     footer = content[-_FOOTER_BYTES:]
     _, position = _handle(footer, 0)
     index, _ = _handle(footer, position)
@@ -151,7 +151,7 @@ def _block(
 ) -> Iterator[tuple[bytes, bytes]]:
     """Iterate over the prefix-compressed keys and the values of a block."""
     if offset + size + _BLOCK_TRAILER_BYTES > len(content):
-        raise ValueError("a block of it lies outside of the file")
+        raise ValueError("one of its blocks lies outside of the file")
     if content[offset + size]:
         raise ValueError("it is compressed; write the checkpoint again with TensorFlow")
     restarts = struct.unpack_from("<I", content, offset + size - 4)[0] if size >= 4 else 0
@@ -162,10 +162,10 @@ def _block(
         added, position = _varint(content, position)
         length, position = _varint(content, position)
         if shared > len(key) or position + added + length > end:
-            raise ValueError("an entry of it lies outside of its block")
+            raise ValueError("one of its entries lies outside of its block")
         if shared + added > _MAX_KEY_BYTES or length > max_value_bytes:
             raise ValueError(
-                f"an entry of it has {shared + added:,} bytes of key and {length:,} "
+                f"one of its entries has {shared + added:,} bytes of key and {length:,} "
                 "of value, too many for a checkpoint"
             )
         key = key[:shared] + content[position : position + added]
@@ -190,7 +190,7 @@ def _varint(content: bytes | mmap.mmap, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
-    raise ValueError("a number in it does not end")
+    raise ValueError("it has an unterminated varint")
 
 
 def _parse(kind, value: bytes, key: bytes):  # type: ignore[no-untyped-def]
@@ -205,7 +205,7 @@ def _shape(proto: TensorShapeProto, key: bytes) -> tuple[int, ...]:
     if proto.unknown_rank or len(shape) > _MAX_DIMENSIONS or min(shape, default=0) < 0:
         raise ValueError(f"its entry {_show(key)} has shape {list(shape)[:8]}")
     if math.prod(max(size, 1) for size in shape) > _MAX_ELEMENTS:
-        raise ValueError(f"its entry {_show(key)} has shape {list(shape)}, too large to be true")
+        raise ValueError(f"its entry {_show(key)} has shape {list(shape)}, which is too large")
     return shape
 
 

@@ -266,17 +266,17 @@ def _hazards(
         )
     named = state(graph.prefix.parent)
     if named and graph.checkpoint_prefix and named != graph.checkpoint_prefix.name:
-        hazards.append(f"the state file names another checkpoint, {named!r}; it is not believed")
+        hazards.append(f"the state file names another checkpoint, {named!r}; it is ignored")
     devices = sorted({n.device for n in graph.nodes.values() if not _is_cpu(n.device)})
     if devices:
         hazards.append(f"pinned to devices ({_few(devices)}); devices are cleared")
     queues = [op for op in ops if "Queue" in op or "Reader" in op or op.startswith("Iterator")]
     if queues:
-        hazards.append(f"has its own input pipeline ({_few(sorted(queues))}); it is left out")
+        hazards.append(f"has its own input pipeline ({_few(sorted(queues))}); it is removed")
     unresolved = repair.unresolved(graph.meta)
     if unresolved:
         hazards.append(
-            f"collections name what is not there ({_few(unresolved)}); they are not used"
+            f"collections refer to missing operations ({_few(unresolved)}); they are ignored"
         )
     loops = [node.name for node in graph.nodes.values() if node.op in ("Enter", "While")]
     if loops:
@@ -299,26 +299,26 @@ def _hazards(
         )
     if any(n.op in NORMS and n.attr["is_training"].b for n in _inference(network)):
         hazards.append(
-            "batch norm before the tap takes the statistics of the batch, in inference too"
+            "batch norm before the tap uses the statistics of the batch, also at inference"
         )
     for tensor, names in (stopped(network) if network is not None else {}).items():
         hazards.append(
-            f"stops gradients at {tensor!r}: what lies before it stays untrained under any "
+            f"stops gradients at {tensor!r}: variables before it stay untrained under any "
             f"freeze_until ({len(names)} variables: {_few(names)})"
         )
     if network is not None and network.batch_size is not None:
-        hazards.append(f"takes batches of {network.batch_size} only; others are filled up")
+        hazards.append(f"takes batches of {network.batch_size} only; others are padded")
     prepared = graph_preprocessing.find(network) if network is not None else None
     if prepared:
         mode = graph.card.preprocess
         twice = prepared.repeats(mode) if mode else None
         hazards.append(
-            f"the graph prepares its images itself: it {prepared}"
+            f"the graph preprocesses its images itself: it {prepared}"
             + (f"; preprocess {mode} would {twice} again" if twice else "")
         )
     if graph.card.preprocess is None:
         hazards.append(
-            "nothing says how images are to be prepared; preprocess=MODE is a guess, check it"
+            "the preprocessing of the images is unknown; preprocess=MODE is a guess, check it"
         )
     if coverage.has_averages:
         hazards.append("the checkpoint has moving averages of the weights; use_ema=True takes them")

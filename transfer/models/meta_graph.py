@@ -305,7 +305,7 @@ class MetaGraph:
         mode = mode or self.card.preprocess
         if mode is None:
             raise ValueError(
-                f"no card ({self.prefix.name}.json) says how images are to be prepared for "
+                f"no card ({self.prefix.name}.json) states the preprocessing of images for "
                 f"{str(self.prefix)!r}, and the wrong convention costs accuracy without any error; "
                 f"say which with preprocess=MODE: {', '.join(CONVENTIONS)}"
             )
@@ -315,7 +315,7 @@ class MetaGraph:
         dtype = dtype_of(node, index)
         if dtype is not None and dtype.is_integer and mode != "none":
             raise ValueError(
-                f"input {input!r} takes integers ({dtype.name}), so the network prepares its "
+                f"input {input!r} takes integers ({dtype.name}), so the network preprocesses its "
                 f"images itself; preprocess={mode!r} does not fit, use none"
             )
         if len(shape) == 2:

@@ -101,7 +101,7 @@ def _for_input(graph: MetaGraph, tap: str, input: str | None) -> Suggestion:
             raise
         shown = ", ".join(f"{name} of shape {shape}" for name, shape in wide.items())
         raise ValueError(
-            f"the tap also depends on {shown}, for which one number does not do; choose a tap "
+            f"the tap also depends on {shown}, which a single number cannot replace; choose a tap "
             "before it"
         ) from error
     mode = canonical(graph.card.preprocess or _likely_convention(network))
