@@ -1,4 +1,4 @@
-"""Child processes import this project's code and the environment's, not the working folder's."""
+"""Child processes import from this project and the environment, not the working folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WOULD_BE_IMPORTED = ("transfer", "recipes", "numpy", "random", "runpy", "json", 
 
 @pytest.fixture
 def newcomers_folder(tmp_path: Path) -> Path:
-    """Files and folders of names that this project imports; each ends the process."""
+    """Files and folders with names of imported modules; importing one ends the process."""
     folder = tmp_path / "mine"
     folder.mkdir()
     for number, name in enumerate(WOULD_BE_IMPORTED):

@@ -30,7 +30,7 @@ def test_each_row_is_in_one_shard_with_its_mirror_row(num_rows, count):
     np.testing.assert_array_equal(np.sort(np.concatenate(shards)), np.arange(num_rows))
     for rows in shards:
         np.testing.assert_array_equal(rows[::-1], num_rows - 1 - rows)
-    assert max(map(len, shards)) - min(map(len, shards)) <= 3  # a pair, and one without
+    assert max(map(len, shards)) - min(map(len, shards)) <= 3  # a pair, and the middle row
 
 
 def test_empty_shard_gets_padding_row_without_label():
@@ -59,7 +59,7 @@ def test_shards_of_batches_contain_every_example_once():
     read, padding = zip(*(shards_of_batches(20, 6, number, 3) for number in range(3)), strict=True)
     counted = np.array(read, int) - np.array(padding, int)
     np.testing.assert_array_equal(counted.sum(0), 1)
-    for number in range(3):  # something of each batch
+    for number in range(3):  # rows of each batch
         assert all(read[number][start : start + 6].any() for start in range(0, 20, 6))
 
 
@@ -121,7 +121,7 @@ def test_single_replica_does_not_communicate():
 
 
 class TwoProcesses(Replicas):
-    """Gathers what another process would have sent."""
+    """Simulates the values sent by another process."""
 
     others: list[np.ndarray]
 

@@ -1,4 +1,4 @@
-"""Files written atomically, and deleted with care, beside links and files of other people."""
+"""Atomic writes and safe deletion, beside links and files of other users."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transfer.core import files
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    """A file outside of the folder that is written to."""
+    """A file outside of the folder being written to."""
     path = tmp_path / "theirs.txt"
     path.write_text("theirs")
     return path

@@ -1,4 +1,4 @@
-"""What a release of TensorFlow or Keras has changed among the private names that are used."""
+"""Detect changes of the private APIs of TensorFlow and Keras that are used."""
 
 import re
 from pathlib import Path

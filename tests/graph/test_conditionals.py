@@ -1,4 +1,4 @@
-"""``Switch`` and ``Merge`` as arithmetic, against the session that runs them."""
+"""Replaced ``Switch`` and ``Merge`` compared with a session that runs them."""
 
 import numpy as np
 import pytest
@@ -214,12 +214,12 @@ def test_non_scalar_predicate_is_unknown():
 
 
 def dropout(x, keep_prob):
-    """As TensorFlow before 1.13 wrote it."""
+    """As built by TensorFlow before 1.13."""
     return x / keep_prob * tf.floor(keep_prob + tf1.random_uniform(tf.shape(x)))
 
 
 def batch_norm(x, is_training):
-    """As tf.layers wrote it without fusing."""
+    """As built by tf.layers without fused batch norm."""
     width = x.shape[-1]
     ones, zeros = tf1.ones_initializer(), tf1.zeros_initializer()
     gamma = tf1.get_variable("gamma", [width], initializer=ones, use_resource=False)
@@ -275,7 +275,7 @@ def test_fused_batch_norm_in_branches():
 
 
 def test_tap_inside_branch():
-    """The session has no value for it where the other branch is taken; a layer has one."""
+    """A session has no value for it if the other branch is taken; a layer has one."""
 
     def build():
         x = x_of()
@@ -321,7 +321,7 @@ def test_resolve_does_not_modify_nodes():
 
 
 def nested(depth):
-    """Switches inside of switches, each with its own predicate, merged from the inside out."""
+    """Nested switches, each with its own predicate, merged from the inside out."""
     graph = tf.Graph()
     with graph.as_default():
         x = x_of()

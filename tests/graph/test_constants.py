@@ -15,7 +15,7 @@ tf1 = tf.compat.v1
 
 
 def freeze(prefix, output, path):
-    """The meta graph as a frozen graph, as programs of TensorFlow 1 did it."""
+    """The meta graph frozen like in TensorFlow 1 programs."""
     stock = StockSession(prefix)
     frozen = tf1.graph_util.convert_variables_to_constants(
         stock.session, stock.graph.as_graph_def(), [output]
@@ -179,7 +179,7 @@ def test_constant_statistics_are_detected_by_name():
 
 
 def test_frozen_weights_behind_identities_are_found():
-    """As ``convert_variables_to_constants`` leaves them."""
+    """As written by ``convert_variables_to_constants``."""
 
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")

@@ -1,4 +1,4 @@
-"""Arithmetic and parameters on both sides of a cut, against TensorFlow's own profiler."""
+"""Multiply-adds and parameters of cuts compared with TensorFlow's profiler."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ VGG16_STAGES = ["pool1:0", "pool2:0", "pool3:0", "pool4:0", "pool5:0", "fc6/Relu
 
 
 def profiled(graph):
-    """Multiply-adds of the convolutions and products of a graph, as TensorFlow counts them."""
+    """Multiply-adds of convolutions and matrix products of a graph, counted by TensorFlow."""
     options = tf1.profiler.ProfileOptionBuilder.float_operation()
     options["output"] = "none"
     options["account_type_regexes"] = ["Conv2D", "MatMul", "DepthwiseConv2dNative"]
@@ -152,7 +152,7 @@ def test_stopped_variables_have_no_gradient(tmp_path):
     assert stopped(layer.network) == {"frozen:0": without}
     assert without == ["conv1/weights", "conv1/biases"]
     assert stopped(layer.split("frozen")[1].network) == {}
-    assert stopped(layer.split("conv1")[1].network) == {}  # nothing is left to train there
+    assert stopped(layer.split("conv1")[1].network) == {}  # no trainable variables remain
 
 
 def test_variables_with_path_around_stop_gradient_are_not_stopped():

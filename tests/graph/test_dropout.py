@@ -1,4 +1,4 @@
-"""Dropout in all the forms in which TensorFlow has written it."""
+"""Dropout in all forms built by TensorFlow versions."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def x_of(width=4):
 
 
 def uniform(x):
-    """As the random_uniform of old versions: scaled, though from 0 to 1."""
+    """Like random_uniform of old versions: scaled, even from 0 to 1."""
     drawn = tf.raw_ops.RandomUniform(shape=tf.shape(x), dtype=tf.float32)
     low, high = tf.constant(0.0), tf.constant(1.0)
     return drawn * (high - low) + low
@@ -26,7 +26,7 @@ def rate(keep):
     return 1.0 - keep
 
 
-# Of what is to be dropped and the share that is kept: what is left.
+# Functions of the values and the keep probability to the result of dropout.
 FORMS = {
     "tf.nn.dropout": lambda x, keep: tf1.nn.dropout(x, rate=rate(keep)),
     "tf.nn.dropout, keep_prob": lambda x, keep: tf1.nn.dropout(x, keep_prob=keep),
@@ -114,7 +114,7 @@ def test_amount_and_control_are_detected(form):
 
 @ALL
 def test_fed_keep_prob_equals_session(form):
-    """Kept all, dropout is the identity in both."""
+    """With a keep probability of 1, dropout is the identity in both."""
     program = program_with(form, lambda: tf1.placeholder(tf.float32, [], name="p"))
     network = program.network(feeds={"p": 1.0}, keep_dropout=True)
     x = images(3, 4)

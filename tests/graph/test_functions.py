@@ -1,4 +1,4 @@
-"""Calls of functions, inlined, against the session that calls them."""
+"""Inlined function calls compared with a session that calls them."""
 
 import numpy as np
 import pytest
@@ -266,7 +266,7 @@ def test_forbidden_op_in_branch_of_function_is_rejected(conds, tmp_path):
         Program(build, conds=conds).network()
 
 
-# Graphs that no program writes.
+# Malicious graphs.
 
 
 def graph_of(*calls_in_graph):
@@ -286,7 +286,7 @@ def add_call(nodes, name, called, arguments):
 
 
 def add_function(graph_def, name, *calls_in_body, arguments=("a",), returns=None):
-    """A function of one result, by default that of its last call."""
+    """A function with one result, by default that of its last call."""
     added = graph_def.library.function.add()
     added.signature.name = name
     for argument in arguments:
@@ -342,7 +342,7 @@ def test_long_chain_of_calls_is_inlined():
 
 
 def test_functions_of_other_graphs_are_never_called():
-    """TensorFlow would find it: the process knows a function of that name."""
+    """TensorFlow would find it: a function of that name is registered in the process."""
 
     def build():
         tf.identity(function(lambda y: y + 1.0)(x_of()), name="tap")
@@ -356,7 +356,7 @@ def test_functions_of_other_graphs_are_never_called():
 
 @pytest.mark.timeout(300)
 def test_exponentially_growing_functions_are_rejected_quickly():
-    """2 to the power of 40 calls, of a file of 8 KB."""
+    """2^40 calls in a file of 8 KB."""
     graph_def = graph_of(("tap", "f0", ["x"]))
     for number in range(40):
         name = f"f{number + 1}"
@@ -368,7 +368,7 @@ def test_exponentially_growing_functions_are_rejected_quickly():
 
 @pytest.mark.timeout(300)
 def test_too_many_edges_are_rejected():
-    """10^8 edges, of a file of 1 MB."""
+    """10^8 edges in a file of 1 MB."""
     graph_def = graph_of(*((f"c{number}", "f", ["x"]) for number in range(10**4)))
     add_function(graph_def, "f", returns="a")
     signature = graph_def.library.function[0]

@@ -136,7 +136,7 @@ def test_static_shape_equals_that_of_program(shape, add_shapes):
         tf1.placeholder(tf.float32, shape, name="x")
     (node,) = graph.as_graph_def(add_shapes=add_shapes).node
     expected = None if shape is None else tuple(shape)
-    # An attribute of no dimensions may be a scalar's, or of TensorFlow 1.1 and without meaning.
+    # An empty shape attribute may mean a scalar, or nothing (TensorFlow 1.1).
     assert static_shape(node) == (None if shape == [] and not add_shapes else expected)
 
 

@@ -87,14 +87,14 @@ def network(prepare):
         kernel = tf1.get_variable("w", [3, 3, 3, 4], use_resource=False)
         biases = tf1.get_variable("b", [4], use_resource=False)
         net = tf.nn.relu(tf.nn.conv2d(prepare(x), kernel, 1, "SAME") + biases)
-        tf.multiply(net - 0.5, 3.0, name="tap")  # after the first layer: none of our business
+        tf.multiply(net - 0.5, 3.0, name="tap")  # after the first layer: not preprocessing
     return extract(graph.as_graph_def(), "tap:0", "x:0")
 
 
 @pytest.mark.parametrize("prepare", CASES, ids=lambda prepare: prepare.__name__)
 def test_preprocessing_in_graph_is_detected(prepare):
     found, expected = graph_preprocessing.find(network(prepare)), CASES[prepare]
-    # In the order of the graph, where one colour may come before another.
+    # In the order of the graph, which may process channels one after another.
     np.testing.assert_allclose(sorted(found.means), sorted(expected.means), rtol=1e-6)
     np.testing.assert_allclose(found.scales, expected.scales, rtol=1e-6)
     assert found.swaps == expected.swaps

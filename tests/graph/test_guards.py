@@ -1,4 +1,4 @@
-"""Ranks of inputs: a wrong one is refused before shape inference reads the values."""
+"""Wrong ranks of inputs are rejected before shape inference reads the values."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from transfer.graph import extract, guards, infer
 
 
 def split_network(sizes, computed=False):
-    """A ``SplitV`` by these sizes, which TensorFlow itself would not let a program make."""
+    """A ``SplitV`` with these sizes, which TensorFlow itself does not allow to build."""
     shape = (None, 8, 8, 3)
     graph = tf.Graph()
     with graph.as_default():
@@ -34,7 +34,7 @@ def test_sizes_of_the_right_rank_are_read(computed):
 
 
 def test_constant_of_wrong_rank_is_rejected():
-    """Shape inference, which comes before all other checks, ends the process of it."""
+    """It would crash the process in shape inference, which precedes all other checks."""
     expected = (
         r"'split' \(SplitV\) gets 'sizes' of shape \[1, 2\] as its size_splits; "
         r"expected 1 dimension$"

@@ -1,4 +1,4 @@
-"""Where images come in behind the graph's own source: parts of a batch, decoded files."""
+"""Inputs after the graph's own data source: parts of a batch, decoded files."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_each_tower_equals_plain_tensorflow_session(tmp_path, program, inputs):
         assert error.value.inputs == (name,)
         layer = Backbone(graph, tap, input=name)
         assert_close(layer(x), stock.run(f"{tap}:0", {name: x}))
-        # Each part of the batch is this tower's.
+        # This tower computes each part of the batch.
         assert_close(layer(x), stock.run(f"{tap}:0", {"images:0": whole}))
 
 

@@ -1,4 +1,4 @@
-"""Placeholders that tell training from inference, recognised by what they feed."""
+"""Detection of placeholders that switch between training and inference."""
 
 import numpy as np
 import pytest
@@ -174,7 +174,7 @@ def test_negated_switch_is_detected():
 
 
 def test_switch_stored_in_variable_is_detected():
-    """As TFLearn has it."""
+    """As in TFLearn."""
 
     def tap(h):
         is_training = tf1.get_variable(

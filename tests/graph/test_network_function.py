@@ -1,4 +1,4 @@
-"""What a network is given and what it gives, checked; values are those of a stock session."""
+"""Checks of input and output shapes; values equal those of a plain session."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ OPEN = (None, None, None, 3)
 
 
 def flattening(shape, target=(-1, 8 * 8 * 4)):
-    """A convolution, a pooling and a fully connected layer behind a reshape."""
+    """A convolution, pooling, and a fully connected layer after a reshape."""
 
     def build():
         x = tf1.placeholder(tf.float32, shape, name="x")
@@ -40,7 +40,7 @@ def from_x(make, shape=FIXED):
     return Program(lambda: tf.identity(make(tf1.placeholder(tf.float32, shape, name="x")), "tap"))
 
 
-# Twice the size gives four rows an image; half of it gives one row for four images.
+# Twice the size gives four rows per image; half the size gives one row for four images.
 OTHER_SIZES = [(2, 32, 32, 3), (4, 8, 8, 3), (1, 32, 32, 3)]
 
 
@@ -51,11 +51,11 @@ def test_images_of_wrong_size_are_rejected(stated, shape):
     message = "takes .None, 16, 16, 3.: resize" if stated == FIXED else r"\d+ rows for \d+ examples"
     with pytest.raises(ValueError, match=message):
         layer(images(*shape))
-    if shape != (4, 8, 8, 3) or stated == FIXED:  # else four images fit, which make one row
+    if shape != (4, 8, 8, 3) or stated == FIXED:  # else four images are merged to one row
         with pytest.raises(ValueError, match=message):
             layer(keras.Input(shape[1:]))
     x = images(*FIXED[1:])[None]
-    assert layer(x).shape == (1, 5)  # it works after what was refused
+    assert layer(x).shape == (1, 5)  # works after rejected calls
 
 
 @pytest.mark.parametrize("shape", OTHER_SIZES)
@@ -71,7 +71,7 @@ def test_sizes_unknown_in_tracing_are_checked_at_run_time(stated, shape):
 
 
 def test_sizes_are_checked_after_calls_with_different_ones():
-    """Retracing relaxes the sizes of the calls before."""
+    """Retracing relaxes the sizes of previous calls."""
     program = flattening(OPEN)
     layer = program.layer()
     for shape in [(2, 16, 16, 3), (3, 16, 16, 3), (2, 8, 32, 3), (2, 32, 8, 3)]:
@@ -157,7 +157,7 @@ def test_scalar_output_is_allowed():
 
 
 def test_rows_of_fixed_batch_are_checked():
-    """Four examples at a time, of which two rows come out."""
+    """Batches of four examples give two rows."""
     program = from_x(lambda x: tf.reshape(x + tf.ones([4, 16, 16, 3]), [2, -1]), (4, 16, 16, 3))
     with pytest.raises(ValueError, match="2 rows for 4 examples"):
         program.layer()(images(4, 16, 16, 3))

@@ -11,7 +11,7 @@ tf1 = tf.compat.v1
 
 
 def harmful(kind: str, x: tf.Tensor, path: Path) -> tf.Tensor:
-    """A tensor that does what no model should, and passes ``x`` on."""
+    """A tensor with a forbidden side effect that forwards ``x``."""
     if kind == "ReadFile":
         return x + tf.cast(tf.strings.length(tf.io.read_file(str(path / "secret"))), tf.float32)
     if kind == "WriteFile":
@@ -104,7 +104,7 @@ def test_side_effects_in_control_dependencies_do_not_run(where, tmp_path):
 
 
 def test_calls_of_functions_outside_of_graph_are_rejected(tmp_path):
-    """TensorFlow would look them up among all functions that the process knows."""
+    """TensorFlow would look them up among all functions registered in the process."""
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
@@ -116,7 +116,7 @@ def test_calls_of_functions_outside_of_graph_are_rejected(tmp_path):
 
 
 def test_function_in_attribute_is_rejected(tmp_path):
-    """TensorFlow would look its name up among all functions that the process knows."""
+    """TensorFlow would look it up among all functions registered in the process."""
     graph_def = graph_with("Print", tmp_path, "aside")
     node = next(n for n in graph_def.node if n.name == "tap")
     node.attr["f"].func.name = "somebody_elses"
@@ -145,7 +145,7 @@ def test_dangerous_ops_are_not_allowed(op):
 
 
 def convolution_with(attribute, values, op="Conv2D"):
-    """A convolution of images, one of whose attributes is replaced."""
+    """A convolution with one replaced attribute."""
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")

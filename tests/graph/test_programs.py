@@ -1,4 +1,4 @@
-"""Programs that once gave a wrong value, a wrong gradient or none, beside a stock session."""
+"""Regression tests: programs that gave wrong values or gradients, compared with a session."""
 
 import numpy as np
 import pytest
@@ -128,7 +128,7 @@ def test_dropout_of_input_is_bypassed(form):
 
 
 def test_dropout_directly_after_input_is_bypassed(tmp_path):
-    """Extracted with the tensor that dropout reads as the input."""
+    """Extracted with the input of dropout as the network's input."""
 
     def build():
         h = tf.exp(x_of(), name="h")
@@ -209,7 +209,7 @@ def test_switch_stored_in_resource_variable_is_detected():
 
 
 def test_averages_of_the_moments_are_statistics():
-    """The batch norm of many a program: ``ema.average(batch_mean)`` is chosen in inference."""
+    """Common custom batch norm: ``ema.average(batch_mean)`` is selected at inference."""
 
     def build():
         h = tf.matmul(x_of(), w_of(4, 5))
@@ -392,7 +392,7 @@ def test_weights_used_in_one_mode_only_are_kept():
 
 @pytest.mark.timeout(300)
 def test_deeply_nested_switches_are_rejected_quickly():
-    """A file of 700 kB; each node lives in all the branches before it."""
+    """A file of 700 kB; each node belongs to all previous branches."""
     graph_def = tf1.GraphDef()
     node_of(graph_def, "x", "Placeholder")
     for number in range(8000):

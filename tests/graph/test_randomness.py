@@ -1,4 +1,4 @@
-"""Random numbers that follow from a seed."""
+"""Random numbers determined by a seed."""
 
 import keras
 import numpy as np

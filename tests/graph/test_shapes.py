@@ -1,4 +1,4 @@
-"""Batch sizes that are baked in: opened where that is exact, filled up to where it is not."""
+"""Fixed batch sizes are removed where that is exact, otherwise batches are padded."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Tensors by short names, and those that are worth tapping."""
+"""Short names of tensors, and ranking of taps."""
 
 import json
 
@@ -16,7 +16,7 @@ tf1 = tf.compat.v1
 
 
 def dense(x, width, *, relu=True):
-    """As tf.layers and slim name it."""
+    """With the names of tf.layers and slim."""
     weights = tf1.get_variable("weights", [x.shape[-1], width], use_resource=False)
     biases = tf1.get_variable("biases", [width], use_resource=False)
     x = tf.nn.bias_add(tf.matmul(x, weights), biases, name="BiasAdd")
@@ -67,7 +67,7 @@ def test_short_name_is_output_of_scope(name, expected):
 
 
 def test_short_name_repeated_within_its_scope():
-    """As tf.layers.dense(name="fc7") with an activation of the same name writes it."""
+    """As built by tf.layers.dense(name="fc7") with an activation of the same name."""
 
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
@@ -89,7 +89,7 @@ def test_operation_name_takes_precedence_over_scope():
 
 
 def test_short_name_matches_reopened_scope():
-    """TensorFlow numbers it: the variables have the name, the operations have another."""
+    """TensorFlow numbers the scope of the operations, but not that of the variables."""
 
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
@@ -268,7 +268,7 @@ def test_best_taps_of_third_party_meta_graphs(shared_wild):
 
 
 def covered_by(graph):
-    """The variables that the checkpoint's index has; all where there is none."""
+    """The variables in the checkpoint's index; all if there is no index."""
     variables = [graph_variable(n) for n in graph.nodes.values() if n.op in VARIABLES]
     try:
         source = Checkpoint(graph.checkpoint_prefix or graph.prefix, index_only=True)

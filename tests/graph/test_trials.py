@@ -1,4 +1,4 @@
-"""Graphs that hide shapes: guarded, and tried in a child process, and never the end of this one."""
+"""Graphs with hidden shapes are guarded and tried in a child process, without crashing this one."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 
 
 def hide(x, values):
-    """An int32 constant that shape inference does not know."""
+    """An int32 constant that is unknown to shape inference."""
     return tf.constant(values) + tf.cast(tf.minimum(tf.reduce_sum(tf.abs(x)), 0.0), tf.int32)
 
 
@@ -43,7 +43,7 @@ def layer_of(build, shape=(None, 8, 8, 3)):
 
 @pytest.fixture
 def children(monkeypatch):
-    """Calls that were tried; the child process lives."""
+    """Records the calls tried in a child process, which always succeeds."""
     tried = []
     monkeypatch.setattr(trials, "_tried", {})
     monkeypatch.setattr(trials, "run_child", lambda call: tried.append(call) or "")
@@ -112,7 +112,7 @@ def test_known_shapes_need_no_child_and_no_guards(children):
 
 
 def test_images_of_any_size_are_guarded_without_a_child(children):
-    """A window may be larger than the image; the image's size is the only one that is not known."""
+    """A window may be larger than the image, whose size is the only unknown."""
     any_size = (None, None, None, 3)
     layer = layer_of(lambda x: tf.nn.max_pool2d(x, 5, 1, "VALID"), any_size)
     call = tf.function(layer, input_signature=[tf.TensorSpec(any_size)])
@@ -138,7 +138,7 @@ def test_tensors_that_exhaust_memory_together_are_rejected(hidden, children):
 
 
 def network_of_known_crash(monkeypatch):
-    """A graph that ends its process, as if there were no guards."""
+    """A graph that crashes its process, without guards."""
     monkeypatch.setattr(trials, "_tried", {})
     monkeypatch.setattr(trials, "with_guards", lambda graph_def, shapes: graph_def)
     return layer_of(CRASHING["rank of a convolution"])

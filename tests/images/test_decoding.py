@@ -1,4 +1,4 @@
-"""Files of all kinds, compared with Pillow's and TensorFlow's own readings."""
+"""Decoding of all formats compared with Pillow and TensorFlow."""
 
 import io
 import struct
@@ -50,7 +50,7 @@ def test_tensors_equal_arrays_and_own_their_memory(kind, mode):
 
 
 def test_palette_of_bmp_is_applied():
-    """TensorFlow alone gives the numbers of the colours."""
+    """TensorFlow alone returns palette indices."""
     image = Image.fromarray(SMOOTH).convert("P", palette=Image.Palette.ADAPTIVE, colors=60)
     data = encoded(image, "BMP")
     np.testing.assert_array_equal(decode(data), np.asarray(image.convert("RGB")))
@@ -167,12 +167,12 @@ def test_decompression_bomb_is_rejected(monkeypatch, kind):
 
 
 def kinds_of_bmp():
-    """Name to the bytes of a BMP that TensorFlow alone would read as another picture, or not."""
+    """Name to the bytes of a BMP that TensorFlow decodes wrongly or not at all."""
     rgb = Image.fromarray(PIXELS)
     out = {"1 bit": encoded(rgb.convert("1"), "BMP")}
     rows = PIXELS[::-1].astype(np.uint32)
     header = struct.pack("<IiiHHIIiiII", 40, 17, 12, 1, 32, 3, 0, 0, 0, 0, 0)
-    masks = struct.pack("<III", 0xFF000000, 0xFF0000, 0xFF00)  # the byte without a colour first
+    masks = struct.pack("<III", 0xFF000000, 0xFF0000, 0xFF00)  # the padding byte first
     pixels = (rows[..., 0] << 24 | rows[..., 1] << 16 | rows[..., 2] << 8).tobytes()
     start = 14 + len(header) + len(masks)
     head = b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start)

@@ -1,4 +1,4 @@
-"""Which files of a folder are images, which are passed over, and what is said of them."""
+"""Which files of a folder are used as images, which are skipped, and how this is reported."""
 
 import json
 import os
@@ -24,7 +24,7 @@ needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named 
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Two classes with images of many kinds, other files, and what systems leave behind."""
+    """Two classes with images of many formats, other files, and files of operating systems."""
     root = make_image_folder(tmp_path / "photos")
     for name, color in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):
         image = Image.new("RGB", (20, 24), color)
@@ -74,7 +74,7 @@ def test_every_command_reports_skipped_files(tmp_path, model, mixed, capsys):
     assert sorted(found["passed_over"])[-1] == "red/c.svg"
     assert main(["predict", str(out), str(mixed), "--top-k", "1"]) == 0
     printed, err = capsys.readouterr()
-    assert len(printed.splitlines()) == 37  # with the one that is in no class
+    assert len(printed.splitlines()) == 37  # including the one outside of classes
     assert "warning: 7 of 44 files passed over: 5 .heic" in err
 
 
@@ -135,7 +135,7 @@ def test_pipe_or_device_is_an_unreadable_image(tmp_path, model, image_folder, ki
     check = ["check-data", "--image-folder", str(image_folder), "--model", "none", "--json"]
     main(check)
     assert json.loads(capsys.readouterr().out)["unreadable"] == ["red/endless.png"]
-    assert main(["evaluate", str(out)]) == 0  # the images that were held out are all there
+    assert main(["evaluate", str(out)]) == 0  # all held-out images are present
     capsys.readouterr()
     for word in (path, path.parent):
         assert main(["predict", str(out), str(word)]) == 1
@@ -182,7 +182,7 @@ def test_pixel_budget_delays_only_large_images(tmp_path):
 
 
 def spoil(root):
-    """A text, half a JPEG, and damage that only decoding finds; the names."""
+    """Adds a text file, a truncated JPEG, and one with damage found only by decoding; names."""
     whole = (root / "red" / "02.jpg").read_bytes()
     (root / "red" / "02.jpg").write_bytes(whole[: len(whole) // 2])
     (root / "blue" / "00.jpg").write_bytes(b"<html>404</html>")

@@ -19,7 +19,7 @@ def test_normalize_equals_keras_applications(mode):
 
 
 @pytest.mark.parametrize(
-    ("mode", "red"),  # of a pixel of pure red: hand-worked
+    ("mode", "red"),  # of a pure red pixel: computed by hand
     [
         ("caffe", (-103.939, -116.779, 131.32)),
         ("slim", (131.32, -116.78, -103.94)),
@@ -85,7 +85,7 @@ def test_single_image_batch_and_dataset_agree(mode):
 
 @pytest.mark.parametrize("shape", [(10, 30), (30, 10), (3, 9), (17, 23)])
 def test_the_centre_is_cropped_and_the_aspect_ratio_kept(shape):
-    """A square in the middle of a black border stays square and in the middle."""
+    """A centered square in a black border stays square and centered."""
     height, width = shape
     image = np.zeros((height, width, 1), np.uint8)
     side = min(shape)
@@ -99,7 +99,7 @@ def test_the_centre_is_cropped_and_the_aspect_ratio_kept(shape):
 def test_long_thin_image_is_not_enlarged_as_a_whole():
     image = np.zeros((1, 2**20, 3), np.uint8)
     image[:, 2**19 - 8 :] = 200
-    result = Preprocess("none", 16)(image).numpy()  # whole, it would take 3 GB
+    result = Preprocess("none", 16)(image).numpy()  # as a whole it would take 3 GB
     assert result.shape == (16, 16, 3)
     assert result.max() > 190
 
@@ -142,7 +142,7 @@ def test_images_with_two_channels_are_rejected():
 @pytest.mark.parametrize("shape", [(40, 200), (300, 90), (100, 100), (7, 9)])
 @pytest.mark.parametrize("size", [(20, 50), (50, 20)])
 def test_rectangular_size_is_covered_and_center_cropped(shape, size):
-    """Against Pillow: resized until both sides are long enough, then the centre."""
+    """Compared with Pillow: resized to cover the size, then center-cropped."""
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3)).astype(np.uint8)
     found = Preprocess("none", size)(image)
     assert found.shape == (*size, 3)

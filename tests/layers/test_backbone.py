@@ -1,4 +1,4 @@
-"""The layer against a stock TF1 session on the same files."""
+"""``Backbone`` compared with a plain TF1 session on the same files."""
 
 import base64
 import copy
@@ -184,7 +184,7 @@ def test_backbone_works_as_keras_layer(model, images, tmp_path):
 
 
 def normalising(tmp_path):
-    """Batch norm both ways, with variables whose names say nothing."""
+    """Fused and unfused batch norm, with variables of arbitrary names."""
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
@@ -250,7 +250,7 @@ def test_clones_with_copied_weights_do_not_warn(model, images, recwarn):
 
 @pytest.mark.slow
 def test_scikit_learn_wrapper_trains_its_clone(model):
-    """Keras clones the model, without its weights; bright and dark are told apart all the same."""
+    """Keras clones the model without its weights; it still learns to separate bright from dark."""
     inner = [keras.layers.Reshape((16, 16, 3)), Backbone(load_meta_graph(model))]
     network = keras.Sequential(
         [keras.Input((768,)), *inner, keras.layers.Dense(2, activation="softmax")]
@@ -290,11 +290,11 @@ def test_saved_model_keeps_shared_variables(model, images, tmp_path):
     whole, _, parts = loaded(images)
     np.testing.assert_array_equal(whole, parts)
     assert (whole != built(images)[0]).numpy().any()
-    np.testing.assert_array_equal(other(images)[0], built(images)[0])  # a load of its own
+    np.testing.assert_array_equal(other(images)[0], built(images)[0])  # loaded separately
 
 
 def test_loaded_frozen_layer_can_be_unfrozen(tmp_path):
-    """Its statistics come last among the weights, frozen or not."""
+    """Its statistics are the last weights, whether it is frozen or not."""
     backbone = Backbone(normalising(tmp_path), "tap")
     backbone.randomize(seed=0)
     for number, variable in enumerate(backbone.graph_variables[1:]):
@@ -314,7 +314,7 @@ def test_models_with_uncompressed_graphs_still_load(model, images):
     config = backbone.get_config()
     for key in ("compressed_graphs", "graph_sizes", "shared", "to_load_it"):
         del config[key]
-    config["dtype"] = keras.dtype_policies.get("mixed_float16")  # was written, and not heeded
+    config["dtype"] = keras.dtype_policies.get("mixed_float16")  # was written, but ignored
     graphs = [base64.b64encode(g.SerializeToString()) for g in backbone.network.graphs]
     loaded = Backbone.from_config({**config, "graph_defs": [g.decode() for g in graphs]})
     loaded.set_weights(backbone.get_weights())
@@ -379,7 +379,7 @@ def test_full_size_vgg16_equals_plain_tensorflow_session(tmp_path, stock_session
 
 
 def test_third_party_meta_graphs_equal_plain_tensorflow_session(shared_wild, stock_session):
-    """Every one that has its weights: TF 0.10 to 1.14, V1 and V2, queues, devices, dropout."""
+    """All that have weights: TF 0.10 to 1.14, V1 and V2, queues, devices, dropout."""
     cases = [c for c in json.loads((shared_wild / "cases.json").read_text()) if c["weights"]]
     assert cases
     for case in cases:
@@ -392,7 +392,7 @@ def test_third_party_meta_graphs_equal_plain_tensorflow_session(shared_wild, sto
         with tf.Graph().as_default(), tf1.Session() as session:
             meta = tf1.MetaGraphDef()
             meta.ParseFromString(graph.prefix.with_name(graph.prefix.name + ".meta").read_bytes())
-            meta.collection_def.clear()  # one names an operation that is not there
+            meta.collection_def.clear()  # one refers to a missing operation
             saver = tf1.train.import_meta_graph(meta, clear_devices=True)
             saver.restore(session, str(graph.prefix))
             expected = session.run(case["tap"], {case["input"]: images, **case["feeds"]})
@@ -408,7 +408,7 @@ def _some_shape(node):
 
 @pytest.mark.slow
 def test_third_party_meta_graphs_can_be_trained(shared_wild):
-    """Full gradients, with dropout on: every weight before the tap moves."""
+    """Full fine-tuning with active dropout: every weight before the tap changes."""
     cases = [c for c in json.loads((shared_wild / "cases.json").read_text()) if c["weights"]]
     for case in cases:
         graph = load_meta_graph(shared_wild / case["case"])

@@ -141,7 +141,7 @@ def test_max_pooled_backbone_can_be_saved(model, tmp_path):
 
 
 def dynamic_flatten(prefix):
-    """As ``tf.layers.flatten`` of TensorFlow 1 writes it: the width is computed as it runs."""
+    """As built by ``tf.layers.flatten`` of TensorFlow 1: the width is computed at run time."""
     graph = tf.Graph()
     with graph.as_default():
         x = tf.compat.v1.placeholder(tf.float32, [None, 16, 16, 3], name="images")

@@ -1,4 +1,4 @@
-"""Gradients of marked convolutions against TensorFlow's own."""
+"""Custom gradients of convolutions compared with TensorFlow's own."""
 
 import os
 import subprocess
@@ -97,7 +97,7 @@ def test_input_graph_is_not_modified():
 
 
 def strided(transposed, channels, dtype, size=1):
-    """A strided convolution, or its transpose, and images and a kernel for it."""
+    """A strided convolution, or its transpose, with images and a kernel."""
     kernel_shape = [size, size, channels, 8]
     shape = [8, 16, 16, 8] if transposed else [8, 32, 32, channels]
 
@@ -117,7 +117,7 @@ def strided(transposed, channels, dtype, size=1):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("channels", [1, 4, 12])
 def test_kernel_gradient_of_strided_pointwise_convolution_is_correct(channels, transposed):
-    """oneDNN's is wrong below 8 channels, and crashes below 16 with AVX-512."""
+    """oneDNN's gradient is wrong below 8 channels, and crashes below 16 with AVX-512."""
     graph_def, images, kernel = strided(transposed, channels, tf.float32)
     found, _ = gradients(
         with_cpu_gradients(graph_def), images.astype(np.float32), kernel.astype(np.float32)

@@ -1,4 +1,4 @@
-"""The head in somebody else's project: a TF1 graph, a Keras model, eager tensors."""
+"""The head in other programs: in a TF1 graph, in a Keras model, with eager tensors."""
 
 import keras
 import numpy as np
@@ -30,7 +30,7 @@ def test_tf1_graph_names_and_initial_values():
         weights, biases = session.run(variables)
         found = session.run([logits, probabilities], {fc7: FEATURES})
     np.testing.assert_allclose(biases, 0.05)
-    assert np.abs(weights).max() <= 0.1  # truncated at two deviations
+    assert np.abs(weights).max() <= 0.1  # truncated at two standard deviations
     assert weights.std() == pytest.approx(0.05 * 0.8796, rel=0.05)  # of a normal cut at 2 sigma
     np.testing.assert_allclose(found[0], FEATURES @ weights + biases, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found[1].sum(-1), 1, rtol=1e-5)
@@ -58,7 +58,7 @@ def test_stop_gradient_in_tf1_keras_and_eager(stop_gradient):
 
 
 def test_tf1_program_trains_and_saves_head(model, stock_session, images, tmp_path):
-    """The whole of a stranger's TF1 program: import, tap fc7, stop, new softmax, train, save."""
+    """A complete TF1 program: import, tap fc7, stop gradient, new softmax, train, save."""
     stock = stock_session(model)
     with stock.graph.as_default(), stock.session as session:
         fc7 = stock.graph.get_tensor_by_name("fc7:0")

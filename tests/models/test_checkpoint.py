@@ -1,4 +1,4 @@
-"""Checkpoints that stock savers of all kinds wrote, read by us."""
+"""Read checkpoints written by all kinds of TensorFlow savers."""
 
 import re
 from pathlib import Path
@@ -242,7 +242,7 @@ def test_truncated_data_is_reported_as_such(tmp_path, share):
 
 
 def test_huge_missing_tensor_allocates_no_memory(tmp_path):
-    """The index promises it; the data are one byte."""
+    """The index lists it, but the data file has one byte."""
     prefix = tmp_path / "m"
     write(prefix, {"a": np.zeros(10**7, np.float32)})
     (tmp_path / "m.data-00000-of-00001").write_bytes(b"x")

@@ -1,4 +1,4 @@
-"""From a path to a parsed graph, in all the formats in which TensorFlow has written graphs."""
+"""Open graphs in all formats that TensorFlow has written."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ TWO = np.array([[2.0]], np.float32)
 
 @pytest.fixture
 def meta(tmp_path):
-    """Prefix of a meta graph in a folder of its own."""
+    """Prefix of a meta graph in its own folder."""
     return save_vgg(tmp_path / "vgg" / "model.ckpt-1000")
 
 
@@ -39,7 +39,7 @@ def frozen_graph(prefix):
 
 @pytest.fixture
 def frozen(meta):
-    """A frozen graph in a folder of its own."""
+    """A frozen graph in its own folder."""
     path = meta.parents[1] / "frozen" / "inception.v1.pb"
     path.parent.mkdir()
     path.write_bytes(frozen_graph(meta).SerializeToString())
@@ -148,7 +148,7 @@ def test_frozen_graph_in_text_format_is_read(frozen, name):
 
 
 def test_checkpoint_beside_frozen_graph_is_used(tmp_path):
-    """As ``tf.train.write_graph`` and a saver leave them."""
+    """As written by ``tf.train.write_graph`` and a saver."""
     prefix = save(tmp_path / "m")
     meta = open_model(prefix).meta
     (tmp_path / "m.meta").unlink()
@@ -219,7 +219,7 @@ def test_other_text_files_are_rejected(tmp_path, name, kind, text):
     "field", [b"\x12\x02\x0a\x00", b"\x12\x06\x0a\x04\x1a\x00\x1a\x00", b"\x22\x00"]
 )
 def test_small_file_of_empty_messages_is_refused_before_it_is_parsed(tmp_path, monkeypatch, field):
-    """Two bytes in the file are over a hundred in memory."""
+    """Two bytes in the file take over a hundred in memory."""
     path = tmp_path / "m.meta"
     path.write_bytes(field * (10_000_000 // len(field)))
     monkeypatch.setattr(wire, "MAX_FIELDS", 100_000)
@@ -229,7 +229,7 @@ def test_small_file_of_empty_messages_is_refused_before_it_is_parsed(tmp_path, m
 
 
 def fields_of(message):
-    """Fields of a message on the wire, by protobuf's own view of it."""
+    """Number of fields of a serialized message, counted by protobuf."""
     total = 0
     for field, value in message.ListFields():
         is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
@@ -254,18 +254,18 @@ def test_too_large_text_is_rejected(tmp_path, monkeypatch):
         open_model(tmp_path / "m.pbtxt")
 
 
-# SavedModels, against what TensorFlow loads.
+# SavedModels, compared with TensorFlow's loader.
 
 
 def served(folder, x):
-    """The results of its signature, name to value."""
+    """Outputs of its signature, name to value."""
     signature = tf.saved_model.load(str(folder)).signatures["serving_default"]
     (argument,) = signature.structured_input_signature[1]
     return {k: v.numpy() for k, v in signature(**{argument: tf.constant(x)}).items()}
 
 
 def assert_serves(folder, x):
-    """A layer for each of its results, by name, equal to what TensorFlow serves."""
+    """A layer for each output, by name, which equals that of the served model."""
     graph = load_meta_graph(folder)
     assert graph.format == "SavedModel"
     signature = graph.meta.signature_def["serving_default"]
@@ -388,7 +388,7 @@ def test_gradients_of_saved_model_equal_those_of_program(tmp_path):
 
 
 def test_saved_model_can_be_saved_again_after_training(tmp_path):
-    """Values come from the checkpoint, not from where they were when the graph was traced."""
+    """Values are read from the checkpoint, not from the traced graph."""
     model = Model()
     model.serve(images(1, 4))
     for variable in model.trainable_variables:
@@ -494,7 +494,7 @@ def test_folder_without_model_is_rejected(tmp_path):
 
 @pytest.mark.parametrize("path", ["", ".meta", ".index", ".data-00000-of-00001"])
 def test_files_without_stem_belong_to_their_folder(tmp_path, path):
-    """As ``saver.save(session, "model/")`` leaves them."""
+    """As written by ``saver.save(session, "model/")``."""
     prefix = strangers.save(strangers.vectors, f"{tmp_path}/model/")
     assert (tmp_path / "model" / ".meta").is_file()
     graph = load_meta_graph(tmp_path / "model" / path)

@@ -1,4 +1,4 @@
-"""What is said about a model, against what is known of it."""
+"""Inspection of models compared with known facts."""
 
 import json
 
@@ -112,7 +112,7 @@ def test_moving_averages_are_reported(tmp_path):
 
 @pytest.mark.parametrize("case", range(26))
 def test_third_party_meta_graphs_are_inspected(shared_wild, case):
-    """Inputs, feeds and best tap are those that somebody found by hand."""
+    """Inputs, feeds and best tap equal those determined by hand."""
     expected = json.loads((shared_wild / "cases.json").read_text())[case]
     found = inspect(load_meta_graph(shared_wild / expected["case"] / expected["prefix"]))
     assert found.taps[0].name == expected["tap"]

@@ -1,4 +1,4 @@
-"""Which checkpoint key feeds which variable of a SavedModel of TensorFlow 2."""
+"""Checkpoint keys of the variables of a TensorFlow 2 SavedModel."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def variable(value, name="same"):
 
 
 class Model(tf.Module):
-    """Every variable has another value, and all have the same name."""
+    """All variables have different values and the same name."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Model(tf.Module):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A SavedModel, and the value of each of its checkpoint's keys."""
+    """A SavedModel, and the values of its checkpoint keys."""
     model = Model()
     tf.saved_model.save(model, str(tmp_path / "m"), signatures=model.serve)
     reader = tf.train.load_checkpoint(str(tmp_path / "m" / "variables" / "variables"))

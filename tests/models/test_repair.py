@@ -10,7 +10,7 @@ tf1 = tf.compat.v1
 
 @pytest.fixture
 def broken(tmp_path):
-    """A meta graph that ``import_meta_graph`` refuses: a collection names what is not there."""
+    """A meta graph that ``import_meta_graph`` rejects: a collection does not resolve."""
     graph = tf.Graph()
     with graph.as_default(), tf1.device("/job:ps"):
         x = tf1.placeholder(tf.float32, [None, 4], name="x")

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept is compared with TensorFlow's own Saver."""
+"""Checkpoint retention compared with TensorFlow's own Saver."""
 
 import random
 from pathlib import Path
@@ -42,7 +42,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def stock(tmp_path):
-    """``stock(max_to_keep=...)`` saves with TensorFlow's Saver to a folder of its own."""
+    """``stock(max_to_keep=...)`` saves with TensorFlow's Saver to a separate folder."""
     folder = tmp_path / "stock"
     folder.mkdir()
     with graph_of_one().as_default() as graph, tf1.Session(graph=graph) as session:
@@ -58,7 +58,7 @@ def stock(tmp_path):
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("seed", range(6))
 def test_retention_equals_tensorflow_at_irregular_times(tmp_path, clock, stock, seed):
-    """Steps that repeat, pauses, and hours that checkpoints do not divide."""
+    """Repeated steps, pauses, and intervals that are no divisor of an hour."""
     chance = random.Random(seed)
     keep, hours = chance.randint(1, 4), chance.choice([0, 0.3, 1, 2.5, 10_000])
     options = {"max_to_keep": keep, "keep_checkpoint_every_n_hours": hours}
@@ -140,7 +140,7 @@ def test_similar_names_are_not_deleted(tmp_path):
 
 @pytest.mark.parametrize("place", ["../m-1", "{tmp}/other/m-1", "sub/m-1", "*-1", "m-1*", "."])
 def test_checkpoints_in_other_folders_are_not_deleted(tmp_path, place):
-    """The state file may come from somebody else."""
+    """The state file is untrusted."""
     for folder in ("here/sub", "other", "."):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / "m-1.index").write_text("not ours")

@@ -85,7 +85,7 @@ def test_write_meta_graph_false_writes_only_checkpoint(tmp_path):
 
 
 def test_changed_graph_replaces_meta_graph(tmp_path):
-    """Values beside the graph of an older program would be read without an error."""
+    """New values beside an old graph would be read without an error."""
     save_meta_graph(small_graph(), tmp_path / "m", W, step=1)
     graph = small_graph()
     with graph.as_default():
@@ -95,7 +95,7 @@ def test_changed_graph_replaces_meta_graph(tmp_path):
 
 
 def test_write_meta_graph_true_writes_one_per_step(tmp_path, stock_session):
-    """As Saver writes them: deleted with their step, and so is the card, but nothing of others."""
+    """Like Saver's: deleted with their step, together with the card; other files are kept."""
     (tmp_path / "m-0.json").write_text('{"figures": "of mine"}')
     options = {"write_meta_graph": True, "max_to_keep": 2}
     for step in range(4):
@@ -193,7 +193,7 @@ def test_saving_does_not_modify_graph(tmp_path):
 
 @pytest.mark.parametrize("use_resource", [False, True])
 def test_partitioned_variables_are_saved_as_slices(tmp_path, stock_session, use_resource):
-    """Saver looks for them as slices of the whole."""
+    """Saver restores them as slices of the full variable."""
     parts = tf1.fixed_size_partitioner(2)
     with tf.Graph().as_default() as graph:
         x = tf1.placeholder(tf.float32, [None, 5], name="x")
@@ -328,7 +328,7 @@ def test_invalid_arguments_are_rejected(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("style", ["tf", "tf.disable_v2_behavior"])
 def test_values_are_not_copied(tmp_path, style):
-    """In a session's program, where saving used to take the memory of all values once more."""
+    """In a TF1 program, where saving used to copy all values."""
     program = f"""
 import numpy as np
 import tensorflow.compat.v1 as tf

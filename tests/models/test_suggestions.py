@@ -1,4 +1,4 @@
-"""What ``inspect`` suggests is what fine-tuning can begin with; where nothing is, it says why."""
+"""Fine-tuning accepts what ``inspect`` suggests; without a suggestion there is a reason."""
 
 import json
 import shlex
@@ -18,7 +18,7 @@ from transfer.runs.run_folder import read_config
 
 tf1 = tf.compat.v1
 
-# Program to flags of the command.
+# Program to flags of the suggested command.
 SUGGESTED = {
     "a_feed_beside_the_images": {"--feed": "strength:0=1.0", "--preprocess": "unit"},
     "a_batch_that_is_a_number": {"--feed": "batch_size:0=1.0", "--preprocess": "unit"},

@@ -66,15 +66,15 @@ def channels_last(network: Network) -> Network:
     Raises:
         ValueError: if the graph is not valid for its own input.
     """
-    turns_input = is_channels_first(network.input_shape)
+    converts_input = is_channels_first(network.input_shape)
     has_format = any(_is_first(node) for g in network.graphs for node in g.node)
-    if not turns_input and not has_format:
+    if not converts_input and not has_format:
         return network
     graphs, shape = [], network.input_shape
     for graph_def in network.graphs:
         shapes = infer(replace(network, graph_def=graph_def, training=None))
-        graphs.append(_Turned(graph_def, network, shapes).run())
-    if turns_input and shape is not None:
+        graphs.append(_LayoutConverter(graph_def, network, shapes).run())
+    if converts_input and shape is not None:
         shape = tuple(shape[axis] for axis in _TO_LAST)
     return replace(
         network,
@@ -85,7 +85,7 @@ def channels_last(network: Network) -> Network:
 
 
 @dataclass
-class _Turned:
+class _LayoutConverter:
     """A graph during conversion. ``last`` are tensors already converted to channels last; ``first``
     tensors known to be still channels first."""
 
@@ -108,16 +108,16 @@ class _Turned:
             copy.CopyFrom(node)
             if node.name not in live:
                 self.nodes.append(copy)
-            elif not self._turn(copy):
-                self._keep(copy)
-        self._turn_output()
+            elif not self._convert(copy):
+                self._add_unchanged(copy)
+        self._convert_output()
         return with_nodes(self.graph_def, self.nodes)
 
     def _rank(self, tensor: str) -> int | None:
         shape = self.shapes.get(canonical(tensor))
         return None if shape is None else len(shape)
 
-    def _keep(self, node: NodeDef) -> None:
+    def _add_unchanged(self, node: NodeDef) -> None:
         """Add an operation unchanged, with its operands in the original layout."""
         edges = [canonical(edge) for edge in node.input]
         was_first = any(edge in self.last | self.first for edge in edges)
@@ -126,15 +126,15 @@ class _Turned:
         if was_first and node.op not in ("Reshape", "Transpose"):
             self.first |= {tensor for tensor in self._outputs(node) if self._rank(tensor) == 4}
 
-    def _turn(self, node: NodeDef) -> bool:
+    def _convert(self, node: NodeDef) -> bool:
         """Add an operation converted to channels last, if it can be converted."""
         edges = [canonical(edge) for edge in node.input]
-        turned = [edge in self.last for edge in edges]
+        is_last = [edge in self.last for edge in edges]
         if _is_first(node):
-            return self._turn_format(node, edges)
+            return self._convert_format(node, edges)
         if node.op == "Transpose" and len(edges) == 2:
-            return self._turn_transpose(node, edges)
-        if not any(turned):
+            return self._convert_transpose(node, edges)
+        if not any(is_last):
             return False
         if node.op in _UNARY:
             pass
@@ -148,28 +148,30 @@ class _Turned:
                 return False
             node.input[:] = [
                 *map(self._as_last, edges[:-1]),
-                self._put(f"{node.name}/channels_last/axis", _TO_FIRST[int(axis) % 4]),
+                self._add_constant(f"{node.name}/channels_last/axis", _TO_FIRST[int(axis) % 4]),
             ]
             node.attr["Tidx"].type = tf.int32.as_datatype_enum
-        elif node.op == "Split" and turned[1]:
+        elif node.op == "Split" and is_last[1]:
             axis = self._constant(edges[0])
             if axis is None:
                 return False
-            node.input[0] = self._put(f"{node.name}/channels_last/axis", _TO_FIRST[int(axis) % 4])
-        elif node.op in _PADS and turned[0]:
+            node.input[0] = self._add_constant(
+                f"{node.name}/channels_last/axis", _TO_FIRST[int(axis) % 4]
+            )
+        elif node.op in _PADS and is_last[0]:
             paddings = self._constant(edges[1])
             if paddings is None or paddings.shape != (4, 2):
                 return False
-            node.input[1] = self._put(
+            node.input[1] = self._add_constant(
                 f"{node.name}/channels_last/paddings", paddings[list(_TO_LAST)]
             )
             node.attr["Tpaddings"].type = tf.int32.as_datatype_enum
-        elif node.op in _REDUCTIONS and turned[0]:
+        elif node.op in _REDUCTIONS and is_last[0]:
             axes = self._constant(edges[1])
             if axes is None or not node.attr["keep_dims"].b:
                 return False
             axes = np.asarray([_TO_FIRST[int(axis) % 4] for axis in axes.ravel()])
-            node.input[1] = self._put(f"{node.name}/channels_last/axes", axes)
+            node.input[1] = self._add_constant(f"{node.name}/channels_last/axes", axes)
             node.attr["Tidx"].type = tf.int32.as_datatype_enum
         else:
             return False
@@ -177,7 +179,7 @@ class _Turned:
         self.last.update(self._outputs(node))
         return True
 
-    def _turn_format(self, node: NodeDef, edges: Sequence[str]) -> bool:
+    def _convert_format(self, node: NodeDef, edges: Sequence[str]) -> bool:
         place = _WITH_FORMAT.get(node.op)
         if place is None or self._rank(edges[place]) not in (None, 2, 4):
             return False
@@ -193,14 +195,14 @@ class _Turned:
         if "explicit_paddings" in node.attr and len(node.attr["explicit_paddings"].list.i) == 8:
             pairs = np.reshape(list(node.attr["explicit_paddings"].list.i), (4, 2))
             node.attr["explicit_paddings"].list.i[:] = pairs[list(_TO_LAST)].ravel().tolist()
-        turned_sizes = {"MaxPoolV2": (1, 2), "Conv2DBackpropInput": (0,)}.get(node.op, ())
-        for number in turned_sizes:
+        size_inputs = {"MaxPoolV2": (1, 2), "Conv2DBackpropInput": (0,)}.get(node.op, ())
+        for number in size_inputs:
             node.input[number] = self._reordered(edges[number])
         self.nodes.append(node)
         self.last.add(f"{node.name}:0")
         return True
 
-    def _turn_transpose(self, node: NodeDef, edges: Sequence[str]) -> bool:
+    def _convert_transpose(self, node: NodeDef, edges: Sequence[str]) -> bool:
         """Replace a transpose between the two layouts by an identity."""
         value = self._constant(edges[1])
         order = None if value is None else tuple(value.ravel().tolist())
@@ -214,7 +216,7 @@ class _Turned:
             self.last.add(f"{node.name}:0")
         return True
 
-    def _turn_output(self) -> None:
+    def _convert_output(self) -> None:
         """Transpose the output to channels last if its operation was not converted."""
         if self.network.output not in self.first or self._rank(self.network.output) != 4:
             return
@@ -247,7 +249,7 @@ class _Turned:
 
     def _transpose(self, name: str, tensor: str, order: Sequence[int], like: NodeDef | None) -> str:
         node = NodeDef(name=name, op="Transpose", input=[tensor])
-        node.input.append(self._put(f"{name}/order", np.asarray(order)))
+        node.input.append(self._add_constant(f"{name}/order", np.asarray(order)))
         node.attr["T"].type = self._type(tensor, like)
         node.attr["Tperm"].type = tf.int32.as_datatype_enum
         self.nodes.append(node)
@@ -263,14 +265,14 @@ class _Turned:
         name = f"{operation_of(sizes)}/channels_last"
         if all(node.name != name for node in self.nodes):
             node = NodeDef(name=name, op="GatherV2", input=[sizes])
-            node.input.append(self._put(f"{name}/order", np.asarray(_TO_LAST)))
-            node.input.append(self._put(f"{name}/axis", 0))
+            node.input.append(self._add_constant(f"{name}/order", np.asarray(_TO_LAST)))
+            node.input.append(self._add_constant(f"{name}/axis", 0))
             for key, dtype in (("Tparams", tf.int32), ("Tindices", tf.int32), ("Taxis", tf.int32)):
                 node.attr[key].type = dtype.as_datatype_enum
             self.nodes.append(node)
         return f"{name}:0"
 
-    def _put(self, name: str, value: Any) -> str:
+    def _add_constant(self, name: str, value: Any) -> str:
         """Add an int32 constant."""
         node = NodeDef(name=name, op="Const")
         node.attr["dtype"].type = tf.int32.as_datatype_enum

@@ -22,7 +22,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.protobuf.saver_pb2 import SaverDef
 
 from transfer.graph import MAX_TRACE, Variable, constant, split_tensor_name
-from transfer.models.checkpoint_index import Stored, read_v1, read_v2
+from transfer.models.checkpoint_index import TensorEntry, read_v1, read_v2
 
 PART = re.compile(r"\.(index|data-\d{5}-of-\d{5})$")
 """Suffix of the files of a V2 checkpoint after the checkpoint prefix."""
@@ -452,7 +452,7 @@ def check_files(prefix: Path) -> None:
         )
 
 
-def _stored(prefix: Path) -> dict[str, Stored]:
+def _stored(prefix: Path) -> dict[str, TensorEntry]:
     if _index(prefix).is_file():
         return read_v2(_index(prefix))
     if prefix.is_file():

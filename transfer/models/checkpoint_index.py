@@ -39,14 +39,14 @@ MAX_INDEX_BYTES = 2**25
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorEntry:
     """Full shape and dtype of the tensor stored under a key."""
 
     shape: tuple[int, ...]
     dtype: tf.DType
 
 
-def read_v2(path: Path) -> dict[str, Stored]:
+def read_v2(path: Path) -> dict[str, TensorEntry]:
     """Read and validate the entries of a V2 index.
 
     Raises:
@@ -56,14 +56,14 @@ def read_v2(path: Path) -> dict[str, Stored]:
         raise ValueError("it is not a file")
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise ValueError(f"it has over {MAX_INDEX_BYTES:,} bytes, too many for an index")
-    entries: dict[str, Stored] = {}
+    entries: dict[str, TensorEntry] = {}
     num_shards, num_extents = None, 0
     for key, value in table(path.read_bytes(), _MAX_VALUE_BYTES):
         if not key:
             num_shards = _parse(BundleHeaderProto, value, key).num_shards
             continue
         entry = _parse(BundleEntryProto, value, key)
-        stored = Stored(_shape(entry.shape, key), _dtype(entry.dtype, key))
+        stored = TensorEntry(_shape(entry.shape, key), _dtype(entry.dtype, key))
         is_whole = not entry.slices and stored.dtype.size
         num_bytes = math.prod(stored.shape) * stored.dtype.size
         if (
@@ -83,13 +83,13 @@ def read_v2(path: Path) -> dict[str, Stored]:
     return entries
 
 
-def read_v1(paths: Sequence[Path]) -> dict[str, Stored]:
+def read_v1(paths: Sequence[Path]) -> dict[str, TensorEntry]:
     """Read and validate the entries of the files of a V1 checkpoint.
 
     Raises:
         ValueError: if a file is not a checkpoint, or an entry is invalid.
     """
-    entries: dict[str, Stored] = {}
+    entries: dict[str, TensorEntry] = {}
     for path in paths:
         if path.stat().st_size > 2**31 - 1:
             raise ValueError("it has over 2 GB, too many for a V1 checkpoint")
@@ -99,7 +99,7 @@ def read_v1(paths: Sequence[Path]) -> dict[str, Stored]:
             raise ValueError(f"{path.name} does not begin with a list of what is in it")
         for tensor in _parse(SavedTensorSlices, first[1], b"").meta.tensor:
             key = tensor.name.encode()
-            stored = Stored(_shape(tensor.shape, key), _dtype(tensor.type, key))
+            stored = TensorEntry(_shape(tensor.shape, key), _dtype(tensor.type, key))
             _check_slices(tensor.slice, stored.shape, key)
             entries[tensor.name] = stored
     return entries
