@@ -68,7 +68,7 @@ MAX_SPLAT_BYTES = 2**28
 
 
 class ForbiddenOpError(ValueError):
-    """A graph holds an operation that a loaded model may not run.
+    """A graph contains an operation that a loaded model may not run.
 
     Example:
         >>> import tensorflow as tf

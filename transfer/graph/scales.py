@@ -13,7 +13,7 @@ _ROOTS = frozenset({"Rsqrt", "Sqrt"})
 _PRODUCTS = frozenset({"Mul", "RealDiv", "Div"})
 _SUMS = frozenset({"Add", "AddV2", "Maximum"})
 _FORM = frozenset({"Cast", "ExpandDims", "Identity", "Reshape", "Squeeze"})
-# The negative part of a PReLU, whose slope starts at 0.
+# Operations of the negative part of a PReLU, whose slope is a factor but starts at 0.
 _RECTIFIERS = frozenset({"Abs", "Minimum", "Neg", "Relu", "Sub"})
 
 

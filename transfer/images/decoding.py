@@ -214,7 +214,7 @@ def _decoder(data: bytes) -> np.int32:
 
 
 def _size_of_jpeg(data: bytes) -> tuple[int, ...] | None:
-    """Height and width."""
+    """Height and width from the start-of-frame segment."""
     for marker, start, _ in jpeg_segments(data):
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame (SOF)
             return _unpacked(">HH", data, start + 1)

@@ -251,8 +251,8 @@ class Preprocess:
 
 
 def _without_ends(images: tf.Tensor, longest: int) -> tf.Tensor:
-    """Center-crop very long images, to bound memory: an image one pixel high would otherwise be
-    enlarged by the output height in both directions before it is cropped."""
+    """Center-crop very long images to bound memory: an image one pixel high would otherwise be
+    enlarged in both directions by a factor of the output height before it is cropped."""
     images = tf.convert_to_tensor(images)
     shape = tf.shape(images)[-3:-1]
     kept = tf.minimum(shape, longest * tf.reduce_min(shape))

@@ -95,7 +95,7 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Key to shape."""
+        """Key to shape, for all entries."""
         return self._shapes
 
     def compare(

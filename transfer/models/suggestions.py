@@ -177,7 +177,7 @@ def upstream_of(graph: MetaGraph, tap: str | None, input: str | None) -> list[No
 
 
 def _value(graph: MetaGraph, name: str) -> float | bool:
-    """A value of the type that a placeholder takes."""
+    """A default value for a placeholder, of its dtype."""
     dtype = dtype_of(graph.node(name))
     return False if dtype is not None and dtype.is_bool else 1.0
 
