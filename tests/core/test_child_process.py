@@ -1,4 +1,4 @@
-"""Child processes import this project's code and the environment's, not the working folder's."""
+"""Child processes import from this project and the environment, not the working folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WOULD_BE_IMPORTED = ("transfer", "recipes", "numpy", "random", "runpy", "json", 
 
 @pytest.fixture
 def newcomers_folder(tmp_path: Path) -> Path:
-    """Files and folders of names that this project imports; each ends the process."""
+    """Files and folders with names of imported modules; importing one ends the process."""
     folder = tmp_path / "mine"
     folder.mkdir()
     for number, name in enumerate(WOULD_BE_IMPORTED):
@@ -45,7 +45,7 @@ def test_working_folder_is_not_imported(newcomers_folder: Path, safe_path: str) 
     assert "--freeze-until" in done.stdout
 
 
-def test_code_of_a_clone_is_found_and_given_its_arguments(
+def test_module_of_clone_is_run_with_its_arguments(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clone, work, other = tmp_path / "clone", tmp_path / "work", tmp_path / "other"

@@ -29,7 +29,7 @@ def rows(text):
     return list(csv.reader(io.StringIO(text, newline="")))
 
 
-def test_no_cell_begins_a_formula_and_all_names_are_read_back():
+def test_formulas_are_escaped_and_names_round_trip():
     file = io.StringIO(newline="")
     write_row(file, NAMES)
     (cells,) = rows(file.getvalue())
@@ -40,7 +40,7 @@ def test_no_cell_begins_a_formula_and_all_names_are_read_back():
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "'quoted'", "p(=x)", "001", "a=b", "ಕನ್ನಡ"])
-def test_other_names_stay_as_they_are(name):
+def test_other_names_are_not_escaped(name):
     file = io.StringIO(newline="")
     write_row(file, [name])
     assert rows(file.getvalue()) == [[name]]

@@ -15,9 +15,9 @@ from transfer.core.distribution import (
     Replicas,
     num_workers,
     open_replicas,
-    piece,
-    pieces_of_batches,
-    take,
+    shard_indices,
+    shards_of_batches,
+    take_shard,
 )
 from transfer.data.sources import open_source
 from transfer.training.trainer import ParameterGroup, Trainer
@@ -25,43 +25,48 @@ from transfer.training.trainer import ParameterGroup, Trainer
 
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 6, 32])
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
-def test_each_row_is_in_one_piece_with_its_counterpart(num_rows, count):
-    pieces = [piece(num_rows, number, count) for number in range(count)]
-    np.testing.assert_array_equal(np.sort(np.concatenate(pieces)), np.arange(num_rows))
-    for rows in pieces:
+def test_each_row_is_in_one_shard_with_its_mirror_row(num_rows, count):
+    shards = [shard_indices(num_rows, number, count) for number in range(count)]
+    np.testing.assert_array_equal(np.sort(np.concatenate(shards)), np.arange(num_rows))
+    for rows in shards:
         np.testing.assert_array_equal(rows[::-1], num_rows - 1 - rows)
-    assert max(map(len, pieces)) - min(map(len, pieces)) <= 3  # a pair, and one without
+    assert max(map(len, shards)) - min(map(len, shards)) <= 3  # a pair, and the middle row
 
 
-def test_a_replica_without_a_row_has_one_without_a_label():
-    inputs, labels = take(np.arange(6.0).reshape(2, 3), np.array([4, 5]), 1, 2)
+def test_empty_shard_gets_padding_row_without_label():
+    inputs, labels = take_shard(np.arange(6.0).reshape(2, 3), np.array([4, 5]), 1, 2)
     np.testing.assert_array_equal(inputs, [[0, 1, 2]])
     np.testing.assert_array_equal(labels, [NO_LABEL])
 
 
-def test_a_piece_of_a_smaller_batch_has_no_more_rows():
+def test_shard_of_smaller_batch_is_not_larger():
     for batch_size in range(1, 34):
         for count in (2, 3, 4, 8):
             for number in range(count):
-                sizes = [len(piece(n, number, count, batch_size)) for n in range(1, batch_size + 1)]
+                sizes = [
+                    len(shard_indices(n, number, count, batch_size))
+                    for n in range(1, batch_size + 1)
+                ]
                 assert sizes == sorted(sizes)
             for num_rows in range(1, batch_size):
-                parts = [piece(num_rows, number, count, batch_size) for number in range(count)]
+                parts = [
+                    shard_indices(num_rows, number, count, batch_size) for number in range(count)
+                ]
                 assert sorted(np.concatenate(parts)) == list(range(num_rows))
 
 
-def test_pieces_of_batches_hold_every_example_once():
-    read, stand_in = zip(*(pieces_of_batches(20, 6, number, 3) for number in range(3)), strict=True)
-    counted = np.array(read, int) - np.array(stand_in, int)
+def test_shards_of_batches_contain_every_example_once():
+    read, padding = zip(*(shards_of_batches(20, 6, number, 3) for number in range(3)), strict=True)
+    counted = np.array(read, int) - np.array(padding, int)
     np.testing.assert_array_equal(counted.sum(0), 1)
-    for number in range(3):  # something of each batch
+    for number in range(3):  # rows of each batch
         assert all(read[number][start : start + 6].any() for start in range(0, 20, 6))
 
 
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("first_batch", [0, 2])
 @pytest.mark.parametrize("batch_size", [5, 6, 7])
-def test_batches_of_images_are_divided(image_folder, first_batch, batch_size):
+def test_batches_of_images_are_sharded(image_folder, first_batch, batch_size):
     split = open_source("", image_folder=str(image_folder)).split("train")  # 24 images
     options = {"shuffle_seed": 1, "view_seed": 1, "first_batch": first_batch}
 
@@ -69,18 +74,18 @@ def test_batches_of_images_are_divided(image_folder, first_batch, batch_size):
         return list(split.batches(Preprocess("unit", 16), batch_size, **options, **more))
 
     whole = batches()
-    parts = [batches(piece=(number, 2)) for number in range(2)]
-    for (images, labels), *pieces in zip(whole, *parts, strict=True):
-        for number, (piece_images, piece_labels) in enumerate(pieces):
-            chosen = piece(len(labels), number, 2, batch_size)
+    parts = [batches(shard=(number, 2)) for number in range(2)]
+    for (images, labels), *shards in zip(whole, *parts, strict=True):
+        for number, (shard_images, shard_labels) in enumerate(shards):
+            chosen = shard_indices(len(labels), number, 2, batch_size)
             if len(chosen):
-                np.testing.assert_array_equal(piece_labels, labels.numpy()[chosen])
-                np.testing.assert_array_equal(piece_images, images.numpy()[chosen])
+                np.testing.assert_array_equal(shard_labels, labels.numpy()[chosen])
+                np.testing.assert_array_equal(shard_images, images.numpy()[chosen])
             else:
-                np.testing.assert_array_equal(piece_labels, [NO_LABEL])
+                np.testing.assert_array_equal(shard_labels, [NO_LABEL])
 
 
-def test_activations_are_divided_by_who_has_them():
+def test_activations_are_sharded_by_worker_that_has_them():
     rows, labels = np.arange(10.0, dtype=np.float32)[:, None], np.arange(10)
     here = np.arange(10) < 7
     mine = Activations([rows[here]], labels, here)
@@ -99,13 +104,13 @@ def test_activations_are_divided_by_who_has_them():
     assert none.tolist() == [NO_LABEL]
 
 
-def test_shares_are_whole_batches():
-    shares = [Replicas(worker=n, num_workers=2).share(10, 4) for n in range(2)]
-    np.testing.assert_array_equal(shares[0], [True] * 4 + [False] * 4 + [True] * 2)
-    np.testing.assert_array_equal(shares[0], ~shares[1])
+def test_examples_are_assigned_in_whole_batches():
+    assigned = [Replicas(worker=n, num_workers=2).examples_of_worker(10, 4) for n in range(2)]
+    np.testing.assert_array_equal(assigned[0], [True] * 4 + [False] * 4 + [True] * 2)
+    np.testing.assert_array_equal(assigned[0], ~assigned[1])
 
 
-def test_one_replica_exchanges_nothing():
+def test_single_replica_does_not_communicate():
     alone = Replicas()
     rows = np.arange(3)
     assert alone.is_chief
@@ -116,7 +121,7 @@ def test_one_replica_exchanges_nothing():
 
 
 class TwoProcesses(Replicas):
-    """Gathers what another process would have sent."""
+    """Simulates the values sent by another process."""
 
     others: list[np.ndarray]
 
@@ -124,21 +129,21 @@ class TwoProcesses(Replicas):
         return np.concatenate([rows, self.others.pop(0)])
 
 
-def test_what_all_must_have_alike_is_compared():
+def test_check_same_names_workers_that_differ():
     replicas = TwoProcesses(worker=0, num_workers=2)
     object.__setattr__(replicas, "others", [np.array([1]), np.zeros((1, 32), np.int32)])
     with pytest.raises(ValueError, match=r"workers \[1\] have another model than worker 0"):
         replicas.check_same("model", "one")
 
 
-def test_rows_of_all_processes_are_put_in_order():
+def test_join_restores_order_of_examples():
     replicas = TwoProcesses(worker=0, num_workers=2)
     object.__setattr__(replicas, "others", [np.array([10, 30]), np.array([1, 3])])
     mine = np.array([True, False, True, False])
     np.testing.assert_array_equal(replicas.join(np.array([0, 20]), mine), [0, 10, 20, 30])
 
 
-def test_the_error_of_a_lost_worker_says_what_to_do():
+def test_lost_worker_error_states_remedy():
     error = tf.errors.UnavailableError(None, None, "Connection reset by peer")
     said = pytest.raises(LostWorkerError, match=r"worker 1 of 2 stops.*resume=True")
     with said, Replicas(worker=1, num_workers=2).watched():
@@ -157,7 +162,7 @@ def test_the_error_of_a_lost_worker_says_what_to_do():
         '{"cluster": {"worker": ["a:1"]}, "task": {"type": "ps", "index": 0}}',
     ],
 )
-def test_a_wrong_tf_config_is_shown(text, monkeypatch):
+def test_invalid_tf_config_is_shown(text, monkeypatch):
     monkeypatch.setenv("TF_CONFIG", text)
     with pytest.raises(ValueError, match="TF_CONFIG"):
         open_replicas("multi_worker")
@@ -174,12 +179,12 @@ def test_workers_are_counted(monkeypatch):
     assert num_workers() == 3
 
 
-def test_auto_is_one_replica_where_there_is_one_device(monkeypatch):
+def test_auto_strategy_uses_one_replica_with_one_device(monkeypatch):
     monkeypatch.delenv("TF_CONFIG", raising=False)
     assert open_replicas("auto").count == open_replicas("none").count == 1
 
 
-def test_optimizers_that_add_up_gradients_themselves_are_refused():
+def test_optimizers_that_sum_gradients_themselves_are_rejected():
     model = keras.Sequential([keras.Input([3]), keras.layers.Dense(2)])
     group = ParameterGroup(keras.optimizers.SGD(0.1), model.trainable_variables)
     strategy = SimpleNamespace(num_replicas_in_sync=2)
@@ -206,6 +211,6 @@ assert len(np.unique(masks, axis=0)) == 4, masks
 
 
 @pytest.mark.slow
-def test_each_replica_drops_others():
+def test_dropout_masks_differ_between_replicas():
     status, says = Process("-c", DROPOUT).wait()
     assert status == 0, says

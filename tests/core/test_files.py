@@ -1,4 +1,4 @@
-"""Files written atomically, and deleted with care, beside links and files of other people."""
+"""Atomic writes and safe deletion, beside links and files of other users."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transfer.core import files
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    """A file outside of the folder that is written to."""
+    """A file outside of the folder being written to."""
     path = tmp_path / "theirs.txt"
     path.write_text("theirs")
     return path
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["link", "dangling link", "hard link", "file", "pipe", "nothing"])
-def test_a_name_that_is_taken_is_replaced_and_not_followed(
+def test_existing_file_or_link_is_replaced_not_followed(
     folder: Path, theirs: Path, kind: str
 ) -> None:
     path = folder / "metrics.json"
@@ -47,7 +47,7 @@ def test_a_name_that_is_taken_is_replaced_and_not_followed(
     assert [p.name for p in folder.iterdir()] == ["metrics.json"]
 
 
-def test_temporary_names_cannot_be_known(folder: Path, theirs: Path) -> None:
+def test_temporary_names_are_unpredictable(folder: Path, theirs: Path) -> None:
     for name in (".metrics.json.tmp", "metrics.json.tmp"):
         (folder / name).symlink_to(theirs)
     seen = set()
@@ -62,13 +62,13 @@ def test_temporary_names_cannot_be_known(folder: Path, theirs: Path) -> None:
     assert theirs.read_text() == "theirs"
 
 
-def test_a_long_name_is_written(folder: Path) -> None:
+def test_file_with_long_name_is_written(folder: Path) -> None:
     path = folder / ("ä" * 120 + ".json")
     files.write_text(path, "x")
     assert path.read_text() == "x"
 
 
-def test_the_mode_is_that_of_the_users_mask(folder: Path) -> None:
+def test_file_mode_follows_umask(folder: Path) -> None:
     before = os.umask(0o027)
     try:
         files.write_text(folder / "a", "x")
@@ -80,7 +80,7 @@ def test_the_mode_is_that_of_the_users_mask(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
-def test_what_was_there_stays_where_writing_fails(folder: Path, error: type) -> None:
+def test_failed_write_keeps_existing_file(folder: Path, error: type) -> None:
     path = folder / "a"
     path.write_text("before")
     with pytest.raises(error), files.replacing(path) as temporary:
@@ -103,7 +103,7 @@ def test_an_error_names_the_file(folder: Path) -> None:
     assert [p.name for p in folder.iterdir()] == ["report.html"]
 
 
-def test_a_folder_that_is_a_link_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_linked_folder_is_rejected(folder: Path, tmp_path: Path) -> None:
     files.make_folder(folder / "plots")
     files.make_folder(folder / "plots")
     (folder / "events").symlink_to(tmp_path)
@@ -112,7 +112,7 @@ def test_a_folder_that_is_a_link_is_refused(folder: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("is_hard", [False, True])
-def test_a_lock_leaves_what_its_name_pointed_to(folder: Path, theirs: Path, is_hard: bool) -> None:
+def test_lock_does_not_touch_link_target(folder: Path, theirs: Path, is_hard: bool) -> None:
     path = folder / ".lock"
     os.link(theirs, path) if is_hard else path.symlink_to(theirs)
     with files.lock(path):
@@ -138,7 +138,7 @@ def test_only_known_files_are_deleted(folder: Path, theirs: Path) -> None:
     files.remove_folder(folder / "absent", names)
 
 
-def test_drafts_of_killed_processes_are_deleted_and_other_folders_stay(folder: Path) -> None:
+def test_only_draft_folders_are_deleted(folder: Path) -> None:
     for name in (
         ".saving-0123456789abcdef",
         ".saving-ab_cdef1",

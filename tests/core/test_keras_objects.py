@@ -17,7 +17,7 @@ assert type(model.layers[0]) is transfer.Head
 """
 
 
-def test_the_table_lists_all_registered_classes():
+def test_table_lists_all_registered_classes():
     for module in set(keras_objects.CLASSES.values()):
         importlib.import_module(module)
     prefix = f"{keras_objects.PACKAGE}>"
@@ -30,7 +30,7 @@ def test_the_table_lists_all_registered_classes():
 
 
 @pytest.mark.parametrize("imports", ["import transfer, keras", "import keras, transfer"])
-def test_importing_the_package_is_enough_to_load_a_model(tmp_path, imports):
+def test_importing_the_package_suffices_to_load_a_model(tmp_path, imports):
     from transfer import Head
 
     keras.Sequential([keras.Input((4,)), Head(2)]).save(tmp_path / "m.keras")

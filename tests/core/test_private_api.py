@@ -1,4 +1,4 @@
-"""What a release of TensorFlow or Keras has changed among the private names that are used."""
+"""Detect changes of the private APIs of TensorFlow and Keras that are used."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ PRIVATE = re.compile(
 )
 
 
-def test_private_names_stand_in_one_module():
+def test_private_apis_are_used_in_one_module_only():
     users = [
         str(path.relative_to(ROOT))
         for package in ("transfer", "recipes", "benchmarks")
@@ -43,7 +43,7 @@ def test_eager_mode_runs_operations_while_a_graph_is_built():
         assert not tf.executing_eagerly()
 
 
-def test_with_constants_leaves_no_variable():
+def test_with_constants_removes_all_variables():
     variable = tf.Variable([1.0, 2.0])
     function = tf.function(lambda x: x * variable).get_concrete_function(tf.TensorSpec([2]))
     frozen = private_api.with_constants(function)
@@ -73,7 +73,7 @@ def test_momentum_is_that_of_the_variable():
 
 
 @pytest.mark.parametrize("name", ["_use_weight_decay", "_all_reduce_sum_gradients"])
-def test_keras_calls_what_is_overridden(name):
+def test_keras_calls_overridden_methods(name):
     overridden = getattr(private_api.OptimizerOverrides, name)
     calls = []
 

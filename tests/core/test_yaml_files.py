@@ -35,14 +35,14 @@ HOSTILE = {
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE)
-def test_hostile_files_are_refused(tmp_path, data):
+def test_malicious_files_are_rejected(tmp_path, data):
     path = tmp_path / "flags.yaml"
     path.write_bytes(data)
     with pytest.raises(ValueError, match="flags.yaml"):
         read_flags(path)
 
 
-def test_files_without_end_are_refused(tmp_path):
+def test_endless_files_are_rejected(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(10**10)
@@ -60,7 +60,7 @@ def test_flags_are_read(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "- epochs\n", ALIASES, pytest.param("[" * 5000, marks=pytest.mark.slow)]
 )
-def test_hostile_configs_are_one_line_errors(tmp_path, capsys, text):
+def test_malicious_configs_give_one_line_errors(tmp_path, capsys, text):
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.yaml").write_text(text)
@@ -77,7 +77,7 @@ def test_hostile_configs_are_one_line_errors(tmp_path, capsys, text):
         assert error.count("\n") == 1
 
 
-def test_resume_reads_hostile_configs_with_care(tmp_path, capsys, model, image_folder):
+def test_resume_rejects_malicious_configs(tmp_path, capsys, model, image_folder):
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.yaml").write_text(ALIASES)
@@ -99,7 +99,7 @@ def test_resume_reads_hostile_configs_with_care(tmp_path, capsys, model, image_f
     ],
     ids=str,
 )
-def test_unknown_flags_and_values_are_one_line_errors(tmp_path, capsys, flags):
+def test_unknown_flags_and_values_give_one_line_errors(tmp_path, capsys, flags):
     (tmp_path / "flags.yaml").write_text(yaml.safe_dump(flags))
     assert cli.main(["finetune", "--config", str(tmp_path / "flags.yaml")]) in (1, 2)
     error = capsys.readouterr().err
@@ -111,7 +111,7 @@ def test_unknown_flags_and_values_are_one_line_errors(tmp_path, capsys, flags):
 @pytest.mark.parametrize(
     "text", ["", "[]", "3", "{", '{"a": NaN}', "[" * 100_000, '{"a":' * 100_000, "\x00"]
 )
-def test_json_of_the_wrong_kind_is_refused(tmp_path, text):
+def test_json_of_wrong_type_is_rejected(tmp_path, text):
     (tmp_path / "metrics.json").write_text(text)
     with pytest.raises(ValueError, match="metrics.json"):
         run_folder.read_json(tmp_path / "metrics.json")

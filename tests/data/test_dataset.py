@@ -189,7 +189,7 @@ def test_unreadable_images_are_named(image_folder):
     with pytest.raises(dataset.UnreadableImageError, match="2 images cannot be decoded: ") as error:
         list(batches)
     assert error.value.reasons.keys() == {"red/00.jpg", "red/02.jpg"}
-    assert "it is no image: it begins with b'not a pi'" in str(error.value)
+    assert "it is not an image: it begins with b'not a pi'" in str(error.value)
     assert dataset.find_unreadable(split) == error.value.reasons
 
 
@@ -452,12 +452,12 @@ def test_parts_of_a_split_are_shuffled_together(undecoded):
 
 
 @pytest.mark.slow_variants
-@pytest.mark.parametrize("piece", [(0, 1), (0, 3), (2, 3)])
+@pytest.mark.parametrize("shard", [(0, 1), (0, 3), (2, 3)])
 @pytest.mark.parametrize("expression", ["train", "train[:40]+test+train[60:]"])
-def test_resumed_epoch_reads_remaining_batches_only(undecoded, expression, piece):
+def test_resumed_epoch_reads_remaining_batches_only(undecoded, expression, shard):
     numbered = Numbered(watched=True, train=100, test=30)
     split = numbered.source.split(expression)
-    options = {"shuffle_seed": 1, "batch_size": 8, "piece": piece}
+    options = {"shuffle_seed": 1, "batch_size": 8, "shard": shard}
     whole = undecoded(split, **options)
     numbered.reads.clear()
     rest = undecoded(split, first_batch=9, **options)

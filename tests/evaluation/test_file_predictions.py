@@ -68,7 +68,7 @@ def test_unreadable_image_raises_without_handler(run, image_folder):
     good = image_folder / "red" / "00.jpg"
     predictions = predict(run, [good, bad], batch_size=1)
     assert next(predictions).path == good
-    with pytest.raises(UnreadableImageError, match="bad.jpg.*it is no image"):
+    with pytest.raises(UnreadableImageError, match="bad.jpg.*it is not an image"):
         next(predictions)
     with pytest.raises(FileNotFoundError, match="gone.jpg"):
         list(predict(run, gone))

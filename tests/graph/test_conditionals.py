@@ -1,4 +1,4 @@
-"""``Switch`` and ``Merge`` as arithmetic, against the session that runs them."""
+"""Replaced ``Switch`` and ``Merge`` compared with a session that runs them."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def weights(name, *shape):
 
 @SIGNS
 @pytest.mark.parametrize("use_resource", [False, True])
-def test_both_branches_have_variables(sign, use_resource):
+def test_variables_in_both_branches_equal_session(sign, use_resource):
     def build():
         x = x_of()
         a = tf1.get_variable("a", [4, 3], use_resource=use_resource)
@@ -39,7 +39,7 @@ def test_both_branches_have_variables(sign, use_resource):
 
 
 @SIGNS
-def test_several_results(sign):
+def test_conditional_with_several_results_equals_session(sign):
     def build():
         x = x_of()
         first, second = tf1.cond(
@@ -51,7 +51,7 @@ def test_several_results(sign):
 
 
 @SIGNS
-def test_constants_in_both_branches(sign):
+def test_constants_in_both_branches_equal_session(sign):
     def build():
         x = x_of()
         scale = tf1.cond(tf.reduce_sum(x) > 0, lambda: tf.constant(2.0), lambda: tf.constant(3.0))
@@ -62,7 +62,7 @@ def test_constants_in_both_branches(sign):
 
 @SIGNS
 @pytest.mark.parametrize("constant_if", [True, False])
-def test_a_constant_in_one_branch(sign, constant_if):
+def test_constant_in_one_branch_equals_session(sign, constant_if):
     def build():
         x = x_of()
         branches = [lambda: tf.reduce_sum(x, axis=0), lambda: tf.constant([1.0, 2.0, 3.0, 4.0])]
@@ -73,7 +73,7 @@ def test_a_constant_in_one_branch(sign, constant_if):
 
 
 @pytest.mark.parametrize("shift", [-5.0, 0.3, 5.0])
-def test_conditionals_within_conditionals(shift):
+def test_nested_conditionals_equal_session(shift):
     def build():
         x = x_of()
         w = weights("w", 4, 4)
@@ -85,7 +85,7 @@ def test_conditionals_within_conditionals(shift):
 
 
 @SIGNS
-def test_the_same_predicate_within_itself(sign):
+def test_conditional_nested_on_same_predicate_equals_session(sign):
     def build():
         x = x_of()
         positive = tf.reduce_sum(x) > 0
@@ -96,7 +96,7 @@ def test_the_same_predicate_within_itself(sign):
 
 
 @SIGNS
-def test_one_conditional_after_another(sign):
+def test_consecutive_conditionals_equal_session(sign):
     def build():
         x = x_of()
         positive = tf.reduce_sum(x) > 0
@@ -109,7 +109,7 @@ def test_one_conditional_after_another(sign):
 
 
 @pytest.mark.parametrize("shift", [-5.0, 0.3, 5.0])
-def test_a_case(shift):
+def test_case_equals_session(shift):
     def build():
         x = x_of()
         mean = tf.reduce_mean(x)
@@ -124,7 +124,7 @@ def test_a_case(shift):
 
 
 @SIGNS
-def test_which_branch_was_taken_is_a_result_too(sign):
+def test_value_index_of_merge_can_be_used(sign):
     def build():
         x = x_of()
         positive = tf.reduce_sum(x) > 0
@@ -136,7 +136,7 @@ def test_which_branch_was_taken_is_a_result_too(sign):
     assert_equals_stock(program, sign * np.abs(images(3, 4)))
 
 
-def test_which_branch_was_taken_where_that_is_known():
+def test_value_index_of_merge_with_known_predicate():
     def build():
         x = x_of()
         off, on = tf1.raw_ops.Switch(data=x, pred=tf.constant(True))
@@ -149,7 +149,7 @@ def test_which_branch_was_taken_where_that_is_known():
 
 
 @SIGNS
-def test_switches_of_references(sign):
+def test_ref_switches_equal_session(sign):
     def build():
         x = x_of()
         w = weights("w", 4, 4)
@@ -167,7 +167,7 @@ def test_switches_of_references(sign):
 
 
 @pytest.mark.parametrize("value", [True, False])
-def test_a_known_branch_is_all_that_is_left(value):
+def test_known_predicate_removes_other_branch(value):
     def build():
         x = x_of()
         w = weights("w", 4, 4)
@@ -195,7 +195,7 @@ PREDICATES = {
 
 @pytest.mark.parametrize("value", [True, False])
 @pytest.mark.parametrize("predicate", PREDICATES)
-def test_what_follows_from_a_known_value_is_known(predicate, value):
+def test_predicates_computed_from_constants_are_known(predicate, value):
     def build():
         x = x_of()
         known = tf1.placeholder(tf.bool, [], name="known")
@@ -208,18 +208,18 @@ def test_what_follows_from_a_known_value_is_known(predicate, value):
     assert_equals_stock(program, images(3, 4), {"known:0": value}, network)
 
 
-def test_a_predicate_of_more_than_one_value_is_not_known():
+def test_non_scalar_predicate_is_unknown():
     nodes = Program(lambda: tf.constant([True, False], name="p")).graph_def.node
     assert conditionals.known_value({n.name: n for n in nodes}, "p") is None
 
 
 def dropout(x, keep_prob):
-    """As TensorFlow before 1.13 wrote it."""
+    """As built by TensorFlow before 1.13."""
     return x / keep_prob * tf.floor(keep_prob + tf1.random_uniform(tf.shape(x)))
 
 
 def batch_norm(x, is_training):
-    """As tf.layers wrote it without fusing."""
+    """As built by tf.layers without fused batch norm."""
     width = x.shape[-1]
     ones, zeros = tf1.ones_initializer(), tf1.zeros_initializer()
     gamma = tf1.get_variable("gamma", [width], initializer=ones, use_resource=False)
@@ -236,7 +236,7 @@ def batch_norm(x, is_training):
     return tf.nn.batch_normalization(x, mean, variance, beta, gamma, 1e-3)
 
 
-def test_a_network_with_dropout_and_batch_norm():
+def test_dropout_and_batch_norm_in_conditionals():
     def build():
         x = x_of()
         is_training = tf1.placeholder(tf.bool, [], name="is_training")
@@ -274,8 +274,8 @@ def test_fused_batch_norm_in_branches():
     assert_equals_stock(program, images(2, 5, 5, 3), {"is_training:0": False}, network)
 
 
-def test_a_tap_within_a_branch():
-    """The session has no value for it where the other branch is taken; a layer has one."""
+def test_tap_inside_branch():
+    """A session has no value for it if the other branch is taken; a layer has one."""
 
     def build():
         x = x_of()
@@ -289,7 +289,7 @@ def test_a_tap_within_a_branch():
         assert_close(program.layer(tap=inside)(sign * x), np.exp(sign * x))
 
 
-def test_a_loop_is_refused():
+def test_loop_is_rejected():
     def build():
         x = x_of()
         y = tf1.while_loop(lambda v: tf.reduce_sum(v) < 100.0, lambda v: v * 2.0, [tf.abs(x) + 1.0])
@@ -299,7 +299,7 @@ def test_a_loop_is_refused():
         Program(build).network()
 
 
-def test_a_loop_after_the_tap_is_left_alone():
+def test_loop_after_the_tap_is_ignored():
     def build():
         tap = tf.tanh(x_of(), name="tap")
         tf1.while_loop(lambda v: tf.reduce_sum(v) < 9.0, lambda v: v * 2.0, [tf.abs(tap) + 1.0])
@@ -307,7 +307,7 @@ def test_a_loop_after_the_tap_is_left_alone():
     assert_equals_stock(Program(build), images(3, 4))
 
 
-def test_nodes_are_not_changed():
+def test_resolve_does_not_modify_nodes():
     def build():
         x = x_of()
         y = tf1.cond(tf.reduce_sum(x) > 0, lambda: 2.0 * x, lambda: 3.0 * x)
@@ -321,7 +321,7 @@ def test_nodes_are_not_changed():
 
 
 def nested(depth):
-    """Switches inside of switches, each with its own predicate, merged from the inside out."""
+    """Nested switches, each with its own predicate, merged from the inside out."""
     graph = tf.Graph()
     with graph.as_default():
         x = x_of()
@@ -336,7 +336,7 @@ def nested(depth):
     return graph.as_graph_def()
 
 
-def test_deeply_nested_conditionals_are_refused(monkeypatch):
+def test_deeply_nested_conditionals_are_rejected(monkeypatch):
     monkeypatch.setattr(conditionals, "MAX_BRANCHES", 10_000)
     network = extract(nested(20), "tap", "x")
     assert not ops(network) & {"Switch", "Merge"}
@@ -344,7 +344,7 @@ def test_deeply_nested_conditionals_are_refused(monkeypatch):
         extract(nested(200), "tap", "x")
 
 
-def test_nodes_share_the_branches_that_they_live_in():
+def test_nodes_share_branch_mappings():
     """So that a long branch takes no more memory than a short one."""
     graph = tf.Graph()
     with graph.as_default():

@@ -15,7 +15,7 @@ tf1 = tf.compat.v1
 
 
 def freeze(prefix, output, path):
-    """The meta graph as a frozen graph, as programs of TensorFlow 1 did it."""
+    """The meta graph frozen like in TensorFlow 1 programs."""
     stock = StockSession(prefix)
     frozen = tf1.graph_util.convert_variables_to_constants(
         stock.session, stock.graph.as_graph_def(), [output]
@@ -33,7 +33,7 @@ def pictures(count=5):
     return np.random.default_rng(0).random((count, 16, 16, 3), np.float32)
 
 
-def test_a_frozen_graph_gives_what_its_meta_graph_gives(vgg_and_frozen):
+def test_frozen_graph_equals_its_meta_graph(vgg_and_frozen):
     prefix, frozen = vgg_and_frozen
     expected = Backbone(load_meta_graph(prefix))(pictures())
     assert_close(Backbone(load_meta_graph(frozen))(pictures()), expected)
@@ -46,7 +46,7 @@ def test_all_weights_of_a_frozen_graph_are_trainable(vgg_and_frozen):
     assert all(variable.trainable for variable in thawed.graph_variables)
 
 
-def test_gradients_of_a_frozen_graph_are_those_of_its_meta_graph(vgg_and_frozen):
+def test_gradients_of_frozen_graph_equal_those_of_its_meta_graph(vgg_and_frozen):
     gradients = []
     for path in vgg_and_frozen:
         backbone = Backbone(load_meta_graph(path))
@@ -59,7 +59,7 @@ def test_gradients_of_a_frozen_graph_are_those_of_its_meta_graph(vgg_and_frozen)
         assert_close(thawed[name], gradient, name)
 
 
-def test_a_graph_frozen_by_tensorflow_2(tmp_path):
+def test_weights_of_graph_frozen_by_tensorflow_2_are_found(tmp_path):
     class Dense(tf.Module):
         def __init__(self):
             self.w = tf.Variable(images(4, 3))
@@ -78,7 +78,7 @@ def test_a_graph_frozen_by_tensorflow_2(tmp_path):
     assert sorted(tuple(v.shape) for v in backbone.trainable_variables) == [(3,), (4, 3)]
 
 
-def test_a_network_of_constants():
+def test_network_of_constants_is_trainable():
     def build():
         x = tf1.placeholder(tf.float32, [None, 6, 6, 3], name="x")
         h = tf.nn.conv2d(x, tf.constant(images(3, 3, 3, 4), name="kernel"), 1, "SAME")
@@ -93,7 +93,7 @@ def test_a_network_of_constants():
     assert_equals_stock(program, images(2, 6, 6, 3), network=network)
 
 
-def test_constants_beside_variables():
+def test_constant_weights_beside_variables_are_found():
     """A pretrained part of constants, and a new one of variables."""
 
     def build():
@@ -106,7 +106,7 @@ def test_constants_beside_variables():
     assert_equals_stock(program, images(3, 4))
 
 
-def test_what_prepares_the_images_stays_constant():
+def test_preprocessing_constants_are_not_weights():
     def build():
         x = tf1.placeholder(tf.float32, [None, 6, 6, 3], name="x")
         mean = tf.constant([123.68, 116.78, 103.94], name="mean")
@@ -120,7 +120,7 @@ def test_what_prepares_the_images_stays_constant():
     assert_equals_stock(program, 200 * np.abs(images(2, 6, 6, 3)), network=network)
 
 
-def test_single_numbers_stay_constant():
+def test_scalars_are_not_weights():
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         h = tf.matmul(x, tf.constant(images(4, 5), name="w"))
@@ -132,7 +132,7 @@ def test_single_numbers_stay_constant():
     assert_equals_stock(program, images(3, 4))
 
 
-def test_a_product_of_constants_is_trained_in_its_factors():
+def test_factors_of_constant_product_are_weights():
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         left, right = (
@@ -146,7 +146,7 @@ def test_a_product_of_constants_is_trained_in_its_factors():
     assert_equals_stock(program, images(3, 4))
 
 
-def test_statistics_that_are_constants_are_not_trained():
+def test_constant_statistics_are_not_trainable():
     def build():
         x = tf1.placeholder(tf.float32, [None, 6, 6, 3], name="x")
         h = tf.nn.conv2d(x, tf.constant(images(3, 3, 3, 4), name="kernel"), 1, "SAME")
@@ -162,7 +162,7 @@ def test_statistics_that_are_constants_are_not_trained():
     assert_equals_stock(program, images(2, 6, 6, 3), network=network)
 
 
-def test_statistics_that_are_constants_by_their_names():
+def test_constant_statistics_are_detected_by_name():
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         h = tf.matmul(x, tf.constant(images(4, 5), name="w"))
@@ -178,8 +178,8 @@ def test_statistics_that_are_constants_by_their_names():
     }
 
 
-def test_frozen_weights_that_are_read_through_identities():
-    """As ``convert_variables_to_constants`` leaves them."""
+def test_frozen_weights_behind_identities_are_found():
+    """As written by ``convert_variables_to_constants``."""
 
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
@@ -193,7 +193,7 @@ def test_frozen_weights_that_are_read_through_identities():
     assert_equals_stock(program, images(3, 4), network=network)
 
 
-def test_a_frozen_graph_can_be_trained_cut_and_saved(tmp_path):
+def test_frozen_graph_can_be_trained_cut_and_saved(tmp_path):
     frozen = freeze(save_vgg(tmp_path / "m"), "prob", tmp_path / "frozen.pb")
     backbone = Backbone(load_meta_graph(frozen))
     prefix, suffix = backbone.split("pool1")
@@ -210,7 +210,7 @@ def test_a_frozen_graph_can_be_trained_cut_and_saved(tmp_path):
     np.testing.assert_array_equal(loaded(pictures()), model(pictures()))
 
 
-def test_weights_of_a_frozen_graph_are_its_own(tmp_path):
+def test_frozen_weights_keep_names_and_values(tmp_path):
     frozen = freeze(save_vgg(tmp_path / "m"), "prob", tmp_path / "frozen.pb")
     expected = architectures.random_weights(TINY, 10)
     for name, value in Backbone(load_meta_graph(frozen)).values().items():

@@ -1,4 +1,4 @@
-"""Arithmetic and parameters on both sides of a cut, against TensorFlow's own profiler."""
+"""Multiply-adds and parameters of cuts compared with TensorFlow's profiler."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ VGG16_STAGES = ["pool1:0", "pool2:0", "pool3:0", "pool4:0", "pool5:0", "fc6/Relu
 
 
 def profiled(graph):
-    """Multiply-adds of the convolutions and products of a graph, as TensorFlow counts them."""
+    """Multiply-adds of convolutions and matrix products of a graph, counted by TensorFlow."""
     options = tf1.profiler.ProfileOptionBuilder.float_operation()
     options["output"] = "none"
     options["account_type_regexes"] = ["Conv2D", "MatMul", "DepthwiseConv2dNative"]
@@ -42,7 +42,7 @@ def with_batch_of_one(graph_def, output, size):
 
 @pytest.mark.parametrize("convolutional", [False, True])
 @pytest.mark.parametrize("architecture", [TINY, VGG16], ids=["tiny", "vgg16"])
-def test_multiply_adds_equal_the_profilers(architecture, convolutional):
+def test_multiply_adds_equal_those_of_profiler(architecture, convolutional):
     network, graph_def = network_of(architecture, convolutional=convolutional)
     cuts = list_cuts(network)
     graph = with_batch_of_one(
@@ -52,7 +52,7 @@ def test_multiply_adds_equal_the_profilers(architecture, convolutional):
     assert cuts[-1].share == 1.0
 
 
-def test_depthwise_convolutions_too():
+def test_multiply_adds_of_depthwise_convolution():
     def build():
         x = tf1.placeholder(tf.float32, [1, 16, 16, 3], name="images")
         x = tf.nn.depthwise_conv2d(x, tf1.get_variable("d", [3, 3, 3, 2]), [1, 2, 2, 1], "SAME")
@@ -84,7 +84,7 @@ def test_cuts_of_vgg16():
     assert default_cuts(network) == [network.output, "pool4:0", "pool3:0"]
 
 
-def test_a_branch_leaves_no_cut_within(tmp_path):
+def test_no_cut_inside_parallel_branches(tmp_path):
     def build():
         x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="images")
         x = tf.nn.conv2d(x, tf1.get_variable("a", [1, 1, 3, 4]), 1, "SAME", name="a_conv")
@@ -98,7 +98,7 @@ def test_a_branch_leaves_no_cut_within(tmp_path):
     assert found == ["a_conv:0", "tap:0"]
 
 
-def test_a_graph_without_shapes_still_has_cuts():
+def test_graph_without_shapes_has_cuts():
     network, _ = network_of(TINY)
     unknown = type(network)(**{**network.__dict__, "input_shape": None})
     cuts = list_cuts(unknown)
@@ -106,7 +106,7 @@ def test_a_graph_without_shapes_still_has_cuts():
     assert cuts[-1].multiply_adds is None or cuts[-1].share == 1.0
 
 
-def test_every_cut_can_be_made(tmp_path):
+def test_network_can_be_split_at_every_listed_cut(tmp_path):
     from transfer import Backbone
 
     backbone = Backbone(load_meta_graph(save_vgg(tmp_path / "m")))
@@ -134,7 +134,7 @@ def test_blocks_are_those_of_vgg():
     assert sum(map(len, found)) == len(network.variables)
 
 
-def test_reading_changes_nothing():
+def test_list_cuts_does_not_modify_graph():
     network, _ = network_of(TINY)
     before = network.graph_def.SerializeToString(deterministic=True)
     list_cuts(network)
@@ -142,7 +142,7 @@ def test_reading_changes_nothing():
     assert network.graph_def.SerializeToString(deterministic=True) == before
 
 
-def test_variables_behind_a_stopped_gradient_are_those_without_one(tmp_path):
+def test_stopped_variables_have_no_gradient(tmp_path):
     prefix = strangers.save(strangers.gradients_that_stop, tmp_path / "m")
     layer = Backbone(load_meta_graph(prefix), "fc7/relu")
     with tf.GradientTape() as tape:
@@ -152,10 +152,10 @@ def test_variables_behind_a_stopped_gradient_are_those_without_one(tmp_path):
     assert stopped(layer.network) == {"frozen:0": without}
     assert without == ["conv1/weights", "conv1/biases"]
     assert stopped(layer.split("frozen")[1].network) == {}
-    assert stopped(layer.split("conv1")[1].network) == {}  # nothing is left to train there
+    assert stopped(layer.split("conv1")[1].network) == {}  # no trainable variables remain
 
 
-def test_a_way_round_a_stopped_gradient_trains():
+def test_variables_with_path_around_stop_gradient_are_not_stopped():
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         w, v = tf1.get_variable("w", [4, 4]), tf1.get_variable("v", [4, 4])

@@ -1,4 +1,4 @@
-"""Dropout in all the forms in which TensorFlow has written it."""
+"""Dropout in all forms built by TensorFlow versions."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def x_of(width=4):
 
 
 def uniform(x):
-    """As the random_uniform of old versions: scaled, though from 0 to 1."""
+    """Like random_uniform of old versions: scaled, even from 0 to 1."""
     drawn = tf.raw_ops.RandomUniform(shape=tf.shape(x), dtype=tf.float32)
     low, high = tf.constant(0.0), tf.constant(1.0)
     return drawn * (high - low) + low
@@ -26,7 +26,7 @@ def rate(keep):
     return 1.0 - keep
 
 
-# Of what is to be dropped and the share that is kept: what is left.
+# Functions of the values and the keep probability to the result of dropout.
 FORMS = {
     "tf.nn.dropout": lambda x, keep: tf1.nn.dropout(x, rate=rate(keep)),
     "tf.nn.dropout, keep_prob": lambda x, keep: tf1.nn.dropout(x, keep_prob=keep),
@@ -82,13 +82,13 @@ def test_dropout_that_is_always_on_is_bypassed(form):
 
 
 @ALL
-def test_dropout_is_kept_where_that_is_wanted(form):
+def test_keep_dropout_keeps_dropout(form):
     network = program_with(form).network(keep_dropout=True)
     assert random_ops(network.graph_def)
 
 
 @ALL
-def test_training_drops_the_share_that_the_program_drops(form):
+def test_training_uses_dropout_rate_of_program(form):
     def build():
         h = tf.identity(x_of(200))
         tf.identity(FORMS[form](h, tf.constant(KEEP)), name="tap")
@@ -103,7 +103,7 @@ def test_training_drops_the_share_that_the_program_drops(form):
 
 
 @ALL
-def test_the_share_is_found_with_its_meaning(form):
+def test_amount_and_control_are_detected(form):
     def keep():
         return tf1.placeholder(tf.float32, name="p")
 
@@ -113,15 +113,15 @@ def test_the_share_is_found_with_its_meaning(form):
 
 
 @ALL
-def test_fed_by_hand_it_equals_the_session(form):
-    """Kept all, dropout is the identity in both."""
+def test_fed_keep_prob_equals_session(form):
+    """With a keep probability of 1, dropout is the identity in both."""
     program = program_with(form, lambda: tf1.placeholder(tf.float32, [], name="p"))
     network = program.network(feeds={"p": 1.0}, keep_dropout=True)
     x = images(3, 4)
     assert_close(program.layer(network)(x), program.run(x, {"p:0": 1.0}))
 
 
-def test_a_dropout_of_a_dropout():
+def test_consecutive_dropouts_are_bypassed():
     def build():
         h = tf1.nn.dropout(tf.identity(x_of()), rate=0.5)
         h = tf.nn.relu(FORMS["1.0, Div"](h, tf.constant(0.5)))
@@ -131,7 +131,7 @@ def test_a_dropout_of_a_dropout():
     assert_close(Program(build).layer()(x), np.maximum(x, 0.0))
 
 
-def test_dropout_as_the_tap_itself():
+def test_tap_may_be_dropout_itself():
     program = Program(lambda: tf1.nn.dropout(tf.tanh(x_of()), rate=0.5, name="dropout"))
     *_, tap = (n.name for n in program.graph_def.node if n.name.startswith("dropout/"))
     layer = program.layer(tap=tap)
@@ -140,7 +140,7 @@ def test_dropout_as_the_tap_itself():
     assert (layer(x, training=True).numpy() == 0.0).any()
 
 
-def test_the_scale_of_a_norm_is_not_taken_for_that_of_dropout():
+def test_scale_of_norm_is_not_mistaken_for_dropout():
     def build():
         x = x_of()
         gamma = tf1.get_variable("gamma", initializer=[2.0, 3.0, 4.0, 5.0])
@@ -153,7 +153,7 @@ def test_the_scale_of_a_norm_is_not_taken_for_that_of_dropout():
     assert_close(layer(x), x * [2.0, 3.0, 4.0, 5.0])
 
 
-def test_a_scale_of_each_channel_is_not_taken_for_that_of_dropout():
+def test_per_channel_scale_is_not_mistaken_for_dropout():
     def build():
         x = x_of()
         scaled = x * tf.constant([1.0, 2.0, 3.0, 4.0])
@@ -163,7 +163,7 @@ def test_a_scale_of_each_channel_is_not_taken_for_that_of_dropout():
     assert_close(Program(build).layer()(x), x * [1.0, 2.0, 3.0, 4.0])
 
 
-def test_a_scalar_weight_is_not_taken_for_the_scale_of_dropout():
+def test_scalar_weight_is_not_mistaken_for_dropout():
     def build():
         x = x_of()
         scale = tf1.get_variable("scale", initializer=3.0)
@@ -202,6 +202,6 @@ def test_comparisons_without_random_numbers_are_not_dropout():
     assert_equals_stock(program, images(3, 4))
 
 
-def test_gradients_go_past_the_dropout():
+def test_gradients_pass_through_bypassed_dropout():
     plain = without_dropout()
     assert_equals_stock(plain, images(3, 4), network=program_with("2.12").network())

@@ -1,4 +1,4 @@
-"""Calls of functions, inlined, against the session that calls them."""
+"""Inlined function calls compared with a session that calls them."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def calls(graph_def):
     return [n.op for n in graph_def.node if n.op in names or "Call" in n.op or "If" in n.op]
 
 
-def test_calls_within_calls():
+def test_nested_calls_are_inlined():
     def build():
         w = tf1.get_variable("w", [4, 3], use_resource=True)
         innermost = function(lambda y: tf.tanh(y) * 2.0)
@@ -40,7 +40,7 @@ def test_calls_within_calls():
     assert_equals_stock(program, images(3, 4))
 
 
-def test_calls_without_variables():
+def test_calls_without_variables_are_inlined():
     def build():
         inner = function(lambda y: tf.exp(-y))
         tf.identity(function(lambda y: inner(y) + inner(2.0 * y))(x_of()), name="tap")
@@ -50,7 +50,7 @@ def test_calls_without_variables():
     assert_equals_stock(program, images(3, 4))
 
 
-def test_one_function_called_twice():
+def test_function_called_twice_is_inlined_twice():
     def build():
         w = tf1.get_variable("w", [4, 4], use_resource=True)
         layer = function(lambda y: tf.nn.relu(tf.matmul(y, w)))
@@ -59,7 +59,7 @@ def test_one_function_called_twice():
     assert_equals_stock(Program(build), images(3, 4))
 
 
-def test_an_operation_named_like_a_function_is_a_call():
+def test_operation_named_like_function_is_a_call():
     @legacy.Defun(tf.float32, tf.float32, func_name="ScaledSum")
     def scaled_sum(a, b):
         return 3.0 * a + b, a - b
@@ -75,7 +75,7 @@ def test_an_operation_named_like_a_function_is_a_call():
     assert_equals_stock(program, images(3, 4))
 
 
-def test_the_second_result_of_a_call():
+def test_second_result_of_call_is_available():
     def build():
         both = function(lambda y: (tf.nn.relu(y), tf.tanh(y)))
         tf.identity(both(x_of())[1], name="tap")
@@ -83,7 +83,7 @@ def test_the_second_result_of_a_call():
     assert_equals_stock(Program(build), images(3, 4))
 
 
-def test_lists_of_outputs_within_a_function():
+def test_list_outputs_inside_function_are_resolved():
     def build():
         def body(y):
             first, second, third = tf.split(y, 3, axis=1)
@@ -97,7 +97,7 @@ def test_lists_of_outputs_within_a_function():
     assert_equals_stock(Program(build), images(3, 6))
 
 
-def test_an_argument_that_is_returned_as_it_is():
+def test_function_may_return_its_argument():
     def build():
         swapped = function(lambda a, b: (b, a))
         x = x_of()
@@ -107,7 +107,7 @@ def test_an_argument_that_is_returned_as_it_is():
     assert_equals_stock(Program(build), images(3, 4))
 
 
-def test_a_tap_within_a_function():
+def test_tap_inside_function():
     def build():
         inner = function(lambda y: tf.exp(tf.tanh(y, name="deep"), name="deeper"))
         tf.identity(function(lambda y: inner(y))(x_of()), name="tap")
@@ -121,7 +121,7 @@ def test_a_tap_within_a_function():
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("kind", ["If", "StatelessIf"])
-def test_a_choice_that_depends_on_the_data(kind, sign):
+def test_data_dependent_if_equals_program(kind, sign):
     def build():
         x = x_of()
         stateful = kind == "If"
@@ -142,7 +142,7 @@ def test_a_choice_that_depends_on_the_data(kind, sign):
 
 
 @pytest.mark.parametrize("predicate", [True, False])
-def test_a_choice_that_is_known_leaves_one_branch(predicate):
+def test_known_if_keeps_one_branch(predicate):
     def build():
         x = x_of()
         known = tf1.placeholder_with_default(predicate, [], name="known")
@@ -156,7 +156,7 @@ def test_a_choice_that_is_known_leaves_one_branch(predicate):
 
 
 @pytest.mark.parametrize("shift", [-5.0, 0.0, 5.0])
-def test_choices_within_choices(shift):
+def test_nested_ifs_equal_program(shift):
     def build():
         x = x_of()
         total = tf.reduce_sum(x)
@@ -171,7 +171,7 @@ def test_choices_within_choices(shift):
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_choice_within_a_function(sign):
+def test_if_inside_function_equals_program(sign):
     def build():
         w = tf1.get_variable("w", [4, 4], use_resource=True)
 
@@ -184,7 +184,7 @@ def test_a_choice_within_a_function(sign):
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_call_within_a_branch_of_tensorflow_1(sign):
+def test_call_inside_tensorflow_1_branch_equals_program(sign):
     def build():
         x = x_of()
         double = function(lambda y: 2.0 * y)
@@ -194,7 +194,7 @@ def test_a_call_within_a_branch_of_tensorflow_1(sign):
     assert_equals_stock(Program(build), sign * np.abs(images(3, 4)))
 
 
-def test_a_case_over_indices_is_refused_by_name():
+def test_case_op_is_rejected_by_name():
     def build():
         x = x_of()
         index = tf.cast(tf.reduce_sum(x), tf.int32)
@@ -205,7 +205,7 @@ def test_a_case_over_indices_is_refused_by_name():
         Program(build, conds="v2").network()
 
 
-def test_a_loop_within_a_function_is_refused():
+def test_loop_inside_function_is_rejected():
     def build():
         def body(y):
             return tf.while_loop(
@@ -218,12 +218,12 @@ def test_a_loop_within_a_function_is_refused():
         Program(build, conds="v2").network()
 
 
-def test_a_graph_without_functions_stays_what_it_is():
+def test_graph_without_functions_is_returned_unchanged():
     graph_def = Program(lambda: tf.nn.relu(x_of(), name="tap")).graph.as_graph_def()
     assert inline(graph_def) == graph_def
 
 
-def test_the_given_graph_is_not_changed():
+def test_inline_does_not_modify_graph():
     def build():
         tf.identity(function(lambda y: y + 1.0)(x_of()), name="tap")
 
@@ -233,7 +233,7 @@ def test_the_given_graph_is_not_changed():
     assert graph_def.SerializeToString(deterministic=True) == before
 
 
-def test_a_function_that_the_tap_does_not_need_may_do_anything(tmp_path):
+def test_unneeded_function_may_contain_forbidden_ops(tmp_path):
     def build():
         def body(y):
             secret = tf.strings.length(tf.io.read_file(str(tmp_path / "secret")))
@@ -249,7 +249,7 @@ def test_a_function_that_the_tap_does_not_need_may_do_anything(tmp_path):
 
 
 @pytest.mark.parametrize("conds", ["v1", "v2"])
-def test_what_is_harmful_is_found_in_a_branch_of_a_function(conds, tmp_path):
+def test_forbidden_op_in_branch_of_function_is_rejected(conds, tmp_path):
     def build():
         x = x_of()
 
@@ -266,7 +266,7 @@ def test_what_is_harmful_is_found_in_a_branch_of_a_function(conds, tmp_path):
         Program(build, conds=conds).network()
 
 
-# Graphs that no program writes.
+# Malicious graphs.
 
 
 def graph_of(*calls_in_graph):
@@ -286,7 +286,7 @@ def add_call(nodes, name, called, arguments):
 
 
 def add_function(graph_def, name, *calls_in_body, arguments=("a",), returns=None):
-    """A function of one result, by default that of its last call."""
+    """A function with one result, by default that of its last call."""
     added = graph_def.library.function.add()
     added.signature.name = name
     for argument in arguments:
@@ -298,7 +298,7 @@ def add_function(graph_def, name, *calls_in_body, arguments=("a",), returns=None
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])
-def test_functions_that_call_one_another_in_a_circle_are_refused(length):
+def test_recursive_functions_are_rejected(length):
     graph_def = graph_of(("tap", "f0", ["x"]))
     for number in range(length):
         add_function(graph_def, f"f{number}", (f"f{(number + 1) % length}", ["a"]))
@@ -307,7 +307,7 @@ def test_functions_that_call_one_another_in_a_circle_are_refused(length):
 
 
 @pytest.mark.parametrize("arguments", [[], ["x", "x"]])
-def test_a_wrong_number_of_arguments_is_refused(arguments):
+def test_wrong_number_of_arguments_is_rejected(arguments):
     graph_def = graph_of(("tap", "f", arguments))
     add_function(graph_def, "f", returns="a")
     with pytest.raises(
@@ -317,7 +317,7 @@ def test_a_wrong_number_of_arguments_is_refused(arguments):
 
 
 @pytest.mark.parametrize("reference", ["gone", "gone:output:0", "c0:nothing:0", "a:output:0"])
-def test_a_body_that_refers_to_nothing_is_refused(reference):
+def test_unresolved_reference_in_body_is_rejected(reference):
     graph_def = graph_of(("tap", "f", ["x"]))
     add_function(graph_def, "f", ("g", ["a"]), ("g", [reference]))
     add_function(graph_def, "g", returns="a")
@@ -325,14 +325,14 @@ def test_a_body_that_refers_to_nothing_is_refused(reference):
         inline(graph_def)
 
 
-def test_a_result_that_refers_to_nothing_is_refused():
+def test_unresolved_result_is_rejected():
     graph_def = graph_of(("tap", "f", ["x"]))
     add_function(graph_def, "f", returns="gone:output:0")
     with pytest.raises(ValueError, match="damaged: function 'f' refers to 'gone:output:0'"):
         inline(graph_def)
 
 
-def test_a_long_chain_of_calls():
+def test_long_chain_of_calls_is_inlined():
     graph_def = graph_of(("tap", "f0", ["x"]))
     for number in range(100):
         add_function(graph_def, f"f{number}", (f"f{number + 1}", ["a"]))
@@ -342,7 +342,7 @@ def test_a_long_chain_of_calls():
 
 
 def test_functions_of_other_graphs_are_never_called():
-    """TensorFlow would find it: the process knows a function of that name."""
+    """TensorFlow would find it: a function of that name is registered in the process."""
 
     def build():
         tf.identity(function(lambda y: y + 1.0)(x_of()), name="tap")
@@ -355,8 +355,8 @@ def test_functions_of_other_graphs_are_never_called():
 
 
 @pytest.mark.timeout(300)
-def test_functions_that_double_at_every_call_are_refused_at_once():
-    """2 to the power of 40 calls, of a file of 8 KB."""
+def test_exponentially_growing_functions_are_rejected_quickly():
+    """2^40 calls in a file of 8 KB."""
     graph_def = graph_of(("tap", "f0", ["x"]))
     for number in range(40):
         name = f"f{number + 1}"
@@ -367,8 +367,8 @@ def test_functions_that_double_at_every_call_are_refused_at_once():
 
 
 @pytest.mark.timeout(300)
-def test_a_function_of_many_results_that_is_called_often_is_refused():
-    """10^8 edges, of a file of 1 MB."""
+def test_too_many_edges_are_rejected():
+    """10^8 edges in a file of 1 MB."""
     graph_def = graph_of(*((f"c{number}", "f", ["x"]) for number in range(10**4)))
     add_function(graph_def, "f", returns="a")
     signature = graph_def.library.function[0]

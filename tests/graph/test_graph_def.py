@@ -27,7 +27,7 @@ def test_split_tensor_name(name, expected):
     assert split_tensor_name(name) == expected
 
 
-def test_ancestors_leave_out_what_the_tap_does_not_need():
+def test_ancestors_exclude_unneeded_nodes():
     names = [node.name for node in ancestors(graph_def_of(branched).node, "tap:0")]
     assert names == ["x", "a", "b", "tap"]
 
@@ -37,21 +37,21 @@ def test_ancestors_stop_at_the_input():
     assert [node.name for node in nodes] == ["b", "tap"]
 
 
-def test_a_graph_that_goes_in_circles_is_damaged():
+def test_cyclic_graph_is_rejected():
     graph_def = graph_def_of(branched)
     next(node for node in graph_def.node if node.name == "a").input[0] = "tap"
-    with pytest.raises(ValueError, match="damaged: .* depend on each other in a circle"):
+    with pytest.raises(ValueError, match="damaged: .* depend on each other in a cycle"):
         ancestors(graph_def.node, "tap")
 
 
-def test_ancestors_name_a_node_that_is_missing():
+def test_ancestors_report_missing_node():
     graph_def = graph_def_of(branched)
     graph_def.node[1].input[0] = "gone"
     with pytest.raises(ValueError, match="damaged: it refers to 'gone'"):
         ancestors(graph_def.node, "tap")
 
 
-def test_shape_and_type_of_a_later_output():
+def test_shape_and_dtype_of_later_output():
     def build():
         queue = tf1.FIFOQueue(1, [tf.int64, tf.float32], [[], [8, 8, 3]])
         queue.dequeue_many(4, name="batch")
@@ -78,11 +78,11 @@ def test_canonical_names(name, expected):
 
 
 @pytest.mark.parametrize("edge", ["s/a", "s/a:2", "^s/a"])
-def test_operation_of_any_edge(edge):
+def test_operation_of_edges(edge):
     assert operation_of(edge) == "s/a"
 
 
-def test_data_inputs_leave_out_control_dependencies():
+def test_data_inputs_exclude_control_dependencies():
     node = tf1.NodeDef(name="n", input=["a", "b:1", "^c"])
     assert data_inputs(node) == ["a", "b:1"]
 
@@ -100,11 +100,11 @@ def test_ancestors_stop_at_one_output_of_several():
     assert {node.name for node in nodes} == {"left", "right", "tap"}
 
 
-def test_ancestors_of_the_input_are_none():
+def test_input_has_no_ancestors():
     assert ancestors(graph_def_of(branched).node, "a", stop_at=["a:0"]) == []
 
 
-def test_downstream_is_what_depends_on_a_tensor():
+def test_downstream_contains_dependent_operations():
     nodes = ancestors(graph_def_of(two_outputs).node, "tap")
     assert downstream(nodes, ["halves"]) == {"left", "tap"}
     assert downstream(nodes, ["halves:1"]) == {"right", "tap"}
@@ -120,7 +120,7 @@ def test_placeholders_with_a_default_need_not_be_fed():
     assert [node.name for node in placeholders(graph_def_of(build).node)] == ["must"]
 
 
-def test_a_loop_is_named():
+def test_loop_is_rejected_with_node_name():
     def build():
         x = tf1.placeholder(tf.float32, [], name="x")
         tf.identity(tf1.while_loop(lambda v: v < 9, lambda v: v * 2, [x]), name="tap")
@@ -131,16 +131,16 @@ def test_a_loop_is_named():
 
 @pytest.mark.parametrize("shape", [None, [], [3], [None, 3]])
 @pytest.mark.parametrize("add_shapes", [True, False])
-def test_static_shape_is_what_the_program_said(shape, add_shapes):
+def test_static_shape_equals_that_of_program(shape, add_shapes):
     with tf.Graph().as_default() as graph:
         tf1.placeholder(tf.float32, shape, name="x")
     (node,) = graph.as_graph_def(add_shapes=add_shapes).node
     expected = None if shape is None else tuple(shape)
-    # An attribute of no dimensions may be a scalar's, or of TensorFlow 1.1 and without meaning.
+    # An empty shape attribute may mean a scalar, or nothing (TensorFlow 1.1).
     assert static_shape(node) == (None if shape == [] and not add_shapes else expected)
 
 
-def test_shape_and_type_of_an_iterators_outputs():
+def test_shape_and_dtype_of_iterator_outputs():
     def build():
         dataset = tf.data.Dataset.from_tensors((tf.zeros([8, 8, 3]), tf.zeros([], tf.int64)))
         tf1.data.make_one_shot_iterator(dataset.batch(4, drop_remainder=True)).get_next("batch")
@@ -150,26 +150,26 @@ def test_shape_and_type_of_an_iterators_outputs():
     assert [dtype_of(node, index) for index in (0, 1)] == [tf.float32, tf.int64]
 
 
-def test_a_type_that_there_is_not_is_damage():
+def test_unknown_dtype_is_rejected():
     node = tf1.NodeDef(name="n", op="Placeholder")
     node.attr["dtype"].type = 12345
-    with pytest.raises(ValueError, match="damaged: 'n' has elements of type 12345"):
+    with pytest.raises(ValueError, match="damaged: 'n' has the unknown dtype enum 12345"):
         dtype_of(node)
 
 
-def test_a_node_that_states_no_type():
+def test_dtype_is_none_if_not_stated():
     assert dtype_of(tf1.NodeDef(name="n", op="NoOp")) is None
     assert static_shape(tf1.NodeDef(name="n", op="NoOp")) is None
 
 
 @pytest.mark.parametrize("name", ["a", ""])
-def test_names_that_mean_nothing_or_two_things_are_damage(name):
+def test_empty_and_duplicate_names_are_rejected(name):
     nodes = [tf1.NodeDef(name="a", op="NoOp"), tf1.NodeDef(name=name, op="NoOp")]
     with pytest.raises(ValueError, match=f"damaged: two nodes are named '{name}'"):
         check(nodes)
 
 
-def test_a_node_that_lacks_an_input_is_damage():
+def test_missing_input_is_rejected():
     graph_def = graph_def_of(branched)
     check(graph_def.node)
     node = next(node for node in graph_def.node if node.name == "tap")
@@ -178,7 +178,7 @@ def test_a_node_that_lacks_an_input_is_damage():
         check(graph_def.node)
 
 
-def test_a_node_of_too_many_outputs_is_damage():
+def test_too_many_outputs_are_rejected():
     graph_def = graph_def_of(two_outputs)
     check(graph_def.node)
     next(node for node in graph_def.node if node.name == "halves").attr["num_split"].i = 10**9
@@ -186,7 +186,7 @@ def test_a_node_of_too_many_outputs_is_damage():
         check(graph_def.node)
 
 
-def test_origin_goes_back_along_first_inputs():
+def test_origin_follows_first_inputs():
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         h = tf.identity(tf.reshape(tf.exp(x, name="exp"), [-1]), name="copy")
@@ -201,13 +201,13 @@ def test_origin_goes_back_along_first_inputs():
     assert graph_def.origin(nodes, "copy:0", through) is None
 
 
-def test_consumers_are_those_that_read_a_tensor():
+def test_consumers_are_users_of_a_tensor():
     users = graph_def.consumers(graph_def_of(branched).node)
     assert [node.name for node in users["a"]] == ["b", "tap"]
     assert "tap" not in users
 
 
-def test_the_elements_that_a_constant_claims_to_have():
+def test_num_elements_follows_stated_shape():
     (node,) = graph_def_of(lambda: tf.constant(1.0, shape=[3, 4])).node
     assert graph_def.num_elements(node) == 12
     node.attr["value"].tensor.tensor_shape.dim[0].size = -1

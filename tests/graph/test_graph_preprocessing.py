@@ -87,21 +87,21 @@ def network(prepare):
         kernel = tf1.get_variable("w", [3, 3, 3, 4], use_resource=False)
         biases = tf1.get_variable("b", [4], use_resource=False)
         net = tf.nn.relu(tf.nn.conv2d(prepare(x), kernel, 1, "SAME") + biases)
-        tf.multiply(net - 0.5, 3.0, name="tap")  # after the first layer: none of our business
+        tf.multiply(net - 0.5, 3.0, name="tap")  # after the first layer: not preprocessing
     return extract(graph.as_graph_def(), "tap:0", "x:0")
 
 
 @pytest.mark.parametrize("prepare", CASES, ids=lambda prepare: prepare.__name__)
-def test_it_is_found(prepare):
+def test_preprocessing_in_graph_is_detected(prepare):
     found, expected = graph_preprocessing.find(network(prepare)), CASES[prepare]
-    # In the order of the graph, where one colour may come before another.
+    # In the order of the graph, which may process channels one after another.
     np.testing.assert_allclose(sorted(found.means), sorted(expected.means), rtol=1e-6)
     np.testing.assert_allclose(found.scales, expected.scales, rtol=1e-6)
     assert found.swaps == expected.swaps
     assert bool(found) == bool(expected)
 
 
-def test_what_would_be_done_twice():
+def test_repeated_preprocessing_steps_are_reported():
     found = Preparation((103.9, 116.8, 123.7), (), True)
     assert str(found) == "subtracts 103.9, 116.8, 123.7 and swaps red and blue"
     assert found.repeats("caffe") == "subtract a mean and swap red and blue"

@@ -1,4 +1,4 @@
-"""Ranks of inputs: a wrong one is refused before shape inference reads the values."""
+"""Wrong ranks of inputs are rejected before shape inference reads the values."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from transfer.graph import extract, guards, infer
 
 
 def split_network(sizes, computed=False):
-    """A ``SplitV`` by these sizes, which TensorFlow itself would not let a program make."""
+    """A ``SplitV`` with these sizes, which TensorFlow itself does not allow to build."""
     shape = (None, 8, 8, 3)
     graph = tf.Graph()
     with graph.as_default():
@@ -33,8 +33,8 @@ def test_sizes_of_the_right_rank_are_read(computed):
     assert shapes["tap:0"] == (None, 5, 8, 3)
 
 
-def test_a_constant_of_the_wrong_rank_is_refused():
-    """Shape inference, which comes before all other checks, ends the process of it."""
+def test_constant_of_wrong_rank_is_rejected():
+    """It would crash the process in shape inference, which precedes all other checks."""
     expected = (
         r"'split' \(SplitV\) gets 'sizes' of shape \[1, 2\] as its size_splits; "
         r"expected 1 dimension$"
@@ -43,7 +43,7 @@ def test_a_constant_of_the_wrong_rank_is_refused():
         infer(split_network([[5, 3]]))
 
 
-def test_a_rank_that_only_shape_inference_finds_out_is_refused():
+def test_wrong_inferred_rank_is_rejected():
     expected = r"must be rank 1 but is rank 2 for '.*split/guard_1/.*input shapes: \[1,2\]"
     with pytest.raises(ValueError, match=expected):
         infer(split_network([[5, 3]], computed=True))
@@ -58,7 +58,7 @@ INPUTS = [
 
 
 @pytest.mark.parametrize(("op", "number"), INPUTS)
-def test_a_known_rank_that_is_wrong_is_refused(op, number):
+def test_wrong_known_rank_is_rejected(op, number):
     ranks = guards.ranks_of(NodeDef(op=op))
     graph_def = tf.compat.v1.GraphDef()
     graph_def.node.add(name="call", op=op, input=[f"in_{i}" for i in range(len(ranks))])
@@ -71,7 +71,7 @@ def test_a_known_rank_that_is_wrong_is_refused(op, number):
         guards.check_ranks(graph_def, shapes | {f"in_{number}:0": (7,) * (rank + 1)})
 
 
-def test_shape_inference_gets_checks_of_what_it_may_read_and_no_others():
+def test_only_inputs_read_by_shape_functions_are_checked():
     network = split_network(np.array([5, 3]), computed=True)
     checked = guards.with_ranks(network.graph_def, {"split/axis:0": ()})
     added = {node.name for node in checked.node} - {node.name for node in network.graph_def.node}

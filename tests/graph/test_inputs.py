@@ -1,4 +1,4 @@
-"""Where images come in behind the graph's own source: parts of a batch, decoded files."""
+"""Inputs after the graph's own data source: parts of a batch, decoded files."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ tf1 = tf.compat.v1
         ("towers_of_slices", [f"tower_{i}/net/strided_slice:0" for i in range(3)]),
     ],
 )
-def test_each_tower_equals_a_stock_session(tmp_path, program, inputs):
+def test_each_tower_equals_plain_tensorflow_session(tmp_path, program, inputs):
     prefix = strangers.save(strangers.ALL[program], tmp_path / "m")
     graph, x = load_meta_graph(prefix), images(5, 16, 16, 3)
     stock = StockSession(prefix)
@@ -33,18 +33,18 @@ def test_each_tower_equals_a_stock_session(tmp_path, program, inputs):
         assert error.value.inputs == (name,)
         layer = Backbone(graph, tap, input=name)
         assert_close(layer(x), stock.run(f"{tap}:0", {name: x}))
-        # Each part of the batch is this tower's.
+        # This tower computes each part of the batch.
         assert_close(layer(x), stock.run(f"{tap}:0", {"images:0": whole}))
 
 
-def test_towers_put_together_again_take_any_number_of_images(tmp_path):
+def test_concatenated_towers_accept_any_batch_size(tmp_path):
     prefix = strangers.save(strangers.towers_of_a_split, tmp_path / "m")
     layer, x = Backbone(load_meta_graph(prefix), "concat"), images(5, 16, 16, 3)
     expected = StockSession(prefix).run("concat:0", {"images:0": np.concatenate([x, x[:1]])})
     assert_close(layer(x), expected[:5])
 
 
-def test_finetune_refuses_towers_and_names_the_way_out(tmp_path, capsys):
+def test_finetune_rejects_towers_with_alternative(tmp_path, capsys):
     prefix = strangers.save(strangers.towers_of_a_split, tmp_path / "m")
     photos = make_image_folder(tmp_path / "photos", 6)
     flags = ("--tap", "tower_1/net/fc7/relu", "--preprocess", "unit")
@@ -55,7 +55,7 @@ def test_finetune_refuses_towers_and_names_the_way_out(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_input_behind_the_decoder_equals_a_stock_session(tmp_path):
+def test_input_after_decoder_equals_plain_tensorflow_session(tmp_path):
     prefix = strangers.save(strangers.jpeg_files, tmp_path / "m")
     pixels = images(3, 16, 16, 3) * 50 + 128
     layer = Backbone(load_meta_graph(prefix), "fc7/relu", input="ResizeBilinear")
@@ -64,7 +64,7 @@ def test_input_behind_the_decoder_equals_a_stock_session(tmp_path):
         assert_close(features[None], stock.run("fc7/relu:0", {"ResizeBilinear:0": one[None]}))
 
 
-def test_batch_in_a_transposed_convolution_is_opened(tmp_path):
+def test_fixed_batch_of_transposed_convolution_is_removed(tmp_path):
     prefix = strangers.save(strangers.a_batch_in_a_transposed_convolution, tmp_path / "m")
     layer = Backbone(load_meta_graph(prefix), "fc7/relu")
     assert layer.network.batch_size is None

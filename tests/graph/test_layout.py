@@ -1,4 +1,4 @@
-"""Networks of channels first, against a stock session that is given what they take."""
+"""Converted NCHW networks compared with a plain session on the original graph."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,7 @@ tf1 = tf.compat.v1
 
 
 def twin(program):
-    """The program with the order of channels that a CPU can compute: conv of ``NHWC`` between
-    transposes."""
+    """The program with NHWC convolutions between transposes, which a CPU can compute."""
 
     def conv(x, name, channels, padding="SAME", order="NHWC"):
         x = tf.transpose(x, [0, 2, 3, 1]) if order == "NCHW" else x
@@ -41,7 +40,7 @@ def twin(program):
 
 @pytest.mark.parametrize("name", ["channels_first", "channels_first_inside"])
 @pytest.mark.parametrize("tap", ["fc7/relu", "conv1/relu", "conv2/relu"])
-def test_features_and_gradients_equal_those_of_a_twin(tmp_path, name, tap):
+def test_features_and_gradients_equal_those_of_nhwc_network(tmp_path, name, tap):
     prefix = strangers.save(strangers.ALL[name], tmp_path / "m")
     layer = Backbone(load_meta_graph(prefix), tap, pooling=None)
     x = images(5, 16, 16, 3)
@@ -72,8 +71,8 @@ def test_features_and_gradients_equal_those_of_a_twin(tmp_path, name, tap):
         assert_close(ours, other, variable)
 
 
-def test_forward_pass_equals_that_of_the_file_where_it_runs(tmp_path):
-    """oneDNN computes convolutions and poolings of channels first, and no gradients of them."""
+def test_forward_pass_equals_original_nchw_graph(tmp_path):
+    """oneDNN supports NCHW convolutions and pooling, but not their gradients."""
     prefix = strangers.save(strangers.channels_first, tmp_path / "m")
     layer = Backbone(load_meta_graph(prefix), "pool2", pooling=None)
     x = images(3, 16, 16, 3)
@@ -87,7 +86,7 @@ def test_forward_pass_equals_that_of_the_file_where_it_runs(tmp_path):
     assert_close(layer(x), expected.transpose(0, 2, 3, 1))
 
 
-def test_parts_and_copies_of_a_turned_network_are_channels_last(tmp_path):
+def test_parts_and_copies_of_converted_network_are_channels_last(tmp_path):
     prefix = strangers.save(strangers.channels_first, tmp_path / "m")
     layer = Backbone(load_meta_graph(prefix), "fc7/relu")
     x = images(4, 16, 16, 3)

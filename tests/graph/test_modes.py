@@ -1,4 +1,4 @@
-"""Placeholders that tell training from inference, recognised by what they feed."""
+"""Detection of placeholders that switch between training and inference."""
 
 import numpy as np
 import pytest
@@ -35,13 +35,13 @@ def share_of_zeros(layer, shape=(100, 200)):
     return np.mean(layer(np.ones(shape, np.float32), training=True).numpy() == 0.0)
 
 
-def test_a_keep_prob_without_name_and_shape():
+def test_keep_prob_without_name_and_shape_is_detected():
     program = program_of(lambda h: old_dropout(h, tf1.placeholder(tf.float32)))
     assert modes_of(program) == {"Placeholder:0": ("keep_prob", 1.0, 0.5)}
     assert_equals_stock(program, images(3, 4), {"Placeholder:0": 1.0})
 
 
-def test_a_placeholder_of_a_very_old_graph():
+def test_placeholder_of_very_old_graph_is_detected():
     program = program_of(lambda h: old_dropout(h, tf1.placeholder(tf.float32)))
     graph_def = program.graph_def
     node = next(n for n in graph_def.node if n.name == "Placeholder")
@@ -50,7 +50,7 @@ def test_a_placeholder_of_a_very_old_graph():
     assert (mode.tensor, mode.kind) == ("Placeholder:0", "keep_prob")
 
 
-def test_a_rate():
+def test_rate_is_detected():
     program = program_of(
         lambda h: tf1.nn.dropout(h, rate=tf1.placeholder(tf.float32, [], name="drop"))
     )
@@ -58,19 +58,19 @@ def test_a_rate():
     assert_equals_stock(program, images(3, 4), {"drop:0": 0.0})
 
 
-def test_a_keep_prob_given_as_a_rate():
+def test_keep_prob_passed_as_rate_is_detected():
     program = program_of(
         lambda h: tf1.nn.dropout(h, rate=1 - tf1.placeholder(tf.float32, name="keep"))
     )
     assert modes_of(program) == {"keep:0": ("keep_prob", 1.0, 0.5)}
 
 
-def test_a_rate_given_as_a_keep_prob():
+def test_rate_passed_as_keep_prob_is_detected():
     program = program_of(lambda h: old_dropout(h, 1 - tf1.placeholder(tf.float32, name="drop")))
     assert modes_of(program) == {"drop:0": ("rate", 0.0, 0.5)}
 
 
-def test_a_keep_prob_of_another_type():
+def test_keep_prob_of_other_dtype_is_detected():
     program = program_of(
         lambda h: old_dropout(h, tf.cast(tf1.placeholder(tf.float64, name="p"), tf.float32))
     )
@@ -89,13 +89,13 @@ def program_of_width(width, default):
 @pytest.mark.parametrize(
     ("default", "training"), [(1.0, 0.5), (0.75, 0.75), (0.0, 0.5)], ids=["on", "drops", "off"]
 )
-def test_the_default_says_how_much_training_keeps(default, training):
+def test_training_value_is_default_of_placeholder(default, training):
     program = program_of_width(200, default)
     assert modes_of(program) == {"p:0": ("keep_prob", 1.0, training)}
     assert share_of_zeros(program.layer()) == pytest.approx(1 - training, abs=0.02)
 
 
-def test_several_keep_probs():
+def test_several_keep_probs_are_detected():
     def tap(h):
         first, second = tf1.placeholder(tf.float32), tf1.placeholder(tf.float32)
         return old_dropout(tf.exp(old_dropout(h, first)), second)
@@ -109,7 +109,7 @@ def test_several_keep_probs():
     assert_equals_stock(program, images(3, 4), feeds)
 
 
-def test_one_keep_prob_for_several_dropouts():
+def test_shared_keep_prob_is_detected_once():
     def tap(h):
         p = tf1.placeholder(tf.float32, name="p")
         return old_dropout(tf.exp(old_dropout(h, p)), p)
@@ -121,7 +121,7 @@ def cond_dropout(h, is_training):
     return tf1.cond(is_training, lambda: old_dropout(h, 0.25), lambda: h)
 
 
-def test_a_switch():
+def test_is_training_switch_is_detected():
     program = program_of(
         lambda h: cond_dropout(h, tf1.placeholder(tf.bool, [], name="is_training"))
     )
@@ -129,13 +129,13 @@ def test_a_switch():
     assert_equals_stock(program, images(3, 4), {"is_training:0": False})
 
 
-def test_a_switch_without_name_and_shape():
+def test_switch_without_name_and_shape_is_detected():
     program = program_of(lambda h: cond_dropout(h, tf1.placeholder(tf.bool)))
     assert modes_of(program) == {"Placeholder:0": ("is_training", False, True)}
 
 
 @pytest.mark.parametrize("default", [True, False])
-def test_a_switch_with_a_default(default):
+def test_switch_with_default_is_detected(default):
     program = program_of(
         lambda h: cond_dropout(h, tf1.placeholder_with_default(default, [], name="is_training"))
     )
@@ -143,7 +143,7 @@ def test_a_switch_with_a_default(default):
     assert_equals_stock(program, images(3, 4), {"is_training:0": False})
 
 
-def test_a_switch_by_conditionals_of_tensorflow_2():
+def test_switch_of_tensorflow_2_conditionals_is_detected():
     def build():
         h = tf.tanh(x_of())
         tf.identity(cond_dropout(h, tf1.placeholder(tf.bool, [], name="p")), name="tap")
@@ -153,7 +153,7 @@ def test_a_switch_by_conditionals_of_tensorflow_2():
     assert_equals_stock(program, images(3, 4), {"p:0": False})
 
 
-def test_an_inverted_switch():
+def test_inverted_switch_is_detected():
     def tap(h):
         is_inference = tf1.placeholder(tf.bool, [], name="is_inference")
         return tf1.cond(is_inference, lambda: h, lambda: old_dropout(h, 0.25))
@@ -163,7 +163,7 @@ def test_an_inverted_switch():
     assert_equals_stock(program, images(3, 4), {"is_inference:0": True})
 
 
-def test_a_negated_switch():
+def test_negated_switch_is_detected():
     def tap(h):
         is_inference = tf1.placeholder(tf.bool, [], name="is_inference")
         return cond_dropout(h, tf.logical_not(is_inference))
@@ -173,8 +173,8 @@ def test_a_negated_switch():
     assert_equals_stock(program, images(3, 4), {"is_inference:0": True})
 
 
-def test_a_switch_that_is_a_variable():
-    """As TFLearn has it."""
+def test_switch_stored_in_variable_is_detected():
+    """As in TFLearn."""
 
     def tap(h):
         is_training = tf1.get_variable(
@@ -188,7 +188,7 @@ def test_a_switch_that_is_a_variable():
     assert_equals_stock(program, images(3, 4))
 
 
-def test_a_share_that_a_switch_chooses():
+def test_keep_prob_selected_by_switch_is_detected():
     def tap(h):
         is_training = tf1.placeholder(tf.bool, [], name="is_training")
         keep = tf1.cond(is_training, lambda: tf.constant(0.25), lambda: tf.constant(1.0))
@@ -199,7 +199,7 @@ def test_a_share_that_a_switch_chooses():
     assert_equals_stock(program, images(3, 4), {"is_training:0": False})
 
 
-def test_a_switch_and_a_keep_prob():
+def test_switch_and_keep_prob_are_both_detected():
     def tap(h):
         is_training = tf1.placeholder(tf.bool, [], name="is_training")
         p = tf1.placeholder(tf.float32, name="p")
@@ -212,7 +212,7 @@ def test_a_switch_and_a_keep_prob():
     }
 
 
-def test_what_is_fed_wins_over_what_is_found():
+def test_feeds_override_detected_modes():
     program = program_of(lambda h: old_dropout(h, tf1.placeholder(tf.float32, name="p")))
     network = program.network(feeds={"p": 0.25})
     assert network.modes == ()
@@ -222,7 +222,7 @@ def test_what_is_fed_wins_over_what_is_found():
 
 
 @pytest.mark.parametrize("value", [True, False])
-def test_a_switch_that_is_fed_is_the_same_in_training(value):
+def test_fed_switch_is_the_same_in_training(value):
     def tap(h):
         is_training = tf1.placeholder(tf.bool, [], name="is_training")
         return tf1.cond(is_training, lambda: 2.0 * h, lambda: 3.0 * h)
@@ -235,7 +235,7 @@ def test_a_switch_that_is_fed_is_the_same_in_training(value):
     assert_close(layer(x, training=True), expected)
 
 
-def test_inference_is_deterministic_and_training_drops():
+def test_inference_is_deterministic_and_training_uses_dropout():
     def build():
         p = tf1.placeholder(tf.float32, name="p")
         tf.identity(old_dropout(tf.tanh(x_of(200)), p), name="tap")
@@ -248,7 +248,7 @@ def test_inference_is_deterministic_and_training_drops():
     np.testing.assert_allclose(dropped[dropped != 0.0], 2 * np.tanh(x[0, 0]), rtol=1e-6)
 
 
-def test_gradients_of_training_are_dropped_with_the_values():
+def test_training_gradients_use_the_dropout_mask():
     def build():
         p = tf1.placeholder(tf.float32, name="p")
         tf.identity(old_dropout(tf.exp(x_of(50)), p), name="tap")
@@ -290,7 +290,7 @@ def norm_fused(h, is_training):
 
 @pytest.mark.parametrize("inverted", [False, True], ids=["is_training", "is_inference"])
 @pytest.mark.parametrize("norm", [norm_by_hand, norm_fused])
-def test_batch_norm_keeps_what_it_has_learnt_in_training(norm, inverted):
+def test_batch_norm_uses_moving_averages_in_training(norm, inverted):
     def tap(h):
         switch = tf1.placeholder(tf.bool, [], name="switch")
         return norm(h, tf.logical_not(switch) if inverted else switch)
@@ -305,7 +305,7 @@ def test_batch_norm_keeps_what_it_has_learnt_in_training(norm, inverted):
     assert {v.name for v in layer.trainable_variables} == set()
 
 
-def test_dropout_beside_batch_norm_is_on_in_training():
+def test_dropout_beside_batch_norm_is_active_in_training():
     def build():
         switch = tf1.placeholder(tf.bool, [], name="switch")
         h = norm_by_hand(tf.tanh(x_of()), switch)
@@ -317,7 +317,7 @@ def test_dropout_beside_batch_norm_is_on_in_training():
     assert not (layer(x).numpy() == 0.0).any()
 
 
-def test_other_placeholders_are_not_taken_for_modes():
+def test_other_placeholders_are_not_mistaken_for_modes():
     def build():
         h = tf.tanh(x_of()) * tf1.placeholder(tf.float32, name="scale")
         tf.identity(h / tf1.placeholder(tf.float32, name="temperature"), name="tap")
@@ -326,7 +326,7 @@ def test_other_placeholders_are_not_taken_for_modes():
         Program(build).network()
 
 
-def test_the_input_is_no_switch():
+def test_input_is_not_mistaken_for_switch():
     def build():
         x = tf1.placeholder(tf.bool, name="x")
         tf.cast(x, tf.float32, name="tap")

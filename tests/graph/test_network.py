@@ -31,14 +31,14 @@ def test_extract_names_placeholders_without_a_value():
     assert {node.op for node in fed.graph_def.node} == {"Const", "Mul"}
 
 
-def test_extract_refuses_to_feed_what_is_no_placeholder():
+def test_extract_rejects_feeding_other_operations():
     with pytest.raises(ValueError, match="cannot feed 'a': it is a Relu"):
         extract(graph_def_of(branched), "tap", "x", feeds={"a:0": 1.0})
     with pytest.raises(ValueError, match=r"cannot feed \['nobody'\]"):
         extract(graph_def_of(branched), "tap", "x", feeds={"nobody": 1.0})
 
 
-def test_extract_refuses_a_tap_that_does_not_depend_on_the_input():
+def test_extract_rejects_tap_independent_of_input():
     def build():
         tf1.placeholder(tf.float32, [None, 4], name="x")
         tf.add(tf.zeros([2]), 1.0, name="tap")
@@ -47,7 +47,7 @@ def test_extract_refuses_a_tap_that_does_not_depend_on_the_input():
         extract(graph_def_of(build), "tap", "x")
 
 
-def test_cut_parts_the_nodes():
+def test_cut_partitions_the_nodes():
     network = extract(graph_def_of(branched), "tap", "x")
     first, second = cut(network, "a")
     assert [node.name for node in first.graph_def.node] == ["a"]
@@ -55,23 +55,23 @@ def test_cut_parts_the_nodes():
     assert (second.input, second.output) == ("a:0", "tap:0")
 
 
-def test_cut_names_the_branch_that_goes_round_it():
+def test_cut_error_names_the_bypassing_branch():
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         tf.add(tf.nn.relu(x, name="inner"), x, name="tap")
 
     network = extract(graph_def_of(build), "tap", "x")
-    with pytest.raises(ValueError, match="branch goes round it, from 'x:0' through 'tap'"):
+    with pytest.raises(ValueError, match="branch bypasses it, from 'x:0' through 'tap'"):
         cut(network, "inner")
 
 
-def test_cut_refuses_a_tensor_that_is_not_in_between():
+def test_cut_rejects_tensor_outside_of_network():
     network = extract(graph_def_of(branched), "tap", "x")
     with pytest.raises(ValueError, match="'aside:0': it is not between the input and the tap"):
         cut(network, "aside")
 
 
-def test_control_dependencies_do_not_hinder_a_cut():
+def test_cut_ignores_control_dependencies():
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         early = tf.nn.relu(x, name="early")

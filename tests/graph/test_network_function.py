@@ -1,4 +1,4 @@
-"""What a network is given and what it gives, checked; values are those of a stock session."""
+"""Checks of input and output shapes; values equal those of a plain session."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ OPEN = (None, None, None, 3)
 
 
 def flattening(shape, target=(-1, 8 * 8 * 4)):
-    """A convolution, a pooling and a fully connected layer behind a reshape."""
+    """A convolution, pooling, and a fully connected layer after a reshape."""
 
     def build():
         x = tf1.placeholder(tf.float32, shape, name="x")
@@ -40,27 +40,27 @@ def from_x(make, shape=FIXED):
     return Program(lambda: tf.identity(make(tf1.placeholder(tf.float32, shape, name="x")), "tap"))
 
 
-# Twice the size gives four rows an image; half of it gives one row for four images.
+# Twice the size gives four rows per image; half the size gives one row for four images.
 OTHER_SIZES = [(2, 32, 32, 3), (4, 8, 8, 3), (1, 32, 32, 3)]
 
 
 @pytest.mark.parametrize("shape", OTHER_SIZES)
 @pytest.mark.parametrize("stated", [FIXED, OPEN, None], ids=["fixed", "open", "no shape"])
-def test_images_are_neither_split_nor_merged(stated, shape):
+def test_images_of_wrong_size_are_rejected(stated, shape):
     layer = flattening(stated).layer()
     message = "takes .None, 16, 16, 3.: resize" if stated == FIXED else r"\d+ rows for \d+ examples"
     with pytest.raises(ValueError, match=message):
         layer(images(*shape))
-    if shape != (4, 8, 8, 3) or stated == FIXED:  # else four images fit, which make one row
+    if shape != (4, 8, 8, 3) or stated == FIXED:  # else four images are merged to one row
         with pytest.raises(ValueError, match=message):
             layer(keras.Input(shape[1:]))
     x = images(*FIXED[1:])[None]
-    assert layer(x).shape == (1, 5)  # it works after what was refused
+    assert layer(x).shape == (1, 5)  # works after rejected calls
 
 
 @pytest.mark.parametrize("shape", OTHER_SIZES)
 @pytest.mark.parametrize("stated", [FIXED, OPEN], ids=["fixed", "open"])
-def test_sizes_that_are_known_when_it_runs_are_checked_then(stated, shape):
+def test_sizes_unknown_in_tracing_are_checked_at_run_time(stated, shape):
     program = flattening(stated)
     layer = program.layer()
     run = tf.function(lambda x: layer(x), input_signature=[tf.TensorSpec(OPEN)])
@@ -71,7 +71,7 @@ def test_sizes_that_are_known_when_it_runs_are_checked_then(stated, shape):
 
 
 def test_sizes_are_checked_after_calls_with_different_ones():
-    """Retracing relaxes the sizes of the calls before."""
+    """Retracing relaxes the sizes of previous calls."""
     program = flattening(OPEN)
     layer = program.layer()
     for shape in [(2, 16, 16, 3), (3, 16, 16, 3), (2, 8, 32, 3), (2, 32, 8, 3)]:
@@ -92,7 +92,7 @@ def test_fully_convolutional_networks_take_any_size():
 
 
 @pytest.mark.parametrize("program", [flattening(FIXED), flattening(OPEN), flattening(None)])
-def test_an_image_without_a_batch_axis_is_refused_after_a_batch(program):
+def test_image_without_batch_axis_is_rejected_after_a_batch(program):
     """A relaxed signature of an unknown rank aborts the process in oneDNN."""
     layer = program.layer()
     x = images(5, 16, 16, 3)
@@ -103,7 +103,7 @@ def test_an_image_without_a_batch_axis_is_refused_after_a_batch(program):
 
 
 @pytest.mark.parametrize("stated", [FIXED, OPEN], ids=["fixed", "open"])
-def test_a_rank_that_is_known_when_it_runs_is_checked_then(stated):
+def test_rank_unknown_in_tracing_is_checked_at_run_time(stated):
     program = flattening(stated)
     layer = program.layer()
     run = tf.function(lambda x: layer(x), input_signature=[tf.TensorSpec(None)])
@@ -113,7 +113,7 @@ def test_a_rank_that_is_known_when_it_runs_is_checked_then(stated):
         run(x[0])
 
 
-def test_a_rank_that_is_never_known_is_refused():
+def test_unknown_rank_of_input_and_graph_is_rejected():
     layer = flattening(None).layer()
     run = tf.function(lambda x: layer(x), input_signature=[tf.TensorSpec(None)])
     with pytest.raises(ValueError, match="give it a static shape"):
@@ -121,7 +121,7 @@ def test_a_rank_that_is_never_known_is_refused():
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_other_channels_are_refused(channels):
+def test_wrong_number_of_channels_is_rejected(channels):
     with pytest.raises(ValueError, match=rf"{channels}\); the network takes \(None, 16, 16, 3\)"):
         flattening(FIXED).layer()(images(2, 16, 16, channels))
 
@@ -139,7 +139,7 @@ def test_other_channels_are_refused(channels):
     ],
     ids=["first", "two", "half", "tower", "views", "mean", "halves"],
 )
-def test_a_row_for_each_example_or_an_error(make, rows):
+def test_output_without_one_row_per_example_is_rejected(make, rows):
     layer = from_x(make).layer()
     with pytest.raises(ValueError, match=f"gives {rows} rows for 4 examples"):
         layer(images(4, 16, 16, 3))
@@ -148,7 +148,7 @@ def test_a_row_for_each_example_or_an_error(make, rows):
         run(images(4, 16, 16, 3))
 
 
-def test_a_scalar_is_given_as_it_is():
+def test_scalar_output_is_allowed():
     program = from_x(tf.reduce_mean)
     layer = program.layer()
     for number in (2, 5, 3):
@@ -156,14 +156,14 @@ def test_a_scalar_is_given_as_it_is():
         assert_close(layer(x), program.run(x))
 
 
-def test_a_batch_that_is_fixed_is_checked_too():
-    """Four examples at a time, of which two rows come out."""
+def test_rows_of_fixed_batch_are_checked():
+    """Batches of four examples give two rows."""
     program = from_x(lambda x: tf.reshape(x + tf.ones([4, 16, 16, 3]), [2, -1]), (4, 16, 16, 3))
     with pytest.raises(ValueError, match="2 rows for 4 examples"):
         program.layer()(images(4, 16, 16, 3))
 
 
-def test_images_for_a_network_that_takes_vectors():
+def test_images_are_flattened_for_vector_input():
     program = from_x(lambda x: x * 2.0, (None, 48))
     layer = program.layer()
     x = images(3, 4, 4, 3)
@@ -177,7 +177,7 @@ def test_images_for_a_network_that_takes_vectors():
         run(images(1, 8, 8, 3))
 
 
-def test_a_width_that_depends_on_the_batch_is_known():
+def test_width_computed_from_batch_size_is_known():
     def flatten(x):
         return tf.reshape(x, tf.stack([tf.shape(x)[0], -1]))
 
@@ -194,19 +194,19 @@ def test_a_width_that_depends_on_the_batch_is_known():
     [tf.constant, tf.Variable, keras.Variable, lambda x: x.astype("float64"), lambda x: x > 0],
     ids=["tensor", "variable", "keras variable", "float64", "bool"],
 )
-def test_inputs_of_any_kind(convert):
+def test_inputs_of_any_type_are_converted(convert):
     program = flattening(FIXED)
     x = images(2, 16, 16, 3)
     expected = program.run((x > 0).astype("float32") if convert(x).dtype == bool else x)
     assert_close(program.layer()(convert(x)), expected)
 
 
-def test_what_is_no_number_is_refused():
+def test_non_numeric_input_is_rejected():
     with pytest.raises(ValueError, match="type string; expected numbers"):
         flattening(FIXED).layer()(tf.constant([["a"]]))
 
 
-def test_parts_check_what_they_are_given():
+def test_parts_of_split_network_check_their_input():
     layer = flattening(OPEN).layer()
     x = images(2, 16, 16, 3)
     prefix, suffix = layer.split("Relu")

@@ -11,7 +11,7 @@ tf1 = tf.compat.v1
 
 
 def harmful(kind: str, x: tf.Tensor, path: Path) -> tf.Tensor:
-    """A tensor that does what no model should, and passes ``x`` on."""
+    """A tensor with a forbidden side effect that forwards ``x``."""
     if kind == "ReadFile":
         return x + tf.cast(tf.strings.length(tf.io.read_file(str(path / "secret"))), tf.float32)
     if kind == "WriteFile":
@@ -81,7 +81,7 @@ REACHED = ["upstream", "function", "branch", "branch taken", "v1 branch", "v1 br
 
 @pytest.mark.parametrize("where", REACHED)
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_not_arithmetic_is_refused_by_name(kind, where, tmp_path):
+def test_forbidden_ops_are_rejected_by_name(kind, where, tmp_path):
     op = {"DataService": "DatasetToSingleElement"}.get(kind, kind)
     with pytest.raises(ForbiddenOpError, match=rf"{op}\w* \(node "):
         extract(graph_with(kind, tmp_path, where), "tap", "x")
@@ -89,22 +89,22 @@ def test_what_is_not_arithmetic_is_refused_by_name(kind, where, tmp_path):
 
 @pytest.mark.parametrize("where", ["aside", "branch not taken", "v1 branch not taken"])
 @pytest.mark.parametrize("kind", [*KINDS, "WriteFile"])
-def test_what_the_tap_does_not_need_is_left_out(kind, where, tmp_path):
+def test_forbidden_ops_outside_of_tap_are_ignored(kind, where, tmp_path):
     network = extract(graph_with(kind, tmp_path, where), "tap", "x")
     ops = {node.op for node in network.graph_def.node}
     assert ops <= {"Relu", "Mul", "Const", "Identity", "IdentityN"}
 
 
 @pytest.mark.parametrize("where", ["upstream", "aside", "function", "branch", "v1 branch"])
-def test_a_side_effect_that_the_tap_waits_for_does_not_happen(where, tmp_path):
+def test_side_effects_in_control_dependencies_do_not_run(where, tmp_path):
     network = extract(graph_with("WriteFile", tmp_path, where), "tap", "x")
     assert "WriteFile" not in {node.op for node in network.graph_def.node}
     as_function(network)(tf.ones([1, 4]), [], None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_calls_of_functions_that_are_not_the_graphs_own_are_refused(tmp_path):
-    """TensorFlow would look them up among all functions that the process knows."""
+def test_calls_of_functions_outside_of_graph_are_rejected(tmp_path):
+    """TensorFlow would look them up among all functions registered in the process."""
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
@@ -115,8 +115,8 @@ def test_calls_of_functions_that_are_not_the_graphs_own_are_refused(tmp_path):
         extract(inline(graph_def), "tap", "x")
 
 
-def test_a_function_in_an_attribute_is_refused(tmp_path):
-    """TensorFlow would look its name up among all functions that the process knows."""
+def test_function_in_attribute_is_rejected(tmp_path):
+    """TensorFlow would look it up among all functions registered in the process."""
     graph_def = graph_with("Print", tmp_path, "aside")
     node = next(n for n in graph_def.node if n.name == "tap")
     node.attr["f"].func.name = "somebody_elses"
@@ -124,7 +124,7 @@ def test_a_function_in_an_attribute_is_refused(tmp_path):
         extract(graph_def, "tap", "x")
 
 
-def test_an_operation_that_nobody_knows_is_refused(tmp_path):
+def test_unknown_operation_is_rejected(tmp_path):
     graph_def = graph_with("Print", tmp_path, "aside")
     node = next(n for n in graph_def.node if n.name == "tap")
     node.op = "FrobnicateV7"
@@ -132,7 +132,7 @@ def test_an_operation_that_nobody_knows_is_refused(tmp_path):
         extract(graph_def, "tap", "x")
 
 
-def test_all_that_is_allowed_exists():
+def test_all_allowed_ops_exist():
     known = set(dir(tf.raw_ops))
     assert sorted(op for op in policy.ALLOWED_OPS if op not in known) == []
 
@@ -140,12 +140,12 @@ def test_all_that_is_allowed_exists():
 @pytest.mark.parametrize(
     "op", ["ReadFile", "WriteFile", "PyFunc", "EagerPyFunc", "Assign", "AssignVariableOp", "Save"]
 )
-def test_never_allowed(op):
+def test_dangerous_ops_are_not_allowed(op):
     assert op not in policy.ALLOWED_OPS
 
 
 def convolution_with(attribute, values, op="Conv2D"):
-    """A convolution of images, one of whose attributes is replaced."""
+    """A convolution with one replaced attribute."""
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
@@ -197,7 +197,7 @@ def convolution_with(attribute, values, op="Conv2D"):
         ("Split", "num_split", 2**31 - 1),
     ],
 )
-def test_attributes_that_crash_tensorflow_are_refused(op, attribute, values):
+def test_attributes_that_crash_tensorflow_are_rejected(op, attribute, values):
     with pytest.raises(ValueError, match=rf"'call.*' \({op}\) has .*{attribute}.*expected|split"):
         extract(convolution_with(attribute, values, op), "tap", "x")
 

@@ -1,4 +1,4 @@
-"""Programs that once gave a wrong value, a wrong gradient or none, beside a stock session."""
+"""Regression tests: programs that gave wrong values or gradients, compared with a session."""
 
 import numpy as np
 import pytest
@@ -51,7 +51,7 @@ def test_gradients_past_a_branch_that_is_not_taken_are_finite():
     assert_equals_stock(Program(build), np.zeros([3, 4], np.float32))
 
 
-def test_a_then_branch_that_calls_the_else_branch():
+def test_then_branch_may_call_else_branch():
     def build():
         x = x_of()
         tf.identity(tf1.cond(tf.reduce_sum(x) > 0, lambda: 2.0 * x, lambda: 3.0 * x), name="tap")
@@ -70,7 +70,7 @@ def test_a_then_branch_that_calls_the_else_branch():
 
 
 @pytest.mark.timeout(300)
-def test_a_long_chain_of_ands_is_quick():
+def test_long_chain_of_ands_is_fast():
     def build():
         x = x_of()
         known = tf.constant(True)
@@ -88,7 +88,7 @@ def node_of(graph_def, name, op, *inputs, dtype=DT_FLOAT):
 
 
 @pytest.mark.timeout(300)
-def test_products_of_a_long_chain_of_identities_are_quick():
+def test_products_of_long_identity_chain_are_fast():
     """A file of 150 kB."""
     graph_def = tf1.GraphDef()
     node_of(graph_def, "x", "Placeholder")
@@ -100,7 +100,7 @@ def test_products_of_a_long_chain_of_identities_are_quick():
 
 
 @pytest.mark.timeout(300)
-def test_ranking_a_graph_that_goes_in_circles_ends():
+def test_ranking_of_cyclic_graph_terminates():
     def build():
         x = x_of()
         a = tf.reshape(x, tf.shape(x), name="a")
@@ -121,14 +121,14 @@ INPUT_FORMS = {
 
 
 @pytest.mark.parametrize("form", INPUT_FORMS)
-def test_dropout_of_the_input_itself(form):
+def test_dropout_of_input_is_bypassed(form):
     program = Program(lambda: tf.identity(INPUT_FORMS[form](x_of()), name="tap"))
     x = images(3, 4)
     assert_close(program.layer()(x), x)
 
 
-def test_dropout_after_a_cut(tmp_path):
-    """Extracted with the tensor that dropout reads as the input."""
+def test_dropout_directly_after_input_is_bypassed(tmp_path):
+    """Extracted with the input of dropout as the network's input."""
 
     def build():
         h = tf.exp(x_of(), name="h")
@@ -140,7 +140,7 @@ def test_dropout_after_a_cut(tmp_path):
     assert_close(program.layer(network)(x), x)
 
 
-def test_a_scale_that_is_not_that_of_the_mask_stays():
+def test_scale_unrelated_to_mask_is_kept():
     def build():
         h = tf.identity(x_of()) / 255.0
         tf.multiply(h, tf.floor(KEEP + uniform(h)), name="tap")
@@ -160,13 +160,13 @@ WHERES = {
 
 
 @pytest.mark.parametrize("form", WHERES)
-def test_other_ways_to_select(form):
+def test_other_forms_of_select_are_detected_as_dropout(form):
     program = Program(lambda: tf.identity(WHERES[form](tf.tanh(x_of())), name="tap"))
     x = images(3, 4)
     assert_close(program.layer()(x), np.tanh(x))
 
 
-def test_the_zeros_of_dropout_are_no_weights():
+def test_zeros_of_dropout_are_not_weights():
     def build():
         h = tf.matmul(x_of(), w_of(4, 4))
         zeros = tf.constant(0.0, shape=[3, 4])
@@ -176,7 +176,7 @@ def test_the_zeros_of_dropout_are_no_weights():
     assert [v.name for v in Program(build).network().variables] == ["w"]
 
 
-def test_stateless_dropout():
+def test_stateless_dropout_is_bypassed():
     def build():
         h = tf.tanh(x_of())
         tf.identity(tf.nn.experimental.stateless_dropout(h, 0.5, seed=[1, 2]), name="tap")
@@ -185,7 +185,7 @@ def test_stateless_dropout():
     assert_close(Program(build).layer()(x), np.tanh(x))
 
 
-def test_a_share_that_is_a_variable_is_not_trained():
+def test_variable_keep_prob_is_not_trainable():
     def build():
         h = tf.matmul(x_of(), w_of(4, 4))
         keep = tf1.get_variable("keep_prob", initializer=0.5, trainable=False)
@@ -198,7 +198,7 @@ def test_a_share_that_is_a_variable_is_not_trained():
 # modes
 
 
-def test_a_switch_that_is_a_resource_variable():
+def test_switch_stored_in_resource_variable_is_detected():
     def build():
         x = x_of()
         switch = tf1.get_variable("s", initializer=False, trainable=False, use_resource=True)
@@ -209,7 +209,7 @@ def test_a_switch_that_is_a_resource_variable():
 
 
 def test_averages_of_the_moments_are_statistics():
-    """The batch norm of many a program: ``ema.average(batch_mean)`` is chosen in inference."""
+    """Common custom batch norm: ``ema.average(batch_mean)`` is selected at inference."""
 
     def build():
         h = tf.matmul(x_of(), w_of(4, 5))
@@ -235,7 +235,7 @@ def test_averages_of_the_moments_are_statistics():
     assert [v.name for v in network.variables if v.trainable] == ["w"]
 
 
-def test_population_statistics_by_role():
+def test_population_statistics_are_detected_by_use():
     def build():
         h = tf.matmul(x_of(), w_of(4, 5))
         is_training = tf1.placeholder(tf.bool, [], name="is_training")
@@ -261,7 +261,7 @@ def control(build):
 
 @pytest.mark.parametrize("activation", [tf.identity, tf.nn.relu], ids=["bare", "relu"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_whole_norms_in_branches_keep_what_they_have_learnt(fused, activation):
+def test_norms_in_branches_use_moving_averages(fused, activation):
     """``tf.cond(is_training, lambda: batch_norm(x, True), lambda: batch_norm(x, False, reuse))``"""
 
     def norm(h, statistics, training):
@@ -297,7 +297,7 @@ def test_whole_norms_in_branches_keep_what_they_have_learnt(fused, activation):
 
 
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
-def test_weights_of_half_precision_are_weights(dtype):
+def test_half_precision_constants_are_weights(dtype):
     def build():
         x = x_of()
         w = tf.cast(tf.constant(images(4, 3), dtype, name="w"), tf.float32)
@@ -309,7 +309,7 @@ def test_weights_of_half_precision_are_weights(dtype):
 # checkpoints
 
 
-def test_the_average_of_another_variable_is_not_taken(tmp_path):
+def test_moving_average_of_other_variable_is_not_used(tmp_path):
     with tf.Graph().as_default(), tf1.Session() as session, control_flow_v1():
         w = tf1.get_variable("w", initializer=np.full(3, 1.0, np.float32), use_resource=False)
         inner = tf1.get_variable(
@@ -325,7 +325,7 @@ def test_the_average_of_another_variable_is_not_taken(tmp_path):
     assert values["w"].numpy().tolist() == [1.0] * 3
 
 
-def test_an_average_of_another_name(tmp_path):
+def test_moving_average_with_custom_name_is_found(tmp_path):
     tf.raw_ops.SaveV2(
         prefix=str(tmp_path / "m"),
         tensor_names=["w/my_ema"],
@@ -339,7 +339,7 @@ def test_an_average_of_another_name(tmp_path):
 # taps
 
 
-def test_a_summary_is_not_what_a_name_means():
+def test_short_name_does_not_match_summary():
     def build():
         with tf1.variable_scope("net"), tf1.variable_scope("fc7"):
             h = tf.nn.relu(tf.matmul(x_of(), w_of(4, 3)), name="Relu")
@@ -352,7 +352,7 @@ def test_a_summary_is_not_what_a_name_means():
 # shapes
 
 
-def test_batches_that_are_filled_up_drop_different_values():
+def test_padded_batches_use_different_dropout_masks():
     def build():
         x = tf1.placeholder(tf.float32, [7, 50], name="x")
         h = tf.exp(x) + 0.0 * tf.reshape(tf.range(350.0), [7, 50])
@@ -364,7 +364,7 @@ def test_batches_that_are_filled_up_drop_different_values():
     assert (dropped[:7] != dropped[7:]).any()
 
 
-def test_a_saved_model_without_weights_says_which_file_is_missing(tmp_path):
+def test_saved_model_without_weights_names_missing_file(tmp_path):
     import shutil
 
     with tf.Graph().as_default(), tf1.Session() as session:
@@ -377,7 +377,7 @@ def test_a_saved_model_without_weights_says_which_file_is_missing(tmp_path):
         Backbone(load_meta_graph(tmp_path / "saved"), tap="y")
 
 
-def test_weights_that_only_one_mode_needs():
+def test_weights_used_in_one_mode_only_are_kept():
     def build():
         x = x_of()
         switch = tf1.placeholder(tf.bool, [], name="is_training")
@@ -391,8 +391,8 @@ def test_weights_that_only_one_mode_needs():
 
 
 @pytest.mark.timeout(300)
-def test_switches_within_switches_are_refused_quickly():
-    """A file of 700 kB; each node lives in all the branches before it."""
+def test_deeply_nested_switches_are_rejected_quickly():
+    """A file of 700 kB; each node belongs to all previous branches."""
     graph_def = tf1.GraphDef()
     node_of(graph_def, "x", "Placeholder")
     for number in range(8000):

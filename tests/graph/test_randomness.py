@@ -1,4 +1,4 @@
-"""Random numbers that follow from a seed."""
+"""Random numbers determined by a seed."""
 
 import keras
 import numpy as np
@@ -25,23 +25,23 @@ def dropped(x):
     return tf1.nn.dropout(tf.exp(x), rate=tf1.placeholder(tf.float32, name="rate"))
 
 
-def test_the_same_seed_drops_the_same():
+def test_same_seed_gives_same_dropout_mask():
     first, second = (layer_with(dropped)(ROWS, training=True) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
-def test_another_seed_drops_others():
+def test_other_seed_gives_other_dropout_mask():
     first, second = (layer_with(dropped, seed)(ROWS, training=True) for seed in (1, 2))
     assert np.mean(first.numpy() != second.numpy()) > 0.4
 
 
-def test_each_call_drops_others():
+def test_each_call_uses_new_dropout_mask():
     layer = layer_with(dropped)
     first, second = (layer(ROWS, training=True).numpy() for _ in range(2))
     assert np.mean(first != second) > 0.4
 
 
-def test_a_sequence_of_calls_can_be_repeated():
+def test_sequence_of_calls_is_reproducible():
     runs = []
     for _ in range(2):
         layer = layer_with(dropped)
@@ -49,7 +49,7 @@ def test_a_sequence_of_calls_can_be_repeated():
     np.testing.assert_array_equal(*runs)
 
 
-def test_two_nodes_draw_different_numbers():
+def test_nodes_generate_different_numbers():
     def noise(x):
         shape = tf.shape(x)
         return tf1.random_uniform(shape) - tf1.random_uniform(shape) + x
@@ -74,7 +74,7 @@ NOISE = {
 
 
 @pytest.mark.parametrize("kind", NOISE)
-def test_numbers_have_the_distribution_that_the_program_asks_for(kind):
+def test_random_numbers_have_distribution_of_program(kind):
     draw, mean, deviation = NOISE[kind]
     found = layer_with(lambda x: x + draw(tf.shape(x)))(ROWS).numpy()
     assert found.mean() == pytest.approx(mean, abs=0.05 * deviation)
@@ -89,6 +89,6 @@ def test_a_graph_without_random_numbers_takes_no_seed():
     assert randomness.seeded(nodes) == nodes
 
 
-def test_only_training_takes_a_seed_where_only_training_drops():
+def test_seed_is_used_in_training_only_if_dropout_is():
     network = Program(lambda: tf.identity(dropped(x_of()), name="tap")).network()
     assert [is_seeded(graph_def) for graph_def in network.graphs] == [False, True]

@@ -1,4 +1,4 @@
-"""Batch sizes that are baked in: opened where that is exact, filled up to where it is not."""
+"""Fixed batch sizes are removed where that is exact, otherwise batches are padded."""
 
 import keras
 import numpy as np
@@ -27,7 +27,7 @@ def with_reshapes():
     tf.nn.max_pool2d(h, 2, 1, "SAME", name="tap")
 
 
-def test_reshapes_that_keep_the_batch_are_opened():
+def test_fixed_batch_size_in_reshapes_is_removed():
     program = Program(with_reshapes)
     network = free_batch(program.network())
     assert network.batch_size is None
@@ -39,7 +39,7 @@ def test_reshapes_that_keep_the_batch_are_opened():
     assert_close(layer(np.concatenate([x, x])), np.concatenate([expected, expected]))
 
 
-def test_gradients_of_an_opened_network_are_those_of_the_program():
+def test_gradients_without_fixed_batch_equal_those_of_program():
     program = Program(with_reshapes)
     network = free_batch(program.network())
     layer, x = program.layer(network), tf.constant(images(BATCH, 4, 4, 2))
@@ -53,7 +53,7 @@ def test_gradients_of_an_opened_network_are_those_of_the_program():
         assert_close(our, their)
 
 
-def test_a_placeholder_that_states_a_batch_is_enough():
+def test_fixed_batch_size_of_placeholder_is_removed():
     def build():
         x = tf1.placeholder(tf.float32, [BATCH, 4], name="x")
         tf.matmul(x, tf1.get_variable("w", [4, 3]), name="tap")
@@ -65,7 +65,7 @@ def test_a_placeholder_that_states_a_batch_is_enough():
     assert_close(program.layer(network)(x[:2]), program.run(x)[:2])
 
 
-def test_a_batch_that_only_a_reshape_states():
+def test_batch_size_fixed_only_in_reshape_is_removed():
     def build():
         x = tf1.placeholder(tf.float32, [None, 4, 4], name="x")
         h = tf.reshape(x, [BATCH, 16])
@@ -77,7 +77,7 @@ def test_a_batch_that_only_a_reshape_states():
     assert_close(program.layer()(x[:2]), program.run(x)[:2])
 
 
-def test_dropout_masks_of_one_batch_are_opened():
+def test_fixed_batch_size_of_dropout_masks_is_removed():
     def build():
         x = tf1.placeholder(tf.float32, [BATCH, 50], name="x")
         tf.identity(old_dropout(tf.exp(x), tf1.placeholder(tf.float32, name="p")), name="tap")
@@ -92,7 +92,7 @@ def test_dropout_masks_of_one_batch_are_opened():
     assert not (dropped[:BATCH] == dropped[BATCH : 2 * BATCH]).all()
 
 
-def test_a_mean_over_the_batch_is_left_as_it_is():
+def test_mean_over_batch_is_unchanged():
     def build():
         x = tf1.placeholder(tf.float32, [BATCH, 4], name="x")
         tf.reduce_mean(tf.reshape(x, [BATCH, 2, 2]), name="tap")
@@ -104,7 +104,7 @@ def test_a_mean_over_the_batch_is_left_as_it_is():
     assert_close(program.layer(network)(x), program.run(x))
 
 
-def test_a_network_that_takes_any_batch_stays_what_it_is():
+def test_network_without_fixed_batch_is_unchanged():
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         tf.reshape(tf.matmul(x, tf1.get_variable("w", [4, 6])), [-1, 2, 3], name="tap")
@@ -113,7 +113,7 @@ def test_a_network_that_takes_any_batch_stays_what_it_is():
     assert free_batch(network) is network
 
 
-def test_the_given_network_is_not_changed():
+def test_free_batch_does_not_modify_network():
     network = Program(with_reshapes).network()
     before = network.graph_def.SerializeToString(deterministic=True)
     assert free_batch(network) is not network
@@ -127,11 +127,11 @@ def with_added_constant():
     tf.tanh(h + 0.01 * places, name="tap")
 
 
-def test_a_batch_that_cannot_be_opened_is_stated():
+def test_required_batch_size_is_recorded():
     assert free_batch(Program(with_added_constant).network()).batch_size == BATCH
 
 
-def test_shapes_are_those_that_tensorflow_infers():
+def test_inferred_shapes_equal_those_of_tensorflow():
     def build():
         x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
         h = tf.nn.conv2d(x, tf1.get_variable("kernel", [3, 3, 3, 5]), 2, "SAME", name="conv")
@@ -144,7 +144,7 @@ def test_shapes_are_those_that_tensorflow_infers():
     assert found["kernel:0"] == (3, 3, 3, 5)
 
 
-def test_a_graph_that_asks_for_too_much_memory_is_refused():
+def test_graph_with_huge_tensors_is_rejected():
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         tf.add(x[0, 0], tf.fill([2**20, 2**20], 1.0), name="tap")
@@ -153,7 +153,7 @@ def test_a_graph_that_asks_for_too_much_memory_is_refused():
         infer(Program(build).network())
 
 
-def test_shapes_that_do_not_fit_are_refused():
+def test_invalid_shapes_are_rejected():
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         tf.matmul(x, tf1.get_variable("w", [4, 3]), name="tap")
@@ -166,7 +166,7 @@ def test_shapes_that_do_not_fit_are_refused():
         free_batch(network)
 
 
-def test_a_shape_that_is_not_known_is_none():
+def test_unknown_shape_is_none():
     def build():
         x = tf1.placeholder(tf.float32, name="x")
         tf.nn.relu(x, name="tap")
@@ -177,7 +177,7 @@ def test_a_shape_that_is_not_known_is_none():
 
 
 @pytest.mark.parametrize("count", [1, BATCH, 10])
-def test_batches_are_filled_up(count):
+def test_incomplete_batches_are_padded(count):
     program = Program(with_added_constant)
     layer = program.layer()
     x = images(count, 4)
@@ -189,7 +189,7 @@ def test_batches_are_filled_up(count):
 
 
 @pytest.mark.parametrize("count", [1, BATCH, 10])
-def test_gradients_of_batches_that_are_filled_up(count):
+def test_gradients_of_padded_batches(count):
     program = Program(with_added_constant)
     layer = program.layer()
     x = tf.constant(images(count, 4))
@@ -213,7 +213,7 @@ def test_gradients_of_batches_that_are_filled_up(count):
         assert_close(our, their, name)
 
 
-def test_a_backbone_with_a_batch_size_is_saved_and_loaded(tmp_path):
+def test_backbone_with_batch_size_round_trips(tmp_path):
     graph = tf.Graph()
     with graph.as_default():
         with_added_constant()
@@ -227,5 +227,5 @@ def test_a_backbone_with_a_batch_size_is_saved_and_loaded(tmp_path):
     assert loaded.layers[0].network.batch_size == BATCH
 
 
-def test_no_images_give_no_features():
+def test_empty_batch_gives_empty_features():
     assert Program(with_added_constant).layer()(np.zeros([0, 4], np.float32)).shape == (0, 3)

@@ -1,4 +1,4 @@
-"""Tensors by short names, and those that are worth tapping."""
+"""Short names of tensors, and ranking of taps."""
 
 import json
 
@@ -16,7 +16,7 @@ tf1 = tf.compat.v1
 
 
 def dense(x, width, *, relu=True):
-    """As tf.layers and slim name it."""
+    """With the names of tf.layers and slim."""
     weights = tf1.get_variable("weights", [x.shape[-1], width], use_resource=False)
     biases = tf1.get_variable("biases", [width], use_resource=False)
     x = tf.nn.bias_add(tf.matmul(x, weights), biases, name="BiasAdd")
@@ -62,12 +62,12 @@ def find(build, name):
         ("vgg_16_prob", "vgg_16_prob:0"),
     ],
 )
-def test_a_short_name_means_what_a_scope_gives(name, expected):
+def test_short_name_is_output_of_scope(name, expected):
     assert find(slim, name) == [expected]
 
 
-def test_a_name_within_its_own_scope():
-    """As tf.layers.dense(name="fc7") with an activation of the same name writes it."""
+def test_short_name_repeated_within_its_scope():
+    """As built by tf.layers.dense(name="fc7") with an activation of the same name."""
 
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
@@ -78,7 +78,7 @@ def test_a_name_within_its_own_scope():
     assert find(build, "fc7") == ["fc7/fc7:0"]
 
 
-def test_an_operation_of_that_name_comes_first():
+def test_operation_name_takes_precedence_over_scope():
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         with tf1.variable_scope("fc7"):
@@ -88,8 +88,8 @@ def test_an_operation_of_that_name_comes_first():
     assert find(build, "fc7") == ["fc7:0"]
 
 
-def test_a_scope_that_was_opened_again():
-    """TensorFlow numbers it: the variables have the name, the operations have another."""
+def test_short_name_matches_reopened_scope():
+    """TensorFlow numbers the scope of the operations, but not that of the variables."""
 
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
@@ -112,11 +112,11 @@ def test_two_copies_of_a_network_are_both_found():
     assert find(build, "vgg_19/fc7") == ["vgg_19/fc7/Relu:0"]
 
 
-def test_part_of_a_name_is_no_name():
+def test_partial_path_component_does_not_match():
     assert find(slim, "fc") == find(slim, "c7") == find(slim, "gg_16/fc7") == []
 
 
-def test_gradients_savers_and_summaries_are_not_found():
+def test_gradients_savers_and_summaries_do_not_match():
     def build():
         prob = slim()
         loss = -tf.reduce_mean(tf.math.log(prob))
@@ -128,7 +128,7 @@ def test_gradients_savers_and_summaries_are_not_found():
     assert find(build, "conv4") == ["vgg_16/conv4/Relu:0"]
 
 
-def test_what_dropout_reads_is_what_a_layer_gives():
+def test_input_of_dropout_is_output_of_layer():
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         with tf1.variable_scope("fc7"):
@@ -169,12 +169,12 @@ def test_split_takes_short_names(slim_model, at):
     np.testing.assert_array_equal(suffix(prefix(x)), backbone(x))
 
 
-def test_a_miss_suggests_what_is_near(slim_model):
+def test_unknown_name_suggests_similar_names(slim_model):
     with pytest.raises(ValueError, match="no tensor 'vgg_16/fc77/Relu'; did you mean vgg_16/fc7/"):
         slim_model.tensor("vgg_16/fc77/Relu")
 
 
-def test_copies_are_listed(tmp_path):
+def test_ambiguous_copies_are_listed(tmp_path):
     def build():
         x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="images")
         slim("one", x=x)
@@ -194,7 +194,7 @@ def rank(build, covered=lambda names: True, **options):
     return taps.rank(graph_def_of(build).node, covered, **options)
 
 
-def test_the_best_tap_is_what_the_last_layer_reads():
+def test_best_tap_is_input_of_last_layer():
     first, second, *_ = rank(slim)
     assert first.tensor == "vgg_16/fc7/Relu:0"
     assert first.shape == (None, 5)
@@ -202,12 +202,12 @@ def test_the_best_tap_is_what_the_last_layer_reads():
     assert second.tensor == "vgg_16/fc6/Relu:0"
 
 
-def test_the_input_comes_last():
+def test_input_ranks_last():
     assert rank(slim)[-1].tensor == "images:0"
     assert "the input itself" in rank(slim)[-1].why
 
 
-def test_what_the_checkpoint_has_comes_first():
+def test_taps_covered_by_checkpoint_rank_first():
     def build():
         x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="images")
         slim("one", x=x)
@@ -217,7 +217,7 @@ def test_what_the_checkpoint_has_comes_first():
     assert best.tensor == "one/fc7/Relu:0"
 
 
-def test_what_leads_to_a_result_comes_first():
+def test_taps_leading_to_outputs_rank_first():
     def build():
         prob = slim()
         h = prob.graph.get_tensor_by_name("vgg_16/fc6/Relu:0")
@@ -229,7 +229,7 @@ def test_what_leads_to_a_result_comes_first():
     assert rank(build)[0].tensor == "vgg_16/fc7/Relu:0"
 
 
-def test_a_copy_for_training_comes_after_the_one_for_inference():
+def test_training_copy_ranks_after_inference_copy():
     def build():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         for scope, rate in (("eval", 0.0), ("train", 0.5)):
@@ -242,7 +242,7 @@ def test_a_copy_for_training_comes_after_the_one_for_inference():
     assert rank(build)[0].tensor == "eval/tap:0"
 
 
-def test_no_more_than_are_asked_for():
+def test_number_of_taps_is_limited():
     assert len(rank(slim, limit=2)) == 2
 
 
@@ -251,7 +251,7 @@ def test_a_graph_without_layers_has_no_taps():
 
 
 @pytest.mark.slow
-def test_taps_of_meta_graphs_from_the_wild(shared_wild):
+def test_best_taps_of_third_party_meta_graphs(shared_wild):
     cases = json.loads((shared_wild / "cases.json").read_text())
     wrong = []
     for case in cases:
@@ -268,7 +268,7 @@ def test_taps_of_meta_graphs_from_the_wild(shared_wild):
 
 
 def covered_by(graph):
-    """The variables that the checkpoint's index has; all where there is none."""
+    """The variables in the checkpoint's index; all if there is no index."""
     variables = [graph_variable(n) for n in graph.nodes.values() if n.op in VARIABLES]
     try:
         source = Checkpoint(graph.checkpoint_prefix or graph.prefix, index_only=True)

@@ -1,4 +1,4 @@
-"""Graphs that hide shapes: guarded, and tried in a child process, and never the end of this one."""
+"""Graphs with hidden shapes are guarded and tried in a child process, without crashing this one."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ IMAGES = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
 
 
 def hide(x, values):
-    """An int32 constant that shape inference does not know."""
+    """An int32 constant that is unknown to shape inference."""
     return tf.constant(values) + tf.cast(tf.minimum(tf.reduce_sum(tf.abs(x)), 0.0), tf.int32)
 
 
@@ -43,7 +43,7 @@ def layer_of(build, shape=(None, 8, 8, 3)):
 
 @pytest.fixture
 def children(monkeypatch):
-    """Calls that were tried; the child process lives."""
+    """Records the calls tried in a child process, which always succeeds."""
     tried = []
     monkeypatch.setattr(trials, "_tried", {})
     monkeypatch.setattr(trials, "run_child", lambda call: tried.append(call) or "")
@@ -75,14 +75,14 @@ CRASHING = {
 
 
 @pytest.mark.parametrize("case", CRASHING)
-def test_hidden_shapes_that_do_not_fit_are_errors(case, children):
+def test_invalid_hidden_shapes_raise(case, children):
     layer = layer_of(CRASHING[case])
     with pytest.raises(tf.errors.InvalidArgumentError, match="guard_"):
         layer(IMAGES)
     assert len(children) == 1
 
 
-def test_hidden_shapes_that_fit_change_neither_values_nor_gradients(children):
+def test_valid_hidden_shapes_keep_values_and_gradients(children):
     def pooled(hidden):
         def build(x):
             x = of_hidden_rank(x, x, [2, 8, 8, 3]) if hidden else x
@@ -112,7 +112,7 @@ def test_known_shapes_need_no_child_and_no_guards(children):
 
 
 def test_images_of_any_size_are_guarded_without_a_child(children):
-    """A window may be larger than the image; the image's size is the only one that is not known."""
+    """A window may be larger than the image, whose size is the only unknown."""
     any_size = (None, None, None, 3)
     layer = layer_of(lambda x: tf.nn.max_pool2d(x, 5, 1, "VALID"), any_size)
     call = tf.function(layer, input_signature=[tf.TensorSpec(any_size)])
@@ -123,7 +123,7 @@ def test_images_of_any_size_are_guarded_without_a_child(children):
 
 
 @pytest.mark.parametrize("hidden", [False, True])
-def test_tensors_that_fill_the_memory_together_are_refused(hidden, children):
+def test_tensors_that_exhaust_memory_together_are_rejected(hidden, children):
     def build(x):
         size = hide(x, [2**26]) if hidden else [2**26]
         fills = [tf.fill(size, tf.reduce_sum(x) + i) for i in range(5)]
@@ -138,7 +138,7 @@ def test_tensors_that_fill_the_memory_together_are_refused(hidden, children):
 
 
 def network_of_known_crash(monkeypatch):
-    """A graph that ends its process, as if there were no guards."""
+    """A graph that crashes its process, without guards."""
     monkeypatch.setattr(trials, "_tried", {})
     monkeypatch.setattr(trials, "with_guards", lambda graph_def, shapes: graph_def)
     return layer_of(CRASHING["rank of a convolution"])
@@ -146,7 +146,7 @@ def network_of_known_crash(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "1", reason="crashes oneDNN")
-def test_the_death_of_the_child_is_an_error_with_its_signal(monkeypatch, tmp_path):
+def test_crash_of_child_is_error_with_its_signal(monkeypatch, tmp_path):
     (tmp_path / "transfer.py").write_text("raise SystemExit('not this one')")
     monkeypatch.chdir(tmp_path)
     layer = network_of_known_crash(monkeypatch)
@@ -156,7 +156,7 @@ def test_the_death_of_the_child_is_an_error_with_its_signal(monkeypatch, tmp_pat
         monkeypatch.setattr(trials, "run_child", lambda call: pytest.fail("tried again"))
 
 
-def test_signals_and_timeouts_are_told_apart(monkeypatch):
+def test_signals_and_timeouts_are_distinguished(monkeypatch):
     call = trials.Call(GraphDef(), "x:0", (), (), ())
     programs = {
         "died with SIGSEGV": f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})",

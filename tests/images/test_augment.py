@@ -6,13 +6,13 @@ from transfer.images.augment import random_view, random_views
 IMAGE = np.arange(16 * 24 * 3, dtype=np.float32).reshape(16, 24, 3)
 
 
-def test_the_same_seed_gives_the_same_view_and_another_another():
+def test_view_is_determined_by_seed():
     views = [random_view(IMAGE, tf.constant(seed)).numpy() for seed in ([1, 2], [1, 2], [1, 3])]
     np.testing.assert_array_equal(views[0], views[1])
     assert (views[0] != views[2]).any()
 
 
-def test_views_are_shifted_by_an_eighth_at_most_and_half_are_flipped():
+def test_views_shift_by_at_most_an_eighth_and_half_are_flipped():
     padded = np.pad(IMAGE, [(2, 2), (2, 2), (0, 0)], "symmetric")
     windows = [padded[y : y + 16, x : x + 24] for y in range(5) for x in range(5)]
     flips, shifts = 0, set()
@@ -27,7 +27,7 @@ def test_views_are_shifted_by_an_eighth_at_most_and_half_are_flipped():
     assert len(shifts) > 15
 
 
-def test_each_image_of_a_batch_has_a_view_of_its_own():
+def test_images_of_a_batch_have_independent_views():
     views = random_views(np.stack([IMAGE] * 20), tf.constant([0, 1])).numpy()
     assert len(np.unique(views, axis=0)) > 10
     np.testing.assert_array_equal(views[0], random_view(IMAGE, tf.constant([0, 1])))

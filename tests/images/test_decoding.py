@@ -1,4 +1,4 @@
-"""Files of all kinds, compared with Pillow's and TensorFlow's own readings."""
+"""Decoding of all formats compared with Pillow and TensorFlow."""
 
 import io
 import struct
@@ -31,7 +31,7 @@ def exif(code):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "JPEG"])
-def test_what_training_reads_is_read_alike(kind):
+def test_tensorflow_formats_equal_decode_image(kind):
     data = encoded(Image.fromarray(PIXELS), kind)
     expected = tf.io.decode_image(data, channels=3, expand_animations=False)
     np.testing.assert_array_equal(read_image(data), expected)
@@ -40,7 +40,7 @@ def test_what_training_reads_is_read_alike(kind):
 @pytest.mark.parametrize(
     "kind, mode", [("PNG", "RGB"), ("TIFF", "RGB"), ("TIFF", "F"), ("PPM", "L")]
 )
-def test_tensors_are_as_arrays_and_outlive_them(kind, mode):
+def test_tensors_equal_arrays_and_own_their_memory(kind, mode):
     data = encoded(Image.fromarray(PIXELS).convert(mode), kind)
     tensors = [read_tensor(data) for _ in range(20)]
     assert tensors[0].dtype == tf.uint8
@@ -49,8 +49,8 @@ def test_tensors_are_as_arrays_and_outlive_them(kind, mode):
         np.testing.assert_array_equal(tf.reverse(tensor, [0])[::-1], read_image(data))
 
 
-def test_a_bmp_with_a_palette_has_its_colours():
-    """TensorFlow alone gives the numbers of the colours."""
+def test_palette_of_bmp_is_applied():
+    """TensorFlow alone returns palette indices."""
     image = Image.fromarray(SMOOTH).convert("P", palette=Image.Palette.ADAPTIVE, colors=60)
     data = encoded(image, "BMP")
     np.testing.assert_array_equal(decode(data), np.asarray(image.convert("RGB")))
@@ -60,7 +60,7 @@ def test_a_bmp_with_a_palette_has_its_colours():
 
 
 @pytest.mark.parametrize("kind, mode", [("JPEG", "CMYK"), ("PNG", "I;16"), ("MPO", "RGB")])
-def test_what_both_read_is_read_as_in_training(kind, mode):
+def test_read_image_equals_decode_for_special_jpeg_and_png(kind, mode):
     gray = mode == "I;16"
     image = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257) if gray else None
     image = image or Image.fromarray(SLOPE).convert(mode)
@@ -70,14 +70,14 @@ def test_what_both_read_is_read_as_in_training(kind, mode):
 
 
 @pytest.mark.parametrize("kind, options", [("WEBP", {"lossless": True}), ("TIFF", {})])
-def test_what_tensorflow_does_not_read(kind, options):
+def test_other_formats_are_read_by_pillow(kind, options):
     np.testing.assert_array_equal(
         read_image(encoded(Image.fromarray(PIXELS), kind, **options)), PIXELS
     )
 
 
 @pytest.mark.parametrize("code", range(1, 9))
-def test_orientation_of_a_tiff(code):
+def test_tiff_orientation_is_applied(code):
     data = encoded(Image.fromarray(SLOPE), "TIFF", exif=exif(code))
     with Image.open(io.BytesIO(data)) as tagged:
         upright = np.asarray(ImageOps.exif_transpose(tagged))
@@ -85,7 +85,7 @@ def test_orientation_of_a_tiff(code):
     np.testing.assert_array_equal(oriented(SLOPE, code), upright)
 
 
-def test_images_are_upright_in_a_graph_too():
+def test_orientation_is_applied_in_graph():
     data = [encoded(Image.fromarray(SMOOTH), "JPEG", exif=exif(code)) for code in (1, 6)]
     shapes = tf.data.Dataset.from_tensor_slices(data).map(decode).map(tf.shape)
     assert [shape.tolist() for shape in shapes.as_numpy_iterator()] == [[12, 17, 3], [17, 12, 3]]
@@ -100,11 +100,11 @@ def test_images_are_upright_in_a_graph_too():
     b"\xff\xd8\xff\xe1\0\x20Exif\0\0MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\x09",
     bytes(4090) + b"\xff\xe1\0\x20Exif\0\0",
 ])  # fmt: skip
-def test_exif_that_says_nothing(data):
+def test_missing_or_damaged_exif_means_upright(data):
     assert orientation(data) == 1
 
 
-def test_gray_and_alpha():
+def test_gray_is_repeated_and_alpha_dropped():
     gray = PIXELS[..., 0]
     expected = np.repeat(gray[..., None], 3, -1)
     for image in (Image.fromarray(gray), Image.fromarray(gray).convert("LA")):
@@ -114,7 +114,7 @@ def test_gray_and_alpha():
         np.testing.assert_array_equal(read_image(encoded(alpha, kind)), PIXELS)
 
 
-def test_sixteen_bits_become_eight():
+def test_16_bit_images_are_reduced_to_8_bits():
     gray = SMOOTH[..., 0].astype(np.uint16) * 257
     for kind in ("PNG", "TIFF"):
         found = read_image(encoded(Image.fromarray(gray), kind))
@@ -123,13 +123,13 @@ def test_sixteen_bits_become_eight():
     assert np.abs(read_image(encoded(floats, "TIFF")).astype(int) - SMOOTH).max() <= 1
 
 
-def test_cmyk():
+def test_cmyk_is_converted_to_rgb():
     image = Image.fromarray(np.array(SMOOTH)).convert("CMYK")
     found = read_image(encoded(image, "JPEG", quality=100))
     assert np.abs(found.astype(int) - SMOOTH).max() < 12
 
 
-def test_a_palette_and_an_animation():
+def test_palette_is_applied_and_first_frame_of_animation_is_used():
     image = Image.fromarray(PIXELS).quantize(64)
     expected = np.asarray(image.convert("RGB"))
     np.testing.assert_array_equal(read_image(encoded(image, "PNG")), expected)
@@ -140,7 +140,7 @@ def test_a_palette_and_an_animation():
 
 BROKEN = {
     "empty": (b"", "it is empty"),
-    "text": (b"hello, world", "it is no image: it begins with b'hello"),
+    "text": (b"hello, world", "it is not an image: it begins with b'hello"),
     "half a JPEG": (encoded(Image.fromarray(PIXELS), "JPEG")[:300], "cannot be decoded"),
     "half a PNG": (encoded(Image.fromarray(PIXELS), "PNG")[:300], "cannot be decoded"),
     "half a TIFF": (encoded(Image.fromarray(PIXELS), "TIFF")[:300], "decoded|no image"),
@@ -150,13 +150,13 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("data, message", BROKEN.values(), ids=BROKEN)
-def test_what_is_broken_is_said(data, message):
+def test_damaged_files_raise_with_reason(data, message):
     with pytest.raises(ValueError, match=message):
         read_image(data)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"])
-def test_a_bomb_is_not_unpacked(monkeypatch, kind):
+def test_decompression_bomb_is_rejected(monkeypatch, kind):
     """Eagerly and in a pipeline."""
     monkeypatch.setattr("transfer.images.decoding.MAX_PIXELS", 100)
     data = encoded(Image.fromarray(PIXELS), kind)
@@ -167,12 +167,12 @@ def test_a_bomb_is_not_unpacked(monkeypatch, kind):
 
 
 def kinds_of_bmp():
-    """Name to the bytes of a BMP that TensorFlow alone would read as another picture, or not."""
+    """Name to the bytes of a BMP that TensorFlow decodes wrongly or not at all."""
     rgb = Image.fromarray(PIXELS)
     out = {"1 bit": encoded(rgb.convert("1"), "BMP")}
     rows = PIXELS[::-1].astype(np.uint32)
     header = struct.pack("<IiiHHIIiiII", 40, 17, 12, 1, 32, 3, 0, 0, 0, 0, 0)
-    masks = struct.pack("<III", 0xFF000000, 0xFF0000, 0xFF00)  # the byte without a colour first
+    masks = struct.pack("<III", 0xFF000000, 0xFF0000, 0xFF00)  # the padding byte first
     pixels = (rows[..., 0] << 24 | rows[..., 1] << 16 | rows[..., 2] << 8).tobytes()
     start = 14 + len(header) + len(masks)
     head = b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start)
@@ -181,7 +181,7 @@ def kinds_of_bmp():
 
 
 @pytest.mark.parametrize("name", kinds_of_bmp())
-def test_a_bmp_that_tensorflow_does_not_know_is_read_as_by_pillow(name):
+def test_bmp_unsupported_by_tensorflow_is_read_by_pillow(name):
     data = kinds_of_bmp()[name]
     with Image.open(io.BytesIO(data)) as image:
         expected = np.asarray(image.convert("RGB"))
@@ -192,21 +192,21 @@ def test_a_bmp_that_tensorflow_does_not_know_is_read_as_by_pillow(name):
 
 
 @pytest.mark.parametrize("kind", sorted({"WEBP", "TIFF", "AVIF", "JPEG2000", "PPM", "TGA", "QOI"}))
-def test_a_pipeline_decodes_what_a_program_does(kind):
+def test_decode_in_dataset_equals_read_image(kind):
     data = encoded(Image.fromarray(SLOPE), kind)
     (found,) = tf.data.Dataset.from_tensors(data).map(decode, num_parallel_calls=2)
     np.testing.assert_array_equal(found, read_image(data))
     assert np.abs(np.asarray(found).astype(int) - SLOPE).max() <= 30
 
 
-def test_a_postscript_file_is_not_run():
+def test_postscript_is_not_executed():
     data = encoded(Image.fromarray(PIXELS), "EPS")
-    with pytest.raises(ValueError, match="it is no image"):
+    with pytest.raises(ValueError, match="it is not an image"):
         read_image(data)
     assert not suffixes() & {".eps", ".ps", ".pdf", ".wmf", ".mpg"}
 
 
-def test_heic_says_what_to_install():
+def test_heic_error_names_package_to_install():
     if ".heic" in suffixes():
         pytest.skip("pillow-heif is installed")
     with pytest.raises(ValueError, match=r"it is HEIC, which needs .* 'vgg-transfer\[heif\]'"):

@@ -1,4 +1,4 @@
-"""Which files of a folder are images, which are passed over, and what is said of them."""
+"""Which files of a folder are used as images, which are skipped, and how this is reported."""
 
 import json
 import os
@@ -24,7 +24,7 @@ needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named 
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Two classes with images of many kinds, other files, and what systems leave behind."""
+    """Two classes with images of many formats, other files, and files of operating systems."""
     root = make_image_folder(tmp_path / "photos")
     for name, color in (("blue", (0, 0, 200)), ("red", (200, 0, 0))):
         image = Image.new("RGB", (20, 24), color)
@@ -40,7 +40,7 @@ def mixed(tmp_path):
 
 
 @needs_no_heif
-def test_all_kinds_are_used_and_the_rest_is_counted(mixed):
+def test_all_formats_are_used_and_skipped_files_counted(mixed):
     source = open_source(image_folder=str(mixed))
     split = source.split("train")
     assert len(split) == 24 + 12
@@ -50,7 +50,7 @@ def test_all_kinds_are_used_and_the_rest_is_counted(mixed):
     is_red = pixels[..., 0].mean((1, 2)) > pixels[..., 2].mean((1, 2))
     np.testing.assert_array_equal(is_red, labels == source.class_names.index("red"))
     assert source.passed_over.describe() == [
-        f"8 of 44 files passed over: 5 .heic ({HEIC}), 2 .svg (not a kind of image that is read), "
+        f"8 of 44 files passed over: 5 .heic ({HEIC}), 2 .svg (not a supported image format), "
         "1 .jpg (outside the class folders)",
         "1 class has no readable images: green",
     ]
@@ -58,7 +58,7 @@ def test_all_kinds_are_used_and_the_rest_is_counted(mixed):
 
 @pytest.mark.slow
 @needs_no_heif
-def test_every_verb_says_what_is_passed_over(tmp_path, model, mixed, capsys):
+def test_every_command_reports_skipped_files(tmp_path, model, mixed, capsys):
     expected = "8 of 44 files passed over: 5 .heic"
     out = tmp_path / "run"
     assert finetune(out, model, mixed) == 0
@@ -74,12 +74,12 @@ def test_every_verb_says_what_is_passed_over(tmp_path, model, mixed, capsys):
     assert sorted(found["passed_over"])[-1] == "red/c.svg"
     assert main(["predict", str(out), str(mixed), "--top-k", "1"]) == 0
     printed, err = capsys.readouterr()
-    assert len(printed.splitlines()) == 37  # with the one that is in no class
+    assert len(printed.splitlines()) == 37  # including the one outside of classes
     assert "warning: 7 of 44 files passed over: 5 .heic" in err
 
 
 @needs_no_heif
-def test_too_few_classes_say_what_was_skipped(mixed):
+def test_error_on_too_few_classes_lists_skipped_files(mixed):
     for path in (mixed / "blue").iterdir():
         if path.suffix.lower() in suffixes():
             path.unlink()
@@ -104,7 +104,7 @@ def test_folders_beside_the_splits_are_counted(tmp_path):
     assert "4 .jpg (outside the split folders), 2 .png (outside the split folders)" in line
 
 
-def test_links_are_said(image_folder):
+def test_skipped_links_are_reported(image_folder):
     (image_folder / "red" / "gone.jpg").symlink_to(image_folder / "nowhere.jpg")
     (image_folder / "red" / "round").symlink_to(image_folder)
     source = open_source(image_folder=str(image_folder))
@@ -118,7 +118,7 @@ def test_links_are_said(image_folder):
 
 @needs_pipes
 @pytest.mark.parametrize("kind", ["a named pipe", "a device"])
-def test_what_may_never_end_is_an_unreadable_image(tmp_path, model, image_folder, kind, capsys):
+def test_pipe_or_device_is_an_unreadable_image(tmp_path, model, image_folder, kind, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder) == 0
     path = image_folder / "red" / "endless.png"
@@ -135,7 +135,7 @@ def test_what_may_never_end_is_an_unreadable_image(tmp_path, model, image_folder
     check = ["check-data", "--image-folder", str(image_folder), "--model", "none", "--json"]
     main(check)
     assert json.loads(capsys.readouterr().out)["unreadable"] == ["red/endless.png"]
-    assert main(["evaluate", str(out)]) == 0  # the images that were held out are all there
+    assert main(["evaluate", str(out)]) == 0  # all held-out images are present
     capsys.readouterr()
     for word in (path, path.parent):
         assert main(["predict", str(out), str(word)]) == 1
@@ -152,14 +152,14 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
         read(path)
 
 
-def test_files_are_found_in_the_order_of_their_names(image_folder):
+def test_files_are_sorted_by_name(image_folder):
     passed_over = PassedOver()
     paths = [str(path) for path in find(image_folder, passed_over, in_order=True)]
     assert paths == sorted(paths)
     assert (len(paths), passed_over.describe()) == (24, [])
 
 
-def test_large_images_wait_and_small_ones_do_not(tmp_path):
+def test_pixel_budget_delays_only_large_images(tmp_path):
     sides = {"large": 100, "small": 10}
     for name, side in sides.items():
         Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
@@ -182,7 +182,7 @@ def test_large_images_wait_and_small_ones_do_not(tmp_path):
 
 
 def spoil(root):
-    """A text, half a JPEG, and damage that only decoding finds; the names."""
+    """Adds a text file, a truncated JPEG, and one with damage found only by decoding; names."""
     whole = (root / "red" / "02.jpg").read_bytes()
     (root / "red" / "02.jpg").write_bytes(whole[: len(whole) // 2])
     (root / "blue" / "00.jpg").write_bytes(b"<html>404</html>")
@@ -194,9 +194,7 @@ def spoil(root):
     return {"red/02.jpg", "blue/00.jpg", "blue/03.png"}
 
 
-def test_unreadable_images_are_left_out_where_that_is_asked_for(
-    tmp_path, model, image_folder, capsys
-):
+def test_unreadable_images_are_skipped_on_request(tmp_path, model, image_folder, capsys):
     names = spoil(image_folder)
     out = tmp_path / "run"
     assert finetune(out, model, image_folder) == 1
@@ -208,7 +206,7 @@ def test_unreadable_images_are_left_out_where_that_is_asked_for(
     assert "3 images cannot be decoded: " in capsys.readouterr().err
     assert finetune(out, model, image_folder, "--skip-unreadable", 3) == 0
     err = capsys.readouterr().err
-    assert "warning: blue/00.jpg was left out: it is no image" in err
+    assert "warning: blue/00.jpg was left out: it is not an image" in err
     found = metrics(out)
     assert found["unreadable"]["count"] == 3
     assert set(found["unreadable"]["names"]) == names
@@ -224,7 +222,7 @@ def test_unreadable_images_are_left_out_where_that_is_asked_for(
 
 
 @pytest.mark.slow
-def test_evaluate_leaves_out_unreadable_images(tmp_path, model, image_folder, capsys):
+def test_evaluate_skips_unreadable_images(tmp_path, model, image_folder, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder) == 0
     spoil(image_folder)

@@ -1,4 +1,4 @@
-"""Images whose metadata say that they lie on a side, against Pillow's ``exif_transpose``."""
+"""Orientation of rotated images compared with Pillow's ``exif_transpose``."""
 
 import io
 import struct
@@ -40,7 +40,7 @@ def exif(code, order="<"):
 
 
 def png_with(*chunks, after=False):
-    """A PNG with more chunks, before its pixels or after them."""
+    """A PNG with additional chunks, before or after its pixels."""
     data = encoded("PNG")
     more = b"".join(
         struct.pack(">I", len(content))
@@ -61,7 +61,7 @@ def xmp(code, *, is_tag=False):
 
 
 def profile(code):
-    """EXIF in a text, as ImageMagick writes it."""
+    """EXIF in a text chunk, as written by ImageMagick."""
     digits = exif(code).hex()
     lines = [digits[i : i + 72] for i in range(0, len(digits), 72)]
     return "\n".join(["", "exif", f"{len(digits) // 2:8}", *lines, ""])
@@ -77,7 +77,7 @@ def png_text(keyword, text, **options):
 
 
 def odd_files(code):
-    """Metadata at places where they are seldom, by name."""
+    """Metadata at unusual places, by name."""
     keyword = "XML:com.adobe.xmp"
     tags = exif(code, ">")
     return {
@@ -102,7 +102,7 @@ def odd_files(code):
 
 
 def _behind(jpeg):
-    """The metadata of a JPEG behind 70,000 bytes of a colour profile."""
+    """The metadata of a JPEG after 70,000 bytes of a colour profile."""
     segment = b"\xff\xe2" + struct.pack(">H", 35_002) + bytes(35_000)
     return jpeg[:2] + 2 * segment + jpeg[2:]
 
@@ -112,14 +112,14 @@ def _entry(kind, count, value):
 
 
 def upright(data):
-    """Pillow's reading, which warns of odd metadata."""
+    """Pillow's result, without its warnings about invalid metadata."""
     with Image.open(io.BytesIO(data)) as image, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def close(found, expected):
-    """Decoders of JPEG differ by a few levels; what is turned otherwise differs by a hundred."""
+    """JPEG decoders differ by a few levels; other orientations differ by a hundred."""
     found = np.asarray(found)
     return found.shape == expected.shape and np.abs(found.astype(int) - expected).max() <= 8
 
@@ -130,7 +130,7 @@ exported = tf.function(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_readings_are_upright_as_pillows(kind):
+def test_all_decoders_apply_orientation_like_pillow(kind):
     files = [encoded(kind, exif=exif(code)) for code in range(1, 9)]
     in_pipeline = list(tf.data.Dataset.from_tensor_slices(files).map(decoding.decode))
     for code, (data, found) in enumerate(zip(files, in_pipeline, strict=True), 1):
@@ -147,7 +147,7 @@ def test_all_readings_are_upright_as_pillows(kind):
 
 
 @pytest.mark.parametrize("name", odd_files(1))
-def test_metadata_at_odd_places_are_read_as_by_pillow(name):
+def test_unusual_metadata_is_read_like_pillow(name):
     for code in (1, 3, 6):
         data = odd_files(code)[name]
         expected = upright(data)
@@ -155,12 +155,12 @@ def test_metadata_at_odd_places_are_read_as_by_pillow(name):
         assert close(exported(data), expected)
 
 
-def test_damaged_metadata_are_read_alike_in_graph_and_program():
+def test_damaged_metadata_is_read_equally_in_graph_and_python():
     generator = np.random.default_rng(0)
     in_graph = tf.function(
         graph_decoding.orientation, input_signature=[tf.TensorSpec([], tf.string)], autograph=False
     )
-    # Texts of a PNG that are damaged within are read by two parsers, each in its own way.
+    # The two parsers read damaged PNG text chunks differently.
     texts = ("packed", "ImageMagick", "PNG with XMP")
     whole = [data for name, data in odd_files(6).items() if not any(t in name for t in texts)]
     for number in range(400):

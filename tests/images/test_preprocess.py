@@ -19,7 +19,7 @@ def test_normalize_equals_keras_applications(mode):
 
 
 @pytest.mark.parametrize(
-    ("mode", "red"),  # of a pixel of pure red: hand-worked
+    ("mode", "red"),  # of a pure red pixel: computed by hand
     [
         ("caffe", (-103.939, -116.779, 131.32)),
         ("slim", (131.32, -116.78, -103.94)),
@@ -32,7 +32,7 @@ def test_normalize_by_hand(mode, red):
     np.testing.assert_allclose(Preprocess(mode, 1)(pixel)[0, 0], red, atol=1e-4)
 
 
-def test_own_means_by_hand():
+def test_custom_means_by_hand():
     mode = {"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}
     pixel = np.array([[[255, 0, 0]]], np.uint8)
     for written in (mode, json.dumps(mode)):
@@ -68,13 +68,13 @@ def test_named_convention_written_out_is_the_same(mode):
         ("[1, 2, 3]", "is not known; choose from"),
     ],
 )
-def test_means_that_are_none_are_refused(mode, message):
+def test_invalid_means_are_rejected(mode, message):
     with pytest.raises(ValueError, match=message):
         Preprocess(mode, 8)
 
 
 @pytest.mark.parametrize("mode", CONVENTIONS)
-def test_the_same_for_one_image_a_batch_and_in_a_dataset(mode):
+def test_single_image_batch_and_dataset_agree(mode):
     preprocess = Preprocess(mode, 6)
     batch = preprocess(tf.constant(IMAGES))
     assert (batch.shape, batch.dtype) == ((2, 6, 6, 3), tf.float32)
@@ -85,7 +85,7 @@ def test_the_same_for_one_image_a_batch_and_in_a_dataset(mode):
 
 @pytest.mark.parametrize("shape", [(10, 30), (30, 10), (3, 9), (17, 23)])
 def test_the_centre_is_cropped_and_the_aspect_ratio_kept(shape):
-    """A square in the middle of a black border stays square and in the middle."""
+    """A centered square in a black border stays square and centered."""
     height, width = shape
     image = np.zeros((height, width, 1), np.uint8)
     side = min(shape)
@@ -96,10 +96,10 @@ def test_the_centre_is_cropped_and_the_aspect_ratio_kept(shape):
     assert result[1:-1, 1:-1].min() > 199
 
 
-def test_a_long_thin_image_is_not_blown_up():
+def test_long_thin_image_is_not_enlarged_as_a_whole():
     image = np.zeros((1, 2**20, 3), np.uint8)
     image[:, 2**19 - 8 :] = 200
-    result = Preprocess("none", 16)(image).numpy()  # whole, it would take 3 GB
+    result = Preprocess("none", 16)(image).numpy()  # as a whole it would take 3 GB
     assert result.shape == (16, 16, 3)
     assert result.max() > 190
 
@@ -113,7 +113,7 @@ def test_resize_equals_pillow():
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(1, 3), (3, 3), (4, 3), (3, 1), (4, 1), (1, 1)])
-def test_gray_colour_and_alpha(given, wanted):
+def test_channels_are_converted(given, wanted):
     image = np.full((5, 5, given), 100, np.uint8)
     result = Preprocess("none", 5, wanted)(image)
     assert result.shape == (5, 5, wanted)
@@ -129,20 +129,20 @@ def test_gray_colour_and_alpha(given, wanted):
         (("caffe", 8, 1), "'caffe' is for colour images but the network takes gray ones"),
     ],
 )
-def test_what_cannot_be(arguments, message):
+def test_invalid_arguments_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         Preprocess(*arguments)
 
 
-def test_images_with_two_channels_are_refused():
+def test_images_with_two_channels_are_rejected():
     with pytest.raises(ValueError, match="images have 2 channels"):
         Preprocess("tf", 8)(np.zeros((4, 4, 2)))
 
 
 @pytest.mark.parametrize("shape", [(40, 200), (300, 90), (100, 100), (7, 9)])
 @pytest.mark.parametrize("size", [(20, 50), (50, 20)])
-def test_rectangles_are_covered_and_cut_to_the_middle(shape, size):
-    """Against Pillow: resized until both sides are long enough, then the centre."""
+def test_rectangular_size_is_covered_and_center_cropped(shape, size):
+    """Compared with Pillow: resized to cover the size, then center-cropped."""
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3)).astype(np.uint8)
     found = Preprocess("none", size)(image)
     assert found.shape == (*size, 3)
@@ -157,7 +157,7 @@ def test_rectangles_are_covered_and_cut_to_the_middle(shape, size):
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
-def test_one_number_and_two_equal_ones_are_the_same_size():
+def test_size_as_one_number_equals_two_equal_numbers():
     assert Preprocess("none", (9, 9)) == Preprocess("none", [9, 9]) == Preprocess("none", 9)
     assert Preprocess("none", [2, 3]).shape == (2, 3, 3)
     for size in ((0, 3), (1, 2, 3), (1.5, 2)):
@@ -166,7 +166,7 @@ def test_one_number_and_two_equal_ones_are_the_same_size():
 
 
 @pytest.mark.parametrize("height", [255, 256, 600])
-def test_a_large_image_is_made_gray_as_a_small_one_is(height, monkeypatch):
+def test_large_image_is_converted_to_gray_like_small_one(height, monkeypatch):
     image = np.random.default_rng(0).integers(0, 256, (height, 37, 3)).astype(np.uint8)
     expected = to_channels(image, 1)
     monkeypatch.setattr(preprocess, "_LARGE", 0)

@@ -1,4 +1,4 @@
-"""The layer against a stock TF1 session on the same files."""
+"""``Backbone`` compared with a plain TF1 session on the same files."""
 
 import base64
 import copy
@@ -25,7 +25,7 @@ def assert_close(found, reference):
     np.testing.assert_allclose(found, reference, rtol=0, atol=RTOL * np.abs(reference).max())
 
 
-def test_features_equal_a_stock_session(tiny_vgg, stock_session, images):
+def test_features_equal_plain_tensorflow_session(tiny_vgg, stock_session, images):
     expected = stock_session(tiny_vgg).run("fc7:0", {"images:0": images})
     backbone = Backbone(load_meta_graph(tiny_vgg))
     assert_close(backbone(images), expected.reshape(len(images), -1))
@@ -33,7 +33,7 @@ def test_features_equal_a_stock_session(tiny_vgg, stock_session, images):
     assert_close(raw(images), expected)
 
 
-def test_four_dimensions_are_averaged_over_space(tmp_path, stock_session):
+def test_4d_tap_is_averaged_over_height_and_width(tmp_path, stock_session):
     prefix = save_vgg(tmp_path / "m", convolutional=True)
     images = np.random.default_rng(1).random((2, 24, 28, 3), np.float32)
     expected = stock_session(prefix).run("fc7:0", {"images:0": images})
@@ -67,7 +67,7 @@ def test_gradients_equal_tf_gradients(tiny_vgg, stock_session, images):
 
 
 @pytest.mark.parametrize("at", ["images", "conv1_1", "pool1", "conv2_2", "fc6", "fc7"])
-def test_split_composes_to_the_whole(tiny_vgg, images, at):
+def test_suffix_of_prefix_equals_backbone(tiny_vgg, images, at):
     backbone = Backbone(load_meta_graph(tiny_vgg))
     prefix, suffix = backbone.split(at=at)
     np.testing.assert_array_equal(suffix(prefix(images)), backbone(images))
@@ -83,22 +83,22 @@ def test_split_shares_the_weights(model, images):
     assert np.abs(backbone(images) - before).max() > 0.01
 
 
-def test_only_what_the_tap_needs_is_read(model):
+def test_only_variables_of_the_tap_are_read(model):
     backbone = Backbone(load_meta_graph(model), tap="pool1")
     assert backbone.variable_names == ["conv1_1/weights", "conv1_1/biases"]
 
 
-def test_tap_is_input(model, images):
+def test_tap_may_be_the_input(model, images):
     backbone = Backbone(load_meta_graph(model), tap="images", pooling=None)
     np.testing.assert_array_equal(backbone(images), images)
 
 
-def test_unknown_tap_suggests_near_ones(model):
+def test_unknown_tap_suggests_similar_names(model):
     with pytest.raises(ValueError, match="no tensor 'fc_7'; did you mean fc7"):
         Backbone(load_meta_graph(model), tap="fc_7")
 
 
-def test_random_weights_have_the_variance_of_he(tmp_path):
+def test_randomized_weights_have_he_variance(tmp_path):
     architecture = architectures.Architecture(((64, 64),), fc=256, image_size=16)
     backbone = Backbone(load_meta_graph(save_vgg(tmp_path / "m", architecture)))
     backbone.randomize(seed=1)
@@ -107,7 +107,7 @@ def test_random_weights_have_the_variance_of_he(tmp_path):
     assert not values["conv1_2/biases"].any()
 
 
-def test_weights_are_trained_though_their_program_did_not(tmp_path, images):
+def test_weights_outside_trainable_collection_are_trainable(tmp_path, images):
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 16, 16, 3], name="x")
@@ -124,7 +124,7 @@ def test_weights_are_trained_though_their_program_did_not(tmp_path, images):
     assert {v.name for v in backbone.non_trainable_variables} == {"m", "v"}
 
 
-def test_whole_numbers_are_rounded_and_clipped(tmp_path):
+def test_integer_input_is_rounded_and_clipped(tmp_path):
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.uint8, [None, 2, 2, 3], name="x")
@@ -138,7 +138,7 @@ def test_whole_numbers_are_rounded_and_clipped(tmp_path):
         graph.preprocess("x:0", "caffe")
 
 
-def test_a_mixed_precision_policy_changes_nothing(model, images):
+def test_mixed_precision_policy_has_no_effect(model, images):
     expected = Backbone(load_meta_graph(model))(images)
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -151,7 +151,7 @@ def test_a_mixed_precision_policy_changes_nothing(model, images):
         keras.config.set_dtype_policy("float32")
 
 
-def test_statistics_are_not_trained(tmp_path):
+def test_batch_norm_statistics_are_not_trainable(tmp_path):
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 16, 16, 3], name="x")
@@ -164,7 +164,7 @@ def test_statistics_are_not_trained(tmp_path):
     assert [v.name for v in backbone.non_trainable_variables] == ["moving_mean"]
 
 
-def test_it_is_an_ordinary_keras_layer(model, images, tmp_path):
+def test_backbone_works_as_keras_layer(model, images, tmp_path):
     model = keras.Sequential(
         [keras.Input((16, 16, 3)), Backbone(load_meta_graph(model)), keras.layers.Dense(2)]
     )
@@ -184,7 +184,7 @@ def test_it_is_an_ordinary_keras_layer(model, images, tmp_path):
 
 
 def normalising(tmp_path):
-    """Batch norm both ways, with variables whose names say nothing."""
+    """Fused and unfused batch norm, with variables of arbitrary names."""
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
@@ -200,7 +200,7 @@ def normalising(tmp_path):
     return load_meta_graph(tmp_path / "bn")
 
 
-def test_new_layers_begin_with_he_normal_weights_and_scales_of_one(tmp_path):
+def test_from_config_initializes_he_normal_weights_and_unit_scales(tmp_path):
     backbone = Backbone(normalising(tmp_path), "tap")
     new = Backbone.from_config(backbone.get_config())
     other = Backbone(normalising(tmp_path), "tap")
@@ -219,7 +219,7 @@ def clones(backbone):
     yield keras.models.model_from_json(model.to_json())
 
 
-def test_clones_begin_as_keras_layers_do_and_say_so(tmp_path, images):
+def test_clones_are_reinitialized_and_warn(tmp_path, images):
     architecture = architectures.Architecture(((32, 32), (64,)), fc=64, image_size=16)
     backbone = Backbone(load_meta_graph(save_vgg(tmp_path / "m", architecture)), name="vgg")
     for clone in clones(backbone):
@@ -240,7 +240,7 @@ def test_clones_begin_as_keras_layers_do_and_say_so(tmp_path, images):
         assert all((w != b).numpy().any() for w, b in zip(layer.weights, before, strict=False))
 
 
-def test_clones_with_the_weights_copied_do_not_warn(model, images, recwarn):
+def test_clones_with_copied_weights_do_not_warn(model, images, recwarn):
     backbone = Backbone(load_meta_graph(model))
     for clone in clones(backbone):
         clone.layers[0].set_weights(backbone.get_weights())
@@ -249,8 +249,8 @@ def test_clones_with_the_weights_copied_do_not_warn(model, images, recwarn):
 
 
 @pytest.mark.slow
-def test_scikit_learns_wrapper_trains_its_clone(model):
-    """Keras clones the model, without its weights; bright and dark are told apart all the same."""
+def test_scikit_learn_wrapper_trains_its_clone(model):
+    """Keras clones the model without its weights; it still learns to separate bright from dark."""
     inner = [keras.layers.Reshape((16, 16, 3)), Backbone(load_meta_graph(model))]
     network = keras.Sequential(
         [keras.Input((768,)), *inner, keras.layers.Dense(2, activation="softmax")]
@@ -264,7 +264,7 @@ def test_scikit_learns_wrapper_trains_its_clone(model):
     assert (wrapper.model_.predict(pixels, verbose=0).argmax(-1) == labels).mean() > 0.9
 
 
-def test_copies_have_the_weights(model, images, recwarn):
+def test_copies_keep_the_weights(model, images, recwarn):
     backbone = Backbone(load_meta_graph(model))
     for copied in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
         np.testing.assert_array_equal(copied(images), backbone(images))
@@ -278,7 +278,7 @@ def with_parts(backbone):
     return keras.Model(inputs, [backbone(inputs), prefix(inputs), suffix(prefix(inputs))])
 
 
-def test_a_saved_model_keeps_what_its_layers_share(model, images, tmp_path):
+def test_saved_model_keeps_shared_variables(model, images, tmp_path):
     built = with_parts(Backbone(load_meta_graph(model), "fc7"))
     built.save(tmp_path / "m.keras")
     loaded, other = (keras.models.load_model(tmp_path / "m.keras") for _ in range(2))
@@ -290,11 +290,11 @@ def test_a_saved_model_keeps_what_its_layers_share(model, images, tmp_path):
     whole, _, parts = loaded(images)
     np.testing.assert_array_equal(whole, parts)
     assert (whole != built(images)[0]).numpy().any()
-    np.testing.assert_array_equal(other(images)[0], built(images)[0])  # a load of its own
+    np.testing.assert_array_equal(other(images)[0], built(images)[0])  # loaded separately
 
 
-def test_a_frozen_layer_is_saved_and_can_be_trained_again(tmp_path):
-    """Its statistics come last among the weights, frozen or not."""
+def test_loaded_frozen_layer_can_be_unfrozen(tmp_path):
+    """Its statistics are the last weights, whether it is frozen or not."""
     backbone = Backbone(normalising(tmp_path), "tap")
     backbone.randomize(seed=0)
     for number, variable in enumerate(backbone.graph_variables[1:]):
@@ -309,12 +309,12 @@ def test_a_frozen_layer_is_saved_and_can_be_trained_again(tmp_path):
     assert {v.name for v in layer.trainable_variables} == {*"abcfghi", "slope"}
 
 
-def test_models_saved_with_graphs_as_they_are_still_load(model, images):
+def test_models_with_uncompressed_graphs_still_load(model, images):
     backbone = Backbone(load_meta_graph(model))
     config = backbone.get_config()
     for key in ("compressed_graphs", "graph_sizes", "shared", "to_load_it"):
         del config[key]
-    config["dtype"] = keras.dtype_policies.get("mixed_float16")  # was written, and not heeded
+    config["dtype"] = keras.dtype_policies.get("mixed_float16")  # was written, but ignored
     graphs = [base64.b64encode(g.SerializeToString()) for g in backbone.network.graphs]
     loaded = Backbone.from_config({**config, "graph_defs": [g.decode() for g in graphs]})
     loaded.set_weights(backbone.get_weights())
@@ -323,21 +323,21 @@ def test_models_saved_with_graphs_as_they_are_still_load(model, images):
 
 
 @pytest.mark.parametrize("damage", [lambda g: g[:-8], lambda g: g[:4] + "AAAA" + g[8:]])
-def test_a_damaged_graph_in_a_configuration_is_refused(model, damage):
+def test_config_with_damaged_graph_is_rejected(model, damage):
     config = Backbone(load_meta_graph(model)).get_config()
     config["compressed_graphs"] = damage(config["compressed_graphs"])
     with pytest.raises(ValueError, match="damaged"):
         Backbone.from_config(config)
 
 
-def test_a_configuration_is_short_and_says_what_to_import():
+def test_config_is_short_and_states_required_import():
     """Keras prints it where the package is not imported."""
     config = keras.saving.serialize_keras_object(Backbone(PRETRAINED))
     assert len(repr(config)) < 3500
     assert "import transfer before keras.models.load_model" in repr(config)
 
 
-def test_the_maximum_over_space(model, images):
+def test_max_pooling_takes_maximum_over_height_and_width(model, images):
     raw = Backbone(load_meta_graph(model), "pool2", pooling=None)(images)
     pooled = Backbone(load_meta_graph(model), "pool2", pooling="max")
     expected = keras.layers.GlobalMaxPooling2D()(raw)
@@ -347,7 +347,7 @@ def test_the_maximum_over_space(model, images):
         Backbone(load_meta_graph(model), "pool2", pooling="sum")
 
 
-def test_the_tap_is_the_cards(tmp_path, images):
+def test_tap_defaults_to_that_of_the_card(tmp_path, images):
     path = save_vgg(tmp_path / "m", card=Card(tap="fc6:0"))
     expected = Backbone(load_meta_graph(path), "fc6")(images)
     for graph in (load_meta_graph(path), path, str(path), f"{path}.meta"):
@@ -357,7 +357,7 @@ def test_the_tap_is_the_cards(tmp_path, images):
         Backbone(3)
 
 
-def test_a_tf1_graph_is_refused_with_the_way_out(model):
+def test_tf1_graph_is_rejected_with_alternative(model):
     backbone = Backbone(load_meta_graph(model))
     with tf.Graph().as_default():
         x = tf1.placeholder(tf.float32, [None, 16, 16, 3])
@@ -368,7 +368,7 @@ def test_a_tf1_graph_is_refused_with_the_way_out(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("convolutional", [False, True], ids=["dense", "conv"])
-def test_full_size_vgg16_equals_a_stock_session(tmp_path, stock_session, convolutional):
+def test_full_size_vgg16_equals_plain_tensorflow_session(tmp_path, stock_session, convolutional):
     architecture = architectures.ARCHITECTURES["vgg16"]
     prefix = save_vgg(tmp_path / "vgg16", architecture, convolutional=convolutional)
     images = np.random.default_rng(0).random((2, 224, 224, 3), np.float32)
@@ -378,8 +378,8 @@ def test_full_size_vgg16_equals_a_stock_session(tmp_path, stock_session, convolu
     assert_close(features, expected.reshape(2, 4096))
 
 
-def test_meta_graphs_from_the_wild(shared_wild, stock_session):
-    """Every one that has its weights: TF 0.10 to 1.14, V1 and V2, queues, devices, dropout."""
+def test_third_party_meta_graphs_equal_plain_tensorflow_session(shared_wild, stock_session):
+    """All that have weights: TF 0.10 to 1.14, V1 and V2, queues, devices, dropout."""
     cases = [c for c in json.loads((shared_wild / "cases.json").read_text()) if c["weights"]]
     assert cases
     for case in cases:
@@ -392,7 +392,7 @@ def test_meta_graphs_from_the_wild(shared_wild, stock_session):
         with tf.Graph().as_default(), tf1.Session() as session:
             meta = tf1.MetaGraphDef()
             meta.ParseFromString(graph.prefix.with_name(graph.prefix.name + ".meta").read_bytes())
-            meta.collection_def.clear()  # one names an operation that is not there
+            meta.collection_def.clear()  # one refers to a missing operation
             saver = tf1.train.import_meta_graph(meta, clear_devices=True)
             saver.restore(session, str(graph.prefix))
             expected = session.run(case["tap"], {case["input"]: images, **case["feeds"]})
@@ -407,8 +407,8 @@ def _some_shape(node):
 
 
 @pytest.mark.slow
-def test_meta_graphs_from_the_wild_can_be_trained(shared_wild):
-    """Full gradients, with dropout on: every weight before the tap moves."""
+def test_third_party_meta_graphs_can_be_trained(shared_wild):
+    """Full fine-tuning with active dropout: every weight before the tap changes."""
     cases = [c for c in json.loads((shared_wild / "cases.json").read_text()) if c["weights"]]
     for case in cases:
         graph = load_meta_graph(shared_wild / case["case"])
@@ -426,7 +426,7 @@ def test_meta_graphs_from_the_wild_can_be_trained(shared_wild):
             assert (variable.numpy() != old).any(), f"{case['case']}: {variable.name}"
 
 
-def test_the_digest_is_that_of_graph_and_weights(tiny_vgg):
+def test_digest_depends_on_graph_and_weights(tiny_vgg):
     graph = load_meta_graph(tiny_vgg)
     first, again = Backbone(graph), Backbone(graph)
     assert first.digest() == again.digest()

@@ -19,13 +19,13 @@ def new_classifier(prefix, **head):
     return classifier
 
 
-def test_images_of_any_size_to_probabilities(model):
+def test_probabilities_accept_images_of_any_size(model):
     probabilities = new_classifier(model).probabilities(PHOTOS)
     assert probabilities.shape == (4, 3)
     np.testing.assert_allclose(probabilities.numpy().sum(-1), 1, rtol=1e-5)
 
 
-def test_it_is_preprocess_backbone_head(model):
+def test_classifier_composes_preprocess_backbone_and_head(model):
     classifier = new_classifier(model)
     expected = classifier.head(classifier.backbone(Preprocess("caffe", 16)(PHOTOS)))
     np.testing.assert_array_equal(classifier(PHOTOS), expected)
@@ -33,7 +33,7 @@ def test_it_is_preprocess_backbone_head(model):
 
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("at", [None, "images", "conv1_1", "pool2", "fc7"])
-def test_split(model, at):
+def test_split_parts_compose_to_classifier(model, at):
     classifier = new_classifier(model)
     frozen, trained = classifier.split(at)
     images = classifier.preprocess(PHOTOS)
@@ -46,7 +46,9 @@ def test_split(model, at):
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("hidden", [(), (8, 4)], ids=["softmax", "hidden"])
-def test_saved_classifier_runs_in_a_stock_session(tmp_path, stock_session, variant, hidden):
+def test_saved_classifier_runs_in_plain_tensorflow_session(
+    tmp_path, stock_session, variant, hidden
+):
     classifier = new_classifier(save_vgg(tmp_path / "vgg", **VARIANTS[variant]), hidden=hidden)
     expected = classifier(PHOTOS).numpy()
     save_classifier(classifier, tmp_path / "run" / "model", Card(source="a test"))
@@ -71,7 +73,7 @@ def _variables(stock):
         return tf.compat.v1.global_variables()
 
 
-def test_a_fine_tuned_model_is_a_pretrained_model(tmp_path, model):
+def test_fine_tuned_model_can_be_used_as_pretrained_model(tmp_path, model):
     save_classifier(new_classifier(model), tmp_path / "first" / "model", Card())
     graph = load_meta_graph(tmp_path / "first")
     assert graph.card.tap == "fc7:0"
@@ -82,7 +84,7 @@ def test_a_fine_tuned_model_is_a_pretrained_model(tmp_path, model):
     )
 
 
-def test_it_is_saved_as_a_keras_model_too(tmp_path, model):
+def test_classifier_can_be_saved_as_keras_model(tmp_path, model):
     classifier = new_classifier(model, hidden=(4,))
     classifier.save(tmp_path / "c.keras")
     loaded = keras.models.load_model(tmp_path / "c.keras")
@@ -103,12 +105,12 @@ def test_load_checks_the_labels(tmp_path, model, labels, message):
         Classifier.load(tmp_path / "m")
 
 
-def test_load_refuses_what_is_no_classifier(model):
+def test_load_rejects_other_models(model):
     with pytest.raises(ValueError, match="is not a fine-tuned model: its card must name"):
         Classifier.load(model)
 
 
-def test_one_photo_needs_a_batch_axis(model):
+def test_single_image_without_batch_axis_is_rejected(model):
     classifier = new_classifier(model)
     classifier(PHOTOS)
     for use in (classifier, classifier.probabilities):
@@ -127,7 +129,7 @@ def test_pixels_are_not_rounded_under_a_mixed_precision_policy(model):
         keras.config.set_dtype_policy("float32")
 
 
-def test_features_pooled_by_their_maximum_are_written(model, tmp_path):
+def test_max_pooled_backbone_can_be_saved(model, tmp_path):
     backbone = Backbone(load_meta_graph(model), "pool2", pooling="max")
     classifier = Classifier(backbone, Head(3, seed=0), Preprocess("caffe", 16), ["a", "b", "c"])
     classifier.build_from_size()
@@ -139,7 +141,7 @@ def test_features_pooled_by_their_maximum_are_written(model, tmp_path):
 
 
 def dynamic_flatten(prefix):
-    """As ``tf.layers.flatten`` of TensorFlow 1 writes it: the width is computed as it runs."""
+    """As built by ``tf.layers.flatten`` of TensorFlow 1: the width is computed at run time."""
     graph = tf.Graph()
     with graph.as_default():
         x = tf.compat.v1.placeholder(tf.float32, [None, 16, 16, 3], name="images")
@@ -151,7 +153,7 @@ def dynamic_flatten(prefix):
     return prefix
 
 
-def test_a_tap_at_a_dynamic_flatten_is_written(tmp_path, stock_session):
+def test_tap_at_dynamic_flatten_can_be_saved(tmp_path, stock_session):
     classifier = new_classifier(dynamic_flatten(tmp_path / "m"))
     check_savable(classifier)
     save_classifier(classifier, tmp_path / "run" / "model", Card())
@@ -162,7 +164,7 @@ def test_a_tap_at_a_dynamic_flatten_is_written(tmp_path, stock_session):
     np.testing.assert_allclose(loaded(PHOTOS), classifier(PHOTOS), rtol=1e-4, atol=1e-5)
 
 
-def test_save_refuses_other_heads(model, tmp_path):
+def test_save_rejects_unsupported_heads(model, tmp_path):
     backbone = Backbone(load_meta_graph(model))
     classifier = Classifier(backbone, keras.layers.Dense(2), Preprocess("tf", 16), ["a", "b"])
     with pytest.raises(TypeError, match="with a Head, got a Dense"):

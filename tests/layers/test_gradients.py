@@ -1,4 +1,4 @@
-"""Gradients of marked convolutions against TensorFlow's own."""
+"""Custom gradients of convolutions compared with TensorFlow's own."""
 
 import os
 import subprocess
@@ -57,26 +57,26 @@ def test_gradients_equal_tensorflows(size, padding):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
 
 
-def test_dilated_convolutions_are_left_alone():
+def test_dilated_convolutions_are_unchanged():
     graph_def = convolution(3, "SAME", dilation=2)
     assert with_cpu_gradients(graph_def) == graph_def
 
 
-def test_a_graph_for_a_gpu_is_left_alone(monkeypatch):
+def test_graph_is_unchanged_with_gpu(monkeypatch):
     graph_def = convolution(3, "SAME")
     assert with_cpu_gradients(graph_def) != graph_def
     monkeypatch.setattr(tf.config, "list_logical_devices", lambda kind: [kind])
     assert with_cpu_gradients(graph_def) == graph_def
 
 
-def test_with_avx512_it_is_left_alone(monkeypatch):
+def test_graph_is_unchanged_with_avx512(monkeypatch):
     graph_def = convolution(3, "SAME")
     monkeypatch.setattr(gradients_module, "has_avx512", lambda: True)
     assert with_cpu_gradients(graph_def) == graph_def
 
 
 @pytest.mark.parametrize("found", [["AVX2"], ["AVX512F", "AVX512_SKX"], ["X86_V3", "X86_V4"]])
-def test_avx512_by_its_names(monkeypatch, found):
+def test_avx512_is_detected_by_all_its_numpy_names(monkeypatch, found):
     monkeypatch.undo()
     config = {"SIMD Extensions": {"baseline": ["SSE2"], "found": found}}
     monkeypatch.setattr(np, "show_config", lambda mode: config)
@@ -84,12 +84,12 @@ def test_avx512_by_its_names(monkeypatch, found):
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").is_file(), reason="asks Linux what there is")
-def test_avx512_is_what_linux_says(monkeypatch):
+def test_avx512_detection_agrees_with_linux(monkeypatch):
     monkeypatch.undo()
     assert gradients_module.has_avx512() == ("avx512f" in Path("/proc/cpuinfo").read_text())
 
 
-def test_the_graph_that_is_given_stays_as_it_is():
+def test_input_graph_is_not_modified():
     graph_def = convolution(3, "SAME")
     before = graph_def.SerializeToString(deterministic=True)
     with_cpu_gradients(graph_def)
@@ -97,7 +97,7 @@ def test_the_graph_that_is_given_stays_as_it_is():
 
 
 def strided(transposed, channels, dtype, size=1):
-    """A strided convolution, or its transpose, and images and a kernel for it."""
+    """A strided convolution, or its transpose, with images and a kernel."""
     kernel_shape = [size, size, channels, 8]
     shape = [8, 16, 16, 8] if transposed else [8, 32, 32, channels]
 
@@ -116,8 +116,8 @@ def strided(transposed, channels, dtype, size=1):
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("channels", [1, 4, 12])
-def test_kernel_gradient_of_strided_pointwise_convolution_is_right(channels, transposed):
-    """oneDNN's is wrong below 8 channels, and crashes below 16 with AVX-512."""
+def test_kernel_gradient_of_strided_pointwise_convolution_is_correct(channels, transposed):
+    """oneDNN's gradient is wrong below 8 channels, and crashes below 16 with AVX-512."""
     graph_def, images, kernel = strided(transposed, channels, tf.float32)
     found, _ = gradients(
         with_cpu_gradients(graph_def), images.astype(np.float32), kernel.astype(np.float32)

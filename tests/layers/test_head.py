@@ -1,4 +1,4 @@
-"""The head in somebody else's project: a TF1 graph, a Keras model, eager tensors."""
+"""The head in other programs: in a TF1 graph, in a Keras model, with eager tensors."""
 
 import keras
 import numpy as np
@@ -30,14 +30,14 @@ def test_tf1_graph_names_and_initial_values():
         weights, biases = session.run(variables)
         found = session.run([logits, probabilities], {fc7: FEATURES})
     np.testing.assert_allclose(biases, 0.05)
-    assert np.abs(weights).max() <= 0.1  # truncated at two deviations
+    assert np.abs(weights).max() <= 0.1  # truncated at two standard deviations
     assert weights.std() == pytest.approx(0.05 * 0.8796, rel=0.05)  # of a normal cut at 2 sigma
     np.testing.assert_allclose(found[0], FEATURES @ weights + biases, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(found[1].sum(-1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])
-def test_stop_gradient_in_all_three(stop_gradient):
+def test_stop_gradient_in_tf1_keras_and_eager(stop_gradient):
     graph, fc7 = fc7_graph()
     logits = build_head(fc7, 2, stop_gradient=stop_gradient)
     with graph.as_default():
@@ -57,8 +57,8 @@ def test_stop_gradient_in_all_three(stop_gradient):
     assert (tape.gradient(logits, features) is None) == stop_gradient
 
 
-def test_tf1_program_trains_and_saves_it(model, stock_session, images, tmp_path):
-    """The whole of a stranger's TF1 program: import, tap fc7, stop, new softmax, train, save."""
+def test_tf1_program_trains_and_saves_head(model, stock_session, images, tmp_path):
+    """A complete TF1 program: import, tap fc7, stop gradient, new softmax, train, save."""
     stock = stock_session(model)
     with stock.graph.as_default(), stock.session as session:
         fc7 = stock.graph.get_tensor_by_name("fc7:0")
@@ -79,7 +79,7 @@ def test_tf1_program_trains_and_saves_it(model, stock_session, images, tmp_path)
     np.testing.assert_allclose(ours(images), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_tf1_hidden_and_dropout():
+def test_tf1_head_has_hidden_layers_and_dropout():
     graph, fc7 = fc7_graph()
     logits = build_head(fc7, 3, hidden=(16, 8), dropout=0.5, seed=1)
     with graph.as_default(), tf1.Session() as session:
@@ -95,13 +95,13 @@ def test_tf1_hidden_and_dropout():
     assert (different[0] != different[1]).any()
 
 
-def test_tf1_second_head_gets_a_name_of_its_own():
+def test_tf1_second_head_gets_unique_name():
     _, fc7 = fc7_graph()
     assert build_head(fc7, 2).name == "head/logits:0"
     assert build_head(fc7, 5).name == "head_1/logits:0"
 
 
-def test_a_head_in_a_scope_of_ones_own_and_two_in_a_keras_model():
+def test_names_in_custom_scope_and_of_two_heads_in_keras_model():
     graph, fc7 = fc7_graph()
     with graph.as_default(), tf1.variable_scope("mine"):
         names = [build_head(fc7, 2, name="my/head").name for _ in range(2)]
@@ -112,7 +112,7 @@ def test_a_head_in_a_scope_of_ones_own_and_two_in_a_keras_model():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64", "bfloat16"])
-def test_logits_are_float32_whatever_the_features_are(dtype):
+def test_logits_are_float32_for_any_feature_dtype(dtype):
     features = tf.cast(FEATURES, dtype)
     assert build_head(features, 2).dtype == tf.float32
     with tf.Graph().as_default():
@@ -134,7 +134,7 @@ def test_4d_features_are_averaged_over_space():
     np.testing.assert_allclose(head(features), head(features.mean((1, 2))), rtol=1e-5)
 
 
-def test_keras_model_trains_and_is_saved(tmp_path):
+def test_keras_model_with_head_trains_and_saves(tmp_path):
     inputs = keras.Input([4096])
     logits, probabilities = build_head(inputs, 2, hidden=(8,), return_probabilities=True)
     np.testing.assert_allclose(
@@ -150,7 +150,7 @@ def test_keras_model_trains_and_is_saved(tmp_path):
     )
 
 
-def test_eager_head_trains_in_a_loop_of_ones_own():
+def test_eager_head_trains_in_custom_loop():
     head = Head(2, stop_gradient=True, seed=0)
     labels = np.arange(6) % 2
     optimizer = keras.optimizers.Adam(0.01)
@@ -175,7 +175,7 @@ def test_head_equals_keras_dense_with_the_same_weights():
     np.testing.assert_array_equal(logits, dense(FEATURES))
 
 
-def test_same_seed_same_head_and_other_layers_other_weights():
+def test_seed_makes_head_reproducible_and_layers_differ():
     first, second = (build_head(tf.constant(FEATURES), 3, hidden=(3,), seed=5) for _ in range(2))
     np.testing.assert_array_equal(first, second)
     head = Head(4096, hidden=(4096,), seed=5)
@@ -193,7 +193,7 @@ def test_same_seed_same_head_and_other_layers_other_weights():
         ({"num_classes": 2, "weights_stddev": -1}, "weights_stddev must not be negative"),
     ],
 )
-def test_arguments_out_of_range(arguments, message):
+def test_out_of_range_arguments_are_rejected(arguments, message):
     _, fc7 = fc7_graph()
     for features in (fc7, tf.constant(FEATURES), keras.Input([4096])):
         with pytest.raises(ValueError, match=message):
@@ -214,7 +214,7 @@ def test_arguments_out_of_range(arguments, message):
         ({"num_classes": 2, "hidden": (6.5,)}, "a hidden width is 6.5 of type float"),
     ],
 )
-def test_arguments_of_other_types(arguments, message):
+def test_arguments_of_wrong_type_are_rejected(arguments, message):
     _, fc7 = fc7_graph()
     for features in (fc7, tf.constant(FEATURES)):
         with pytest.raises(TypeError, match=message):
@@ -223,7 +223,7 @@ def test_arguments_of_other_types(arguments, message):
         Head(**arguments)
 
 
-def test_integers_of_numpy_are_integers(tmp_path):
+def test_numpy_integers_are_accepted(tmp_path):
     _, fc7 = fc7_graph()
     assert build_head(fc7, np.int64(3), hidden=np.array([4])).shape.as_list() == [None, 3]
     inputs = keras.Input([8])
@@ -247,7 +247,7 @@ def test_logits_are_float32_under_a_mixed_precision_policy():
 
 
 @pytest.mark.parametrize("shape", [(None, 3, 4096), (None, None), None])
-def test_features_of_another_rank_or_unknown_width(shape):
+def test_features_of_wrong_rank_or_unknown_width_are_rejected(shape):
     _, fc7 = fc7_graph(shape)
     with pytest.raises(ValueError, match=r"features have shape .*; expected \[batch, width\] or"):
         build_head(fc7, 2)

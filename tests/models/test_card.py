@@ -5,14 +5,14 @@ import pytest
 from transfer.models.card import Card, read_card, write_card
 
 
-def test_a_card_survives_writing_and_reading(tmp_path):
+def test_card_round_trips(tmp_path):
     card = Card(input="x:0", image_size=64, feeds={"keep_prob:0": 1.0}, eval={"accuracy": 0.5})
     write_card(tmp_path / "m.json", card)
     assert read_card(tmp_path / "m.json") == card
     assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
 
 
-def test_card_keeps_means_of_its_own(tmp_path):
+def test_card_keeps_custom_means(tmp_path):
     means = {"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}
     write_card(tmp_path / "m.json", Card(preprocess=means))
     assert json.loads((tmp_path / "m.json").read_text())["preprocess"] == means
@@ -22,7 +22,7 @@ def test_card_keeps_means_of_its_own(tmp_path):
         read_card(tmp_path / "m.json")
 
 
-def test_keys_that_are_not_known_are_left_out(tmp_path):
+def test_unknown_keys_are_ignored(tmp_path):
     (tmp_path / "m.json").write_text('{"tap": "fc7:0", "colour": "blue"}')
     assert read_card(tmp_path / "m.json") == Card(tap="fc7:0")
 
@@ -36,7 +36,7 @@ def test_keys_that_are_not_known_are_left_out(tmp_path):
         ('{"tap": 7}', "tap is 7; expected a str"),
     ],
 )
-def test_what_is_no_card_is_refused(tmp_path, text, message):
+def test_invalid_cards_are_rejected(tmp_path, text, message):
     (tmp_path / "m.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_card(tmp_path / "m.json")

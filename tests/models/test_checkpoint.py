@@ -1,4 +1,4 @@
-"""Checkpoints that stock savers of all kinds wrote, read by us."""
+"""Read checkpoints written by all kinds of TensorFlow savers."""
 
 import re
 from pathlib import Path
@@ -44,7 +44,7 @@ def save(prefix: Path, *, use_resource: bool = False, names: dict | None = None,
     ids=["v2", "v1", "v2-sharded", "v1-sharded", "renamed"],
 )
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_reads_what_stock_savers_write(tmp_path, use_resource, saver_args):
+def test_checkpoints_of_tensorflow_saver_are_read(tmp_path, use_resource, saver_args):
     prefix = save(tmp_path / "m", use_resource=use_resource, **saver_args)
     values = load_meta_graph(prefix).read(VARIABLES)
     assert values.keys() == {"a", "b"}
@@ -52,7 +52,7 @@ def test_reads_what_stock_savers_write(tmp_path, use_resource, saver_args):
     np.testing.assert_array_equal(values["b"], B)
 
 
-def test_reads_the_parts_of_a_partitioned_variable(tmp_path):
+def test_partitioned_variable_is_read(tmp_path):
     prefix = tmp_path / "m"
     with tf.Graph().as_default(), tf1.Session() as session:
         with tf1.variable_scope("", partitioner=tf1.fixed_size_partitioner(2)):
@@ -65,7 +65,7 @@ def test_reads_the_parts_of_a_partitioned_variable(tmp_path):
     np.testing.assert_array_equal(np.concatenate([values[v.name] for v in parts]), expected)
 
 
-def test_all_that_does_not_fit_is_listed_at_once(tmp_path):
+def test_mismatch_error_lists_all_variables(tmp_path):
     source = checkpoint.Checkpoint(save(tmp_path / "m"))
     wanted = (
         Variable("a", tf.float32, (4, 4)),
@@ -91,15 +91,15 @@ def test_a_missing_data_file_is_named(tmp_path, shards):
         checkpoint.Checkpoint(tmp_path / "m")
 
 
-def test_no_checkpoint_at_all(tmp_path):
+def test_missing_checkpoint_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected m.index with its data files"):
         checkpoint.Checkpoint(tmp_path / "m")
 
 
 @pytest.mark.parametrize("name", ["run [1]", "what?", "a*"])
-def test_a_path_that_tensorflow_takes_for_a_pattern_is_refused(tmp_path, name):
+def test_path_with_glob_characters_is_rejected(tmp_path, name):
     (tmp_path / name).mkdir()
-    with pytest.raises(ValueError, match=r"it takes \* \? \[ \] in a path for a pattern"):
+    with pytest.raises(ValueError, match=r"it takes \* \? \[ \] in a path as a pattern"):
         checkpoint.Checkpoint(tmp_path / name / "m")
 
 
@@ -122,7 +122,7 @@ def test_a_damaged_index_is_reported(tmp_path):
     ("written", "full", "expected"),
     [("", (4, 3), (4, 3)), ("4 3 0,2:-", (4, 3), (2, 3)), ("4 3 2,2:0,3", (4, 3), (2, 3))],
 )
-def test_shape_of_a_slice(written, full, expected):
+def test_slice_shape(written, full, expected):
     assert checkpoint.Entry("k", written).shape(full) == expected
 
 
@@ -144,7 +144,7 @@ def save_averages(prefix: Path, scope: str = "", name: str = "ExponentialMovingA
 
 @pytest.mark.parametrize("scope", ["", "tower_0"])
 @pytest.mark.parametrize("name", ["ExponentialMovingAverage", "moving_average", "ema"])
-def test_moving_averages_are_read_where_there_are_some(tmp_path, scope, name):
+def test_moving_averages_are_read(tmp_path, scope, name):
     save_averages(tmp_path / "m", scope, name)
     graph = load_meta_graph(tmp_path / "m")
     variables = graph.network("tap").variables
@@ -159,7 +159,7 @@ def test_moving_averages_are_read_where_there_are_some(tmp_path, scope, name):
     }
 
 
-def test_moving_averages_are_what_variables_to_restore_says(tmp_path):
+def test_moving_averages_equal_variables_to_restore(tmp_path):
     with tf.Graph().as_default(), tf1.Session() as session:
         w = tf1.get_variable("w", initializer=A, use_resource=False)
         average = tf1.train.ExponentialMovingAverage(0.9)
@@ -178,7 +178,7 @@ def test_moving_averages_are_what_variables_to_restore_says(tmp_path):
     np.testing.assert_array_equal(graph.read(variables, use_ema=True)["w"], expected)
 
 
-def test_no_moving_averages_at_all(tmp_path):
+def test_missing_moving_averages_are_reported(tmp_path):
     graph = load_meta_graph(save(tmp_path / "m"))
     with pytest.raises(ValueError, match="has no moving averages: no entry is named like"):
         graph.read(VARIABLES, use_ema=True)
@@ -188,7 +188,7 @@ def test_no_moving_averages_at_all(tmp_path):
     ("shape", "parts", "axis"),
     [([4, 3], 2, 0), ([5, 3], 2, 0), ([4, 6], 3, 1), ([2, 2], 2, 1), ([7], 4, 0), ([3, 2], 1, 0)],
 )
-def test_parts_of_a_variable_without_the_savers_operations(tmp_path, shape, parts, axis):
+def test_partitions_are_derived_from_shapes_without_saver(tmp_path, shape, parts, axis):
     with tf.Graph().as_default(), tf1.Session() as session:
         x = tf1.placeholder(tf.float32, shape, name="x")
         partitioner = tf1.fixed_size_partitioner(parts, axis)
@@ -206,7 +206,7 @@ def test_parts_of_a_variable_without_the_savers_operations(tmp_path, shape, part
     np.testing.assert_array_equal(np.concatenate(found, axis), expected)
 
 
-def test_parts_that_do_not_add_up_are_missing(tmp_path):
+def test_partitions_with_inconsistent_shapes_are_missing(tmp_path):
     variables = tuple(Variable(f"a/part_{i}", tf.float32, (2, 3)) for i in range(3))
     nodes = []
     for variable in variables:
@@ -230,19 +230,19 @@ def write(prefix: Path, values: dict[str, np.ndarray]) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
-def test_data_that_were_cut_short_are_told_from_damaged_ones(tmp_path, share):
+def test_truncated_data_is_reported_as_such(tmp_path, share):
     prefix = tmp_path / "m"
     write(prefix, {"a": np.zeros(1000, np.float32), "b": np.zeros(8, np.float32)})
     data = tmp_path / "m.data-00000-of-00001"
     content = data.read_bytes()
     data.write_bytes(content[: int(share * len(content))])
     source = checkpoint.Checkpoint(prefix)
-    with pytest.raises(ValueError, match="needs 4,032; it was cut short, get it again"):
+    with pytest.raises(ValueError, match="needs 4,032; it is truncated, get it again"):
         source.read({name: checkpoint.Entry(name) for name in ("a", "b")})
 
 
-def test_a_huge_tensor_that_is_not_there_takes_no_memory(tmp_path):
-    """The index promises it; the data are one byte."""
+def test_huge_missing_tensor_allocates_no_memory(tmp_path):
+    """The index lists it, but the data file has one byte."""
     prefix = tmp_path / "m"
     write(prefix, {"a": np.zeros(10**7, np.float32)})
     (tmp_path / "m.data-00000-of-00001").write_bytes(b"x")
@@ -250,7 +250,7 @@ def test_a_huge_tensor_that_is_not_there_takes_no_memory(tmp_path):
         checkpoint.Checkpoint(prefix).read({"a": checkpoint.Entry("a")})
 
 
-def test_data_with_other_bytes_are_reported(tmp_path):
+def test_corrupted_data_is_reported(tmp_path):
     prefix = save(tmp_path / "m")
     data = tmp_path / "m.data-00000-of-00001"
     data.write_bytes(bytes(byte ^ 1 for byte in data.read_bytes()))
@@ -258,7 +258,7 @@ def test_data_with_other_bytes_are_reported(tmp_path):
         checkpoint.Checkpoint(prefix).read({"a": checkpoint.Entry("a")})
 
 
-def test_what_the_tap_does_not_need_is_listed_beside_what_is_missing(tmp_path):
+def test_mismatch_error_lists_unused_entries(tmp_path):
     source = checkpoint.Checkpoint(save(tmp_path / "m"))
     with pytest.raises(ValueError) as error:
         source.match([Variable("A", tf.float32, (4, 3)), VARIABLES[1]], {})
@@ -270,7 +270,7 @@ def test_what_the_tap_does_not_need_is_listed_beside_what_is_missing(tmp_path):
         assert part in str(error.value)
 
 
-def test_a_long_list_of_other_entries_is_cut(tmp_path):
+def test_long_list_of_unused_entries_is_truncated(tmp_path):
     write(tmp_path / "m", {f"v{i:02}": B for i in range(20)})
     with pytest.raises(ValueError, match=r"20 that the tap does not need \(v00, .*, v07, ...\)"):
         checkpoint.Checkpoint(tmp_path / "m").match(VARIABLES, {})
@@ -285,7 +285,7 @@ def test_compare_sorts_into_matched_missing_and_different(tmp_path):
     assert different == ["a (graph (3, 4) float32, checkpoint (4, 3) float32)"]
 
 
-def test_a_variable_of_unknown_shape_takes_what_there_is(tmp_path):
+def test_variable_of_unknown_shape_matches_any_shape(tmp_path):
     source = checkpoint.Checkpoint(save(tmp_path / "m"))
     matched, _, _ = source.compare([Variable("a", tf.float32, None)], {})
     assert list(matched) == ["a"]
@@ -300,7 +300,7 @@ def test_a_variable_of_unknown_shape_takes_what_there_is(tmp_path):
         (lambda name: name.replace("tower/fc", "tower/dense_"), ("fc", "dense_")),
     ],
 )
-def test_one_substitution_that_explains_all_is_proposed(tmp_path, written, rename):
+def test_rename_that_matches_all_variables_is_suggested(tmp_path, written, rename):
     names = ["tower/fc6/weights", "tower/fc7/weights", "tower/fc7/biases"]
     with tf.Graph().as_default(), tf1.Session() as session:
         x = tf1.placeholder(tf.float32, [None, 3], name="x")
@@ -324,7 +324,7 @@ def test_one_substitution_that_explains_all_is_proposed(tmp_path, written, renam
         load_meta_graph(tmp_path / "m", rename={"gone": "there"}).match(network.variables)
 
 
-def test_shapes_that_do_not_fit_are_no_rename(tmp_path):
+def test_rename_is_not_suggested_if_shapes_differ(tmp_path):
     with tf.Graph().as_default(), tf1.Session() as session:
         saved = tf1.get_variable("kernel", [2, 2])
         session.run(tf1.global_variables_initializer())

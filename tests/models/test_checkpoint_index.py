@@ -1,4 +1,4 @@
-"""Indexes read as TensorFlow reads them, and hostile ones, which are refused at once."""
+"""Valid indexes are read like in TensorFlow; malicious ones are rejected quickly."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def varint(number: int) -> bytes:
 
 
 def block(entries: Sequence[tuple[int, bytes, bytes]]) -> bytes:
-    """Entries of how much of the key before they share, the rest of the key, and a value."""
+    """Entries: length of the prefix shared with the previous key, rest of the key, value."""
     parts = [varint(s) + varint(len(k)) + varint(len(v)) + k + v for s, k, v in entries]
     return b"".join(parts) + struct.pack("<II", 0, 1)
 
 
 def table(blocks: Sequence[bytes], handles: Sequence[tuple[int, int]] | None = None) -> bytes:
-    """A file of these blocks; ``handles``, offset and size, say others of them than there are."""
+    """A file of these blocks; ``handles`` (offset, size) override their real positions."""
     content, places = b"", []
     for one in blocks:
         places.append((len(content), len(one)))
@@ -65,14 +65,14 @@ def test_many_blocks_are_read_as_tensorflow_reads_them(tmp_path: Path) -> None:
     assert top > 2 * 2**12  # TensorFlow ends a block after 4 KB or more
     found = checkpoint_index.read_v2(tmp_path / "m.index")
     assert found == {
-        name: checkpoint_index.Stored(tuple(value.shape), value.dtype)
+        name: checkpoint_index.TensorEntry(tuple(value.shape), value.dtype)
         for name, value in zip(names, values, strict=True)
     }
     reader = tf.train.load_checkpoint(str(tmp_path / "m"))
     assert reader.get_variable_to_shape_map() == {n: list(s.shape) for n, s in found.items()}
 
 
-def test_indexes_of_strangers_are_read(shared_wild: Path) -> None:
+def test_third_party_indexes_are_read(shared_wild: Path) -> None:
     paths = sorted(shared_wild.rglob("*.index"))
     assert paths
     for path in paths:
@@ -123,10 +123,10 @@ def many_slices() -> bytes:
         (lambda: table([block([(0, b"k" * 20_000, ENTRY)])]), "20,000 bytes of key"),
         (lambda: table([block([(0, b"k", bytes(2**21))])]), "2,097,152 of value, too many"),
         (lambda: bytes(2**25 + 1), "over 33,554,432 bytes, too many for an index"),
-        (lambda: b"", "it is no table of TensorFlow, or it was cut short"),
+        (lambda: b"", "it is not a TensorFlow table, or it is truncated"),
     ],
 )
-def test_hostile_indexes_are_refused_at_once(tmp_path: Path, make, message: str) -> None:
+def test_malicious_indexes_are_rejected_quickly(tmp_path: Path, make, message: str) -> None:
     path = tmp_path / "m.index"
     path.write_bytes(make())
     start = time.process_time()
@@ -135,12 +135,12 @@ def test_hostile_indexes_are_refused_at_once(tmp_path: Path, make, message: str)
     assert time.process_time() - start < 20
 
 
-def test_hostile_v1_checkpoints_are_refused(tmp_path: Path) -> None:
+def test_malicious_v1_checkpoints_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "m"
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="m is empty, or not a file"):
         checkpoint_index.read_v1([path])
-    with path.open("wb") as file:  # 2 GB, of which nothing is on the disk
+    with path.open("wb") as file:  # 2 GB, sparse
         file.truncate(2**31 - 1)
     with pytest.raises(ValueError, match="no table of TensorFlow"):
         checkpoint_index.read_v1([path])
@@ -153,5 +153,5 @@ def test_a_v1_checkpoint_with_large_values_is_read(tmp_path: Path) -> None:
     large = tf.constant(np.zeros((1100, 1000), np.float32))
     tf.raw_ops.Save(filename=str(tmp_path / "m"), tensor_names=["a"], data=[large])
     assert checkpoint_index.read_v1([tmp_path / "m"]) == {
-        "a": checkpoint_index.Stored((1100, 1000), tf.float32)
+        "a": checkpoint_index.TensorEntry((1100, 1000), tf.float32)
     }

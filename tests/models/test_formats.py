@@ -1,4 +1,4 @@
-"""From a path to a parsed graph, in all the formats in which TensorFlow has written graphs."""
+"""Open graphs in all formats that TensorFlow has written."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ TWO = np.array([[2.0]], np.float32)
 
 @pytest.fixture
 def meta(tmp_path):
-    """Prefix of a meta graph in a folder of its own."""
+    """Prefix of a meta graph in its own folder."""
     return save_vgg(tmp_path / "vgg" / "model.ckpt-1000")
 
 
@@ -39,7 +39,7 @@ def frozen_graph(prefix):
 
 @pytest.fixture
 def frozen(meta):
-    """A frozen graph in a folder of its own."""
+    """A frozen graph in its own folder."""
     path = meta.parents[1] / "frozen" / "inception.v1.pb"
     path.parent.mkdir()
     path.write_bytes(frozen_graph(meta).SerializeToString())
@@ -47,7 +47,7 @@ def frozen(meta):
 
 
 @pytest.mark.parametrize("suffix", ["", ".meta", ".index", ".data-00000-of-00001", ".json"])
-def test_any_file_of_a_meta_graph(meta, suffix):
+def test_meta_graph_opens_by_any_of_its_files(meta, suffix):
     found = open_model(meta.with_name(meta.name + suffix))
     assert (found.format, found.prefix, found.checkpoint_prefix) == ("meta graph", meta, meta)
     assert "fc7" in {node.name for node in found.meta.graph_def.node}
@@ -66,7 +66,7 @@ def save(prefix, **saver_args):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("sharded", [False, True], ids=["one-file", "sharded"])
-def test_a_checkpoint_of_the_first_version(tmp_path, sharded):
+def test_v1_checkpoint_is_found(tmp_path, sharded):
     prefix = save(tmp_path / "m", write_version=1, sharded=sharded)
     file = tmp_path / ("m-00000-of-00001" if sharded else "m")
     assert file.is_file()
@@ -76,25 +76,25 @@ def test_a_checkpoint_of_the_first_version(tmp_path, sharded):
     assert Backbone(load_meta_graph(file), tap="tap")(TWO).numpy().tolist() == [[5.0, 8.0]]
 
 
-def test_a_meta_graph_in_text_form(meta):
+def test_meta_graph_in_text_format_is_read(meta):
     path = meta.with_name(meta.name + ".meta")
     binary = open_model(path)
     path.write_text(text_format.MessageToString(binary.meta))
     assert open_model(path) == binary
 
 
-def test_a_meta_graph_without_weights(meta):
+def test_meta_graph_without_checkpoint_is_read(meta):
     for path in meta.parent.iterdir():
         if path.suffix != ".meta":
             path.unlink()
     assert open_model(meta).checkpoint_prefix is None
 
 
-def test_a_folder_with_one_model(meta):
+def test_folder_with_one_model_is_opened(meta):
     assert open_model(meta.parent).prefix == meta
 
 
-def test_a_folder_with_several_steps_and_a_state_file(tmp_path):
+def test_state_file_chooses_among_steps(tmp_path):
     for step in (1000, 2000, 3000):
         save(tmp_path / f"model.ckpt-{step}")
     (tmp_path / "checkpoint").write_text('model_checkpoint_path: "/old/run/model.ckpt-2000"\n')
@@ -113,7 +113,7 @@ def test_a_state_file_does_not_choose_between_models(tmp_path):
         open_model(tmp_path)
 
 
-def test_a_checkpoint_without_its_meta_graph(tmp_path):
+def test_checkpoint_without_meta_graph_is_reported(tmp_path):
     save(tmp_path / "m", write_version=2)
     (tmp_path / "m.meta").unlink()
     for path in ("m", "m.index", "m.data-00000-of-00001"):
@@ -121,7 +121,7 @@ def test_a_checkpoint_without_its_meta_graph(tmp_path):
             open_model(tmp_path / path)
 
 
-def test_nothing_there(tmp_path):
+def test_missing_model_is_reported(tmp_path):
     save(tmp_path / "other")
     with pytest.raises(FileNotFoundError, match="no meta graph .*graphs in that folder: other"):
         open_model(tmp_path / "m")
@@ -130,7 +130,7 @@ def test_nothing_there(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["", "inception.v1.pb", "inception.v1"])
-def test_any_path_of_a_frozen_graph(frozen, path):
+def test_frozen_graph_opens_by_any_of_its_paths(frozen, path):
     found = open_model(frozen.parent / path)
     assert (found.format, found.checkpoint_prefix) == ("frozen graph", None)
     assert found.prefix == frozen.with_suffix("")
@@ -138,7 +138,7 @@ def test_any_path_of_a_frozen_graph(frozen, path):
 
 
 @pytest.mark.parametrize("name", ["graph.pb", "graph.pbtxt"])
-def test_a_frozen_graph_in_text_form(frozen, name):
+def test_frozen_graph_in_text_format_is_read(frozen, name):
     binary = open_model(frozen)
     path = frozen.parent / "text" / name
     path.parent.mkdir()
@@ -147,8 +147,8 @@ def test_a_frozen_graph_in_text_form(frozen, name):
         assert open_model(given).meta == binary.meta
 
 
-def test_a_graph_with_a_checkpoint_beside_it(tmp_path):
-    """As ``tf.train.write_graph`` and a saver leave them."""
+def test_checkpoint_beside_frozen_graph_is_used(tmp_path):
+    """As written by ``tf.train.write_graph`` and a saver."""
     prefix = save(tmp_path / "m")
     meta = open_model(prefix).meta
     (tmp_path / "m.meta").unlink()
@@ -158,7 +158,7 @@ def test_a_graph_with_a_checkpoint_beside_it(tmp_path):
     assert Backbone(load_meta_graph(tmp_path), tap="tap")(TWO).numpy().tolist() == [[5.0, 8.0]]
 
 
-def test_a_meta_graph_comes_before_a_frozen_one(meta, frozen):
+def test_meta_graph_takes_precedence_over_frozen_graph(meta, frozen):
     shutil.copy(frozen, meta.parent)
     assert open_model(meta.parent).format == "meta graph"
 
@@ -175,14 +175,14 @@ NAMES = pytest.mark.parametrize(
 
 
 @NAMES
-def test_an_empty_file(tmp_path, name, kind):
+def test_empty_file_is_rejected(tmp_path, name, kind):
     (tmp_path / name).touch()
     with pytest.raises(ValueError, match=f"is empty; expected a {kind}"):
         open_model(tmp_path / name)
 
 
 @NAMES
-def test_a_pointer_of_git_lfs(tmp_path, name, kind):
+def test_git_lfs_pointer_is_reported(tmp_path, name, kind):
     (tmp_path / name).write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     )
@@ -201,7 +201,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, name, kind):
 
 @NAMES
 @pytest.mark.parametrize("seed", range(3))
-def test_random_bytes(tmp_path, name, kind, seed):
+def test_random_bytes_are_rejected(tmp_path, name, kind, seed):
     (tmp_path / name).write_bytes(np.random.default_rng(seed).bytes(1000))
     with pytest.raises(ValueError, match=f"is not a {kind}"):
         open_model(tmp_path / name)
@@ -209,7 +209,7 @@ def test_random_bytes(tmp_path, name, kind, seed):
 
 @NAMES
 @pytest.mark.parametrize("text", ["{}", "node {", "<html>404 Not Found</html>", "node { op: 3 }"])
-def test_text_that_is_no_graph(tmp_path, name, kind, text):
+def test_other_text_files_are_rejected(tmp_path, name, kind, text):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=f"is not a {kind}"):
         open_model(tmp_path / name)
@@ -219,7 +219,7 @@ def test_text_that_is_no_graph(tmp_path, name, kind, text):
     "field", [b"\x12\x02\x0a\x00", b"\x12\x06\x0a\x04\x1a\x00\x1a\x00", b"\x22\x00"]
 )
 def test_small_file_of_empty_messages_is_refused_before_it_is_parsed(tmp_path, monkeypatch, field):
-    """Two bytes in the file are over a hundred in memory."""
+    """Two bytes in the file take over a hundred in memory."""
     path = tmp_path / "m.meta"
     path.write_bytes(field * (10_000_000 // len(field)))
     monkeypatch.setattr(wire, "MAX_FIELDS", 100_000)
@@ -229,7 +229,7 @@ def test_small_file_of_empty_messages_is_refused_before_it_is_parsed(tmp_path, m
 
 
 def fields_of(message):
-    """Fields of a message on the wire, by protobuf's own view of it."""
+    """Number of fields of a serialized message, counted by protobuf."""
     total = 0
     for field, value in message.ListFields():
         is_map = field.message_type is not None and field.message_type.GetOptions().map_entry
@@ -241,31 +241,31 @@ def fields_of(message):
     return total
 
 
-def test_fields_are_counted_as_protobuf_sees_them(meta):
+def test_field_count_equals_that_of_protobuf(meta):
     content = meta.with_name(meta.name + ".meta").read_bytes()
     expected = fields_of(MetaGraphDef.FromString(content))
     assert wire.count_fields(content, MetaGraphDef.DESCRIPTOR) == expected > 1000
 
 
-def test_text_that_is_too_large(tmp_path, monkeypatch):
+def test_too_large_text_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "MAX_TEXT_BYTES", 100)
     (tmp_path / "m.pbtxt").write_text("node { op: 'NoOp' name: 'a' }\n" * 10)
     with pytest.raises(ValueError, match="has 300 bytes of text; at most 100 are read"):
         open_model(tmp_path / "m.pbtxt")
 
 
-# SavedModels, against what TensorFlow loads.
+# SavedModels, compared with TensorFlow's loader.
 
 
 def served(folder, x):
-    """The results of its signature, name to value."""
+    """Outputs of its signature, name to value."""
     signature = tf.saved_model.load(str(folder)).signatures["serving_default"]
     (argument,) = signature.structured_input_signature[1]
     return {k: v.numpy() for k, v in signature(**{argument: tf.constant(x)}).items()}
 
 
 def assert_serves(folder, x):
-    """A layer for each of its results, by name, equal to what TensorFlow serves."""
+    """A layer for each output, by name, which equals that of the served model."""
     graph = load_meta_graph(folder)
     assert graph.format == "SavedModel"
     signature = graph.meta.signature_def["serving_default"]
@@ -290,7 +290,7 @@ def save_simple(folder):
     return folder
 
 
-def test_a_saved_model_of_tensorflow_1(tmp_path):
+def test_tensorflow_1_saved_model_is_read(tmp_path):
     folder = save_simple(tmp_path / "saved")
     found = open_model(folder)
     assert (found.format, found.prefix) == ("SavedModel", folder)
@@ -298,12 +298,12 @@ def test_a_saved_model_of_tensorflow_1(tmp_path):
     assert_serves(folder, images(3, 4))
 
 
-def test_the_file_of_a_saved_model(tmp_path):
+def test_saved_model_opens_by_its_file(tmp_path):
     folder = save_simple(tmp_path / "saved")
     assert open_model(folder / "saved_model.pb") == open_model(folder)
 
 
-def test_a_saved_model_in_text_form(tmp_path):
+def test_saved_model_in_text_format_is_read(tmp_path):
     folder = save_simple(tmp_path / "saved")
     binary = open_model(folder)
     message = SavedModel.FromString((folder / "saved_model.pb").read_bytes())
@@ -313,7 +313,7 @@ def test_a_saved_model_in_text_form(tmp_path):
 
 
 @pytest.mark.parametrize("tags", [["serve"], ["train"]])
-def test_of_a_saved_model_with_several_graphs_the_one_that_serves(tmp_path, tags):
+def test_serving_graph_of_saved_model_is_used(tmp_path, tags):
     builder = tf1.saved_model.Builder(str(tmp_path / "saved"))
     for number, tag in enumerate(["train", *tags]):
         with tf.Graph().as_default(), tf1.Session() as session:
@@ -358,7 +358,7 @@ class Model(tf.Module):
         return {"features": h, "logits": tf.matmul(h, self.nested.deep["list"][0])}
 
 
-def test_a_saved_model_of_modules(tmp_path):
+def test_saved_model_of_tf_modules_equals_program(tmp_path):
     model = Model()
     tf.saved_model.save(model, str(tmp_path / "saved"), signatures=model.serve)
     backbones = assert_serves(tmp_path / "saved", images(3, 4))
@@ -367,7 +367,7 @@ def test_a_saved_model_of_modules(tmp_path):
     assert shapes == [(), (4, 5), (5,), (5, 3), (5, 5)]
 
 
-def test_gradients_of_a_saved_model_are_those_of_the_program(tmp_path):
+def test_gradients_of_saved_model_equal_those_of_program(tmp_path):
     model = Model()
     tf.saved_model.save(model, str(tmp_path / "saved"), signatures=model.serve)
     graph = load_meta_graph(tmp_path / "saved")
@@ -387,8 +387,8 @@ def test_gradients_of_a_saved_model_are_those_of_the_program(tmp_path):
         assert_close(ours, theirs)
 
 
-def test_a_saved_model_that_is_saved_anew_after_training(tmp_path):
-    """Values come from the checkpoint, not from where they were when the graph was traced."""
+def test_saved_model_can_be_saved_again_after_training(tmp_path):
+    """Values are read from the checkpoint, not from the traced graph."""
     model = Model()
     model.serve(images(1, 4))
     for variable in model.trainable_variables:
@@ -397,7 +397,7 @@ def test_a_saved_model_that_is_saved_anew_after_training(tmp_path):
     assert_serves(tmp_path / "saved", images(3, 4))
 
 
-def test_a_saved_model_with_conditionals(tmp_path):
+def test_saved_model_with_conditionals_equals_program(tmp_path):
     class Conditional(tf.Module):
         def __init__(self):
             super().__init__()
@@ -442,7 +442,7 @@ def trained(model):
 
 
 @pytest.mark.parametrize("how", ["export", "save"])
-def test_a_saved_model_of_keras(tmp_path, how):
+def test_keras_saved_model_equals_program(tmp_path, how):
     model = trained(keras_model())
     if how == "export":
         model.export(tmp_path / "saved", verbose=False)
@@ -458,7 +458,7 @@ def test_a_saved_model_of_keras(tmp_path, how):
     assert len(backbone.trainable_weights) == len(model.trainable_weights)
 
 
-def test_a_layer_within_a_saved_model_of_keras(tmp_path):
+def test_inner_layer_of_keras_saved_model_can_be_tapped(tmp_path):
     model = trained(keras_model())
     model.export(tmp_path / "saved", verbose=False)
     x = np.abs(images(3, 8, 8, 3))
@@ -469,7 +469,7 @@ def test_a_layer_within_a_saved_model_of_keras(tmp_path):
     assert_close(Backbone(graph, tap=tanh)(x), expected)
 
 
-def test_a_saved_model_without_variables(tmp_path):
+def test_saved_model_without_variables_is_read(tmp_path):
     model = tf.Module()
     model.serve = tf.function(lambda x: tf.exp(x), [tf.TensorSpec([None, 4])], autograph=False)
     tf.saved_model.save(model, str(tmp_path / "saved"), signatures=model.serve)
@@ -478,7 +478,7 @@ def test_a_saved_model_without_variables(tmp_path):
     assert_close(Backbone(graph, tap=graph.outputs[0])(x), np.exp(x))
 
 
-def test_a_saved_model_whose_weights_are_missing(tmp_path):
+def test_saved_model_with_missing_weights_is_reported(tmp_path):
     folder = save_simple(tmp_path / "saved")
     shutil.rmtree(folder / "variables")
     graph = load_meta_graph(folder)
@@ -486,15 +486,15 @@ def test_a_saved_model_whose_weights_are_missing(tmp_path):
         Backbone(graph, tap="y")
 
 
-def test_a_folder_that_is_none_of_these(tmp_path):
+def test_folder_without_model_is_rejected(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(FileNotFoundError, match=r"holds 0 graphs \(none\); expected one"):
         open_model(tmp_path)
 
 
 @pytest.mark.parametrize("path", ["", ".meta", ".index", ".data-00000-of-00001"])
-def test_files_without_a_name_are_those_of_their_folder(tmp_path, path):
-    """As ``saver.save(session, "model/")`` leaves them."""
+def test_files_without_stem_belong_to_their_folder(tmp_path, path):
+    """As written by ``saver.save(session, "model/")``."""
     prefix = strangers.save(strangers.vectors, f"{tmp_path}/model/")
     assert (tmp_path / "model" / ".meta").is_file()
     graph = load_meta_graph(tmp_path / "model" / path)

@@ -1,4 +1,4 @@
-"""What is said about a model, against what is known of it."""
+"""Inspection of models compared with known facts."""
 
 import json
 
@@ -16,7 +16,7 @@ from transfer.vgg import architectures
 tf1 = tf.compat.v1
 
 
-def test_a_vgg(model):
+def test_inspection_of_vgg(model):
     found = inspect(load_meta_graph(model))
     assert (found.format, found.tensorflow_version) == ("meta graph", tf.__version__)
     assert (found.inputs[0].name, found.inputs[0].shape) == ("images:0", (None, 16, 16, 3))
@@ -31,7 +31,7 @@ def test_a_vgg(model):
     assert found.hazards == []
 
 
-def test_it_works_without_the_weights(model):
+def test_inspection_works_without_weights(model):
     for path in model.parent.glob("tiny.data*"):
         path.unlink()
     found = inspect(load_meta_graph(model))
@@ -43,7 +43,7 @@ def test_it_works_without_the_weights(model):
     assert found.taps[0].shape == (None, TINY.fc)
 
 
-def test_what_the_checkpoint_lacks_is_listed(tmp_path):
+def test_variables_missing_in_checkpoint_are_listed(tmp_path):
     graph = architectures.build_graph(TINY, NUM_CLASSES)
     values = architectures.random_weights(TINY, NUM_CLASSES)
     save_meta_graph(graph, tmp_path / "whole", values)
@@ -63,7 +63,7 @@ def test_what_the_checkpoint_lacks_is_listed(tmp_path):
     )
 
 
-def test_it_says_what_is_awkward(tmp_path):
+def test_hazards_are_listed(tmp_path):
     graph = tf.Graph()
     with graph.as_default(), tf1.device("/gpu:3"):
         x = tf1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
@@ -82,10 +82,10 @@ def test_it_says_what_is_awkward(tmp_path):
     assert "--feed strength:0=1.0" in found.command
     assert "pinned to devices (/device:GPU:3)" in hazards
     assert "random numbers before the tap" in hazards
-    assert "nothing says how images are to be prepared" in hazards
+    assert "the preprocessing of the images is unknown" in hazards
 
 
-def test_a_forbidden_operation_is_said(tmp_path):
+def test_forbidden_operation_is_reported(tmp_path):
     graph = tf.Graph()
     with graph.as_default():
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
@@ -98,7 +98,7 @@ def test_a_forbidden_operation_is_said(tmp_path):
     assert found.command is None
 
 
-def test_moving_averages_are_said(tmp_path):
+def test_moving_averages_are_reported(tmp_path):
     with tf.Graph().as_default(), tf1.Session() as session:
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
         w = tf1.get_variable("w", [4, 2])
@@ -111,8 +111,8 @@ def test_moving_averages_are_said(tmp_path):
 
 
 @pytest.mark.parametrize("case", range(26))
-def test_meta_graphs_from_the_wild(shared_wild, case):
-    """Inputs, feeds and best tap are those that somebody found by hand."""
+def test_third_party_meta_graphs_are_inspected(shared_wild, case):
+    """Inputs, feeds and best tap equal those determined by hand."""
     expected = json.loads((shared_wild / "cases.json").read_text())[case]
     found = inspect(load_meta_graph(shared_wild / expected["case"] / expected["prefix"]))
     assert found.taps[0].name == expected["tap"]
@@ -162,7 +162,7 @@ def test_hazards_name_stopped_gradients_and_towers(tmp_path):
     assert any("split between towers" in hazard for hazard in found.hazards)
 
 
-def test_missing_weights_are_said_with_the_command_that_needs_them(model):
+def test_missing_weights_are_reported_with_the_command(model):
     for path in model.parent.glob("tiny.data*"):
         path.unlink()
     found = inspect(load_meta_graph(model))

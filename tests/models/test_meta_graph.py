@@ -29,7 +29,7 @@ def test_load_finds_the_checkpoint_of_a_later_step(tmp_path):
 
 
 @pytest.mark.parametrize("state", ["tiny-2000", "/gone/with/tiny-2000", r"C:\\models\\tiny-2000"])
-def test_load_believes_the_state_file_where_it_fits(tmp_path, state):
+def test_load_uses_the_state_file_if_it_matches(tmp_path, state):
     save_vgg(tmp_path / "tiny")
     for step in (1000, 2000):
         for suffix in ("index", "data-00000-of-00001"):
@@ -42,7 +42,7 @@ def test_load_believes_the_state_file_where_it_fits(tmp_path, state):
     assert load_meta_graph(tmp_path / "tiny").checkpoint_prefix is None
 
 
-def test_load_names_what_there_is_in_place_of_what_there_is_not(tmp_path):
+def test_load_lists_available_models_if_missing(tmp_path):
     save_vgg(tmp_path / "tiny")
     with pytest.raises(FileNotFoundError, match="graphs in that folder: tiny.meta"):
         load_meta_graph(tmp_path / "vgg16")
@@ -51,7 +51,7 @@ def test_load_names_what_there_is_in_place_of_what_there_is_not(tmp_path):
         load_meta_graph(tmp_path / "empty")
 
 
-def test_load_does_not_guess_among_several(tmp_path):
+def test_load_rejects_ambiguous_folder(tmp_path):
     for name in ("one", "two"):
         save_vgg(tmp_path / name)
     with pytest.raises(ValueError, match=r"holds 2 graphs \(one.meta, two.meta\)"):
@@ -66,14 +66,14 @@ def test_a_truncated_meta_graph_is_refused(tmp_path):
         load_meta_graph(meta)
 
 
-def test_tensor_suggests_near_names(tmp_path):
+def test_tensor_suggests_similar_names(tmp_path):
     graph = load_meta_graph(save_vgg(tmp_path / "tiny"))
     assert graph.tensor("fc7") == graph.tensor("fc7:0") == "fc7:0"
     with pytest.raises(ValueError, match="has no tensor 'fc77'; did you mean fc7"):
         graph.tensor("fc77")
 
 
-def test_input_is_found_or_asked_for(tmp_path):
+def test_input_is_detected_or_required(tmp_path):
     graph = tf.Graph()
     with graph.as_default():
         a = tf1.placeholder(tf.float32, [None, 4], name="a")
@@ -91,7 +91,7 @@ def save_meta_graph_without_variables(graph, prefix):
         tf1.train.export_meta_graph(str(prefix) + ".meta", graph=graph)
 
 
-def test_preprocess_is_refused_where_nothing_says_it(tmp_path):
+def test_preprocess_requires_a_known_convention(tmp_path):
     graph = load_meta_graph(save_vgg(tmp_path / "tiny"))
     with pytest.raises(ValueError, match=r"no card \(tiny.json\) says .* preprocess=MODE: caffe"):
         graph.preprocess("images:0")
@@ -100,7 +100,7 @@ def test_preprocess_is_refused_where_nothing_says_it(tmp_path):
         graph.preprocess("images:0", "caffe", 32)
 
 
-def test_preprocess_of_a_convolutional_network_takes_any_size(tmp_path):
+def test_preprocess_of_fully_convolutional_network_takes_any_size(tmp_path):
     graph = load_meta_graph(save_vgg(tmp_path / "tiny", convolutional=True))
     with pytest.raises(ValueError, match="takes any image size; give one"):
         graph.preprocess("images:0", "caffe")

@@ -1,4 +1,4 @@
-"""Which checkpoint key feeds which variable of a SavedModel of TensorFlow 2."""
+"""Checkpoint keys of the variables of a TensorFlow 2 SavedModel."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def variable(value, name="same"):
 
 
 class Model(tf.Module):
-    """Every variable has another value, and all have the same name."""
+    """All variables have different values and the same name."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class Model(tf.Module):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A SavedModel, and the value of each of its checkpoint's keys."""
+    """A SavedModel, and the values of its checkpoint keys."""
     model = Model()
     tf.saved_model.save(model, str(tmp_path / "m"), signatures=model.serve)
     reader = tf.train.load_checkpoint(str(tmp_path / "m" / "variables" / "variables"))
@@ -80,18 +80,18 @@ def test_every_variable_gets_its_own_key(saved):
     }
 
 
-def test_values_are_read_through_them(saved):
+def test_values_are_read_by_object_keys(saved):
     graph, _ = saved
     network = graph.network(graph.outputs[0])
     values = graph.read(network.variables)
     assert sorted(float(value) for value in values.values()) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_a_graph_of_tensorflow_1_has_no_objects():
+def test_tensorflow_1_graph_has_no_objects():
     assert object_keys.variable_paths(MetaGraphDef()) == {}
 
 
-def test_children_that_are_not_there_are_passed_over(saved):
+def test_missing_children_are_ignored(saved):
     graph, _ = saved
     meta = MetaGraphDef()
     meta.CopyFrom(graph.meta)
@@ -100,7 +100,7 @@ def test_children_that_are_not_there_are_passed_over(saved):
     assert object_keys.variable_paths(meta) == object_keys.variable_paths(graph.meta)
 
 
-def test_objects_that_hold_one_another(saved):
+def test_cyclic_objects_are_handled(saved):
     graph, _ = saved
     meta = MetaGraphDef()
     meta.CopyFrom(graph.meta)
@@ -110,14 +110,14 @@ def test_objects_that_hold_one_another(saved):
     assert object_keys.variable_paths(meta) == object_keys.variable_paths(graph.meta)
 
 
-def test_a_variable_that_the_checkpoint_does_not_have(saved):
+def test_variable_missing_in_checkpoint_has_no_key(saved):
     graph, reader = saved
     paths = object_keys.variable_paths(graph.meta)
     gone = {name: (*path, "gone") for name, path in paths.items()}
     assert object_keys.checkpoint_keys(gone, reader.get_tensor(KEY)) == {}
 
 
-def test_objects_of_the_checkpoint_that_are_not_there(saved):
+def test_missing_objects_of_checkpoint_are_ignored(saved):
     graph, reader = saved
     damaged = TrackableObjectGraph.FromString(reader.get_tensor(KEY))
     for node in damaged.nodes:
@@ -127,7 +127,7 @@ def test_objects_of_the_checkpoint_that_are_not_there(saved):
     assert object_keys.checkpoint_keys(paths, damaged.SerializeToString()) == {}
 
 
-def test_an_entry_that_is_no_graph_of_objects():
+def test_invalid_object_graph_is_rejected():
     with pytest.raises(ValueError, match=f"the checkpoint is damaged at {KEY}"):
         object_keys.checkpoint_keys({"v": ("v",)}, b"\xff\xff\xff")
 

@@ -10,7 +10,7 @@ tf1 = tf.compat.v1
 
 @pytest.fixture
 def broken(tmp_path):
-    """A meta graph that ``import_meta_graph`` refuses: a collection names what is not there."""
+    """A meta graph that ``import_meta_graph`` rejects: a collection does not resolve."""
     graph = tf.Graph()
     with graph.as_default(), tf1.device("/job:ps"):
         x = tf1.placeholder(tf.float32, [None, 4], name="x")
@@ -27,7 +27,7 @@ def broken(tmp_path):
     return tmp_path / "m"
 
 
-def test_stock_import_takes_what_is_repaired(broken):
+def test_import_meta_graph_accepts_repaired_graph(broken):
     with tf.Graph().as_default(), pytest.raises(KeyError, match="Adam|q"):
         tf1.train.import_meta_graph(f"{broken}.meta")
     with tf.Graph().as_default() as graph, tf1.Session() as session:
@@ -38,13 +38,13 @@ def test_stock_import_takes_what_is_repaired(broken):
         assert tf1.get_collection("kept") == [graph.get_tensor_by_name("x:0")]
 
 
-def test_what_does_not_resolve_is_named(broken):
+def test_unresolved_references_are_listed(broken):
     found = repair.unresolved(load_meta_graph(broken).meta)
     assert "trainops: Adam" in found
     assert "variables: q:0" in found
 
 
-def test_a_sound_meta_graph_loses_its_devices_only(model):
+def test_repair_of_valid_meta_graph_only_removes_devices(model):
     graph = load_meta_graph(model)
     assert repair.unresolved(graph.meta) == []
     expected = tf1.MetaGraphDef()

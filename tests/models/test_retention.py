@@ -1,4 +1,4 @@
-"""Which checkpoints are kept is compared with TensorFlow's own Saver."""
+"""Checkpoint retention compared with TensorFlow's own Saver."""
 
 import random
 from pathlib import Path
@@ -42,7 +42,7 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def stock(tmp_path):
-    """``stock(max_to_keep=...)`` saves with TensorFlow's Saver to a folder of its own."""
+    """``stock(max_to_keep=...)`` saves with TensorFlow's Saver to a separate folder."""
     folder = tmp_path / "stock"
     folder.mkdir()
     with graph_of_one().as_default() as graph, tf1.Session(graph=graph) as session:
@@ -57,8 +57,8 @@ def stock(tmp_path):
 
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("seed", range(6))
-def test_the_same_as_tensorflow_at_irregular_times(tmp_path, clock, stock, seed):
-    """Steps that repeat, pauses, and hours that checkpoints do not divide."""
+def test_retention_equals_tensorflow_at_irregular_times(tmp_path, clock, stock, seed):
+    """Repeated steps, pauses, and intervals that are no divisor of an hour."""
     chance = random.Random(seed)
     keep, hours = chance.randint(1, 4), chance.choice([0, 0.3, 1, 2.5, 10_000])
     options = {"max_to_keep": keep, "keep_checkpoint_every_n_hours": hours}
@@ -73,7 +73,7 @@ def test_the_same_as_tensorflow_at_irregular_times(tmp_path, clock, stock, seed)
         clock[0] += chance.choice([1, 600, 1800, 3600, 3 * 3600, 40 * 3600])
 
 
-def test_all_are_kept_without_a_number(tmp_path, stock):
+def test_all_checkpoints_are_kept_without_limit(tmp_path, stock):
     save = stock(max_to_keep=0)
     for step in range(7):
         save(step, write_meta_graph=False)
@@ -84,14 +84,14 @@ def test_all_are_kept_without_a_number(tmp_path, stock):
     assert saved(tmp_path) == [f"m-{step}" for step in (0, 1, 2, 3, 4, 5, 7)]
 
 
-def test_a_smaller_number_later(tmp_path):
+def test_limit_can_be_reduced_later(tmp_path):
     for step in range(5):
         save_meta_graph(graph_of_one(), tmp_path / "m", VALUES, step=step, max_to_keep=5)
     save_meta_graph(graph_of_one(), tmp_path / "m", VALUES, step=5, max_to_keep=2)
     assert saved(tmp_path) == listed(tmp_path) == ["m-4", "m-5"]
 
 
-def test_what_tensorflow_saved_is_taken_over(tmp_path, stock):
+def test_checkpoints_of_tensorflow_saver_are_continued(tmp_path, stock):
     """Its state file has absolute paths, and no times."""
     save = stock(max_to_keep=5)
     for step in range(3):
@@ -106,7 +106,7 @@ def test_what_tensorflow_saved_is_taken_over(tmp_path, stock):
     assert str(folder) not in (folder / "checkpoint").read_text()
 
 
-def test_tensorflow_takes_over(tmp_path):
+def test_tensorflow_saver_continues_our_checkpoints(tmp_path):
     for step in range(3):
         save_meta_graph(graph_of_one(), tmp_path / "m", VALUES, step=step, max_to_keep=3)
     with tf.Graph().as_default(), tf1.Session() as session:
@@ -118,7 +118,7 @@ def test_tensorflow_takes_over(tmp_path):
     assert saved(tmp_path) == listed(tmp_path) == ["m-1", "m-2", "m-3"]
 
 
-def test_two_prefixes_in_a_folder_are_counted_apart(tmp_path):
+def test_prefixes_in_a_folder_are_counted_separately(tmp_path):
     for step in range(6):
         save_meta_graph(graph_of_one(), tmp_path / "last", VALUES, step=step, max_to_keep=2)
         if step % 2:
@@ -127,7 +127,7 @@ def test_two_prefixes_in_a_folder_are_counted_apart(tmp_path):
     assert tf.train.latest_checkpoint(str(tmp_path)) == str(tmp_path / "best-5")
 
 
-def test_names_that_are_alike_are_not_deleted(tmp_path):
+def test_similar_names_are_not_deleted(tmp_path):
     alike = ["m-1.txt", "m-1.json", "m-1.index.bak", "m-10.index", "m-1-2.index", "mm-1.index"]
     for name in alike:
         (tmp_path / name).write_text("mine")
@@ -139,8 +139,8 @@ def test_names_that_are_alike_are_not_deleted(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["../m-1", "{tmp}/other/m-1", "sub/m-1", "*-1", "m-1*", "."])
-def test_what_is_elsewhere_is_not_deleted(tmp_path, place):
-    """The state file may come from somebody else."""
+def test_checkpoints_in_other_folders_are_not_deleted(tmp_path, place):
+    """The state file is untrusted."""
     for folder in ("here/sub", "other", "."):
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / folder / "m-1.index").write_text("not ours")
@@ -169,7 +169,7 @@ def test_what_is_elsewhere_is_not_deleted(tmp_path, place):
     ],
     ids=["empty", "binary", "text", "no newest", "windows"],
 )
-def test_a_state_file_that_says_nothing_is_replaced(tmp_path, content):
+def test_invalid_state_file_is_replaced(tmp_path, content):
     (tmp_path / "m-1.index").write_text("not to be deleted")
     (tmp_path / "checkpoint").write_bytes(content)
     save_meta_graph(graph_of_one(), tmp_path / "m", VALUES, step=2, max_to_keep=1)
@@ -177,7 +177,7 @@ def test_a_state_file_that_says_nothing_is_replaced(tmp_path, content):
     assert listed(tmp_path) == ["m-2"]
 
 
-def test_what_was_deleted_by_hand_is_no_error(tmp_path):
+def test_manually_deleted_checkpoints_are_tolerated(tmp_path):
     for step in range(3):
         save_meta_graph(graph_of_one(), tmp_path / "m", VALUES, step=step, max_to_keep=2)
         for path in tmp_path.glob("m-1.*"):
@@ -186,7 +186,7 @@ def test_what_was_deleted_by_hand_is_no_error(tmp_path):
     assert saved(tmp_path) == ["m-2", "m-3"]
 
 
-def test_the_checkpoint_without_a_step_stays(tmp_path):
+def test_checkpoint_without_step_is_kept(tmp_path):
     save_meta_graph(graph_of_one(), tmp_path / "m", VALUES, max_to_keep=1)
     for step in range(3):
         save_meta_graph(graph_of_one(), tmp_path / "m", VALUES, step=step, max_to_keep=1)
@@ -204,7 +204,7 @@ def test_the_checkpoint_without_a_step_stays(tmp_path):
         ({"keep_checkpoint_every_n_hours": float("nan")}, "every_n_hours is nan; expected"),
     ],
 )
-def test_numbers_that_make_no_sense(tmp_path, option, message):
+def test_invalid_options_are_rejected(tmp_path, option, message):
     with pytest.raises(ValueError, match=message):
         save_meta_graph(graph_of_one(), tmp_path / "new" / "m", VALUES, step=1, **option)
     assert not files(tmp_path)

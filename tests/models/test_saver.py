@@ -14,7 +14,7 @@ from transfer.vgg import architectures
 tf1 = tf.compat.v1
 
 
-def test_save_and_stock_restore(tmp_path, stock_session, images):
+def test_saved_checkpoint_restores_in_plain_tensorflow(tmp_path, stock_session, images):
     values = architectures.random_weights(TINY, NUM_CLASSES)
     save_meta_graph(architectures.build_graph(TINY, NUM_CLASSES), tmp_path / "m", values)
     stock = stock_session(tmp_path / "m")
@@ -36,7 +36,7 @@ def test_save_records_the_hashes(tmp_path):
     assert len(card["sha256"]) == 3
 
 
-def test_save_refuses_values_that_do_not_fit(tmp_path):
+def test_save_rejects_values_of_wrong_shape(tmp_path):
     values = architectures.random_weights(TINY, NUM_CLASSES)
     del values["fc6/biases"]
     values["fc7/biases"] = np.zeros(3, np.float32)
@@ -61,7 +61,7 @@ def files(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_the_graph_is_written_once_for_all_steps(tmp_path):
+def test_meta_graph_is_written_once_for_all_steps(tmp_path):
     graph = small_graph()
     for step in (10, 20):
         saved = save_meta_graph(graph, tmp_path / "m", {**W, "b": W["b"] * step}, step=step)
@@ -78,14 +78,14 @@ def test_the_graph_is_written_once_for_all_steps(tmp_path):
     assert graph.checkpoint_prefix == tmp_path / "m-20"
 
 
-def test_without_a_meta_graph(tmp_path):
+def test_write_meta_graph_false_writes_only_checkpoint(tmp_path):
     options = {"step": 1, "write_meta_graph": False}
     save_meta_graph(small_graph(), tmp_path / "m", W, Card(source="me"), **options)
     assert files(tmp_path) == ["checkpoint", "m-1.data-00000-of-00001", "m-1.index"]
 
 
-def test_another_graph_replaces_the_one_that_is_there(tmp_path):
-    """Values beside the graph of an older program would be read without an error."""
+def test_changed_graph_replaces_meta_graph(tmp_path):
+    """New values beside an old graph would be read without an error."""
     save_meta_graph(small_graph(), tmp_path / "m", W, step=1)
     graph = small_graph()
     with graph.as_default():
@@ -94,8 +94,8 @@ def test_another_graph_replaces_the_one_that_is_there(tmp_path):
     assert "z" in load_meta_graph(tmp_path / "m").nodes
 
 
-def test_a_meta_graph_for_each_step(tmp_path, stock_session):
-    """As Saver writes them: deleted with their step, and so is the card, but nothing of others."""
+def test_write_meta_graph_true_writes_one_per_step(tmp_path, stock_session):
+    """Like Saver's: deleted with their step, together with the card; other files are kept."""
     (tmp_path / "m-0.json").write_text('{"figures": "of mine"}')
     options = {"write_meta_graph": True, "max_to_keep": 2}
     for step in range(4):
@@ -125,7 +125,7 @@ def test_the_card_has_the_hashes_of_all_files_of_a_step(tmp_path):
 
 
 @pytest.mark.parametrize("hours", [None, 2.0, 0.5])
-def test_the_same_is_kept_as_by_tensorflows_saver(tmp_path, monkeypatch, hours):
+def test_retention_equals_tensorflow_saver(tmp_path, monkeypatch, hours):
     """A checkpoint every 50 minutes, four at a time."""
     clock = [1_000_000.0]
     monkeypatch.setattr("time.time", lambda: clock[0])
@@ -145,7 +145,7 @@ def test_the_same_is_kept_as_by_tensorflows_saver(tmp_path, monkeypatch, hours):
     assert names[0] == names[1]
 
 
-def test_what_others_saved_is_not_deleted(tmp_path):
+def test_unlisted_checkpoints_are_not_deleted(tmp_path):
     save_meta_graph(small_graph(), tmp_path / "other", W, step=1)
     save_meta_graph(small_graph(), tmp_path / "m", W)
     for step in range(3):
@@ -162,7 +162,7 @@ def test_the_state_file_has_relative_paths_only(tmp_path):
     assert tf.train.latest_checkpoint(str(moved)) == str(moved / "m-2")
 
 
-def test_some_variables_only(tmp_path):
+def test_variables_selects_what_is_saved(tmp_path):
     save_meta_graph(small_graph(), tmp_path / "m", {"w": W["w"]}, variables=["w"])
     assert list(tf.train.load_checkpoint(str(tmp_path / "m")).get_variable_to_shape_map()) == ["w"]
     with tf.Graph().as_default() as graph, tf1.Session() as session:
@@ -174,7 +174,7 @@ def test_some_variables_only(tmp_path):
         save_meta_graph(small_graph(), tmp_path / "m", W, variables=["q"])
 
 
-def test_the_saver_that_is_written_goes_on_in_the_same_way(tmp_path):
+def test_saver_in_meta_graph_has_same_options(tmp_path):
     save_meta_graph(
         small_graph(), tmp_path / "m", W, max_to_keep=3, keep_checkpoint_every_n_hours=2
     )  # fmt: skip
@@ -182,7 +182,7 @@ def test_the_saver_that_is_written_goes_on_in_the_same_way(tmp_path):
     assert (saver.max_to_keep, saver.keep_checkpoint_every_n_hours) == (3, 2.0)
 
 
-def test_the_graph_does_not_grow_and_may_be_finalized(tmp_path):
+def test_saving_does_not_modify_graph(tmp_path):
     graph = small_graph()
     graph.finalize()
     before = graph.as_graph_def(add_shapes=True)
@@ -192,8 +192,8 @@ def test_the_graph_does_not_grow_and_may_be_finalized(tmp_path):
 
 
 @pytest.mark.parametrize("use_resource", [False, True])
-def test_partitioned_variables(tmp_path, stock_session, use_resource):
-    """Saver looks for them as slices of the whole."""
+def test_partitioned_variables_are_saved_as_slices(tmp_path, stock_session, use_resource):
+    """Saver restores them as slices of the full variable."""
     parts = tf1.fixed_size_partitioner(2)
     with tf.Graph().as_default() as graph:
         x = tf1.placeholder(tf.float32, [None, 5], name="x")
@@ -210,7 +210,7 @@ def test_partitioned_variables(tmp_path, stock_session, use_resource):
 
 
 @pytest.mark.parametrize("use_resource", [False, True])
-def test_a_graph_that_was_imported_into_a_scope(tmp_path, stock_session, use_resource):
+def test_graph_imported_into_scope_can_be_saved(tmp_path, stock_session, use_resource):
     with tf.Graph().as_default() as graph:
         tf1.get_variable("w", [2, 3], use_resource=use_resource)
     save_meta_graph(graph, tmp_path / "m", W)
@@ -223,7 +223,7 @@ def test_a_graph_that_was_imported_into_a_scope(tmp_path, stock_session, use_res
         np.testing.assert_array_equal(restored.run(variable), W["w"])
 
 
-def test_a_variable_of_any_shape(tmp_path, stock_session):
+def test_variable_of_unknown_shape_can_be_saved(tmp_path, stock_session):
     with tf.Graph().as_default() as graph:
         value = tf1.placeholder_with_default(tf.zeros([4]), None)
         tf1.get_variable("w", initializer=value, validate_shape=False, use_resource=False)
@@ -236,7 +236,7 @@ KINDS = ["bfloat16", "bool", "complex64", "float16", "float64", "int64", "string
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [3, 2**20], ids=["small", "big"])
-def test_types_of_values(tmp_path, kind, length):
+def test_values_of_all_types_can_be_saved(tmp_path, kind, length):
     dtype = tf.as_dtype(kind)
     with tf.Graph().as_default() as graph:
         tf1.get_variable("w", [length, 2], dtype, tf1.zeros_initializer())
@@ -268,7 +268,7 @@ def arrays():
 
 
 @pytest.mark.parametrize("kind", arrays()[1])
-def test_arrays_of_all_layouts(tmp_path, kind):
+def test_arrays_of_all_memory_layouts_can_be_saved(tmp_path, kind):
     expected, kinds = arrays()
     with tf.Graph().as_default() as graph:
         tf1.get_variable("w", expected.shape)
@@ -277,7 +277,7 @@ def test_arrays_of_all_layouts(tmp_path, kind):
     np.testing.assert_array_equal(read, expected)
 
 
-def test_nothing_is_written_where_a_value_is_of_another_type(tmp_path):
+def test_value_of_wrong_dtype_writes_nothing(tmp_path):
     with tf.Graph().as_default() as graph:
         tf1.get_variable("w", [2**20], tf.int32)
     with pytest.raises(TypeError, match="float64.*int32"):
@@ -285,7 +285,7 @@ def test_nothing_is_written_where_a_value_is_of_another_type(tmp_path):
     assert not files(tmp_path)
 
 
-def test_a_relative_path(tmp_path, monkeypatch):
+def test_relative_path_is_supported(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for prefix in ("m", "./m", "sub/m"):
         for step in (1, 2):
@@ -296,11 +296,11 @@ def test_a_relative_path(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", [np.int64(7), np.array(7), tf.constant(7), 7])
-def test_steps_as_they_come(tmp_path, step):
+def test_step_may_be_any_integer_type(tmp_path, step):
     assert save_meta_graph(small_graph(), tmp_path / "m", W, step=step).name == "m-7"
 
 
-def test_what_cannot_be_saved(tmp_path):
+def test_invalid_arguments_are_rejected(tmp_path):
     graph = small_graph()
     with graph.as_default():
         step = tf1.train.get_or_create_global_step()
@@ -310,8 +310,8 @@ def test_what_cannot_be_saved(tmp_path):
             save_meta_graph(graph, tmp_path / name, W, **options)
 
     refused(TypeError, r"step is <tf.Variable.*; expected a whole .* Session.run", step=step)
-    refused(TypeError, r"step is 1.5; expected a whole number", step=1.5)
-    refused(ValueError, r"step is -1; expected a whole number from 0 on", step=-1)
+    refused(TypeError, r"step is 1.5; expected an integer", step=1.5)
+    refused(ValueError, r"step is -1; expected an integer of at least 0", step=-1)
     refused(TypeError, r"the string 'w'; expected several .* write \['w'\]", variables="w")
     refused(ValueError, r"save w:0: the graph's .* w, b, global_step; name", variables=["w:0"])
     refused(ValueError, r"of 3 variables in the graph none is to be saved", variables=[])
@@ -327,8 +327,8 @@ def test_what_cannot_be_saved(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("style", ["tf", "tf.disable_v2_behavior"])
-def test_no_second_copy_of_the_values(tmp_path, style):
-    """In a session's program, where saving used to take the memory of all values once more."""
+def test_values_are_not_copied(tmp_path, style):
+    """In a TF1 program, where saving used to copy all values."""
     program = f"""
 import numpy as np
 import tensorflow.compat.v1 as tf
@@ -355,7 +355,7 @@ with tf.Graph().as_default() as graph, tf.Session():
 
 
 @pytest.mark.slow
-def test_in_a_program_without_eager_execution(tmp_path):
+def test_save_works_without_eager_execution(tmp_path):
     program = f"""
 import numpy as np
 import tensorflow.compat.v1 as tf

@@ -1,4 +1,4 @@
-"""What ``inspect`` suggests is what fine-tuning can begin with; where nothing is, it says why."""
+"""Fine-tuning accepts what ``inspect`` suggests; without a suggestion there is a reason."""
 
 import json
 import shlex
@@ -18,7 +18,7 @@ from transfer.runs.run_folder import read_config
 
 tf1 = tf.compat.v1
 
-# Program to flags of the command.
+# Program to flags of the suggested command.
 SUGGESTED = {
     "a_feed_beside_the_images": {"--feed": "strength:0=1.0", "--preprocess": "unit"},
     "a_batch_that_is_a_number": {"--feed": "batch_size:0=1.0", "--preprocess": "unit"},
@@ -34,13 +34,13 @@ SUGGESTED = {
 }
 REFUSED = {
     "a_size_that_is_not_square_and_not_stated": "no square size fits, for 'pool2:0' must have 112",
-    "two_inputs": "metadata:0 of shape (None, 5), for which one number does not do",
+    "two_inputs": "metadata:0 of shape (None, 5), which a single number cannot replace",
     "an_operation_that_is_not_arithmetic": "PyFunc",
 }
 
 
 @pytest.mark.parametrize("name", strangers.ALL)
-def test_command_passes_what_finetune_begins_with(tmp_path, name):
+def test_suggested_command_passes_checks_of_finetune(tmp_path, name):
     found = inspect(load_meta_graph(strangers.save(strangers.ALL[name], tmp_path / "m")))
     if name in REFUSED:
         assert found.command is None
@@ -56,7 +56,7 @@ def test_command_passes_what_finetune_begins_with(tmp_path, name):
 
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("name", ["towers_of_slices", "images_that_are_not_square", "jpeg_files"])
-def test_command_trains_as_printed(tmp_path, name, capsys):
+def test_suggested_command_trains_as_printed(tmp_path, name, capsys):
     model = strangers.save(strangers.ALL[name], tmp_path / "model" / "m")
     photos = make_image_folder(tmp_path / "photos", 6)
     assert main(["inspect", model, "--json"]) == 0
@@ -77,7 +77,7 @@ def test_image_size_of_flags_is_a_number_or_two():
 
 
 @pytest.mark.slow
-def test_finetune_warns_of_layers_that_a_stopped_gradient_leaves_untrained(tmp_path, capsys):
+def test_finetune_warns_of_layers_behind_stopped_gradient(tmp_path, capsys):
     model = strangers.save(strangers.gradients_that_stop, tmp_path / "model" / "m")
     photos, run = make_image_folder(tmp_path / "photos", 6), tmp_path / "run"
     flags = ("--tap", "fc7/relu", "--preprocess", "unit", "--epochs", 1)

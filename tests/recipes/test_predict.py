@@ -117,8 +117,8 @@ def odd_files(folder):
     broken = {
         "cut.jpg": (data[: len(data) // 2], "it cannot be decoded"),
         "empty.jpg": (b"", "it is empty"),
-        "text.jpg": (b"not an image", "it is no image"),
-        "page.png": (b"<html>404</html>", "it is no image"),
+        "text.jpg": (b"not an image", "it is not an image"),
+        "page.png": (b"<html>404</html>", "it is not an image"),
         "cut.png": ((folder / "thin.png").read_bytes()[:60], "it cannot be decoded"),
     }
     for name, (content, reason) in broken.items():
@@ -175,7 +175,7 @@ def test_unreadable_image_is_reported_and_others_are_predicted(run, image_folder
     assert predict(run, image_folder / "red", image_folder / "gone.jpg") == 1
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 13
-    assert f"error: {image_folder / 'red' / 'bad.jpg'}: it is no image" in err
+    assert f"error: {image_folder / 'red' / 'bad.jpg'}: it is not an image" in err
     assert f"error: {image_folder / 'red' / 'empty.png'}: it is empty" in err
     assert f"error: {image_folder / 'gone.jpg'}: No such file or directory" in err
     assert "13 images, " in err and "3 could not be read" in err

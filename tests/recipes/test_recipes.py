@@ -376,7 +376,7 @@ def test_errors_are_one_line_and_status_1(tmp_path, model, image_folder, capfd, 
 
 def test_finetune_rejects_pattern_characters_in_path(tmp_path, model, image_folder, capsys):
     assert finetune(tmp_path / "run [1]", model, image_folder) == 1
-    assert "takes * ? [ ] in a path for a pattern" in capsys.readouterr().err
+    assert "takes * ? [ ] in a path as a pattern" in capsys.readouterr().err
     assert not (tmp_path / "run [1]").exists()
 
 

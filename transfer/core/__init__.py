@@ -1,1 +1,1 @@
-"""What needs none of the other packages: files, processes, measurement, devices."""
+"""Utilities without dependencies on other packages: files, processes, measurement, devices."""

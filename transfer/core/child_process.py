@@ -1,4 +1,4 @@
-"""Python processes that are started from this one and import the same code."""
+"""Start child Python processes that import the same code as this one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 _ROOT = Path(__file__).absolute().parents[2]
-"""The folder of the packages of this project, as the path of modules has it: site-packages, or a
-clone. Links in it are left as they are."""
+"""The ``sys.path`` entry with the packages of this project: site-packages, or a clone. Symbolic
+links in it are not resolved."""
 
-# Python puts the working folder first on the path of -m and -c, so that a file named random.py
-# there would be imported for the standard library's. -P turns that off from Python 3.11 on only.
+# With -m and -c Python puts the working folder first on sys.path, so that a file random.py there
+# would shadow the standard library's. -P, which turns that off, needs Python 3.11.
 _START = """\
 import sys
 if sys.path[:1] == [""]:
@@ -25,13 +25,13 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def command(module: str, *arguments: object) -> list[str]:
-    """The command that runs a module of this project, as ``python -m`` does.
+    """The command line that runs a module of this project like ``python -m``.
 
-    The process imports the packages of the environment, of ``PYTHONPATH`` and of this project, but
-    nothing from its working folder.
+    The process can import the packages of the environment, of ``PYTHONPATH`` and of this project,
+    but nothing from its working folder.
 
     Args:
-        module: such as ``recipes``; it is run under the name ``__main__``.
-        arguments: what it finds in ``sys.argv[1:]``, as strings.
+        module: for example ``recipes``; run under the name ``__main__``.
+        arguments: passed as strings in ``sys.argv[1:]``.
     """
     return [sys.executable, "-c", _START, str(_ROOT), module, *map(str, arguments)]

@@ -1,9 +1,9 @@
-"""CSV that a spreadsheet opens without running anything in it.
+"""CSV files that are safe against formula injection in spreadsheets.
 
-Names of files and classes come from other people, and spreadsheets take a cell that begins with
-``=``, ``+``, ``-``, ``@``, a tab or a line break for a formula. A string that does so gets an
-apostrophe in front (https://owasp.org/www-community/attacks/CSV_Injection), and so does one that
-has apostrophes before such a character. ``original`` takes it away.
+Names of files and classes are untrusted, and spreadsheets treat a cell that begins with ``=``,
+``+``, ``-``, ``@``, a tab or a line break as a formula. An apostrophe is prepended to such a string
+(https://owasp.org/www-community/attacks/CSV_Injection), and to one with apostrophes before such a
+character. ``original`` removes it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ _FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")  # the last fo
 
 
 def write_row(file: TextIO, cells: Iterable[Any]) -> None:
-    """Write a row; numbers stay as they are."""
+    """Write a row; numbers are not escaped."""
     cells = [_escaped(cell) if isinstance(cell, str) else cell for cell in cells]
-    # The csv module leaves a carriage return unquoted, but reads it as the end of a row.
+    # The csv module writes a carriage return unquoted, but reads it as the end of a row.
     has_return = any(isinstance(cell, str) and "\r" in cell for cell in cells)
     quoting: Literal[0, 1] = csv.QUOTE_ALL if has_return else csv.QUOTE_MINIMAL
     csv.writer(file, lineterminator="\n", quoting=quoting).writerow(cells)
 
 
 def original(cell: str) -> str:
-    """The string that ``write_row`` was given, from a cell as the csv module reads it."""
+    """The string passed to ``write_row``, from a cell as read by the csv module."""
     return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 

@@ -1,11 +1,11 @@
-"""The replicas that train one classifier together: devices of a process, processes of a cluster.
+"""Synchronous data-parallel training: replicas on the devices of a process or of a cluster.
 
-A batch is one batch for all of them. Each replica takes its piece, and what they find is added up,
-so that several do what one does with the same batch, but for rounding. The exchange is
-``tf.distribute``'s; here is who does which part.
+The batch size is global. Each replica computes its shard of a batch, and losses and gradients are
+summed, so that the result equals that of a single replica up to rounding. ``tf.distribute``
+communicates; this module assigns rows and examples to processes and replicas.
 
-Data contract: in a process, ``(inputs, labels)`` are the rows of a batch that are its own. A label
-of -1 marks a row that stands in where a replica has none: it counts for nothing.
+Data contract: in a process, ``(inputs, labels)`` are its own rows of a batch. A label of -1 marks a
+padding row of a replica with an empty shard: it is ignored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import tensorflow as tf
 NO_LABEL = -1
 STRATEGIES = ("auto", "none", "mirrored", "multi_worker")
 
-# What TensorFlow raises in the others when a worker is gone, at once or when it stays silent.
+# Raised by TensorFlow in the remaining workers when a worker dies or stops responding.
 _GONE = (
     tf.errors.UnavailableError,
     tf.errors.AbortedError,
@@ -39,18 +39,18 @@ Rows: TypeAlias = Any  # a NumPy array or a tensor
 
 
 class LostWorkerError(ConnectionError):
-    """Another worker of the run is gone."""
+    """Another worker of the run has died."""
 
 
 @dataclass(frozen=True)
 class Replicas:
-    """All replicas of a run, seen from one of its processes.
+    """All replicas of a run, as seen from one of its processes.
 
     Args:
-        strategy: what exchanges gradients, and makes the variables. The default is TensorFlow's
-            own for a single replica.
-        worker: number of this process, from 0; that is the chief, who writes the files.
-        num_workers: how many processes there are.
+        strategy: exchanges gradients and creates the variables. Defaults to TensorFlow's default
+            strategy, a single replica.
+        worker: index of this process, from 0. Worker 0 is the chief, which writes the files.
+        num_workers: number of processes.
     """
 
     strategy: tf.distribute.Strategy = field(default_factory=tf.distribute.get_strategy)
@@ -72,17 +72,22 @@ class Replicas:
         return self.strategy.num_replicas_in_sync
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function on every replica of this process, each with its part of the arguments;
-        what it returns, one value, on the first of them."""
+        """Call a function on every replica of this process, each with its part of the arguments.
+
+        Returns:
+            The result, a single value, of the first replica.
+        """
         values = self.strategy.run(function, arguments)
         return self.strategy.experimental_local_results(values)[0]
 
-    def pieces(self, inputs: Rows, labels: Rows) -> tuple[Any, Any]:
-        """Rows of a batch, divided among the replicas of this process for ``run``."""
+    def shard(self, inputs: Rows, labels: Rows) -> tuple[Any, Any]:
+        """Shard the rows of a batch among the replicas of this process, for ``run``."""
         if self.num_local == 1:
             return inputs, labels
-        parts = [take(inputs, labels, number, self.num_local) for number in range(self.num_local)]
-        return self.each([part[0] for part in parts]), self.each([part[1] for part in parts])
+        shards = [
+            take_shard(inputs, labels, index, self.num_local) for index in range(self.num_local)
+        ]
+        return self.each([shard[0] for shard in shards]), self.each([shard[1] for shard in shards])
 
     def each(self, values: Sequence[Any]) -> Any:
         """One value for each replica of this process, for ``run``."""
@@ -92,19 +97,23 @@ class Replicas:
             )
         )
 
-    # Between processes. All of them must call these, in the same order.
+    # Communication between processes. All processes must call these methods in the same order.
 
-    def share(self, num_examples: int, batch_size: int) -> np.ndarray:
-        """Boolean ``[num_examples]``: what this process computes where each example is computed by
-        one of them. Whole batches: a row depends on its company, in the last bit."""
+    def examples_of_worker(self, num_examples: int, batch_size: int) -> np.ndarray:
+        """Boolean ``[num_examples]``: the examples that this process computes if each example is
+        computed by one process only.
+
+        Whole batches are assigned: activations depend on the batch they are computed in, at float
+        precision.
+        """
         return np.arange(num_examples) // batch_size % self.num_workers == self.worker
 
     def join(self, rows: np.ndarray, mine: np.ndarray) -> np.ndarray:
-        """The rows of all processes, in order.
+        """The rows of all processes, in the order of the examples.
 
         Args:
-            rows: ``[mine.sum(), ...]``, of this process.
-            mine: boolean ``[num_examples]``, which ones they are.
+            rows: ``[mine.sum(), ...]``, rows of this process.
+            mine: boolean ``[num_examples]``, the examples they belong to.
         """
         if self.num_workers == 1:
             return rows
@@ -114,24 +123,23 @@ class Replicas:
         return joined
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """The rows of all processes, one process after the other; those of a process stay in
-        order."""
+        """The rows of all processes, concatenated in the order of the workers."""
         if self.num_workers == 1:
             return rows
         values = self.each([rows] + [rows[:0]] * (self.num_local - 1))
         return self.strategy.gather(values, axis=0).numpy()
 
     def total(self, number: int) -> int:
-        """The sum of a number of each process."""
+        """The sum of a number over all processes."""
         return int(self.gather(np.array([number])).sum())
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have called this."""
         self.gather(np.zeros(1, np.int32))
 
     @contextlib.contextmanager
     def chief_first(self) -> Iterator[None]:
-        """Let the chief do something before the others do it."""
+        """Context in which the chief runs before the other processes."""
         if not self.is_chief:
             self.barrier()
         yield
@@ -139,15 +147,15 @@ class Replicas:
             self.barrier()
 
     def from_chief(self, text: str) -> str:
-        """What the chief calls this with."""
+        """Broadcast the chief's ``text`` to all processes."""
         mine = text.encode() if self.is_chief else b""
         return bytes(self.gather(np.frombuffer(mine, np.uint8).astype(np.int32)).tolist()).decode()
 
-    def check_same(self, what: str, value: Any) -> None:
-        """Compare a value by its ``repr``.
+    def check_same(self, name: str, value: Any) -> None:
+        """Check that a value, compared by its ``repr``, is the same in all processes.
 
         Raises:
-            ValueError: if another process has another one, and all must have it alike.
+            ValueError: if it differs.
         """
         digest = np.frombuffer(hashlib.sha256(repr(value).encode()).digest(), np.uint8)
         numbers = self.gather(np.array([self.worker]))
@@ -156,15 +164,15 @@ class Replicas:
         different = sorted(numbers[(digests != chief).any(axis=1)].tolist())
         if different:
             raise ValueError(
-                f"workers {different} have another {what} than worker 0; all must be given the same"
+                f"workers {different} have another {name} than worker 0; all must be given the same"
             )
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """While other processes are needed.
+        """Context in which the failure of another process raises ``LostWorkerError``.
 
         Raises:
-            LostWorkerError: when one of them is gone.
+            LostWorkerError: if another process has died.
         """
         try:
             yield
@@ -172,23 +180,23 @@ class Replicas:
             if self.num_workers == 1:
                 raise
             raise LostWorkerError(
-                f"another worker is gone; worker {self.worker} of {self.num_workers} stops, for "
-                "none can go on alone. See what the other one says, and start all of them again "
-                "with resume=True"
+                f"another worker is gone; worker {self.worker} of {self.num_workers} stops, since "
+                "no worker can continue alone. See the log of the other worker, and restart all "
+                "workers with resume=True"
             ) from error
 
 
 def open_replicas(kind: str = "auto") -> Replicas:
-    """The replicas that this process belongs to. Call it before TensorFlow computes anything.
+    """Create the replicas of this process. Must be called before TensorFlow executes any operation.
 
     Args:
-        kind: ``none``: one replica. ``mirrored``: all GPUs of this process or, where there is none,
-            its logical CPUs. ``multi_worker``: all devices of the processes that ``TF_CONFIG``
-            names; waits for them. ``auto``: what there is.
+        kind: ``none``: one replica. ``mirrored``: all GPUs of this process or, without GPUs, its
+            logical CPUs. ``multi_worker``: all devices of the processes listed in ``TF_CONFIG``;
+            waits for them. ``auto``: chosen by ``TF_CONFIG`` and the number of GPUs.
 
     Raises:
-        ValueError: if ``TF_CONFIG`` is missing or is not what TensorFlow expects.
-        LostWorkerError: if another worker does not come.
+        ValueError: if ``TF_CONFIG`` is missing or invalid.
+        LostWorkerError: if another worker does not start.
     """
     if kind not in STRATEGIES:
         raise ValueError(f"strategy {kind!r}: choose from {', '.join(STRATEGIES)}")
@@ -207,10 +215,10 @@ def open_replicas(kind: str = "auto") -> Replicas:
 
 
 def num_workers() -> int:
-    """The processes that ``TF_CONFIG`` names; 0 if it is not set.
+    """Number of processes listed in ``TF_CONFIG``; 0 if it is not set.
 
     Raises:
-        ValueError: if it is not what TensorFlow expects.
+        ValueError: if it is invalid.
     """
     text = os.environ.get("TF_CONFIG", "")
     if not text.strip():
@@ -234,8 +242,8 @@ def _multi_worker(workers: int) -> Replicas:
         strategy = tf.distribute.MultiWorkerMirroredStrategy()
     except _GONE as error:
         raise LostWorkerError(
-            f"not all {workers} workers of TF_CONFIG came ({str(error).splitlines()[0]}); look at "
-            "the others, and start all of them again"
+            f"not all {workers} workers of TF_CONFIG connected ({str(error).splitlines()[0]}); "
+            "check the others, and restart all of them"
         ) from error
     task = strategy.cluster_resolver
     chiefs = len(task.cluster_spec().as_dict().get("chief", ()))
@@ -244,69 +252,71 @@ def _multi_worker(workers: int) -> Replicas:
 
 
 def sum_over_replicas(values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """Within ``Replicas.run``: each value, added up over all replicas."""
+    """Within ``Replicas.run``: each value, summed over all replicas."""
     context = tf.distribute.get_replica_context()
-    # What comes from outside has no device yet, and tf.distribute wants one.
+    # Captured tensors have no device, which tf.distribute requires.
     return context.all_reduce(tf.distribute.ReduceOp.SUM, [tf.identity(v) for v in values])
 
 
 def seed_of_replica(seed: tf.Tensor) -> tf.Tensor:
-    """From a seed ``[2]`` that all replicas have one of their own, for what each draws at random;
-    the first keeps it."""
+    """Derive a different seed for each replica from a common seed ``[2]``; the first replica keeps
+    it."""
     context = tf.distribute.get_replica_context()
     number = 0 if context is None else context.replica_id_in_sync_group
-    # The second number counts what is drawn: added to it, replicas would repeat each other.
+    # The second element counts the draws: adding to it would repeat the numbers of other replicas.
     return seed + tf.cast(tf.stack([number * _SEED_STRIDE, 0]), seed.dtype)
 
 
-def piece(num_rows: int, number: int, count: int, batch_size: int | None = None) -> np.ndarray:
-    """Positions of a piece of a batch, in order.
+def shard_indices(
+    num_rows: int, index: int, num_shards: int, batch_size: int | None = None
+) -> np.ndarray:
+    """Sorted row indices of one shard of a batch.
 
-    With a row its counterpart from the other end is in the same piece, and at the other end of it:
-    what pairs them up, as mixup does, may do so in each piece alone.
+    A shard contains row ``i`` together with row ``num_rows - 1 - i``, in mirrored positions, so
+    that mixup, which pairs these rows, works within each shard.
 
     Args:
-        num_rows: of the batch.
-        number: of the piece, from 0.
-        count: number of pieces.
-        batch_size: of batches with all rows. A piece of a smaller one has no more rows than that of
-            a full one.
+        num_rows: number of rows of the batch.
+        index: index of the shard, from 0.
+        num_shards: number of shards.
+        batch_size: size of a full batch. A shard of a smaller batch is never larger than the same
+            shard of a full batch.
     """
     full = batch_size or num_rows
-    half = np.array_split(np.arange(-(-full // 2)), count)[number]
+    half = np.array_split(np.arange(-(-full // 2)), num_shards)[index]
     half = half[half < -(-num_rows // 2)]
     return np.unique(np.concatenate([half, num_rows - 1 - half]))
 
 
-def take(inputs: Rows, labels: Rows, number: int, count: int) -> tuple[Rows, Rows]:
-    """The rows of a piece; one without a label where it has none."""
-    chosen = piece(len(labels), number, count)
-    if not len(chosen):
+def take_shard(inputs: Rows, labels: Rows, index: int, num_shards: int) -> tuple[Rows, Rows]:
+    """The rows of a shard; an empty shard gets one padding row, with label -1."""
+    rows = shard_indices(len(labels), index, num_shards)
+    if not len(rows):
         return inputs[:1], np.full(1, NO_LABEL)
     if isinstance(inputs, np.ndarray):
-        return inputs[chosen], np.asarray(labels)[chosen]
-    return tf.gather(inputs, chosen), tf.gather(labels, chosen)
+        return inputs[rows], np.asarray(labels)[rows]
+    return tf.gather(inputs, rows), tf.gather(labels, rows)
 
 
-def pieces_of_batches(
-    num_examples: int, batch_size: int, number: int, count: int
+def shards_of_batches(
+    num_examples: int, batch_size: int, index: int, num_shards: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of examples in the order of their batches: which are in the pieces of one process.
+    """Which examples, in the order of their batches, are in the shards of one process.
 
     Returns:
-        Boolean ``[num_examples]`` twice: those to be read, and those of these that only stand in
-        where a piece would be empty.
+        Boolean ``[num_examples]`` twice: the examples to read, and those among them that are
+        padding rows of an otherwise empty shard.
     """
 
     def of_batch(num_rows: int) -> np.ndarray:
-        chosen = piece(num_rows, number, count, batch_size)
+        rows = shard_indices(num_rows, index, num_shards, batch_size)
         marks = np.zeros([2, num_rows], bool)
-        marks[0, chosen] = True
-        if not len(chosen):
+        marks[0, rows] = True
+        if not len(rows):
             marks[:, :1] = True
         return marks
 
     num_full, rest = divmod(num_examples, batch_size)
     full = np.tile(of_batch(batch_size), num_full)
-    is_read, stands_in = np.concatenate([full, of_batch(rest)], axis=1)
-    return is_read, stands_in
+    is_read, is_padding = np.concatenate([full, of_batch(rest)], axis=1)
+    return is_read, is_padding

@@ -1,7 +1,7 @@
-"""Text in which characters that a terminal obeys are shown as escapes.
+"""Escape control characters in text for the terminal.
 
-Names of files, classes and tensors come from other people, and may hold escape sequences that
-recolour, clear or overwrite the screen, and marks that reverse the direction of writing
+Names of files, classes and tensors are untrusted: they may contain terminal escape sequences that
+recolour, clear or overwrite the screen, and characters that reverse the direction of writing
 (https://trojansource.codes).
 """
 
@@ -18,10 +18,10 @@ _UNSAFE = re.compile(
 
 
 def escaped(text: str) -> str:
-    """One line: line breaks are shown as well."""
-    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Escape the text to one line; line breaks are escaped as well."""
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def escaped_json(text: str) -> str:
-    """JSON that means the same."""
-    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    """Escape JSON text to equivalent JSON."""
+    return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)

@@ -1,7 +1,7 @@
-"""Atomic writes, bounded reads and careful deletion, beside files and links of other people.
+"""Atomic writes, bounded reads and safe deletion, in folders with untrusted files and links.
 
-A file is complete before it gets its name. A link that has the name is replaced; what it points to
-is left alone. Only regular files of known names are deleted, and text is read from regular files of
+A file gets its name only when it is complete. A link of that name is replaced; its target is not
+touched. Only regular files of known names are deleted, and text is read only from regular files of
 bounded size.
 """
 
@@ -21,8 +21,8 @@ from filelock import FileLock
 
 _MAX_NAMES_BYTES = 2**27  # the names of a few million images
 
-# Control characters and whatever else some program takes for the end of a line, and halves of
-# surrogate pairs: Python's stand-ins for bytes of a file name that are not UTF-8.
+# Control characters, other characters that some programs treat as line breaks, and lone surrogates,
+# which Python uses for bytes of a file name that are not UTF-8.
 _NOT_IN_A_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 _DRAFT = ".saving-"
@@ -30,7 +30,7 @@ _DRAFT_NAME = re.compile(r"\.saving-([0-9a-f]{16}|[a-z0-9_]{8})")  # the second:
 CHECKPOINT_FILES = re.compile(
     r"(.+/)?(checkpoint|[^/]+\.(meta|index|data-\d{5}-of-\d{5})(\.tempstate\d+)?)"
 )
-"""Paths of what TensorFlow's savers and ours write, within a folder of checkpoints."""
+"""Relative paths of the files in a checkpoint folder, written by TensorFlow's or our saver."""
 _DRAFT_FILES = re.compile(rf"{CHECKPOINT_FILES.pattern}|[^/]+\.json")
 
 
@@ -47,13 +47,13 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new, empty file in the folder of ``path``; at the end it takes the place of ``path``.
+    """Create an empty temporary file in the folder of ``path`` that replaces ``path`` at the end.
 
-    Its name, ``.NAME.RANDOM.tmp``, cannot be known before, so that no link can wait there. If the
-    block raises, the new file is deleted, and ``path`` is as it was.
+    Its name, ``.NAME.RANDOM.tmp``, is unpredictable, so that no link can be planted there. If the
+    block raises, the temporary file is deleted and ``path`` is unchanged.
 
     Raises:
-        OSError: names ``path``, and the reason.
+        OSError: with ``path`` and the reason.
     """
     temporary = path.with_name(f".{path.name[:50]}.{secrets.token_hex(8)}.tmp")
     try:
@@ -70,23 +70,26 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def is_temporary(name: str, of: str) -> bool:
-    """Whether ``replacing`` may have left a file of this name, where it was killed."""
+    """Whether a file of this name may be left over from a killed ``replacing``."""
     return re.fullmatch(rf"\.{re.escape(of[:50])}\.[0-9a-f]{{16}}\.tmp", name) is not None
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder in one that exists, unless it is there.
+    """Create a folder if it does not exist; its parent must exist.
 
     Raises:
-        OSError: if it cannot be made, or is a link.
+        OSError: if it cannot be created, or is a link.
     """
     refuse_link(path)
     path.mkdir(exist_ok=True)
 
 
 def refuse_link(folder: Path) -> None:
-    """Raises:
-    NotADirectoryError: if a folder to write to is a link."""
+    """Check that a folder to write to is not a link.
+
+    Raises:
+        NotADirectoryError: if it is one.
+    """
     if folder.is_symlink():
         raise NotADirectoryError(
             f"{str(folder)!r} is a link; expected a folder: nothing is written through links that "
@@ -95,8 +98,8 @@ def refuse_link(folder: Path) -> None:
 
 
 def unshare(path: Path) -> None:
-    """Before a file is written in place: remove the name if it is a link, copy the file if it has
-    other names, so that only the file of this name changes."""
+    """Ensure that writing a file in place changes no other file: remove a symbolic link, replace a
+    file that has other hard links by a copy."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -109,15 +112,15 @@ def unshare(path: Path) -> None:
 
 
 def lock(path: Path) -> FileLock:
-    """A lock on a file, which is made where it is missing. Acquiring it empties the file."""
+    """A lock on a file, which is created if missing. Acquiring it truncates the file."""
     unshare(path)
     return FileLock(path)
 
 
 @contextlib.contextmanager
 def draft_folder(parent: Path) -> Iterator[Path]:
-    """A new folder in ``parent``, for files that are to get their names together. It is deleted at
-    the end, with the files that are left in it."""
+    """A temporary folder in ``parent``, for files to be moved to their final names together. It is
+    deleted at the end, with the files left in it."""
     folder = parent / f"{_DRAFT}{secrets.token_hex(8)}"
     folder.mkdir()
     try:
@@ -127,15 +130,17 @@ def draft_folder(parent: Path) -> Iterator[Path]:
 
 
 def remove_drafts(parent: Path, names: re.Pattern[str] = _DRAFT_FILES) -> None:
-    """Delete what processes that were killed left in draft folders; see ``remove_folder``."""
+    """Delete draft folders that killed processes left behind; see ``remove_folder``."""
     for folder in parent.glob(f"{_DRAFT}*"):
         if _DRAFT_NAME.fullmatch(folder.name):
             remove_folder(folder, names)
 
 
 def remove_folder(folder: Path, names: re.Pattern[str]) -> None:
-    """Delete the files of a folder whose path in it matches ``names``, and folders that are empty
-    then. Other files stay, and so do links, which are never followed."""
+    """Delete the files whose path relative to ``folder`` matches ``names``, then empty folders.
+
+    Other files stay, and so do links, which are never followed.
+    """
     if folder.is_symlink():
         return
     for root, _, files in os.walk(folder, topdown=False):
@@ -148,7 +153,7 @@ def remove_folder(folder: Path, names: re.Pattern[str]) -> None:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether it is a file itself: no link, folder, pipe or device."""
+    """Whether it is a regular file: not a link, folder, pipe or device."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
@@ -156,14 +161,14 @@ def is_regular(path: Path) -> bool:
 
 
 def read_text(path: Path, max_bytes: int) -> str:
-    """Read a UTF-8 file without waiting for it: not a pipe, a device or a file without end.
+    """Read a UTF-8 file without blocking: pipes, devices and endless files are rejected.
 
     Raises:
         OSError: if it cannot be opened.
         ValueError: if it is not a regular file, has more than ``max_bytes``, or is not UTF-8.
     """
-    # Only an open file is certain to be the one that is read, and opening a pipe waits for its
-    # other end. Windows has neither such pipes nor the flag.
+    # Checked after opening, so that the file checked is the file read. Without O_NONBLOCK, opening
+    # a pipe blocks; Windows has neither such pipes nor the flag.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     try:
         status = os.fstat(descriptor)
@@ -171,7 +176,7 @@ def read_text(path: Path, max_bytes: int) -> str:
             kind = stat.filemode(status.st_mode)
             raise ValueError(f"{str(path)!r} is not a regular file, but {kind!r}")
         with open(descriptor, "rb", closefd=False) as file:
-            # Some files of the system have more than their size says.
+            # Some system files (/proc) are longer than their reported size.
             data = b"" if status.st_size > max_bytes else file.read(max_bytes + 1)
     finally:
         os.close(descriptor)
@@ -186,8 +191,8 @@ def read_text(path: Path, max_bytes: int) -> str:
 def write_names(path: Path, names: Iterable[str]) -> None:
     """Write one name per line, for ``read_names``; see ``write_text``.
 
-    A name that does not fit in a line (with a line break, a control character or bytes that are not
-    UTF-8) is written as a JSON string; all others as they are.
+    A name that does not fit on a line (with a line break, a control character or bytes that are not
+    UTF-8) is written as a JSON string; all others unchanged.
     """
     write_text(path, "".join(f"{_to_line(name)}\n" for name in names))
 
@@ -199,20 +204,20 @@ def read_names(path: Path) -> list[str]:
         OSError, ValueError: see ``read_text``.
     """
     text = read_text(path, _MAX_NAMES_BYTES).replace("\r\n", "\n")
-    # Not splitlines: that breaks lines at characters that a name in an older file may have.
+    # Not splitlines, which also splits at characters that names in older files may contain.
     lines = text.removesuffix("\n").split("\n") if text else []
     return [_from_line(line) if line.startswith('"') else line for line in lines]
 
 
 def _to_line(name: str) -> str:
-    # A name that looks like an escaped one is escaped as well, so that each line has one meaning.
+    # A name that looks like an escaped one is escaped as well, so that lines are unambiguous.
     if _NOT_IN_A_LINE.search(name) or _from_line(name) != name:
         return json.dumps(name)
     return name
 
 
 def _from_line(line: str) -> str:
-    """The name that ``_to_line`` makes this line of; of no name, the line itself."""
+    """Inverse of ``_to_line``; a line that ``_to_line`` cannot produce is returned unchanged."""
     if not (line.startswith('"') and line.endswith('"')):
         return line
     try:

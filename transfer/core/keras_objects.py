@@ -1,9 +1,9 @@
-"""The classes of this package that Keras finds in saved models, registered without being imported.
+"""Register this package's serializable Keras classes lazily, without importing their modules.
 
-``keras.models.load_model`` looks classes up by name among those that are registered, which happens
-when their modules are imported. ``import transfer`` imports none of them, nor Keras: that would
-take seconds. So it registers stand-ins, which import a class when a model needs it: at once where
-Keras is imported already, else right after it is.
+``keras.models.load_model`` looks classes up by their registered name, and classes are registered
+when their modules are imported. ``import transfer`` imports neither these modules nor Keras, which
+would take seconds. It registers stand-ins instead, which import a class when a model needs it:
+immediately if Keras is already imported, else right after Keras is imported.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CLASSES = {
     "FusedAdam": "transfer.training.optimizers",
     "FusedSGD": "transfer.training.optimizers",
 }
-"""Name of a class to its module."""
+"""Class name to module."""
 
 
 def register() -> None:
@@ -39,7 +39,7 @@ def register() -> None:
 
 
 class StandIn:
-    """What Keras uses of a class to make an instance."""
+    """Stands in for a class: implements what Keras needs to create an instance."""
 
     def __init__(self, name: str):
         self.__name__ = name
@@ -50,7 +50,7 @@ class StandIn:
 
 
 class _KerasFinder(MetaPathFinder):
-    """Finds Keras as the other finders do, once, and has the stand-ins registered after it."""
+    """Import hook that registers the stand-ins once Keras is imported, then removes itself."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -75,7 +75,7 @@ class _KerasFinder(MetaPathFinder):
 def _register() -> None:
     import keras
 
-    # Not before the classes themselves, where they are imported already.
+    # Does not replace the classes themselves if they are already imported.
     registered = keras.saving.get_custom_objects()
     for name in CLASSES:
         registered.setdefault(f"{PACKAGE}>{name}", StandIn(name))

@@ -1,4 +1,4 @@
-"""Time, memory, versions and progress of a run."""
+"""Measure time and memory of a run; package versions; progress bars."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import psutil
 
 
 class Clock:
-    """Wall time by stage: ``with clock("train_s"): ...``; ``seconds["total_s"]`` is all of it."""
+    """Wall time per stage: ``with clock("train_s"): ...``; ``seconds["total_s"]`` is the total."""
 
     def __init__(self) -> None:
         self._start = time.perf_counter()
@@ -38,17 +38,18 @@ class Clock:
 
 
 def rate(count: float, seconds: float) -> float:
-    """Per second."""
+    """Count per second; 0 if ``seconds`` is 0."""
     return round(count / seconds, 1) if seconds else 0.0
 
 
 def usual(seconds: Sequence[float]) -> float | None:
-    """The median of repeated work; the first time, which compiles, counts only if it is alone."""
+    """Median duration, without the first one, which includes compilation, unless it is the only
+    one."""
     return round(statistics.median(seconds[1:] or seconds), 4) if seconds else None
 
 
 def sgemm_gflops(size: int = 3072, repeat: int = 3) -> float:
-    """What the processor does in products of float32 matrices: NumPy's BLAS, best of some tries."""
+    """Throughput of float32 matrix products in GFLOPS: NumPy's BLAS, best of ``repeat`` runs."""
     import numpy as np
 
     matrix = np.random.default_rng(0).normal(size=(size, size)).astype(np.float32)
@@ -62,7 +63,7 @@ def sgemm_gflops(size: int = 3072, repeat: int = 3) -> float:
 
 
 def peak_rss_mb() -> float:
-    """The most memory that this process has had resident, in MB of 1e6 bytes."""
+    """Peak resident set size of this process, in MB of 1e6 bytes."""
     process = psutil.Process().memory_info()
     if hasattr(process, "peak_wset"):  # Windows
         return round(process.peak_wset / 1e6, 1)
@@ -73,12 +74,12 @@ def peak_rss_mb() -> float:
 
 
 def available_memory_mb() -> float:
-    """Memory that is free for use, in MB of 1e6 bytes."""
+    """Available memory, in MB of 1e6 bytes."""
     return psutil.virtual_memory().available / 1e6
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that results depend on."""
+    """Versions of Python and of the packages that affect results."""
     packages = (
         "vgg-transfer",
         "tensorflow",
@@ -91,8 +92,8 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> dict[str, Any] | None:
-    """Commit of the repository in the working folder, and whether files differ from it; ``None``
-    outside a repository."""
+    """Commit of the Git repository in the working folder, and whether tracked files were changed;
+    ``None`` outside a repository."""
 
     def git(*words: str) -> str:
         command = ["git", *words]
@@ -107,8 +108,8 @@ def git_revision() -> dict[str, Any] | None:
         return None
 
 
-def progress(batches: Iterable[Any], what: str, unit: str = "batch") -> Iterable[Any]:
-    """The same batches, with a progress bar on standard error."""
+def progress(batches: Iterable[Any], description: str, unit: str = "batch") -> Iterable[Any]:
+    """Iterate over the batches with a progress bar on standard error."""
     from tqdm import tqdm
 
-    return tqdm(batches, desc=what, unit=unit, file=sys.stderr, mininterval=1.0, leave=False)
+    return tqdm(batches, desc=description, unit=unit, file=sys.stderr, mininterval=1.0, leave=False)

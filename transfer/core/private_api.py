@@ -1,8 +1,8 @@
-"""Everything of TensorFlow and Keras that this project uses and that is not public.
+"""All private APIs of TensorFlow and Keras that this project uses.
 
-Such names may change in any release, without notice. They stand here only, each with the reason
-why no public name will do; ``tests/core/test_private_api.py`` says which of them a release has
-changed. The protocol buffers of ``tensorflow.core`` are not among them: files have that format.
+They may change in any release without notice. They are used only here, each with the reason why no
+public API suffices; ``tests/core/test_private_api.py`` detects which of them a release has changed.
+The protocol buffers of ``tensorflow.core`` are not included: they are a stable file format.
 """
 
 from __future__ import annotations
@@ -16,55 +16,55 @@ from tensorflow.python.framework.convert_to_constants import convert_variables_t
 
 
 def find_op_def(operation: str) -> Any:
-    """The ``OpDef`` of an operation that TensorFlow knows, else None.
+    """The ``OpDef`` of an operation registered in TensorFlow, else None.
 
-    The public ways to it make a node of the operation, which is just what unchecked nodes of a
-    stranger's graph must not become.
+    The public ways to get it create a node of the operation, which must not happen for unchecked
+    nodes of an untrusted graph.
     """
     return op_def_registry.get(operation)
 
 
 def eager_mode() -> AbstractContextManager[None]:
-    """Eager execution, in programs that have turned it off and while a graph is built.
+    """Enable eager execution, even while a graph is built or in programs that have disabled it.
 
-    ``tf.init_scope`` leaves the graph that is built, but stays in graph mode after
+    ``tf.init_scope`` leaves the graph being built, but stays in graph mode after
     ``tf.compat.v1.disable_eager_execution``.
     """
     return tf.__internal__.eager_context.eager_mode()
 
 
 def with_constants(function: Any) -> Any:
-    """A concrete function whose variables, and captured values of them, are constants.
+    """Freeze a concrete function: convert its variables and captured variables to constants.
 
-    ``tf.lite.TFLiteConverter`` does the same, but takes values that reach the graph as arguments
-    of a function it calls for variables that change.
+    ``tf.lite.TFLiteConverter`` does the same, but treats values passed as arguments to a called
+    function as mutable variables.
     """
     return convert_variables_to_constants_v2(function)
 
 
 def moments(optimizer: Any, variable: tf.Variable) -> tuple[tf.Variable, tf.Variable]:
-    """Adam's averages for a variable, of gradients and of their squares.
+    """Adam's first and second moments of a variable.
 
-    ``Optimizer.variables`` lists them without saying which belongs to which variable.
+    ``Optimizer.variables`` lists them without a mapping to the variables.
     """
     index = optimizer._get_variable_index(variable)
     return optimizer._momentums[index].value, optimizer._velocities[index].value
 
 
 def momentum(optimizer: Any, variable: tf.Variable) -> tf.Variable:
-    """The accumulator of SGD with momentum for a variable; see ``moments``."""
+    """The momentum accumulator of a variable in SGD; see ``moments``."""
     return optimizer.momentums[optimizer._get_variable_index(variable)].value
 
 
 class OptimizerOverrides:
-    """Keras behaviour that optimizers of ``training.Trainer`` override; a base before Keras' class.
+    """Mixin that overrides Keras optimizer behaviour for ``training.Trainer``; first base class.
 
-    Weight decay is for what has two dimensions or more. On biases and on the scales of norms it
-    does harm (arXiv 1812.01187, section 3.1), and the names of a stranger's variables, by which
-    ``exclude_from_weight_decay`` chooses, do not tell.
+    Weight decay applies only to variables of rank 2 or more. It is harmful for biases and for the
+    scales of normalization layers (arXiv 1812.01187, section 3.1). ``exclude_from_weight_decay``
+    selects by name, but the names in other people's graphs do not identify these variables.
 
-    Gradients are applied as they are: the trainer has added up those of all replicas before it
-    clips them. Keras would add them up once more, and has no option not to.
+    Gradients are not summed over replicas: the trainer has already done so before clipping. Keras
+    would sum them again, and has no option to disable that.
     """
 
     def _use_weight_decay(self, variable: Any) -> bool:

@@ -1,7 +1,7 @@
-"""Serialized protobufs measured before they are parsed.
+"""Limit the number of fields of a serialized protobuf before it is parsed.
 
-An empty message takes two bytes in a file and over a hundred in memory, so that a small file of
-them would fill the memory.
+An empty message takes two bytes in a file but over a hundred in memory, so that a small file of
+empty messages could exhaust the memory.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 MAX_FIELDS = 5_000_000
-"""Of one file; graphs of 60,000 nodes have 1.5 million."""
+"""Maximum number of fields of a file; graphs of 60,000 nodes have 1.5 million."""
 SMALL = 2**23
-"""Bytes of a file that is not worth counting."""
+"""Fields are counted only in files larger than this many bytes."""
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _Fields = dict[int, Descriptor | None]
 
 
 def check(content: bytes, kind: Descriptor) -> None:
-    """Refuse a file with more fields than any graph has.
+    """Reject a file with more fields than any real graph has.
 
-    A damaged file passes: the parser says what is wrong with it.
+    A damaged file passes: the parser reports what is wrong with it.
 
     Raises:
         ValueError: if there are over ``MAX_FIELDS``.
@@ -28,12 +28,12 @@ def check(content: bytes, kind: Descriptor) -> None:
     if len(content) > SMALL and count_fields(content, kind) > MAX_FIELDS:
         raise ValueError(
             f"it has over {MAX_FIELDS:,} fields in {len(content):,} bytes, more than any graph; "
-            "it is damaged, or made to harm"
+            "it is damaged or malicious"
         )
 
 
 def count_fields(content: bytes, kind: Descriptor) -> int:
-    """Fields of a message and of those in it; the count ends soon after ``MAX_FIELDS``."""
+    """Count the fields of a message and its nested messages; stops soon after ``MAX_FIELDS``."""
     known: dict[str, _Fields] = {}
     pending = [(0, len(content), kind)]
     count = 0
@@ -59,13 +59,13 @@ def count_fields(content: bytes, kind: Descriptor) -> int:
                     position += 4 if wire_type == _FIXED32 else 8
                 else:
                     return count
-    except IndexError:  # it ends within a field
+    except IndexError:  # truncated within a field
         pass
     return count
 
 
 def _messages(kind: Descriptor) -> _Fields:
-    """Number of a field to the message that it holds."""
+    """Field number to the type of its message."""
     return {
         field.number: field.message_type
         for field in kind.fields
@@ -74,7 +74,7 @@ def _messages(kind: Descriptor) -> _Fields:
 
 
 def _varint(content: bytes, position: int) -> tuple[int, int]:
-    """A number, and the position behind it."""
+    """Decode a varint: its value, and the position after it."""
     byte = content[position]
     if byte < 0x80:
         return byte, position + 1

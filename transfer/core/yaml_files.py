@@ -1,4 +1,4 @@
-"""YAML files of flags, which may come from other people."""
+"""Read and write YAML files of flags, which may be untrusted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_BYTES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """Without aliases: nine lists, each of ten times the one before, are a billion elements."""
+    """Rejects aliases: nine lists, each with ten references to the previous one, expand to 10^9."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -22,7 +22,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_flags(path: Path) -> dict[str, Any]:
-    """Names of flags and their values.
+    """Read a mapping of flag names to values.
 
     Raises:
         OSError: if the file cannot be opened.
@@ -54,5 +54,5 @@ def _kind(value: Any) -> str:
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """The text of such a file."""
+    """The YAML text of a mapping of flags."""
     return yaml.safe_dump(values, sort_keys=False)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from transfer.core.distribution import NO_LABEL, pieces_of_batches
+from transfer.core.distribution import NO_LABEL, shards_of_batches
 from transfer.data.near_duplicates import FINGERPRINT, fingerprints, near_duplicates
 from transfer.data.tfds import tfds
 from transfer.images.augment import random_view
@@ -243,7 +243,7 @@ class Split:
         shuffle_seed: int | None = None,
         view_seed: int | None = None,
         first_batch: int = 0,
-        piece: tuple[int, int] = (0, 1),
+        shard: tuple[int, int] = (0, 1),
     ) -> Batches:
         """Decoded, preprocessed batches of all examples; the last batch may be smaller.
 
@@ -254,10 +254,10 @@ class Split:
             view_seed: seed of the random view (shift, flip) of each image, independent of the
                 order; ``None`` does not augment.
             first_batch: number of the first batch, from 0; images of earlier batches are not read.
-            piece: index and number of the processes that share each batch; this process reads only
+            shard: index and number of the processes that share each batch; this process reads only
                 its shard of a batch. See ``distribution``.
         """
-        return Batches(self, preprocess, batch_size, shuffle_seed, view_seed, first_batch, piece)
+        return Batches(self, preprocess, batch_size, shuffle_seed, view_seed, first_batch, shard)
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class Batches:
     shuffle_seed: int | None
     view_seed: int | None
     first_batch: int = 0
-    piece: tuple[int, int] = (0, 1)
+    shard: tuple[int, int] = (0, 1)
 
     def __len__(self) -> int:
         return max(0, -(-len(self.split) // self.batch_size) - self.first_batch)
@@ -291,14 +291,14 @@ class Batches:
         order = np.arange(len(self.split))
         if self.shuffle_seed is not None:
             order = shuffled(len(self.split), self.shuffle_seed)
-        return self._of_piece(order[self.first_batch * self.batch_size :])
+        return self._of_shard(order[self.first_batch * self.batch_size :])
 
-    def _of_piece(self, order: np.ndarray) -> tuple[tf.data.Dataset, int]:
+    def _of_shard(self, order: np.ndarray) -> tuple[tf.data.Dataset, int]:
         """The examples of this process among those at these positions, and their number per
         batch."""
-        if self.piece == (0, 1):
+        if self.shard == (0, 1):
             return self.split.examples(order), self.batch_size
-        is_read, stands_in = pieces_of_batches(len(order), self.batch_size, *self.piece)
+        is_read, stands_in = shards_of_batches(len(order), self.batch_size, *self.shard)
         rows = int(is_read[: self.batch_size].sum())
 
         def labelled(example: dict[str, Any], without_label: tf.Tensor) -> dict[str, Any]:

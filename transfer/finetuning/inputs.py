@@ -33,9 +33,9 @@ class Inputs:
         self._context = context
         self._layer = frozen
         self._frozen: Compiled | None = None
-        shard = context.replicas.share
-        self._mine_held_out = shard(len(context.held_out), EXTRACTION_BATCH)
-        self._mine_train = shard(len(context.train), EXTRACTION_BATCH)
+        assigned = context.replicas.examples_of_worker
+        self._mine_held_out = assigned(len(context.held_out), EXTRACTION_BATCH)
+        self._mine_train = assigned(len(context.train), EXTRACTION_BATCH)
         self.num_extracted = self.num_found = 0
         options = context.options
         self._held_out = self._train = None
@@ -96,7 +96,7 @@ class Inputs:
             shuffle_seed=seed,
             view_seed=view if options.augment or options.views else None,
             first_batch=first_batch,
-            piece=(self._context.replicas.worker, self._context.replicas.num_workers),
+            shard=(self._context.replicas.worker, self._context.replicas.num_workers),
         )
 
     def train_in_order(self, layer: Callable[[Any], Any]) -> tuple[np.ndarray, np.ndarray]:

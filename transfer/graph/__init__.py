@@ -1,6 +1,6 @@
-"""GraphDef to GraphDef: what a tap needs, as a pure function of an input and of weights.
+"""Graph transformations: extract a network from a GraphDef, as a function of input and weights.
 
-Pure functions throughout: nothing is imported, run or changed in place.
+All are pure functions: no graph is imported, run or changed in place.
 """
 
 from transfer.graph.conditionals import NORMS

@@ -1,9 +1,8 @@
-"""Attributes of allowed operations, checked before TensorFlow sees them.
+"""Validate the attributes of allowed operations before TensorFlow sees them.
 
-Kernels, and some shape functions, end the process where an attribute is far from what any program
-writes: a stride of 0 divides by zero, a dilation of 2^31 fails a ``CHECK``. TensorFlow's own
-definitions of operations state types and a few minimums; the ranges here are those of real networks
-with room to spare.
+Kernels, and some shape functions, crash the process on abnormal attributes: a stride of 0 divides
+by zero, a dilation of 2^31 fails a ``CHECK``. TensorFlow's op definitions state only types and a
+few minimums; the ranges here are those of real networks with a wide margin.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from tensorflow.core.framework.attr_value_pb2 import AttrValue
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 MAX_WINDOW = 2**16
-"""Of a kernel, a stride or a padding, in pixels."""
+"""Maximum size of a kernel, stride or padding, in pixels."""
 MAX_RANK = 8
-"""Of a tensor; TensorFlow's kernels are written for at most eight dimensions."""
+"""Maximum rank of a tensor; TensorFlow's kernels support at most eight dimensions."""
 MAX_DIM = 2**31 - 1
 MAX_COUNT = 10_000
-"""Of inputs or outputs of one node."""
+"""Maximum number of inputs or outputs of a node."""
 
 _Range = tuple[float, float]
 _INT32 = (-(2**31), 2**31 - 1)
@@ -57,10 +56,10 @@ _RANKS = {**dict.fromkeys(_FLAT.split(), 4), **dict.fromkeys(_SOLID.split(), 5)}
 
 
 def check(node: NodeDef) -> None:
-    """Refuse a node with an attribute outside the range of real networks.
+    """Reject a node with an attribute outside the range of real networks.
 
     Raises:
-        ValueError: names the node, the attribute, its value and the range.
+        ValueError: with the node, the attribute, its value and the range.
     """
     for name, value in node.attr.items():
         if name.startswith("_"):
@@ -91,7 +90,7 @@ def check(node: NodeDef) -> None:
 
 
 def _is_real(value: AttrValue) -> bool:
-    """Whether it is a float, or floats, which may be of any size."""
+    """Whether the value is a float or a list of floats, which are not restricted."""
     return value.HasField("f") or bool(value.list.f)
 
 
@@ -104,7 +103,7 @@ def _check_shape(node: NodeDef, name: str, sizes: Sequence[int]) -> None:
 
 
 def _check_lengths(node: NodeDef, rank: int) -> None:
-    """One stride, say, per dimension; none for an attribute that may be left out."""
+    """Check that list attributes, such as strides, have one element per dimension, if present."""
     for name in _PER_DIMENSION & set(node.attr):
         length = len(node.attr[name].list.i) + len(node.attr[name].list.f)
         if length != rank and (length or name != "dilations"):

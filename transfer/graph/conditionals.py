@@ -1,11 +1,10 @@
-"""Conditionals, as arithmetic: a branch is chosen now where its predicate is known, or else both
-are computed and one is selected.
+"""Replace TF1 conditionals: fold branches with a constant predicate, compute and select otherwise.
 
-``tf.cond`` of TensorFlow 1 sends tensors through a ``Switch`` into one of two branches, of which a
-``Merge`` takes what arrives. Gradients of these cannot be taken outside of the program that wrote
-them; a selection's can. Nothing here has side effects, so that both branches may be computed; two
-things are not as they were: a branch that is not taken still fails where it divides integers by
-zero, and branches of different shapes are broadcast to one.
+``tf.cond`` of TensorFlow 1 routes tensors through a ``Switch`` into one of two branches, and a
+``Merge`` forwards the result. Their gradients cannot be computed outside the program that built
+them; gradients of a ``Select`` can. The operations have no side effects, so both branches may be
+computed. Two differences remain: a branch that is not taken still fails on an integer division by
+zero, and branches of different shapes are broadcast to a common one.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ _ALIASES = frozenset({"Identity", "RefIdentity"})
 _PASS = _ALIASES | SWITCHES
 NORMS = frozenset({"FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3"})
 _NEAR = 200
-"""So many nodes before a switch of statistics are looked at; the moments of a batch are twenty."""
+"""Number of upstream nodes searched for batch statistics; computing batch moments takes twenty."""
 _FOLDED = {
     "LogicalNot": np.logical_not,
     "LogicalAnd": np.logical_and,
@@ -53,69 +52,69 @@ _FOLDED = {
 }
 
 Branches = Mapping[str, int]
-"""Predicate to the side (0 or 1) on which a node lives."""
+"""Predicate to the branch (0 or 1) that a node belongs to."""
 MAX_BRANCHES = 5_000_000
-"""Branches of all nodes of a graph; those that a node shares with its input count once."""
+"""Maximum number of branches of all nodes of a graph, without those inherited from one input."""
 
 
 def branches(nodes: Sequence[NodeDef]) -> dict[str, Branches]:
-    """Operation to the branches that it lives in; nodes come with their inputs before them.
+    """Operation name to the branches it belongs to, for nodes in topological order.
 
     Raises:
-        ValueError: if conditionals are nested so deeply that there are over ``MAX_BRANCHES``.
+        ValueError: if nested conditionals lead to more than ``MAX_BRANCHES``.
     """
     by_name = {node.name: node for node in nodes}
-    found: dict[str, Branches] = {}
+    branches_of: dict[str, Branches] = {}
     count = 0
     for node in nodes:
         lives: Branches = {}
         for edge in node.input:
-            of_input = _branches_of(edge, by_name, found)
+            of_input = _branches_of(edge, by_name, branches_of)
             if of_input is not lives:
                 count += len(of_input)
                 lives = {**lives, **of_input} if lives and of_input else lives or of_input
-        predicate = predicate_of(node, by_name, found) if node.op in MERGES else None
+        predicate = predicate_of(node, by_name, branches_of) if node.op in MERGES else None
         if predicate in lives:
             lives = {p: side for p, side in lives.items() if p != predicate}
-        found[node.name] = lives
+        branches_of[node.name] = lives
         if count > MAX_BRANCHES:
             raise ValueError(
                 f"the graph nests conditionals too deeply: {node.name!r} is inside {len(lives):,}; "
-                "it is damaged, or made to harm"
+                "it is damaged or malicious"
             )
-    return found
+    return branches_of
 
 
 def predicate_of(
-    merge: NodeDef, by_name: Mapping[str, NodeDef], found: Mapping[str, Branches]
+    merge: NodeDef, by_name: Mapping[str, NodeDef], branches_of: Mapping[str, Branches]
 ) -> str | None:
-    """The predicate of a ``Merge``; its inputs are what comes of false and of true, in this order.
+    """The predicate of a ``Merge``, whose inputs are the false and the true branch, in this order.
 
-    ``None`` where it is no conditional's.
+    ``None`` if it does not belong to a conditional.
     """
     if len(data_inputs(merge)) != 2:
         return None
-    sides = [_branches_of(edge, by_name, found) for edge in data_inputs(merge)]
+    sides = [_branches_of(edge, by_name, branches_of) for edge in data_inputs(merge)]
     both = [p for p in sides[0] if sides[1].get(p, sides[0][p]) != sides[0][p]]
-    # A constant may have lost the dependency that says where it lives; then the other side tells.
+    # A constant may lack the control dependency on its branch; then the other input determines it.
     either = [p for s, other in (sides, sides[::-1]) for p in s if p not in other]
     return next(iter((*both, *either[::-1])), None)
 
 
 def _branches_of(
-    edge: str, by_name: Mapping[str, NodeDef], found: Mapping[str, Branches]
+    edge: str, by_name: Mapping[str, NodeDef], branches_of: Mapping[str, Branches]
 ) -> Branches:
     node = by_name.get(operation_of(edge))
     if node is None:
         return {}
-    lives = found.get(node.name, {})
+    lives = branches_of.get(node.name, {})
     if node.op in SWITCHES and not edge.startswith("^"):
         return {**lives, root(by_name, node.input[1]): split_tensor_name(edge)[1]}
     return lives
 
 
 def root(by_name: Mapping[str, NodeDef], tensor: str) -> str:
-    """The tensor that another one is a copy of."""
+    """Follow identities back to the tensor that ``tensor`` is a copy of."""
     name = canonical(tensor)
     node = by_name.get(operation_of(name))
     for _ in range(MAX_TRACE):
@@ -129,14 +128,14 @@ def root(by_name: Mapping[str, NodeDef], tensor: str) -> str:
 def resolve(
     nodes: Sequence[NodeDef], output: str, inference: Mapping[str, NodeDef] | None = None
 ) -> tuple[list[NodeDef], str]:
-    """The nodes without ``Switch`` and ``Merge``, and the name of the output among them.
+    """Remove all ``Switch`` and ``Merge`` nodes; returns the nodes and the name of the output.
 
     Args:
-        nodes: inputs before their users.
-        output: the tensor that they are for.
-        inference: constants that stand for switches in inference, by their names. Where a branch
-            chooses between the statistics of the batch and those that were learnt, these decide:
-            the statistics of a network in use are the learnt ones, and nothing here updates them.
+        nodes: nodes in topological order.
+        output: the tensor to compute.
+        inference: constants that replace mode switches at inference, by name. They decide
+            conditionals between batch statistics and moving averages: batch norm always uses the
+            moving averages, which are not updated here.
     """
     by_name = {node.name: node for node in nodes}
     in_use = ChainMap(dict(inference or {}), by_name)
@@ -179,9 +178,8 @@ def resolve(
 
 
 def _gates(switch: NodeDef, value: str, predicate: str) -> list[NodeDef]:
-    """What stands in the place of an undecided ``Switch``: its input without a gradient, then its
-    two outputs. The gradient comes back from the branch that is taken only; in the other one it may
-    be no number."""
+    """Replacement for a ``Switch`` with unknown predicate: its input with a stopped gradient, then
+    its two outputs. Only the branch taken propagates a gradient; that of the other may be NaN."""
     stopped = NodeDef(name=f"{switch.name}/stopped", op="StopGradient", input=[value])
     gates = [stopped]
     for side, pair in enumerate(((stopped.name, value), (value, stopped.name))):
@@ -193,7 +191,7 @@ def _gates(switch: NodeDef, value: str, predicate: str) -> list[NodeDef]:
 
 
 def known_value(nodes: Mapping[str, NodeDef], tensor: str) -> bool | None:
-    """The value of a predicate if it follows from constants."""
+    """The value of a predicate if it can be computed from constants."""
     value = _value(nodes, tensor, {})
     return None if value is None or value.size != 1 else bool(value.ravel()[0])
 
@@ -224,15 +222,15 @@ def _evaluated(
 
 
 def stored(nodes: Sequence[NodeDef]) -> set[str]:
-    """Variables that stand for what is computed from the data where a switch says so: the averages
-    of a batch norm's means and variances.
+    """Variables that a switch selects instead of values computed from the batch: the moving
+    averages of batch norm.
 
     Args:
-        nodes: inputs before their users, with constants for the switches.
+        nodes: nodes in topological order, with constants for the switches.
     """
     by_name = {node.name: node for node in nodes}
     lives = branches(nodes)
-    found = set()
+    names = set()
     for node in nodes:
         predicate = predicate_of(node, by_name, lives) if node.op in MERGES else None
         if predicate is None or known_value(by_name, predicate) is None:
@@ -244,8 +242,8 @@ def stored(nodes: Sequence[NodeDef]) -> set[str]:
                 continue
             is_norm = _is_norm(by_name, lives, computed, None)
             if is_norm and source.name not in _upstream(by_name, computed):
-                found.add(source.name)
-    return found
+                names.add(source.name)
+    return names
 
 
 def _upstream(by_name: Mapping[str, NodeDef], tensor: str) -> set[str]:
@@ -269,8 +267,8 @@ def _is_norm(
     tensor: str,
     predicate: str | None,
 ) -> bool:
-    """Whether a branch takes statistics of the batch, and draws no random numbers."""
-    pending, seen, found = deque([operation_of(tensor)]), set[str](), False
+    """Whether a branch computes batch statistics, and generates no random numbers."""
+    pending, seen, takes_statistics = deque([operation_of(tensor)]), set[str](), False
     while pending and len(seen) < _NEAR:
         node = by_name.get(pending.popleft())
         if (
@@ -283,18 +281,18 @@ def _is_norm(
         if node.op in RANDOM_OPS:
             return False
         if node.op in NORMS:
-            found |= node.attr["is_training"].b
+            takes_statistics |= node.attr["is_training"].b
         elif node.op == "Mean":
             axes = constant(by_name.get(operation_of(node.input[1])))
-            found |= axes is not None and 0 in np.ravel(axes)
+            takes_statistics |= axes is not None and 0 in np.ravel(axes)
         pending += [operation_of(edge) for edge in data_inputs(node)]
-    return found
+    return takes_statistics
 
 
 def _merged(
     merge: NodeDef, edges: Sequence[str], predicate: str, side: bool | None
 ) -> list[NodeDef]:
-    """What stands in the place of a ``Merge``: its two outputs."""
+    """Replacement for a ``Merge``: nodes for its two outputs."""
     dtype = merge.attr["T"].type
     index = NodeDef(name=f"{merge.name}/value_index")
     if side is None:

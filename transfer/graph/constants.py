@@ -1,6 +1,6 @@
-"""Weights that are baked into a graph as constants, found so that they can be trained.
+"""Find weights that are stored as constants in a graph, so that they can be trained.
 
-Frozen graphs have them, and graphs of programs that build a pretrained network of ``tf.constant``.
+Frozen graphs have them, and programs that build a pretrained network from ``tf.constant``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _KERNELS = _CONVOLUTIONS | _PRODUCTS
 
 
 def find_weights(nodes: Sequence[NodeDef], live: Collection[str], input: str) -> list[NodeDef]:
-    """The constants that are weights: what a convolution or a matrix product combines with images,
-    or any layer after the first of these with what has become of them.
+    """The constants that are weights: operands of convolutions and matrix products on the data, and
+    of all later layers.
 
-    What comes before the first is preparation of the images, and is left alone: means, scales. So
-    are single numbers.
+    Constants before the first of these are preprocessing (means, scales) and are not weights.
+    Neither are scalars.
 
     Args:
-        nodes: inputs before their users.
+        nodes: nodes in topological order.
         live: the operations that depend on the input.
         input: the network's input.
     """
@@ -40,7 +40,7 @@ def find_weights(nodes: Sequence[NodeDef], live: Collection[str], input: str) ->
         if not is_kernel and not any(edge in deep for edge in edges):
             continue
         deep.add(node.name)
-        if node.op in _SELECTIONS:  # the zeros of dropout, the edge of a step
+        if node.op in _SELECTIONS:  # zeros of dropout, constants of step functions
             continue
         pending = [edge for edge in edges if edge not in alive]
         while pending:

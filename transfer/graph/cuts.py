@@ -1,6 +1,6 @@
-"""Where a network can be cut, and what lies on either side: arithmetic, parameters, activations.
+"""List where a network can be cut, with multiply-adds, parameters and activation sizes of each cut.
 
-Read off the graph; nothing is run, and no weights are needed.
+Computed from the graph by shape inference; nothing is run, and no weights are needed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Shape: TypeAlias = tuple[int | None, ...] | None
 _CONVOLUTIONS = frozenset({"Conv2D", "DepthwiseConv2dNative", "Conv3D"})
 _PRODUCTS = frozenset({"MatMul", "BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"})
 _POOLS = frozenset({"MaxPool", "MaxPoolV2", "AvgPool", "Mean", "Max"})
-# What leaves the numbers as they are: a cut behind it is the cut before it.
+# Operations that do not change values: a cut after them is equivalent to the cut before.
 _FORM = frozenset({"Identity", "Reshape", "Squeeze", "ExpandDims", "StopGradient", "Snapshot"})
 _FLOAT_BYTES = 4
 
@@ -30,11 +30,11 @@ _FLOAT_BYTES = 4
 class Cut:
     """A tensor that separates the input from the tap.
 
-    ``shape`` is that of one example, ``None`` where it is not known, and then so are
-    ``multiply_adds``, those of one example up to the tensor, ``share``, the same as a part of all
-    (0 to 1), and ``num_bytes``, one example's activations in float32. ``trained`` counts the
-    trainable parameters that come after it. ``ends_stage``: it comes out of a pooling or a fully
-    connected layer, or is the tap.
+    ``shape`` is the shape per example, ``multiply_adds`` the multiply-adds per example up to the
+    tensor, ``share`` their fraction of the total (0 to 1), ``num_bytes`` the size of the float32
+    activations per example; all are ``None`` if shapes are unknown. ``trained`` counts the
+    trainable parameters after the tensor. ``ends_stage``: it is the output of a pooling or fully
+    connected layer, or the tap.
     """
 
     tensor: str
@@ -47,11 +47,11 @@ class Cut:
 
 
 def list_cuts(network: Network, image_size: Size | None = None) -> list[Cut]:
-    """The cuts worth making, one a layer, from the input to the tap, which comes last.
+    """The useful cuts, one per layer, from the input to the tap, which is the last one.
 
     Args:
-        network: from the input to the tap.
-        image_size: where the graph leaves height and width open.
+        network: network from the input to the tap.
+        image_size: used if the graph does not fix height and width.
     """
     graphs = [_separating(network, graph_def) for graph_def in network.graphs]
     both = set.intersection(*map(set, graphs))
@@ -89,17 +89,18 @@ def list_cuts(network: Network, image_size: Size | None = None) -> list[Cut]:
 
 
 def default_cuts(network: Network, image_size: Size | None = None) -> list[str]:
-    """The cuts to compare: the tap, and the last two stages before the fully connected layers."""
+    """The cuts to compare by default: the tap, and the last two stages before the fully connected
+    layers."""
     stages = [cut for cut in list_cuts(network, image_size) if cut.ends_stage]
     spatial = [c.tensor for c in stages if c.shape is not None and len(c.shape) == 3]
-    # The last pooling has next to no arithmetic behind it: the two before it tell more.
+    # After the last pooling there is hardly any computation: the two before it are more useful.
     middle = [tensor for tensor in spatial if tensor != network.output][-3:-1]
     return [network.output, *reversed(middle)]
 
 
 def last_feature_maps(network: Network, image_size: Size | None = None) -> str | None:
-    """The last tensor ``[batch, height, width, channels]`` with more than one place that separates
-    the input from the tap and is not pooled: ``relu5_3`` of a VGG16. ``None`` if there is none."""
+    """The last feature maps ``[batch, height, width, channels]`` that separate the input from the
+    tap, are larger than 1x1 and not pooled: ``relu5_3`` of VGG16. ``None`` if there are none."""
     shapes = _shapes(network, image_size)
     operations = {node.name: node.op for node in network.graph_def.node}
     for tensor in reversed(_separating(network, network.graph_def)):
@@ -111,50 +112,50 @@ def last_feature_maps(network: Network, image_size: Size | None = None) -> str |
 
 
 def blocks(network: Network) -> list[list[str]]:
-    """Names of all variables by block, from the input to the tap.
+    """Names of all variables grouped by block, from the input to the tap.
 
-    A block ends with a pooling, or before a layer with a stride; each product of matrices, which is
-    a fully connected layer, begins its own. VGG16: conv1_*, conv2_*, ..., conv5_*, fc6, fc7.
+    A block ends after a pooling layer or before a strided layer; each fully connected layer (matrix
+    product) starts a new block. VGG16: conv1_*, conv2_*, ..., conv5_*, fc6, fc7.
     """
     names = {variable.name for variable in network.variables}
-    found: list[list[str]] = [[]]
+    groups: list[list[str]] = [[]]
     seen: set[str] = set()
     for node in _in_order(network.graph_def):
         reads = [name for e in data_inputs(node) if (name := operation_of(e)) in names - seen]
         begins = (node.op in _PRODUCTS and reads) or max(_strides(node), default=1) > 1
-        if begins and node.op not in _POOLS and found[-1]:
-            found.append([])
-        found[-1] += reads
+        if begins and node.op not in _POOLS and groups[-1]:
+            groups.append([])
+        groups[-1] += reads
         seen.update(reads)
-        if node.op in _POOLS and found[-1]:
-            found.append([])
-    return [block for block in found if block]
+        if node.op in _POOLS and groups[-1]:
+            groups.append([])
+    return [block for block in groups if block]
 
 
 def stopped(network: Network) -> dict[str, list[str]]:
-    """Trainable variables that no gradient of the output reaches, because the graph stops it
-    (``tf.stop_gradient``), by the last tensor that does so."""
+    """Trainable variables that receive no gradient because of a ``tf.stop_gradient`` in the graph,
+    grouped by the last tensor that stops it."""
     graph_def = network.training or network.graph_def
     by_name = {node.name: node for node in graph_def.node}
     names = {variable.name for variable in network.variables if variable.trainable}
     trained, stops = _reached(by_name, [network.output], names)
-    found: dict[str, list[str]] = {}
+    by_stop: dict[str, list[str]] = {}
     for stop in sorted(stops, key=list(by_name).index, reverse=True):
         behind, pending = set[str](), [stop]
-        while pending:  # what other stops hide belongs to this one, too, if it is nearer
+        while pending:  # variables behind further stops belong to the one nearest to the output
             reached, more = _reached(by_name, data_inputs(by_name[pending.pop()]), names)
             behind |= reached
             pending += more
-        mine = behind - trained - {name for others in found.values() for name in others}
+        mine = behind - trained - {name for others in by_stop.values() for name in others}
         if mine:
-            found[f"{stop}:0"] = [v.name for v in network.variables if v.name in mine]
-    return found
+            by_stop[f"{stop}:0"] = [v.name for v in network.variables if v.name in mine]
+    return by_stop
 
 
 def _reached(
     by_name: Mapping[str, NodeDef], tensors: Iterable[str], names: Collection[str]
 ) -> tuple[set[str], set[str]]:
-    """Which of some variables gradients of tensors reach, and the nodes that stop them."""
+    """The variables that gradients of ``tensors`` reach, and the nodes that stop gradients."""
     pending, seen, stops = [operation_of(tensor) for tensor in tensors], set[str](), set[str]()
     while pending:
         name = pending.pop()
@@ -170,14 +171,14 @@ def _reached(
 
 
 def _in_order(graph_def: GraphDef) -> list[NodeDef]:
-    return list(graph_def.node)  # a network's nodes come after their inputs
+    return list(graph_def.node)  # a network's nodes are in topological order
 
 
 def _separating(network: Network, graph_def: GraphDef) -> list[str]:
-    """All tensors through which every way from the input to the output leads, in order.
+    """All tensors on every path from the input to the output, in topological order.
 
-    After each node in turn, those tensors are looked at that cross over to the nodes to come: where
-    there is but one, it separates. What depends on the input only counts.
+    After each node, the tensors used by later nodes are determined: if there is only one, it
+    separates. Only tensors that depend on the input are considered.
     """
     live = downstream(graph_def.node, [network.input])
     nodes = [node for node in graph_def.node if node.name in live]
@@ -191,7 +192,7 @@ def _separating(network: Network, graph_def: GraphDef) -> list[str]:
     for tensor in last_use:
         outputs.setdefault(operation_of(tensor), []).append(tensor)
     crossing = {network.input} if network.input in last_use else set()
-    found: list[str] = []
+    separating: list[str] = []
     ending: dict[int, list[str]] = {}
     for tensor, position in last_use.items():
         ending.setdefault(position, []).append(tensor)
@@ -200,16 +201,16 @@ def _separating(network: Network, graph_def: GraphDef) -> list[str]:
         crossing.difference_update(ending.get(position, []))
         if len(crossing) == 1:
             (tensor,) = crossing
-            if tensor not in found[-1:] and tensor != network.input:
-                found.append(tensor)
-    return found
+            if tensor not in separating[-1:] and tensor != network.input:
+                separating.append(tensor)
+    return separating
 
 
 def _last_of_each_layer(
     network: Network, tensors: Sequence[str], by_name: Mapping[str, NodeDef]
 ) -> list[str]:
-    """Of the tensors after one layer with weights and before the next, the last that changes any
-    number; and the output."""
+    """For each layer with weights, the last tensor before the next such layer that changes values;
+    and the output."""
     layer = 0
     layer_of: dict[str, int] = {}
     names = {variable.name for variable in network.variables}
@@ -228,19 +229,19 @@ def _last_of_each_layer(
 
 
 def _upstream(tensor: str, by_name: Mapping[str, NodeDef]) -> set[str]:
-    """Names of the nodes, and of the variables, that a tensor needs."""
-    pending, found = [operation_of(tensor)], set[str]()
+    """Names of the nodes and variables that a tensor depends on."""
+    pending, upstream = [operation_of(tensor)], set[str]()
     while pending:
         name = pending.pop()
-        if name not in found:
-            found.add(name)
+        if name not in upstream:
+            upstream.add(name)
             if name in by_name:
                 pending += [operation_of(edge) for edge in data_inputs(by_name[name])]
-    return found
+    return upstream
 
 
 def _shapes(network: Network, image_size: Size | None) -> dict[str, Shape]:
-    """Of one example, as far as TensorFlow can tell."""
+    """Shapes of all tensors for one example, as far as they can be inferred."""
     shape = network.input_shape
     sides = (
         (image_size, image_size)
@@ -263,13 +264,12 @@ def _shapes(network: Network, image_size: Size | None) -> dict[str, Shape]:
 
 
 def _multiply_adds(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> dict[str, int] | None:
-    """Node to its multiply-adds for one example: those of convolutions and matrix products.
+    """Node name to multiply-adds per example, of convolutions and matrix products.
 
-    Each number that comes out of a convolution takes as many as its kernel has elements per output
-    channel, each of a product as many as there are terms in its sum. ``None`` where a shape is not
-    known.
+    An output value of a convolution takes as many as its kernel has elements per output channel, an
+    output value of a matrix product as many as its sum has terms. ``None`` if a shape is unknown.
     """
-    found = {}
+    counts = {}
     for node in graph_def.node:
         if node.op not in _CONVOLUTIONS | _PRODUCTS:
             continue
@@ -278,8 +278,8 @@ def _multiply_adds(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> dict[str
         if not output or not first or not second:
             return None
         batch = max(1, first[0])
-        found[node.name] = math.prod(output) * _terms(node, first, second) // batch
-    return found
+        counts[node.name] = math.prod(output) * _terms(node, first, second) // batch
+    return counts
 
 
 def _known(shape: Shape) -> tuple[int, ...] | None:
@@ -290,7 +290,7 @@ def _known(shape: Shape) -> tuple[int, ...] | None:
 
 
 def _terms(node: NodeDef, first: Sequence[int], second: Sequence[int]) -> int:
-    """Products that are added up for one number of the result."""
+    """Number of products summed for one output value."""
     if node.op == "DepthwiseConv2dNative":
         return math.prod(second[:2])
     if node.op in _CONVOLUTIONS:
@@ -300,5 +300,5 @@ def _terms(node: NodeDef, first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _strides(node: NodeDef) -> Sequence[int]:
-    # Reading an attribute that is not there adds it.
+    # Reading a missing attribute would add it.
     return node.attr["strides"].list.i if "strides" in node.attr else ()

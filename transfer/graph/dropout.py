@@ -1,6 +1,6 @@
-"""Dropout, recognised by its structure in what TensorFlow 0.5 to 2.x made of it.
+"""Detect dropout in a graph by its structure, as built by TensorFlow 0.5 to 2.x.
 
-All are a product (or a selection) of scaled values and a mask that is 0 or 1 at random::
+All variants multiply (or select) scaled values with a random mask of 0 and 1::
 
     x / keep_prob * floor(keep_prob + uniform)          before 1.13, division or inverse
     x * (1 / (1 - rate)) * (uniform >= rate)            from 1.13
@@ -47,10 +47,10 @@ _ARITHMETIC: dict[str, Callable[..., float]] = {
 
 @dataclass(frozen=True)
 class Dropout:
-    """One place where values are dropped.
+    """One dropout operation.
 
-    ``node`` gives what is left, ``source`` is the tensor before; ``control`` says whether the
-    tensor ``amount`` is the share that is kept or that is dropped; ``uniform`` draws the numbers.
+    ``node`` is its output, ``source`` its input tensor; ``control`` tells whether the tensor
+    ``amount`` is the fraction to keep or to drop; ``uniform`` generates the random numbers.
     """
 
     node: str
@@ -61,14 +61,14 @@ class Dropout:
 
 
 def find(nodes: Sequence[NodeDef], live: Collection[str]) -> list[Dropout]:
-    """All dropout among nodes.
+    """Find all dropout operations.
 
     Args:
-        nodes: of a graph.
+        nodes: the nodes of a graph.
         live: the operations that depend on the network's input.
     """
     by_name = {node.name: node for node in nodes}
-    found = []
+    dropouts = []
     for node in nodes:
         edges = data_inputs(node)
         if node.op == "Mul":
@@ -86,13 +86,13 @@ def find(nodes: Sequence[NodeDef], live: Collection[str]) -> list[Dropout]:
             threshold = _threshold(by_name, mask)
             if threshold is not None:
                 source = _unscaled(by_name, values, live, threshold[1])
-                found.append(Dropout(node.name, source, *threshold))
+                dropouts.append(Dropout(node.name, source, *threshold))
                 break
-    return found
+    return dropouts
 
 
 def bypass(nodes: Sequence[NodeDef], live: Collection[str]) -> list[NodeDef]:
-    """The nodes with every dropout replaced by an identity of the same name."""
+    """Replace every dropout by an identity of the same name."""
     sources = {dropout.node: dropout.source for dropout in find(nodes, live)}
     bypassed = []
     for node in nodes:
@@ -106,7 +106,7 @@ def bypass(nodes: Sequence[NodeDef], live: Collection[str]) -> list[NodeDef]:
 
 
 def _threshold(by_name: Mapping[str, NodeDef], mask: str) -> tuple[Control, str, str] | None:
-    """How much a mask keeps or drops, and what draws it; ``None`` if it is no dropout's."""
+    """Keep probability or rate of a mask, and its random node; ``None`` if it is not dropout."""
     node = origin(by_name, mask, _PASS)
     if node is None:
         return None
@@ -125,7 +125,8 @@ def _threshold(by_name: Mapping[str, NodeDef], mask: str) -> tuple[Control, str,
 def _other(
     by_name: Mapping[str, NodeDef], node: NodeDef, if_first: Control, if_second: Control
 ) -> tuple[Control, str, str] | None:
-    """The operand that is not the uniform number, by whether that is the first or the second."""
+    """The operand that is not the uniform random number; its meaning depends on whether that is
+    first or second."""
     edges = data_inputs(node)
     if len(edges) != 2:
         return None
@@ -138,7 +139,8 @@ def _other(
 
 
 def _uniform(by_name: Mapping[str, NodeDef], tensor: str) -> str | None:
-    """What draws a uniform random number, maybe scaled: ``random * (max - min) + min``."""
+    """The node that generates a uniform random number, possibly scaled: ``random * (max - min) +
+    min``."""
     for _ in range(8):
         node = origin(by_name, tensor, _PASS)
         if node is None or node.op in _UNIFORM:
@@ -150,7 +152,7 @@ def _uniform(by_name: Mapping[str, NodeDef], tensor: str) -> str | None:
 
 
 def _is_zero(by_name: Mapping[str, NodeDef], tensor: str) -> bool:
-    """Whether a tensor is zeros, whatever its shape is."""
+    """Whether a tensor is all zeros, of any shape."""
     node = origin(by_name, tensor, _PASS)
     if node is None:
         return False
@@ -163,7 +165,7 @@ def _is_zero(by_name: Mapping[str, NodeDef], tensor: str) -> bool:
 
 
 def _leaves(by_name: Mapping[str, NodeDef], tensor: str) -> set[str]:
-    """The placeholders, variables and constants that a number follows from."""
+    """The placeholders, variables and constants that a number depends on."""
     pending, seen, leaves = [operation_of(tensor)], set[str](), set[str]()
     while pending and len(seen) < 50:
         name = pending.pop()
@@ -178,7 +180,7 @@ def _leaves(by_name: Mapping[str, NodeDef], tensor: str) -> set[str]:
 
 
 def _number(by_name: Mapping[str, NodeDef], tensor: str, depth: int = 0) -> float | None:
-    """A number that follows from constants."""
+    """The value of a number that can be computed from constants, else ``None``."""
     node = origin(by_name, tensor, _PASS)
     if node is None or depth > 10:
         return None
@@ -195,7 +197,7 @@ def _number(by_name: Mapping[str, NodeDef], tensor: str, depth: int = 0) -> floa
 
 
 def _is_share(by_name: Mapping[str, NodeDef], scale: str, amount: str, inverse: bool) -> bool:
-    """Whether a scale belongs to a mask: one over the share that is kept."""
+    """Whether a scale belongs to a mask: it is the reciprocal of the keep probability."""
     numbers = _number(by_name, scale), _number(by_name, amount)
     if numbers[0] is None or numbers[1] is None:
         return bool(_leaves(by_name, scale) & _leaves(by_name, amount))
@@ -206,7 +208,7 @@ def _is_share(by_name: Mapping[str, NodeDef], scale: str, amount: str, inverse: 
 def _unscaled(
     by_name: Mapping[str, NodeDef], tensor: str, live: Collection[str], amount: str
 ) -> str:
-    """A tensor before it was divided by the share that is kept."""
+    """The tensor before it was divided by the keep probability."""
     node = by_name.get(operation_of(tensor))
     if node is None or split_tensor_name(tensor)[1]:
         return tensor
@@ -222,7 +224,7 @@ def _unscaled(
 
 
 def _is_number(by_name: Mapping[str, NodeDef], tensor: str) -> bool:
-    """Whether a tensor is one number that no weight has a part in, unlike the scale of a norm."""
+    """Whether a tensor is a scalar that depends on no variable, unlike the scale of a norm."""
     pending, seen = [operation_of(tensor)], set[str]()
     while pending:
         node = by_name.get(pending.pop())

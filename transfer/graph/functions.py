@@ -1,7 +1,7 @@
-"""Calls of functions, inlined: a graph of TensorFlow 2 as one of TensorFlow 1.
+"""Inline function calls, which turns a TensorFlow 2 graph into a TensorFlow 1 graph.
 
-Only the graph's own library is asked. TensorFlow itself would look a function up by its name among
-all that the process knows, so a call must never reach it.
+Functions are looked up only in the graph's own library. TensorFlow itself would look a function up
+by name among all functions of the process, so a call must never reach it.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from transfer.graph.graph_def import data_inputs, split_tensor_name
 
 _CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 _IFS = frozenset({"If", "StatelessIf"})
-# A function that calls another one twice, which calls another one twice, ...: 40 deep it would be
-# 10^12 nodes.
+# Limits against exponential growth: functions that each call the next one twice, nested 40 deep,
+# expand to 10^12 nodes.
 MAX_NODES, MAX_EDGES, MAX_BYTES = 50_000, 500_000, 2**26
 
 Copy = tuple[NodeDef, tuple[str, ...]]
-"""A node that takes part in a call's place, and the function that it is of."""
+"""A node that replaces a call, and the functions it was inlined from."""
 
 
 def inline(graph_def: GraphDef) -> GraphDef:
-    """The graph with every call of one of its own functions replaced by the function's body.
+    """Replace every call of a function in the graph's library by the body of the function.
 
-    The nodes of a body come under the name of the call; the call itself becomes an identity with
+    The nodes of a body are placed in a scope named like the call; the call becomes an identity with
     the same name and outputs. ``If`` becomes ``Switch`` and ``Merge``, as in TensorFlow 1. Calls
-    that cannot be resolved stay what they are (and are refused where a tap needs them).
+    that cannot be resolved are unchanged (and rejected if a tap depends on them).
 
     Raises:
-        ValueError: if a function calls itself, or all bodies together are over ``MAX_NODES`` or
-            over ``MAX_BYTES`` and twice the size of the graph.
+        ValueError: if a function calls itself, or the inlined bodies exceed ``MAX_NODES``,
+            ``MAX_EDGES``, or ``MAX_BYTES`` plus twice the size of the graph.
     """
     library = {function.signature.name: function for function in graph_def.library.function}
     if not library:
         return graph_def
     inlined = GraphDef(versions=graph_def.versions)
-    # Each with the functions it came through.
+    # Each node with the functions it was inlined from.
     pending: list[tuple[NodeDef, tuple[str, ...]]] = [(n, ()) for n in reversed(graph_def.node)]
     num_nodes = num_bytes = num_edges = 0
     max_bytes = MAX_BYTES + 2 * graph_def.ByteSize()
@@ -69,13 +69,13 @@ def inline(graph_def: GraphDef) -> GraphDef:
                 raise ValueError(
                     f"the graph is too large: the bodies of its functions come to {num_nodes:,} "
                     f"nodes and {num_bytes:,} bytes or more, of which at most {MAX_NODES:,} and "
-                    f"{max_bytes:,} are taken; it is damaged, or made to harm"
+                    f"{max_bytes:,} are taken; it is damaged or malicious"
                 )
     return inlined
 
 
 def _called(node: NodeDef, library: dict[str, FunctionDef]) -> tuple[str, ...]:
-    """The functions that a node calls and that can be put in its place."""
+    """The functions that a node calls, if all can be inlined."""
     if node.op in library:
         names: tuple[str, ...] = (node.op,)
     elif node.op in _CALLS:
@@ -93,13 +93,13 @@ def _inline_call(
     (body,) = bodies
     arguments = [edge for edge in node.input if not edge.startswith("^")]
     nodes, results = _instantiate(body, node.name, arguments, node, library)
-    # Says in which branch a constant lives.
+    # Control inputs tell which branch a constant belongs to.
     controls = [edge for edge in node.input if edge.startswith("^")]
     for copy in nodes:
         if controls and not data_inputs(copy):
             copy.input.extend(controls)
         yield copy, (body.signature.name,)
-    # A SavedModel restores its variables in a function; which one from which key is read off it.
+    # A SavedModel restores its variables in a function, from which their checkpoint keys are read.
     effects = [f"^{n.name}" for n in nodes if n.op == "AssignVariableOp" or _called(n, library)]
     types = [argument.type for argument in body.signature.output_arg]
     yield _identity(node.name, results, types, effects), ()
@@ -108,7 +108,7 @@ def _inline_call(
 def _inline_if(
     node: NodeDef, bodies: Sequence[FunctionDef], library: dict[str, FunctionDef]
 ) -> Iterator[Copy]:
-    """As TensorFlow itself lowers it, and as ``tf.cond`` of TensorFlow 1 wrote it."""
+    """Lower an ``If`` like TensorFlow does, to the form of ``tf.cond`` in TensorFlow 1."""
     predicate, *arguments = (edge for edge in node.input if not edge.startswith("^"))
     types = node.attr["Tin"].list.type
     switches = [(predicate, DT_BOOL), *zip(arguments, types, strict=False)]
@@ -129,7 +129,7 @@ def _inline_if(
         copies, results = _instantiate(body, f"{node.name}/{branch}", chosen, node, library)
         for copy in copies:
             if not any(not edge.startswith("^") for edge in copy.input):
-                copy.input.append(f"^{pivot.name}")  # says in which branch a constant lives
+                copy.input.append(f"^{pivot.name}")  # tells which branch a constant belongs to
             yield copy, (body.signature.name,)
         outcomes.append(results)
     types = [argument.type for argument in bodies[0].signature.output_arg]
@@ -150,7 +150,7 @@ def _instantiate(
     call: NodeDef,
     library: dict[str, FunctionDef],
 ) -> tuple[list[NodeDef], list[str]]:
-    """The nodes of a function's body for these arguments, and the tensors that it returns.
+    """Instantiate the body of a function: its nodes, and the tensors that it returns.
 
     Within a function an edge is an argument's name or ``node:output:index``; in a graph it is
     ``node:number``.
@@ -194,17 +194,17 @@ def _instantiate(
 
 
 def _attribute(value: AttrValue, call: NodeDef) -> AttrValue:
-    """An attribute of a node in a body; functions of TensorFlow 1 may take types as parameters."""
+    """Resolve an attribute of a node in a body; TensorFlow 1 functions may have type parameters."""
     is_parameter = value.placeholder in call.attr
     return call.attr[value.placeholder] if is_parameter else value
 
 
 def _output_offsets(node: NodeDef, library: dict[str, FunctionDef]) -> dict[str, int]:
-    """Name of each output of an operation to the number of its first tensor."""
+    """Name of each output of an operation to the index of its first tensor."""
     if node.op in library:
         return {arg.name: i for i, arg in enumerate(library[node.op].signature.output_arg)}
     op_def = find_op_def(node.op)
-    if op_def is None:  # unknown: refused by name where it is needed
+    if op_def is None:  # unknown: rejected by name if a tap depends on it
         return {}
     offsets, number = {}, 0
     for argument in op_def.output_arg:
@@ -221,7 +221,7 @@ def _output_offsets(node: NodeDef, library: dict[str, FunctionDef]) -> dict[str,
 def _identity(
     name: str, edges: Sequence[str], types: Sequence[int], effects: Sequence[str]
 ) -> NodeDef:
-    """What stands in the place of a call: its results under its name."""
+    """Replacement for a call: its results under its name."""
     node = NodeDef(name=name, op="IdentityN" if edges else "NoOp", input=[*edges, *effects])
     if edges:
         node.attr["T"].list.type.extend(types)

@@ -1,6 +1,6 @@
-"""Reading a GraphDef: names of tensors, what a tensor depends on, shapes and types.
+"""Utilities to read a GraphDef: tensor names, dependencies, shapes and dtypes.
 
-A tensor's name is ``operation:index`` everywhere; a bare operation's name means its output 0.
+Tensor names are ``operation:index``; an operation name alone means its output 0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOOPS = frozenset({"Enter", "Exit", "LoopCond", "NextIteration", "RefEnter", "R
 MAX_CONSTANT_ELEMENTS = 2**20
 MAX_OUTPUTS = 10_000
 MAX_NODES = 500_000
-"""Of a graph; programs that train on eight GPUs have 200,000."""
+"""Maximum number of nodes of a graph; programs that train on eight GPUs have 200,000."""
 MAX_TRACE = 100
 _LOOP_CALLS = frozenset({"StatelessWhile", "While"})
 
@@ -36,27 +36,27 @@ def split_tensor_name(name: str) -> tuple[str, int]:
 
 
 def canonical(name: str) -> str:
-    """``"a"`` and ``"a:0"`` to ``"a:0"``; the control dependency ``"^a"`` stays what it is."""
+    """``"a"`` and ``"a:0"`` to ``"a:0"``; a control dependency ``"^a"`` is unchanged."""
     if name.startswith("^"):
         return name
     return "{}:{}".format(*split_tensor_name(name))
 
 
 def operation_of(tensor: str) -> str:
-    """The name of the operation that a tensor, or a control dependency, comes from."""
+    """The operation name of a tensor or control dependency."""
     return split_tensor_name(tensor.removeprefix("^"))[0]
 
 
 def data_inputs(node: NodeDef) -> list[str]:
-    """The inputs of a node that are tensors, not control dependencies."""
+    """The inputs of a node without its control dependencies."""
     return [edge for edge in node.input if not edge.startswith("^")]
 
 
 def check(nodes: Iterable[NodeDef]) -> None:
-    """Refuse a graph in which a name means nothing, or two things, or a node lacks an input.
+    """Reject a graph with empty or duplicate names, missing inputs, or too many nodes or outputs.
 
     Raises:
-        ValueError: names the first.
+        ValueError: with the first such node.
     """
     seen: set[str] = set()
     for node in nodes:
@@ -86,13 +86,13 @@ def check(nodes: Iterable[NodeDef]) -> None:
 
 
 def ancestors(nodes: Iterable[NodeDef], output: str, stop_at: Iterable[str] = ()) -> list[NodeDef]:
-    """The nodes that a tensor depends on, without passing ``stop_at``; inputs before their users.
+    """The nodes that a tensor depends on, up to ``stop_at``, in topological order.
 
-    Control dependencies order side effects, of which there are none here; only those that say in
-    which branch of a conditional a node lives are followed.
+    Control dependencies are ignored, since there are no side effects to order, except those that
+    tell which branch of a conditional a node belongs to.
 
     Raises:
-        ValueError: if a node refers to one that is not there, the graph goes in circles, or the
+        ValueError: if a node refers to one that does not exist, the graph has a cycle, or the
             tensor depends on a while loop.
     """
     by_name = {node.name: node for node in nodes}
@@ -104,7 +104,7 @@ def ancestors(nodes: Iterable[NodeDef], output: str, stop_at: Iterable[str] = ()
         if name in edges:
             continue
         if name not in by_name:
-            raise ValueError(f"the graph is damaged: it refers to {name!r}, which it does not have")
+            raise ValueError(f"the graph is damaged: it refers to {name!r}, which does not exist")
         _check_no_loop(by_name[name], output)
         followed = [
             edge
@@ -121,12 +121,12 @@ def ancestors(nodes: Iterable[NodeDef], output: str, stop_at: Iterable[str] = ()
         return [by_name[name] for name in TopologicalSorter(edges).static_order()]
     except CycleError as error:
         raise ValueError(
-            f"the graph is damaged: {', '.join(error.args[1][:4])} depend on each other in a circle"
+            f"the graph is damaged: {', '.join(error.args[1][:4])} depend on each other in a cycle"
         ) from None
 
 
 def consumers(nodes: Iterable[NodeDef]) -> dict[str, list[NodeDef]]:
-    """Operation to the nodes that read one of its tensors."""
+    """Operation name to the nodes that use one of its outputs."""
     users: dict[str, list[NodeDef]] = {}
     for node in nodes:
         for edge in data_inputs(node):
@@ -135,7 +135,7 @@ def consumers(nodes: Iterable[NodeDef]) -> dict[str, list[NodeDef]]:
 
 
 def outputs(nodes: Iterable[NodeDef]) -> dict[str, list[str]]:
-    """Operation to those of its tensors that are read, by their numbers."""
+    """Operation name to those of its outputs that are used, sorted by index."""
     read: dict[str, set[int]] = {}
     for node in nodes:
         for edge in data_inputs(node):
@@ -145,24 +145,24 @@ def outputs(nodes: Iterable[NodeDef]) -> dict[str, list[str]]:
 
 
 def downstream(nodes: Sequence[NodeDef], tensors: Iterable[str]) -> set[str]:
-    """The operations among ``nodes`` (inputs before users) that depend on one of some tensors."""
+    """The operations among ``nodes`` (in topological order) that depend on one of ``tensors``."""
     sources = {canonical(tensor) for tensor in tensors}
-    found: set[str] = set()
+    dependent: set[str] = set()
     for node in nodes:
-        if any(canonical(e) in sources or operation_of(e) in found for e in data_inputs(node)):
-            found.add(node.name)
-    return found
+        if any(canonical(e) in sources or operation_of(e) in dependent for e in data_inputs(node)):
+            dependent.add(node.name)
+    return dependent
 
 
 def placeholders(nodes: Iterable[NodeDef]) -> list[NodeDef]:
-    """The nodes that must be fed."""
+    """The placeholders that must be fed."""
     return [node for node in nodes if node.op in ("Placeholder", "PlaceholderV2")]
 
 
 def static_shape(node: NodeDef, index: int = 0) -> tuple[int | None, ...] | None:
-    """The shape that a node states for one of its outputs; ``None`` if it states none.
+    """The shape in the attributes of a node for one of its outputs; ``None`` if not given.
 
-    TF 1.1 and older leave ``shape`` empty and write the truth to ``_output_shapes``.
+    TensorFlow 1.1 and older leave ``shape`` empty and write it to ``_output_shapes``.
     """
     shapes = node.attr["_output_shapes"].list.shape if "_output_shapes" in node.attr else []
     if index < len(shapes):
@@ -179,10 +179,10 @@ def static_shape(node: NodeDef, index: int = 0) -> tuple[int | None, ...] | None
 
 
 def dtype_of(node: NodeDef, index: int = 0) -> tf.DType | None:
-    """The element type that a node states for one of its outputs; ``None`` if it states none.
+    """The dtype in the attributes of a node for one of its outputs; ``None`` if not given.
 
     Raises:
-        ValueError: if there is no such type.
+        ValueError: if the dtype is unknown.
     """
     kind = _fixed_type(node, index)
     for name in ("dtype", "DstT", "element_dtype", "T"):
@@ -196,12 +196,13 @@ def dtype_of(node: NodeDef, index: int = 0) -> tf.DType | None:
         return None if kind is None else tf.as_dtype(kind)
     except TypeError:
         raise ValueError(
-            f"the graph is damaged: {node.name!r} has elements of type {kind}, which there is not"
+            f"the graph is damaged: {node.name!r} has the unknown dtype enum {kind}"
         ) from None
 
 
 def _fixed_type(node: NodeDef, index: int) -> int | None:
-    """The type of an output that is the same whatever the operands are: of a resized image."""
+    """The dtype of an output that does not depend on the operands, such as that of a resized
+    image."""
     op_def = find_op_def(node.op)
     arguments = [] if op_def is None else op_def.output_arg[: index + 1]
     if len(arguments) <= index or any(a.number_attr or a.type_list_attr for a in arguments):
@@ -211,25 +212,25 @@ def _fixed_type(node: NodeDef, index: int) -> int | None:
 
 
 def num_elements(node: NodeDef) -> int:
-    """How many elements a constant claims to have."""
+    """Number of elements of a constant according to its shape."""
     return math.prod(max(dim.size, 0) for dim in node.attr["value"].tensor.tensor_shape.dim)
 
 
 def constant(node: NodeDef | None) -> np.ndarray | None:
-    """The value of a constant; ``None`` where a node is none, is large, or makes no sense."""
+    """The value of a constant; ``None`` if the node is not a constant, too large, or invalid."""
     if node is None or node.op != "Const" or num_elements(node) > MAX_CONSTANT_ELEMENTS:
         return None
     try:
         return np.asarray(tf.make_ndarray(node.attr["value"].tensor))
-    except (ValueError, TypeError, LookupError):  # numpy's, for sizes and types that do not fit
+    except (ValueError, TypeError, LookupError):  # raised by NumPy for inconsistent sizes and types
         return None
 
 
 def trace(nodes: Mapping[str, NodeDef], tensor: str, through: Iterable[str]) -> Iterator[NodeDef]:
-    """The nodes that a tensor comes from, backwards along first inputs, while their operation is
-    one of ``through``; the last is the first that is not."""
+    """Follow first inputs backwards from a tensor while the operation is in ``through``; the last
+    node is the first one that is not."""
     node = nodes.get(operation_of(tensor))
-    for _ in range(MAX_TRACE):  # a damaged graph may go in circles
+    for _ in range(MAX_TRACE):  # a damaged graph may have cycles
         if node is None:
             return
         yield node
@@ -239,7 +240,7 @@ def trace(nodes: Mapping[str, NodeDef], tensor: str, through: Iterable[str]) -> 
 
 
 def origin(nodes: Mapping[str, NodeDef], tensor: str, through: Iterable[str]) -> NodeDef | None:
-    """The last of ``trace``; ``None`` if the tensor is not of these nodes or comes from outside."""
+    """The last node of ``trace``; ``None`` if it leads to a tensor outside of ``nodes``."""
     passed = list(trace(nodes, tensor, through))
     if not passed or (passed[-1].op in through and data_inputs(passed[-1])):
         return None
@@ -247,7 +248,7 @@ def origin(nodes: Mapping[str, NodeDef], tensor: str, through: Iterable[str]) ->
 
 
 def with_nodes(graph_def: GraphDef, nodes: Iterable[NodeDef]) -> GraphDef:
-    """A graph of these nodes, for the same version of TensorFlow."""
+    """A graph of these nodes, with the same ``versions``."""
     return GraphDef(node=nodes, versions=graph_def.versions)
 
 
@@ -255,12 +256,12 @@ def _check_no_loop(node: NodeDef, output: str) -> None:
     if node.op in _LOOPS or node.op in _LOOP_CALLS:
         raise ValueError(
             f"{output!r} is inside of, or depends on, a while loop (node {node.name!r}): it has a "
-            "value for each turn of the loop, and a layer has one; choose a tap before the loop"
+            "value per iteration of the loop, and a layer has one; choose a tap before the loop"
         )
 
 
 def _is_branch_pivot(node: NodeDef | None) -> bool:
-    """Branches of a conditional begin with an Identity of a Switch of the predicate."""
+    """Whether a node is the pivot of a branch, an Identity of a Switch of the predicate."""
     return node is not None and (
         node.op in SWITCHES or (node.op == "Identity" and "Switch" in (node.input or [""])[0])
     )

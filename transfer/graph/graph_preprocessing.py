@@ -1,6 +1,6 @@
-"""What a graph does with its images before its first layer: means, scales, the order of colours.
+"""Detect preprocessing inside a graph: mean subtraction, scaling, swapped color channels.
 
-Many a program has this in its graph. Where images were prepared before, it would be done twice.
+Many programs have it in their graph. Preprocessing the images outside would then repeat it.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _FORM = frozenset(
     }
 )
 _SPLITS = frozenset({"Split", "SplitV", "Unpack"})
-_MIN_MEAN = 0.05  # what is smaller keeps something else from being zero
+_MIN_MEAN = 0.05  # smaller values are an epsilon
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """``means`` are subtracted, images are multiplied by ``scales``: in the order of the graph,
-    one number or one a channel. ``swaps`` tells whether red and blue change places."""
+    """Preprocessing in a graph: ``means`` are subtracted and images multiplied by ``scales``, in
+    the order of the graph, one number or one per channel; ``swaps``: red and blue are swapped."""
 
     means: tuple[float, ...] = ()
     scales: tuple[float, ...] = ()
@@ -49,7 +49,7 @@ class Preparation:
         return " and ".join(parts)
 
     def repeats(self, mode: str | Mapping[str, Any]) -> str | None:
-        """What preprocessing in this mode would do a second time; ``None`` if nothing."""
+        """The steps that preprocessing in this mode would repeat; ``None`` if there are none."""
         meaning = convention(mode)
         twice = []
         if self.means and any(meaning.mean):
@@ -62,7 +62,7 @@ class Preparation:
 
 
 def find(network: Network) -> Preparation:
-    """What happens to the images of a network before its first layer with weights."""
+    """Find the preprocessing of a network before its first layer with weights."""
     by_name = {node.name: node for node in network.graph_def.node}
     weights = {variable.name for variable in network.variables}
     shallow = {operation_of(network.input)}
@@ -75,7 +75,7 @@ def find(network: Network) -> Preparation:
             continue
         others = [operation_of(edge) for edge in edges if operation_of(edge) not in shallow]
         if any(name in weights for name in others):
-            continue  # a layer of some kind
+            continue  # a layer with weights
         values = [_constant(by_name, name) for name in others]
         number = next((v for v in values if v is not None and v.size in (1, 3)), None)
         picture = next((v for v in values if v is not None and v.ndim > 1 and v.size > 3), None)
@@ -91,10 +91,10 @@ def find(network: Network) -> Preparation:
         elif node.op in ("ReverseV2", "GatherV2", "StridedSlice"):
             swaps = swaps or _reverses(node, values)
         elif node.op in ("Concat", "ConcatV2", "Pack"):
-            order = [_piece(by_name, edge) for edge in edges if operation_of(edge) in shallow]
+            order = [_channel(by_name, edge) for edge in edges if operation_of(edge) in shallow]
             swaps = swaps or (None not in order and order == [2, 1, 0])
         elif node.op not in _FORM | _SPLITS:
-            continue  # resizing, a first activation: not looked behind
+            continue  # for example an activation: the search ends here
         shallow.add(node.name)
     return Preparation(tuple(means), tuple(scales), swaps)
 
@@ -104,7 +104,7 @@ def _shrinks(convention: Convention) -> bool:
 
 
 def _constant(by_name: dict[str, Any], name: str) -> np.ndarray | None:
-    """The value of a constant, which may have got another form."""
+    """The value of a constant, possibly reshaped or cast."""
     for _ in range(5):
         node = by_name.get(name)
         if node is None or node.op not in ("Cast", "ExpandDims", "Identity", "Reshape"):
@@ -114,7 +114,7 @@ def _constant(by_name: dict[str, Any], name: str) -> np.ndarray | None:
 
 
 def _reverses(node: NodeDef, values: list[np.ndarray | None]) -> bool:
-    """Whether the constants of an operation put the last axis in the opposite order."""
+    """Whether the constants of an operation reverse the last axis."""
     known = [value.ravel().tolist() for value in values if value is not None]
     if node.op == "GatherV2":
         return [2, 1, 0] in known
@@ -127,8 +127,8 @@ def _reverses(node: NodeDef, values: list[np.ndarray | None]) -> bool:
     return reaches_colours and strides[-1] == -1
 
 
-def _piece(by_name: dict[str, Any], edge: str) -> int | None:
-    """Which colour of the images a tensor is: a piece of a split, or where a slice begins."""
+def _channel(by_name: dict[str, Any], edge: str) -> int | None:
+    """Index of the color channel in a tensor: the output index of a split, or start of a slice."""
     for _ in range(20):
         name, index = edge.split(":")[0], edge.partition(":")[2] or "0"
         node = by_name.get(name)

@@ -1,11 +1,11 @@
-"""Operations that end the process where an input has a rank or size that they do not expect.
+"""Guard operations that crash the process if an input has an unexpected rank or size.
 
-Where shape inference knows the shapes, it refuses those that do not fit. Where it does not, the
-shape is checked when the graph runs: by an ``EnsureShape`` for the rank, and by a ``Slice`` of the
-whole tensor, which fails where a dimension is smaller than a window.
+If shape inference knows the shapes, it rejects invalid ones. Otherwise the shape is checked when
+the graph runs: by an ``EnsureShape`` for the rank, and by a ``Slice`` of the whole tensor, which
+fails if a dimension is smaller than a window.
 
-Shape inference itself ends the process where it reads the values of an input of the wrong rank. So
-the ranks of what may be read are checked before it (``check_ranks``) or in it (``with_ranks``).
+Shape inference itself crashes the process if it reads the values of an input of the wrong rank. The
+ranks of such inputs are therefore checked before it (``check_ranks``) or in it (``with_ranks``).
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ RANKS: dict[str, tuple[int | None, ...]] = {
     "SpaceToDepth": (4,),
     "SplitV": (None, 1, 0),
 }
-"""Operation to the ranks of its inputs; ``None`` is any."""
+"""Operation type to the ranks of its inputs; ``None`` means any rank."""
 _READ_IN_PART = frozenset({"Conv2DBackpropInput"})
-"""Operations whose shape function checks the rank of sizes, and takes those that are known."""
+"""Operations whose shape function checks the rank of the sizes input, and reads known elements."""
 _SIZED_BY_VALUE = """
     Bincount BroadcastTo CropAndResize Fill LinSpace MatrixDiagV2 MatrixDiagV3 MirrorPad Multinomial
     OneHot Pad PadV2 RandomStandardNormal RandomUniform RandomUniformInt Range ResizeArea
@@ -67,11 +67,11 @@ _SIZED_BY_VALUE = """
     UnsortedSegmentSum
 """
 SIZED_BY_VALUE = frozenset(_SIZED_BY_VALUE.split())
-"""Operations whose output is as large as the value of an input says."""
+"""Operations whose output size is determined by the value of an input."""
 
 
 def ranks_of(node: NodeDef) -> tuple[int | None, ...]:
-    """The ranks that an operation demands of its inputs; empty if it takes any."""
+    """The required ranks of an operation's inputs; empty if all are allowed."""
     if node.op == "FusedBatchNormV3":
         layout = node.attr["data_format"].s if "data_format" in node.attr else b""
         return (5 if layout in (b"NDHWC", b"NCDHW") else 4, *_NORM[1:])
@@ -79,10 +79,10 @@ def ranks_of(node: NodeDef) -> tuple[int | None, ...]:
 
 
 def check_ranks(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> None:
-    """Refuse an operation that takes an input of another rank than it gets.
+    """Reject an operation with an input of the wrong rank.
 
     Raises:
-        ValueError: names the node, the input, its shape and the rank that is taken.
+        ValueError: with the node, the input, its shape and the expected rank.
     """
     for node, number, rank in _ranked_inputs(graph_def):
         shape = shapes.get(canonical(node.input[number]))
@@ -96,10 +96,10 @@ def check_ranks(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> None:
 
 
 def with_ranks(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> GraphDef:
-    """A graph for shape inference, which fails where a rank is wrong that it finds out itself.
+    """The graph for shape inference, with checks of ranks that become known only during inference.
 
-    Only small inputs, whose values shape functions may read, are checked; ``shapes`` are those
-    known before.
+    Only inputs of rank 0 to 2 are checked, whose values shape functions may read; ``shapes`` are
+    the shapes known before.
     """
     checks: dict[str, list[tuple[int, list[NodeDef]]]] = {}
     for node, number, rank in _ranked_inputs(graph_def):
@@ -112,7 +112,7 @@ def with_ranks(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> GraphDef:
 
 
 def _ranked_inputs(graph_def: GraphDef) -> Iterator[tuple[NodeDef, int, int]]:
-    """Each input that must have a certain rank: its node, its number and the rank."""
+    """Each input with a required rank: its node, its index and the rank."""
     for node in graph_def.node:
         ranks = ranks_of(node)
         if ranks:
@@ -123,7 +123,8 @@ def _ranked_inputs(graph_def: GraphDef) -> Iterator[tuple[NodeDef, int, int]]:
 
 
 def unproven(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> list[str]:
-    """Nodes of which the shapes do not show that they run: by rank, size of an input, or memory."""
+    """Nodes not proven safe by the shapes: unknown rank or size of an input, or unknown output
+    size."""
     lacking = {node.name for node, *_ in _lacking(graph_def, shapes)}
     return [
         node.name
@@ -134,7 +135,7 @@ def unproven(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> list[str]:
 
 
 def with_guards(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> GraphDef:
-    """The graph with checks before the inputs whose shapes are not known."""
+    """The graph with run-time checks of inputs whose shapes are unknown."""
     guards: dict[str, list[tuple[int, list[NodeDef]]]] = {}
     for node, number, rank in _lacking(graph_def, shapes):
         guards.setdefault(node.name, []).append((number, _guards(node, number, rank)))
@@ -144,7 +145,7 @@ def with_guards(graph_def: GraphDef, shapes: Mapping[str, Shape]) -> GraphDef:
 def _lacking(
     graph_def: GraphDef, shapes: Mapping[str, Shape]
 ) -> Iterator[tuple[NodeDef, int, int]]:
-    """Those of the inputs with a rank whose shapes are not known."""
+    """The inputs with a required rank whose shapes are unknown."""
     for node, number, rank in _ranked_inputs(graph_def):
         if not _is_known(shapes.get(canonical(node.input[number]))):
             yield node, number, rank
@@ -153,7 +154,7 @@ def _lacking(
 def _with_checks(
     graph_def: GraphDef, checks: Mapping[str, Sequence[tuple[int, Sequence[NodeDef]]]]
 ) -> GraphDef:
-    """The graph with nodes before inputs of some nodes; the last takes the input's place."""
+    """Insert nodes before inputs of nodes; the last inserted node replaces the input."""
     nodes: list[NodeDef] = []
     for node in graph_def.node:
         copy = NodeDef()
@@ -170,7 +171,7 @@ def _is_known(shape: Shape) -> bool:
 
 
 def _guards(node: NodeDef, number: int, rank: int) -> list[NodeDef]:
-    """Nodes that pass an input on if it has that rank, and sizes that the operation can take."""
+    """Nodes that forward an input if it has this rank and sizes that the operation accepts."""
     ranked = _ensure_rank(node, number, rank)
     prefix, dtype = ranked.name.rpartition("/")[0], ranked.attr["T"].type
     if rank < 3:
@@ -199,7 +200,7 @@ def _ensure_rank(node: NodeDef, number: int, rank: int) -> NodeDef:
 
 
 def _least(node: NodeDef, number: int, rank: int) -> Sequence[int]:
-    """The smallest sizes of an input; the batch may be empty."""
+    """Minimum sizes of an input; the batch may be empty."""
     least = [1] * rank
     is_valid = "padding" in node.attr and node.attr["padding"].s == b"VALID"
     for name in ("ksize", "ksizes"):
@@ -211,7 +212,7 @@ def _least(node: NodeDef, number: int, rank: int) -> Sequence[int]:
 
 
 def _input_type(node: NodeDef, number: int) -> int:
-    """The element type of an input of one of these operations."""
+    """The dtype of an input of one of these operations."""
     op_def = find_op_def(node.op)
     argument = op_def.input_arg[number]
     if not argument.type_attr:

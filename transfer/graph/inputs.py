@@ -1,6 +1,6 @@
-"""Tensors that may take the images, where the graph's own source of data does not.
+"""Find tensors that can be fed with images if the graph's own data source cannot.
 
-Behind a decoder of JPEG files, a ``map_fn`` or a split of the batch there is a tensor with images.
+After a JPEG decoder, a ``map_fn`` or a split of the batch there is a tensor with images.
 """
 
 from __future__ import annotations
@@ -27,48 +27,48 @@ from transfer.graph import (
 
 _SPLITS = frozenset({"Slice", "Split", "SplitV", "StridedSlice", "Unpack"})
 _BATCHES = (12, 16, 20, 28)
-"""They can be divided by any number up to 8."""
+"""Batch sizes such that each number of towers up to 8 divides one of them."""
 _MADE_UP = frozenset({"Const", "Placeholder", "PlaceholderWithDefault", "Fill"}) | VARIABLES
 
 
 def candidates(nodes: Sequence[NodeDef], output: str, known: Iterable[str] = ()) -> list[str]:
-    """Tensors that an output depends on and that look like images, the likeliest first.
+    """Tensors that an output depends on and that look like images, most likely first.
 
-    Those whose height and width are stated come first, and then those that are nearest to the
-    source of the data. Loops are not looked into, unlike what they give.
+    Tensors with static height and width come first, then those closest to the data source. Tensors
+    inside loops are excluded, outputs of loops are not.
 
     Args:
-        nodes: of a graph.
-        output: what is to be computed.
-        known: tensors that have been tried.
+        nodes: the nodes of a graph.
+        output: the tensor to compute.
+        known: tensors to exclude because they have been tried.
     """
     by_name = {node.name: node for node in nodes}
     distance = {operation_of(output): 0}
     pending = [operation_of(output)]
     tensors: dict[str, int] = {}
-    for name in pending:  # breadth first: it grows as it goes
+    for name in pending:  # breadth-first search; the list grows during iteration
         for edge in data_inputs(by_name[name]) if name in by_name else ():
             operation = operation_of(edge)
             if operation not in distance:
                 distance[operation] = distance[name] + 1
                 pending.append(operation)
             tensors[canonical(edge)] = distance[operation]
-    found = []
+    ranked = []
     for tensor, steps in tensors.items():
         operation, index = split_tensor_name(tensor)
         node = by_name.get(operation)
         if node is None or tensor in set(known):
             continue
         if node.op in _MADE_UP or _reads_variable(by_name, tensor):
-            continue  # no images, or what a layer made of them
+            continue  # not images, or the output of a layer
         shape, dtype = static_shape(node, index), dtype_of(node, index)
         if dtype is not None and not (dtype.is_floating or dtype.is_integer):
             continue
         if shape is None or len(shape) != 4:
             continue
         if shape[3] in (1, 3) or is_channels_first(shape):
-            found.append((None in shape[1:], -steps, tensor))
-    return [tensor for _, _, tensor in sorted(found)]
+            ranked.append((None in shape[1:], -steps, tensor))
+    return [tensor for _, _, tensor in sorted(ranked)]
 
 
 def _reads_variable(by_name: Mapping[str, NodeDef], tensor: str) -> bool:
@@ -85,8 +85,8 @@ def _reads_variable(by_name: Mapping[str, NodeDef], tensor: str) -> bool:
 
 
 def shared_batch(network: Network) -> tuple[Fraction, list[str]] | None:
-    """How many rows come out for each image where towers share a batch, and the tensors that the
-    towers take their parts from; ``None`` where one comes out for each, or it cannot be told."""
+    """If towers split the batch: the number of output rows per image, and the tensors with the
+    towers' parts. ``None`` if there is one row per image, or this cannot be determined."""
     by_name = {node.name: node for node in network.graph_def.node}
     live = downstream(network.graph_def.node, [network.input])
 
@@ -113,16 +113,16 @@ def shared_batch(network: Network) -> tuple[Fraction, list[str]] | None:
         count = rows[network.output]
         if count in (None, batch):
             return None
-        found = [
+        tower_inputs = [
             part
             for part in parts
             if rows[canonical(_split_one(by_name[operation_of(part)]))] == batch
             and rows[part] == count
         ]
-        return (Fraction(count or 0, batch), found) if found else None
+        return (Fraction(count or 0, batch), tower_inputs) if tower_inputs else None
     return None
 
 
 def _split_one(node: NodeDef) -> str:
-    """What an operation takes a part of."""
+    """The input that an operation splits or slices."""
     return data_inputs(node)[1 if node.op == "Split" else 0]

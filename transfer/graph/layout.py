@@ -1,8 +1,8 @@
-"""Channels last: networks of channels first (``NCHW``), as programs for GPUs have them, turned.
+"""Convert networks from channels first (``NCHW``), common in GPU programs, to channels last (NHWC).
 
-TensorFlow computes no such pooling or gradient on a CPU, and images are channels last in all of
-this library. A tensor with a height and a width keeps its name and gets the other order; what does
-not know of heights and widths (a reshape to vectors) gets its operand in the graph's own order.
+TensorFlow does not support NCHW pooling and convolution gradients on CPUs, and this library uses
+channels last throughout. Tensors with height and width keep their names and are transposed; layout
+agnostic operations, such as flattening, get their operand in the graph's original layout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from transfer.graph.network import Network
 from transfer.graph.shapes import Shape, infer
 
 _TO_LAST, _TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
-# Operation to those of its operands that are images.
+# Operation type to the index of its operand that is an image.
 _WITH_FORMAT = {
     **dict.fromkeys(("AvgPool", "BiasAdd", "Conv2D", "DepthToSpace", "DepthwiseConv2dNative"), 0),
     **dict.fromkeys(("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3", "MaxPool"), 0),
@@ -59,22 +59,22 @@ def is_channels_first(shape: Shape) -> bool:
 
 
 def channels_last(network: Network) -> Network:
-    """The network with images, and all that has a height and a width, channels last.
+    """Convert a network to channels last, including its input and output.
 
-    It is the same one where nothing in it is channels first.
+    A network without channels-first tensors is returned unchanged.
 
     Raises:
-        ValueError: if the graph is no valid one for its own input.
+        ValueError: if the graph is not valid for its own input.
     """
-    turns_input = is_channels_first(network.input_shape)
+    converts_input = is_channels_first(network.input_shape)
     has_format = any(_is_first(node) for g in network.graphs for node in g.node)
-    if not turns_input and not has_format:
+    if not converts_input and not has_format:
         return network
     graphs, shape = [], network.input_shape
     for graph_def in network.graphs:
         shapes = infer(replace(network, graph_def=graph_def, training=None))
-        graphs.append(_Turned(graph_def, network, shapes).run())
-    if turns_input and shape is not None:
+        graphs.append(_LayoutConverter(graph_def, network, shapes).run())
+    if converts_input and shape is not None:
         shape = tuple(shape[axis] for axis in _TO_LAST)
     return replace(
         network,
@@ -85,9 +85,9 @@ def channels_last(network: Network) -> Network:
 
 
 @dataclass
-class _Turned:
-    """A graph while it is turned. ``last`` are tensors that are channels last by now; ``first``
-    those that are known to be channels first still."""
+class _LayoutConverter:
+    """A graph during conversion. ``last`` are tensors already converted to channels last; ``first``
+    tensors known to be still channels first."""
 
     graph_def: GraphDef
     network: Network
@@ -108,17 +108,17 @@ class _Turned:
             copy.CopyFrom(node)
             if node.name not in live:
                 self.nodes.append(copy)
-            elif not self._turn(copy):
-                self._keep(copy)
-        self._turn_output()
+            elif not self._convert(copy):
+                self._add_unchanged(copy)
+        self._convert_output()
         return with_nodes(self.graph_def, self.nodes)
 
     def _rank(self, tensor: str) -> int | None:
         shape = self.shapes.get(canonical(tensor))
         return None if shape is None else len(shape)
 
-    def _keep(self, node: NodeDef) -> None:
-        """An operation that gets its operands as the graph has them."""
+    def _add_unchanged(self, node: NodeDef) -> None:
+        """Add an operation unchanged, with its operands in the original layout."""
         edges = [canonical(edge) for edge in node.input]
         was_first = any(edge in self.last | self.first for edge in edges)
         node.input[:] = [self._as_first(edge) for edge in edges]
@@ -126,15 +126,15 @@ class _Turned:
         if was_first and node.op not in ("Reshape", "Transpose"):
             self.first |= {tensor for tensor in self._outputs(node) if self._rank(tensor) == 4}
 
-    def _turn(self, node: NodeDef) -> bool:
-        """Put an operation down in its form for channels last, if it has one."""
+    def _convert(self, node: NodeDef) -> bool:
+        """Add an operation converted to channels last, if it can be converted."""
         edges = [canonical(edge) for edge in node.input]
-        turned = [edge in self.last for edge in edges]
+        is_last = [edge in self.last for edge in edges]
         if _is_first(node):
-            return self._turn_format(node, edges)
+            return self._convert_format(node, edges)
         if node.op == "Transpose" and len(edges) == 2:
-            return self._turn_transpose(node, edges)
-        if not any(turned):
+            return self._convert_transpose(node, edges)
+        if not any(is_last):
             return False
         if node.op in _UNARY:
             pass
@@ -148,28 +148,30 @@ class _Turned:
                 return False
             node.input[:] = [
                 *map(self._as_last, edges[:-1]),
-                self._put(f"{node.name}/channels_last/axis", _TO_FIRST[int(axis) % 4]),
+                self._add_constant(f"{node.name}/channels_last/axis", _TO_FIRST[int(axis) % 4]),
             ]
             node.attr["Tidx"].type = tf.int32.as_datatype_enum
-        elif node.op == "Split" and turned[1]:
+        elif node.op == "Split" and is_last[1]:
             axis = self._constant(edges[0])
             if axis is None:
                 return False
-            node.input[0] = self._put(f"{node.name}/channels_last/axis", _TO_FIRST[int(axis) % 4])
-        elif node.op in _PADS and turned[0]:
+            node.input[0] = self._add_constant(
+                f"{node.name}/channels_last/axis", _TO_FIRST[int(axis) % 4]
+            )
+        elif node.op in _PADS and is_last[0]:
             paddings = self._constant(edges[1])
             if paddings is None or paddings.shape != (4, 2):
                 return False
-            node.input[1] = self._put(
+            node.input[1] = self._add_constant(
                 f"{node.name}/channels_last/paddings", paddings[list(_TO_LAST)]
             )
             node.attr["Tpaddings"].type = tf.int32.as_datatype_enum
-        elif node.op in _REDUCTIONS and turned[0]:
+        elif node.op in _REDUCTIONS and is_last[0]:
             axes = self._constant(edges[1])
             if axes is None or not node.attr["keep_dims"].b:
                 return False
             axes = np.asarray([_TO_FIRST[int(axis) % 4] for axis in axes.ravel()])
-            node.input[1] = self._put(f"{node.name}/channels_last/axes", axes)
+            node.input[1] = self._add_constant(f"{node.name}/channels_last/axes", axes)
             node.attr["Tidx"].type = tf.int32.as_datatype_enum
         else:
             return False
@@ -177,7 +179,7 @@ class _Turned:
         self.last.update(self._outputs(node))
         return True
 
-    def _turn_format(self, node: NodeDef, edges: Sequence[str]) -> bool:
+    def _convert_format(self, node: NodeDef, edges: Sequence[str]) -> bool:
         place = _WITH_FORMAT.get(node.op)
         if place is None or self._rank(edges[place]) not in (None, 2, 4):
             return False
@@ -193,15 +195,15 @@ class _Turned:
         if "explicit_paddings" in node.attr and len(node.attr["explicit_paddings"].list.i) == 8:
             pairs = np.reshape(list(node.attr["explicit_paddings"].list.i), (4, 2))
             node.attr["explicit_paddings"].list.i[:] = pairs[list(_TO_LAST)].ravel().tolist()
-        turned_sizes = {"MaxPoolV2": (1, 2), "Conv2DBackpropInput": (0,)}.get(node.op, ())
-        for number in turned_sizes:
+        size_inputs = {"MaxPoolV2": (1, 2), "Conv2DBackpropInput": (0,)}.get(node.op, ())
+        for number in size_inputs:
             node.input[number] = self._reordered(edges[number])
         self.nodes.append(node)
         self.last.add(f"{node.name}:0")
         return True
 
-    def _turn_transpose(self, node: NodeDef, edges: Sequence[str]) -> bool:
-        """A graph that goes from one order to the other stays where it is."""
+    def _convert_transpose(self, node: NodeDef, edges: Sequence[str]) -> bool:
+        """Replace a transpose between the two layouts by an identity."""
         value = self._constant(edges[1])
         order = None if value is None else tuple(value.ravel().tolist())
         is_last = edges[0] in self.last
@@ -214,8 +216,8 @@ class _Turned:
             self.last.add(f"{node.name}:0")
         return True
 
-    def _turn_output(self) -> None:
-        """The output channels last, where an operation that knows no order made it."""
+    def _convert_output(self) -> None:
+        """Transpose the output to channels last if its operation was not converted."""
         if self.network.output not in self.first or self._rank(self.network.output) != 4:
             return
         name, _, index = self.network.output.rpartition(":")
@@ -238,16 +240,16 @@ class _Turned:
             return tensor
         return self._other(tensor, "channels_first", _TO_FIRST)
 
-    def _other(self, tensor: str, what: str, order: Sequence[int]) -> str:
-        key = (tensor, what)
+    def _other(self, tensor: str, layout: str, order: Sequence[int]) -> str:
+        key = (tensor, layout)
         if key not in self.made:
             name, _, index = tensor.rpartition(":")
-            self.made[key] = self._transpose(f"{name}/{what}_{index}", tensor, order, None)
+            self.made[key] = self._transpose(f"{name}/{layout}_{index}", tensor, order, None)
         return self.made[key]
 
     def _transpose(self, name: str, tensor: str, order: Sequence[int], like: NodeDef | None) -> str:
         node = NodeDef(name=name, op="Transpose", input=[tensor])
-        node.input.append(self._put(f"{name}/order", np.asarray(order)))
+        node.input.append(self._add_constant(f"{name}/order", np.asarray(order)))
         node.attr["T"].type = self._type(tensor, like)
         node.attr["Tperm"].type = tf.int32.as_datatype_enum
         self.nodes.append(node)
@@ -259,19 +261,19 @@ class _Turned:
         return (dtype or tf.float32).as_datatype_enum
 
     def _reordered(self, sizes: str) -> str:
-        """A list of one number an axis, in the order of channels last."""
+        """Reorder a list with one number per axis to channels last."""
         name = f"{operation_of(sizes)}/channels_last"
         if all(node.name != name for node in self.nodes):
             node = NodeDef(name=name, op="GatherV2", input=[sizes])
-            node.input.append(self._put(f"{name}/order", np.asarray(_TO_LAST)))
-            node.input.append(self._put(f"{name}/axis", 0))
+            node.input.append(self._add_constant(f"{name}/order", np.asarray(_TO_LAST)))
+            node.input.append(self._add_constant(f"{name}/axis", 0))
             for key, dtype in (("Tparams", tf.int32), ("Tindices", tf.int32), ("Taxis", tf.int32)):
                 node.attr[key].type = dtype.as_datatype_enum
             self.nodes.append(node)
         return f"{name}:0"
 
-    def _put(self, name: str, value: Any) -> str:
-        """A constant of integers."""
+    def _add_constant(self, name: str, value: Any) -> str:
+        """Add an int32 constant."""
         node = NodeDef(name=name, op="Const")
         node.attr["dtype"].type = tf.int32.as_datatype_enum
         node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value, tf.int32))

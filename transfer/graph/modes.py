@@ -1,7 +1,7 @@
-"""Placeholders that tell training from inference, recognised by what they feed.
+"""Detect placeholders that switch between training and inference, by the operations they feed.
 
-Programs of TensorFlow 1 feed a ``keep_prob`` and an ``is_training``; often these have no name
-(``Placeholder_2``) and no shape. What a placeholder feeds says what it is.
+TensorFlow 1 programs feed a ``keep_prob`` and an ``is_training``, often without a meaningful name
+(``Placeholder_2``) and without a shape. They are recognized by their use in the graph.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transfer.graph.graph_def import (
 from transfer.graph.policy import RANDOM_OPS
 
 TRAINING_KEEP_PROB = 0.5
-"""What VGG was trained with (arXiv 1409.1556, section 3.1), and what nearly all programs feed."""
+"""Used to train VGG (arXiv 1409.1556, section 3.1), and by nearly all programs."""
 
 _PLACEHOLDERS = frozenset({"Placeholder", "PlaceholderV2", "PlaceholderWithDefault"})
 _PASS = SWITCHES | {"Cast", "Identity", "Reshape", "Squeeze", "ReadVariableOp"}
@@ -36,9 +36,9 @@ _PASS = SWITCHES | {"Cast", "Identity", "Reshape", "Squeeze", "ReadVariableOp"}
 
 @dataclass(frozen=True)
 class Mode:
-    """A placeholder, or a variable, that tells training from inference, and what to feed it.
+    """A placeholder or variable that switches between training and inference, with its values.
 
-    ``why`` names the node by which it was recognised.
+    ``why`` is the node by which it was recognized.
     """
 
     tensor: str
@@ -49,11 +49,11 @@ class Mode:
 
 
 def find(nodes: Sequence[NodeDef], input: str | None) -> list[Mode]:
-    """All of them among nodes.
+    """Find all mode switches.
 
     Args:
-        nodes: all that a tap depends on, inputs before their users.
-        input: the tensor that takes the images; it is none of them.
+        nodes: all nodes that a tap depends on, in topological order.
+        input: the tensor that takes the images; it is excluded.
     """
     by_name = {node.name: node for node in nodes}
     live = {operation_of(input), *downstream(nodes, [input])} if input else set(by_name)
@@ -79,8 +79,8 @@ def find(nodes: Sequence[NodeDef], input: str | None) -> list[Mode]:
 def _controls(
     by_name: Mapping[str, NodeDef], place: dropout.Dropout
 ) -> list[tuple[NodeDef, dropout.Control]]:
-    """The placeholders that say how much is dropped, each with what it means."""
-    found = []
+    """The placeholders that control a dropout, each with its meaning."""
+    controls = []
     pending: list[tuple[str, dropout.Control]] = [(place.amount, place.control)]
     for _ in range(50):
         if not pending:
@@ -92,17 +92,17 @@ def _controls(
         edges = data_inputs(node)
         is_number = node.op in VARIABLES and not node.attr["shape"].shape.dim
         if node.op in _PLACEHOLDERS or is_number:
-            found.append((node, control))
+            controls.append((node, control))
         elif node.op == "Sub" and len(edges) == 2:  # 1 - keep_prob
             flipped: dropout.Control = "rate" if control == "keep_prob" else "keep_prob"
             pending.append((edges[1], flipped))
         elif node.op in conditionals.MERGES:
             pending += [(edge, control) for edge in edges]
-    return found
+    return controls
 
 
 def _training_value(by_name: Mapping[str, NodeDef], leaf: NodeDef, kind: dropout.Control) -> float:
-    """The placeholder's default, if it drops something; else what is customary."""
+    """The placeholder's default value if it is between 0 and 1, else the customary value."""
     default = by_name.get(operation_of(leaf.input[0])) if leaf.input else None
     value = constant(default)
     if value is not None and value.size == 1 and value.dtype.kind == "f" and 0 < value.item() < 1:
@@ -111,40 +111,40 @@ def _training_value(by_name: Mapping[str, NodeDef], leaf: NodeDef, kind: dropout
 
 
 def _is_switch(node: NodeDef) -> bool:
-    """Whether a node is one truth value from outside of the graph, or one that is kept in it."""
+    """Whether a node is a boolean scalar placeholder or variable."""
     if node.op not in _PLACEHOLDERS | VARIABLES or dtype_of(node) != tf.bool:
         return False
-    # The handle of a variable is a scalar whatever it holds.
+    # The handle of a variable is always a scalar, whatever the shape of its value.
     return not (node.attr["shape"].shape.dim if node.op in VARIABLES else static_shape(node))
 
 
 def _training_sides(
     nodes: Sequence[NodeDef], by_name: Mapping[str, NodeDef]
 ) -> dict[str, tuple[bool, str]]:
-    """For each switch, which value means training, by what lies in the branches that it chooses.
+    """For each switch, the value that means training, inferred from the branches that it selects.
 
-    Training draws random numbers and takes the statistics of the batch; inference does neither.
+    Training generates random numbers and uses batch statistics; inference does neither.
     """
-    found: dict[str, tuple[bool, str]] = {}
+    sides: dict[str, tuple[bool, str]] = {}
     lives = conditionals.branches(nodes)
     for node in nodes:
         in_training = node.op in RANDOM_OPS or (
             node.op.startswith("FusedBatchNorm") and node.attr["is_training"].b
         )
         if not in_training and node.op in conditionals.MERGES:
-            # The learnt statistics come straight from a variable; those of the batch do not.
+            # Moving averages are read directly from a variable; batch statistics are computed.
             predicate = conditionals.predicate_of(node, by_name, lives)
             stored = [_is_variable(by_name, edge) for edge in data_inputs(node)]
             if predicate is not None and stored in ([True, False], [False, True]):
-                _vote(found, by_name, predicate, stored.index(False), node.name)
+                _vote(sides, by_name, predicate, stored.index(False), node.name)
         elif in_training:
             for predicate, side in lives[node.name].items():
-                _vote(found, by_name, predicate, side, node.name)
-    return found
+                _vote(sides, by_name, predicate, side, node.name)
+    return sides
 
 
 def _vote(
-    found: dict[str, tuple[bool, str]],
+    sides: dict[str, tuple[bool, str]],
     by_name: Mapping[str, NodeDef],
     predicate: str,
     side: int,
@@ -156,7 +156,7 @@ def _vote(
         value = not value
         node = origin(by_name, node.input[0], _PASS)
     if node is not None:
-        found.setdefault(node.name, (value, why))
+        sides.setdefault(node.name, (value, why))
 
 
 def _is_variable(by_name: Mapping[str, NodeDef], tensor: str) -> bool:

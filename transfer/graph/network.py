@@ -1,4 +1,4 @@
-"""What a tap needs, as arithmetic from one input, and weights, to one output.
+"""Extract a network: the subgraph that computes one output from one input and from weights.
 
 Pure functions: nothing is run, and nothing is changed in place.
 """
@@ -28,7 +28,7 @@ from transfer.graph.graph_def import (
 from transfer.graph.randomness import SEED, seeded
 
 _READS = frozenset({"Identity", "ReadVariableOp", "RefIdentity"})
-# What refers to nodes, shapes or gradient functions that a pruned graph does not have.
+# Attributes that refer to nodes, shapes or gradient functions that a pruned graph does not have.
 _STALE_ATTRIBUTES = ("_class", "_output_shapes", "_gradient_op_type")
 _STATISTICS = re.compile(r"(moving|running)_(mean|variance|var)(_\d+)?\b")
 
@@ -39,9 +39,9 @@ Feeds = Mapping[str, float | bool]
 class Variable:
     """A variable that a network reads, or a weight that is a constant of its graph.
 
-    ``shape`` is ``None`` where the graph does not say. Not trainable are what are no floats, and
-    the statistics of batch norm. The graph's own collection of trainable variables is not asked:
-    programs for transfer learning leave their pretrained network out of it.
+    ``shape`` is ``None`` if the graph does not state it. Non-float variables and the moving
+    statistics of batch norm are not trainable. The graph's own collection of trainable variables is
+    ignored: transfer-learning programs exclude their pretrained network from it.
     """
 
     name: str
@@ -52,17 +52,17 @@ class Variable:
 
 @dataclass(frozen=True)
 class Network:
-    """Arithmetic from one input to one output.
+    """A subgraph that computes one output from one input and from variables.
 
-    ``graph_def`` holds operations only. The tensors ``input`` and ``<variable>:0`` are named by
-    them but are not in it: who imports the graph supplies them, and ``randomness.SEED`` where it is
-    named. ``training`` is the same with dropout on, for use while it is trained; ``None`` where
-    there is no difference. Where ``batch_size`` is set, the arithmetic takes just so many examples.
-    ``input_shape`` is what the graph states for its input, if it does; ``modes`` are the switches
-    between training and inference that were found and set.
+    ``graph_def`` contains only operations. They refer to the tensors ``input`` and
+    ``<variable>:0``, and to ``randomness.SEED`` if they need random numbers; these must be supplied
+    with ``input_map`` when the graph is imported. ``training`` is the graph for training, with
+    active dropout; ``None`` if it does not differ. If ``batch_size`` is set, the network accepts
+    only batches of this size. ``input_shape`` is the static shape of the input, if known; ``modes``
+    are the detected switches between training and inference, which are set in both graphs.
 
     Raises:
-        ForbiddenOpError: if there is anything but arithmetic in it.
+        ForbiddenOpError: if it contains operations that are not pure computation.
     """
 
     graph_def: GraphDef
@@ -81,7 +81,7 @@ class Network:
 
     @property
     def graphs(self) -> list[GraphDef]:
-        """Of inference, and of training where that differs."""
+        """The graph for inference, and that for training if it differs."""
         return [self.graph_def] if self.training is None else [self.graph_def, self.training]
 
 
@@ -94,28 +94,28 @@ def extract(
     keep_dropout: bool = False,
     input_shape: tuple[int | None, ...] | None = None,
 ) -> Network:
-    """The part of a graph between two tensors, with its variables as inputs.
+    """Extract the subgraph between two tensors, with its variables as inputs.
 
     Args:
         graph_def: any TF1 graph; it is not changed.
         output: tensor to compute.
-        input: tensor that is fed; what lies before it is left out.
-        input_dtype: of that tensor; inputs of other types are cast to it.
-        feeds: values of other placeholders, in inference and in training. Those that tell training
-            from inference (see ``modes``) have theirs without being fed.
-        keep_dropout: leave dropout in the graph of inference, too.
-        input_shape: of the input, where it is known.
+        input: tensor to feed; nodes before it are removed.
+        input_dtype: dtype of the input; inputs of other dtypes are cast to it.
+        feeds: values of other placeholders, at inference and in training. Switches between training
+            and inference (see ``modes``) are set automatically.
+        keep_dropout: keep dropout active in the graph for inference.
+        input_shape: shape of the input, if known.
 
     Raises:
         ValueError: if a placeholder has no value, or the output does not depend on the input.
-        ForbiddenOpError: if there is anything but arithmetic in between.
+        ForbiddenOpError: if it contains operations that are not pure computation.
     """
     feeds = _check_feeds(graph_def, feeds or {})
     nodes = ancestors(graph_def.node, output, stop_at=[input])
     _check_depends(nodes, output, input)
-    found = modes.find(nodes, canonical(input))
-    inference = {mode.tensor: mode.inference for mode in found} | feeds
-    training = {mode.tensor: mode.training for mode in found} | feeds
+    switches = modes.find(nodes, canonical(input))
+    inference = {mode.tensor: mode.inference for mode in switches} | feeds
+    training = {mode.tensor: mode.training for mode in switches} | feeds
 
     in_use = _with_constants(nodes, inference)
     parts = [_arithmetic(in_use, output, input, drop=keep_dropout)]
@@ -144,7 +144,7 @@ def extract(
         variables=tuple(in_order),
         training=None if same else with_dropout_on,
         input_shape=input_shape,
-        modes=tuple(m for m in found if m.tensor not in feeds),
+        modes=tuple(m for m in switches if m.tensor not in feeds),
     )
 
 
@@ -156,7 +156,7 @@ def _arithmetic(
     drop: bool,
     inference: Mapping[str, NodeDef] | None = None,
 ) -> tuple[list[NodeDef], str]:
-    """Nodes without conditionals, and without dropout or with it; the output among them."""
+    """The nodes without conditionals, and without dropout unless ``drop``; and the output name."""
     resolved, output = conditionals.resolve(nodes, canonical(output), inference)
     resolved = ancestors(resolved, output, stop_at=[input])
     if not drop:
@@ -169,8 +169,8 @@ def _arithmetic(
 def _lift_variables(
     nodes: Sequence[NodeDef], input: str
 ) -> tuple[list[Variable], list[NodeDef], dict[str, str]]:
-    """The variables among nodes, the other nodes reading them by their names, and what else is
-    the name of one."""
+    """Separate variables from nodes: the variables, the other nodes, which read them by name, and
+    aliases of the variables."""
     weights = constants.find_weights(nodes, downstream(nodes, [input]), input)
     policy.check_constants(weights)
     names = {node.name for node in nodes if node.op in VARIABLES} | {n.name for n in weights}
@@ -190,10 +190,10 @@ def _lift_variables(
 
 
 def cut(network: Network, at: str) -> tuple[Network, Network]:
-    """Cut a network in two at a tensor: the second part applied to the first is the whole.
+    """Cut a network in two at a tensor, such that their composition is the network.
 
     Raises:
-        ValueError: if the tensor is not in the network, or a branch goes round it.
+        ValueError: if the tensor is not in the network, or a branch bypasses it.
     """
     at = canonical(at)
     variables = {variable.name: variable for variable in network.variables}
@@ -223,8 +223,8 @@ def cut(network: Network, at: str) -> tuple[Network, Network]:
         bypass = [n.name for g in suffix.graphs for n in g.node if _reads(n, network.input)]
         if bypass:
             raise ValueError(
-                f"cannot cut at {at!r}: it does not separate the input from the tap; a branch goes "
-                f"round it, from {network.input!r} through {bypass[0]!r}"
+                f"cannot cut at {at!r}: it does not separate the input from the tap; a branch "
+                f"bypasses it, from {network.input!r} through {bypass[0]!r}"
             )
     return part(at, network.input, network.input_dtype), suffix
 
@@ -234,7 +234,7 @@ def _between(graph_def: GraphDef, output: str, leaves: Iterable[str]) -> GraphDe
 
 
 def variable(node: NodeDef) -> Variable:
-    """A node that is a variable, or a weight, as a ``Variable``."""
+    """The ``Variable`` of a node that is a variable or a constant weight."""
     dtype = dtype_of(node) or tf.float32
     if node.op == "Const":
         dims = node.attr["value"].tensor.tensor_shape.dim
@@ -246,7 +246,7 @@ def variable(node: NodeDef) -> Variable:
 
 
 def _statistics(nodes: Sequence[NodeDef]) -> set[str]:
-    """Variables that are a batch norm's mean or variance, by their role or by their usual names."""
+    """Moving means and variances of batch norm, detected by their use or by their usual names."""
     roles = {
         operation_of(edge)
         for node in nodes
@@ -265,7 +265,7 @@ def _check_feeds(graph_def: GraphDef, feeds: Feeds) -> dict[str, float | bool]:
 
 
 def _with_constants(nodes: Iterable[NodeDef], feeds: Feeds) -> list[NodeDef]:
-    """The nodes with constants in the place of those that are fed."""
+    """Replace fed nodes by constants."""
     values = {operation_of(name): value for name, value in feeds.items()}
     return [
         _constant(node, values[node.name])
@@ -278,7 +278,7 @@ def _with_constants(nodes: Iterable[NodeDef], feeds: Feeds) -> list[NodeDef]:
 
 
 def _copy_of(tensor: str, read: NodeDef) -> NodeDef:
-    """An identity in the place of the read of a variable that is a constant now."""
+    """Replace the read of a variable that is now a constant by an identity."""
     copy = NodeDef(name=read.name, op="Identity", input=[tensor])
     copy.attr["T"].CopyFrom(read.attr["dtype"])
     return copy
@@ -304,12 +304,12 @@ def _constant(node: NodeDef, value: float | bool) -> NodeDef:
 
 
 def _reads_of(nodes: Iterable[NodeDef], variables: set[str]) -> dict[str, str]:
-    """Tensors that are a variable's value as it is, to ``<variable>:0``.
+    """Tensors that are reads of a variable, to ``<variable>:0``.
 
-    Two kinds of variables, one form: after the reads are gone every user names the variable itself.
+    This gives reference and resource variables the same form: users refer to the variable itself.
     """
     aliases: dict[str, str] = {}
-    for node in nodes:  # inputs come before their users
+    for node in nodes:  # in topological order
         if node.op in _READS and node.input:
             source = canonical(node.input[0])
             source = aliases.get(source, source)

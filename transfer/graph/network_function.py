@@ -1,9 +1,9 @@
-"""A network as a ``tf.function`` of its input and its weights, which checks what goes in and out.
+"""A network as a ``tf.function`` of its input and weights, with checks of input and output shapes.
 
 Data contract: the input has the rank, height, width and channels that the graph fixes, and the
-output has one row for each row of the input. A reshape to ``[-1, width]`` would otherwise split
-images that are larger than the network's, and merge smaller ones. What shapes do not tell while the
-function is traced is asserted when it runs.
+output has one row per row of the input. A reshape to ``[-1, width]`` would otherwise split images
+larger than the network's, and merge smaller ones. Shapes that are unknown during tracing are
+asserted at run time.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from transfer.graph import SEED, Network, canonical, output_shapes, trials
 
 
 def as_function(network: Network) -> Callable[[Any, Sequence[Any], Any], tf.Tensor]:
-    """``(inputs, list of weights, seed) -> output``, computed by ``tf.function``.
+    """A function ``(inputs, list of weights, seed) -> output``, computed by a ``tf.function``.
 
-    Functions of its own, because a gradient tape does not see operations that are imported into
-    the function in which it was opened. The seed, int32 ``[2]``, may be ``None`` where no random
-    numbers are drawn.
+    It needs its own ``tf.function`` because a gradient tape does not record operations imported
+    into the function in which it was opened. The seed, int32 ``[2]``, may be ``None`` if the
+    network uses no random numbers.
 
     Raises:
-        ValueError: if the input does not have the shape that the network takes, or the output does
-            not have a row for each of its rows.
+        ValueError: if the input does not have the shape of the network's input, or the output does
+            not have one row per row of the input.
     """
     names = [canonical(variable.name) for variable in network.variables]
 
@@ -38,8 +38,8 @@ def as_function(network: Network) -> Callable[[Any, Sequence[Any], Any], tf.Tens
         tensors[SEED] = tf.zeros([2], tf.int32) if seed is None else seed
         specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (inputs, *weights)]
         graph_def = trials.checked_graph(network, specs[0], specs[1:])
-        # Each graph has its own part of the weights. The identity brings a tensor of an outer
-        # function into this one, which the import does not.
+        # Each graph uses its own subset of the weights. The identity captures a tensor of an outer
+        # function, which the import does not.
         used = {canonical(edge) for node in graph_def.node for edge in node.input}
         outputs = tf.graph_util.import_graph_def(
             graph_def,
@@ -69,9 +69,9 @@ def as_function(network: Network) -> Callable[[Any, Sequence[Any], Any], tf.Tens
 
 
 def compiled_per_rank(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of a tensor, and of more, as a ``tf.function`` for each rank of the tensor.
+    """Wrap a function in one ``tf.function`` per rank of its first argument.
 
-    One for all would relax two ranks to an unknown one, with which kernels of oneDNN abort the
+    A single one would relax two ranks to an unknown rank, with which oneDNN kernels abort the
     process.
     """
     functions: dict[int | None, Any] = {}
@@ -87,16 +87,16 @@ def compiled_per_rank(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def output_shape(network: Network, example: Sequence[int | None]) -> tf.TensorShape:
-    """What is certain of the output's shape for any number of examples of a shape.
+    """The static output shape for any number of examples of this shape.
 
-    A width that the graph computes from the batch size is known here, where an open batch size
-    hides it.
+    It includes a width that the graph computes from the batch size, which inference with an unknown
+    batch size does not find.
     """
     return _in_common(_probe(network, example).values())
 
 
 def _probe(network: Network, example: Sequence[int | None]) -> dict[int, tf.TensorShape]:
-    """Batch size to the output's shape; empty where the graph does not take batches of any size."""
+    """Batch size to the output's shape; empty if the graph does not accept any batch size."""
     try:
         shapes = output_shapes(network, example)
     except ValueError:
@@ -110,7 +110,7 @@ def _in_common(shapes: Iterable[tf.TensorShape]) -> tf.TensorShape:
 
 
 def as_input(network: Network, images: tf.Tensor) -> tf.Tensor:
-    """Images in the type that a network takes, and as vectors where it takes vectors."""
+    """Convert images to the network's input dtype, and flatten them if it takes vectors."""
     if network.input_shape is not None and (len(network.input_shape), images.shape.rank) == (2, 4):
         example = images.shape[1:]
         width = math.prod(example) if example.is_fully_defined() else network.input_shape[1]
@@ -126,11 +126,11 @@ def as_input(network: Network, images: tf.Tensor) -> tf.Tensor:
 
 
 def _checked(network: Network, inputs: tf.Tensor) -> tf.Tensor:
-    """The input, with the static shape that the network fixes."""
-    dtype, expected, found = inputs.dtype, network.input_shape, inputs.shape
+    """Check the input and set the static shape that the network fixes."""
+    dtype, expected, actual = inputs.dtype, network.input_shape, inputs.shape
     if not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
         raise ValueError(f"the input is of type {dtype.name}; expected numbers, e.g. float32")
-    if found.rank is None:
+    if actual.rank is None:
         if expected is None:
             raise ValueError(
                 "neither the input nor the graph says how many dimensions the input has; give it a "
@@ -139,21 +139,21 @@ def _checked(network: Network, inputs: tf.Tensor) -> tf.Tensor:
         return tf.ensure_shape(inputs, [None, *expected[1:]])
     if expected is None:
         return inputs
-    if found.rank == 0 and len(expected):
+    if actual.rank == 0 and len(expected):
         raise ValueError("the input is a single number; expected a batch")
-    if len(expected) == 2 and found.rank == 4:  # images for a network that takes vectors
-        if found[1:].is_fully_defined() and expected[1] not in (None, math.prod(found[1:])):
-            raise ValueError(_mismatch(found, expected))
+    if len(expected) == 2 and actual.rank == 4:  # images for a network that takes vectors
+        if actual[1:].is_fully_defined() and expected[1] not in (None, math.prod(actual[1:])):
+            raise ValueError(_mismatch(actual, expected))
         return inputs
-    if not found[1:].is_compatible_with(expected[1:]):
-        raise ValueError(_mismatch(found, expected))
-    if any(f is None and e is not None for f, e in zip(found[1:], expected[1:], strict=True)):
+    if not actual[1:].is_compatible_with(expected[1:]):
+        raise ValueError(_mismatch(actual, expected))
+    if any(f is None and e is not None for f, e in zip(actual[1:], expected[1:], strict=True)):
         return _asserted(inputs, [None, *expected[1:]])
     return inputs
 
 
 def _asserted(inputs: tf.Tensor, expected: Sequence[int | None]) -> tf.Tensor:
-    """An input of a shape that is not known before the function runs, checked when it does."""
+    """Assert the shape of an input at run time."""
     sizes = tf.shape(inputs)
     fixed = [(number, size) for number, size in enumerate(expected) if size is not None]
     is_equal = [tf.equal(sizes[number], size) for number, size in fixed]
@@ -164,17 +164,17 @@ def _asserted(inputs: tf.Tensor, expected: Sequence[int | None]) -> tf.Tensor:
     return inputs
 
 
-def _mismatch(found: Any, expected: Sequence[int | None]) -> str:
-    found = tuple(found)  # None is a size that is not known yet, or the number of examples
+def _mismatch(actual: Any, expected: Sequence[int | None]) -> str:
+    actual = tuple(actual)  # None is an unknown size, or the number of examples
     takes = f"the network takes {(None, *expected[1:])}"
-    if len(found) == len(expected) - 1:
-        return f"the input has shape {found}; {takes}: add the batch axis, images[None]"
+    if len(actual) == len(expected) - 1:
+        return f"the input has shape {actual}; {takes}: add the batch axis, images[None]"
     way = "resize or convert the images, e.g. with transfer.Preprocess"
-    return f"the input has shape {found}; {takes}: {way}"
+    return f"the input has shape {actual}; {takes}: {way}"
 
 
 def _with_a_row_each(network: Network, inputs: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-    """The output, checked to have as many rows as the input; a scalar, a loss say, as it is."""
+    """Check that the output has as many rows as the input; a scalar, such as a loss, is exempt."""
     example = inputs.shape[1:]
     if outputs.shape.rank == 0:
         return outputs
@@ -191,7 +191,7 @@ def _with_a_row_each(network: Network, inputs: tf.Tensor, outputs: tf.Tensor) ->
 
 
 def _has_a_row_each(network: Network, example: tf.TensorShape, outputs: tf.Tensor) -> bool:
-    """Whether that is certain for every batch size; gives the output its static shape."""
+    """Whether there is one row per example for every batch size; sets the output's static shape."""
     shapes = _probe(network, example.as_list())
     outputs.set_shape(_in_common(shapes.values()))
     rows = {batch: shape[0] if shape.rank else None for batch, shape in shapes.items()}
@@ -215,8 +215,8 @@ def _mixes(rows: str, batch: str, example: tf.TensorShape) -> str:
 
 
 def _in_batches(function: Any, inputs: tf.Tensor, size: int) -> tf.Tensor:
-    """Apply a function that takes just ``size`` examples to any number of them; the last are filled
-    up with the first ones, and what comes of those is dropped."""
+    """Apply a function that takes batches of ``size`` examples to any number of examples; the last
+    batch is padded with the first examples, whose outputs are dropped."""
     count = tf.shape(inputs)[0]
     num_batches = -(-count // size)
     missing = tf.range(num_batches * size - count) % tf.maximum(count, 1)

@@ -1,7 +1,7 @@
-"""Which operations a stranger's graph may run: arithmetic, and nothing else.
+"""Allowlist of the operations that an untrusted graph may run: pure computation only.
 
-A list of what is allowed rather than of what is not: an operation that nobody has thought of is
-refused. Files, network, Python, printing, queues, variables' own assignments: none are on it.
+An allowlist, so that unknown operations are rejected. It excludes access to files and network,
+Python, printing, queues and assignments of variables.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _IMAGES = """
     HSVToRGB RGBToHSV ResizeArea ResizeBicubic ResizeBilinear ResizeNearestNeighbor
     ScaleAndTranslate
 """
-# Dropout and noise. They draw numbers and touch nothing else.
+# Dropout and noise. They generate random numbers without other side effects.
 _RANDOM = """
     Multinomial RandomShuffle RandomStandardNormal RandomUniform RandomUniformInt
     StatelessRandomGetAlg StatelessRandomGetKeyCounter
@@ -56,19 +56,19 @@ _RANDOM = """
     StatelessRandomUniformV2 StatelessTruncatedNormal TruncatedNormal
 """
 
-# Calls of functions (PartitionedCall, If) are not on the list: TensorFlow looks a function up by
-# name among all that the process knows, not in this graph alone. Nor are Switch and Merge. The
-# loading turns both into arithmetic.
+# Function calls (PartitionedCall, If) are not allowed: TensorFlow looks functions up by name among
+# all functions of the process, not only in this graph. Neither are Switch and Merge. Loading
+# inlines the calls and replaces the conditionals.
 ALLOWED_OPS = frozenset(
     " ".join((_ELEMENTWISE, _LINEAR, _REDUCTIONS, _SHAPES, _IMAGES, _RANDOM)).split()
 )
 RANDOM_OPS = frozenset(_RANDOM.split())
 MAX_SPLAT_BYTES = 2**28
-"""Of all constants of a graph that are written as one number and a shape: 256 MB."""
+"""Maximum total size of constants that are stored as one value and a shape: 256 MB."""
 
 
 class ForbiddenOpError(ValueError):
-    """A graph holds an operation that a loaded model may not run.
+    """A graph contains an operation that a loaded model may not run.
 
     Example:
         >>> import tensorflow as tf
@@ -85,20 +85,20 @@ class ForbiddenOpError(ValueError):
 
 
 def check(graph_def: GraphDef) -> None:
-    """Refuse a graph with an operation that is not on the list, or that calls a function; and one
-    with constants that are small in the file and huge in memory.
+    """Reject a graph with operations that are not on the allowlist or call functions, with invalid
+    attributes, or with constants that are small in the file but huge in memory.
 
     Raises:
-        ForbiddenOpError: names every such operation with a node that uses it.
-        ValueError: if the constants are too large, or not what they say, or an attribute is one
-            that TensorFlow does not survive.
+        ForbiddenOpError: with every such operation and a node that uses it.
+        ValueError: if the constants are too large or inconsistent, or an attribute would crash
+            TensorFlow.
     """
     refused = {node.op: node.name for node in graph_def.node if not _is_arithmetic(node)}
     if refused:
-        found = ", ".join(f"{op} (node {name!r})" for op, name in sorted(refused.items()))
+        shown = ", ".join(f"{op} (node {name!r})" for op, name in sorted(refused.items()))
         raise ForbiddenOpError(
-            f"the graph uses {found}; a loaded model may only do arithmetic, and call no "
-            "functions. Choose a tap, or an input, so that what lies between does without"
+            f"the graph uses {shown}; a loaded model may only do arithmetic, and call no "
+            "functions. Choose a tap, or an input, such that the graph between them needs none"
         )
     for node in graph_def.node:
         attributes.check(node)
@@ -111,10 +111,10 @@ def _is_arithmetic(node: NodeDef) -> bool:
 
 
 def check_constants(nodes: Iterable[NodeDef]) -> None:
-    """Refuse constants that are small in the file and huge in memory.
+    """Reject constants that are small in the file but huge in memory.
 
     Raises:
-        ValueError: if they are too large, or one is not what it says.
+        ValueError: if they are too large, or the data of one do not match its shape and dtype.
     """
     splat_bytes = 0
     for node in nodes:
@@ -141,5 +141,5 @@ def check_constants(nodes: Iterable[NodeDef]) -> None:
     if splat_bytes > MAX_SPLAT_BYTES:
         raise ValueError(
             f"the constants of the graph would take {splat_bytes:,} bytes of memory, more than "
-            f"{MAX_SPLAT_BYTES:,}, though the file is small; it is damaged, or made to harm"
+            f"{MAX_SPLAT_BYTES:,}, though the file is small; it is damaged or malicious"
         )

@@ -1,5 +1,5 @@
-"""Random numbers that follow from a seed which is an input, so that a run can be repeated and
-resumed. TensorFlow 1's own depend on what its session has drawn before."""
+"""Make random operations stateless, with the seed as an input, so that runs are reproducible and
+can be resumed. TensorFlow 1's random operations depend on the state of the session."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.framework.types_pb2 import DT_INT32
 
 SEED = "vgg_transfer_seed:0"
-"""The tensor that a graph with random numbers takes beside its input: int32 ``[2]``."""
+"""The additional input tensor of a graph with random numbers: int32 ``[2]``."""
 
 _STATELESS = {
     "RandomUniform": "StatelessRandomUniform",
@@ -22,7 +22,7 @@ _STATELESS = {
 
 
 def seeded(nodes: Iterable[NodeDef]) -> list[NodeDef]:
-    """The nodes with their random numbers drawn from ``SEED``, each node's its own."""
+    """Replace random operations by stateless ones, each with its own seed derived from ``SEED``."""
     result = []
     for number, node in enumerate(nodes):
         if node.op not in _STATELESS:
@@ -43,5 +43,5 @@ def seeded(nodes: Iterable[NodeDef]) -> list[NodeDef]:
 
 
 def is_seeded(graph_def: GraphDef) -> bool:
-    """Whether a graph takes ``SEED``."""
+    """Whether a graph uses ``SEED``."""
     return any(SEED in node.input for node in graph_def.node)

@@ -1,4 +1,4 @@
-"""Which variables are factors: 1, and not 0, where a network begins anew."""
+"""Find variables that are multiplicative factors and must be reinitialized to 1 instead of 0."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _ROOTS = frozenset({"Rsqrt", "Sqrt"})
 _PRODUCTS = frozenset({"Mul", "RealDiv", "Div"})
 _SUMS = frozenset({"Add", "AddV2", "Maximum"})
 _FORM = frozenset({"Cast", "ExpandDims", "Identity", "Reshape", "Squeeze"})
-# One side of a PReLU, whose slope begins at 0: of what it multiplies nothing but the sign counts.
+# Operations of the negative part of a PReLU, whose slope is a factor but starts at 0.
 _RECTIFIERS = frozenset({"Abs", "Minimum", "Neg", "Relu", "Sub"})
 
 
 def find_scales(nodes: Iterable[NodeDef], variables: Iterable[str]) -> set[str]:
-    """The variables that activations are multiplied with or divided by, element by element: scales
-    and variances of normalisations, by their use or by their usual names.
+    """The variables that activations are multiplied or divided by elementwise: scales and variances
+    of normalization layers, detected by their use or by their usual names.
 
     Args:
-        nodes: of a network.
-        variables: names of those that it reads.
+        nodes: the nodes of a network.
+        variables: names of its variables.
     """
     nodes = list(nodes)
     operations = {node.name: node for node in nodes}
@@ -43,17 +43,17 @@ def find_scales(nodes: Iterable[NodeDef], variables: Iterable[str]) -> set[str]:
     subtracted = {
         operation_of(data_inputs(node)[-1]) for node in nodes if node.op in ("Sub", "Neg")
     }
-    found = {name for name in variables if name.endswith(("gamma", "variance"))}
+    factors = {name for name in variables if name.endswith(("gamma", "variance"))}
     for node in nodes:
         edges = data_inputs(node)
         if node.op in NORMS:
-            found |= {source(edges[1]), source(edges[4])}
+            factors |= {source(edges[1]), source(edges[4])}
         elif node.op in _ROOTS:
             inner = operations.get(source(edges[0]))
-            found |= (
+            factors |= (
                 {source(e) for e in data_inputs(inner)} if inner and inner.op in _SUMS else set()
             )
-            found.add(source(edges[0]))
+            factors.add(source(edges[0]))
         elif node.op in _PRODUCTS and not is_rectified(edges) and node.name not in subtracted:
-            found |= {source(edge) for edge in edges}
-    return found & variables
+            factors |= {source(edge) for edge in edges}
+    return factors & variables

@@ -1,6 +1,6 @@
-"""Shapes of tensors, and networks whose batch size is baked in, freed of it where that is exact.
+"""Shape inference, and removal of fixed batch sizes from networks where that is exact.
 
-TensorFlow's own shape functions do the inference: the graph is imported, and not run.
+Uses TensorFlow's own shape functions: the graph is imported, but not run.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from transfer.graph.randomness import SEED
 Shape = tuple[int | None, ...] | None
 Leaf = tuple[tf.DType, Shape]
 MAX_ELEMENTS = 2**31
-"""Of one tensor for a handful of examples; VGG16's largest has 3e6 an example."""
+"""Maximum size of a tensor for a few examples; VGG16's largest has 3e6 elements per example."""
 _STATES_BATCH = {"Reshape": 1, "Conv2DBackpropInput": 0}
-"""Operation to its operand with the sizes of what it gives."""
+"""Operation type to the index of its operand with the output shape."""
 MAX_TOTAL = 2**32
-"""Elements of all tensors together, per example; VGG19's have 3e8 for images of 512 pixels."""
+"""Maximum total number of elements per example; VGG19 has 3e8 for images of 512 pixels."""
 MAX_GROWN = 2**28
-"""Elements, per example, of tensors ``GROWTH`` times as large as all that they are made from."""
+"""Maximum number of elements per example in tensors ``GROWTH`` times larger than their inputs."""
 GROWTH = 64
 _PROBES = (3, 5)
 _SMALL_BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
 
 
 def infer(network: Network, leaves: Mapping[str, Leaf] | None = None) -> dict[str, Shape]:
-    """Tensor to shape, for all tensors of a network and for its input.
+    """Infer the shapes of all tensors of a network, including its input.
 
     Args:
-        network: its arithmetic for inference counts.
-        leaves: types and shapes of the input and of all variables; those that the network states,
-            if they are not given.
+        network: the network; its graph for inference is used.
+        leaves: dtypes and shapes of the input and of all variables; defaults to those that the
+            network states.
 
     Raises:
-        ValueError: if the graph is no valid one for its input, or a tensor would have over
+        ValueError: if the graph is not valid for its input, or a tensor would have over
             ``MAX_ELEMENTS`` elements.
     """
     return _infer(network.graph_def, leaves or _leaves(network, network.input_shape))
@@ -55,15 +55,15 @@ def infer(network: Network, leaves: Mapping[str, Leaf] | None = None) -> dict[st
 def output_shapes(network: Network, example: Sequence[int | None]) -> dict[int, Shape]:
     """Batch size to the output's shape, for two batch sizes.
 
-    What both agree on holds for every batch: a width that a reshape computes from the batch size is
-    known here, where an open batch size hides it.
+    Sizes on which both agree hold for every batch, including a width that a reshape computes from
+    the batch size, which inference with an unknown batch size does not find.
 
     Args:
-        network: its arithmetic for inference counts.
-        example: shape of one example of the input; ``None`` for dimensions that are not known.
+        network: the network; its graph for inference is used.
+        example: shape of one example of the input; ``None`` for unknown dimensions.
 
     Raises:
-        ValueError: if the graph does not take such batches.
+        ValueError: if the graph does not accept such batches.
     """
     return {
         batch: _infer(network.graph_def, _leaves(network, (batch, *example)))[network.output]
@@ -72,13 +72,13 @@ def output_shapes(network: Network, example: Sequence[int | None]) -> dict[int, 
 
 
 def free_batch(network: Network) -> Network:
-    """A network that takes batches of any size, or says which it takes.
+    """Make a network accept any batch size, or record the only one it accepts.
 
-    Where a reshape states the batch size, it is left open instead; the result is the same. Where
-    that does not help (a constant of one batch is added, say), ``batch_size`` is set.
+    A batch size fixed in a reshape is replaced by -1, which does not change the result. If that is
+    not sufficient (for example, if a constant of one batch is added), ``batch_size`` is set.
 
     Raises:
-        ValueError: if the graph is no valid one for its own input.
+        ValueError: if the graph is not valid for its own input.
     """
     input_shape = network.input_shape
     if network.output == network.input:
@@ -91,8 +91,8 @@ def free_batch(network: Network) -> Network:
     batch_size = input_shape[0]
     if batch_size is None:
         if _ignores_batch(network, input_shape):
-            return network  # no value per example: a mean of all
-        # The placeholder leaves the batch open, and something after it does not.
+            return network  # no value per example, such as a mean over the batch
+        # The placeholder does not fix the batch size, but a later operation does.
         batch_size = (infer(network)[network.output] or (None,))[0] or _only_batch(network)
     if batch_size is None:
         return network
@@ -102,12 +102,12 @@ def free_batch(network: Network) -> Network:
         return replace(network, graph_def=freed[0], training=freed[1] if freed[1:] else None)
     shape = _infer(network.graph_def, _leaves(network, fixed))[network.output]
     if shape is not None and (not shape or shape[0] not in (None, batch_size)):
-        return network  # no value per example: a loss, a mean
+        return network  # no value per example, such as a loss or a mean
     return replace(network, batch_size=batch_size)
 
 
 def _takes_any_batch(network: Network, graph_def: GraphDef, input_shape: Sequence[Any]) -> bool:
-    """Whether the shapes fit for other batches, and the output has one row, or more, for each."""
+    """Whether other batch sizes are valid, and the number of output rows depends on them."""
     first_dims = []
     for batch in _PROBES:
         try:
@@ -119,8 +119,8 @@ def _takes_any_batch(network: Network, graph_def: GraphDef, input_shape: Sequenc
 
 
 def _only_batch(network: Network) -> int | None:
-    """The batch that a graph states in a reshape or a transposed convolution, else the smallest
-    that fits: two towers take even ones."""
+    """The batch size fixed in a reshape or a transposed convolution, else the smallest that fits:
+    two towers need an even one."""
     constants = {node.name: node for node in network.graph_def.node if node.op == "Const"}
     stated = []
     for node in network.graph_def.node:
@@ -139,7 +139,7 @@ def _only_batch(network: Network) -> int | None:
 
 
 def _ignores_batch(network: Network, input_shape: Sequence[Any]) -> bool:
-    """Whether the output has one shape for batches of all sizes."""
+    """Whether the output's shape does not depend on the batch size."""
     try:
         first, second = output_shapes(network, input_shape[1:]).values()
     except ValueError:
@@ -148,8 +148,8 @@ def _ignores_batch(network: Network, input_shape: Sequence[Any]) -> bool:
 
 
 def _open_batch(network: Network, graph_def: GraphDef, shapes: Mapping[str, Shape]) -> GraphDef:
-    """The graph with the batch left open in each reshape that keeps it, in transposed convolutions,
-    and in dropout's masks."""
+    """Remove the fixed batch size from each reshape that preserves it, from transposed convolutions
+    and from dropout masks."""
     batch = (shapes[network.input] or (None,))[0]
     live = downstream(graph_def.node, [network.input]) | {operation_of(network.input)}
     states_batch = {
@@ -167,7 +167,7 @@ def _open_batch(network: Network, graph_def: GraphDef, shapes: Mapping[str, Shap
             target = _open_target(shapes, node, batch)
         elif node.name in masks and operation_of(node.input[0]) in states_batch:
             target = NodeDef(name=f"{node.name}/open_batch", op="Shape", input=[masks[node.name]])
-            target.attr["T"].type = node.attr["dtype"].type  # a mask has the type of its values
+            target.attr["T"].type = node.attr["dtype"].type  # masks have the dtype of the values
             target.attr["out_type"].type = DT_INT64
         elif (
             node.op == "Conv2DBackpropInput"
@@ -187,7 +187,7 @@ def _open_batch(network: Network, graph_def: GraphDef, shapes: Mapping[str, Shap
 def _open_target(
     shapes: Mapping[str, Shape], reshape: NodeDef, batch: int | None
 ) -> NodeDef | None:
-    """The target of a reshape that keeps the batch, with the batch left open."""
+    """The target shape of a reshape that preserves the batch, with -1 as the batch size."""
     before, after = shapes.get(canonical(reshape.input[0])), shapes.get(f"{reshape.name}:0")
     if not before or not after or not before[0] == after[0] == batch or None in after:
         return None
@@ -198,7 +198,8 @@ def _open_target(
 
 
 def _open_sizes(convolution: NodeDef, sizes: np.ndarray) -> list[NodeDef]:
-    """The size of what a transposed convolution gives, with the batch of what it takes; last."""
+    """Nodes that compute the output shape of a transposed convolution with the batch size of its
+    input; the last one is the result."""
     name = f"{convolution.name}/open_batch"
     shape = NodeDef(name=f"{name}/shape", op="Shape", input=[convolution.input[2]])
     shape.attr["T"].CopyFrom(convolution.attr["T"])
@@ -221,7 +222,7 @@ def _integers(name: str, value: Any) -> NodeDef:
 
 
 def _leaves(network: Network, input_shape: Shape) -> dict[str, Leaf]:
-    """What a network computes from, the input first."""
+    """Dtypes and shapes of the inputs of a network: its input first, then its variables."""
     leaves = {network.input: (network.input_dtype or tf.float32, input_shape)}
     for variable in network.variables:
         leaves[canonical(variable.name)] = (variable.dtype, variable.shape)
@@ -230,8 +231,8 @@ def _leaves(network: Network, input_shape: Shape) -> dict[str, Leaf]:
 
 def _infer(graph_def: GraphDef, leaves: Mapping[str, Leaf]) -> dict[str, Shape]:
     leaves = {**leaves, SEED: (tf.int32, (2,))}
-    given = {name: shape for name, (_, shape) in leaves.items()}
-    known = _constant_shapes(graph_def) | given
+    leaf_shapes = {name: shape for name, (_, shape) in leaves.items()}
+    known = _constant_shapes(graph_def) | leaf_shapes
     guards.check_ranks(graph_def, known)
     checked = guards.with_ranks(graph_def, known)
     used = {canonical(edge) for node in graph_def.node for edge in node.input}
@@ -253,7 +254,7 @@ def _infer(graph_def: GraphDef, leaves: Mapping[str, Leaf]) -> dict[str, Shape]:
         }
     _, input_shape = next(iter(leaves.values()))
     _check_sizes(shapes, made_from, (input_shape or (None,))[0] or 1)
-    shapes |= given
+    shapes |= leaf_shapes
     guards.check_ranks(graph_def, shapes)
     return shapes
 
@@ -263,15 +264,15 @@ def _own_name(tensor: tf.Tensor) -> str:
 
 
 def _placeholders(leaves: Mapping[str, Leaf]) -> dict[str, tf.Tensor]:
-    """Placeholders of these types and shapes. Made one by one, they take as long as all the rest of
-    shape inference."""
+    """Create placeholders of these dtypes and shapes in one import; creating them one by one would
+    take as long as the rest of shape inference."""
     nodes = []
     for number, (dtype, shape) in enumerate(leaves.values()):
         node = NodeDef(name=f"leaf_{number}", op="Placeholder")
         node.attr["dtype"].type = dtype.as_datatype_enum
         node.attr["shape"].shape.CopyFrom(tf.TensorShape(shape).as_proto())
         nodes.append(node)
-    # In older versions, a placeholder of rank 0 is one of any rank.
+    # In older graph versions, a placeholder of rank 0 has unknown rank.
     graph_def = GraphDef(node=nodes, versions={"producer": tf.version.GRAPH_DEF_VERSION})
     names = [f"{node.name}:0" for node in nodes]
     tensors = tf.graph_util.import_graph_def(graph_def, return_elements=names, name="leaves")
@@ -289,24 +290,24 @@ def _constant_shapes(graph_def: GraphDef) -> dict[str, Shape]:
 def _check_sizes(
     shapes: Mapping[str, Shape], made_from: Mapping[str, Sequence[Shape]], batch: int
 ) -> None:
-    """Refuse tensors that would fill the memory, each by itself or all together."""
+    """Reject tensors that would exhaust the memory, individually or in total."""
     total = grown = 0
     for name, shape in shapes.items():
         elements = _num_elements(shape)
         if elements > MAX_ELEMENTS:
             raise ValueError(
                 f"tensor {name!r} would have {elements:,} elements, more than "
-                f"{MAX_ELEMENTS:,}; the graph is damaged, or made to harm"
+                f"{MAX_ELEMENTS:,}; the graph is damaged or malicious"
             )
         per_example = elements // batch if shape and shape[0] == batch else elements
         total += per_example
         if per_example > GROWTH * sum(map(_num_elements, made_from[name])):
             grown += per_example
-        for what, number, most in (("", total, MAX_TOTAL), ("filled ", grown, MAX_GROWN)):
+        for kind, number, most in (("", total, MAX_TOTAL), ("filled ", grown, MAX_GROWN)):
             if number > most:
                 raise ValueError(
-                    f"the {what}tensors up to {name!r} would have {number:,} elements together, "
-                    f"more than {most:,}; the graph is damaged, or made to harm"
+                    f"the {kind}tensors up to {name!r} would have {number:,} elements together, "
+                    f"more than {most:,}; the graph is damaged or malicious"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Tensors to tap: by short names, and those that are worth tapping, best first."""
+"""Find tensors to tap by short names, and rank the tensors of a graph by their use as features."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SOURCES = frozenset(
     QueueDequeueV2
     """.split()  # noqa: SIM905
 )
-"""Where data come into a graph."""
+"""Operations that provide data to a graph."""
 _LAYERS = frozenset(
     {"BatchMatMul", "BatchMatMulV2", "Conv2D", "Conv3D", "DepthwiseConv2dNative", "MatMul"}
 )
@@ -40,7 +40,7 @@ _HEADS = frozenset(
     SparseSoftmaxCrossEntropyWithLogits TopK TopKV2
     """.split()  # noqa: SIM905
 )
-# The parts of a name that say that a node is no part of a network: tf.gradients and tf.train.
+# Scopes of nodes that do not belong to the network, from tf.gradients and tf.train.
 _ASIDE = ("gradients", "save", "Initializer", "report_uninitialized_variables")
 
 
@@ -48,7 +48,7 @@ _ASIDE = ("gradients", "save", "Initializer", "report_uninitialized_variables")
 class Tap:
     """A tensor with features.
 
-    ``shape`` is what the graph states, ``None`` where it states none; ``why`` is for people.
+    ``shape`` is its shape in the graph, ``None`` if not given; ``why`` explains its rank to users.
     """
 
     tensor: str
@@ -57,22 +57,22 @@ class Tap:
 
 
 def find(nodes: Sequence[NodeDef], name: str, inputs: Iterable[str] = ()) -> list[str]:
-    """The tensors that a name may mean: one where it is clear, several where it is not.
+    """The tensors that a name may refer to; several if it is ambiguous.
 
-    A full name means itself. A short one is a part of a path: ``fc7`` is what ``vgg_16/fc7`` gives
-    to the rest of the network, ``vgg_16/fc7/Relu:0``.
+    A full name refers to itself. A short one is a component of a path: ``fc7`` is the output of the
+    scope ``vgg_16/fc7``, ``vgg_16/fc7/Relu:0``.
 
     Args:
-        nodes: of a graph.
-        name: of the tensor.
-        inputs: tensors where data come in, beside the graph's own sources.
+        nodes: the nodes of a graph.
+        name: name of the tensor.
+        inputs: tensors that provide data, in addition to the graph's own sources.
     """
     operation, index = split_tensor_name(name)
     if any(node.name == operation and "Summary" not in node.op for node in nodes):
         return [f"{operation}:{index}"]
     forward = _forward(nodes, inputs)
     inner: list[tuple[NodeDef, str]] = []
-    # TensorFlow numbers a scope that is opened again: fc7_1. The name as it is comes first.
+    # TensorFlow numbers reopened scopes: fc7_1. An exact match takes precedence.
     for pattern in (re.escape(operation), re.escape(operation) + r"_\d+"):
         if not inner:
             inner = [(n, scope) for n in forward if (scope := _scope(n.name, pattern))]
@@ -84,16 +84,16 @@ def find(nodes: Sequence[NodeDef], name: str, inputs: Iterable[str] = ()) -> lis
         ]
         if outside or not users.get(node.name):
             scopes.setdefault(scope, []).append(node.name)
-    found = []
+    matches = []
     for outputs in scopes.values():
         used = [name for name in outputs if users.get(name)]
-        found += [f"{name}:{index}" for name in used or outputs[-1:]]
-    named_so = [node.name for node in nodes if node.name.rpartition("/")[2] == operation]
-    return found or [f"{name}:{index}" for name in named_so]
+        matches += [f"{name}:{index}" for name in used or outputs[-1:]]
+    same_name = [node.name for node in nodes if node.name.rpartition("/")[2] == operation]
+    return matches or [f"{name}:{index}" for name in same_name]
 
 
 def _scope(name: str, pattern: str) -> str | None:
-    """A node's name up to and with a part of its path; ``None`` if it has no such part."""
+    """A node's name up to and including a path component; ``None`` if it has no such component."""
     match = re.match(rf"(.*?/)?{pattern}(?=/|$)", name)
     return match[0] if match else None
 
@@ -104,13 +104,13 @@ def rank(
     outputs: Iterable[str] = (),
     limit: int = 8,
 ) -> list[Tap]:
-    """Tensors with features, the most promising first: what the last layers read.
+    """Rank tensors with features, most promising first: the inputs of the last layers.
 
     Args:
-        nodes: all of a graph.
-        is_covered: whether the checkpoint has all of some variables, given by name.
-        outputs: tensors that are known to be results.
-        limit: how many to give at most.
+        nodes: all nodes of a graph.
+        is_covered: whether the checkpoint has all variables of the given names.
+        outputs: tensors that are known to be outputs.
+        limit: maximum number of taps to return.
     """
     forward = _forward(nodes)
     by_name = {node.name: node for node in nodes}
@@ -132,7 +132,7 @@ def rank(
     def facts(tensor: str) -> tuple[Any, ...]:
         reading = readers[tensor]
         distance = min(after[layer.name] for layer in reading)
-        # What is as wide as the logits that come next says little more than they do.
+        # Features as narrow as the logits computed from them contain little more information.
         widths = [_width(by_name, name) for name in (tensor, reading[0].name)]
         is_narrow = distance == 0 and widths[0] is not None and widths[0] == widths[1]
         variables, depth, is_training = before.get(operation_of(tensor), (frozenset(), 0, False))
@@ -145,12 +145,12 @@ def rank(
             is_narrow,
             distance,
             -depth,
-            -position[operation_of(tensor)],  # of several copies, the one that was built last
+            -position[operation_of(tensor)],  # of several copies, the one built last
         )
 
     ranked = sorted(readers, key=facts)
     if ranked:
-        # Where no copy is for inference, dropout that is always on tells none from another.
+        # If no copy is for inference, dropout that is always applied does not distinguish them.
         best = min(facts(tensor)[:3] for tensor in readers)
         last = min(facts(tensor)[5] for tensor in readers if facts(tensor)[:3] == best)
         tips = [f for f in map(facts, readers) if (f[:3], f[5]) == (best, last)]
@@ -179,7 +179,7 @@ def _why(reading: Sequence[NodeDef], facts: tuple[Any, ...], after: Mapping[str,
 
 
 def _forward(nodes: Iterable[NodeDef], inputs: Iterable[str] = ()) -> list[NodeDef]:
-    """The nodes that compute something of the data, without gradients, savers and summaries."""
+    """The nodes that depend on the data, without gradients, savers and summaries."""
     kept = {node.name: node for node in nodes if not _is_aside(node)}
     users = consumers(kept.values())
     reached: set[str] = set()
@@ -207,7 +207,7 @@ def _is_aside(node: NodeDef) -> bool:
 
 
 def _sorted(nodes: Sequence[NodeDef]) -> list[NodeDef]:
-    """Inputs before users; where a loop goes round, as well as can be."""
+    """Sort nodes topologically; in cycles of loops, as far as possible."""
     by_name = {node.name: node for node in nodes}
     done: set[str] = set()
     order = []
@@ -229,13 +229,13 @@ def _sorted(nodes: Sequence[NodeDef]) -> list[NodeDef]:
 
 
 def _has_weights(node: NodeDef, by_name: Mapping[str, NodeDef], alive: Collection[str]) -> bool:
-    """Whether one operand is data, and the other does not come from them."""
+    """Whether one operand depends on the data and the other does not."""
     edges = [operation_of(edge) for edge in data_inputs(node)][:2]
     return len(edges) == 2 and sum(edge in alive for edge in edges) == 1
 
 
 def _layers_after(order: Sequence[NodeDef], layers: Collection[str]) -> dict[str, int]:
-    """Operation to how many layers there are at most on a way from it to an end."""
+    """Operation name to the maximum number of layers on a path from it to an end."""
     after: dict[str, int] = {}
     for node in reversed(order):
         below = after.setdefault(node.name, 0) + (node.name in layers)
@@ -246,24 +246,24 @@ def _layers_after(order: Sequence[NodeDef], layers: Collection[str]) -> dict[str
 
 
 def _leading_to(order: Sequence[NodeDef], ends: Collection[str]) -> set[str]:
-    found = set(ends)
+    leading = set(ends)
     for node in reversed(order):
-        if node.name in found:
-            found |= {operation_of(edge) for edge in data_inputs(node)}
-    return found
+        if node.name in leading:
+            leading |= {operation_of(edge) for edge in data_inputs(node)}
+    return leading
 
 
 def _upstream_facts(
     order: Sequence[NodeDef], by_name: Mapping[str, NodeDef], layers: Collection[str]
 ) -> dict[str, tuple[frozenset[str], int, bool]]:
-    """For each operation: the variables it needs, how many layers are on the way to it, and whether
-    it is of a copy for training, which draws random numbers or takes statistics of the batch."""
+    """For each operation: the variables it depends on, its depth in layers, and whether it belongs
+    to a copy for training, which generates random numbers or uses batch statistics."""
     facts: dict[str, tuple[frozenset[str], int, bool]] = {}
 
     def of(name: str) -> tuple[frozenset[str], int, bool]:
         if name in facts:
             return facts[name]
-        # Not of the data: a variable or what reads it.
+        # Does not depend on the data: a variable or a read of it.
         pending, variables, seen = [name], set(), set[str]()
         while pending:
             node = by_name.get(pending.pop())
@@ -282,7 +282,7 @@ def _upstream_facts(
 
     def trains(node: NodeDef) -> bool:
         if lives[node.name]:
-            return False  # a switch turns it off
+            return False  # controlled by a switch
         if node.op in NORMS:
             return node.attr["is_training"].b
         if node.name not in masks:

@@ -1,9 +1,8 @@
-"""Graphs that may end the process run in another one first.
+"""Run graphs that may crash the process in a child process first.
 
-Where shape inference shows that every operation gets the rank and the sizes that it takes, a graph
-runs as it is. Where it does not, the graph gets checks of its own (``with_guards``), and
-its first call takes place in a child process with limits on time and memory: if that dies, the
-graph is refused.
+If shape inference proves that every operation gets valid ranks and sizes, a graph runs unchanged.
+Otherwise run-time checks are added (``with_guards``), and the first call runs in a child process
+with limits on time and memory: if that crashes, the graph is rejected.
 """
 
 from __future__ import annotations
@@ -29,20 +28,20 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 from transfer.graph import SEED, Network, canonical, guards, infer, with_guards
 
 MAX_SECONDS = 15
-"""Of the first call, on two images."""
+"""Time limit of the first call, on two images."""
 START_SECONDS = 120
-"""Of the start of a process, on a machine that has other things to do."""
+"""Time limit for starting a process, on a busy machine."""
 MAX_BYTES = 2**31
-"""Of memory in the first call, above ten times the images and the weights."""
+"""Memory limit of the first call, in addition to ten times the size of images and weights."""
 _SIZE = 96
-"""Height and width of images where any size fits."""
+"""Height and width of images if the graph accepts any size."""
 _SCRIPT = "import sys; sys.path[:] = sys.argv[1:]; from transfer.graph.trials import main; main()"
 _tried: dict[bytes, str] = {}
 
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of a network: their names, shapes and types, the input first."""
+    """A call of a network: graph, and names, shapes and dtypes of its arguments, input first."""
 
     graph_def: GraphDef
     output: str
@@ -61,7 +60,7 @@ class Call:
         return cls(**facts | {"graph_def": graph_def})
 
     def arguments(self) -> list[tf.Tensor]:
-        """Random numbers."""
+        """Arguments filled with random numbers."""
         generator = np.random.default_rng(0)
         return [
             tf.cast(tf.constant(generator.normal(size=shape)), dtype)
@@ -75,8 +74,8 @@ def checked_graph(
     """The graph to import for inputs and weights of these shapes.
 
     Raises:
-        ValueError: if the graph does not fit the shapes, would fill the memory, or ends the process
-            that it is tried in.
+        ValueError: if the graph does not fit the shapes, would exhaust the memory, or crashes the
+            child process.
     """
     shape = tuple(inputs.shape.as_list()) if inputs.shape.rank is not None else network.input_shape
     if shape:
@@ -93,7 +92,7 @@ def checked_graph(
     if not unproven:
         return network.graph_def
     guarded = with_guards(network.graph_def, shapes)
-    # Sizes that only the inputs leave open need guards, not a trial.
+    # Sizes that are unknown only because of the inputs need guards, not a trial.
     example = _example_shape(network, shape)
     leaves = {network.input: (inputs.dtype, example), **variables}
     with contextlib.suppress(ValueError):  # images of this size may not fit
@@ -112,13 +111,13 @@ def checked_graph(
 
 
 def _batch(network: Network, size: int | None) -> int:
-    """The size of a batch that a network takes; that of the inputs, if it is small."""
+    """A batch size that the network accepts; that of the inputs if it is small."""
     stated = network.input_shape[0] if network.input_shape else None
     return network.batch_size or stated or (size if size and size <= 64 else 2)
 
 
 def _example_shape(network: Network, shape: tuple[int | None, ...] | None) -> tuple[int, ...]:
-    """An input shape without unknown sizes."""
+    """A fully defined input shape."""
     shape = shape or (_batch(network, None), None, None, 3)
     stated = network.input_shape
     if stated is None or len(stated) != len(shape):
@@ -134,12 +133,12 @@ def _try_once(call: Call, unproven: Sequence[str]) -> None:
         shown = ", ".join(repr(name) for name in unproven[:3])
         raise ValueError(
             f"the graph cannot be run: a process that tried it {_tried[digest]}. It does not say "
-            f"which shapes some operations take or give ({shown}); it is damaged, or made to harm"
+            f"which shapes some operations take or give ({shown}); it is damaged or malicious"
         )
 
 
 def run_child(call: Call) -> str:
-    """What ended a process that makes a call; empty if nothing did."""
+    """Run a call in a child process; returns how it failed, empty on success."""
     with tempfile.TemporaryFile() as log:
         child = subprocess.Popen(
             [sys.executable, "-I", "-c", _SCRIPT, *_search_path()],
@@ -168,27 +167,27 @@ def run_child(call: Call) -> str:
 
 
 def _search_path() -> list[str]:
-    """Where this process imports from, without the working folder; ``-I`` leaves that out."""
+    """``sys.path`` for the child: that of this process, without the working folder."""
     own = str(Path(__file__).resolve().parents[2])
     here = {"", os.getcwd()} - {own}
     return [own, *(path for path in sys.path if path not in here)]
 
 
 def main() -> None:
-    """In the child: read a call from standard input, and make it."""
+    """Entry point of the child: read a call from standard input and execute it."""
     tf.config.set_visible_devices([], "GPU")
     call = Call.from_json(sys.stdin.buffer.read())
     arguments = call.arguments()
     _limit_memory(MAX_BYTES + 10 * sum(argument.numpy().nbytes for argument in arguments))
     faulthandler.dump_traceback_later(MAX_SECONDS, exit=True)
-    # An error is one that the caller gets as well; what matters is that the process lives.
+    # The caller will get the same exception; here it only matters that the process survives.
     with contextlib.suppress(Exception):
         make(call, arguments)
     faulthandler.cancel_dump_traceback_later()
 
 
 def make(call: Call, arguments: Sequence[tf.Tensor]) -> None:
-    """Compute the output, and then its gradients."""
+    """Compute the output and its gradients."""
     used = {canonical(edge) for node in call.graph_def.node for edge in node.input}
     seed = {SEED: tf.zeros([2], tf.int32)}
 
@@ -209,7 +208,7 @@ def make(call: Call, arguments: Sequence[tf.Tensor]) -> None:
 
 
 def _limit_memory(more: int) -> None:
-    """Let this process allocate so much more, where the system can be told."""
+    """Limit further allocations of this process to ``more`` bytes, if the system supports it."""
     try:
         import resource
     except ImportError:  # Windows

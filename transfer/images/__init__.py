@@ -1,1 +1,1 @@
-"""Image files to pixels: decoding, orientation, preprocessing, random views."""
+"""Image files to pixels: decoding, orientation, preprocessing, data augmentation."""

@@ -1,7 +1,7 @@
-"""Image files of any kind to pixels, the right way up.
+"""Decode image files of all supported formats to RGB pixels, with their EXIF orientation applied.
 
-``decode`` is for pipelines of ``tf.data``, ``read_image`` for programs; they give the same pixels.
-JPEG, PNG, GIF and most BMP files are decoded by TensorFlow's operations, all others by Pillow.
+``decode`` is for ``tf.data`` pipelines, ``read_image`` for eager code; both return the same pixels.
+JPEG, PNG, GIF and most BMP files are decoded by TensorFlow operations, all others by Pillow.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if importlib.util.find_spec("pillow_heif"):
 
 KINDS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "MPO": (".mpo",),  # a JPEG with more pictures behind it
+    "MPO": (".mpo",),  # a JPEG followed by further images
     "PNG": (".png", ".apng"),
     "GIF": (".gif",),
     "BMP": (".bmp",),
@@ -48,18 +48,18 @@ KINDS = {
     "PSD": (".psd",),
     "ICO": (".ico",),
 }
-"""Pillow's names of the kinds of files that are read, and their suffixes. Those are left out whose
-decoding runs another program (EPS, WMF) or that hold more than pictures (PDF, MPEG, HDF5)."""
+"""Supported formats, by Pillow's names, and their suffixes. Not supported are formats whose
+decoding runs another program (EPS, WMF) or that are not only images (PDF, MPEG, HDF5)."""
 
 MAX_PIXELS = 2**28
-"""Of one image; what has more is taken for a decompression bomb."""
+"""Maximum number of pixels of an image; a larger one is treated as a decompression bomb."""
 MAX_BYTES = 2**30
-"""Of one file."""
+"""Maximum size of an image file."""
 
-_NEEDS = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # of Pillow's own features
+_NEEDS = {"WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}  # features of the Pillow build
 _HEIF = "needs pillow-heif: pip install 'vgg-transfer[heif]'"
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
-_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL ")  # which some versions of TensorFlow decode
+_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL ")  # decoded by some versions of TensorFlow
 _BY_PILLOW = 0
 _STRIP = 512  # rows
 _ALIGNMENT = 64  # bytes
@@ -67,31 +67,32 @@ _opening = threading.Lock()
 
 
 def suffixes() -> frozenset[str]:
-    """The suffixes of the files that can be read here, in lower case."""
+    """Suffixes of the formats supported by this installation, in lower case."""
     return frozenset(s for kind, names in KINDS.items() if _is_known(kind) for s in names)
 
 
 def why_not(suffix: str) -> str:
-    """Why a file with a suffix that is not among ``suffixes()`` is not read."""
+    """The reason why files with this suffix, which is not in ``suffixes()``, are not read."""
     for kind, names in KINDS.items():
         if suffix.lower() in names:
             return _HEIF if kind == "HEIF" else f"Pillow was built without {kind} here"
-    return "not a kind of image that is read"
+    return "not a supported image format"
 
 
 def decode(encoded: tf.Tensor) -> tf.Tensor:
-    """Decode an image file of any kind, eagerly or in a graph of this process.
+    """Decode an image file of any supported format, eagerly or in a graph of this process.
 
     Args:
         encoded: string ``[]``, the bytes of the file.
 
     Returns:
-        uint8 RGB ``[height, width, 3]``, turned as its metadata say. Of several images in a file
-        it is the first. Alpha is dropped, gray is repeated, 16 bits become 8.
+        uint8 RGB ``[height, width, 3]``, with the EXIF orientation applied. If the file has several
+        images, the first one. Alpha is dropped, gray is repeated, 16 bits are reduced to 8.
 
     Raises:
-        tf.errors.InvalidArgumentError: in a graph, if it is not an image, is damaged or too large;
-            eagerly a ValueError that says why.
+        tf.errors.InvalidArgumentError: in a graph, if the file is not an image, is damaged or too
+            large.
+        ValueError: the same in eager execution, with the reason.
     """
     if tf.executing_eagerly():
         return read_tensor(tf.convert_to_tensor(encoded).numpy())
@@ -107,46 +108,46 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
 
 
 def read_image(data: bytes) -> np.ndarray:
-    """The same of the bytes of a file: uint8 RGB ``[height, width, 3]``.
+    """Decode the bytes of an image file like ``decode``: uint8 RGB ``[height, width, 3]``.
 
     Raises:
-        ValueError: says why, if it is not an image, is damaged, cut short, or too large.
+        ValueError: if it is not an image, or is damaged, truncated or too large; with the reason.
     """
     return np.asarray(memoryview(read_tensor(data)))
 
 
 def read_tensor(data: bytes) -> tf.Tensor:
-    """The same as a tensor. TensorFlow makes two copies of an array that it is given."""
+    """``read_image`` as a tensor, without the two copies of converting an array to a tensor."""
     if not data:
         raise ValueError("it is empty")
     code = _decoder(data)
     if code == _BY_PILLOW:
         return tf.experimental.dlpack.from_dlpack(_with_pillow(data).__dlpack__())
     try:
-        # Eagerly, so that an error says what is wrong and not where in a graph.
+        # Eagerly, so that an error states the cause and not a position in a graph.
         return _with_tensorflow.python_function(tf.constant(data), tf.constant(code))
     except tf.errors.OpError as error:
         raise ValueError(f"it cannot be decoded ({reason(error)})") from error
 
 
 def is_for_tensorflow(data: bytes) -> bool:
-    """Whether TensorFlow's operations decode a file, as an exported graph does."""
+    """Whether a file is decoded by TensorFlow operations, as an exported graph does."""
     return bool(_decoder(data) != _BY_PILLOW)
 
 
 def reason(error: BaseException) -> str:
-    """What an error of TensorFlow or Pillow says, without where in TensorFlow it was."""
+    """The message of a TensorFlow or Pillow error, without the position in the graph."""
     text = " ".join(str(getattr(error, "message", error)).split())
     text = re.sub(r"^\{\{.*?\}\} | \[Op:.*$|\[\[\{\{node .*$", "", text)
     return text.strip()[:200]
 
 
 def num_pixels(file: IO[bytes]) -> int:
-    """Width times height by the head of a file; 0 where it cannot be told."""
+    """Width times height according to the file header; 0 if unknown."""
     try:
         with _opened(file) as image:
             return image.width * image.height
-    except Exception:  # a damaged file makes its reader raise anything
+    except Exception:  # Pillow raises arbitrary exceptions on damaged files
         return 0
 
 
@@ -159,7 +160,7 @@ def _with_tensorflow(encoded: tf.Tensor, code: tf.Tensor) -> tf.Tensor:
 
 
 def decode_as_stored(encoded: tf.Tensor) -> tf.Tensor:
-    """What TensorFlow makes of a file, as it lies in it: uint8 RGB ``[height, width, 3]``."""
+    """Decode with TensorFlow, ignoring the orientation: uint8 RGB ``[height, width, 3]``."""
     image = _as_image(tf.io.decode_image(encoded, channels=3, expand_animations=False))
     is_bmp = tf.equal(tf.strings.substr(encoded, 0, 2), b"BM")
     return tf.cond(is_bmp, lambda: _with_palette(encoded, image), lambda: image)
@@ -171,7 +172,7 @@ def _as_image(pixels: tf.Tensor) -> tf.Tensor:
 
 
 def _with_palette(encoded: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
-    """A BMP of 8 bits, which TensorFlow takes for gray, in its colours; any other as it is.
+    """Apply the palette of an 8-bit BMP, which TensorFlow decodes as gray; others are unchanged.
 
     Source of the layout: BITMAPINFOHEADER in Microsoft's documentation of Windows GDI.
     """
@@ -191,10 +192,10 @@ def _with_palette(encoded: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
 
 
 def _decoder(data: bytes) -> np.int32:
-    """The orientation, 1 to 8, of a file that TensorFlow decodes, or ``_BY_PILLOW``.
+    """The orientation, 1 to 8, if TensorFlow decodes the file, else ``_BY_PILLOW``.
 
     Raises:
-        ValueError: if it is too large.
+        ValueError: if the image is too large.
     """
     code, size = 1, None
     if data.startswith(b"\xff\xd8\xff"):
@@ -213,26 +214,29 @@ def _decoder(data: bytes) -> np.int32:
 
 
 def _size_of_jpeg(data: bytes) -> tuple[int, ...] | None:
-    """Height and width."""
+    """Height and width from the start-of-frame segment."""
     for marker, start, _ in jpeg_segments(data):
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame (SOF)
             return _unpacked(">HH", data, start + 1)
     return None
 
 
 def _is_plain_bmp(data: bytes) -> bool:
-    """One that TensorFlow reads rightly: not packed, with colours in the usual order."""
+    """Whether TensorFlow decodes a BMP correctly: uncompressed, with the usual channel order."""
     header = _unpacked("<I", data, 14)
-    depth, packing = _unpacked("<H", data, 28), _unpacked("<I", data, 30)
+    depth, compression = _unpacked("<H", data, 28), _unpacked("<I", data, 30)
     return (
-        header is not None and header[0] >= 40 and packing == (0,) and depth in ((8,), (24,), (32,))
+        header is not None
+        and header[0] >= 40
+        and compression == (0,)
+        and depth in ((8,), (24,), (32,))
     )
 
 
 def _unpacked(form: str, data: bytes, position: int) -> tuple[int, ...] | None:
     try:
         return struct.unpack_from(form, data, position)
-    except struct.error:  # the file ends before
+    except struct.error:  # the file is truncated
         return None
 
 
@@ -244,7 +248,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _with_pillow(data: bytes) -> np.ndarray:
-    """uint8 RGB ``[height, width, 3]``.
+    """Decode with Pillow: uint8 RGB ``[height, width, 3]``.
 
     Raises:
         ValueError: see ``read_image``.
@@ -259,15 +263,15 @@ def _with_pillow(data: bytes) -> np.ndarray:
     except UnidentifiedImageError:
         if data[4:8] == b"ftyp" and data[8:12] in _HEIF_BRANDS:
             raise ValueError(f"it is HEIC, which {_HEIF}") from None
-        raise ValueError(f"it is no image: it begins with {data[:8]!r}") from None
-    except Exception as error:  # a damaged file makes its reader raise anything
+        raise ValueError(f"it is not an image: it begins with {data[:8]!r}") from None
+    except Exception as error:  # Pillow raises arbitrary exceptions on damaged files
         raise ValueError(f"it cannot be decoded ({reason(error)})") from error
 
 
 @contextlib.contextmanager
 def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
-    """The head of a file, read by Pillow, whatever its size; pixels are read later."""
-    # Pillow's own limit is a variable of the module, and warns at a third of ours.
+    """Open an image of any size with Pillow, which reads only the header here, not the pixels."""
+    # Pillow's own limit is a module variable, and warns at a third of ours.
     with _opening:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
@@ -279,7 +283,7 @@ def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
 
 
 def _is_known(kind: str) -> bool:
-    """Whether Pillow decodes files of a kind here."""
+    """Whether this installation of Pillow decodes a format."""
     Image.init()
     return kind in Image.OPEN and (kind not in _NEEDS or bool(features.check(_NEEDS[kind])))
 
@@ -293,7 +297,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
         pixels[:] = gray[..., None]
         return pixels
     pixels = _aligned(image.height, image.width)
-    # By strips, so that a large image is not in memory three times.
+    # In strips, so that a large image is not in memory three times.
     for top in range(0, image.height, _STRIP):
         strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
         if strip.mode in ("LA", "PA", "La", "RGBa"):
@@ -303,7 +307,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 
 def _aligned(height: int, width: int) -> np.ndarray:
-    """uint8 ``[height, width, 3]``, not filled, at an address that TensorFlow's operations want."""
+    """Uninitialized uint8 ``[height, width, 3]``, aligned as TensorFlow operations require."""
     size = height * width * 3
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT

@@ -1,4 +1,4 @@
-"""Files of images: which of a folder's are images, which are passed over and why; their bytes."""
+"""Find the image files of a folder, record which files are skipped and why, and read them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from transfer.images.decoding import MAX_BYTES, num_pixels, suffixes, why_not
 
-_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")  # of operating systems
+_LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")  # created by operating systems
 _FOLDER_OF_MACOS = "__MACOSX"
 _KINDS = (
     (stat.S_ISFIFO, "a named pipe"),
@@ -26,10 +26,10 @@ _KINDS = (
 
 @dataclass
 class PassedOver:
-    """The files that were not used among those of a folder.
+    """The files of a folder that were skipped.
 
     ``files`` are pairs of a name and the reason, ``num_images`` counts the files that were used,
-    and ``empty_classes`` are the folders of classes without an image that can be read.
+    and ``empty_classes`` are the class folders without readable images.
     """
 
     files: list[tuple[str, str]] = field(default_factory=list)
@@ -37,8 +37,8 @@ class PassedOver:
     empty_classes: list[str] = field(default_factory=list)
 
     def describe(self) -> list[str]:
-        """A line for the files, grouped by suffix and reason, and one for the classes; none for
-        what is not the case."""
+        """One line for skipped files, grouped by suffix and reason, and one for empty classes, as
+        far as there are any."""
         lines = []
         if self.files:
             groups = Counter((_suffix(name) or "other", reason) for name, reason in self.files)
@@ -56,22 +56,21 @@ class PassedOver:
 
 
 def class_folders(folder: Path) -> list[Path]:
-    """The folders in a folder, but for hidden ones and the litter of macOS."""
+    """The subfolders, except hidden ones and ``__MACOSX``."""
     return sorted(child for child in folder.iterdir() if child.is_dir() and _is_shown(child.name))
 
 
 def find(folder: Path, passed_over: PassedOver, *, in_order: bool = False) -> Iterator[Path]:
-    """The images in a folder and below, by their suffixes; the other files go to ``passed_over``.
+    """Find images recursively by suffix; record the other files in ``passed_over``.
 
-    Hidden files, and those that operating systems leave behind, are in neither. Links to folders
-    are not followed, which may go round in circles. A file with an image's suffix that cannot be
-    read (a pipe, a link to nothing) is given all the same, and so is a folder that cannot be
-    listed.
+    Hidden files, and files that operating systems create, are in neither. Links to folders are not
+    followed, since they may form cycles. A file with an image suffix is yielded even if it cannot
+    be read (a pipe, a broken link), and so is a folder that cannot be listed.
 
     Args:
-        folder: where to begin.
-        passed_over: is added to.
-        in_order: of the names; otherwise that of the file system.
+        folder: root of the search.
+        passed_over: updated in place.
+        in_order: sort by name; otherwise the order is that of the file system.
     """
     known = suffixes()
     unlisted: list[str] = []
@@ -94,7 +93,7 @@ def find(folder: Path, passed_over: PassedOver, *, in_order: bool = False) -> It
 
 
 def outside_classes(folder: Path, passed_over: PassedOver) -> None:
-    """Add the images that lie in no class but beside the classes' folders."""
+    """Record the images that are beside the class folders and thus belong to no class."""
     known = suffixes()
     for path in sorted(folder.iterdir()):
         if path.is_file() and _is_shown(path.name) and path.suffix.lower() in known:
@@ -102,10 +101,10 @@ def outside_classes(folder: Path, passed_over: PassedOver) -> None:
 
 
 def check(path: Path) -> os.stat_result:
-    """The state of a file that can be read as an image.
+    """The ``stat`` result of a file that can be read as an image.
 
     Raises:
-        OSError: if it is not there.
+        OSError: if it does not exist.
         ValueError: if it is not a regular file (reading a pipe or a device may never end), or is
             too large.
     """
@@ -118,7 +117,7 @@ def read(path: Path) -> bytes:
     Raises:
         OSError, ValueError: see ``check``.
     """
-    # Opening a pipe waits for its other end; Windows has neither such pipes nor the flag.
+    # Without O_NONBLOCK, opening a pipe blocks; Windows has neither such pipes nor the flag.
     descriptor = os.open(
         path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     )
@@ -127,21 +126,22 @@ def read(path: Path) -> bytes:
         return file.read(MAX_BYTES)
 
 
-def _checked(found: os.stat_result) -> os.stat_result:
-    if not stat.S_ISREG(found.st_mode):
-        kind = next((word for is_it, word in _KINDS if is_it(found.st_mode)), "something else")
+def _checked(status: os.stat_result) -> os.stat_result:
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((word for is_it, word in _KINDS if is_it(status.st_mode)), "something else")
         raise ValueError(f"it is {kind}; expected a regular file")
-    if found.st_size > MAX_BYTES:
-        raise ValueError(f"it has {found.st_size:,} bytes; expected at most {MAX_BYTES:,}")
-    return found
+    if status.st_size > MAX_BYTES:
+        raise ValueError(f"it has {status.st_size:,} bytes; expected at most {MAX_BYTES:,}")
+    return status
 
 
 class PixelBudget:
-    """Bounds the pixels of the images that several threads decode at a time: large images wait for
-    one another, small ones do not.
+    """Limits the total number of pixels that several threads decode at a time, to bound memory.
+
+    Large images wait for one another, small ones do not.
 
     Args:
-        limit: pixels; an image that has more by itself is decoded alone.
+        limit: number of pixels; an image that exceeds it is decoded alone.
     """
 
     def __init__(self, limit: int = 2**26):
@@ -150,10 +150,10 @@ class PixelBudget:
 
     @contextlib.contextmanager
     def hold(self, path: Path) -> Iterator[None]:
-        """While an image is read and worked on."""
+        """Reserve the pixels of an image while it is read and processed."""
         size = check(path).st_size
         with path.open("rb") as file:
-            # A pixel takes three bytes; the file is in memory, too.
+            # A pixel takes three bytes; the encoded file is in memory as well.
             pixels = min(max(num_pixels(file), size // 3), self._limit)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= pixels)

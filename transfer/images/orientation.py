@@ -1,5 +1,7 @@
-"""Which way up an image is, from its metadata: EXIF, else XMP, as Pillow's ``exif_transpose`` reads
-them. ``exports.decoding`` has the same in TensorFlow's operations."""
+"""EXIF orientation of images: read from EXIF, else XMP, like Pillow's ``exif_transpose``.
+
+``exports.decoding`` implements the same with TensorFlow operations.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +13,24 @@ from collections.abc import Iterator
 import tensorflow as tf
 
 ORIENTATION_TAG = 0x0112  # EXIF 2.32 (CIPA DC-008), table 4
-EXIF = b"Exif\0\0"  # begins a JPEG's segment; table 45
+EXIF = b"Exif\0\0"  # start of a JPEG segment; table 45
 XMP = b"http://ns.adobe.com/xap/1.0/\0"  # likewise; XMP specification, part 3, section 1.1.3
-PNG_EXIF = b"Raw profile type exif"  # keyword of a PNG's text, by ImageMagick
+PNG_EXIF = b"Raw profile type exif"  # keyword of a PNG text chunk, written by ImageMagick
 PNG_XMP = b"XML:com.adobe.xmp"  # likewise; XMP specification, part 3, section 1.1.5
 MAX_PACKED = 2**16
-"""Bytes of a compressed text; EXIF has no more."""
+"""Maximum size in bytes of a compressed text chunk; EXIF is never larger."""
 
 _IN_XMP = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
 
 def orientation(data: bytes) -> int:
-    """The orientation of a JPEG or PNG by its metadata.
+    """The orientation of a JPEG or PNG from its metadata.
 
     Args:
         data: the bytes of the file.
 
     Returns:
-        1 to 8; 1 is upright, and also what a file of another kind has, or one that does not say.
+        1 to 8; 1 is upright, and the default for files without orientation or of other formats.
     """
     exif = xmp = b""
     if data.startswith(b"\xff\xd8"):
@@ -46,14 +48,14 @@ def orientation(data: bytes) -> int:
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
-    """The segments before the first scan: the second byte of the marker, and where the segment's
-    content begins and ends."""
+    """The segments before the first scan: second byte of the marker, start and end of the
+    segment's content."""
     position = 2
     while position + 4 <= len(data) and data[position] == 0xFF:
         marker = data[position + 1]
-        if marker == 0xFF:  # filling
+        if marker == 0xFF:  # fill byte
             position += 1
-        elif 0xD0 <= marker <= 0xD8:  # restarts, start of the image: nothing follows
+        elif 0xD0 <= marker <= 0xD8:  # restarts, start of the image: no content follows
             position += 2
         elif marker in (0x00, 0xD9, 0xDA):  # end of the image, start of a scan
             return
@@ -64,7 +66,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 
 
 def oriented(image: tf.Tensor, code: tf.Tensor) -> tf.Tensor:
-    """``[height, width, channels]`` turned and flipped as an orientation, 1 to 8, demands."""
+    """Rotate and flip ``[height, width, channels]`` upright, given its orientation, 1 to 8."""
     image = tf.convert_to_tensor(image)
     height, width, channels = tf.unstack(tf.shape(image))
 
@@ -75,12 +77,12 @@ def oriented(image: tf.Tensor, code: tf.Tensor) -> tf.Tensor:
         return tf.where(is_reversed, size - 1 - tf.range(size), tf.range(size))
 
     def transposed() -> tf.Tensor:
-        # By places: oneDNN says on standard error that it has no transposition of integers. The
-        # flips go in: a large image is copied once.
+        # With tf.gather, not tf.transpose: oneDNN prints to standard error that it cannot transpose
+        # integers. The flips are included, so that a large image is copied only once.
         rows = range_of(height, is_one_of(6, 7))
         columns = range_of(width, is_one_of(7, 8))
-        places = width * rows[None, :] + columns[:, None]
-        return tf.gather(tf.reshape(image, [-1, channels]), places)
+        indices = width * rows[None, :] + columns[:, None]
+        return tf.gather(tf.reshape(image, [-1, channels]), indices)
 
     def flipped() -> tf.Tensor:
         upright = tf.cond(is_one_of(3, 4), lambda: image[::-1], lambda: image)
@@ -92,7 +94,7 @@ def oriented(image: tf.Tensor, code: tf.Tensor) -> tf.Tensor:
 
 
 def _of_png(data: bytes) -> tuple[bytes, bytes]:
-    """EXIF and XMP."""
+    """EXIF and XMP metadata of a PNG."""
     chunk, profile, xmp = b"", b"", b""
     position = 8
     while position + 8 <= len(data):
@@ -111,13 +113,13 @@ def _of_png(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _text(kind: bytes, chunk: bytes) -> bytes:
-    """What a text chunk says: PNG specification, section 11.3.4."""
+    """The text of a text chunk: PNG specification, section 11.3.4."""
     rest = chunk.partition(b"\0")[2]
-    is_packed = kind == b"zTXt" or (kind == b"iTXt" and rest[:1] == b"\1")
+    is_compressed = kind == b"zTXt" or (kind == b"iTXt" and rest[:1] == b"\1")
     if kind == b"iTXt":  # two bytes, then language and translated keyword, which end with zeros
         rest = b"\0" + rest[2:].partition(b"\0")[2].partition(b"\0")[2]
     text = rest if kind == b"tEXt" else rest[1:]
-    if not is_packed or len(text) > MAX_PACKED:
+    if not is_compressed or len(text) > MAX_PACKED:
         return text
     try:
         return zlib.decompress(text)
@@ -126,7 +128,7 @@ def _text(kind: bytes, chunk: bytes) -> bytes:
 
 
 def _of_profile(text: bytes) -> bytes:
-    """The bytes that ImageMagick writes as hexadecimal digits, from the fourth line on."""
+    """Decode EXIF that ImageMagick writes as hexadecimal digits, from the fourth line on."""
     try:
         return bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))
     except ValueError:
@@ -134,8 +136,8 @@ def _of_profile(text: bytes) -> bytes:
 
 
 def _of_exif(exif: bytes) -> int | None:
-    """Of EXIF, which is laid out as a TIFF file; ``None`` where it does not say."""
-    while exif.startswith(EXIF):  # some write the mark of a JPEG's segment once more
+    """The orientation in EXIF, which has the layout of a TIFF file; ``None`` if not given."""
+    while exif.startswith(EXIF):  # some programs repeat the header of the JPEG segment
         exif = exif[len(EXIF) :]
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
@@ -147,12 +149,12 @@ def _of_exif(exif: bytes) -> int | None:
         for entry in range(start + 2, start + 2 + 12 * count, 12):
             tag, kind, number = struct.unpack_from(f"{order}HHI", exif, entry)
             if tag == ORIENTATION_TAG:
-                # TIFF 6.0, section 2: the types of whole numbers.
+                # TIFF 6.0, section 2: the integer types.
                 form = {3: "H", 4: "I", 8: "h", 9: "i", 13: "I"}.get(kind)
-                # Of two short numbers Pillow takes the first; more would lie elsewhere.
+                # Of two short values Pillow takes the first; more are not stored in the entry.
                 if number != 1 and (number != 2 or kind not in (3, 8)):
                     form = None
                 code = struct.unpack_from(order + form, exif, entry + 8)[0] if form else 0
-    except struct.error:  # it ends before
+    except struct.error:  # truncated
         pass
     return code

@@ -1,8 +1,8 @@
-"""What a network expects of its input: one function to train, evaluate, predict and export with.
+"""Image preprocessing: resizing and normalization, the same in training, evaluation and export.
 
-Data contract: images come in as RGB (or gray, or RGBA), uint8 or float in 0..255, ``[height, width,
-channels]`` or ``[batch, height, width, channels]``, of any size. They go out as float32
-``[..., height, width, channels]`` in the convention that the weights were trained with. The
+Data contract: the input is RGB (or gray, or RGBA), uint8 or float in 0..255, ``[height, width,
+channels]`` or ``[batch, height, width, channels]``, of any size. The output is float32 ``[...,
+height, width, channels]``, normalized by the convention that the weights were trained with. The
 convention belongs to the weights and is recorded in their card.
 """
 
@@ -26,13 +26,13 @@ class Convention:
     bgr: bool = False
 
 
-# Means in the order of the channels as the network sees them, in grey levels 0..255.
+# Means are in the channel order of the network's input, in gray levels 0..255.
 CONVENTIONS = {
     # Original VGG weights and keras.applications.vgg16 (mode "caffe").
     "caffe": Convention((103.939, 116.779, 123.68), (1.0,), bgr=True),
     # tf-slim: research/slim/preprocessing/vgg_preprocessing.py.
     "slim": Convention((123.68, 116.78, 103.94), (1.0,)),
-    # torchvision: mean and deviation of ImageNet on a 0..1 scale, here times 255.
+    # torchvision: ImageNet mean and standard deviation for images in 0..1, here times 255.
     "torch": Convention((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
     # keras.applications mode "tf": -1..1.
     "tf": Convention((127.5,), (127.5,)),
@@ -42,13 +42,13 @@ CONVENTIONS = {
 
 
 def convention(mode: str | Mapping[str, Any]) -> Convention:
-    """What a mode means: a key of ``CONVENTIONS``, or means of one's own.
+    """The convention of a mode: a key of ``CONVENTIONS``, or custom means.
 
     Args:
-        mode: a name, or ``{"mean": [...], "std": [...], "order": "BGR"}``, as an object or as its
-            JSON. ``mean`` and ``std`` are in gray levels 0..255, one number or one a channel, in
-            the ``order`` in which the network sees the channels, or ``RGB``. Without ``std``
-            the image is not divided.
+        mode: a name, or ``{"mean": [...], "std": [...], "order": "BGR"}``, as a mapping or as JSON.
+            ``mean`` and ``std`` are in gray levels 0..255, one number or one per channel, in the
+            channel order of the network's input, which ``order`` gives (default ``RGB``). Without
+            ``std`` the image is not scaled.
 
     Raises:
         ValueError: if it is neither.
@@ -82,60 +82,60 @@ def convention(mode: str | Mapping[str, Any]) -> Convention:
 
 
 def canonical(mode: str | Mapping[str, Any]) -> str:
-    """A mode as one string, the same for all ways to write it: a name of ``CONVENTIONS``, where it
-    means that, or JSON.
+    """The canonical string of a mode: the equal name of ``CONVENTIONS`` if there is one, else JSON.
 
     Raises:
-        ValueError: if it is not known.
+        ValueError: if the mode is unknown.
     """
-    found = convention(mode)
+    meaning = convention(mode)
     if isinstance(mode, str) and mode in CONVENTIONS:
         return mode
     for name, known in CONVENTIONS.items():
-        if known == found:
+        if known == meaning:
             return name
-    return json.dumps(_as_object(found))
+    return json.dumps(_as_object(meaning))
 
 
 def for_card(mode: str | Mapping[str, Any]) -> str | dict[str, Any]:
-    """A mode as it stands in a card: a name, or an object."""
+    """A mode as stored in a card: a name, or a JSON object."""
     name = canonical(mode)
     return name if name in CONVENTIONS else _as_object(convention(name))
 
 
-def _as_object(found: Convention) -> dict[str, Any]:
-    values: dict[str, Any] = {"mean": list(found.mean)}
-    if any(scale != 1 for scale in found.scale):
-        values["std"] = list(found.scale)
-    return values | {"order": "BGR" if found.bgr else "RGB"}
+def _as_object(meaning: Convention) -> dict[str, Any]:
+    values: dict[str, Any] = {"mean": list(meaning.mean)}
+    if any(scale != 1 for scale in meaning.scale):
+        values["std"] = list(meaning.scale)
+    return values | {"order": "BGR" if meaning.bgr else "RGB"}
 
 
 def _numbers(name: str, value: Any) -> tuple[float, ...]:
-    """One number, or one a channel."""
+    """One number, or one per channel."""
     values = value if isinstance(value, list | tuple) else [value]
     are_numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     if not are_numbers or len(values) not in (1, 3) or not all(map(math.isfinite, values)):
         raise ValueError(f"preprocess has {name} {value!r}; expected one number, or one a channel")
-    found = tuple(float(v) for v in values)
-    return found[:1] if len(set(found)) == 1 else found
+    numbers = tuple(float(v) for v in values)
+    return numbers[:1] if len(set(numbers)) == 1 else numbers
 
 
 Size = int | tuple[int, int]
-"""Of images in pixels: one number for square images, else ``(height, width)``."""
+"""Image size in pixels: one number for square images, else ``(height, width)``."""
 
 _LONGEST = 16
-"""So many times the shorter side of an image is looked at; one of it is seen."""
+"""Images longer than this multiple of their shorter side are cropped before they are resized; only
+a part as long as the shorter side remains in the end."""
 _LARGE = 2**26
-"""Numbers in an image of which there is no second copy."""
+"""Number of values from which on an image is not copied as a whole, to save memory."""
 _STRIP = 256
-"""Rows of such an image that are looked at together."""
+"""Number of rows of such an image that are processed at a time."""
 
 
 def as_size(size: int | Sequence[int]) -> Size:
-    """One number where height and width are equal, else ``(height, width)``.
+    """One number if height and width are equal, else ``(height, width)``.
 
     Raises:
-        ValueError: if it is neither, or less than a pixel.
+        ValueError: if it is neither, or less than one pixel.
     """
     sides = [size] if isinstance(size, int) else list(size)
     if len(sides) not in (1, 2) or any(type(side) is not int for side in sides):
@@ -166,19 +166,19 @@ def show_size(size: int | Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resizes, crops and normalises images for one network.
+    """Resizes, center-crops and normalizes images for a network.
 
-    Images are resized until they just cover ``size`` (bilinear, antialiased, the aspect ratio kept)
-    and the centre is cropped, so that nothing is distorted.
+    Images are resized to the smallest size that covers ``size`` (bilinear, antialiased, preserving
+    the aspect ratio), then center-cropped.
 
     Args:
-        mode: one of ``CONVENTIONS``: caffe, slim, torch, tf, unit, none; or means of the model
-            itself, see ``convention``. Kept as a string.
-        size: of the result in pixels: one number for height and width, or ``(height, width)``.
-        channels: 3, or 1 for networks that take gray images.
+        mode: one of ``CONVENTIONS``: caffe, slim, torch, tf, unit, none; or custom means, see
+            ``convention``. Stored as a string.
+        size: output size in pixels: one number for height and width, or ``(height, width)``.
+        channels: 3, or 1 for networks with gray input.
 
     Raises:
-        ValueError: if the mode is unknown, or has three means where the network takes gray images.
+        ValueError: if the mode is unknown, or has three means but ``channels`` is 1.
 
     Example:
         >>> import numpy as np
@@ -216,12 +216,12 @@ class Preprocess:
 
     @property
     def plain_size(self) -> int | list[int]:
-        """The size as JSON has it."""
+        """The size as a JSON value."""
         return self.size if isinstance(self.size, int) else list(self.size)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one image that comes out."""
+        """Shape of one output image."""
         return self.height, self.width, self.channels
 
     def __call__(self, images: tf.Tensor) -> tf.Tensor:
@@ -229,21 +229,21 @@ class Preprocess:
         return self.normalize(self.resize(to_channels(images, self.channels)))
 
     def resize(self, images: tf.Tensor) -> tf.Tensor:
-        """To ``[..., height, width, channels]`` float32, values still 0..255."""
-        wanted = [self.height, self.width]
-        images = _without_ends(images, _LONGEST * -(-max(wanted) // min(wanted)))
+        """Resize and center-crop: float32 ``[..., height, width, channels]``, still in 0..255."""
+        output_size = [self.height, self.width]
+        images = _without_ends(images, _LONGEST * -(-max(output_size) // min(output_size)))
         shape = tf.shape(images)[-3:-1]
-        # The side that is scaled the most just fits; the other one is cropped.
-        covering = tf.argmax(tf.cast(wanted, tf.float64) / tf.cast(shape, tf.float64))
+        # The side with the larger scale factor fits exactly; the other one is cropped.
+        covering = tf.argmax(tf.cast(output_size, tf.float64) / tf.cast(shape, tf.float64))
         side = tf.cast(tf.gather(shape, covering), tf.float64)
-        length = tf.cast(tf.gather(wanted, covering), tf.float64)
+        length = tf.cast(tf.gather(output_size, covering), tf.float64)
         target = tf.cast(tf.round(tf.cast(shape, tf.float64) * length / side), tf.int32)
         images = _resized(images, target)
-        top, left = tf.unstack((target - wanted) // 2)
+        top, left = tf.unstack((target - output_size) // 2)
         return tf.image.crop_to_bounding_box(images, top, left, self.height, self.width)
 
     def normalize(self, images: tf.Tensor) -> tf.Tensor:
-        """Apply the convention to RGB (or gray) images in 0..255; the size does not matter."""
+        """Apply the convention to RGB (or gray) images in 0..255, of any size."""
         meaning = convention(self.mode)
         if meaning.bgr:
             images = images[..., ::-1]
@@ -251,8 +251,8 @@ class Preprocess:
 
 
 def _without_ends(images: tf.Tensor, longest: int) -> tf.Tensor:
-    """The middle of images that are very long: a line of a pixel's height would otherwise be made
-    as long as it is high, before all but its middle is cut off."""
+    """Center-crop very long images to bound memory: an image one pixel high would otherwise be
+    enlarged in both directions by a factor of the output height before it is cropped."""
     images = tf.convert_to_tensor(images)
     shape = tf.shape(images)[-3:-1]
     kept = tf.minimum(shape, longest * tf.reduce_min(shape))
@@ -263,7 +263,7 @@ def _without_ends(images: tf.Tensor, longest: int) -> tf.Tensor:
 
     if images.dtype != tf.uint8:
         return middle()
-    # Images from files may be large: those that are not long are not copied.
+    # Images from files may be large: they are copied only if they are cropped.
     return tf.cond(tf.reduce_any(kept < shape), middle, lambda: images)
 
 
@@ -275,24 +275,24 @@ def _resized(images: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
         return as_floats()
 
     def as_bytes() -> tf.Tensor:
-        """The same values, more slowly, without a copy that has four bytes for each."""
+        """The same values, slower, but without a float32 copy of the image."""
         return tf.cast(tf.image.resize(images, target, antialias=True), tf.float32)
 
     return tf.cond(tf.size(images) < _LARGE, as_floats, as_bytes)
 
 
 def to_channels(images: tf.Tensor, channels: int) -> tf.Tensor:
-    """Gray, RGB or RGBA images to ``channels`` (1 or 3); alpha is dropped."""
-    found = images.shape[-1]
-    if found == channels:
+    """Convert gray, RGB or RGBA images to ``channels`` (1 or 3); alpha is dropped."""
+    present = images.shape[-1]
+    if present == channels:
         return images
-    if found == 4:
+    if present == 4:
         return to_channels(images[..., :3], channels)
-    if (found, channels) == (1, 3):
+    if (present, channels) == (1, 3):
         return tf.repeat(images, 3, axis=-1)
-    if (found, channels) == (3, 1):
+    if (present, channels) == (3, 1):
         return _gray(tf.convert_to_tensor(images))
-    raise ValueError(f"images have {found} channels; expected 1 (gray), 3 (RGB) or 4 (RGBA)")
+    raise ValueError(f"images have {present} channels; expected 1 (gray), 3 (RGB) or 4 (RGBA)")
 
 
 def _gray(images: tf.Tensor) -> tf.Tensor:
@@ -300,7 +300,7 @@ def _gray(images: tf.Tensor) -> tf.Tensor:
         return tf.image.rgb_to_grayscale(images)
 
     def by_strips() -> tf.Tensor:
-        """Without copies of the whole that have four bytes for each number."""
+        """Convert in strips, without a float32 copy of the whole image."""
         height, width, _ = tf.unstack(tf.shape(images))
         count = -(-height // _STRIP)
         strips = tf.TensorArray(tf.uint8, count, element_shape=[None, None, 1], infer_shape=False)

@@ -1,4 +1,4 @@
-"""A meta graph as an ordinary Keras layer, with real weights, cut at any tensor."""
+"""A meta graph as a Keras layer with trainable weights, cut at any tensor."""
 
 from __future__ import annotations
 
@@ -40,52 +40,54 @@ from transfer.models.meta_graph import MetaGraph, load_meta_graph
 Pooling = Literal["avg", "max", None]
 POOLINGS: tuple[Pooling, ...] = ("avg", "max", None)
 MAX_GRAPH_BYTES = 2**28
-"""Of a graph in a saved Keras model; those of large networks have a few million."""
+"""Maximum size of the graphs in a saved Keras model; large networks have a few million bytes."""
 
 
 @keras.saving.register_keras_serializable("vgg_transfer")
 class SharedVariables:
-    """The variables that several layers have in common, those of a network and of its parts.
+    """Variables shared by several layers: a network and the parts it is split into.
 
-    It says in the configuration of each that they are the same, so that the layers of a loaded
-    model share them again.
+    It is serialized in the configuration of each layer, so that the layers of a loaded model share
+    their variables again.
     """
 
     def __init__(self) -> None:
         self.by_name: dict[str, keras.Variable] = {}
 
     def serialized(self) -> dict[str, Any]:
-        """As ``keras.saving.serialize_keras_object`` does it, but marked as shared each time: Keras
-        marks the second time only, and a copy of the first."""
+        """Serialize with ``keras.saving.serialize_keras_object`` and always mark as shared.
+
+        Keras itself adds the mark only from the second time on, and to a copy of the first.
+        """
         config = keras.saving.serialize_keras_object(self)
         return config | {"shared_object_id": id(self)}
 
     def get_config(self) -> dict[str, Any]:
-        """Nothing to save: the layers save their variables themselves."""
+        """Empty: the layers save their variables themselves."""
         return {}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SharedVariables:
-        """An empty one, which loaded layers fill."""
+        """An empty instance, which the loaded layers fill."""
         return cls(**config)
 
 
 @keras.saving.register_keras_serializable("vgg_transfer")
 class GraphLayer(keras.layers.Layer):
-    """A network's arithmetic as a layer: differentiable with respect to input and weights.
+    """A network as a Keras layer, differentiable with respect to its input and weights.
 
-    It computes in the type that the graph says, whatever the dtype policy.
+    It computes in the dtype of the graph, regardless of the dtype policy.
 
     Args:
-        network: what to compute.
-        values: name of a variable to its value, to an initializer, or to a Keras variable that is
-            then shared.
-        pooling: ``"avg"`` and ``"max"`` take the mean and the maximum of a 4-D result over height
-            and width; ``None`` leaves it as it is.
-        shared: where the layers that share the variables know each other from.
+        network: the network to compute.
+        values: maps the name of each variable to its value, to an initializer, or to a Keras
+            variable, which is then shared.
+        pooling: ``"avg"`` and ``"max"`` reduce a 4-D output over height and width; ``None`` returns
+            it unchanged.
+        shared: registry of the variables, common to all layers that share them.
 
     Raises:
-        ValueError: if ``pooling`` is unknown, or ``dtype`` another than the graph's.
+        ValueError: if ``pooling`` is unknown, or ``dtype`` differs from the graph's.
         RuntimeError: in a TF1 graph.
     """
 
@@ -106,16 +108,16 @@ class GraphLayer(keras.layers.Layer):
         self.pooling = pooling
         self.shared = SharedVariables() if shared is None else shared
         self._initial: tf.Tensor | None = None
-        # Keras saves variables in the order in which they come in here, whoever made them.
+        # Keras saves variables in the order of this list, whichever layer created them.
         self.graph_variables: list[keras.Variable] = []
         for variable in network.variables:
             self.graph_variables.append(self._variable(variable, values[variable.name]))
         self._inference = as_function(network)
-        # In training only: a SavedModel cannot hold what computes a gradient in a way of its own.
+        # In training only: a SavedModel cannot hold custom gradients.
         for_training = with_cpu_gradients(network.training or network.graph_def)
         self._training = as_function(replace(network, graph_def=for_training))
-        # A seed is drawn only where one is needed: an evaluation must not change what the next step
-        # of a training run draws.
+        # A seed is drawn only where one is needed: an evaluation must not change the random numbers
+        # of the following training steps.
         self._draws = {False: is_seeded(network.graph_def), True: is_seeded(for_training)}
         if any(self._draws.values()):
             self._seeds = keras.random.SeedGenerator()
@@ -136,12 +138,12 @@ class GraphLayer(keras.layers.Layer):
         return made
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """The network's output; with ``training``, dropout of the graph is on.
+        """The network's output; ``training=True`` enables the dropout of the graph.
 
         Raises:
-            ValueError: if the inputs have another shape than the graph takes (tf.errors.
-                InvalidArgumentError where that is not known before it runs), or the output does
-                not have a row for each of them.
+            ValueError: if the shape of the inputs does not fit the graph
+                (tf.errors.InvalidArgumentError where it is only known at run time), or the output
+                does not have one row per input.
         """
         if not tf.executing_eagerly():
             check_eager(type(self).__name__)
@@ -157,11 +159,10 @@ class GraphLayer(keras.layers.Layer):
         return outputs if self.pooling is None else average_over_space(outputs)
 
     def _warn_if_new(self) -> None:
-        """Once, where a layer that was made from a configuration is used with the weights that it
-        began with."""
+        """Warn once if a layer made from a configuration is called with its initial weights."""
         with keras.SymbolicScope() as scope:
             if scope.original_scope is not None:
-                return  # shapes only
+                return  # shape inference only
         with tf.init_scope():
             is_new = bool(tf.reduce_all(tf.equal(self._initial, self._first_kernel())))
         self._initial = None
@@ -179,15 +180,16 @@ class GraphLayer(keras.layers.Layer):
         return tf.convert_to_tensor(kernels[0]) if kernels else None
 
     def split(self, at: str) -> tuple[GraphLayer, GraphLayer]:
-        """Cut in two: ``suffix(prefix(x))`` is ``self(x)``. The weights are shared, not copied.
+        """Split in two: ``suffix(prefix(x))`` equals ``self(x)``. Weights are shared, not copied.
 
         Args:
             at: tensor or operation that separates the input from the tap, or a short name of it
-                (``pool4`` for ``vgg_16/pool4/MaxPool:0``). The prefix gives it as it is, the
-                suffix takes it.
+                (``pool4`` for ``vgg_16/pool4/MaxPool:0``). The prefix outputs it without pooling,
+                the suffix takes it as input.
 
         Raises:
-            ValueError: if it is not in between, a branch goes round it, or there are several.
+            ValueError: if it is not between input and tap, a branch bypasses it, or the name is
+                ambiguous.
         """
         variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
         first, second = cut(self.network, self.tensor(at))
@@ -195,7 +197,7 @@ class GraphLayer(keras.layers.Layer):
             nodes = {node.name: node for node in self.network.graph_def.node}
             operation, index = split_tensor_name(second.input)
             second = replace(second, input_dtype=dtype_of(nodes[operation], index))
-            with contextlib.suppress(ValueError):  # no shapes without a batch size
+            with contextlib.suppress(ValueError):  # shapes cannot be inferred without a batch size
                 second = replace(second, input_shape=infer(self.network).get(second.input))
         options: dict[str, Any] = {"shared": self.shared}
         return (
@@ -206,18 +208,20 @@ class GraphLayer(keras.layers.Layer):
         )
 
     def tensor(self, name: str) -> str:
-        """The full name of a tensor of the network, by a name that may be short.
+        """The full name of a tensor of the network, from a full or short name.
 
         Raises:
-            ValueError: if there are several; lists them.
+            ValueError: if the name is ambiguous; lists the candidates.
         """
         network = self.network
         if canonical(name) == network.input:
             return network.input
-        found = taps.find(network.graph_def.node, name, [network.input])
-        if len(found) > 1:
-            raise ValueError(f"{name!r} may be {', '.join(found[:8])}; name the one that you mean")
-        return found[0] if found else canonical(name)
+        matches = taps.find(network.graph_def.node, name, [network.input])
+        if len(matches) > 1:
+            raise ValueError(
+                f"{name!r} may be {', '.join(matches[:8])}; name the one that you mean"
+            )
+        return matches[0] if matches else canonical(name)
 
     @property
     def variable_names(self) -> list[str]:
@@ -225,14 +229,14 @@ class GraphLayer(keras.layers.Layer):
         return [variable.name for variable in self.network.variables]
 
     def values(self) -> dict[str, Any]:
-        """Name in the graph to the present value of the variable."""
+        """Maps the name of each variable in the graph to its current value."""
         return {
             name: variable.value
             for name, variable in zip(self.variable_names, self.graph_variables, strict=True)
         }
 
     def digest(self) -> str:
-        """Hexadecimal SHA-256 of what decides the results of inference: graph, pooling, weights."""
+        """Hexadecimal SHA-256 of everything that determines inference: graph, pooling, weights."""
         network = self.network
         facts = [network.input, network.output, network.input_dtype, network.batch_size]
         digest = hashlib.sha256(repr([*facts, self.pooling]).encode())
@@ -244,14 +248,17 @@ class GraphLayer(keras.layers.Layer):
         return digest.hexdigest()
 
     def randomize(self, seed: int) -> None:
-        """Forget what was learnt: He-normal weights (arXiv 1502.01852); scales and variances of
-        normalisations 1, all else of one dimension 0."""
+        """Reinitialize all weights.
+
+        Kernels become He-normal (arXiv 1502.01852), scales and variances of normalization layers 1,
+        all other 1-D variables 0.
+        """
         generator = np.random.default_rng(seed)
         scales = _scales(self.network)
         for name, variable in zip(self.variable_names, self.graph_variables, strict=True):
             shape = tuple(variable.shape)
             if not tf.as_dtype(variable.dtype).is_floating:
-                continue  # nothing learnt
+                continue  # not a learned value
             if len(shape) > 1:
                 value = generator.standard_normal(shape) * np.sqrt(2 / np.prod(shape[:-1]))
             else:
@@ -259,9 +266,9 @@ class GraphLayer(keras.layers.Layer):
             variable.assign(value)
 
     def get_config(self) -> dict[str, Any]:
-        """All of the network, so that a Keras model with this layer can be saved and loaded.
+        """The complete network, so that a Keras model with this layer can be saved and loaded.
 
-        The graphs are compressed: Keras prints the configuration of a layer that it does not know.
+        The graphs are compressed because Keras prints the configuration of an unknown layer.
         """
         network = self.network
         graphs = [graph_def.SerializeToString() for graph_def in network.graphs]
@@ -284,17 +291,19 @@ class GraphLayer(keras.layers.Layer):
 
     @property
     def random_nodes(self) -> list[str]:
-        """Nodes that draw random numbers, in inference or in training."""
+        """Nodes that generate random numbers, at inference or in training."""
         nodes = [node for graph_def in self.network.graphs for node in graph_def.node]
         return list(dict.fromkeys(node.name for node in nodes if node.op in RANDOM_OPS))
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> GraphLayer:
-        """A layer with new weights as Keras' layers have them: He normal, see ``randomize``. Learnt
-        values come with ``load_model`` or ``set_weights``."""
+        """A layer with freshly initialized weights, see ``randomize``.
+
+        ``load_model`` and ``set_weights`` restore the trained weights.
+        """
         config = dict(config)
         config.pop("to_load_it", None)
-        config.pop("dtype", None)  # the graph says it
+        config.pop("dtype", None)  # determined by the graph
         input_dtype = config.pop("input_dtype")
         graphs = _graphs(config)
         network = Network(
@@ -315,8 +324,11 @@ class GraphLayer(keras.layers.Layer):
             SharedVariables() if shared is None else keras.saving.deserialize_keras_object(shared)
         )
         if not isinstance(shared, SharedVariables):
-            raise ValueError("the model is damaged: its layers share something else than variables")
-        # A subclass builds itself from files; here all is at hand, and Keras needs the same class.
+            raise ValueError(
+                "the model is damaged: its layers share an object that is not SharedVariables"
+            )
+        # Subclasses read files in __init__. The configuration is complete, and Keras needs an
+        # instance of the same class, so only GraphLayer.__init__ runs.
         layer = cls.__new__(cls)
         values = _initializers(network) | shared.by_name
         GraphLayer.__init__(layer, network, values, shared=shared, **config)
@@ -328,27 +340,27 @@ class GraphLayer(keras.layers.Layer):
 class Backbone(GraphLayer):
     """A pretrained network, from its input to a tap, as a Keras layer.
 
-    Calling it gives features, float ``[batch, width]``: a tap of four dimensions is averaged over
-    height and width, which is flattening where they are 1x1. It expects preprocessed images; see
+    It outputs features, float ``[batch, width]``: a 4-D tap is averaged over height and width
+    (global average pooling; at 1x1 the same as flattening). It expects preprocessed images; see
     ``transfer.images.preprocess``.
 
     Args:
-        graph: from ``load_meta_graph``, or the path of a model for it. Only the weights that the
-            tap needs are read.
-        tap: tensor or operation with the features; by default the card's, or else ``fc7``.
-        input: tensor or operation that takes the images; found by itself where there is but one.
-        feeds: values of other placeholders, e.g. ``{"Placeholder_2:0": 0.8}``. A ``keep_prob`` and
-            an ``is_training`` are found by what they feed and need no value.
-        keep_dropout: leave dropout on in inference where the graph has it always on.
-        use_ema: take the moving averages of the weights, where the checkpoint has them.
-        pooling: ``"max"`` takes the maximum over height and width; ``None`` gives the tap as it is.
+        graph: from ``load_meta_graph``, or the path of a model to load with it. Only the weights
+            that the tap depends on are read.
+        tap: tensor or operation that outputs the features; defaults to the card's, else ``fc7``.
+        input: tensor or operation that takes the images; detected if the graph has only one.
+        feeds: values of other placeholders, e.g. ``{"Placeholder_2:0": 0.8}``. ``keep_prob`` and
+            ``is_training`` placeholders are recognized by what they feed and need no value.
+        keep_dropout: keep dropout active at inference where the graph always applies it.
+        use_ema: load the exponential moving averages of the weights where the checkpoint has them.
+        pooling: ``"max"`` for global max pooling; ``None`` returns the tap without pooling.
 
     Raises:
         TypeError: if ``graph`` is neither a ``MetaGraph`` nor a path.
-        ValueError: if a tensor is unknown (near names are suggested) or the weights do not fit.
+        ValueError: if a tensor is unknown (similar names are suggested) or the weights do not fit.
         RuntimeError: in a TF1 graph.
         FileNotFoundError: if a file of the checkpoint is missing.
-        ForbiddenOpError: if the tap needs more than arithmetic.
+        ForbiddenOpError: if the tap depends on operations that are not pure computation.
 
     Example:
         >>> import keras
@@ -386,17 +398,17 @@ class Backbone(GraphLayer):
         super().__init__(network, values, pooling=pooling, **kwargs)
 
 
-def _dtype(network: Network, asked_for: Any) -> str:
-    """The type that a network computes in: that of its weights, or else of its output."""
+def _dtype(network: Network, requested: Any) -> str:
+    """The dtype that a network computes in: that of its weights, else of its output."""
     nodes = {node.name: node for node in network.graph_def.node}
     operation, index = split_tensor_name(network.output)
     kinds = [v.dtype for v in network.variables if v.dtype.is_floating]
     kinds += [dtype_of(nodes[operation], index)] if operation in nodes else [network.input_dtype]
     dtype = next((kind.name for kind in kinds if kind is not None and kind.is_floating), "float32")
-    if asked_for not in (None, dtype):
-        asked_for = getattr(asked_for, "name", asked_for)
-        if asked_for != dtype:
-            raise ValueError(f"dtype={asked_for!r}, but the graph computes in {dtype}")
+    if requested not in (None, dtype):
+        requested = getattr(requested, "name", requested)
+        if requested != dtype:
+            raise ValueError(f"dtype={requested!r}, but the graph computes in {dtype}")
     return dtype
 
 
@@ -415,8 +427,8 @@ def _initializers(network: Network) -> dict[str, keras.initializers.Initializer]
 
 
 def _graphs(config: dict[str, Any]) -> list[GraphDef]:
-    """The graphs of a configuration, which are taken out of it."""
-    if "graph_defs" in config:  # not compressed, as in older files
+    """Remove the graphs from a configuration and parse them."""
+    if "graph_defs" in config:  # uncompressed, in older files
         return [GraphDef.FromString(base64.b64decode(g)) for g in config.pop("graph_defs")]
     stream, data = zlib.decompressobj(), b""
     sizes = config.pop("graph_sizes")
@@ -424,7 +436,7 @@ def _graphs(config: dict[str, Any]) -> list[GraphDef]:
         data = stream.decompress(base64.b64decode(config.pop("compressed_graphs")), MAX_GRAPH_BYTES)
     if not stream.eof or len(data) != sum(sizes):
         raise ValueError(
-            f"the model is damaged: its graph is not whole, or has over {MAX_GRAPH_BYTES:,} bytes"
+            f"the model is damaged: its graph is incomplete, or has over {MAX_GRAPH_BYTES:,} bytes"
         )
     ends = [*itertools.accumulate(sizes)]
     return [

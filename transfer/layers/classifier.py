@@ -1,4 +1,4 @@
-"""The whole classifier: preprocess, backbone, head."""
+"""The complete classifier: preprocessing, backbone and head."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from transfer.models.card import Card
 from transfer.models.meta_graph import load_meta_graph
 
 MODEL = "model"
-"""Name of the files of the classifier in a run folder: ``model.meta``, ``model.index``, ..."""
+"""Checkpoint prefix of the classifier in a run folder: ``model.meta``, ``model.index``, ..."""
 
 
 @keras.saving.register_keras_serializable("vgg_transfer")
 class Classifier(keras.Model):
-    """Images to logits.
+    """An image classifier: images to logits.
 
     Args:
-        backbone: preprocessed images to features, e.g. a ``Backbone``.
-        head: features to logits ``[batch, num_classes]``, e.g. a ``Head``.
-        preprocess: what the backbone expects.
-        labels: a class name per logit.
+        backbone: maps preprocessed images to features, e.g. a ``Backbone``.
+        head: maps features to logits ``[batch, num_classes]``, e.g. a ``Head``.
+        preprocess: the preprocessing that the backbone expects.
+        labels: one class name per logit.
 
-    ``cut`` is the tensor up to which the backbone was frozen when it was trained, ``"none"`` if
-    nothing was frozen; ``None`` if unknown. ``fine_tune`` sets it, and ``evaluate`` computes in the
-    same two steps. ``card`` is that of the model which ``load`` read, and empty otherwise.
+    ``cut`` is the tensor up to which the backbone was frozen during training, ``"none"`` if nothing
+    was frozen, ``None`` if unknown. ``fine_tune`` sets it, and ``evaluate`` computes the network in
+    the same two parts. ``card`` is the card of the model read by ``load``, otherwise empty.
 
     Example:
         >>> import numpy as np
@@ -63,11 +63,15 @@ class Classifier(keras.Model):
         self.card = Card()
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Logits, float32 ``[batch, num_classes]``, of images as they are: RGB or gray, 0..255, of
-        any size, ``[batch, height, width, channels]``.
+        """Logits, float32 ``[batch, num_classes]``.
+
+        Args:
+            images: ``[batch, height, width, channels]``, RGB or gray, 0..255, any size, not
+                preprocessed.
+            training: whether to apply the dropout of the head.
 
         Raises:
-            ValueError: if they have another number of dimensions.
+            ValueError: if ``images`` is not 4-D.
         """
         images = tf.convert_to_tensor(images)
         if images.shape.rank not in (None, 4):
@@ -79,7 +83,7 @@ class Classifier(keras.Model):
         return self.head(self.backbone(self.preprocess(images)), training=training)
 
     def build_from_size(self) -> int:
-        """Make the head's weights, for images of the size that the backbone takes.
+        """Build the head's weights for the image size of the backbone.
 
         Returns:
             The number of logits.
@@ -87,7 +91,7 @@ class Classifier(keras.Model):
         return int(self(keras.Input(self.preprocess.shape)).shape[-1])
 
     def get_config(self) -> dict[str, Any]:
-        """All parts, so that ``save`` and ``keras.models.load_model`` work."""
+        """All parts, for ``save`` and ``keras.models.load_model``."""
         parts = {"backbone": self.backbone, "head": self.head}
         config = {k: keras.saving.serialize_keras_object(v) for k, v in parts.items()}
         return config | {
@@ -111,24 +115,25 @@ class Classifier(keras.Model):
         return classifier
 
     def probabilities(self, images: tf.Tensor) -> tf.Tensor:
-        """float32 ``[batch, num_classes]``; each row adds up to 1."""
+        """Softmax of the logits: float32 ``[batch, num_classes]``; each row sums to 1."""
         return tf.nn.softmax(self(images, training=False))
 
     def probabilities_of_resized(self, pixels: tf.Tensor) -> tf.Tensor:
-        """The same of what ``preprocess.resize`` gives: float32 ``[batch, height, width,
-        channels]`` in 0..255."""
+        """``probabilities`` of the output of ``preprocess.resize``: float32 ``[batch, height,
+        width, channels]`` in 0..255."""
         features = self.backbone(self.preprocess.normalize(pixels))
         return tf.nn.softmax(self.head(features, training=False))
 
     def split(self, at: str | None) -> tuple[keras.layers.Layer | None, keras.Sequential]:
-        """What is frozen and what is trained, when all up to a tensor is frozen.
+        """Split into a frozen and a trained part.
 
         Args:
-            at: tensor of the backbone; ``None`` or ``"none"`` freezes nothing.
+            at: tensor of the backbone up to which it is frozen; ``None`` or ``"none"`` freezes
+                nothing.
 
         Returns:
             The frozen layer, from preprocessed images to the activations at the tensor (``None``
-            where nothing is frozen), and a model from there to the logits. They share the
+            if nothing is frozen), and a model from there to the logits. Both share the
             classifier's weights.
         """
         if at in (None, "none"):
@@ -138,7 +143,7 @@ class Classifier(keras.Model):
 
     @classmethod
     def load(cls, path: str | Path) -> Classifier:
-        """A classifier that ``exports.meta_graph.save_classifier`` wrote.
+        """Load a classifier that ``exports.meta_graph.save_classifier`` wrote.
 
         Its head is the part of the graph from the tap to the logits.
 
@@ -146,8 +151,7 @@ class Classifier(keras.Model):
             path: run folder, or checkpoint prefix of a fine-tuned model.
 
         Raises:
-            FileNotFoundError, ValueError: if there is none, or its card does not say what is
-                needed.
+            FileNotFoundError, ValueError: if it does not exist, or its card lacks a required field.
         """
         path = Path(path).expanduser()
         if (path / f"{MODEL}.meta").is_file():

@@ -1,15 +1,15 @@
-"""Gradients of convolutions: by the kernels that a CPU runs fastest, and by none that is wrong.
+"""Custom gradients of convolutions on CPUs: the faster implementation, and no wrong results.
 
-On a CPU TensorFlow has two implementations of a convolution, Eigen's and oneDNN's
-(``TF_ENABLE_ONEDNN_OPTS=1``). oneDNN's is the faster one for the outputs and for the gradient of
-the inputs. The gradient of the kernel is replaced in two cases:
+On a CPU TensorFlow has two implementations of convolutions, Eigen and oneDNN
+(``TF_ENABLE_ONEDNN_OPTS=1``). oneDNN is faster for the forward pass and for the gradient with
+respect to the input. The gradient with respect to the kernel is replaced in two cases:
 
-* Without AVX-512, oneDNN is up to twice as slow at it as Eigen. oneDNN does not take a convolution
-  whose padding is given in numbers, so the same padding is given in numbers.
+* Without AVX-512, oneDNN takes up to twice as long as Eigen. TensorFlow does not use oneDNN for
+  explicit padding, so the padding is passed as the equivalent explicit padding.
 * For a strided 1x1 convolution with fewer input channels than a vector register holds (8 with AVX2,
-  16 with AVX-512), oneDNN writes past its workspace: the gradient is wrong, or the process dies
-  (https://github.com/uxlfoundation/oneDNN/issues/6035). oneDNN has no float64, so it is computed in
-  float64.
+  16 with AVX-512), oneDNN writes past its workspace: the gradient is wrong, or the process crashes
+  (https://github.com/uxlfoundation/oneDNN/issues/6035). oneDNN does not support float64, so the
+  gradient is computed in float64.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 _FAST = "VggTransferConv2D"
 _STRIDED = "VggTransferStridedConv2D"
 _STRIDED_TRANSPOSE = "VggTransferStridedConv2DTranspose"
-_AVX512 = frozenset({"AVX512F", "AVX512_SKX", "X86_V4"})  # NumPy's names, those of 2.4 last
+_AVX512 = frozenset({"AVX512F", "AVX512_SKX", "X86_V4"})  # names in NumPy; the last since 2.4
 _MAX_REGISTER = 16
-"""Floats in a vector register of AVX-512."""
+"""Number of float32 values in an AVX-512 register."""
 
 
 def with_cpu_gradients(graph_def: GraphDef) -> GraphDef:
-    """The same graph with the gradients above; on a GPU, the graph as it is."""
+    """A copy of the graph with the custom gradients; with a GPU, the unchanged graph."""
     if tf.config.list_logical_devices("GPU"):
         return graph_def
     kinds = {node.name: kind for node in graph_def.node if (kind := _kind(node)) is not None}
@@ -45,13 +45,13 @@ def with_cpu_gradients(graph_def: GraphDef) -> GraphDef:
 
 
 def has_avx512() -> bool:
-    """Whether the processor has AVX-512, as far as NumPy knows."""
+    """Whether the CPU supports AVX-512, according to NumPy."""
     known = np.show_config(mode="dicts").get("SIMD Extensions", {})
     return not _AVX512.isdisjoint([*known.get("baseline", []), *known.get("found", [])])
 
 
 def _kind(node: NodeDef) -> str | None:
-    """The gradient that a node takes instead of TensorFlow's."""
+    """Name of the custom gradient of a node; ``None`` for TensorFlow's own."""
     if node.op not in ("Conv2D", "Conv2DBackpropInput"):
         return None
     if "data_format" in node.attr and node.attr["data_format"].s not in (b"", b"NHWC"):
@@ -62,9 +62,9 @@ def _kind(node: NodeDef) -> str | None:
 
 
 def _is_plain(node: NodeDef) -> bool:
-    """A convolution that moves by one pixel and pads by nothing or to its own size.
+    """Whether a convolution of stride 1 has no dilation and SAME or VALID padding.
 
-    Then the padding does not depend on the size of the image.
+    Its padding then does not depend on the image size.
     """
     dilations = {*node.attr["dilations"].list.i} if "dilations" in node.attr else {1}
     return node.op == "Conv2D" and dilations == {1} and node.attr["padding"].s != b"EXPLICIT"
@@ -72,7 +72,7 @@ def _is_plain(node: NodeDef) -> bool:
 
 @tf.RegisterGradient(_FAST)
 def _fast_gradient(op: tf.Operation, gradient: tf.Tensor) -> list[Any]:
-    """Of the inputs and of the kernel ``[height, width, in, out]``."""
+    """Gradients with respect to the input and the kernel ``[height, width, in, out]``."""
     inputs, kernel = op.inputs
     padding = op.get_attr("padding").decode()
     to_inputs = tf.raw_ops.Conv2DBackpropInput(
@@ -99,7 +99,7 @@ def _fast_gradient(op: tf.Operation, gradient: tf.Tensor) -> list[Any]:
 
 @tf.RegisterGradient(_STRIDED)
 def _strided_gradient(op: tf.Operation, gradient: tf.Tensor) -> list[Any]:
-    """Of the inputs and of the kernel of a strided convolution."""
+    """Gradients of a strided convolution with respect to its input and kernel."""
     inputs, kernel = op.inputs
     to_inputs = tf.raw_ops.Conv2DBackpropInput(
         input_sizes=tf.shape(inputs), filter=kernel, out_backprop=gradient, **_attributes(op)
@@ -109,7 +109,7 @@ def _strided_gradient(op: tf.Operation, gradient: tf.Tensor) -> list[Any]:
 
 @tf.RegisterGradient(_STRIDED_TRANSPOSE)
 def _strided_transpose_gradient(op: tf.Operation, gradient: tf.Tensor) -> list[Any]:
-    """Of the sizes, the kernel and the inputs of a strided transposed convolution."""
+    """Gradients of a strided transposed convolution with respect to sizes, kernel and input."""
     _, kernel, inputs = op.inputs
     to_inputs = tf.raw_ops.Conv2D(input=gradient, filter=kernel, **_attributes(op))
     return [None, _strided_kernel_gradient(op, gradient, kernel, inputs), to_inputs]
@@ -118,7 +118,7 @@ def _strided_transpose_gradient(op: tf.Operation, gradient: tf.Tensor) -> list[A
 def _strided_kernel_gradient(
     op: tf.Operation, inputs: tf.Tensor, kernel: tf.Tensor, outputs: tf.Tensor
 ) -> tf.Tensor:
-    """Of the kernel of the convolution that takes ``inputs``, in float64 where oneDNN may fail."""
+    """Gradient with respect to the kernel, in float64 where oneDNN may fail."""
     height, width, channels, _ = _sizes(kernel)
     may_be_one = height in (1, None) and width in (1, None)
     may_fail = may_be_one and (channels is None or channels < _MAX_REGISTER)
@@ -142,6 +142,6 @@ def _attributes(op: tf.Operation) -> dict[str, Any]:
 
 
 def _pads(padding: str, size: int) -> tuple[int, int]:
-    """Before and after, of a kernel of that size; as in the documentation of ``tf.nn``."""
+    """Padding before and after, for a kernel of this size; as documented in ``tf.nn``."""
     total = size - 1 if padding == "SAME" else 0
     return total // 2, total - total // 2

@@ -1,11 +1,12 @@
-"""A new classifier on top of features, for any kind of tensor.
+"""A new classification head on top of features, for TF1, Keras and eager tensors.
 
-``build_head`` is the short form. ``Head`` is the Keras layer behind it: use it where the weights
-are to be reused after the call, above all with eager tensors. In a TF1 graph the head is made of
-``tf.compat.v1`` variables and named tensors instead, as programs of that style expect.
+``build_head`` is the short form. ``Head`` is the Keras layer it uses: create it directly to reuse
+its weights after the call, above all with eager tensors. In a TF1 graph the head consists of
+``tf.compat.v1`` variables and named tensors instead, as TF1 programs expect.
 
 Data contract: features ``[batch, width]``, or ``[batch, height, width, channels]``, which are
-averaged over space (for 1x1 that is flattening). Logits are float32 ``[batch, num_classes]``.
+averaged over height and width (at 1x1 the same as flattening). Logits are float32
+``[batch, num_classes]``.
 """
 
 from __future__ import annotations
@@ -31,18 +32,19 @@ class Head(keras.layers.Layer):
 
     Args:
         num_classes: width of the logits, at least 1.
-        stop_gradient: let no gradient through to the features.
+        stop_gradient: do not propagate gradients to the features.
         hidden: widths of ReLU layers before the classifier (He-normal weights, biases 0).
-        dropout: share of the features, and of each hidden layer's output, dropped while training.
-        weights_stddev: deviation of the truncated normal distribution of the classifier's weights.
+        dropout: fraction of the features, and of each hidden layer's output, dropped in training.
+        weights_stddev: standard deviation of the classifier's truncated normal initial weights.
         bias: initial value of its biases. 0.05 for both is customary for this recipe.
-        seed: for weights and dropout that can be repeated.
+        seed: for reproducible initial weights and dropout.
 
-    It computes in float32, whatever the dtype policy: Keras advises so for the last layer.
+    It computes in float32 regardless of the dtype policy, as Keras recommends for the last layer.
 
     Raises:
         TypeError: if a width is not an integer.
-        ValueError: if a width, a share or a deviation is out of range, or ``dtype`` another one.
+        ValueError: if a width, ``dropout`` or ``weights_stddev`` is out of range, or ``dtype`` is
+            not float32.
         RuntimeError: in a TF1 graph.
 
     Example:
@@ -125,7 +127,7 @@ class Head(keras.layers.Layer):
         return (input_shape[0], self.num_classes)
 
     def values(self) -> dict[str, Any]:
-        """Name of a variable in a TF1 graph, below the head's own name, to its value."""
+        """Maps the TF1 name of each variable, relative to the head's scope, to its value."""
         layers = {"": self.classifier} | {f"{layer.name}/": layer for layer in self.hidden_layers}
         return {
             prefix + name: variable.value
@@ -134,7 +136,7 @@ class Head(keras.layers.Layer):
         }
 
     def get_config(self) -> dict[str, Any]:
-        """The arguments that make the same head."""
+        """The arguments of the constructor."""
         names = (
             "num_classes",
             "stop_gradient",
@@ -149,15 +151,15 @@ class Head(keras.layers.Layer):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Head:
         """A head from what ``get_config`` returned."""
-        # Older files have the dtype policy that was set when they were written.
+        # Older files contain the dtype policy that was active when they were written.
         return cls(**{name: value for name, value in config.items() if name != "dtype"})
 
 
 class ReplicaDropout(keras.layers.Dropout):
-    """Keras' layer, but each of several replicas drops others."""
+    """Keras' ``Dropout`` with a different mask on each replica."""
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """The inputs; in training a fraction ``rate`` of them is zero and the rest scaled up."""
+        """The inputs; in training a fraction ``rate`` is set to zero and the rest scaled up."""
         if not training or not self.rate:
             return inputs
         seed = seed_of_replica(self.seed_generator.next())
@@ -183,25 +185,26 @@ def build_head(
         features: a tensor of a TF1 graph, a Keras tensor or an eager tensor, float ``[batch,
             width]`` or ``[batch, height, width, channels]``.
         num_classes: width of the logits, at least 1.
-        stop_gradient: let no gradient through to the features.
+        stop_gradient: do not propagate gradients to the features.
         hidden: widths of ReLU layers before the classifier.
         dropout: fraction of the features, and of each hidden layer's output, dropped in training.
         weights_stddev: standard deviation of the classifier's initial weights.
         bias: initial value of its biases.
         seed: for reproducible initial weights and dropout.
-        name: of the Keras layer, or of the scope in a TF1 graph; "head" by default. There the
-            tensors are ``<name>/logits:0`` and ``<name>/probabilities:0``, the variables
+        name: name of the Keras layer, or of the scope in a TF1 graph; defaults to "head". In a TF1
+            graph the tensors are ``<name>/logits:0`` and ``<name>/probabilities:0``, the variables
             ``<name>/weights``, ``<name>/biases``, ``<name>/hidden_1/weights`` ..., and with dropout
-            ``<name>/keep_prob:0`` is 1.0 unless it is fed. A name that is taken gets ``_1``.
-        return_probabilities: return the softmax of the logits as well.
+            ``<name>/keep_prob:0`` is 1.0 unless it is fed. If the name is taken, ``_1`` is
+            appended.
+        return_probabilities: also return the softmax of the logits.
 
     Returns:
         Logits ``[batch, num_classes]``; or ``(logits, probabilities)``.
 
     Raises:
         TypeError: if a width is not an integer.
-        ValueError: if the features have another rank or no static width, or an argument is out of
-            range.
+        ValueError: if the features are not 2-D or 4-D or have no static width, or an argument is
+            out of range.
 
     Example:
         >>> import tensorflow as tf
@@ -231,7 +234,7 @@ def build_head(
 
 
 def average_over_space(features: Any) -> Any:
-    """``[batch, height, width, channels]`` to ``[batch, channels]``; 2-D features stay as they are.
+    """``[batch, height, width, channels]`` to ``[batch, channels]``; 2-D features are unchanged.
 
     Raises:
         ValueError: for any other rank.
@@ -241,10 +244,10 @@ def average_over_space(features: Any) -> Any:
 
 
 def check_eager(layer: str) -> None:
-    """Refuse a Keras layer where a TF1 graph is built, which could not run it.
+    """Check that a Keras layer is not used while a TF1 graph is built, which could not run it.
 
     Raises:
-        RuntimeError: says what to do instead.
+        RuntimeError: in a TF1 graph; the message gives the alternatives.
     """
     if not tf1.executing_eagerly_outside_functions():
         raise RuntimeError(
@@ -255,8 +258,7 @@ def check_eager(layer: str) -> None:
 
 
 def _in_plain_graph(features: Any) -> bool:
-    """Whether a tensor lives in a graph that is run by sessions, rather than in a
-    ``tf.function``."""
+    """Whether a tensor belongs to a TF1 graph, run by sessions, and not to a ``tf.function``."""
     return (
         tf.is_tensor(features)
         and not isinstance(features, keras.KerasTensor)
@@ -304,7 +306,7 @@ def _build_in_graph(
 
 
 def _free_scope(graph: tf.Graph, name: str) -> str:
-    """``name``, or ``name_1`` ... where the present scope has operations of that name already."""
+    """``name``, or ``name_1`` ... if the current scope already has operations of that name."""
     outer = tf1.get_variable_scope().name
     prefix = f"{outer}/" if outer else ""
     names = [op.name for op in graph.get_operations()]
@@ -326,7 +328,7 @@ def _feature_width(shape: Sequence[int | None]) -> int:
 
 
 def _widths(num_classes: Any, hidden: Any) -> tuple[int, tuple[int, ...]]:
-    """As Python's integers, which a configuration can hold."""
+    """Both as Python integers, which can be stored in a configuration."""
     if isinstance(hidden, str) or not isinstance(hidden, Iterable):
         raise TypeError(
             f"hidden is {hidden!r} of type {type(hidden).__name__}; expected a sequence of "
@@ -367,5 +369,5 @@ def _check(
 
 
 def _seeds(seed: int | None) -> Any:
-    """One seed per initializer and dropout: the same one for all would repeat the same numbers."""
+    """One seed per initializer and dropout layer: a common seed would repeat the same numbers."""
     return itertools.repeat(None) if seed is None else itertools.count(seed)

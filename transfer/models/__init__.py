@@ -1,1 +1,1 @@
-"""Models on disk: formats, cards, checkpoints, and what is in them."""
+"""Models on disk: file formats, cards, checkpoints and inspection."""

@@ -1,5 +1,4 @@
-"""The card beside a model: what it expects, where it comes from, how good it is.
-``<prefix>.json``."""
+"""Model cards: expected input, source and evaluation of a model, stored in ``<prefix>.json``."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ MAX_BYTES = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """What does not stand in a meta graph but must be known to use it. All fields are optional.
+    """Metadata that a meta graph lacks but that is needed to use it. All fields are optional.
 
     Example:
         >>> from transfer import Card, load_meta_graph
@@ -34,27 +33,27 @@ class Card:
     image_size: Size | None = None
     """Height and width of the input in pixels: one number, or both."""
     preprocess: str | dict[str, Any] | None = None
-    """Input convention: a key of ``transfer.images.preprocess.CONVENTIONS``, or means of the model
-    itself: ``{"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}``; see
+    """Input convention: a key of ``transfer.images.preprocess.CONVENTIONS``, or custom means:
+    ``{"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}``; see
     ``transfer.images.preprocess.convention``."""
     labels: str | None = None
-    """File with one class name a line, in the order of the logits; relative to the card."""
+    """File with one class name per line, in the order of the logits; relative to the card."""
     feeds: dict[str, float | bool] = field(default_factory=dict)
-    """Placeholders other than the input, with their value for inference."""
+    """Placeholders other than the input, with their value at inference."""
     keep_dropout: bool = False
-    """Whether dropout that is always on in the graph is meant to be on."""
+    """Whether dropout that the graph always applies stays active at inference."""
     outputs: dict[str, str] = field(default_factory=dict)
-    """Named results: ``logits``, ``probabilities``."""
+    """Output tensors by name: ``logits``, ``probabilities``."""
     source: str | None = None
     licence: str | None = None
     sha256: dict[str, str] = field(default_factory=dict)
-    """File name to the hash of the file, for the files of the model."""
+    """File name to SHA-256, for the files of the model."""
     trained_on: str | None = None
     eval: dict[str, Any] = field(default_factory=dict)
-    """Figures on held-out images, as in ``metrics.json``."""
+    """Metrics on held-out images, as in ``metrics.json``."""
 
     def to_json(self) -> str:
-        """The text of a card's file; values that are not known are left out."""
+        """The card as JSON text, without unset values."""
         values = {
             key: value
             for key, value in dataclasses.asdict(self).items()
@@ -64,12 +63,12 @@ class Card:
 
 
 def write_card(path: Path, card: Card) -> None:
-    """Write a card, at once."""
+    """Write a card atomically."""
     write_text(path, card.to_json())
 
 
 def read_card(path: Path) -> Card:
-    """Read a card; keys that are not known are left out.
+    """Read a card; unknown keys are ignored.
 
     Raises:
         ValueError: if the file is not a card.

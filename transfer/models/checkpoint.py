@@ -1,7 +1,8 @@
-"""Checkpoints: which key feeds which variable, reading only those, and writing.
+"""Checkpoints: match their keys to the variables of a graph, and read only the values needed.
 
-A checkpoint is named by its prefix. V2 has ``prefix.index`` and ``prefix.data-?????-of-?????``; V1
-(TensorFlow 0.12 and older) is a file named ``prefix`` itself, or several ``prefix-?????-of-?????``.
+A checkpoint is identified by its prefix. V2 has the files ``prefix.index`` and
+``prefix.data-?????-of-?????``; V1 (TensorFlow 0.12 and older) is a file named ``prefix``, or shards
+named ``prefix-?????-of-?????``.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from tensorflow.core.framework.node_def_pb2 import NodeDef
 from tensorflow.core.protobuf.saver_pb2 import SaverDef
 
 from transfer.graph import MAX_TRACE, Variable, constant, split_tensor_name
-from transfer.models.checkpoint_index import Stored, read_v1, read_v2
+from transfer.models.checkpoint_index import TensorEntry, read_v1, read_v2
 
 PART = re.compile(r"\.(index|data-\d{5}-of-\d{5})$")
-"""What the name of a V2 checkpoint's file has after the prefix."""
+"""Suffix of the files of a V2 checkpoint after the checkpoint prefix."""
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 _SLICE = re.compile(r"(\d{1,18} )*((-|\d{1,18},\d{1,18}):)*(-|\d{1,18},\d{1,18})")
 _PART = re.compile(r"/part_(\d+)$")
@@ -33,8 +34,8 @@ _AVERAGE = re.compile(r"average|(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Entry:
-    """Where the value of a variable is: a key, and the slice of it (``""`` for all) as Saver writes
-    it: ``"<full shape> <start,length per axis, joined by :>"``."""
+    """Location of a variable's value in a checkpoint: a key, and a slice (``""`` for all) in the
+    format of Saver: ``"<full shape> <start,length per axis, joined by :>"``."""
 
     key: str
     slice: str = ""
@@ -43,7 +44,7 @@ class Entry:
         """The shape of the slice of a tensor of shape ``full_shape``.
 
         Raises:
-            ValueError: if the slice is not written as Saver writes it, or of another rank.
+            ValueError: if the slice is not in the format of Saver, or of another rank.
         """
         if not self.slice:
             return tuple(full_shape)
@@ -57,8 +58,11 @@ class Entry:
 
 
 class MismatchError(ValueError):
-    """A checkpoint does not have what a graph needs. ``rename`` is the one substitution, part of a
-    name and part of a key, after which it would; ``None`` if there is no such."""
+    """A checkpoint does not match the variables of a graph.
+
+    ``rename`` is a single substitution, a part of a name and a part of a key, with which it would
+    match; ``None`` if no such substitution exists.
+    """
 
     def __init__(self, message: str, rename: tuple[str, str] | None):
         super().__init__(message)
@@ -66,14 +70,14 @@ class MismatchError(ValueError):
 
 
 class Checkpoint:
-    """A checkpoint on disk, opened to look at and to read from.
+    """A checkpoint on disk, opened for reading.
 
     Args:
-        prefix: of its files.
-        index_only: do without the data; ``read`` will fail.
+        prefix: checkpoint prefix.
+        index_only: do not require the data files; ``read`` will fail without them.
 
     Raises:
-        FileNotFoundError: if a file of it is missing; names it.
+        FileNotFoundError: if a file of the checkpoint is missing; names it.
         ValueError: if it is damaged.
     """
 
@@ -91,22 +95,22 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Key to shape."""
+        """Key to shape, for all entries."""
         return self._shapes
 
     def compare(
         self, variables: Sequence[Variable], entries: Mapping[str, Entry]
     ) -> tuple[dict[str, Entry], list[str], list[str]]:
-        """What of the checkpoint belongs to which variable.
+        """Match variables to the entries of the checkpoint.
 
         Args:
-            variables: those that need a value.
-            entries: variable's name to entry where that is known; any other variable is looked up
-                by its own name.
+            variables: variables that need a value.
+            entries: variable name to entry, as far as known; other variables are looked up by their
+                own names.
 
         Returns:
-            The entry of each variable that has one; the names of those that have none; and
-            descriptions of those whose shape or type is another one.
+            The entries of the variables that match; the names of variables without an entry; and
+            descriptions of variables whose shape or dtype differs.
         """
         matched, missing, different = {}, [], []
         for variable in variables:
@@ -114,25 +118,25 @@ class Checkpoint:
             if entry.key not in self._shapes:
                 missing.append(variable.name)
                 continue
-            found = (entry.shape(self._shapes[entry.key]), self._dtypes[entry.key])
-            wanted = (found[0] if variable.shape is None else variable.shape, variable.dtype)
-            if found == wanted:
+            stored = (entry.shape(self._shapes[entry.key]), self._dtypes[entry.key])
+            expected = (stored[0] if variable.shape is None else variable.shape, variable.dtype)
+            if stored == expected:
                 matched[variable.name] = entry
             else:
                 different.append(
-                    f"{variable.name} (graph {wanted[0]} {wanted[1].name}, "
-                    f"checkpoint {found[0]} {found[1].name})"
+                    f"{variable.name} (graph {expected[0]} {expected[1].name}, "
+                    f"checkpoint {stored[0]} {stored[1].name})"
                 )
         return matched, missing, different
 
     def match(
         self, variables: Sequence[Variable], entries: Mapping[str, Entry]
     ) -> dict[str, Entry]:
-        """The entry of each variable, all names, shapes and types checked; see ``compare``.
+        """The entry of each variable, with names, shapes and dtypes checked; see ``compare``.
 
         Raises:
-            MismatchError: lists all that is missing or different, and what the checkpoint has
-                instead.
+            MismatchError: lists all missing and different variables, and unmatched entries of the
+                checkpoint.
         """
         matched, missing, different = self.compare(variables, entries)
         if missing or different:
@@ -161,7 +165,7 @@ class Checkpoint:
         missing: Sequence[str],
         extra: Sequence[str],
     ) -> tuple[str, str] | None:
-        """The one substitution, part of a name and part of a key, after which nothing is
+        """A single substitution, a part of a name and a part of a key, with which no variable is
         missing."""
         lacking = {
             entries.get(v.name, Entry(v.name)).key: v for v in variables if v.name in set(missing)
@@ -176,13 +180,13 @@ class Checkpoint:
         free, first = set(extra), next(iter(lacking))
         for key in sorted(extra, key=lambda key: abs(len(key) - len(first))):
             for part, other in _substitutions(first, key):
-                found = [substituted(name, part, other) for name in lacking]
-                if len({*found}) == len(found) and all(map(fits, lacking, found)):
+                keys = [substituted(name, part, other) for name in lacking]
+                if len({*keys}) == len(keys) and all(map(fits, lacking, keys)):
                     return part, other
         return None
 
     def read(self, entries: Mapping[str, Entry]) -> dict[str, tf.Tensor]:
-        """The values of some entries, all in one pass over the file.
+        """Read the values of entries, in one pass over the files.
 
         Raises:
             FileNotFoundError: if a data file is missing.
@@ -202,35 +206,35 @@ class Checkpoint:
         return dict(zip(entries, values, strict=True))
 
     def _check_size(self, entries: Mapping[str, Entry]) -> None:
-        """A file that is cut short is told from one that is damaged, before memory is asked for."""
+        """Detect truncated data files before memory is allocated."""
         if not _index(self._files).is_file():
             return
-        found = sum(path.stat().st_size for path in _shards(self._files))
+        present = sum(path.stat().st_size for path in _shards(self._files))
         keys = {entry.key for entry in entries.values()}
         needed = sum(math.prod(self._shapes[key]) * self._dtypes[key].size for key in keys)
-        if found < needed:
+        if present < needed:
             raise ValueError(
-                f"checkpoint {self.prefix!r} is damaged: its data have {found:,} bytes, and what "
-                f"is to be read needs {needed:,}; it was cut short, get it again"
+                f"checkpoint {self.prefix!r} is damaged: its data have {present:,} bytes, but "
+                f"reading needs {needed:,}; it is truncated, get it again"
             )
 
 
 def check_path(path: str | Path) -> None:
-    """Refuse a path that TensorFlow takes for a pattern; it could be written to but not read from.
+    """Reject a path that TensorFlow interprets as a glob pattern: it could be written but not read.
 
     Raises:
-        ValueError: if there is one of ``* ? [ ]`` in it.
+        ValueError: if it contains one of ``* ? [ ]``.
     """
     if set("*?[]") & set(str(path)):
         raise ValueError(
-            f"TensorFlow reads no checkpoint at {str(path)!r}: it takes * ? [ ] in a path for a "
+            f"TensorFlow reads no checkpoint at {str(path)!r}: it takes * ? [ ] in a path as a "
             "pattern; rename the folder or the file"
         )
 
 
 def exists(prefix: Path) -> bool:
-    """Whether there is a checkpoint of this prefix, complete or not."""
-    if not prefix.name:  # such as /
+    """Whether a checkpoint with this prefix exists, complete or not."""
+    if not prefix.name:  # for example /
         return False
     return (
         _index(prefix).is_file()
@@ -240,10 +244,10 @@ def exists(prefix: Path) -> bool:
 
 
 def saver_entries(graph_def: GraphDef, saver_def: SaverDef) -> dict[str, Entry]:
-    """What the graph's own saver restores into each variable: its name to the entry.
+    """Variable name to the entry that the graph's own saver restores into it.
 
-    The saver's operations are read, never run. Savers may rename variables and save slices of
-    partitioned ones. Empty where the saver's operations are not in the graph.
+    The saver's operations are parsed, never run. Savers may rename variables and save slices of
+    partitioned variables. Empty if the saver's operations are not in the graph.
     """
     nodes = {node.name: node for node in graph_def.node}
     restore_all = split_tensor_name(saver_def.restore_op_name)[0]
@@ -284,15 +288,15 @@ def saver_entries(graph_def: GraphDef, saver_def: SaverDef) -> dict[str, Entry]:
 def partition_entries(
     variables: Sequence[NodeDef], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, Entry]:
-    """For the parts of partitioned variables, the slices of the whole that a checkpoint has.
+    """The entries of partitioned variables, as slices of the full variables in a checkpoint.
 
-    A saver stores ``w/part_0``, ``w/part_1``, ... as slices of ``w``. Where its operations are not
-    in the graph, the shapes say which: the parts follow one another along the axis on which they
-    add up to the whole.
+    A saver stores ``w/part_0``, ``w/part_1``, ... as slices of ``w``. If its operations are not in
+    the graph, the slices are derived from the shapes: the parts are consecutive along the axis on
+    which their sizes sum to that of the full variable.
 
     Args:
         variables: the variables of a graph.
-        shapes: of the checkpoint's entries.
+        shapes: shapes of the checkpoint's entries.
     """
     parts: dict[str, dict[int, NodeDef]] = {}
     for node in variables:
@@ -320,7 +324,7 @@ def partition_entries(
 
 
 def substituted(name: str, part: str, other: str) -> str:
-    """A name with ``other`` for ``part``; at its beginning where ``part`` is empty."""
+    """Replace ``part`` in a name by ``other``; an empty ``part`` prepends ``other``."""
     return name.replace(part, other) if part else other + name
 
 
@@ -330,19 +334,19 @@ def renamed_entries(
     shapes: Mapping[str, Sequence[int]],
     rename: Mapping[str, str],
 ) -> dict[str, Entry]:
-    """Where the variables are whose keys differ from their names by a rule.
+    """The entries of variables whose keys are found by renaming.
 
     Args:
-        names: of the variables.
-        entries: of those that are not stored under their names.
-        shapes: of the checkpoint's entries.
-        rename: parts of names to parts of keys, put in one after the other. What then names no
-            entry stays what it was.
+        names: names of the variables.
+        entries: entries of variables that are not stored under their own names.
+        shapes: shapes of the checkpoint's entries.
+        rename: parts of names to parts of keys, substituted in this order. Variables whose renamed
+            key does not exist keep their entry.
 
     Raises:
-        ValueError: if one of them leads to no entry.
+        ValueError: if a substitution leads to no entry.
     """
-    found, used = {}, set()
+    renamed, used = {}, set()
     for name in names:
         entry = entries.get(name, Entry(name))
         key, passed = entry.key, []
@@ -351,7 +355,7 @@ def renamed_entries(
                 key = substituted(key, part, other)
                 passed.append(part)
         if passed and key in shapes:
-            found[name] = Entry(key, entry.slice)
+            renamed[name] = Entry(key, entry.slice)
             used.update(passed)
     for part in rename.keys() - used:
         raise ValueError(
@@ -359,12 +363,11 @@ def renamed_entries(
             "a part of the graph's names to what the checkpoint has in its place: "
             f"the graph has {', '.join(names[:3])}, the checkpoint {', '.join([*shapes][:3])}"
         )
-    return found
+    return renamed
 
 
 def _substitutions(name: str, key: str) -> Iterator[tuple[str, str]]:
-    """The parts, of a name and of a key, in which they differ: of their paths, and of their
-    letters."""
+    """The parts in which a name and a key differ, compared by path components and by characters."""
     for split, join in ((lambda text: text.split("/"), "/"), (list, "")):
         old, new = split(name), split(key)
         start = _num_common(old, new)
@@ -379,60 +382,62 @@ def _substitutions(name: str, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
-    """How many items two lists begin with alike."""
+    """Length of the common prefix of two sequences."""
     pairs = zip(first, second, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def average_entries(names: Sequence[str], source: Checkpoint) -> dict[str, Entry]:
-    """For each variable that has a moving average in the checkpoint, where that is.
+    """The entries of the exponential moving averages (EMA) of variables, as far as they have one.
 
-    ``tf.train.ExponentialMovingAverage`` keeps the average of ``w`` in
-    ``w/ExponentialMovingAverage``, maybe under a scope; its name can be chosen.
+    ``tf.train.ExponentialMovingAverage`` stores the average of ``w`` in
+    ``w/ExponentialMovingAverage``, possibly under a scope and under a custom name.
 
     Raises:
-        ValueError: if there is none at all.
+        ValueError: if the checkpoint has no moving averages.
     """
     averages: dict[str, str] = {}
-    for key in sorted(source.shapes, key=len, reverse=True):  # the shortest, without a scope, wins
+    for key in sorted(
+        source.shapes, key=len, reverse=True
+    ):  # the shortest key, without scope, wins
         name, _, last = key.rpartition("/")
         if _AVERAGE.search(last):
             averages[name] = key
     by_end = {
         name.split("/", depth)[depth]: key
         for name, key in averages.items()
-        if name not in names  # else it is that variable's, whatever scope another one is in
+        if name not in names  # an exact match belongs to that variable only
         for depth in range(name.count("/") + 1)
     }
     known = by_end | averages
-    found = {name: Entry(known[name]) for name in names if name in known}
-    if not found:
+    entries = {name: Entry(known[name]) for name in names if name in known}
+    if not entries:
         raise ValueError(
             f"checkpoint {source.prefix!r} has no moving averages: no entry is named like "
             "<variable>/ExponentialMovingAverage; read the weights themselves"
         )
-    return found
+    return entries
 
 
 def check_files(prefix: Path) -> None:
-    """Look whether all files of a checkpoint are there.
+    """Check that all files of a checkpoint exist.
 
     Raises:
-        FileNotFoundError: names those that are missing.
+        FileNotFoundError: lists the missing files.
     """
     if _index(prefix).is_file():
         shards = [
             _SHARD.search(path.name)
             for path in _shards(prefix)
-            if path.is_file()  # a pipe would be read for ever
+            if path.is_file()  # reading a pipe would block
         ]
-        found = {(int(match[1]), int(match[2])) for match in shards if match}
-        count = max((total for _, total in found), default=1)
+        present = {(int(match[1]), int(match[2])) for match in shards if match}
+        count = max((total for _, total in present), default=1)
         name = _index(prefix).name.removesuffix(".index")
         missing = [
             f"{name}.data-{shard:05d}-of-{count:05d}"
             for shard in range(count)
-            if (shard, count) not in found
+            if (shard, count) not in present
         ]
         if missing:
             raise FileNotFoundError(
@@ -447,7 +452,7 @@ def check_files(prefix: Path) -> None:
         )
 
 
-def _stored(prefix: Path) -> dict[str, Stored]:
+def _stored(prefix: Path) -> dict[str, TensorEntry]:
     if _index(prefix).is_file():
         return read_v2(_index(prefix))
     if prefix.is_file():
@@ -456,7 +461,7 @@ def _stored(prefix: Path) -> dict[str, Stored]:
 
 
 def _to_open(prefix: Path) -> str:
-    """What TensorFlow opens: the prefix, or a pattern for the files of a sharded V1 checkpoint."""
+    """The path to pass to TensorFlow: the prefix, or a pattern for a sharded V1 checkpoint."""
     if _index(prefix).parent == prefix:
         return f"{prefix}/"
     return (
@@ -467,8 +472,8 @@ def _to_open(prefix: Path) -> str:
 def file_of(prefix: Path, suffix: str) -> Path:
     """The file of a model or a checkpoint with a suffix such as ``.meta``.
 
-    ``saver.save(session, "model/")`` gives files without a name, ``model/.meta``: there the prefix
-    is the folder.
+    ``saver.save(session, "model/")`` writes files without a stem, ``model/.meta``; the prefix is
+    then the folder.
     """
     nameless, named = prefix / suffix, prefix.with_name(prefix.name + suffix)
     return nameless if nameless.is_file() and not named.exists() else named

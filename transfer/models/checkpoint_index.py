@@ -1,8 +1,8 @@
-"""What a checkpoint says that it has: keys, shapes and types, checked before TensorFlow reads it.
+"""Validate the index of a checkpoint (keys, shapes, dtypes) before TensorFlow reads it.
 
-TensorFlow's own reader ends the process when an index holds a shape or an entry that makes no
-sense, so it is only let at those that have been looked through here. V2 indexes and V1 checkpoints
-are both sorted tables in the format of LevelDB (doc/table_format.md in its sources).
+TensorFlow's own reader aborts the process if an index contains an invalid shape or entry, so it
+only reads checkpoints validated here. V2 indexes and V1 checkpoints are both sorted tables in the
+format of LevelDB (doc/table_format.md in its sources).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from tensorflow.core.util.saved_tensor_slice_pb2 import SavedTensorSlices
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER_BYTES = 48
 _BLOCK_TRAILER_BYTES = 5
-# Keys are compressed by what they share with the one before, so that a small file may hold many
-# long ones. A VGG with its optimizer has about a hundred keys.
+# Keys are prefix-compressed, so that a small file may contain many long keys. A VGG with its
+# optimizer has about a hundred keys.
 _MAX_KEY_BYTES = 2**14
 _MAX_KEYS = 2**18
 _MAX_BYTES_OF_KEYS = 2**26
-_MAX_EXTENTS = 2**18  # of slices, one for each of their dimensions
-_MAX_VALUE_BYTES = 2**20  # of what describes one variable
+_MAX_EXTENTS = 2**18  # of slices, one per dimension
+_MAX_VALUE_BYTES = 2**20  # of the description of a variable
 _MAX_LIST_BYTES = 2**24  # of the list of all variables in a V1 checkpoint
 _MAX_DIMENSIONS = 254  # TensorFlow's own limit
 _MAX_ELEMENTS = 2**40
@@ -39,31 +39,31 @@ MAX_INDEX_BYTES = 2**25
 
 
 @dataclass(frozen=True)
-class Stored:
-    """What is stored under a key: its whole shape, and its type."""
+class TensorEntry:
+    """Full shape and dtype of the tensor stored under a key."""
 
     shape: tuple[int, ...]
     dtype: tf.DType
 
 
-def read_v2(path: Path) -> dict[str, Stored]:
-    """The entries of a V2 index, all of them checked.
+def read_v2(path: Path) -> dict[str, TensorEntry]:
+    """Read and validate the entries of a V2 index.
 
     Raises:
-        ValueError: if the file is no index, or an entry makes no sense.
+        ValueError: if the file is not an index, or an entry is invalid.
     """
     if not path.is_file():
         raise ValueError("it is not a file")
     if path.stat().st_size > MAX_INDEX_BYTES:
         raise ValueError(f"it has over {MAX_INDEX_BYTES:,} bytes, too many for an index")
-    entries: dict[str, Stored] = {}
+    entries: dict[str, TensorEntry] = {}
     num_shards, num_extents = None, 0
     for key, value in table(path.read_bytes(), _MAX_VALUE_BYTES):
         if not key:
             num_shards = _parse(BundleHeaderProto, value, key).num_shards
             continue
         entry = _parse(BundleEntryProto, value, key)
-        stored = Stored(_shape(entry.shape, key), _dtype(entry.dtype, key))
+        stored = TensorEntry(_shape(entry.shape, key), _dtype(entry.dtype, key))
         is_whole = not entry.slices and stored.dtype.size
         num_bytes = math.prod(stored.shape) * stored.dtype.size
         if (
@@ -72,24 +72,24 @@ def read_v2(path: Path) -> dict[str, Stored]:
             or min(entry.offset, entry.size) < 0
             or (is_whole and entry.size != num_bytes)
         ):
-            raise ValueError(f"its entry {_show(key)} makes no sense")
+            raise ValueError(f"its entry {_show(key)} is invalid")
         num_extents += _check_slices(entry.slices, stored.shape, key)
         if num_extents > _MAX_EXTENTS:
             raise ValueError(f"it has over {_MAX_EXTENTS:,} slices, too many for a checkpoint")
-        if not key.startswith(b"\0"):  # a part of a partitioned variable, under a key of its own
+        if not key.startswith(b"\0"):  # else a slice of a partitioned variable, with its own key
             entries[key.decode("utf-8", "replace")] = stored
     if num_shards is None:
         raise ValueError("it has no header")
     return entries
 
 
-def read_v1(paths: Sequence[Path]) -> dict[str, Stored]:
-    """What is in the files of a V1 checkpoint, all of it checked.
+def read_v1(paths: Sequence[Path]) -> dict[str, TensorEntry]:
+    """Read and validate the entries of the files of a V1 checkpoint.
 
     Raises:
-        ValueError: if a file is no checkpoint, or an entry makes no sense.
+        ValueError: if a file is not a checkpoint, or an entry is invalid.
     """
-    entries: dict[str, Stored] = {}
+    entries: dict[str, TensorEntry] = {}
     for path in paths:
         if path.stat().st_size > 2**31 - 1:
             raise ValueError("it has over 2 GB, too many for a V1 checkpoint")
@@ -99,7 +99,7 @@ def read_v1(paths: Sequence[Path]) -> dict[str, Stored]:
             raise ValueError(f"{path.name} does not begin with a list of what is in it")
         for tensor in _parse(SavedTensorSlices, first[1], b"").meta.tensor:
             key = tensor.name.encode()
-            stored = Stored(_shape(tensor.shape, key), _dtype(tensor.type, key))
+            stored = TensorEntry(_shape(tensor.shape, key), _dtype(tensor.type, key))
             _check_slices(tensor.slice, stored.shape, key)
             entries[tensor.name] = stored
     return entries
@@ -116,14 +116,14 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
 def table(
     content: bytes | mmap.mmap, max_value_bytes: int = MAX_INDEX_BYTES
 ) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of a table, in order.
+    """Iterate over the keys and values of a table, in order.
 
     Raises:
-        ValueError: if it is damaged, blocks overlap, keys or values are larger than those of a
-            checkpoint, or there are too many.
+        ValueError: if it is damaged, its blocks overlap, or it has more, or larger, keys or values
+            than any checkpoint.
     """
     if len(content) < _FOOTER_BYTES or content[-8:] != struct.pack("<Q", _MAGIC):
-        raise ValueError("it is no table of TensorFlow, or it was cut short")
+        raise ValueError("it is not a TensorFlow table, or it is truncated")
     footer = content[-_FOOTER_BYTES:]
     _, position = _handle(footer, 0)
     index, _ = _handle(footer, position)
@@ -135,7 +135,7 @@ def table(
         if num_blocks > _MAX_KEYS:
             raise ValueError(f"it has over {_MAX_KEYS:,} blocks, too many for a checkpoint")
         end = offset + size + _BLOCK_TRAILER_BYTES
-        for key, found in _block(content, offset, size, max_value_bytes):
+        for key, entry in _block(content, offset, size, max_value_bytes):
             num_keys += 1
             num_bytes += len(key)
             if num_keys > _MAX_KEYS or num_bytes > _MAX_BYTES_OF_KEYS:
@@ -143,15 +143,15 @@ def table(
                     f"it has over {_MAX_KEYS:,} keys, or over {_MAX_BYTES_OF_KEYS:,} bytes of "
                     "keys, too many for a checkpoint"
                 )
-            yield key, found
+            yield key, entry
 
 
 def _block(
     content: bytes | mmap.mmap, offset: int, size: int, max_value_bytes: int
 ) -> Iterator[tuple[bytes, bytes]]:
-    """Keys, each written as what is new after a part of the one before, and values."""
+    """Iterate over the prefix-compressed keys and the values of a block."""
     if offset + size + _BLOCK_TRAILER_BYTES > len(content):
-        raise ValueError("a block of it lies outside of the file")
+        raise ValueError("one of its blocks lies outside of the file")
     if content[offset + size]:
         raise ValueError("it is compressed; write the checkpoint again with TensorFlow")
     restarts = struct.unpack_from("<I", content, offset + size - 4)[0] if size >= 4 else 0
@@ -162,10 +162,10 @@ def _block(
         added, position = _varint(content, position)
         length, position = _varint(content, position)
         if shared > len(key) or position + added + length > end:
-            raise ValueError("an entry of it lies outside of its block")
+            raise ValueError("one of its entries lies outside of its block")
         if shared + added > _MAX_KEY_BYTES or length > max_value_bytes:
             raise ValueError(
-                f"an entry of it has {shared + added:,} bytes of key and {length:,} "
+                f"one of its entries has {shared + added:,} bytes of key and {length:,} "
                 "of value, too many for a checkpoint"
             )
         key = key[:shared] + content[position : position + added]
@@ -190,7 +190,7 @@ def _varint(content: bytes | mmap.mmap, position: int) -> tuple[int, int]:
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
             return value, position
-    raise ValueError("a number in it does not end")
+    raise ValueError("it has an unterminated varint")
 
 
 def _parse(kind, value: bytes, key: bytes):  # type: ignore[no-untyped-def]
@@ -205,7 +205,7 @@ def _shape(proto: TensorShapeProto, key: bytes) -> tuple[int, ...]:
     if proto.unknown_rank or len(shape) > _MAX_DIMENSIONS or min(shape, default=0) < 0:
         raise ValueError(f"its entry {_show(key)} has shape {list(shape)[:8]}")
     if math.prod(max(size, 1) for size in shape) > _MAX_ELEMENTS:
-        raise ValueError(f"its entry {_show(key)} has shape {list(shape)}, too large to be true")
+        raise ValueError(f"its entry {_show(key)} has shape {list(shape)}, which is too large")
     return shape
 
 
@@ -217,7 +217,7 @@ def _dtype(number: int, key: bytes) -> tf.DType:
 
 
 def _check_slices(slices: Sequence[TensorSliceProto], shape: tuple[int, ...], key: bytes) -> int:
-    """How many extents they have in all."""
+    """Check slices against the full shape; returns their total number of extents."""
     if len(slices) * max(1, len(shape)) > _MAX_EXTENTS:
         raise ValueError(f"its entry {_show(key)} has {len(slices):,} slices, too many")
     for extents in slices:

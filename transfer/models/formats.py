@@ -1,7 +1,7 @@
-"""From a path to a parsed graph: meta graphs, frozen graphs and SavedModels. Nothing is run.
+"""Open model files: parse meta graphs, frozen graphs and SavedModels, without running them.
 
-A model is named by its prefix, after which its files are named: ``vgg`` for ``vgg.meta``,
-``vgg.index``, ``vgg.json``; ``frozen`` for ``frozen.pb``; a SavedModel's folder is its prefix.
+A model is identified by its prefix: ``vgg`` for ``vgg.meta``, ``vgg.index``, ``vgg.json``;
+``frozen`` for ``frozen.pb``; the prefix of a SavedModel is its folder.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _STEP = re.compile(r"-\d+$")
 _GRAPHS = (".pb", ".pbtxt")
 _SAVED_MODELS = ("saved_model.pb", "saved_model.pbtxt")
 MAX_BYTES = 2**31 - 1
-"""Of a file; protobuf's own limit."""
+"""Maximum size of a file; protobuf's own limit."""
 MAX_TEXT_BYTES = 2**24
-"""Of a file in text form, which takes a second and 50 MB of memory for each MB."""
+"""Maximum size of a file in text format, which takes a second and 50 MB of memory per MB."""
 
 M = TypeVar("M", bound=Message)
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A parsed graph and where the rest of the model is.
+    """A parsed graph and the location of the other files of the model.
 
-    ``checkpoint_prefix`` is ``None`` where no checkpoint was found, ``format`` one of "meta graph",
-    "frozen graph", "SavedModel".
+    ``checkpoint_prefix`` is ``None`` if no checkpoint was found; ``format`` is "meta graph",
+    "frozen graph" or "SavedModel".
     """
 
     format: str
@@ -47,15 +47,15 @@ class ModelFiles:
 
 
 def open_model(path: Path) -> ModelFiles:
-    """Parse the graph that a path means.
+    """Find and parse the graph of a model.
 
     Args:
         path: a prefix, a ``.meta``, ``.index`` or ``.data-...`` file, a V1 checkpoint, a ``.pb`` or
             ``.pbtxt`` with a GraphDef, or a folder with one of these or with a SavedModel.
 
     Raises:
-        FileNotFoundError: if there is no graph.
-        ValueError: if the file is none, is damaged, or the folder holds several.
+        FileNotFoundError: if no graph is found.
+        ValueError: if the file is not a graph, is damaged, or the folder contains several.
     """
     if path.is_dir():
         path = _only_model(path)
@@ -86,13 +86,13 @@ def _open_graph(path: Path) -> ModelFiles:
 
 
 def _open_saved_model(folder: Path) -> ModelFiles:
-    found = [folder / name for name in _SAVED_MODELS if (folder / name).is_file()]
-    if not found:
+    files = [folder / name for name in _SAVED_MODELS if (folder / name).is_file()]
+    if not files:
         raise FileNotFoundError(f"no SavedModel in {str(folder)!r}: expected {_SAVED_MODELS[0]}")
-    model = _parse(found[0], SavedModel, "SavedModel")
+    model = _parse(files[0], SavedModel, "SavedModel")
     tagged = {tuple(graph.meta_info_def.tags): graph for graph in model.meta_graphs}
     if not tagged:
-        raise ValueError(f"{str(found[0])!r} is not a SavedModel: it holds no graph")
+        raise ValueError(f"{str(files[0])!r} is not a SavedModel: it holds no graph")
     meta = tagged.get(("serve",)) or (len(tagged) == 1 and next(iter(tagged.values())))
     if not meta:
         shown = ", ".join("+".join(tags) or "none" for tags in tagged)
@@ -101,12 +101,12 @@ def _open_saved_model(folder: Path) -> ModelFiles:
             "tagged 'serve', or one only: save the one that you want by itself"
         )
     if not meta.graph_def.node:
-        raise ValueError(f"{str(found[0])!r} is not a SavedModel: its graph is empty")
+        raise ValueError(f"{str(files[0])!r} is not a SavedModel: its graph is empty")
     return ModelFiles("SavedModel", folder, meta, folder / "variables" / "variables")
 
 
 def _parse(path: Path, kind: type[M], name: str) -> M:
-    """A file as a protobuf, in binary or in text form."""
+    """Parse a file as a protobuf, in binary or text format."""
     size = path.stat().st_size
     if size == 0:
         raise ValueError(f"{str(path)!r} is empty; expected a {name}")
@@ -146,7 +146,7 @@ def _parse(path: Path, kind: type[M], name: str) -> M:
 
 
 def _as_text(content: bytes) -> str | None:
-    """Text form is ASCII with braces; nothing else is tried."""
+    """The content as text if it may be the text format, which is ASCII with braces."""
     if b"\0" in content[:4096] or b"{" not in content:
         return None
     try:
@@ -156,22 +156,22 @@ def _as_text(content: bytes) -> str | None:
 
 
 def _only_model(folder: Path) -> Path:
-    """The one model in a folder; of several steps of one model, the one in the state file."""
+    """The only model in a folder; among several steps of a model, the one in the state file."""
     if any((folder / name).is_file() for name in _SAVED_MODELS):
         return folder
-    found = sorted(folder.glob("*.meta")) or sorted(
+    graphs = sorted(folder.glob("*.meta")) or sorted(
         path for path in folder.iterdir() if path.suffix in _GRAPHS and path.is_file()
     )
-    if len(found) == 1:
-        return found[0]
-    if len({_STEP.sub("", path.stem) for path in found}) == 1:
-        newest = next((path for path in found if path.stem == state(folder)), None)
+    if len(graphs) == 1:
+        return graphs[0]
+    if len({_STEP.sub("", path.stem) for path in graphs}) == 1:
+        newest = next((path for path in graphs if path.stem == state(folder)), None)
         if newest is not None:
             return newest
-    names = ", ".join(path.name for path in found) or "none"
-    raise (ValueError if found else FileNotFoundError)(
-        f"folder {str(folder)!r} holds {len(found)} graphs ({names}); expected one, or the path of "
-        "one: .meta, .pb, or a folder with a saved_model.pb"
+    names = ", ".join(path.name for path in graphs) or "none"
+    raise (ValueError if graphs else FileNotFoundError)(
+        f"folder {str(folder)!r} holds {len(graphs)} graphs ({names}); expected one, or the path "
+        "of one: .meta, .pb, or a folder with a saved_model.pb"
     )
 
 
@@ -188,16 +188,17 @@ def _no_graph(path: Path, meta_path: Path) -> str:
 
 
 def _prefix_of(path: Path) -> Path:
-    """What the files of a model are named after; the folder of those without a name."""
+    """The prefix of a model, from the path of one of its files; for files without a stem, their
+    folder."""
     name = _SUFFIX.sub("", path.name)
     return path.with_name(name) if name else path.parent.resolve()
 
 
 def _find_checkpoint(prefix: Path) -> Path | None:
-    """The graph's own checkpoint, else the one that lies beside it, if it is one only.
+    """The checkpoint with the graph's own prefix, else the only one of the same name with a step.
 
-    Programs that write the graph once save ``model.meta`` beside ``model-1000.index``. The state
-    file names the newest of several; it is believed where that exists.
+    Programs that write the graph once save ``model.meta`` beside ``model-1000.index``. If there are
+    several, the one that the state file names as the newest is used, if it exists.
     """
     if checkpoint.exists(prefix):
         return prefix
@@ -214,11 +215,11 @@ def _find_checkpoint(prefix: Path) -> Path | None:
 
 
 def state(folder: Path) -> str | None:
-    """The name of the newest checkpoint by the state file, whatever folder that says it is in."""
+    """Name of the newest checkpoint according to the state file, ignoring the folder it states."""
     path = folder / "checkpoint"
     if not path.is_file() or path.stat().st_size > 2**20:
         return None
-    # Not parsed as a protobuf: the backslashes of a Windows path are no valid escapes.
+    # Not parsed as a protobuf: the backslashes of Windows paths are not valid escapes.
     text = path.read_text(encoding="utf-8", errors="replace")
     match = re.search(r'^model_checkpoint_path: "(.*)"', text, re.MULTILINE)
     return re.split(r"[/\\]", match[1])[-1] or None if match else None

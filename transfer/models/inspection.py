@@ -1,6 +1,6 @@
-"""What is in a model: inputs, taps, variables, how far the checkpoint covers them, and hazards.
+"""Inspect a model: inputs, taps, variables, their coverage by the checkpoint, and hazards.
 
-Everything is read off the files; nothing is run, and the weights need not be there.
+The files are only parsed; nothing is run, and the weights are not needed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Shape = tuple[int | None, ...] | None
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor and what is said about it: the ``shape`` is ``None`` where it is not known."""
+    """A tensor with a remark ``about`` it; ``shape`` is ``None`` if unknown."""
 
     name: str
     shape: Shape
@@ -55,7 +55,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Variables:
-    """How many variables there are, of how many parameters and of how many megabytes (10^6)."""
+    """Number of variables and of their parameters, and their size in megabytes (10^6 bytes)."""
 
     count: int
     parameters: int
@@ -64,11 +64,11 @@ class Variables:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the checkpoint has of the graph's variables.
+    """How far the checkpoint covers the variables of the graph.
 
-    ``problem`` says why it cannot be read, ``None`` if it can. ``matched`` counts variables,
-    ``missing`` and ``different`` name those that have no value or another shape or type, ``extra``
-    the entries that belong to no variable.
+    ``problem`` is the reason why it cannot be read, ``None`` if it can. ``matched`` counts matching
+    variables, ``missing`` lists variables without a value, ``different`` those of another shape or
+    dtype, ``extra`` the entries that belong to no variable.
     """
 
     prefix: str | None
@@ -82,14 +82,15 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``inspect`` finds.
+    """The result of ``inspect``.
 
-    ``variables`` are all of the graph, ``tap_variables`` those that the first tap needs (weights
-    that are constants included), ``feeds`` the placeholders that tell training from inference,
-    ``unknown_feeds`` other placeholders that the first tap needs and that want a value.
-    ``tap_error`` says why the first tap cannot be a layer; ``None`` if it can. ``cuts`` are those
-    of its network, from the input on. ``command`` passed all checks that fine-tuning begins with;
-    where it is ``None``, ``command_problem`` says why and what would work.
+    ``variables`` are all variables of the graph, ``tap_variables`` those that the first tap depends
+    on (including constant weights), ``feeds`` the placeholders that switch between training and
+    inference, ``unknown_feeds`` other placeholders that the first tap depends on and that need a
+    value. ``tap_error`` is the reason why the first tap cannot be used as a layer; ``None`` if it
+    can. ``cuts`` are the cuts of its network, from input to output. ``command`` passed all checks
+    with which fine-tuning starts; if it is ``None``, ``command_problem`` gives the reason and an
+    alternative.
     """
 
     model: str
@@ -112,7 +113,7 @@ class Inspection:
 
 
 def inspect(graph: MetaGraph) -> Inspection:
-    """Look at a model.
+    """Inspect a model.
 
     Raises:
         ValueError: if the graph is damaged.
@@ -159,7 +160,7 @@ def inspect(graph: MetaGraph) -> Inspection:
 
 
 def _coverage(graph: MetaGraph, variables: Sequence[Variable]) -> tuple[Coverage, set[str] | None]:
-    """What the checkpoint has, and the names of the variables that it has; ``None`` if unknown."""
+    """Coverage by the checkpoint, and the names of the covered variables; ``None`` if unknown."""
     if not variables:
         return Coverage(None, None), set()
     prefix = graph.checkpoint_prefix or graph.prefix
@@ -194,7 +195,7 @@ def _coverage(graph: MetaGraph, variables: Sequence[Variable]) -> tuple[Coverage
 
 
 def _try(graph: MetaGraph, tap: str | None) -> tuple[str | None, Network | None, str | None]:
-    """The input of a tap, the network between them, and what is wrong."""
+    """The input of a tap, the network between them, and an error message."""
     if tap is None:
         return None, None, "no layer of a network was found in it"
     input = None
@@ -206,19 +207,19 @@ def _try(graph: MetaGraph, tap: str | None) -> tuple[str | None, Network | None,
 
 
 def _inputs(graph: MetaGraph, chosen: str | None) -> list[Tensor]:
-    """Where data come in: all placeholders, and what is dequeued and used."""
+    """All tensors that provide data: placeholders, and dequeued tensors that are used."""
     used = outputs(graph.nodes.values())
-    found = []
+    tensors = []
     for node in graph.nodes.values():
         if node.op not in taps.SOURCES:
             continue
         for tensor in used.get(node.name) or [f"{node.name}:0"]:
             index = split_tensor_name(tensor)[1]
             about = "takes the images" if tensor == chosen else node.op
-            found.append(_tensor(node, tensor, index, about))
-    # The file names of savers are placeholders, too.
-    found = [t for t in found if t.dtype != "string" or t.name == chosen]
-    return sorted(found, key=lambda tensor: tensor.name != chosen)
+            tensors.append(_tensor(node, tensor, index, about))
+    # The file names of savers are also placeholders.
+    tensors = [t for t in tensors if t.dtype != "string" or t.name == chosen]
+    return sorted(tensors, key=lambda tensor: tensor.name != chosen)
 
 
 def _tap(graph: MetaGraph, tap: taps.Tap) -> Tensor:
@@ -254,71 +255,77 @@ def _hazards(
     ranked: Sequence[taps.Tap],
 ) -> list[str]:
     ops = Counter(node.op for node in graph.nodes.values())
-    found = []
+    hazards = []
     if coverage.problem:
-        found.append(coverage.problem)
+        hazards.append(coverage.problem)
     needed = {v.name for v in network.variables} if network else set()
     lacking = sorted(needed & set(coverage.missing))
     if lacking:
-        found.append(f"the checkpoint lacks {len(lacking)} of the tap's variables: {_few(lacking)}")
+        hazards.append(
+            f"the checkpoint lacks {len(lacking)} of the tap's variables: {_few(lacking)}"
+        )
     named = state(graph.prefix.parent)
     if named and graph.checkpoint_prefix and named != graph.checkpoint_prefix.name:
-        found.append(f"the state file names another checkpoint, {named!r}; it is not believed")
+        hazards.append(f"the state file names another checkpoint, {named!r}; it is ignored")
     devices = sorted({n.device for n in graph.nodes.values() if not _is_cpu(n.device)})
     if devices:
-        found.append(f"pinned to devices ({_few(devices)}); devices are cleared")
+        hazards.append(f"pinned to devices ({_few(devices)}); devices are cleared")
     queues = [op for op in ops if "Queue" in op or "Reader" in op or op.startswith("Iterator")]
     if queues:
-        found.append(f"has its own input pipeline ({_few(sorted(queues))}); it is left out")
+        hazards.append(f"has its own input pipeline ({_few(sorted(queues))}); it is removed")
     unresolved = repair.unresolved(graph.meta)
     if unresolved:
-        found.append(f"collections name what is not there ({_few(unresolved)}); they are not used")
+        hazards.append(
+            f"collections refer to missing operations ({_few(unresolved)}); they are ignored"
+        )
     loops = [node.name for node in graph.nodes.values() if node.op in ("Enter", "While")]
     if loops:
-        found.append(f"has while loops ({_few(loops[:1])}); nothing inside can be tapped")
+        hazards.append(f"has while loops ({_few(loops[:1])}); nothing inside can be tapped")
     live = downstream(upstream, [input] if input else [])
     dropouts = find_dropout(upstream, live)
     constant = [d.node for d in dropouts if graph.nodes[operation_of(d.amount)].op == "Const"]
     if constant and network is not None and network.training is not None:
-        found.append(f"dropout is always on ({_few(constant)}); it is bypassed but in training")
+        hazards.append(
+            f"dropout is always on ({_few(constant)}); bypassed at inference, active in training"
+        )
     noise = [
         n.name
         for n in upstream
         if n.op in RANDOM_OPS and n.name not in {d.uniform for d in dropouts}
     ]
     if noise:
-        found.append(
+        hazards.append(
             f"random numbers before the tap ({_few(noise)}): features differ from run to run"
         )
     if any(n.op in NORMS and n.attr["is_training"].b for n in _inference(network)):
-        found.append(
-            "batch norm before the tap takes the statistics of the batch, in inference too"
+        hazards.append(
+            "batch norm before the tap uses the statistics of the batch, also at inference"
         )
     for tensor, names in (stopped(network) if network is not None else {}).items():
-        found.append(
-            f"stops gradients at {tensor!r}: what lies before it stays untrained under any "
+        hazards.append(
+            f"stops gradients at {tensor!r}: variables before it stay untrained under any "
             f"freeze_until ({len(names)} variables: {_few(names)})"
         )
     if network is not None and network.batch_size is not None:
-        found.append(f"takes batches of {network.batch_size} only; others are filled up")
+        hazards.append(f"takes batches of {network.batch_size} only; others are padded")
     prepared = graph_preprocessing.find(network) if network is not None else None
     if prepared:
         mode = graph.card.preprocess
         twice = prepared.repeats(mode) if mode else None
-        found.append(
-            f"the graph prepares its images itself: it {prepared}"
+        hazards.append(
+            f"the graph preprocesses its images itself: it {prepared}"
             + (f"; preprocess {mode} would {twice} again" if twice else "")
         )
     if graph.card.preprocess is None:
-        found.append(
-            "nothing says how images are to be prepared; preprocess=MODE is a guess, check it"
+        hazards.append(
+            "the preprocessing of the images is unknown; preprocess=MODE is a guess, check it"
         )
     if coverage.has_averages:
-        found.append("the checkpoint has moving averages of the weights; use_ema=True takes them")
+        hazards.append("the checkpoint has moving averages of the weights; use_ema=True takes them")
     copies = _copies(ranked)
     if copies > 1:
-        found.append(f"{copies} copies of the network, or heads; the taps of each are listed")
-    return found
+        hazards.append(f"{copies} copies of the network, or heads; the taps of each are listed")
+    return hazards
 
 
 def _is_cpu(device: str) -> bool:

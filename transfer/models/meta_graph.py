@@ -1,7 +1,6 @@
-"""A model on disk as a ``MetaGraph``: its tensors, its checkpoint, its card.
+"""Load a model from disk as a ``MetaGraph``: its graph, checkpoint and card.
 
-Loading runs nothing: a graph is read as data. See ``transfer.layers.backbone`` for what
-makes it a layer.
+Loading only parses the graph and runs nothing. ``transfer.layers.backbone`` makes it a layer.
 """
 
 from __future__ import annotations
@@ -49,9 +48,9 @@ from transfer.models.object_keys import KEY
 
 
 class SharedBatchError(ValueError):
-    """Towers share the batch of the input: the tap gives fewer rows than images go in.
+    """The batch of the input is split between towers: the tap has fewer rows than the input.
 
-    ``inputs`` are tensors that a tower takes its own part from, the first one first.
+    ``inputs`` are the tensors with the parts of the towers, the first tower's first.
     """
 
     def __init__(self, message: str, inputs: Sequence[str]):
@@ -60,26 +59,26 @@ class SharedBatchError(ValueError):
 
 
 EMBEDDED = "embedded"
-"""Name of the small VGG that comes with the project."""
+"""Name of the small VGG included in the project."""
 _EMBEDDED_PREFIX = Path(str(files("pretrained") / "vgg_small"))
 
 
 @dataclass(frozen=True)
 class MetaGraph:
-    """A parsed model; ``load_meta_graph`` makes them.
+    """A parsed model, as returned by ``load_meta_graph``.
 
     Attributes:
-        prefix: path of the model without ``.meta``; of a SavedModel, its folder.
-        meta: as it was read. Which checkpoint key feeds which variable is read off the operations
-            of its saver.
-        graph_def: all of its graph, calls of functions inlined.
-        checkpoint_prefix: the checkpoint that belongs to it, ``None`` if there is none.
-        card: what is known beside the graph; empty if there is no card.
-        tensorflow_version: of the TensorFlow that wrote it, ``""`` if unknown.
+        prefix: path of the model without ``.meta``; for a SavedModel, its folder.
+        meta: the unmodified ``MetaGraphDef``. The operations of its saver map checkpoint keys to
+            variables.
+        graph_def: the complete graph, with function calls inlined.
+        checkpoint_prefix: the checkpoint of the model, ``None`` if there is none.
+        card: its card; empty if there is none.
+        tensorflow_version: version of TensorFlow that wrote it, ``""`` if unknown.
         format: "meta graph", "frozen graph" or "SavedModel".
-        outputs: tensors that a SavedModel serves.
-        objects: of a SavedModel of TensorFlow 2, variable to the path of its object.
-        rename: parts of variables' names to what the checkpoint's keys have in their place.
+        outputs: output tensors of the serving signature of a SavedModel.
+        objects: for a TensorFlow 2 SavedModel, variable name to the path of its object.
+        rename: parts of variable names to the parts of checkpoint keys that replace them.
 
     Example:
         >>> from transfer import MetaGraph, load_meta_graph
@@ -101,35 +100,36 @@ class MetaGraph:
 
     @property
     def name(self) -> str:
-        """How run folders and caches refer to the model: its absolute prefix, or ``embedded``."""
+        """Identifier of the model in run folders and caches: its absolute prefix, or
+        ``embedded``."""
         prefix = self.prefix.resolve()
         return EMBEDDED if prefix == _EMBEDDED_PREFIX.resolve() else str(prefix)
 
     @cached_property
     def nodes(self) -> dict[str, NodeDef]:
-        """Operation to node."""
+        """Operation name to node."""
         return {node.name: node for node in self.graph_def.node}
 
     def tensor(self, name: str) -> str:
-        """The full name of a tensor that is named by itself, by its operation, or in short.
+        """The full name of a tensor, from its full name, its operation or a short name.
 
-        ``fc7`` may be ``vgg_16/fc7/Relu:0``: what a scope of that name gives to the rest of the
-        network.
+        ``fc7`` may be short for ``vgg_16/fc7/Relu:0``: the output of the scope of that name.
 
         Raises:
-            ValueError: if there is none (suggests near ones), or there are several (lists them).
+            ValueError: if it does not exist (suggests similar names), or is ambiguous (lists the
+                candidates).
         """
         nodes = list(self.nodes.values())
-        found = taps.find(nodes, name)
-        if len(found) > 1 and self.outputs:
-            # A SavedModel may hold a copy of its network for each of its signatures.
+        matches = taps.find(nodes, name)
+        if len(matches) > 1 and self.outputs:
+            # A SavedModel may contain a copy of its network for each signature.
             served = {n.name for out in self.outputs for n in ancestors(nodes, out)}
-            found = [t for t in found if operation_of(t) in served] or found
-        if len(found) == 1:
-            return found[0]
-        where = f"{str(self.prefix)!r} has {'several tensors' if found else 'no tensor'} {name!r}"
-        if found:
-            raise ValueError(f"{where}: {', '.join(found[:8])}; name the one that you mean")
+            matches = [t for t in matches if operation_of(t) in served] or matches
+        if len(matches) == 1:
+            return matches[0]
+        where = f"{str(self.prefix)!r} has {'several tensors' if matches else 'no tensor'} {name!r}"
+        if matches:
+            raise ValueError(f"{where}: {', '.join(matches[:8])}; name the one that you mean")
         operation, _ = split_tensor_name(name)
         near = difflib.get_close_matches(operation, self.nodes, n=5, cutoff=0.5)
         hint = (
@@ -144,21 +144,20 @@ class MetaGraph:
         feeds: Mapping[str, float | bool] | None = None,
         keep_dropout: bool = False,
     ) -> Network:
-        """The arithmetic from the input to the tap. Images, and all that has a height and a width,
-        are channels last, whatever they are in the graph.
+        """The subgraph from the input to the tap, converted to channels last.
 
         Args:
             tap: tensor or operation with the features, or a short name (see ``tensor``).
-            input: tensor or operation that takes the images; by default the card's, or else the one
-                that the tap depends on and that may be it.
-            feeds: values of other placeholders, over those of the card. What tells training from
-                inference is found by itself.
-            keep_dropout: leave dropout that is always on in the graph on.
+            input: tensor or operation that takes the images; defaults to the card's, else to the
+                only candidate that the tap depends on.
+            feeds: values of other placeholders; they override those of the card. Placeholders that
+                switch between training and inference are detected.
+            keep_dropout: keep dropout active at inference where the graph always applies it.
 
         Raises:
-            ValueError: if a tensor is unknown, several placeholders might be the input, one has no
+            ValueError: if a tensor is unknown, several placeholders may be the input, one has no
                 value, or the tap is inside a while loop.
-            ForbiddenOpError: if it needs more than arithmetic.
+            ForbiddenOpError: if it depends on operations that are not pure computation.
         """
         output = self.tensor(tap)
         feeds = {self.tensor(name): value for name, value in (feeds or {}).items()}
@@ -187,7 +186,7 @@ class MetaGraph:
         return channels_last(network)
 
     def _check_rows(self, network: Network) -> None:
-        """Refuse towers that share a batch: half the labels would be compared with nothing."""
+        """Reject a tower that computes only a part of the batch: outputs would not match labels."""
         shared = inputs.shared_batch(network)
         if shared is None:
             return
@@ -202,30 +201,32 @@ class MetaGraph:
 
     @property
     def local_variables(self) -> set[str]:
-        """Variables that savers leave out: counters of metrics and of input pipelines."""
+        """Variables that savers do not save: counters of metrics and of input pipelines."""
         return repair.variables_of(self.meta, ("local_variables", "metric_variables"))
 
     def repaired(self) -> MetaGraphDef:
-        """For ``tf.compat.v1.train.import_meta_graph`` in a program of your own: without devices,
-        and without collections that do not resolve. Unlike the rest of this library, what is
-        imported so is the whole program."""
+        """The meta graph for ``tf.compat.v1.train.import_meta_graph`` in your own program, without
+        devices and without collections that do not resolve.
+
+        Unlike elsewhere in this library, it is the complete program, with all its operations.
+        """
         return repair.repaired(self.meta)
 
     def node(self, tensor: str) -> NodeDef:
-        """The operation that a tensor is an output of."""
+        """The node that outputs a tensor."""
         return self.nodes[operation_of(self.tensor(tensor))]
 
     def read(self, variables: Sequence[Variable], use_ema: bool = False) -> dict[str, tf.Tensor]:
-        """The values of variables, from the checkpoint; nothing else is read.
+        """Read the values of these variables only from the checkpoint.
 
         Args:
-            variables: of a network of this graph; weights that are constants are read off the
-                graph.
-            use_ema: read the moving averages of those that have one.
+            variables: variables of a network of this graph; the values of constant weights are
+                taken from the graph.
+            use_ema: read the exponential moving averages of variables that have one.
 
         Raises:
             FileNotFoundError: if there is no checkpoint, or a file of it is missing.
-            ValueError: if it does not fit; lists all that is missing or different. With
+            ValueError: if it does not match; lists all missing and different variables. With
                 ``use_ema``, if there are no moving averages.
         """
         constants = {v.name: n for v in variables if (n := self.nodes[v.name]).op == "Const"}
@@ -239,11 +240,11 @@ class MetaGraph:
         return values
 
     def match(self, variables: Sequence[Variable], use_ema: bool = False) -> None:
-        """Check that ``read`` will find what it needs, without the data where there is an index.
+        """Check that ``read`` will succeed; if there is an index, the data files are not needed.
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
-            ValueError: if it does not fit.
+            ValueError: if it does not match.
         """
         if stored := self._stored(variables):
             prefix = self.checkpoint_prefix or self.prefix
@@ -251,22 +252,22 @@ class MetaGraph:
             source.match(stored, self.entries(source, use_ema))
 
     def check_files(self, variables: Sequence[Variable]) -> None:
-        """Look whether the files that ``read`` needs are there.
+        """Check that the files that ``read`` needs exist.
 
         Raises:
-            FileNotFoundError: names those that are missing.
+            FileNotFoundError: lists the missing files.
         """
         if self._stored(variables):
             checkpoint.check_files(self.checkpoint_prefix or self.prefix)
 
     def _stored(self, variables: Sequence[Variable]) -> list[Variable]:
-        """Those that are not constants of the graph."""
+        """The variables that are not constants of the graph."""
         return [v for v in variables if self.nodes[v.name].op != "Const"]
 
     def entries(
         self, source: checkpoint.Checkpoint, use_ema: bool = False
     ) -> dict[str, checkpoint.Entry]:
-        """Where a checkpoint has the value of each variable that is not stored under its name.
+        """The checkpoint entries of variables that are not stored under their own names.
 
         Raises:
             ValueError: with ``use_ema``, if the checkpoint has no moving averages; if a part of
@@ -291,20 +292,20 @@ class MetaGraph:
         mode: str | Mapping[str, Any] | None = None,
         image_size: Size | None = None,
     ) -> Preprocess:
-        """What the images that go into a tensor must be put through.
+        """The preprocessing of the images that a tensor takes.
 
         Args:
             input: the tensor.
-            mode: input convention; by default the card's.
-            image_size: by default what the graph states, or else the card.
+            mode: input convention; defaults to the card's.
+            image_size: defaults to the size in the graph, else the card's.
 
         Raises:
-            ValueError: if the convention or the size is not known, or the graph takes another size.
+            ValueError: if the convention or the size is unknown, or the graph takes another size.
         """
         mode = mode or self.card.preprocess
         if mode is None:
             raise ValueError(
-                f"no card ({self.prefix.name}.json) says how images are to be prepared for "
+                f"no card ({self.prefix.name}.json) states the preprocessing of images for "
                 f"{str(self.prefix)!r}, and the wrong convention costs accuracy without any error; "
                 f"say which with preprocess=MODE: {', '.join(CONVENTIONS)}"
             )
@@ -314,7 +315,7 @@ class MetaGraph:
         dtype = dtype_of(node, index)
         if dtype is not None and dtype.is_integer and mode != "none":
             raise ValueError(
-                f"input {input!r} takes whole numbers ({dtype.name}), so the network prepares its "
+                f"input {input!r} takes integers ({dtype.name}), so the network preprocesses its "
                 f"images itself; preprocess={mode!r} does not fit, use none"
             )
         if len(shape) == 2:
@@ -341,10 +342,10 @@ class MetaGraph:
         return preprocess
 
     def find_input(self, output: str, feeds: Mapping[str, float | bool] | None = None) -> str:
-        """The tensor that takes the images on the way to an output.
+        """Find the input tensor for images that an output depends on.
 
         Raises:
-            ValueError: if there is none, or more than one that might be it.
+            ValueError: if there is no candidate, or more than one.
         """
         upstream = ancestors(self.nodes.values(), output, stop_at=feeds or {})
         read = graph_outputs(upstream)
@@ -360,9 +361,9 @@ class MetaGraph:
         names = [name for name in candidates if name not in modes]
         images = [name for name in names if len(candidates[name] or ()) == 4]
         known = [name for name in names if candidates[name] is not None]
-        for found in (images, known, names):
-            if len(found) == 1:
-                return found[0]
+        for group in (images, known, names):
+            if len(group) == 1:
+                return group[0]
         shown = f"{len(names)} tensors might be it ({', '.join(names)}); name it as the input"
         if not names:
             shown = "the tap depends on no placeholder for them; name a tensor that has them"
@@ -373,13 +374,13 @@ class MetaGraph:
 
 
 def _one_of(tensors: Sequence[str]) -> str:
-    """The end of a message that says which tensors would do."""
+    """End of an error message: the tensors to choose from."""
     return f": {', '.join(tensors[:4])}" if tensors else ""
 
 
 def _as_image(length: int | None, size: Size | None) -> tuple[None, int, int, int] | None:
-    """The image, gray or in colour, that a vector of this length may be: of this size, or
-    square."""
+    """Shape of the gray or RGB image that a vector of this length represents: of the given size,
+    else square."""
     for channels in (1, 3):
         if isinstance(size, tuple) and math.prod(size) * channels == length:
             return None, *size, channels
@@ -391,21 +392,21 @@ def _as_image(length: int | None, size: Size | None) -> tuple[None, int, int, in
 
 
 def load_meta_graph(path: str | Path, *, rename: Mapping[str, str] | None = None) -> MetaGraph:
-    """Parse a model and find its checkpoint and card. Runs nothing, reads no weights.
+    """Parse a model and locate its checkpoint and card, without running it or reading weights.
 
     Args:
         path: a prefix (``pretrained/vgg16``), the ``.meta``, ``.index`` or ``.data-...`` file, a V1
             checkpoint with its ``.meta``, a frozen graph (``.pb`` or ``.pbtxt``), a SavedModel, or
-            a folder with one of these in it. ``"embedded"`` is the small VGG that comes with the
+            a folder that contains one of these. ``"embedded"`` is the small VGG included in the
             project.
-        rename: where the checkpoint's keys differ from the graph's names by a rule, parts of the
-            names to what the keys have in their place: ``{"weights": "kernel"}``. An empty part
-            stands for the beginning of the name: ``{"": "vgg_16/"}``.
+        rename: if the checkpoint's keys differ systematically from the names in the graph, parts of
+            names to the parts of keys that replace them: ``{"weights": "kernel"}``. An empty part
+            adds a prefix to the names: ``{"": "vgg_16/"}``.
 
     Raises:
-        FileNotFoundError: if there is no such model.
-        ValueError: if the file is no graph, is damaged, or the folder holds several.
-        ForbiddenOpError: if the graph does more than arithmetic.
+        FileNotFoundError: if the model does not exist.
+        ValueError: if the file is not a graph, is damaged, or the folder contains several.
+        ForbiddenOpError: if the graph contains operations that are not pure computation.
 
     Example:
         >>> from transfer import load_meta_graph

@@ -1,8 +1,8 @@
-"""Which checkpoint key feeds which variable of a SavedModel of TensorFlow 2.
+"""Checkpoint keys of the variables of a TensorFlow 2 SavedModel (object-based checkpoints).
 
-There a graph's variables have no keys of their own: functions are bound to objects of a program,
-and the checkpoint has a graph of the same objects. An object is found in both by its path from the
-root: ``("layers", "0", "kernel")``.
+The variables of the graph have no keys of their own: functions are bound to objects of a program,
+and the checkpoint contains an object graph of the same objects. A variable is located in both by
+its path from the root object: ``("layers", "0", "kernel")``.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectG
 from transfer.graph import VARIABLES, data_inputs, operation_of
 
 KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
-"""The checkpoint's entry with its graph of objects."""
+"""The checkpoint entry with the object graph."""
 
 MAX_DEPTH = 100
-"""Of objects in objects; paths are as long."""
+"""Maximum depth of nested objects, and thus maximum length of paths."""
 
 Path = tuple[str, ...]
 
 
 def variable_paths(meta: MetaGraphDef) -> dict[str, Path]:
-    """Variable of a SavedModel's graph to the path of its object; empty for one of TensorFlow 1."""
+    """Variable name to the path of its object; empty for a TensorFlow 1 SavedModel."""
     objects = meta.object_graph_def
     if not objects.nodes:
         return {}
     paths: dict[int, Path] = {0: ()}
     pending = [0]
-    for number in pending:  # breadth first: it grows as it goes
+    for number in pending:  # breadth-first search; the list grows during iteration
         for child in objects.nodes[number].children:
             is_known = child.node_id in paths or not 0 <= child.node_id < len(objects.nodes)
             if not is_known and len(paths[number]) < MAX_DEPTH:
                 paths[child.node_id] = (*paths[number], child.local_name)
                 pending.append(child.node_id)
     handles = {node.name for node in meta.graph_def.node if node.op in VARIABLES}
-    found = {}
+    variables = {}
     for node in meta.graph_def.node:
         bound = objects.concrete_functions.get(node.attr["f"].func.name) if node.attr else None
         if bound is None or not bound.bound_inputs:
@@ -48,25 +48,25 @@ def variable_paths(meta: MetaGraphDef) -> dict[str, Path]:
             arguments[-len(bound.bound_inputs) :], bound.bound_inputs, strict=False
         ):
             if name in handles and number in paths:
-                found[name] = paths[number]
-    return found
+                variables[name] = paths[number]
+    return variables
 
 
 def checkpoint_keys(paths: Mapping[str, Path], serialized: bytes = b"") -> dict[str, str]:
-    """Variable to checkpoint key.
+    """Variable name to checkpoint key.
 
     Args:
         paths: from ``variable_paths``.
-        serialized: the checkpoint's entry ``KEY``.
+        serialized: value of the checkpoint entry ``KEY``.
 
     Raises:
-        ValueError: if that is damaged.
+        ValueError: if ``serialized`` is damaged.
     """
     try:
         nodes = TrackableObjectGraph.FromString(serialized).nodes
     except (DecodeError, TypeError) as error:
         raise ValueError(f"the checkpoint is damaged at {KEY}: {error}") from error
-    found = {}
+    keys = {}
     for name, path in paths.items():
         number: int | None = 0
         for part in path:
@@ -75,5 +75,5 @@ def checkpoint_keys(paths: Mapping[str, Path], serialized: bytes = b"") -> dict[
         if number is not None and number < len(nodes):
             for attribute in nodes[number].attributes:
                 if attribute.name == "VARIABLE_VALUE":
-                    found[name] = attribute.checkpoint_key
-    return found
+                    keys[name] = attribute.checkpoint_key
+    return keys

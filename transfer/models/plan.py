@@ -1,6 +1,6 @@
-"""What a model is asked for, checked against its files before any weight is read.
+"""Validate how a model is to be used (tap, input, preprocessing) before any weights are read.
 
-Fine-tuning starts with it, and what ``inspect`` suggests has passed it.
+Fine-tuning starts with this check, and the commands that ``inspect`` suggests have passed it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ONE_BATCH = 12
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """From images to features: ``preprocess``, then ``network`` up to ``tap``."""
+    """How features are computed from images: ``preprocess``, then ``network`` up to ``tap``."""
 
     tap: str
     network: Network
@@ -52,11 +52,11 @@ def plan(
     preprocess: str | None = None,
     image_size: Size | None = None,
 ) -> ModelPlan:
-    """Settle how a model is used; runs nothing, and needs no more than the checkpoint's index.
+    """Resolve and validate how a model is used; runs nothing and needs only the checkpoint's index.
 
     Args:
-        graph: of the model.
-        tap: tensor with the features; by default the card's, or else ``fc7``.
+        graph: the model.
+        tap: tensor with the features; defaults to the card's, else ``fc7``.
         input: tensor that takes the images, see ``MetaGraph.network``.
         feeds: values of placeholders, see ``MetaGraph.network``.
         keep_dropout: see ``MetaGraph.network``.
@@ -65,10 +65,10 @@ def plan(
         image_size: see ``MetaGraph.preprocess``.
 
     Raises:
-        ValueError: if there is no such network, it takes no images of this size, gives no vector
-            or feature maps for each of them, or the checkpoint does not have its variables.
+        ValueError: if there is no such network, it does not accept images of this size, does not
+            output a vector or feature maps per image, or the checkpoint lacks its variables.
         FileNotFoundError: if there is no checkpoint.
-        ForbiddenOpError: if the tap needs more than arithmetic.
+        ForbiddenOpError: if the tap depends on operations that are not pure computation.
     """
     tap = graph.tensor(tap or graph.card.tap or "fc7")
     network = graph.network(tap, input, feeds, keep_dropout)
@@ -79,10 +79,10 @@ def plan(
 
 
 def check_images(network: Network, preprocess: Preprocess) -> None:
-    """Whether a network gives features for images of this form, as far as its shapes tell.
+    """Check by shape inference that a network outputs features for these images.
 
     Raises:
-        ValueError: if it does not; says which size would do.
+        ValueError: if it does not; suggests an image size that fits.
     """
     problem = _problem(network, preprocess)
     if problem is None:
@@ -103,7 +103,7 @@ def check_images(network: Network, preprocess: Preprocess) -> None:
 
 
 def _problem(network: Network, preprocess: Preprocess) -> str | None:
-    """Why a network gives no features for such images; ``None`` if it does."""
+    """The reason why a network outputs no features for these images; ``None`` if it does."""
     if network.output == network.input:
         return None
     shown = f"{preprocess.height}x{preprocess.width}"
@@ -115,7 +115,7 @@ def _problem(network: Network, preprocess: Preprocess) -> str | None:
         shape = _output_shape(network, (batch, *one))
     except ValueError as error:
         if "elements, more than" in str(error):
-            return None  # of a batch; one at a time may do
+            return None  # too large as a batch; single images may fit
         return f"images of {shown} pixels do not fit the graph: {_reason(error)}"
     if shape is None:
         return None
@@ -138,7 +138,7 @@ def _output_shape(network: Network, input_shape: tuple[int | None, ...]) -> Shap
 
 
 def _reason(error: Exception) -> str:
-    """TensorFlow's own words, without the definition of the node."""
+    """The message of TensorFlow, without the definition of the node."""
     text = " ".join(str(error).removeprefix("the graph is damaged: ").split())
     return re.sub(r"'?{{node (?:n/)?(.*?)}}.*", r"'\1'", text)
 
@@ -149,9 +149,9 @@ def _states_size(network: Network) -> bool:
 
 
 def fitting_size(network: Network, preprocess: Preprocess) -> Size | None:
-    """The square size that a network takes whose input leaves it open; ``None`` if there is none.
+    """A square image size that fits a network whose input size is not fixed; ``None`` if none fits.
 
-    One of the usual ones where it fits, else the one that the first reshape to vectors asks for.
+    A common size if one fits, else a size that the first flattening requires.
     """
 
     def fits(side: int) -> bool:
@@ -161,8 +161,8 @@ def fitting_size(network: Network, preprocess: Preprocess) -> Size | None:
 
 
 def _sides_of_flatten(network: Network, preprocess: Preprocess) -> list[int]:
-    """Sides for which the maps before the first reshape have the numbers that it, or the product
-    after it, takes; that which can be halved most often first."""
+    """Image sides for which the feature maps before the flattening have the number of values that
+    it, or the matrix product after it, requires; sorted by divisibility by powers of 2."""
     flatten = _flatten(network)
     if flatten is None:
         return []
@@ -186,18 +186,18 @@ def _sides_of_flatten(network: Network, preprocess: Preprocess) -> list[int]:
         try:
             shape = _output_shape(before, (1, side, side, preprocess.channels))
         except ValueError:
-            return 0  # smaller than a window
+            return 0  # image smaller than a window
         if shape is None or None in shape[1:]:
             return 0
         return math.prod(size or 1 for size in shape[1:])
 
-    sides = range(1, _LARGEST_SIDE + 1)  # the larger the image, the more numbers
+    sides = range(1, _LARGEST_SIDE + 1)  # the number of values grows with the image
     first, end = bisect_left(sides, length, key=numbers), bisect_right(sides, length, key=numbers)
     return sorted(sides[first:end], key=lambda side: (-(side & -side), side))
 
 
 def _flatten(network: Network) -> tuple[str, int] | None:
-    """The maps that are made vectors, and how many numbers an image's vector has."""
+    """The feature maps that are flattened, and the required length of the vector per image."""
     by_name = {node.name: node for node in network.graph_def.node}
     shapes = infer(replace(network, training=None)) if network.input_shape else {}
     widths = {v.name: v.shape[0] for v in network.variables if v.shape and len(v.shape) == 2}

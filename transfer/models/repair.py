@@ -1,4 +1,4 @@
-"""A meta graph that ``tf.compat.v1.train.import_meta_graph`` takes, of one that it does not."""
+"""Repair meta graphs so that ``tf.compat.v1.train.import_meta_graph`` accepts them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _of_while(value: bytes) -> Iterable[str]:
     return proto.pivot_name, *proto.loop_exit_names, *proto.values_def.values
 
 
-# What an entry of a collection refers to, by the collection's name.
+# Collection name to a function that returns the names an entry refers to.
 _REFERENCES: dict[str, Callable[[bytes], Iterable[str]]] = {
     "queue_runners": _of_queue_runner,
     "cond_context": _of_cond,
@@ -42,7 +42,7 @@ _REFERENCES: dict[str, Callable[[bytes], Iterable[str]]] = {
 
 
 def unresolved(meta: MetaGraphDef) -> list[str]:
-    """Entries of collections that name operations which the graph does not have, as
+    """References of collections to operations that the graph does not have, as
     ``collection: name``."""
     operations = {node.name for node in meta.graph_def.node}
     return [
@@ -54,23 +54,23 @@ def unresolved(meta: MetaGraphDef) -> list[str]:
 
 
 def variables_of(meta: MetaGraphDef, collections: Iterable[str]) -> set[str]:
-    """The names of the variables in some collections."""
-    found = set()
+    """Names of the variables in the given collections."""
+    names = set()
     for key in collections:
         for value in (
             meta.collection_def[key].bytes_list.value if key in meta.collection_def else ()
         ):
             for name in list(_references(_of_variable, value))[:1]:
-                found.add(operation_of(name))
-    return found
+                names.add(operation_of(name))
+    return names
 
 
 def repaired(meta: MetaGraphDef) -> MetaGraphDef:
-    """A copy without devices, and without what in its collections names nothing.
+    """A copy without devices and without collection entries that do not resolve.
 
-    ``import_meta_graph`` refuses a graph that is pinned to a device which is not there, and one
-    with a collection that does not resolve, as TFLearn writes them. What it imports is the whole
-    program with all that it may do; run it only if you trust where it comes from.
+    ``import_meta_graph`` rejects graphs pinned to unavailable devices, and graphs with unresolvable
+    collections, as TFLearn writes them. It imports the complete program with all its operations:
+    run it only if you trust its source.
     """
     copy = MetaGraphDef()
     copy.CopyFrom(meta)
@@ -90,7 +90,7 @@ def repaired(meta: MetaGraphDef) -> MetaGraphDef:
 def _entries(
     key: str, collection: CollectionDef, operations: set[str]
 ) -> list[tuple[str | bytes, list[str]]]:
-    """Each entry of a collection of operations or of bytes, with what it names in vain."""
+    """Each entry of a node list or bytes list, with the unresolved names that it refers to."""
     if collection.WhichOneof("kind") == "node_list":
         names: list[tuple[str | bytes, Iterable[str]]] = [
             (value, [value]) for value in collection.node_list.value

@@ -1,8 +1,8 @@
-"""Which checkpoints are kept: the rule of ``tf.compat.v1.train.Saver``, remembered in a file.
+"""Checkpoint retention by the rules of ``tf.compat.v1.train.Saver``, with its state in a file.
 
-The state file ``checkpoint`` lists the checkpoints of a folder, when each was saved, and since when
-one is due that is to be kept for ever. Nothing is remembered elsewhere, so that a program that is
-started again goes on.
+The state file ``checkpoint`` lists the checkpoints of a folder, when each was saved, and the time
+from which the next one to be kept permanently is due. There is no other state, so that a restarted
+program continues correctly.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _FILES = re.compile(r"index|meta|data-[0-9]{5}-of-[0-9]{5}")
 
 
 def check(max_to_keep: int | None, hours: float | None) -> None:
-    """Check what is said about which checkpoints to keep.
+    """Check the retention options.
 
     Raises:
-        ValueError: if a number is negative, or none.
+        ValueError: if a number is negative or NaN.
     """
     if max_to_keep is not None and not max_to_keep >= 0:
         raise ValueError(
@@ -48,21 +48,21 @@ def check(max_to_keep: int | None, hours: float | None) -> None:
 def plan(
     prefix: Path, saved: str, max_to_keep: int | None, hours: float | None
 ) -> tuple[str, list[str]]:
-    """What follows from a checkpoint that has just been saved. Changes nothing.
+    """Compute the new state file and the checkpoints to delete after a save; changes no files.
 
     Checkpoints of other prefixes in the folder stay listed and are not counted. As with ``Saver``,
-    hours count from the first checkpoint on, a pause included; and where all are kept, only the
-    last is listed, so that the others are safe from later calls.
+    hours count from the first checkpoint on, including pauses; and if all checkpoints are kept,
+    only the last one is listed, so that later calls do not delete the others.
 
     Args:
-        prefix: what the names of all steps begin with.
+        prefix: common checkpoint prefix of all steps.
         saved: name of the new checkpoint.
-        max_to_keep: how many checkpoints of the prefix to keep; ``None`` or 0 keeps all.
-        hours: keep one for ever for so many hours.
+        max_to_keep: number of checkpoints of the prefix to keep; ``None`` or 0 keeps all.
+        hours: keep one checkpoint per this many hours permanently.
 
     Returns:
-        The text of the state file; and the names of the checkpoints to delete, all of them listed
-        in the state file that is there, and named ``<prefix>-<digits>``.
+        The text of the state file; and the names of the checkpoints to delete, all of which are
+        listed in the current state file and named ``<prefix>-<digits>``.
     """
     now = time.time()
     listed, preserved = _read(prefix.parent)
@@ -83,7 +83,7 @@ def plan(
         for name in listed
         if name not in unlisted and (name in own or checkpoint.exists(prefix.with_name(name)))
     ]
-    # With names only and an absolute folder, TensorFlow leaves the names as they are: relative.
+    # Given an absolute folder and plain names, TensorFlow keeps the names relative.
     state = tf1.train.generate_checkpoint_state_proto(
         str(prefix.parent.absolute()), saved, names, [listed[name] for name in names], preserved
     )
@@ -91,7 +91,7 @@ def plan(
 
 
 def delete(prefix: Path) -> None:
-    """Delete the files of a checkpoint, its own meta graph, and the card of these."""
+    """Delete the files of a checkpoint, its own meta graph, and their card."""
     card = prefix.with_name(f"{prefix.name}.json")
     for path in sorted(prefix.parent.glob(f"{glob.escape(prefix.name)}.*")):
         if _FILES.fullmatch(path.name[len(prefix.name) + 1 :]) or (
@@ -103,22 +103,22 @@ def delete(prefix: Path) -> None:
 def _is_card_of(path: Path, name: str) -> bool:
     try:
         return f"{name}.index" in read_card(path).sha256
-    except ValueError:  # somebody's own file
+    except ValueError:  # an unrelated file
         return False
 
 
 def _read(folder: Path) -> tuple[dict[str, float], float]:
-    """The checkpoints of a folder that its state file lists, oldest first, with their times; and
-    the time from which on the next one to be kept for ever is looked for, 0 if not known."""
+    """The checkpoints listed in the state file of a folder, oldest first, with their times; and the
+    time of the last checkpoint kept permanently, 0 if unknown."""
     try:
         state = tf.train.get_checkpoint_state(str(folder))
-    except ValueError:  # names no checkpoint
+    except ValueError:  # lists no checkpoint
         state = None
     if state is None:
         return {}, 0.0
     paths = [Path(path) for path in state.all_model_checkpoint_paths]
     times = list(state.all_model_checkpoint_timestamps)
-    if len(times) != len(paths):  # TensorFlow's Saver writes none
+    if len(times) != len(paths):  # TensorFlow's Saver writes no times
         times = [_time_of(path) for path in paths]
     here = folder.resolve()
     listed = {

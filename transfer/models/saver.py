@@ -1,7 +1,7 @@
-"""Graphs and the values of their variables to disk, as ``tf.compat.v1.train.Saver`` does it.
+"""Save graphs and the values of their variables, like ``tf.compat.v1.train.Saver``.
 
-``<prefix>.meta`` holds the graph, ``<prefix>-<step>.index`` and ``.data-...`` the values, and the
-state file ``checkpoint`` which of them are there; ``transfer.models.retention`` says which are
+``<prefix>.meta`` contains the graph, ``<prefix>-<step>.index`` and ``.data-...`` the values, and
+the state file ``checkpoint`` lists the checkpoints; ``transfer.models.retention`` decides which are
 kept.
 """
 
@@ -29,7 +29,7 @@ from transfer.models.checkpoint import Entry
 tf1 = tf.compat.v1
 
 _BIG = 2**20
-"""Bytes from which on the values of an array are not copied to be saved."""
+"""Arrays of at least this many bytes are saved without copying them."""
 
 
 def save_meta_graph(
@@ -47,33 +47,34 @@ def save_meta_graph(
     """Write a graph and the values of its variables as meta graph, V2 checkpoint and card.
 
     ``tf.compat.v1.train.import_meta_graph`` and ``Saver.restore`` open them, and so does
-    ``load_meta_graph``. The files are complete before any of them gets its name. The graph itself
-    is left as it is; it may be finalized.
+    ``load_meta_graph``. Writing is atomic: all files are complete before they get their names. The
+    graph is not modified and may be finalized.
 
     Args:
-        graph: with variables in its collections, made by ``tf.compat.v1``.
-        prefix: path without ``.meta``; its folder is made if need be.
-        values: variable's name (``fc7/weights``) to value, for every variable that is saved.
+        graph: a graph with variables in its collections, created by ``tf.compat.v1``.
+        prefix: path without ``.meta``; its folder is created if necessary.
+        values: variable name (``fc7/weights``) to value, for every saved variable.
         card: written beside the meta graph, with the hashes of the files.
         step: saves the values to ``<prefix>-<step>``.
-        variables: names of those to save; by default all global variables of the graph. The saver
-            in the meta graph restores the same ones.
-        write_meta_graph: by default one ``<prefix>.meta`` serves all steps, and is written where
-            this graph does not stand there yet. ``True`` writes ``<prefix>-<step>.meta`` for each
-            step, which is deleted with it, as ``Saver`` does. ``False`` writes neither a meta graph
-            nor a card; it saves time with large graphs.
-        max_to_keep: how many checkpoints of this prefix to keep; older ones are deleted. Only those
-            that the state file lists, and that are named ``<prefix>-<step>``, are ever deleted.
-            ``None`` or 0 deletes none.
-        keep_checkpoint_every_n_hours: of those to be deleted, keep one for so many hours.
+        variables: names of the variables to save; defaults to all global variables of the graph.
+            The saver in the meta graph restores the same variables.
+        write_meta_graph: by default, all steps share one ``<prefix>.meta``, which is written unless
+            it already contains this graph. ``True`` writes ``<prefix>-<step>.meta`` for each step,
+            deleted together with its checkpoint, as ``Saver`` does. ``False`` writes neither a meta
+            graph nor a card, which saves time with large graphs.
+        max_to_keep: number of checkpoints of this prefix to keep; older ones are deleted. Only
+            checkpoints listed in the state file and named ``<prefix>-<step>`` are ever deleted.
+            ``None`` or 0 keeps all.
+        keep_checkpoint_every_n_hours: of the checkpoints to be deleted, keep one per this many
+            hours.
 
     Returns:
         The prefix of the checkpoint: ``prefix``, or ``<prefix>-<step>``.
 
     Raises:
-        TypeError: if ``step`` is no whole number, or ``variables`` a name instead of several.
-        ValueError: if a variable has no value, or one of another shape; if there is no variable of
-            a name in ``variables``, or none at all to save; or if a number is negative.
+        TypeError: if ``step`` is not an integer, or ``variables`` is a string.
+        ValueError: if a variable has no value, or one of another shape; if ``variables`` contains
+            an unknown name, or there is no variable to save; or if a number is negative.
 
     Example:
         >>> import numpy as np
@@ -95,7 +96,7 @@ def save_meta_graph(
             "checkpoints of a folder; give the prefix another name"
         )
     retention.check(max_to_keep, keep_checkpoint_every_n_hours)
-    saved = prefix if step is None else prefix.with_name(f"{prefix.name}-{_whole(step)}")
+    saved = prefix if step is None else prefix.with_name(f"{prefix.name}-{_integer(step)}")
     chosen = _choose(graph, variables)
     _check_values(chosen, values)
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -122,16 +123,16 @@ def save_meta_graph(
     return saved
 
 
-def _whole(step: SupportsIndex) -> int:
+def _integer(step: SupportsIndex) -> int:
     try:
         number = operator.index(step)
     except TypeError as error:
         raise TypeError(
-            f"step is {step!r}; expected a whole number: of a tensor, give the value that "
+            f"step is {step!r}; expected an integer: of a tensor, give the value that "
             "Session.run returns"
         ) from error
     if number < 0:
-        raise ValueError(f"step is {number}; expected a whole number from 0 on: count from there")
+        raise ValueError(f"step is {number}; expected an integer of at least 0: count from there")
     return number
 
 
@@ -141,8 +142,8 @@ def _choose(graph: tf.Graph, names: Iterable[str] | None) -> list[tf.Variable]:
             f"variables is the string {names!r}; expected several names: write [{names!r}]"
         )
     known = {v.op.name: v for v in graph.get_collection(tf1.GraphKeys.GLOBAL_VARIABLES)}
-    wanted = list(known if names is None else dict.fromkeys(names))
-    unknown = [name for name in wanted if name not in known]
+    names_to_save = list(known if names is None else dict.fromkeys(names))
+    unknown = [name for name in names_to_save if name not in known]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known, n=8, cutoff=0.3) or list(known)
         shown = list(known) if len(known) <= 8 else [*near[:8], f"... ({len(known)} in all)"]
@@ -150,12 +151,12 @@ def _choose(graph: tf.Graph, names: Iterable[str] | None) -> list[tf.Variable]:
             f"cannot save {', '.join(unknown)}: the graph's variables are "
             f"{', '.join(shown) or 'none'}; name some of these"
         )
-    if not wanted:
+    if not names_to_save:
         raise ValueError(
             f"cannot save: of {len(known)} variables in the graph none is to be saved, and a "
             "checkpoint has at least one; name some, or make one (tf.compat.v1.get_variable)"
         )
-    return [known[name] for name in wanted]
+    return [known[name] for name in names_to_save]
 
 
 def _check_values(
@@ -185,9 +186,9 @@ def _with_saver(
     max_to_keep: int | None,
     hours: float | None,
 ) -> bytes:
-    """A graph as a meta graph with a saver for some variables; the same bytes for the same graph.
+    """Serialize a graph as a meta graph with a saver for ``variables``, deterministically.
 
-    The saver's operations are added to a copy: in a loop that saves, the graph must not grow.
+    The saver's operations are added to a copy, so that repeated saving does not grow the graph.
     """
     with graph.as_default():
         meta = tf1.train.export_meta_graph()
@@ -211,8 +212,10 @@ def _write_values(
     variables: Sequence[tf.Variable],
     values: Mapping[str, np.ndarray | tf.Tensor | float],
 ) -> None:
-    """Write a V2 checkpoint; also while a graph is built, and in programs that have turned eager
-    execution off. A session would copy what it is fed."""
+    """Write a V2 checkpoint; also works while a graph is built or with eager execution disabled.
+
+    Eager execution is used because a session would copy the fed values.
+    """
     entries = [_entry(v) for v in variables]
     with eager_mode():
         tf.raw_ops.SaveV2(
@@ -224,8 +227,8 @@ def _write_values(
 
 
 def _entry(variable: tf.Variable) -> Entry:
-    """Where a saver looks for a variable: under its name, or as a slice of a partitioned one."""
-    with variable.graph.as_default():  # a resource variable gives its proto in a graph only
+    """The entry of a variable in a saver: its name, or a slice of a partitioned variable."""
+    with variable.graph.as_default():  # a resource variable needs a graph for to_proto
         info = variable.to_proto().save_slice_info_def
     if not info.full_name:
         return Entry(variable.op.name)
@@ -233,13 +236,13 @@ def _entry(variable: tf.Variable) -> Entry:
 
 
 def _to_tensor(value: np.ndarray | tf.Tensor | float, dtype: tf.DType) -> tf.Tensor:
-    """A value as a tensor; a big array and its tensor share their memory.
+    """Convert a value to a tensor; a large array and its tensor share memory.
 
     ``tf.convert_to_tensor`` copies an array, and needs twice its memory to do so.
     """
     if isinstance(value, np.ndarray) and value.nbytes >= _BIG and dtype != tf.string:
         value = value.astype(dtype.as_numpy_dtype, "C", "same_kind", copy=False)
-        with contextlib.suppress(BufferError):  # a type that is TensorFlow's own, or read-only
+        with contextlib.suppress(BufferError):  # a TensorFlow-specific dtype, or read-only
             return tf.experimental.dlpack.from_dlpack(value.__dlpack__())
     return tf.convert_to_tensor(value, dtype)
 
@@ -249,7 +252,7 @@ def _same(draft: Path, path: Path) -> bool:
 
 
 def file_sha256(*paths: Path) -> str:
-    """Of the bytes of a file, or of several one after the other, in hexadecimal."""
+    """Hexadecimal SHA-256 of the concatenated contents of files."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

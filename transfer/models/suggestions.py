@@ -1,4 +1,4 @@
-"""What to try first with a model: flags that fine-tuning would begin with, or why it would not."""
+"""Suggest the first fine-tuning command for a model, or explain why there is none."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _ANY_SIDE = 224
 
 @dataclass(frozen=True)
 class Suggestion:
-    """``command`` passed ``model_plan.plan`` on the embedded images; where it is ``None``,
-    ``problem`` says why and what would work. ``network`` is what the command trains on."""
+    """``command`` passed ``plan.plan``; if it is ``None``, ``problem`` gives the reason and an
+    alternative. ``network`` is the network that the command uses."""
 
     command: str | None = None
     problem: str | None = None
@@ -39,11 +39,11 @@ class Suggestion:
 
 
 def suggest(graph: MetaGraph, taps: Sequence[str]) -> Suggestion:
-    """The first command to try.
+    """Suggest the first command to try.
 
     Args:
-        graph: of the model.
-        taps: its tensors with features, best first.
+        graph: the model.
+        taps: its feature tensors, best first.
     """
     if not taps:
         return Suggestion(problem="no layer of a network was found in it; name a tensor with --tap")
@@ -53,21 +53,21 @@ def suggest(graph: MetaGraph, taps: Sequence[str]) -> Suggestion:
         problem = str(error)
     for tap in taps[1:]:
         try:
-            found = _for_input(graph, tap, None)
+            other = _for_input(graph, tap, None)
         except (ValueError, OSError):
             continue
-        is_input = found.network is not None and found.network.output == found.network.input
-        if found.command is not None and not is_input:
+        is_input = other.network is not None and other.network.output == other.network.input
+        if other.command is not None and not is_input:
             short = tap.removesuffix(":0")
-            return Suggestion(problem=f"{problem}. Tap {short!r} works: {found.command}")
+            return Suggestion(problem=f"{problem}. Tap {short!r} works: {other.command}")
     return Suggestion(problem=problem)
 
 
 def _for_tap(graph: MetaGraph, tap: str) -> Suggestion:
-    """The command for a tap, from the input that the graph has, or from one after it.
+    """The command for a tap, with the graph's own input or with a tensor after it as the input.
 
     Raises:
-        ValueError, OSError: if there is none; says why.
+        ValueError, OSError: if there is none; with the reason.
     """
     problem: ValueError | OSError
     try:
@@ -101,7 +101,7 @@ def _for_input(graph: MetaGraph, tap: str, input: str | None) -> Suggestion:
             raise
         shown = ", ".join(f"{name} of shape {shape}" for name, shape in wide.items())
         raise ValueError(
-            f"the tap also depends on {shown}, for which one number does not do; choose a tap "
+            f"the tap also depends on {shown}, which a single number cannot replace; choose a tap "
             "before it"
         ) from error
     mode = canonical(graph.card.preprocess or _likely_convention(network))
@@ -133,7 +133,7 @@ def _for_input(graph: MetaGraph, tap: str, input: str | None) -> Suggestion:
 def _other_reading(
     graph: MetaGraph, network: Network, error: checkpoint.MismatchError
 ) -> tuple[MetaGraph, bool, str]:
-    """The graph with a rename, or with moving averages in the place of the weights; the flag.
+    """The graph with a rename, or with moving averages instead of the weights; and the flag for it.
 
     Raises:
         MismatchError: if the checkpoint suggests neither.
@@ -150,7 +150,7 @@ def _other_reading(
 
 
 def unknown_feeds(graph: MetaGraph, tap: str, input: str | None) -> list[str]:
-    """Placeholders that a tap depends on and whose use does not say what they are."""
+    """Placeholders that a tap depends on and whose purpose cannot be inferred from their use."""
     upstream = upstream_of(graph, tap, input)
     if input is None:
         try:
@@ -166,8 +166,8 @@ def unknown_feeds(graph: MetaGraph, tap: str, input: str | None) -> list[str]:
 
 
 def upstream_of(graph: MetaGraph, tap: str | None, input: str | None) -> list[NodeDef]:
-    """What lies between an input, or the graph's sources, and a tap; nothing where that cannot be
-    told."""
+    """The nodes between an input, or the graph's sources, and a tap; empty if they cannot be
+    determined."""
     if tap is None:
         return []
     try:
@@ -177,16 +177,16 @@ def upstream_of(graph: MetaGraph, tap: str | None, input: str | None) -> list[No
 
 
 def _value(graph: MetaGraph, name: str) -> float | bool:
-    """A value of the type that a placeholder takes."""
+    """A default value for a placeholder, of its dtype."""
     dtype = dtype_of(graph.node(name))
     return False if dtype is not None and dtype.is_bool else 1.0
 
 
 def _size(graph: MetaGraph, network: Network, mode: str) -> Size | None:
-    """The image size to give, ``None`` where the model says it.
+    """The image size to pass, ``None`` if the model states it.
 
     Raises:
-        ValueError: if the input takes no images, or no square ones and does not say which.
+        ValueError: if the input takes no images, or needs a non-square size that it does not state.
     """
     try:
         graph.preprocess(network.input, mode)
@@ -200,12 +200,12 @@ def _size(graph: MetaGraph, network: Network, mode: str) -> Size | None:
 
 
 def _likely_convention(network: Network) -> str:
-    """A guess; the original weights are all that many networks called VGG have."""
+    """A guess: networks named like VGG mostly use the original weights, with their convention."""
     if network.input_dtype is not None and network.input_dtype.is_integer:
         return "none"
     prepared = graph_preprocessing.find(network)
     if prepared.means or prepared.swaps:
-        # 0 to 255, unless it multiplies by that first.
+        # The graph expects 0..255, unless it multiplies by 255 first.
         return "unit" if any(scale > 1 for scale in prepared.scales) else "none"
     channels = (network.input_shape or (3,))[-1]
     is_vgg = any("conv5_3" in v.name or "conv3_3" in v.name for v in network.variables)

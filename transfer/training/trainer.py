@@ -204,7 +204,7 @@ class Trainer:
             The loss of the batch before the update, the number of correct predictions, and the
             number of examples.
         """
-        inputs, labels = self.replicas.pieces(inputs, labels)
+        inputs, labels = self.replicas.shard(inputs, labels)
         step = tf.constant(self.step, tf.int64)
         results = self._train_step(inputs, labels, step, tf.constant(float(stop)))
         loss, num_right, num_examples, num_stops = results.numpy().tolist()
