@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from recipes import terminal
+from recipes import console, terminal
 from recipes.check_data_flags import CheckDataConfig
 from transfer import Backbone, load_meta_graph, open_source
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, extract
@@ -25,10 +25,12 @@ def run(config: CheckDataConfig) -> tuple[str, bool]:
         config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
     )
     with remembered(source):
-        train, held_out = run_data.splits(source, config.train_split, config.eval_split)
+        train, held_out = run_data.splits(
+            source, config.train_split, config.eval_split, progress=console.decoding
+        )
         # One split, so that each image is decoded once.
         both = Split(source, train.parts + held_out.parts)
-        scan = data_checks.scan(both, lambda files: measurement.progress(files, "images", "image"))
+        scan = data_checks.scan(both, console.decoding)
     in_train = np.arange(len(both)) < len(train)
 
     names = both.names

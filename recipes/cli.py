@@ -37,6 +37,7 @@ VERBS = (
     "pretrain",
 )
 
+_REPEATABLE = ("feed", "rename", "hidden", "baseline", "leave_out")
 BENCHMARK_VERBS = ("benchmark-limits", "keras-baseline")  # child processes of benchmark
 
 app = App(
@@ -67,6 +68,9 @@ def _launch(
     del debug  # read in main, where errors are caught
     if config is not None:
         flags = yaml_files.read_flags(config.expanduser())
+        for name, value in flags.items():  # cyclopts before 5.4 takes the first of a list
+            if isinstance(value, list) and name not in _REPEATABLE:
+                raise ValueError(f"{str(config)!r}: {name} is the list {value}; expected one value")
         # Keyed by verb: in a flat file, cyclopts ignores flags named like a verb (cache).
         by_verb = dict.fromkeys((*VERBS, *BENCHMARK_VERBS), flags)
         app.config = (cyclopts.config.Dict(by_verb, source=str(config)),)

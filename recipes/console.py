@@ -6,7 +6,7 @@ import contextlib
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -75,6 +75,13 @@ def _as_flag(match: re.Match[str]) -> str:
     if not value and "_" not in name:
         return name  # may be an ordinary word
     return f"--{_FLAGS[name].replace('_', '-')}{' ' if value == '=' else ''}"
+
+
+def decoding(images: Iterable[Any]) -> Iterable[Any]:
+    """Images that are decoded before the work begins, with a progress bar."""
+    from transfer.core import measurement
+
+    return measurement.progress(images, "images", "image")
 
 
 def verbosity() -> int:

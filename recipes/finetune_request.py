@@ -59,6 +59,7 @@ def request(config: FinetuneConfig, replicas: Replicas | None = None) -> RunRequ
             config.eval_split,
             skip_unreadable=config.skip_unreadable,
             resumed=config.out if config.resume else None,
+            progress=console.decoding,
         )
     recorded = {name: getattr(config, name) for name in _RECORDED}
     return RunRequest(

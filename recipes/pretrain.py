@@ -65,6 +65,7 @@ def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
                 config.train_split,
                 config.eval_split,
                 resumed=config.out if config.resume else None,
+                progress=console.decoding,
             )
             result = pretraining_run.pretrain(
                 train,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from transfer.core import measurement
 from transfer.core.files import read_names
 from transfer.data.dataset import (
     MAX_COMPARED,
@@ -79,8 +78,9 @@ def splits(
     *,
     skip_unreadable: int = 0,
     resumed: Path | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> tuple[Split, Split]:
-    """``train_and_eval_splits`` with progress bars. A resumed run keeps its held-out images.
+    """``train_and_eval_splits``, except that a resumed run keeps its held-out images.
 
     Args:
         source: the dataset.
@@ -88,6 +88,7 @@ def splits(
         eval_split: a split expression, or ``auto``.
         skip_unreadable: see ``train_and_eval_splits``.
         resumed: folder of the run to resume, if any.
+        progress: wraps the images that are decoded.
 
     Raises:
         ValueError: see ``train_and_eval_splits``.
@@ -98,7 +99,7 @@ def splits(
             names = {*held_out(resumed, source).names}
             train = training_split(source, train_split)
             if skip_unreadable:
-                train = train.readable(skip_unreadable, _progress)
+                train = train.readable(skip_unreadable, progress)
             is_held_out = np.array([name in names for name in train.names], bool)
             return train.where(~is_held_out), train.where(is_held_out)
         if (resumed / run_folder.CHECKPOINTS).is_dir():
@@ -109,7 +110,7 @@ def splits(
         eval_split,
         skip_unreadable=skip_unreadable,
         max_compared=max_compared,
-        progress=_progress,
+        progress=progress,
     )
 
 
@@ -143,7 +144,3 @@ def some(split: Split, count: int) -> Split:
     keep = np.zeros(len(split), bool)
     keep[np.linspace(0, len(split) - 1, min(count, len(split))).round().astype(int)] = True
     return split.where(keep)
-
-
-def _progress(images: Iterable[Any]) -> Iterable[Any]:
-    return measurement.progress(images, "images", "image")
