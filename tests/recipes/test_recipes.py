@@ -266,7 +266,7 @@ def test_resume_rejects_other_flags(tmp_path, model, image_folder, capsys):
     flags = ["--resume", "--epochs", 2, "--learning-rate", 0.5, "--hidden", 4]
     assert finetune(out, model, image_folder, *flags) == 1
     error = capsys.readouterr().err
-    assert "--hidden was None and is [4], --learning-rate was 0." in error
+    assert "--hidden None, now [4]; --learning-rate 0." in error
     assert (out / "config.yaml").read_text() == config
     assert main(["finetune", "--resume"]) == 1
     assert "--resume needs the folder of the run" in capsys.readouterr().err

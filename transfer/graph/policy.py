@@ -72,14 +72,16 @@ class ForbiddenOpError(ValueError):
 
     Example:
         >>> import tensorflow as tf
-        >>> from transfer import ForbiddenOpError, load_meta_graph
-        >>> with tf.Graph().as_default() as graph:
-        ...     _ = tf.io.write_file("a", "b")
+        >>> from transfer import Backbone, ForbiddenOpError, load_meta_graph
+        >>> with tf.Graph().as_default():
+        ...     images = tf.compat.v1.placeholder(tf.float32, [None, 8, 8, 3], name="images")
+        ...     number = tf.strings.to_number(tf.io.read_file("/etc/hostname"))
+        ...     _ = tf.add(tf.reduce_mean(images, [1, 2]), number, name="fc7")
         ...     _ = tf.compat.v1.train.export_meta_graph("stranger.meta")
         >>> try:
-        ...     load_meta_graph("stranger.meta")
+        ...     Backbone(load_meta_graph("stranger.meta"), tap="fc7")
         ... except ForbiddenOpError as error:
-        ...     print("WriteFile" in str(error))
+        ...     print("ReadFile" in str(error))
         True
     """
 

@@ -199,13 +199,15 @@ def _check_resumed(
     began = {**_plain(defaults), **read_config(run)}
     now = _plain(config)
     different = [
-        f"{name} was {began.get(name)!r} and is {now.get(name)!r}"
+        f"{name}={began.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(began.keys() | now.keys())
-        if name not in may_differ and began.get(name) != now.get(name)
+        if name not in may_differ
+        and began.get(name) != now.get(name)
+        and (name in began or now[name])  # an option that is newer than the run, and off
     ]
     if different:
         raise ValueError(
-            f"cannot resume the run in {str(run)!r} with other options: {', '.join(different)}; "
+            f"cannot resume the run in {str(run)!r} with other options ({'; '.join(different)}); "
             f"{run / CONFIG} has those that it began with"
         )
 
