@@ -309,7 +309,7 @@ def test_invalid_arguments_are_rejected(tmp_path):
         with pytest.raises(kind, match=message):
             save_meta_graph(graph, tmp_path / name, W, **options)
 
-    refused(TypeError, r"step is <tf.Variable.*; expected a whole .* Session.run", step=step)
+    refused(TypeError, r"step is <tf.Variable.*; expected an integer.* Session.run", step=step)
     refused(TypeError, r"step is 1.5; expected an integer", step=1.5)
     refused(ValueError, r"step is -1; expected an integer of at least 0", step=-1)
     refused(TypeError, r"the string 'w'; expected several .* write \['w'\]", variables="w")
