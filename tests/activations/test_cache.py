@@ -143,9 +143,7 @@ def test_full_disk_is_reported_and_rows_are_kept(cache, entry):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2 * entry.row_bytes + 5, hard))
     try:
-        with pytest.raises(
-            OSError, match="cannot write activations to .*; those that are complete"
-        ):
+        with pytest.raises(OSError, match="cannot write activations to .*; complete rows are kept"):
             entry.append(ids(3), rows(3))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -24,7 +24,7 @@ def weights_bases(root: Path) -> Iterator[Base]:
     from transfer.vgg import architectures
 
     sys.path.append(str(ROOT / "tests"))
-    import test_published as published
+    import published_files as published
 
     tiny = tiny_architecture()
     published.SMALL, published.NUM_CLASSES = tiny, 3
