@@ -29,6 +29,7 @@ def test_table_lists_all_registered_classes():
     assert registered == keras_objects.CLASSES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imports", ["import transfer, keras", "import keras, transfer"])
 def test_importing_the_package_suffices_to_load_a_model(tmp_path, imports):
     from transfer import Head

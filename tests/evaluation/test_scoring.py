@@ -13,6 +13,7 @@ from transfer.runs import run_data
 from transfer.runs.evaluation import evaluate_run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", ["tap", "pool1", "none"])
 def test_metrics_equal_those_of_the_run_and_of_the_command_line(tmp_path, model, image_folder, cut):
     train, held_out = open_source(image_folder=str(image_folder)).train_and_eval_splits()

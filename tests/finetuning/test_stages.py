@@ -60,7 +60,7 @@ def test_stage_does_not_change_frozen_weights(tmp_path, model, image_folder):
     assert changed(model, out) == {"fc6", "fc7"}
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 def test_interrupted_schedule_is_resumed(tmp_path, model, image_folder, monkeypatch, epoch, capsys):
     flags = ["--schedule", "fc7:2,pool1:2:0.001", "--mixup", 0.2]

@@ -116,6 +116,7 @@ def test_skipped_links_are_reported(image_folder):
     assert source.passed_over.num_images == 24
 
 
+@pytest.mark.slow
 @needs_pipes
 @pytest.mark.parametrize("kind", ["a named pipe", "a device"])
 def test_pipe_or_device_is_an_unreadable_image(tmp_path, model, image_folder, kind, capsys):
@@ -194,6 +195,7 @@ def spoil(root):
     return {"red/02.jpg", "blue/00.jpg", "blue/03.png"}
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_skipped_on_request(tmp_path, model, image_folder, capsys):
     names = spoil(image_folder)
     out = tmp_path / "run"

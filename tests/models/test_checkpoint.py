@@ -107,7 +107,7 @@ def test_a_truncated_data_file_is_reported(tmp_path):
     save(tmp_path / "m")
     data = tmp_path / "m.data-00000-of-00001"
     data.write_bytes(data.read_bytes()[:20])
-    with pytest.raises(ValueError, match="its data have 20 bytes, and what is to be read needs 56"):
+    with pytest.raises(ValueError, match="its data have 20 bytes, but reading needs 56"):
         load_meta_graph(tmp_path / "m").read(VARIABLES)
 
 
@@ -246,7 +246,7 @@ def test_huge_missing_tensor_allocates_no_memory(tmp_path):
     prefix = tmp_path / "m"
     write(prefix, {"a": np.zeros(10**7, np.float32)})
     (tmp_path / "m.data-00000-of-00001").write_bytes(b"x")
-    with pytest.raises(ValueError, match="have 1 bytes, and what is to be read needs 40,000,000"):
+    with pytest.raises(ValueError, match="have 1 bytes, but reading needs 40,000,000"):
         checkpoint.Checkpoint(prefix).read({"a": checkpoint.Entry("a")})
 
 

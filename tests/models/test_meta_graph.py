@@ -93,7 +93,7 @@ def save_meta_graph_without_variables(graph, prefix):
 
 def test_preprocess_requires_a_known_convention(tmp_path):
     graph = load_meta_graph(save_vgg(tmp_path / "tiny"))
-    with pytest.raises(ValueError, match=r"no card \(tiny.json\) says .* preprocess=MODE: caffe"):
+    with pytest.raises(ValueError, match=r"no card \(tiny.json\) states .* preprocess=MODE: caffe"):
         graph.preprocess("images:0")
     assert graph.preprocess("images:0", "caffe").size == 16
     with pytest.raises(ValueError, match="takes images of 16x16 pixels, not 32x32"):

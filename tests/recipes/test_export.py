@@ -56,6 +56,7 @@ def figures(run):
     return json.loads((run / "export" / "export.json").read_text())
 
 
+@pytest.mark.slow
 def test_exports_are_compared_with_model(run):
     found = figures(run)
     assert list(found["exports"]) == KINDS

@@ -45,7 +45,7 @@ def assert_same_end(first, second):
     assert trained[0] == trained[1]
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("step", [1, 5])
 def test_signal_stops_after_step_and_run_is_resumable(

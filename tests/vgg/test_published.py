@@ -415,6 +415,7 @@ def test_compressed_pytorch_bomb_is_not_decompressed(tmp_path, monkeypatch):
             containers.read(tmp_path / "bomb")
 
 
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("writer", [*(w for w, _, _ in WRITERS.values()), write_torch_zip,
                                     write_torch_legacy])  # fmt: skip
 def test_damaged_files_raise_value_error_only(tmp_path, writer):
