@@ -70,7 +70,7 @@ def request(config: FinetuneConfig, replicas: Replicas | None = None) -> RunRequ
         dict(parse_feed(assignment) for assignment in config.feed),
         config.out,
         config.resume,
-        {"model": graph.name, **source.origin, **recorded},
+        recorded,
         command=["vgg-transfer", *sys.argv[1:]],
         verbose=console.verbosity(),
         replicas=replicas,

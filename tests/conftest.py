@@ -139,6 +139,17 @@ def finished_run(
     return folder / "run"
 
 
+def make_run(folder: Path, *flags: Any, preprocess: str = "unit") -> tuple[Path, Path, Path]:
+    """Fine-tune a small VGG on images made in a folder; its model, photos and run folder."""
+    from commands import finetune
+
+    card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess=preprocess)
+    model = save_vgg(folder / "model" / "tiny", card=card)
+    photos = make_image_folder(folder / "photos")
+    assert finetune(folder / "run", model, photos, *flags) == 0
+    return model, photos, folder / "run"
+
+
 @pytest.fixture
 def images() -> np.ndarray:
     return np.random.default_rng(0).random((5, 16, 16, 3), np.float32)

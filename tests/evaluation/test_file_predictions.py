@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import finetune
-from conftest import make_image_folder, save_vgg
+from conftest import make_run
 from PIL import Image
 
 from recipes.cli import main
-from transfer import Card, Classifier, Prediction, predict
+from transfer import Classifier, Prediction, predict
 from transfer.data.dataset import UnreadableImageError
 from transfer.evaluation import file_predictions
 from transfer.images.decoding import read_tensor
@@ -21,12 +20,7 @@ from transfer.images.preprocess import Preprocess
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("setting")
-    card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
-    model = save_vgg(folder / "model" / "tiny", card=card)
-    photos = make_image_folder(folder / "photos")
-    assert finetune(folder / "run", model, photos, "--epochs", 1) == 0
-    return folder / "run"
+    return make_run(tmp_path_factory.mktemp("setting"), "--epochs", 1)[-1]
 
 
 def test_predictions_equal_those_of_the_command_line(run, image_folder, tmp_path, capsys):

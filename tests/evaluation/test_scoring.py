@@ -4,11 +4,10 @@ import json
 
 import numpy as np
 import pytest
-from commands import finetune
-from conftest import make_image_folder, save_vgg
+from conftest import make_run
 
 from recipes.cli import main
-from transfer import Card, Classifier, evaluate, fine_tune, open_source
+from transfer import Classifier, evaluate, fine_tune, open_source
 from transfer.runs import run_data
 from transfer.runs.evaluation import evaluate_run
 
@@ -33,12 +32,7 @@ def test_metrics_equal_those_of_the_run_and_of_the_command_line(tmp_path, model,
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scoring")
-    card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
-    model = save_vgg(folder / "model" / "tiny", card=card)
-    photos = make_image_folder(folder / "photos")
-    assert finetune(folder / "run", model, photos, "--epochs", 1) == 0
-    return folder / "run"
+    return make_run(tmp_path_factory.mktemp("scoring"), "--epochs", 1)[-1]
 
 
 def test_evaluate_run_returns_what_it_writes(run):

@@ -9,6 +9,7 @@ import sys
 import pytest
 import yaml
 from commands import finetune, largest_difference, metrics
+from conftest import make_run
 
 from recipes.cli import main
 from transfer.evaluation.prediction import predict
@@ -22,16 +23,7 @@ FLAGS = ("--freeze-until", "pool2", "--dropout", 0.2, "--early-stopping", 2)
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     """Model, images, and an uninterrupted run with ``FLAGS``."""
-    from conftest import make_image_folder, save_vgg
-
-    from transfer import Card
-
-    folder = tmp_path_factory.mktemp("interruption")
-    card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
-    model = save_vgg(folder / "model" / "tiny", card=card)
-    photos = make_image_folder(folder / "photos")
-    assert finetune(folder / "whole", model, photos, *FLAGS) == 0
-    return model, photos, folder / "whole"
+    return make_run(tmp_path_factory.mktemp("interruption"), *FLAGS)
 
 
 def assert_same_end(first, second):

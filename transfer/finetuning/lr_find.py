@@ -66,8 +66,7 @@ def find_learning_rate(
         )
     keras.utils.set_random_seed(options.seed)
     options = replace(options, lr_schedule="constant", learning_rate=1.0)
-    origin = {"model": request.graph.name, **request.train.source.origin, **request.origin}
-    context = prepare(replace(request, options=options, origin=origin))
+    context = prepare(replace(request, options=options))
     if request.run_dir is None:
         return _trial(context, lowest=lowest, highest=highest, steps=steps)
     with run_folder.opened(context.run_dir, context.config):

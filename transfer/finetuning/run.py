@@ -113,7 +113,6 @@ def fine_tune(
     """
     if not isinstance(graph, MetaGraph):
         graph = load_meta_graph(graph)
-    origin = {"model": graph.name, **train.source.origin}
     return run(
         RunRequest(
             graph,
@@ -123,7 +122,6 @@ def fine_tune(
             feeds or {},
             None if run_dir is None else Path(run_dir),
             resume,
-            origin,
             callbacks=callbacks,
             verbose=verbose,
             replicas=replicas or Replicas(),

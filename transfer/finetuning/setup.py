@@ -67,7 +67,7 @@ class RunRequest:
         feeds: values of placeholders, see ``Backbone``.
         run_dir: folder of the run; ``None`` takes ``runs/<date-time>-<dataset>-<cut>``.
         resume: continue the run in ``run_dir``.
-        origin: sources of model and images, written to ``config.yaml``; ``model`` is required.
+        recorded: values for ``config.yaml`` beside the options, such as the splits' expressions.
         command: command line, written to ``provenance.json``.
         callbacks: Keras callbacks in addition to the run's own.
         verbose: 0 silent, 1 progress bars, 2 one line per epoch, as in Keras.
@@ -81,11 +81,16 @@ class RunRequest:
     feeds: Mapping[str, float | bool] = field(default_factory=dict)
     run_dir: Path | None = None
     resume: bool = False
-    origin: Mapping[str, Any] = field(default_factory=dict)
+    recorded: Mapping[str, Any] = field(default_factory=dict)
     command: Sequence[str] = ()
     callbacks: Sequence[keras.callbacks.Callback] = ()
     verbose: int = 0
     replicas: Replicas = field(default_factory=Replicas)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """Where model and images come from, and what else is recorded."""
+        return {"model": self.graph.name, **self.train.source.origin, **self.recorded}
 
 
 @dataclass(frozen=True)
