@@ -23,9 +23,9 @@ import keras
 import numpy as np
 
 from transfer import Backbone, Head, load_meta_graph, save_meta_graph
+from transfer.benchmarking.report import training_multiply_adds
 from transfer.core.measurement import sgemm_gflops
 from transfer.graph.cuts import list_cuts
-from transfer.runs.benchmark_report import training_multiply_adds
 from transfer.training.optimizers import make_optimizer
 from transfer.training.trainer import ParameterGroup, Trainer
 from transfer.vgg import architectures

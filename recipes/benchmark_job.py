@@ -17,12 +17,13 @@ from recipes.finetune_request import flags_of
 from recipes.network_flags import parse_feed, parse_renames
 from transfer import MetaGraph, load_meta_graph, open_source
 from transfer.activations.cache import Cache
+from transfer.benchmarking import report
 from transfer.core import child_process, files, measurement
 from transfer.graph import Network, cut
 from transfer.graph.cuts import Cut, default_cuts, list_cuts
 from transfer.images.preprocess import parse_size
 from transfer.models import retention
-from transfer.runs import benchmark_report, run_folder
+from transfer.runs import run_folder
 
 SCRATCH = "scratch"
 LIMITS = "limits.json"
@@ -93,8 +94,8 @@ def _run_all(benchmark: Benchmark, cuts: Sequence[Cut]) -> tuple[str, int]:
         if last_of_row and not keep_models:
             Cache(item.cache, 0).clear()
         run_folder.write_json(out / RESULTS, {"limits": limits, "runs": records})
-        terminal.say(benchmark_report.describe(records[-1]))
-    table = benchmark_report.write(out, limits, records, cuts)
+        terminal.say(report.describe(records[-1]))
+    table = report.write(out, limits, records, cuts)
     return table, sum("error" in record for record in records)
 
 

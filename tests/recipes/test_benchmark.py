@@ -5,16 +5,11 @@ import dataclasses
 import json
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-from conftest import TINY
 
 from recipes import benchmark_job
 from recipes.cli import main
 from transfer import load_meta_graph
-from transfer.graph.cuts import list_cuts
-from transfer.runs import benchmark_report
-from transfer.vgg import architectures
 
 
 def benchmark(out, model, folder, *flags):
@@ -107,35 +102,6 @@ def test_benchmark_rejects_flags_that_it_sets(tmp_path, model, image_folder, cap
     assert benchmark(tmp_path / "b", model, image_folder, *flags) == 1
     assert message in capfd.readouterr().err
     assert not (tmp_path / "b").exists()
-
-
-def test_accuracy_interval_covers_seeds_and_images():
-    # Wilson: https://www.itl.nist.gov/div898/handbook/prc/section2/prc241.htm
-    low, high = benchmark_report.accuracy_interval([0.2], 20)
-    np.testing.assert_allclose([low, high], [0.0807, 0.4160], atol=1e-4)
-    low, high = benchmark_report.accuracy_interval([0.8, 0.8, 0.8], 100)
-    np.testing.assert_allclose([low, high], [0.8 - 1.96 * 0.04, 0.8 + 1.96 * 0.04])
-    wide = benchmark_report.accuracy_interval([0.49, 0.5, 0.51], 10**9)
-    # Student's t for 2 degrees of freedom: 4.303
-    np.testing.assert_allclose(
-        wide, [0.5 - 4.303 * 0.01 / 3**0.5, 0.5 + 4.303 * 0.01 / 3**0.5], 1e-3
-    )
-
-
-def test_training_multiply_adds_by_hand():
-    graph = architectures.build_graph(TINY, 10).as_graph_def(add_shapes=True)
-    from transfer.graph import extract
-
-    network = extract(graph, "fc7:0", "images:0", input_shape=(None, 16, 16, 3))
-    cuts = list_cuts(network)
-    conv1, conv2_1, conv2_2 = 16 * 16 * 9 * 3 * 8, 8 * 8 * 9 * 8 * 8, 8 * 8 * 9 * 8 * 16
-    fc6, fc7 = 4 * 4 * 16 * 32, 32 * 32
-    whole = conv1 + conv2_1 + conv2_2 + fc6 + fc7
-    work = benchmark_report.training_multiply_adds
-    assert work("none", cuts) == 3 * whole - conv1
-    assert work("pool2", cuts) == 3 * (fc6 + fc7) - fc6
-    assert work("fc7", cuts) is None
-    assert work("none", []) is None
 
 
 def test_default_cuts_are_tap_and_middle_poolings(model):

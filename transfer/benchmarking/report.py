@@ -256,7 +256,8 @@ def _page(
     rows: Sequence[dict[str, Any]], machine: Sequence[str], failures: Sequence[str], out: Path
 ) -> str:
     template = jinja2.Template(
-        (files("transfer.runs") / "benchmark.html").read_text(encoding="utf-8"), autoescape=True
+        (files("transfer.benchmarking") / "report.html").read_text(encoding="utf-8"),
+        autoescape=True,
     )
     plots = [
         (title, base64.b64encode((out / name).read_bytes()).decode())

@@ -1,0 +1,1 @@
+"""Benchmarks of cuts: the machine's limits, a baseline with ``keras.Model.fit``, the report."""
