@@ -18,6 +18,7 @@ from recipes.network_flags import parse_feed, parse_renames
 from transfer import MetaGraph, load_meta_graph, open_source
 from transfer.activations.cache import Cache
 from transfer.benchmarking import report
+from transfer.benchmarking.limits import LIMITS
 from transfer.core import child_process, files, measurement
 from transfer.graph import Network, cut
 from transfer.graph.cuts import Cut, default_cuts, list_cuts
@@ -26,7 +27,6 @@ from transfer.models import retention
 from transfer.runs import run_folder
 
 SCRATCH = "scratch"
-LIMITS = "limits.json"
 RESULTS = "results.json"
 _FROZEN, _FULL = "frozen", "full"
 
@@ -187,7 +187,7 @@ def _record(item: Run, keep_models: bool) -> dict[str, Any]:
 
 
 def _limits(benchmark: Benchmark) -> dict[str, float]:
-    """Measure the machine's peak throughput; see ``recipes.benchmark_limits``."""
+    """Measure the machine's peak throughput; see ``transfer.benchmarking.limits``."""
     path = benchmark.out / LIMITS
     if not path.is_file():
         terminal.say("measuring the machine: matrix products, forward pass, input pipeline")

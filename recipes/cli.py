@@ -49,8 +49,9 @@ app = App(
 )
 app.suppress_keyboard_interrupt = app.meta.suppress_keyboard_interrupt = False  # see main
 for verb in (*VERBS, *BENCHMARK_VERBS):
-    name = verb.replace("-", "_")
-    app.command(f"recipes.{name}:{name}", name=verb, show=verb in VERBS)
+    name, hidden = verb.replace("-", "_"), verb in BENCHMARK_VERBS
+    module = "benchmark_children" if hidden else name
+    app.command(f"recipes.{module}:{name}", name=verb, show=not hidden)
 
 
 @app.meta.default

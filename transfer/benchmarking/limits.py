@@ -1,5 +1,5 @@
 """Upper bounds for a benchmark: throughput of matrix multiplication, of a forward pass of the
-network, and of the input pipeline. A child process of ``vgg-transfer benchmark``."""
+network, and of the input pipeline."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from recipes.finetune_flags import DEFAULTS, FinetuneConfig
-from recipes.startup import job
+import tensorflow as tf
 
+from transfer.activations.extraction import EXTRACTION_BATCH, Compiled
+from transfer.core import measurement
+from transfer.finetuning.setup import RunRequest, prepare
+from transfer.runs import run_folder
+
+LIMITS = "limits.json"
 _PASSES = 10  # forward passes of one batch
 _MAX_IMAGES = 2000  # read by the input pipeline
 
 
-def benchmark_limits(config: FinetuneConfig = DEFAULTS) -> int:
-    """Measure the machine's limits and write limits.json."""
-    with job():
-        run(config)
-    return 0
+def measure(request: RunRequest) -> dict[str, float]:
+    """Measure what a run on this machine can reach at most, and write ``limits.json`` into the run
+    folder.
 
+    Args:
+        request: as for ``fine_tune``; nothing is trained.
 
-def run(config: FinetuneConfig) -> None:
-    """Write ``limits.json``: ``sgemm_gflops``, ``forward_images_per_s`` (network only),
-    ``pipeline_images_per_s`` (read, decode, resize, preprocess)."""
-    import tensorflow as tf
-
-    from recipes.finetune_request import request
-    from transfer.activations.extraction import EXTRACTION_BATCH, Compiled
-    from transfer.core import measurement
-    from transfer.finetuning.setup import prepare
-    from transfer.runs import run_folder
-
-    work = prepare(request(config))
+    Returns:
+        ``sgemm_gflops`` (matrix multiplication), ``forward_images_per_s`` (network only),
+        ``pipeline_images_per_s`` (read, decode, resize, preprocess), and the numbers of images,
+        ``images_training`` and ``images_held_out``.
+    """
+    work = prepare(request)
     preprocess = work.classifier.preprocess
     forward = Compiled(work.classifier.backbone)
     shape = [EXTRACTION_BATCH, *preprocess.shape]
@@ -60,7 +59,8 @@ def run(config: FinetuneConfig) -> None:
         "images_held_out": len(work.held_out),
     }
     with run_folder.opened(work.run_dir, work.config):
-        run_folder.write_json(work.run_dir / "limits.json", limits)
+        run_folder.write_json(work.run_dir / LIMITS, limits)
+    return limits
 
 
 def _best(work: Callable[[], Any], repeat: int = 3) -> float:
