@@ -10,35 +10,73 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import App, Parameter
 
 from recipes import console, terminal
+from recipes.benchmark import benchmark
+from recipes.benchmark_children import benchmark_limits, keras_baseline
+from recipes.cache import cache
+from recipes.check_data import check_data
+from recipes.convert import convert
+from recipes.evaluate import evaluate
+from recipes.export import export
+from recipes.finetune import finetune
+from recipes.flag_groups import GENERAL
+from recipes.inspect import inspect
+from recipes.lr_find import lr_find
+from recipes.predict import predict
+from recipes.predict_beam import predict_beam
+from recipes.pretrain import pretrain
+from recipes.pull import pull
 from transfer.core import yaml_files
 
-VERBS = (
-    "inspect",
-    "finetune",
-    "evaluate",
-    "predict",
-    "predict-beam",
-    "export",
-    "check-data",
-    "benchmark",
-    "lr-find",
-    "cache",
-    "pull",
-    "convert",
-    "pretrain",
-)
 
+def completion(
+    shell: Annotated[
+        Literal["bash", "zsh", "fish"] | None, Parameter(help="[default: the shell in use]")
+    ] = None,
+    /,
+) -> int:
+    """Print a script that completes commands and flags: eval "$(vgg-transfer completion bash)"."""
+    print(app.generate_completion(shell=shell))
+    return 0
+
+
+# In the order of the work, in which --help shows them.
+_COMMANDS: tuple[Callable[..., int], ...] = (
+    check_data,
+    pull,
+    convert,
+    inspect,
+    lr_find,
+    finetune,
+    evaluate,
+    predict,
+    predict_beam,
+    export,
+    benchmark,
+    cache,
+    pretrain,
+    completion,
+)
+_CHILDREN: tuple[Callable[..., int], ...] = (
+    benchmark_limits,
+    keras_baseline,
+)  # child processes of benchmark
+
+
+def _verb(command: Any) -> str:
+    return str(command.__name__).replace("_", "-")
+
+
+VERBS = tuple(map(_verb, _COMMANDS))
 _REPEATABLE = ("feed", "rename", "hidden", "baseline", "leave_out")
-BENCHMARK_VERBS = ("benchmark-limits", "keras-baseline")  # child processes of benchmark
 
 app = App(
     name="vgg-transfer",
@@ -48,32 +86,33 @@ app = App(
     default_parameter=Parameter(negative_iterable=()),
 )
 app.suppress_keyboard_interrupt = app.meta.suppress_keyboard_interrupt = False  # see main
-for verb in (*VERBS, *BENCHMARK_VERBS):
-    name, hidden = verb.replace("-", "_"), verb in BENCHMARK_VERBS
-    module = "benchmark_children" if hidden else name
-    app.command(f"recipes.{module}:{name}", name=verb, show=not hidden)
+for place, command in enumerate((*_COMMANDS, *_CHILDREN)):
+    app.command(command, name=_verb(command), sort_key=place, show=command in _COMMANDS)
 
 
 @app.meta.default
 def _launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    config: Path | None = None,
-    debug: Annotated[bool, Parameter(negative=())] = False,
+    config: Annotated[Path | None, Parameter(group=GENERAL)] = None,
+    quiet: Annotated[bool, Parameter(negative=(), group=GENERAL)] = False,
+    debug: Annotated[bool, Parameter(negative=(), group=GENERAL)] = False,
 ) -> Any:
     """Transfer learning with pretrained VGG networks that come as TensorFlow meta graphs.
 
     Args:
-        config: a YAML file with flags, such as a run's config.yaml; command-line flags override it.
-        debug: show the traceback of an error.
+        config: A YAML file with flags, such as a run's config.yaml; command-line flags override it.
+        quiet: Show results, warnings and errors only, no progress.
+        debug: Show the traceback of an error.
     """
     del debug  # read in main, where errors are caught
+    console.set_quiet(quiet)
     if config is not None:
         flags = yaml_files.read_flags(config.expanduser())
         for name, value in flags.items():  # cyclopts before 5.4 takes the first of a list
             if isinstance(value, list) and name not in _REPEATABLE:
                 raise ValueError(f"{str(config)!r}: {name} is the list {value}; expected one value")
         # Keyed by verb: in a flat file, cyclopts ignores flags named like a verb (cache).
-        by_verb = dict.fromkeys((*VERBS, *BENCHMARK_VERBS), flags)
+        by_verb = dict.fromkeys((*VERBS, *map(_verb, _CHILDREN)), flags)
         app.config = (cyclopts.config.Dict(by_verb, source=str(config)),)
     return app(tokens, exit_on_error=False, print_error=False)
 

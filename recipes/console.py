@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -84,8 +85,28 @@ def decoding(images: Iterable[Any]) -> Iterable[Any]:
     return measurement.progress(images, "images", "image")
 
 
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether to show results, warnings and errors only."""
+    global _quiet
+    _quiet = quiet
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
+
+
+def suggest(*commands: str) -> None:
+    """Show what can be done next, unless quiet."""
+    if not _quiet:
+        for title, command in zip(("next: ", *["      "] * len(commands)), commands, strict=False):
+            terminal.say(f"{title}vgg-transfer {command}")
+
+
 def verbosity() -> int:
-    """Keras ``verbose``: 1 (progress bar) on a terminal, 2 (one line per epoch) otherwise."""
+    """Keras ``verbose``: 1 (progress bar) on a terminal, 2 (lines) otherwise, 0 if quiet."""
+    if _quiet:
+        return 0
     return 1 if sys.stderr.isatty() else 2
 
 
@@ -128,9 +149,9 @@ class LogLines(logging.Handler):
 
 
 def log_to_stderr() -> None:
-    """Show the library's log messages (INFO and above) on standard error."""
+    """Show the library's log messages on standard error: INFO and above, or warnings if quiet."""
     logger = logging.getLogger("transfer")
     if not any(isinstance(handler, LogLines) for handler in logger.handlers):
         logger.addHandler(LogLines())
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING if _quiet else logging.INFO)
     logger.propagate = False

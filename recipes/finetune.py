@@ -1,7 +1,7 @@
 """Fine-tune a pretrained network on labelled images.
 
     vgg-transfer finetune
-    vgg-transfer finetune --model vgg16 --preprocess caffe --image-folder photos
+    vgg-transfer finetune photos --model vgg16 --preprocess caffe
     vgg-transfer finetune --dataset tf_flowers --freeze-until none
 
 The first command fine-tunes the embedded model on the embedded digits; the README shows its output.
@@ -9,13 +9,16 @@ The first command fine-tunes the embedded model on the embedded digits; the READ
 
 from __future__ import annotations
 
+import shlex
+
 from recipes import console
-from recipes.finetune_flags import DEFAULTS, FinetuneConfig
+from recipes.finetune_flags import DEFAULTS, FinetuneConfig, Images, with_images
 from recipes.startup import job
 
 
-def finetune(config: FinetuneConfig = DEFAULTS) -> int:
+def finetune(images: Images = None, /, config: FinetuneConfig = DEFAULTS) -> int:
     """Fine-tune a pretrained network on labelled images, and evaluate it."""
+    config = with_images(config, images)
     with job(config.strategy) as replicas:
         from recipes.data_errors import skip_suggested
         from recipes.finetune_request import request
@@ -27,4 +30,6 @@ def finetune(config: FinetuneConfig = DEFAULTS) -> int:
         return 0  # only the chief prints the results
     print(console.describe_accuracy(result.metrics["eval"], "held-out images"))
     print(result.run_dir)
+    run_dir = shlex.quote(str(result.run_dir))
+    console.suggest(f"evaluate {run_dir}", f"predict {run_dir} IMAGE ...", f"export {run_dir}")
     return 0

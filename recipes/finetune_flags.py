@@ -2,18 +2,21 @@
 
 # No `from __future__ import annotations`: flags of other subcommands inherit from these, and their
 # types are looked up in the module of the subclass.
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar
 
 from cyclopts import Parameter
 
+from recipes.flag_groups import grouped
 from transfer.finetuning.options import FineTuneOptions
 
 EMBEDDED = "embedded"
+Config = TypeVar("Config", bound="FinetuneConfig")
 
 
 @Parameter(name="*")
+@grouped
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(FineTuneOptions):
     """The options of ``fine_tune``, and flags for model, data and run folder."""
@@ -62,4 +65,27 @@ class FinetuneConfig(FineTuneOptions):
             raise ValueError(f"skip_unreadable must be at least 0, got {self.skip_unreadable}")
 
 
+Images = Annotated[
+    Path | None, Parameter(help="Image folder; the same as --image-folder.", show_default=False)
+]
 DEFAULTS = FinetuneConfig()
+
+
+def with_images(config: Config, folder: Path | None) -> Config:
+    """Flags with the image folder that was given as an argument.
+
+    Raises:
+        ValueError: if it is not a folder, or images are given by a flag as well.
+    """
+    if folder is None:
+        return config
+    if config.image_folder or config.dataset:
+        raise ValueError(
+            f"images are given twice: {str(folder)!r} and "
+            f"{config.image_folder or config.dataset!r}; leave out one of them"
+        )
+    if not folder.expanduser().is_dir():
+        raise ValueError(
+            f"{str(folder)!r} is not a folder of images; a tfds dataset is named by --dataset"
+        )
+    return replace(config, image_folder=str(folder))

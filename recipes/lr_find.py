@@ -12,11 +12,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from recipes.finetune_flags import DEFAULTS, FinetuneConfig
+from recipes.finetune_flags import DEFAULTS, FinetuneConfig, Images, with_images
 from recipes.startup import job
 
 
 def lr_find(
+    images: Images = None,
+    /,
     config: FinetuneConfig = DEFAULTS,
     *,
     lowest: Annotated[float, Parameter(help="Learning rate of the first step.")] = 1e-7,
@@ -24,6 +26,7 @@ def lr_find(
     steps: Annotated[int, Parameter(help="Maximum number of steps.")] = 100,
 ) -> int:
     """Suggest a learning rate for a fine-tuning run (learning-rate range test), with a plot."""
+    config = with_images(config, images)
     with job():
         from recipes.data_errors import skip_suggested
         from recipes.finetune_request import request

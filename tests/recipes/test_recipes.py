@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -422,6 +423,50 @@ def test_help_does_not_import_tensorflow():
     for verb in VERBS:
         assert f"Usage: vgg-transfer {verb}" in done.stdout
     assert done.stdout.endswith("False\n")
+    listed = re.findall(
+        r"^│ ([a-z][a-z-]+)  +\S", done.stdout.split("Usage: vgg-transfer COMMAND")[1], re.M
+    )
+    assert listed == list(VERBS)  # in the order of the work, each with a summary
+
+
+def test_every_flag_of_finetune_is_in_a_group(capsys):
+    assert main(["finetune", "--help"]) == 0
+    titles = re.findall("^╭─ (.+?) ─+╮", capsys.readouterr().out, re.M)
+    assert titles == [
+        "Arguments", "Usual flags", "Model", "Data", "What is trained", "Optimization", "Head",
+        "Activation cache", "Run", "General",
+    ]  # fmt: skip
+
+
+def test_the_image_folder_may_be_the_only_argument(tmp_path, model, image_folder, capsys):
+    flags = ["--model", model, "--out", tmp_path / "run", "--epochs", 1, "--cache", "off"]
+    assert main(["finetune", str(image_folder), *map(str, flags)]) == 0
+    printed = capsys.readouterr()
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["image_folder"] == str(image_folder)
+    assert f"next: vgg-transfer evaluate {tmp_path / 'run'}" in printed.err
+    assert main(["finetune", "absent"]) == 1
+    assert "'absent' is not a folder of images; a tfds dataset" in capsys.readouterr().err
+    assert main(["finetune", str(image_folder), "--dataset", "digits"]) == 1
+    assert "images are given twice" in capsys.readouterr().err
+
+
+def test_quiet_shows_results_and_warnings_only(tmp_path, model, image_folder):
+    flags = ["--model", model, "--out", tmp_path / "run", "--epochs", 2, "--cache", "off"]
+    command = [sys.executable, "-m", "recipes", "finetune", image_folder, "--quiet", *flags]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "run")
+    assert [line for line in done.stderr.splitlines() if not line.startswith("warning: ")] == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_prints_a_script_with_verbs_and_flags(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for word in ("finetune", "check-data", "freeze-until"):
+        assert word in script
+    if shell == "bash":
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 def test_the_package_is_a_command():

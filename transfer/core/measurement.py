@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
 import psutil
+
+logger = logging.getLogger(__name__)
+
+_LOG_INTERVAL_S = 10.0
 
 
 class Clock:
@@ -109,7 +114,20 @@ def git_revision() -> dict[str, Any] | None:
 
 
 def progress(batches: Iterable[Any], description: str, unit: str = "batch") -> Iterable[Any]:
-    """Iterate over the batches with a progress bar on standard error."""
-    from tqdm import tqdm
+    """Iterate over the batches with a progress bar on standard error, or with a log line every
+    10 seconds if that is not a terminal (a file, a batch job)."""
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):
+        return _logged(batches, description, unit)
+    from tqdm.auto import tqdm
 
     return tqdm(batches, desc=description, unit=unit, file=sys.stderr, mininterval=1.0, leave=False)
+
+
+def _logged(batches: Iterable[Any], description: str, unit: str) -> Iterator[Any]:
+    total = f" of {len(batches):,}" if isinstance(batches, Sized) else ""
+    said = time.monotonic()
+    for number, batch in enumerate(batches, 1):
+        yield batch
+        if time.monotonic() - said >= _LOG_INTERVAL_S:
+            said = time.monotonic()
+            logger.info(f"{description}: {unit} {number:,}{total}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from transfer.core import measurement
 from transfer.core.distribution import Replicas
 from transfer.data.dataset import Split
 from transfer.exports.meta_graph import save_classifier
+from transfer.finetuning.advice import describe_overfitting
 from transfer.finetuning.inputs import Inputs
 from transfer.finetuning.options import FineTuneOptions, options_from
 from transfer.finetuning.setup import (
@@ -32,6 +34,8 @@ from transfer.models.card import Card, read_card, write_card
 from transfer.models.meta_graph import MetaGraph, load_meta_graph
 from transfer.runs import interruption, run_data, run_folder
 from transfer.runs.interruption import Signals
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,12 @@ def run(request: RunRequest) -> FineTuneResult:
                 run_folder.write_json(context.run_dir / run_folder.METRICS, metrics)
             replicas.barrier()  # no worker exits while the chief may still need it
     history = run_folder.read_history(context.run_dir)
+    if replicas.is_chief and context.options.early_stopping is None:
+        head_only = [stage.cut for stage in context.stages] == [
+            context.options.tap.removesuffix(":0")
+        ]
+        for line in describe_overfitting(history, head_only=head_only):
+            logger.warning(line)
     return FineTuneResult(classifier, metrics, history, context.run_dir)
 
 

@@ -1,0 +1,75 @@
+"""The groups in which ``--help`` shows the flags of ``finetune`` and of the commands that share
+them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Annotated, TypeVar, get_type_hints
+
+from cyclopts import Group, Parameter
+
+_GROUPS = {
+    "Usual flags": (
+        "image_folder",
+        "dataset",
+        "model",
+        "preprocess",
+        "freeze_until",
+        "epochs",
+        "learning_rate",
+        "augment",
+        "out",
+        "resume",
+    ),
+    "Model": ("tap", "input", "image_size", "feed", "rename", "use_ema", "random_weights"),
+    "Data": (
+        "data_dir",
+        "train_split",
+        "eval_split",
+        "shots_per_class",
+        "skip_unreadable",
+        "views",
+    ),
+    "What is trained": ("schedule", "keep_dropout", "backbone_lr_scale", "block_lr_decay"),
+    "Optimization": (
+        "batch_size",
+        "optimizer",
+        "lr_schedule",
+        "warmup_epochs",
+        "weight_decay",
+        "clip_norm",
+        "accumulate",
+        "early_stopping",
+        "label_smoothing",
+        "mixup",
+        "class_weights",
+    ),
+    "Head": ("solver", "lbfgs_c", "hidden", "dropout"),
+    "Activation cache": ("cache", "cache_dir", "cache_limit", "cache_dtype"),
+    "Run": (
+        "seed",
+        "deterministic",
+        "strategy",
+        "checkpoint_minutes",
+        "max_to_keep",
+        "keep_checkpoint_every_n_hours",
+    ),
+}
+GENERAL = Group("General", sort_key=99)
+"""Flags of all commands."""
+
+Config = TypeVar("Config", bound=type)
+
+
+def grouped(config: Config) -> Config:
+    """Class decorator of a dataclass of flags: sets the group of each flag and the order in it.
+    Flags that are not listed stay in cyclopts' default group, which a subclass uses for its own.
+    """
+    hints = get_type_hints(config, include_extras=True)
+    names = [field.name for field in fields(config)]
+    for place, (title, members) in enumerate(_GROUPS.items(), 1):
+        group = Group(title, sort_key=place)
+        for name in members:
+            if name in names:
+                config.__annotations__[name] = Annotated[hints[name], Parameter(group=group)]
+    return config
