@@ -75,15 +75,17 @@ def confusion(class_names: Sequence[str], counts: np.ndarray) -> Plot | None:
     # Edges in units of classes, with a class at its index.
     edges = (-0.5, num_classes - 0.5, num_classes - 0.5, -0.5)
     image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest", extent=edges)
-    figure.colorbar(image, ax=axes, label="fraction of the row", shrink=0.8)
+    ticks = None if is_named else (0, 0.01, 0.05, 0.2, 0.5, 1)
+    figure.colorbar(image, ax=axes, label="fraction of the row", shrink=0.8, ticks=ticks)
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
-    ticks = np.arange(0, num_classes, -(-num_classes // _MAX_NAMES))
-    names = [shortened(class_names[number]) for number in order[ticks]]
+    every = -(-num_classes // _MAX_NAMES)
+    positions = np.arange(0, num_classes, every)
+    names = [shortened(class_names[number]) for number in order[positions]]
     fontsize = None if is_named else 8
     # A dollar sign in a name does not start a formula.
-    axes.set_xticks(ticks, names, rotation=90, parse_math=False, fontsize=fontsize)
-    axes.set_yticks(ticks, names, parse_math=False, fontsize=fontsize)
+    axes.set_xticks(positions, names, rotation=90, parse_math=False, fontsize=fontsize)
+    axes.set_yticks(positions, names, parse_math=False, fontsize=fontsize)
     if num_classes <= 15:
         for row, column in np.argwhere(counts).tolist():
             color = "white" if shares[row, column] > 0.5 else "black"
@@ -99,7 +101,7 @@ def confusion(class_names: Sequence[str], counts: np.ndarray) -> Plot | None:
     if not is_named:
         text += (
             " Classes that are confused are side by side (hierarchical clustering of the confusion "
-            f"matrix); every {_ordinal(int(ticks[1]))} class is named."
+            f"matrix); every {_ordinal(every)} class is named."
         )
         if step > 1:
             text += f" Each row and column are {step} classes."
@@ -189,7 +191,7 @@ def classes(rows: Sequence[dict[str, Any]]) -> Plot:
     axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2)
     worst = chosen[0]
     text = (
         f"Lowest F1: {worst['label']}, with precision {worst['precision']:.2f} and recall "
@@ -204,7 +206,7 @@ def f1_of_classes(rows: Sequence[dict[str, Any]]) -> Plot | None:
     if len(rows) <= _MAX_NAMES:
         return None
     f1 = np.array([row["f1"] for row in rows])
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
+    figure = Figure(figsize=(5, 2.8), layout="constrained")
     axes = figure.subplots()
     axes.hist(f1, bins=np.linspace(0, 1, 21), color=_BLUE, alpha=0.35, edgecolor=_BLUE)
     low, middle, high = np.quantile(f1, [0.1, 0.5, 0.9])
