@@ -39,7 +39,7 @@ def test_matrix_has_legible_names_and_cells(num_classes):
     np.testing.assert_allclose(cells.sum(1), 1)
     assert ("side by side" in text) == (num_classes > 40)
     if num_classes == 1000:
-        assert "every 25th class is named. Each row and column are 5 classes." in text
+        assert "one class in 25 is named. Each row and column are 5 classes." in text
 
 
 def test_matrix_of_too_many_classes_is_not_plotted(monkeypatch):

@@ -101,7 +101,7 @@ def confusion(class_names: Sequence[str], counts: np.ndarray) -> Plot | None:
     if not is_named:
         text += (
             " Classes that are confused are side by side (hierarchical clustering of the confusion "
-            f"matrix); every {_ordinal(every)} class is named."
+            f"matrix); one class in {every} is named."
         )
         if step > 1:
             text += f" Each row and column are {step} classes."
@@ -133,12 +133,6 @@ def similarity_order(counts: np.ndarray) -> np.ndarray:
 def shortened(name: str) -> str:
     """A name that leaves room for others beside it in a plot."""
     return name if len(name) <= _MAX_NAME_LENGTH else f"{name[: _MAX_NAME_LENGTH - 1]}…"
-
-
-def _ordinal(number: int) -> str:
-    suffixes = {1: "st", 2: "nd", 3: "rd"}
-    is_teen = number % 100 in (11, 12, 13)
-    return f"{number}{'th' if is_teen else suffixes.get(number % 10, 'th')}"
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray) -> Plot:
@@ -181,7 +175,7 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> Plot:
 def classes(rows: Sequence[dict[str, Any]]) -> Plot:
     """Precision and recall per class; with many classes, those with the lowest F1."""
     chosen = sorted(rows, key=lambda row: row["f1"])[:_MAX_NAMES]
-    figure = Figure(figsize=(7, 0.36 * len(chosen) + 1.4), layout="constrained")
+    figure = Figure(figsize=(5.4, 0.36 * len(chosen) + 1.4), layout="constrained")
     axes = figure.subplots()
     positions = np.arange(len(chosen))
     for offset, name, color in ((-0.2, "precision", _BLUE), (0.2, "recall", _GREEN)):
