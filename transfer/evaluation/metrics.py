@@ -64,9 +64,8 @@ def measure(
             f"the logits of {not_finite} of {len(logits)} images are infinite or not a number: the "
             "training diverged, or the model's weights are damaged; a lower learning rate may help"
         )
-    num_examples, num_classes = logits.shape
-    scores = score_images(logits, labels)
-    cheap = _cheap(scores, labels, num_classes)
+    num_examples, scores = len(logits), score_images(logits, labels)
+    cheap = _cheap(scores, labels, len(class_names))
     overall_metrics, of_class = cheap(np.arange(num_examples)), _ranks(by_class(logits), labels)
     generator = np.random.default_rng(seed)
     num_ranked = min(int(_RANK_WORK / logits.size), resamples)

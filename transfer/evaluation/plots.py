@@ -202,7 +202,7 @@ def f1_of_classes(rows: Sequence[dict[str, Any]]) -> Plot | None:
     f1 = np.array([row["f1"] for row in rows])
     figure = Figure(figsize=(5, 2.8), layout="constrained")
     axes = figure.subplots()
-    axes.hist(f1, bins=np.linspace(0, 1, 21), color=_BLUE, alpha=0.35, edgecolor=_BLUE)
+    axes.hist(f1, bins=20, range=(0, 1), color=_BLUE, alpha=0.35, edgecolor=_BLUE)
     low, middle, high = np.quantile(f1, [0.1, 0.5, 0.9])
     axes.axvline(middle, color=_ORANGE, label="median")
     axes.set(xlim=(0, 1), xlabel="F1", ylabel="classes")
