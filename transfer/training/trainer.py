@@ -33,15 +33,15 @@ class NonFiniteLossError(ArithmeticError):
 class Checkpoint(Protocol):
     """Saves the state of a trainer; see ``checkpoints.RunCheckpoint``."""
 
-    @property
-    def is_due(self) -> bool:
-        """Whether it is time to save within an epoch."""
-
     def begin(self) -> None: ...
 
     def save(self, trainer: Trainer) -> None: ...
 
+    def save_if_due(self, trainer: Trainer) -> None: ...
+
     def save_best(self, trainer: Trainer) -> None: ...
+
+    def wait(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -235,8 +235,8 @@ class Trainer:
                 self._check_finite(loss)
                 self.sums.add(num_examples, num_right, loss)
                 callbacks.on_train_batch_end(self.sums.num_batches - 1, self.sums.means)
-                if checkpoint is not None and checkpoint.is_due:
-                    checkpoint.save(self)
+                if checkpoint is not None:
+                    checkpoint.save_if_due(self)
             if self._is_asked_to_stop:
                 raise KeyboardInterrupt
         return self.sums.means
@@ -266,7 +266,7 @@ class Trainer:
             callbacks: Keras callbacks.
             verbose: Keras' progress bar, on standard output: 0 none, 1 a bar, 2 one line per epoch.
             checkpoint: saved after each epoch, when it is due within an epoch, and on a
-                ``KeyboardInterrupt`` between two steps.
+                ``KeyboardInterrupt`` between two steps. It is complete when this returns or raises.
             uninterrupted: context manager that delays a ``KeyboardInterrupt`` during a step and
                 the work at the end of an epoch.
             is_stopped: called before each step. If it returns true on one replica, all replicas
@@ -307,6 +307,8 @@ class Trainer:
             raise
         finally:
             callback_list.on_train_end()  # callbacks close their files
+            if checkpoint is not None:
+                checkpoint.wait()
 
     def _validated(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Validation metrics. On an interrupt, the states of random layers are restored, because
