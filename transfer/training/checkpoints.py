@@ -5,8 +5,9 @@ checkpoint holds everything that the next step depends on. A checkpoint is never
 one is deleted only after the new one is complete, and if one cannot be read, the previous one is
 used.
 
-Checkpoints are written in the background, as of the step at which they were saved, while training
-goes on: those of a full VGG16 take 2.2 GB.
+Checkpoints are written in the background, from copies of the variables as of the step at which they
+were saved: that of a full VGG16 takes 2.2 GB. One is written at a time, so that memory holds one
+copy.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class RunCheckpoint:
         self._has_begun = False
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
+        self._copies: dict[str, dict[str, Any]] = {}
         self._best: tuple[str, dict[str, Any]] | None = None
 
     def begin(self) -> None:
@@ -83,8 +85,7 @@ class RunCheckpoint:
     def save(self, trainer: Trainer) -> None:
         """Write a checkpoint, then delete old ones, in the background.
 
-        If the previous checkpoint is not complete, waits for it first, so that the memory holds one
-        copy at most.
+        If the previous checkpoint is not complete, waits for it first.
 
         Raises:
             OSError: if the previous checkpoint could not be written; names the last complete one.
@@ -92,9 +93,8 @@ class RunCheckpoint:
         self.wait()
         number = max(self._numbers("step"), default=0) + 1
         best, self._best = self._best, None
-        self._pending = self._writer.submit(
-            self._write_all, best, (f"step-{number}", _copied(_state(trainer)))
-        )
+        last = f"step-{number}", self._copied("step", _state(trainer))
+        self._pending = self._writer.submit(self._write_all, best, last)
         self._saved_at = time.monotonic()
 
     def save_if_due(self, trainer: Trainer) -> None:
@@ -115,8 +115,12 @@ class RunCheckpoint:
         """Keep the weights as those of the best epoch so far; the next ``save`` writes them.
 
         The previous best weights are deleted after it, as the run may be killed before.
+
+        Raises:
+            OSError: see ``save``.
         """
-        self._best = f"best-{trainer.epoch}", _copied(_weights(trainer))
+        self.wait()
+        self._best = f"best-{trainer.epoch}", self._copied("best", _weights(trainer))
 
     def wait(self) -> None:
         """Wait until the last checkpoint is complete.
@@ -129,6 +133,15 @@ class RunCheckpoint:
         wait([self._pending])  # stays pending if this is interrupted
         pending, self._pending = self._pending, None
         pending.result()
+
+    def end(self) -> None:
+        """Wait until the last checkpoint is complete, and free the memory of the copies.
+
+        Raises:
+            OSError: see ``wait``.
+        """
+        self.wait()
+        self._copies.clear()
 
     def restore(self, trainer: Trainer) -> bool:
         """Restore a trainer from the last readable checkpoint; false if there are no checkpoints.
@@ -173,11 +186,7 @@ class RunCheckpoint:
         numbers = self._numbers("best")
         if not numbers:
             return None
-        copies = {
-            "weights": [
-                tf.Variable(tf.zeros(v.shape, v.dtype)) for v in _weights(trainer)["weights"]
-            ]
-        }
+        copies = _zeros(_weights(trainer))
         try:
             self._read(f"best-{numbers[-1]}", copies)
         except _UNREADABLE as error:
@@ -186,6 +195,18 @@ class RunCheckpoint:
                 f"cannot be read ({_first_line(error)}); start a new run"
             ) from error
         return [variable.numpy() for variable in copies["weights"]]
+
+    def _copied(self, kind: str, state: dict[str, Any]) -> dict[str, Any]:
+        """The state with copies of the variables, in the memory of the host.
+
+        Their memory is used again for the next checkpoint: it takes the system several times as
+        long to allocate it as it takes to copy the values.
+        """
+        if kind not in self._copies:
+            self._copies[kind] = _zeros(state)
+        copies = self._copies[kind]
+        tf.nest.map_structure(lambda copy, variable: copy[...].assign(variable), copies, state)
+        return copies
 
     def _write_all(
         self, best: tuple[str, dict[str, Any]] | None, last: tuple[str, dict[str, Any]]
@@ -281,14 +302,12 @@ def _weights(trainer: Trainer) -> dict[str, Any]:
     return {"weights": [variable.value for variable in trainer.model.weights]}
 
 
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """The state with a copy of each variable, which later updates of the variable do not change.
-
-    Takes no time: TensorFlow copies on write, so both share their memory until an update, if the
-    copy still exists then. Variables of other devices are copied to the memory of the host.
-    """
+def _zeros(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with new variables, of the same shapes, in the memory of the host."""
     with tf.device("CPU:0"):
-        return tf.nest.map_structure(lambda variable: tf.Variable(variable, trainable=False), state)
+        return tf.nest.map_structure(
+            lambda variable: tf.Variable(tf.zeros(variable.shape, variable.dtype)), state
+        )
 
 
 def _first_line(error: BaseException) -> str:
