@@ -75,8 +75,8 @@ def main() -> None:
     labels = np.zeros(1, np.int64)
     modes = ("none", "waiting", "background")
     held_up: dict[str, list[float]] = {mode: [] for mode in modes}
+    steps: dict[str, list[float]] = {mode: [] for mode in modes}
     memory = dict.fromkeys(modes, 0.0)
-    steps: list[float] = []
     with tempfile.TemporaryDirectory() as name:
         trainer = new_trainer(Path(name))
         trainer.train_step(images, labels)  # traces the function and allocates memory
@@ -92,25 +92,25 @@ def main() -> None:
                 if mode == "waiting":
                     checkpoint.wait()
                 held_up[mode].append(time.perf_counter() - start)
+                start = time.perf_counter()
                 for _ in range(options.steps):
-                    start = time.perf_counter()
                     trainer.train_step(images, labels)
-                    seconds = time.perf_counter() - start
-                    if mode == "none":
-                        steps.append(seconds)
-                    elif mode == "background":
-                        held_up[mode][-1] += seconds - statistics.median(steps)
+                steps[mode].append((time.perf_counter() - start) / options.steps)
                 start = time.perf_counter()
                 checkpoint.wait()
             print(
-                f"{mode}: held up for {held_up[mode][-1]:.2f} s, peak {peak.megabytes:,.0f} MB; "
-                f"after {options.steps} steps, {time.perf_counter() - start:.1f} s were left",
+                f"{mode}: held up for {held_up[mode][-1]:.2f} s, a step took "
+                f"{steps[mode][-1]:.2f} s, peak {peak.megabytes:,.0f} MB; after {options.steps} "
+                f"steps, {time.perf_counter() - start:.1f} s of writing were left",
                 flush=True,
             )
             memory[mode] = max(memory[mode], peak.megabytes)
-    print(f"a step takes {statistics.median(steps):.2f} s")
-    rows = [[mode, statistics.median(held_up[mode]), memory[mode]] for mode in modes]
-    print(tabulate(rows, ["checkpoint", "held up s", "peak MB"], "github", floatfmt=",.2f"))
+    rows = [
+        [mode, statistics.median(held_up[mode]), statistics.median(steps[mode]), memory[mode]]
+        for mode in modes
+    ]
+    headers = ["checkpoint", "held up s", "s/step", "peak MB"]
+    print(tabulate(rows, headers, "github", floatfmt=",.2f"))
 
 
 if __name__ == "__main__":

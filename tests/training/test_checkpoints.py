@@ -241,9 +241,7 @@ def state_of(trainer):
     return [variable.numpy() for variable in variables]
 
 
-def test_copies_are_of_another_checkpoint_only_after_the_first_is_written(
-    tmp_path, writer_may_start
-):
+def test_second_checkpoint_waits_for_the_first(tmp_path, writer_may_start):
     trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path, every_s=0)
     checkpoint.begin()
     checkpoint.save(trainer)
