@@ -144,24 +144,51 @@ def test_second_signal_stops_immediately():
         raise AssertionError("it went on")
 
 
+# Programs that kill themselves with SIGKILL, so that nothing can be cleaned up.
+KILLED_BEFORE_A_STEP = """
+from transfer.training.trainer import Trainer
+train_step = Trainer.train_step
+def killed(self, *arguments):
+    if self.step == 6: os.kill(os.getpid(), signal.SIGKILL)
+    return train_step(self, *arguments)
+Trainer.train_step = killed
+"""
+# The best weights are written, the checkpoint is not complete, and training has gone on.
+KILLED_WHILE_A_CHECKPOINT_IS_WRITTEN = """
+import threading
+from transfer.training.checkpoints import RunCheckpoint
+from transfer.training.trainer import Trainer
+write, train_step, has_begun = RunCheckpoint._write, Trainer.train_step, threading.Event()
+def unfinished(self, name, state):
+    if name == "step-2":
+        has_begun.set()
+        time.sleep(60)
+    write(self, name, state)
+def killed(self, *arguments):
+    results = train_step(self, *arguments)
+    if self.step == 10:
+        has_begun.wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return results
+RunCheckpoint._write, Trainer.train_step = unfinished, killed
+"""
+
+
 @pytest.mark.slow
-def test_killed_process_is_resumable(tmp_path, setting):
-    """With SIGKILL, so that nothing can be cleaned up."""
+@pytest.mark.parametrize(
+    "patch", [KILLED_BEFORE_A_STEP, KILLED_WHILE_A_CHECKPOINT_IS_WRITTEN], ids=["step", "writing"]
+)
+def test_killed_process_is_resumable(tmp_path, setting, patch):
     *_, whole = setting
     out = tmp_path / "run"
     config = yaml.safe_load((whole / "config.yaml").read_text()) | {"out": str(out)}
     (tmp_path / "flags.yaml").write_text(yaml.safe_dump(config))
-    program = (
-        "import os, sys, signal\n"
-        "from transfer.training.trainer import Trainer\n"
-        "from recipes.cli import main\n"
-        "train_step = Trainer.train_step\n"
-        "def killed(self, *arguments):\n"
-        "    if self.step == 6: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return train_step(self, *arguments)\n"
-        "Trainer.train_step = killed\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
+    program = f"""
+import os, sys, signal, time
+from recipes.cli import main
+{patch}
+sys.exit(main(sys.argv[1:]))
+"""
     flags = ["finetune", "--config", str(tmp_path / "flags.yaml"), "--resume"]
     done = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL

@@ -1,4 +1,7 @@
 import itertools
+import threading
+import time
+from concurrent.futures import wait
 
 import keras
 import numpy as np
@@ -6,6 +9,7 @@ import pytest
 from test_trainer import assert_same, batches, fit, new_model, new_trainer, weights
 
 from transfer.training.checkpoints import RunCheckpoint
+from transfer.training.optimizers import FusedAdam, FusedSGD
 
 
 def with_dropout(**arguments):
@@ -67,14 +71,11 @@ def test_checkpoints_are_saved_within_an_epoch(tmp_path):
 
     class Recorder(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):
+            checkpoint.wait()
             seen.append(names(tmp_path))
 
-    fit(
-        new_trainer(),
-        1,
-        checkpoint=RunCheckpoint(tmp_path, every_s=0),
-        callbacks=[Recorder()],
-    )
+    checkpoint = RunCheckpoint(tmp_path, every_s=0)
+    fit(new_trainer(), 1, checkpoint=checkpoint, callbacks=[Recorder()])
     assert seen == [[], ["step-1"], ["step-1", "step-2"], ["step-2", "step-3"]]
     assert names(tmp_path) == ["step-4", "step-5"]
 
@@ -105,6 +106,7 @@ def test_temporary_files_of_killed_session_are_removed(tmp_path):
         (tmp_path / folder / "part-00000-of-00001.index").write_bytes(b"half")
     assert RunCheckpoint(tmp_path).restore(new_trainer())
     checkpoint.save(trainer)
+    checkpoint.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         f"step-{number}.{end}" for number in (1, 2) for end in ("data-00000-of-00001", "index")
     ]
@@ -176,13 +178,120 @@ def test_best_weights_are_kept_with_last_checkpoint(tmp_path):
     assert resumed.best_loss == 1.0
 
 
-def test_best_weights_of_repeated_epoch_are_deleted(tmp_path):
-    trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path)
+def test_best_weights_of_repeated_epoch_are_deleted(tmp_path, monkeypatch):
+    def killed(self, name, state):
+        if name == "step-3":
+            raise OSError("killed between the best weights and the checkpoint")
+        write(self, name, state)
+
+    trainer, checkpoint, write = new_trainer(), RunCheckpoint(tmp_path), RunCheckpoint._write
     fit(trainer, 2, validate=lambda: {"loss": 1.0 / (1 + trainer.epoch)}, checkpoint=checkpoint)
-    checkpoint.save_best(trainer)  # the run is killed before the next checkpoint
+    monkeypatch.setattr(RunCheckpoint, "_write", killed)
+    checkpoint.save_best(trainer)
+    checkpoint.save(trainer)
+    with pytest.raises(OSError, match="killed"):
+        checkpoint.wait()
     assert names(tmp_path) == ["best-1", "best-2", "step-1", "step-2"]
     RunCheckpoint(tmp_path).restore(new_trainer())
     assert names(tmp_path) == ["best-1", "step-1", "step-2"]
+
+
+@pytest.fixture
+def writer_may_start(monkeypatch):
+    """An event that the writing of checkpoints waits for."""
+    event, write = threading.Event(), RunCheckpoint._write
+
+    def write_later(self, *arguments):
+        assert event.wait(60)
+        write(self, *arguments)
+
+    monkeypatch.setattr(RunCheckpoint, "_write", write_later)
+    yield event
+    event.set()
+
+
+@pytest.mark.parametrize("kind", [keras.optimizers.Adam, FusedAdam, FusedSGD])
+def test_checkpoint_is_as_of_its_step_although_training_goes_on(tmp_path, writer_may_start, kind):
+    """The values of a stopped trainer, whatever its optimizer overwrites while they are written."""
+
+    def trained(epochs, **arguments):
+        options = {} if kind is not FusedSGD else {"momentum": 0.9}
+        trainer = new_trainer(new_model(dropout=0.5), optimizer=kind(0.05, **options), **arguments)
+        return fit(trainer, epochs)
+
+    trainer, checkpoint = trained(1), RunCheckpoint(tmp_path)
+    checkpoint.begin()
+    checkpoint.save_best(trainer)
+    checkpoint.save(trainer)
+    fit(trainer, 3)
+    assert names(tmp_path) == []
+    writer_may_start.set()
+    checkpoint.wait()
+    assert names(tmp_path) == ["best-1", "step-1"]
+    resumed, stopped = trained(0), trained(1)
+    assert checkpoint.restore(resumed)
+    assert (resumed.epoch, resumed.step) == (1, 4)
+    assert_same(state_of(resumed), state_of(stopped))
+    assert checkpoint.restore(resumed) and not checkpoint.damaged
+    assert_same(state_of(fit(resumed, 3)), state_of(trainer))
+
+
+def state_of(trainer):
+    variables = [*trainer.model.variables, *trainer.groups[0].optimizer.variables]
+    return [variable.numpy() for variable in variables]
+
+
+def test_second_checkpoint_waits_for_the_first(tmp_path, writer_may_start):
+    trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path, every_s=0)
+    checkpoint.begin()
+    checkpoint.save(trainer)
+    checkpoint.save_if_due(trainer)  # due, but does not wait
+    second = threading.Thread(target=checkpoint.save, args=[trainer])
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    writer_may_start.set()
+    second.join(60)
+    checkpoint.wait()
+    assert names(tmp_path) == ["step-1", "step-2"]
+
+
+def test_error_of_the_writer_is_raised_by_the_next_step(tmp_path, monkeypatch):
+    def full(self, name, state):
+        raise OSError(f"no space left for {name}")
+
+    class Recorder(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            steps.append(trainer.step)
+            wait([checkpoint._pending] if checkpoint._pending else [])
+
+    monkeypatch.setattr(RunCheckpoint, "_write", full)
+    steps, trainer, checkpoint = [], new_trainer(), RunCheckpoint(tmp_path, every_s=0)
+    with pytest.raises(OSError, match="no space left for step-1"):
+        fit(trainer, 2, checkpoint=checkpoint, callbacks=[Recorder()])
+    assert steps == [0, 1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_checkpoint_is_complete_when_training_ends(tmp_path, monkeypatch, error):
+    """By itself, by an error, or by an interrupt after which nothing more can be saved."""
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 1 and trainer.epoch == 1:
+                raise error("stopped")
+
+    def slowly(self, *arguments):
+        time.sleep(0.2)
+        write(self, *arguments)
+
+    write, trainer = RunCheckpoint._write, new_trainer()
+    monkeypatch.setattr(RunCheckpoint, "_write", slowly)
+    with pytest.raises(error, match="stopped"):
+        fit(trainer, 2, checkpoint=RunCheckpoint(tmp_path / "error"), callbacks=[Stop()])
+    assert names(tmp_path / "error") == ["step-1"]
+    fit(trainer, 2, checkpoint=RunCheckpoint(tmp_path / "end"))
+    assert names(tmp_path / "end") == ["step-1"]
 
 
 def test_full_disk_keeps_last_checkpoint(tmp_path):
@@ -196,6 +305,7 @@ def test_full_disk_keeps_last_checkpoint(tmp_path):
             OSError, match=r"cannot write checkpoint .*step-1 is complete: free disk space"
         ):
             checkpoint.save(trainer)
+            checkpoint.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path) == ["step-1"]

@@ -9,8 +9,9 @@ import keras
 import numpy as np
 
 from transfer.finetuning.options import FineTuneOptions
+from transfer.graph import is_seeded
 from transfer.graph.cuts import blocks, stopped
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.backbone import Backbone, GraphLayer
 from transfer.layers.classifier import Classifier
 from transfer.training.optimizers import cosine, make_optimizer
 from transfer.training.trainer import ParameterGroup
@@ -19,6 +20,7 @@ from transfer.training.trainer import ParameterGroup
 HEAD_LEARNING_RATE, HEAD_WIDTH, HEAD_STEPS, HEAD_EPOCHS = 6e-3, 512, 2000, (5, 200)
 # A VGG without batch norm diverges or stalls at 1e-3.
 BACKBONE_LEARNING_RATE, BACKBONE_STEPS, BACKBONE_EPOCHS = 1e-4, 900, (3, 60)
+BATCH, MAX_HEAD_BATCH = 32, 4096
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,50 @@ def _parse(part: str, default_rate: float | None, scale: float) -> StageRequest:
     )
 
 
+def trains_cached_head(options: FineTuneOptions, backbone: Backbone, num_workers: int) -> bool:
+    """Whether all stages of a run train only a head, by gradient descent, on features that are
+    computed once; see ``inputs.Inputs``.
+
+    Args:
+        options: the options of the run.
+        backbone: the network up to the tap.
+        num_workers: number of processes that train together.
+    """
+    if options.solver != "gradient" or options.cache == "off":
+        return False
+    if (options.augment and not options.views) or (options.mixup and num_workers > 1):
+        return False
+    cuts = {stage.cut for stage in requested_stages(options)} - {"tap"}
+    if "none" in cuts or is_seeded(backbone.network.graph_def):
+        return False
+    return all(backbone.tensor(cut) == backbone.network.output for cut in cuts)
+
+
+def default_batch_size(num_images: int, *, is_cached_head: bool) -> int:
+    """Images per step: 32, or all if there are fewer; for a head on cached features of 25,600
+    images or more, the largest power of two, up to 4096, with which the smallest number of epochs
+    still takes ``HEAD_STEPS`` steps.
+
+    A step with few images mostly moves weights and the optimizer's state through memory.
+
+    Args:
+        num_images: number of training images.
+        is_cached_head: whether all stages train only a head, on cached features.
+    """
+    batch = BATCH
+    if is_cached_head:
+        while batch < MAX_HEAD_BATCH and num_images * HEAD_EPOCHS[0] >= HEAD_STEPS * 2 * batch:
+            batch *= 2
+    return min(batch, num_images)
+
+
 def resolve(
     request: StageRequest,
     classifier: Classifier,
     tap: str,
     features: np.ndarray,
     steps_per_epoch: int,
+    batch_growth: float = 1.0,
 ) -> Stage:
     """Replace the ``None`` values of a stage request by defaults.
 
@@ -97,6 +137,8 @@ def resolve(
         tap: the tensor with the features.
         features: float ``[images, width]``, inputs of the head for a few images.
         steps_per_epoch: training steps per epoch.
+        batch_growth: size of the batches relative to those for which the default learning rate of
+            a head is meant.
 
     Raises:
         ValueError: if the cut is not a tensor, or does not separate the input from the tap; or if
@@ -116,7 +158,7 @@ def resolve(
         )
     rate, scale = request.learning_rate, request.backbone_lr_scale
     if rate is None and (only_head or scale is None):
-        rate = head_learning_rate(features)
+        rate = head_learning_rate(features, batch_growth)
         scale = BACKBONE_LEARNING_RATE / rate if scale is None else scale
     elif rate is None:
         rate = BACKBONE_LEARNING_RATE
@@ -129,17 +171,20 @@ def resolve(
     return Stage(cut, epochs, rate, 1.0 if scale is None else scale)
 
 
-def head_learning_rate(features: np.ndarray) -> float:
+def head_learning_rate(features: np.ndarray, batch_growth: float = 1.0) -> float:
     """Adam's learning rate for a head: 0.006 for up to 512 features with RMS 1.
 
     Adam moves each weight by the learning rate, so a logit moves by the rate times the sum of the
     features: small features need a higher rate, many features a lower one (arXiv 2203.03466,
-    table 3).
+    table 3). Larger batches have less noise, and need a rate that grows with the square root of
+    their size (arXiv 2205.10287).
 
     Args:
         features: float ``[images, width]``.
+        batch_growth: images per step, in units of 32.
     """
     rate = HEAD_LEARNING_RATE / rms(features) * min(1, HEAD_WIDTH / features.shape[1])
+    rate *= batch_growth**0.5
     return float(f"{rate:.2g}")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -23,8 +24,9 @@ class Inputs:
 
     Activations at the cut are computed once and cached, on disk or in memory, if there is a frozen
     part and it is deterministic. Random views are cached if their number is fixed; held-out images
-    have none. With several workers, each computes and caches its shard of the images, and trains on
-    the rows of a batch that are in this shard.
+    have none. Activations that do not fit in the cache are computed anew in each epoch. With
+    several workers, each computes and caches its shard of the images, and trains on the rows of a
+    batch that are in this shard.
 
     ``num_extracted`` images were computed now, ``num_found`` came from the cache.
     """
@@ -39,6 +41,7 @@ class Inputs:
         self.num_extracted = self.num_found = 0
         options = context.options
         self._held_out = self._train = None
+        self._is_recomputed = False
         if frozen is None:
             return
         self._frozen = compiled = Compiled(frozen, context.replicas)
@@ -70,6 +73,8 @@ class Inputs:
         # If the rows of one worker do not fit, no worker uses its cached rows: together they would
         # miss some images.
         if context.replicas.total(int(rows is None)) or rows is None:
+            num_parts, rest = divmod(options.batch_size, EXTRACTION_BATCH)
+            self._is_recomputed = bool(views) and num_parts > 1 and not rest
             return
         self._held_out = Activations(rows[:1], held_out.labels)
         if views:
@@ -79,7 +84,7 @@ class Inputs:
     @property
     def frozen(self) -> GraphLayer | None:
         """The frozen layer to apply to the training inputs; ``None`` if they are activations."""
-        return self._layer if self._train is None else None
+        return self._layer if self._train is None and not self._is_recomputed else None
 
     def train(self, epoch: int, first_batch: int = 0) -> Iterable[Any]:
         """Shuffled batches of ``(inputs, labels)`` for an epoch, starting at ``first_batch``; of
@@ -90,14 +95,25 @@ class Inputs:
             return self._train.batches(options.batch_size, seed, epoch, first_batch)
         if options.views:  # they did not fit in the cache
             view = epoch_seed(options.seed, epoch % options.views)
-        return self._images(
+        num_parts = options.batch_size // EXTRACTION_BATCH if self._is_recomputed else 1
+        images = self._images(
             self._context.train,
-            options.batch_size,
+            options.batch_size // num_parts,
             shuffle_seed=seed,
             view_seed=view if options.augment or options.views else None,
-            first_batch=first_batch,
+            first_batch=first_batch * num_parts,
             shard=(self._context.replicas.worker, self._context.replicas.num_workers),
         )
+        return self._recomputed(images, num_parts) if self._is_recomputed else images
+
+    def _recomputed(self, images: Iterable[Any], num_parts: int) -> Iterator[Any]:
+        """Batches of activations, each computed in parts: the images of a large batch of a head,
+        and what is computed from them, may not fit in memory."""
+        assert self._frozen is not None
+        parts = stream(self._frozen, images)
+        while group := list(itertools.islice(parts, num_parts)):
+            rows, labels = zip(*group, strict=True)
+            yield np.concatenate(rows), np.concatenate([np.asarray(part) for part in labels])
 
     def train_in_order(self, layer: Callable[[Any], Any]) -> tuple[np.ndarray, np.ndarray]:
         """Outputs of a layer for all views of the training images, view by view, and the labels.

@@ -37,7 +37,9 @@ class FineTuneOptions:
     """Passes over the training images. [default: about 2000 steps where only the head is trained,
     900 otherwise; at least 5 and 3, at most 200 and 60 epochs]"""
     batch_size: int | None = None
-    """Images per step. [default: 32, or all where there are fewer]"""
+    """Images per step. [default: 32, or all where there are fewer; where only a head is trained on
+    cached features of 25,600 images or more, the largest power of two with at least 400 steps per
+    epoch, up to 4096]"""
     image_size: int | str | None = None
     """In pixels: one number, or HEIGHTxWIDTH, e.g. 100x200. [default: the model's]"""
     preprocess: str | None = None
@@ -52,8 +54,8 @@ class FineTuneOptions:
     """sgd has momentum 0.9."""
     learning_rate: float | None = None
     """Learning rate of the head. [default: scaled by the features' RMS and width, 0.006 for up to
-    512 features with RMS 1; 0.0001 where more than the head is trained and a schedule or
-    backbone_lr_scale is given]"""
+    512 features with RMS 1, and by the square root of a default batch size relative to 32; 0.0001
+    where more than the head is trained and a schedule or backbone_lr_scale is given]"""
     lr_schedule: Literal["auto", "constant", "cosine"] = "auto"
     """cosine decays the learning rate to zero. auto: constant where only the head is trained, else
     cosine."""

@@ -30,7 +30,15 @@ from transfer.data.dataset import (
     find_unreadable,
 )
 from transfer.exports.meta_graph import check_savable
-from transfer.finetuning.hyperparameters import Stage, requested_stages, resolve, rms
+from transfer.finetuning.hyperparameters import (
+    BATCH,
+    Stage,
+    default_batch_size,
+    requested_stages,
+    resolve,
+    rms,
+    trains_cached_head,
+)
 from transfer.finetuning.options import FineTuneOptions, ResolvedOptions
 from transfer.graph import Network, graph_preprocessing, is_seeded
 from transfer.graph import cut as graph_cut
@@ -45,7 +53,6 @@ from transfer.runs import run_folder
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BATCH = 32
 # Standard deviation of the initial logits. A new head with confident logits needs steps to unlearn
 # them, and their gradients meanwhile disturb the backbone's weights.
 FIRST_LOGITS = 0.1
@@ -174,7 +181,7 @@ def prepare(request: RunRequest) -> RunContext:
     classifier, features, resolved = _classifier(request, train)
     replicas.check_same("choice of images", fingerprint)
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
-    stages = _stages(resolved, classifier, features, train)
+    stages = _stages(request, resolved, classifier, features, train)
     run_dir = request.run_dir or run_folder.default_out(train.source.name, options.freeze_until)
     run_dir = Path(replicas.from_chief(str(run_dir.resolve())))
     return RunContext(
@@ -344,18 +351,45 @@ def _classifier(
         "input": network.input,
         "preprocess": preprocess.mode,
         "image_size": size if isinstance(size, int) else show_size(size),
-        "batch_size": options.batch_size or min(DEFAULT_BATCH, len(train)),
+        "batch_size": _batch_size(request, train, backbone),
     }
     return classifier, features, ResolvedOptions(**resolved)
 
 
+def _batch_size(request: RunRequest, train: Split, backbone: Backbone) -> int:
+    """The batch size that was given, else that of the resumed run, else the default."""
+    options = request.options
+    if options.batch_size is not None:
+        return options.batch_size
+    if request.resume and request.run_dir is not None:
+        with contextlib.suppress(FileNotFoundError):  # it has not begun
+            recorded = run_folder.read_config(request.run_dir).get("batch_size")
+            if isinstance(recorded, int) and 1 <= recorded <= len(train):
+                return recorded
+    is_cached_head = trains_cached_head(options, backbone, request.replicas.num_workers)
+    default = default_batch_size(len(train), is_cached_head=is_cached_head)
+    if default > BATCH:
+        logger.info(
+            f"batch_size: {default}, as the head is trained on the features of {len(train):,} "
+            "images"
+        )
+    return default
+
+
 def _stages(
-    options: ResolvedOptions, classifier: Classifier, features: np.ndarray, train: Split
+    request: RunRequest,
+    options: ResolvedOptions,
+    classifier: Classifier,
+    features: np.ndarray,
+    train: Split,
 ) -> list[Stage]:
     steps_per_epoch = -(-len(train) // options.batch_size)
+    # A batch size that was given leaves the default learning rate as it is.
+    is_default = request.options.batch_size is None
+    growth = max(1, options.batch_size / BATCH) if is_default else 1.0
     stages = [
-        resolve(request, classifier, options.tap, features, steps_per_epoch)
-        for request in requested_stages(options)
+        resolve(stage, classifier, options.tap, features, steps_per_epoch, growth)
+        for stage in requested_stages(options)
     ]
     for stage in stages:
         _warn_if_stopped(_after(classifier.backbone, stage.cut), stage.cut)

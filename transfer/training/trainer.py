@@ -33,15 +33,15 @@ class NonFiniteLossError(ArithmeticError):
 class Checkpoint(Protocol):
     """Saves the state of a trainer; see ``checkpoints.RunCheckpoint``."""
 
-    @property
-    def is_due(self) -> bool:
-        """Whether it is time to save within an epoch."""
-
     def begin(self) -> None: ...
 
     def save(self, trainer: Trainer) -> None: ...
 
+    def save_if_due(self, trainer: Trainer) -> None: ...
+
     def save_best(self, trainer: Trainer) -> None: ...
+
+    def end(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,7 @@ class Trainer:
             autograph=False,
             reduce_retracing=True,
         )
+        self._concrete_steps: dict[Any, Callable[..., tf.Tensor]] = {}
 
     def _step(
         self, inputs: tf.Tensor, labels: tf.Tensor, step: tf.Tensor, stop: tf.Tensor
@@ -206,11 +207,26 @@ class Trainer:
         """
         inputs, labels = self.replicas.shard(inputs, labels)
         step = tf.constant(self.step, tf.int64)
-        results = self._train_step(inputs, labels, step, tf.constant(float(stop)))
+        results = self._compiled(inputs, labels, step, tf.constant(float(stop)))
         loss, num_right, num_examples, num_stops = results.numpy().tolist()
         self.step += 1
         self._is_asked_to_stop = num_stops > 0
         return loss, int(num_right), int(num_examples)
+
+    def _compiled(self, inputs: Any, labels: Any, *rest: tf.Tensor) -> tf.Tensor:
+        """``_step`` on all replicas.
+
+        The traced function for the shapes of a batch is kept here: to find it among its own takes
+        ``tf.function`` about half as long as a step of a head.
+        """
+        if self.replicas.num_local > 1:
+            return self._train_step(inputs, labels, *rest)
+        inputs, labels = tf.convert_to_tensor(inputs), tf.convert_to_tensor(labels)
+        key = (*inputs.shape, inputs.dtype, *labels.shape, labels.dtype)
+        if key not in self._concrete_steps:
+            step = self._train_step.get_concrete_function(inputs, labels, *rest)
+            self._concrete_steps[key] = step
+        return self._concrete_steps[key](inputs, labels, *rest)
 
     def train_epoch(
         self,
@@ -235,8 +251,8 @@ class Trainer:
                 self._check_finite(loss)
                 self.sums.add(num_examples, num_right, loss)
                 callbacks.on_train_batch_end(self.sums.num_batches - 1, self.sums.means)
-                if checkpoint is not None and checkpoint.is_due:
-                    checkpoint.save(self)
+                if checkpoint is not None:
+                    checkpoint.save_if_due(self)
             if self._is_asked_to_stop:
                 raise KeyboardInterrupt
         return self.sums.means
@@ -266,7 +282,7 @@ class Trainer:
             callbacks: Keras callbacks.
             verbose: Keras' progress bar, on standard output: 0 none, 1 a bar, 2 one line per epoch.
             checkpoint: saved after each epoch, when it is due within an epoch, and on a
-                ``KeyboardInterrupt`` between two steps.
+                ``KeyboardInterrupt`` between two steps. It is complete when this returns or raises.
             uninterrupted: context manager that delays a ``KeyboardInterrupt`` during a step and
                 the work at the end of an epoch.
             is_stopped: called before each step. If it returns true on one replica, all replicas
@@ -307,6 +323,8 @@ class Trainer:
             raise
         finally:
             callback_list.on_train_end()  # callbacks close their files
+            if checkpoint is not None:
+                checkpoint.end()
 
     def _validated(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Validation metrics. On an interrupt, the states of random layers are restored, because

@@ -1,0 +1,136 @@
+"""Default batch size and learning rate of a head."""
+
+import keras
+import numpy as np
+import pytest
+import yaml
+from commands import finetune, largest_difference
+
+from recipes.cli import main
+from transfer import Backbone
+from transfer.finetuning import hyperparameters, inputs, setup
+from transfer.finetuning.hyperparameters import (
+    default_batch_size,
+    head_learning_rate,
+    trains_cached_head,
+)
+from transfer.finetuning.options import FineTuneOptions
+from transfer.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def _own_session():
+    keras.backend.clear_session()
+
+
+def config(out):
+    return yaml.safe_load((out / "config.yaml").read_text())
+
+
+def finetune_with_defaults(out, model, folder, *flags):
+    """``commands.finetune`` without its short defaults."""
+    paths = {"--model": model, "--image-folder": folder, "--out": out}
+    return main(["finetune", *(str(word) for pair in paths.items() for word in pair), *flags])
+
+
+@pytest.mark.parametrize(
+    "num_images, batch",
+    [
+        (10, 10),
+        (1_438, 32),
+        (2_935, 32),
+        (25_599, 32),
+        (25_600, 64),
+        (60_000, 128),
+        (1_281_167, 2048),
+        (1_638_400, 4096),
+        (100_000_000, 4096),
+    ],
+)
+def test_batch_of_a_head_grows_with_the_number_of_images(num_images, batch):
+    assert default_batch_size(num_images, is_cached_head=True) == batch
+    assert default_batch_size(num_images, is_cached_head=False) == min(32, num_images)
+
+
+def test_grown_batches_leave_as_many_steps_as_small_datasets_have():
+    for num_images in np.geomspace(25_600, 1e8, 50).astype(int):
+        batch = default_batch_size(num_images, is_cached_head=True)
+        steps = hyperparameters.HEAD_EPOCHS[0] * num_images / batch
+        assert steps >= hyperparameters.HEAD_STEPS
+        assert steps < 2 * hyperparameters.HEAD_STEPS or batch == 4096
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, True),
+        ({"freeze_until": "fc7"}, True),
+        ({"schedule": "fc7:3"}, True),
+        ({"augment": True, "views": 2}, True),
+        ({"mixup": 0.2}, True),
+        ({"freeze_until": "pool2"}, False),
+        ({"freeze_until": "none"}, False),
+        ({"schedule": "fc7:3,pool2:1"}, False),
+        ({"augment": True}, False),
+        ({"cache": "off"}, False),
+        ({"solver": "lbfgs"}, False),
+    ],
+    ids=str,
+)
+def test_batch_grows_only_for_a_head_on_cached_features(model, options, expected):
+    backbone = Backbone(model, "fc7")
+    assert trains_cached_head(FineTuneOptions(**options), backbone, 1) is expected
+    assert not (options.get("mixup") and trains_cached_head(FineTuneOptions(mixup=1), backbone, 2))
+
+
+def test_head_learning_rate_grows_with_square_root_of_batch():
+    features = np.ones((4, 512), np.float32)
+    assert head_learning_rate(features, 4) == 2 * head_learning_rate(features)
+
+
+@pytest.fixture
+def small_defaults(monkeypatch):
+    """Defaults with which the batch grows from 4 to 8 on 20 images."""
+    monkeypatch.setattr(hyperparameters, "HEAD_STEPS", 10)
+    monkeypatch.setattr(hyperparameters, "BATCH", 4)
+    monkeypatch.setattr(setup, "BATCH", 4)
+
+
+def test_grown_batch_is_logged_and_recorded(tmp_path, model, image_folder, small_defaults, capsys):
+    assert finetune_with_defaults(tmp_path / "grown", model, image_folder) == 0
+    assert "batch-size: 8" in capsys.readouterr().err.replace("batch_size", "batch-size")
+    flags = ["--batch-size", "4"]
+    assert finetune_with_defaults(tmp_path / "given", model, image_folder, *flags) == 0
+    grown, given = config(tmp_path / "grown"), config(tmp_path / "given")
+    assert (grown["batch_size"], given["batch_size"]) == (8, 4)
+    assert grown["learning_rate"] == pytest.approx(2**0.5 * given["learning_rate"], rel=0.05)
+    flags = ["--resume"]
+    assert finetune_with_defaults(tmp_path / "grown", model, image_folder, *flags) == 0
+
+
+def test_resumed_run_keeps_its_batch_size(tmp_path, model, image_folder, small_defaults):
+    """A run of an earlier version, whose default batch was smaller."""
+    out, flags = tmp_path / "run", ["--epochs", "1"]
+    assert finetune_with_defaults(out, model, image_folder, "--batch-size", "4", *flags) == 0
+    before = config(out)
+    assert finetune_with_defaults(out, model, image_folder, "--epochs", "2", "--resume") == 0
+    assert config(out) == before | {"epochs": 2}
+
+
+def test_large_batches_are_computed_in_parts_if_they_are_not_cached(
+    tmp_path, model, image_folder, monkeypatch
+):
+    frozen, fit = [], Trainer.fit
+
+    def recorded(self, *arguments, **options):
+        frozen.append(self.frozen)
+        fit(self, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "fit", recorded)
+    monkeypatch.setattr(inputs, "EXTRACTION_BATCH", 4)
+    flags = ["--batch-size", 8, "--cache", "memory", "--mixup", 0.2]
+    assert finetune(tmp_path / "cached", model, image_folder, *flags) == 0
+    monkeypatch.setattr("transfer.core.measurement.available_memory_mb", lambda: 0.0)
+    assert finetune(tmp_path / "recomputed", model, image_folder, *flags) == 0
+    assert frozen == [None, None]
+    assert largest_difference(tmp_path / "cached/model", tmp_path / "recomputed/model") < 1e-5
