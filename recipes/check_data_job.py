@@ -42,7 +42,7 @@ def run(config: CheckDataConfig) -> tuple[str, bool]:
         "num_held_out": len(held_out),
         "classes": _counts(source.class_names, train.labels, held_out.labels),
         "balance": data_checks.describe_balance(source.class_names, train.labels, held_out.labels),
-        "unreadable": [names[index] for index in np.flatnonzero(scan.unreadable)],
+        "unreadable": [names[index] for index in np.flatnonzero(scan.unreadable).tolist()],
         "in_both_splits": [[names[index] for index in group] for group in leaks],
         "duplicates": [[names[i] for i in group] for group in groups if group not in leaks],
         "other_label": [

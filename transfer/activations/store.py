@@ -25,7 +25,8 @@ from transfer.activations.extraction import (
 )
 from transfer.core import measurement
 from transfer.core.distribution import Replicas
-from transfer.data.dataset import Batches, Split
+from transfer.data.batches import Batches
+from transfer.data.dataset import Split
 from transfer.images.preprocess import Preprocess
 from transfer.layers.backbone import GraphLayer
 

@@ -22,13 +22,8 @@ from transfer.core import measurement
 from transfer.core.distribution import Replicas
 from transfer.core.files import write_names
 from transfer.data import data_checks
-from transfer.data.dataset import (
-    MAX_COMPARED,
-    Split,
-    UnreadableImageError,
-    few_shot,
-    find_unreadable,
-)
+from transfer.data.dataset import MAX_COMPARED, Split, few_shot
+from transfer.data.unreadable import UnreadableImageError, find_unreadable
 from transfer.exports.meta_graph import check_savable
 from transfer.finetuning.hyperparameters import Stage, requested_stages, resolve, rms
 from transfer.finetuning.options import FineTuneOptions, ResolvedOptions

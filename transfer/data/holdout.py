@@ -1,0 +1,60 @@
+"""Stratified hold-out by a hash of the names."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+
+def stratified_holdout(
+    labels: np.ndarray, names: Sequence[str], share: float, groups: Sequence[Sequence[int]] = ()
+) -> np.ndarray:
+    """Stratified hold-out: boolean ``[len(labels)]``, true for the held-out part of each class.
+
+    Examples are chosen by a hash of their names, so that adding or removing a few images changes
+    little. At least one example of each class with two or more is held out, and none of a class
+    with only one.
+
+    Args:
+        labels: int ``[num_examples]``.
+        names: one per example.
+        share: fraction of each class to hold out, 0 to 1.
+        groups: groups of positions to keep on one side, such as near-duplicates, whatever their
+            classes. A group is ordered by the hash of its first name, and stays in the training
+            part if it is larger than the number still to be held out. No image is held out of a
+            class that is a single group.
+    """
+    digests = [hashlib.sha256(os.fsencode(name)).hexdigest() for name in names]
+    grouped = {min(group, key=names.__getitem__): [*group] for group in groups}
+    others = {position for group in groups for position in group} - grouped.keys()
+    firsts = sorted({*range(len(names))} - others, key=digests.__getitem__)
+    sizes = Counter(labels.tolist())
+    targets = {label: min(max(1, round(share * n)), n - 1) for label, n in sizes.items()}
+    held_out = np.zeros(len(labels), bool)
+    taken: Counter[int] = Counter()
+
+    def take(members: list[int], limits: Mapping[int, int]) -> None:
+        """Hold out a group if this stays within the limits of all its classes."""
+        counts = Counter(labels[members].tolist())
+        if all(taken[label] + n <= limits[label] for label, n in counts.items()):
+            held_out[members] = True
+            taken.update(counts)
+
+    for first, label in zip(firsts, labels[firsts].tolist(), strict=True):
+        if first in grouped:
+            take(grouped[first], targets)
+        elif taken[label] < targets[label]:
+            held_out[first] = True
+            taken[label] += 1
+    # If all groups of a class exceed its target, hold out the smallest one.
+    maxima = {label: n - 1 for label, n in sizes.items()}
+    smallest_first = sorted((grouped[first] for first in firsts if first in grouped), key=len)
+    for label in sorted(sizes):
+        for members in smallest_first if targets[label] else ():
+            if not taken[label] and label in labels[members]:
+                take(members, maxima)
+    return held_out
