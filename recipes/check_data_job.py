@@ -22,7 +22,11 @@ from transfer.runs import run_data
 def run(config: CheckDataConfig) -> tuple[str, bool]:
     """Returns the report to print, and whether no image is unreadable or in both splits."""
     source = open_source(
-        config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
+        config.dataset or "",
+        data_dir=config.data_dir,
+        image_folder=config.image_folder,
+        csv=config.csv,
+        group_by=config.group_by,
     )
     with remembered(source):
         train, held_out = run_data.splits(

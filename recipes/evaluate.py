@@ -33,6 +33,13 @@ class EvaluateConfig:
     image_folder: str | None = None
     """Folder with one subfolder of images per class, or with split folders that contain them;
     replaces --dataset."""
+    csv: str | None = None
+    """Manifest: a CSV, JSONL or Parquet file with the columns path and label, and optionally split
+    and group; a file or an fsspec URL. Replaces --dataset."""
+    group_by: str | None = None
+    """What groups the images, e.g. by patient, camera or video: a column of the manifest, or a
+    regular expression on the paths of an image folder, e.g. 'patient(\\d+)'. A group is either
+    trained on or evaluated on. [default: the column group, if the manifest has one]"""
     eval_split: str = "auto"
     """Split to evaluate on. auto: the run's held-out images; for another dataset, its validation
     or test split, else all images."""

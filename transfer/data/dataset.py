@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.data.batches import Batches
+from transfer.data.groups import connected
 from transfer.data.holdout import stratified_holdout
 from transfer.data.names import Names
 from transfer.data.near_duplicates import FINGERPRINT, fingerprints, near_duplicates
@@ -58,6 +59,9 @@ class Source:
         origin: the arguments of ``open_source`` that open the source again.
         refused: maps names of examples that must not be read (pipes, devices) to the reasons; their
             bytes are empty, which makes them unreadable images.
+        groups: maps the name of a split to the group number of each example, int64, in the fixed
+            order; images of a group, such as all of a patient, stay on one side of a hold-out.
+            ``None`` if there are no groups.
         fingerprints: maps ids to ``near_duplicates.FINGERPRINT``, for images decoded so far.
         unreadable: maps names of the images that ``Split.readable`` left out to the reasons.
 
@@ -75,6 +79,7 @@ class Source:
     passed_over: PassedOver = field(default_factory=PassedOver)
     origin: Mapping[str, str | None] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    groups: Callable[[str], np.ndarray] | None = None
     fingerprints: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
     unreadable: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -150,6 +155,14 @@ class Split:
             [self.source.labels(name)[indices] for name, indices in self.parts if len(indices)]
             or [np.zeros(0, np.int64)]
         )
+
+    @functools.cached_property
+    def groups(self) -> np.ndarray | None:
+        """Group numbers, int64 ``[len(self)]``; ``None`` if the source has no groups."""
+        of = self.source.groups
+        if of is None:
+            return None
+        return np.concatenate([of(name)[at] for name, at in self.parts] or [np.zeros(0, np.int64)])
 
     @functools.cached_property
     def names(self) -> Sequence[str]:
@@ -282,8 +295,8 @@ def train_and_eval_splits(
     """Disjoint splits of training and held-out images.
 
     ``auto`` takes ``train`` and the first of validation and test that exists. If there is neither,
-    20 % of each class is held out of the training split, deterministically, with near-duplicates on
-    the same side.
+    20 % of each class is held out of the training split, deterministically, with near-duplicates,
+    and the images of a group, on the same side.
 
     Args:
         source: the dataset.
@@ -323,18 +336,31 @@ def train_and_eval_splits(
 def _held_out(
     train: Split, max_compared: int, progress: Callable[[Iterable[Any]], Iterable[Any]]
 ) -> Split:
-    groups: list[list[int]] = []
+    copies: list[list[int]] = []
     if len(train) <= max_compared:
-        groups = near_duplicates(train.fingerprints(progress))
-    held_out = stratified_holdout(train.labels, train.names, HELD_OUT_SHARE, groups)
+        copies = near_duplicates(train.fingerprints(progress))
+    held_out = _hold_out(train, copies)
     if not held_out.any():  # all images of each class are near-duplicates
-        held_out = stratified_holdout(train.labels, train.names, HELD_OUT_SHARE)
+        held_out = _hold_out(train, [])
     if not held_out.any():
+        of_groups = "" if train.groups is None else f" and {len(np.unique(train.groups))} groups"
         raise ValueError(
             f"{train.source.name!r} has too few images to hold some out for evaluation: "
-            f"{len(train)} in {len(train.source.class_names)} classes"
+            f"{len(train)} in {len(train.source.class_names)} classes{of_groups}"
         )
+    if train.groups is not None:
+        count, total = len(np.unique(train.groups[held_out])), len(np.unique(train.groups))
+        images = f"{held_out.sum()} of {len(train)} images"
+        logger.info(f"{count} of {total} groups are held out, with {images}")
     return train.where(held_out)
+
+
+def _hold_out(train: Split, copies: list[list[int]]) -> np.ndarray:
+    """Hold-out with near-duplicates, and the groups of the source, on one side."""
+    if train.groups is None:
+        return stratified_holdout(train.labels, train.names, HELD_OUT_SHARE, copies)
+    groups = connected(train.groups, copies)
+    return stratified_holdout(train.labels, train.names, HELD_OUT_SHARE, groups, nearest=True)
 
 
 def whole_eval_split(source: Source) -> Split:
@@ -343,7 +369,7 @@ def whole_eval_split(source: Source) -> Split:
 
 
 def few_shot(split: Split, shots_per_class: int, seed: int) -> Split:
-    """A random subset with ``shots_per_class`` examples of each class.
+    """A random subset with ``shots_per_class`` examples of each class, whatever their groups.
 
     Raises:
         ValueError: if a class has fewer examples, or ``shots_per_class`` is less than 1.
@@ -360,7 +386,13 @@ def few_shot(split: Split, shots_per_class: int, seed: int) -> Split:
                 f"{shots_per_class} per class were asked for"
             )
         keep[generator.choice(members, shots_per_class, replace=False)] = True
-    return split.where(keep)
+    chosen = split.where(keep)
+    if split.groups is not None and chosen.groups is not None:
+        logger.info(
+            f"shots_per_class={shots_per_class} draws images whatever their groups: {len(chosen)} "
+            f"images of {len(np.unique(chosen.groups))} of {len(np.unique(split.groups))} groups"
+        )
+    return chosen
 
 
 def _taken(names: Sequence[str], positions: np.ndarray) -> Names:

@@ -11,7 +11,12 @@ import numpy as np
 
 
 def stratified_holdout(
-    labels: np.ndarray, names: Sequence[str], share: float, groups: Sequence[Sequence[int]] = ()
+    labels: np.ndarray,
+    names: Sequence[str],
+    share: float,
+    groups: Sequence[Sequence[int]] = (),
+    *,
+    nearest: bool = False,
 ) -> np.ndarray:
     """Stratified hold-out: boolean ``[len(labels)]``, true for the held-out part of each class.
 
@@ -27,6 +32,9 @@ def stratified_holdout(
             classes. A group is ordered by the hash of its first name, and stays in the training
             part if it is larger than the number still to be held out. No image is held out of a
             class that is a single group.
+        nearest: hold a group out if this brings the numbers of its classes nearer to the share,
+            even if they then exceed it. For large groups with images of several classes, few of
+            which would fit otherwise.
     """
     digests = [hashlib.sha256(os.fsencode(name)).hexdigest() for name in names]
     grouped = {min(group, key=names.__getitem__): [*group] for group in groups}
@@ -34,8 +42,17 @@ def stratified_holdout(
     firsts = sorted({*range(len(names))} - others, key=digests.__getitem__)
     sizes = Counter(labels.tolist())
     targets = {label: min(max(1, round(share * n)), n - 1) for label, n in sizes.items()}
+    maxima = {label: n - 1 for label, n in sizes.items()}
     held_out = np.zeros(len(labels), bool)
     taken: Counter[int] = Counter()
+
+    def is_nearer(members: list[int]) -> bool:
+        """Whether holding out a group brings the numbers of its classes nearer to their targets."""
+        counts = Counter(labels[members].tolist())
+        rest = {label: targets[label] - taken[label] for label in counts}
+        return sum(abs(rest[label] - n) for label, n in counts.items()) < sum(
+            map(abs, rest.values())
+        )
 
     def take(members: list[int], limits: Mapping[int, int]) -> None:
         """Hold out a group if this stays within the limits of all its classes."""
@@ -46,12 +63,12 @@ def stratified_holdout(
 
     for first, label in zip(firsts, labels[firsts].tolist(), strict=True):
         if first in grouped:
-            take(grouped[first], targets)
+            if not nearest or is_nearer(grouped[first]):
+                take(grouped[first], maxima if nearest else targets)
         elif taken[label] < targets[label]:
             held_out[first] = True
             taken[label] += 1
     # If all groups of a class exceed its target, hold out the smallest one.
-    maxima = {label: n - 1 for label, n in sizes.items()}
     smallest_first = sorted((grouped[first] for first in firsts if first in grouped), key=len)
     for label in sorted(sizes):
         for members in smallest_first if targets[label] else ():

@@ -32,8 +32,8 @@ def labelled_files(
         name: display name.
         class_names: names in the order of the labels.
         root: an absolute path.
-        files: maps the name of a split to its files, relative to ``root``, in a fixed order. They
-            are the names of the examples.
+        files: maps the name of a split to its files, relative to ``root`` or absolute, in a fixed
+            order. They are the names of the examples.
         labels: maps the name of a split to its labels, int64, in the order of its files.
         passed_over: see ``Source``.
         refused: maps names of files that must not be read to the reasons; see ``Source``.
@@ -62,7 +62,8 @@ def labelled_files(
             start: tf.Tensor, length: tf.Tensor, label: tf.Tensor, *is_readable: tf.Tensor
         ) -> dict[str, tf.Tensor]:
             name = tf.strings.substr(all_names, start, length)
-            path = tf.strings.join([folder, name], os.sep)
+            is_absolute = tf.strings.substr(name, 0, 1) == os.sep
+            path = tf.where(is_absolute, name, tf.strings.join([folder, name], os.sep))
             if is_readable:
                 path = tf.where(is_readable[0], path, os.devnull)
             return {"image": tf.io.read_file(path), "label": label, "name": name}

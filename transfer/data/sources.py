@@ -1,13 +1,16 @@
-"""Sources of labelled images: tfds datasets, prepared tfds directories, image folders."""
+"""Sources of labelled images: tfds datasets, prepared directories, image folders, manifests."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from transfer.data.dataset import Source
+from transfer.data.groups import groups_by_pattern
 from transfer.data.image_folder import open_image_folder
+from transfer.data.manifest import manifest_location, open_manifest
 from transfer.data.tfds import tfds
 from transfer.data.tfds_dataset import (
     from_builder,
@@ -20,9 +23,14 @@ logger = logging.getLogger(__name__)
 
 
 def open_source(
-    dataset: str = "", *, data_dir: str | None = None, image_folder: str | None = None
+    dataset: str = "",
+    *,
+    data_dir: str | None = None,
+    image_folder: str | None = None,
+    csv: str | None = None,
+    group_by: str | None = None,
 ) -> Source:
-    """Open a dataset, and prepare it with tfds if necessary. Logs which files of a folder are
+    r"""Open a dataset, and prepare it with tfds if necessary. Logs which files of a folder are
     ignored.
 
     Args:
@@ -32,10 +40,19 @@ def open_source(
             prepared dataset. Default: that of tfds, ``~/tensorflow_datasets``.
         image_folder: a folder with one subfolder of images per class, or with split folders
             (``train``, ``test``, ...) that contain such subfolders. Excludes ``dataset``.
+        csv: a manifest: a CSV, JSON Lines (``.jsonl``) or Parquet (``.parquet``) file with the
+            columns ``path``, relative to the file, and ``label``, and optionally ``split``
+            (``train``, ``test``, ...) and ``group``. The manifest and the images may be fsspec
+            URLs, such as ``s3://bucket/labels.csv``. Excludes ``dataset`` and ``image_folder``.
+        group_by: what groups the images, e.g. by patient, camera or video: the name of a column of
+            the manifest (default: ``group``, if it has one), or for an image folder a regular
+            expression that is searched for in the paths, such as ``patient(\d+)``. The images of a
+            group stay on one side of the automatic hold-out and in one fold of cross-validations,
+            and confidence intervals take groups as the units that are independent.
 
     Raises:
         ValueError, FileNotFoundError: if it cannot be found, is not an image classification
-            dataset, or is neither prepared nor can be downloaded.
+            dataset, or is neither prepared nor can be downloaded; or if a manifest has errors.
 
     Example:
         >>> from transfer import open_source
@@ -46,26 +63,53 @@ def open_source(
         >>> len(train), len(held_out)
         (1438, 359)
     """
-    source = _open(dataset, data_dir, image_folder)
-    origin = {
-        "dataset": dataset or (None if image_folder or data_dir else "digits"),
+    given = {
+        "dataset": dataset or None,
+        "data_dir": data_dir,
+        "image_folder": image_folder,
+        "csv": csv,
+    }
+    _check_one(given)
+    if group_by and csv is None and image_folder is None:
+        raise ValueError(f"group_by={group_by} needs csv or image_folder")
+    if csv is not None:
+        given["csv"] = manifest_location(csv)
+        source = open_manifest(given["csv"], group_by)
+    elif image_folder is not None:
+        source = open_image_folder(Path(image_folder).expanduser())
+        if group_by:
+            names = {split: source.names(split) for split in source.sizes}
+            groups = groups_by_pattern(group_by, names)
+            source = replace(source, groups=groups.__getitem__)
+    else:
+        source = _open_dataset(dataset, data_dir)
+        given["dataset"] = dataset or (None if data_dir else "digits")
+    origin = given | {
         "data_dir": _absolute(data_dir),
         "image_folder": _absolute(image_folder),
+        "group_by": group_by or source.origin.get("group_by"),
     }
     for line in source.passed_over.describe():
         logger.warning(line)
     return replace(source, origin=origin)
 
 
+def _check_one(given: Mapping[str, str | None]) -> None:
+    """Refuse more than one of image folder, manifest, and dataset with its data dir."""
+    kinds = [name for name in ("image_folder", "csv") if given[name] is not None]
+    kinds += [name for name in ("dataset", "data_dir") if given[name] is not None][:1]
+    if len(kinds) > 1:
+        raise ValueError(
+            f"give either an image folder, a csv or a dataset with its data dir, not "
+            f"{' and '.join(kinds)}"
+        )
+
+
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).expanduser().resolve())
 
 
-def _open(dataset: str, data_dir: str | None, image_folder: str | None) -> Source:
-    if image_folder is not None:
-        if dataset or data_dir:
-            raise ValueError("give either an image folder or a dataset with its data dir, not both")
-        return open_image_folder(Path(image_folder).expanduser())
+def _open_dataset(dataset: str, data_dir: str | None) -> Source:
     if data_dir is not None:
         directory = Path(data_dir).expanduser()
         if not directory.is_dir() and dataset != "digits":
