@@ -52,6 +52,10 @@ class EvaluateConfig:
     skip_unreadable: int = 0
     """Skip and list up to this many images that cannot be decoded. By default, one such image
     stops the evaluation."""
+    probabilities: Path | None = None
+    """File for the probabilities of all classes: a NumPy array (.npy, float32) with a row per row
+    of predictions.csv and a column per line of labels.txt. [default: predictions.csv has those of
+    up to 20 classes, else the 5 most probable]"""
     assert_accuracy_at_least: float | None = None
     """Exit with status 1 if the accuracy (0 to 1) is lower."""
 

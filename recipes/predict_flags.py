@@ -20,6 +20,9 @@ class PredictConfig:
     """csv: a row per image and class; jsonl: one JSON object per image and line."""
     batch_size: int = 32
     """Images per step."""
+    probabilities: Path | None = None
+    """File for the probabilities of all classes: a NumPy array (.npy, float32) with a row per image
+    of the results and a column per line of labels.txt."""
     explain: Path | None = None
     """Folder for a Grad-CAM heat map per image, named by its number in the results: red marks the
     region that explains the most probable class."""

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from recipes import terminal
 from recipes.predict_flags import PredictConfig
 from transfer import Classifier
+from transfer.core import npy_files
 from transfer.core.csv_files import write_row
 from transfer.evaluation.explain import Explainer
 from transfer.evaluation.file_predictions import (
@@ -39,6 +40,8 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
         FileNotFoundError, ValueError: if the model does not exist, or there are no images.
     """
     check_counts(top_k=config.top_k, batch_size=config.batch_size)
+    if config.probabilities is not None:
+        npy_files.check_path(config.probabilities, "probabilities")
     if not images:
         raise ValueError("no images are named; give files, folders, patterns, or - for a list")
     classifier = Classifier.load(model)
@@ -62,6 +65,7 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
             top_k=config.top_k,
             batch_size=config.batch_size,
             explainer=explainer,
+            probabilities=config.probabilities,
             on_unreadable=report,
         ):
             write(printable(prediction.path), prediction.top)

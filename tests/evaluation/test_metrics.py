@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from transfer.evaluation import metrics
+from transfer.evaluation import metrics, prediction
 from transfer.evaluation.prediction import probabilities
 
 LOGITS = np.log([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.2, 0.5, 0.3], [0.25, 0.5, 0.25]])
@@ -58,6 +58,48 @@ def test_metrics_equal_scikit_learn():
     assert found["average_precision"] == pytest.approx(precision)
 
 
+@pytest.mark.parametrize("num_classes", [2, 7, 40])
+def test_ranks_equal_scikit_learn(num_classes):
+    logits, labels, _ = sample(500, num_classes, seed=num_classes)
+    p = probabilities(np.round(logits))  # many are equal
+    found = metrics._ranks(p.T, labels)
+    for number in range(num_classes):
+        scores, is_it = p[:, number], labels == number
+        for name, score in (
+            ("roc_auc", sklearn.metrics.roc_auc_score),
+            ("average_precision", sklearn.metrics.average_precision_score),
+        ):
+            assert found[name][number] == pytest.approx(score(is_it, scores), rel=1e-12), name
+
+
+def test_metrics_in_blocks_equal_those_at_once(monkeypatch):
+    logits, labels, names = sample(101, 30)
+    expected = metrics.measure(logits, labels, names, resamples=20)
+    monkeypatch.setattr(prediction, "_BLOCK", 400)
+    assert metrics.measure(logits, labels, names, resamples=20) == expected
+
+
+def test_most_confused_equal_the_confusion_matrix():
+    logits, labels, names = sample()
+    found = metrics.measure(logits, labels, names, resamples=2)["most_confused"]
+    counts = sklearn.metrics.confusion_matrix(labels, logits.argmax(-1))
+    off = np.where(np.eye(6, dtype=bool), 0, counts)
+    assert [row["count"] for row in found] == sorted(off.ravel(), reverse=True)[:20]
+    for row in found:
+        label, predicted = names.index(row["label"]), names.index(row["prediction"])
+        assert row["count"] == off[label, predicted]
+        assert row["share"] == row["count"] / counts[label].sum()
+    right = np.eye(6)[labels]
+    assert metrics.measure(right, labels, names, resamples=2)["most_confused"] == []
+
+
+def test_logits_that_are_not_finite_are_refused():
+    logits, labels, names = sample()
+    logits[3, 2], logits[7, 1] = np.nan, np.inf
+    with pytest.raises(ValueError, match="the logits of 2 of 300 images are infinite or not a"):
+        metrics.measure(logits, labels, names)
+
+
 @pytest.mark.slow
 def test_intervals_have_nominal_coverage():
     """Over many samples, 95 % of the intervals contain the true accuracy."""
@@ -78,7 +120,7 @@ def test_resampled_ranks_equal_scikit_learn():
     for seed in range(5):
         chosen = np.random.default_rng(seed).integers(0, 80, 80)
         found = resampled(np.bincount(chosen, minlength=80))
-        for name, expected in metrics._ranks(p[chosen], labels[chosen]).items():
+        for name, expected in metrics._ranks(p[chosen].T, labels[chosen]).items():
             np.testing.assert_allclose(found[name], expected, rtol=1e-12, err_msg=name)
 
 
@@ -135,7 +177,7 @@ def test_single_class_has_no_rank_metrics():
 def test_calibration_counts_every_image():
     logits, labels, _ = sample()
     p = probabilities(logits)
-    bins = metrics.calibration(p, labels)
+    bins = metrics.calibration(p.max(-1), p.argmax(-1) == labels)
     assert sum(row["count"] for row in bins) == len(labels)
     for row in bins:
         assert row["low"] <= row["confidence"] <= row["high"]

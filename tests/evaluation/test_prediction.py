@@ -29,6 +29,19 @@ def test_summarize_equals_scikit_learn():
     assert figures["loss"] == pytest.approx(sklearn.metrics.log_loss(labels, p), rel=1e-6)
 
 
+def test_results_in_blocks_equal_those_at_once(monkeypatch):
+    generator = np.random.default_rng(0)
+    logits = (5 * generator.normal(size=(101, 12))).astype(np.float32)
+    labels = generator.integers(0, 12, 101)
+    expected = prediction.summarize(logits, labels)
+    monkeypatch.setattr(prediction, "_BLOCK", 50)
+    assert prediction.summarize(logits, labels) == expected
+    rows = np.concatenate([np.arange(101)[rows] for rows in prediction.row_blocks(logits)])
+    np.testing.assert_array_equal(rows, np.arange(101))
+    columns = np.stack(list(prediction.by_class(logits)), axis=-1)
+    np.testing.assert_array_equal(columns, prediction.probabilities(logits))
+
+
 def test_summarize_ignores_absent_classes():
     figures = prediction.summarize(np.eye(7, dtype=np.float32)[:2], np.array([0, 1]))
     assert figures["accuracy"] == figures["top5"] == 1.0

@@ -7,12 +7,16 @@ import shlex
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
+import tensorflow as tf
 from commands import finetune
 from PIL import Image
 
 from recipes.cli import main
-from transfer.evaluation import report
+from transfer import Backbone, Card, Classifier, Head, Preprocess
+from transfer.data.dataset import Source
+from transfer.evaluation import metrics, prediction, report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 PROBE = """
@@ -39,8 +43,6 @@ addEventListener("load", () => {
 def run(tmp_path_factory):
     from conftest import make_image_folder, save_vgg
 
-    from transfer import Card
-
     folder = tmp_path_factory.mktemp("report")
     card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
     model = save_vgg(folder / "model" / "tiny", card=card)
@@ -50,6 +52,50 @@ def run(tmp_path_factory):
     assert finetune(folder / "run", model, photos) == 0
     assert main(["evaluate", str(folder / "run")]) == 0
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def many_classes(tmp_path_factory):
+    """Folder with the report of 3,000 images in 1,000 classes; the positions that were read."""
+    from conftest import save_vgg
+
+    folder = tmp_path_factory.mktemp("many")
+    generator = np.random.default_rng(0)
+    labels = generator.permutation(np.arange(3000) % 1000)
+    group = generator.permutation(1000) // 10
+    logits = generator.normal(size=(3000, 1000)).astype(np.float32)
+    logits += 4 * (group == group[labels][:, None])
+    logits[np.arange(3000), labels] += 2
+    read = []
+
+    def examples(_, positions):
+        read.extend(positions)
+        pictures = [np.full((64, 64, 3), labels[p] % 256, np.uint8) for p in positions]
+        columns = {"image": [tf.io.encode_png(pixels).numpy() for pixels in pictures]}
+        columns |= {"label": labels[positions], "name": [f"{p}.png" for p in positions]}
+        return tf.data.Dataset.from_tensor_slices(columns)
+
+    source = Source(
+        name="synthetic",
+        class_names=[f"class {number} {'with a long name' * 5}" for number in range(1000)],
+        sizes={"test": 3000},
+        examples=examples,
+        labels=lambda _: labels,
+        names=lambda _: [f"{number}.png" for number in range(3000)],
+        ids=lambda _: np.arange(3000).astype("S16"),
+    )
+    card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
+    backbone = Backbone(save_vgg(folder / "model" / "tiny", card=card))
+    preprocess = Preprocess("unit", 16)
+    classifier = Classifier(backbone, Head(1000), preprocess, source.class_names)
+    classifier.build_from_size()
+    split = source.split("test")
+    figures = metrics.measure(logits, labels, source.class_names, resamples=3)
+    figures |= prediction.summarize(logits, labels)
+    evaluated = report.Evaluated(classifier, split, logits, labels, figures)
+    summary = report.RunSummary("many", "tiny", "fc7", {}, {}, {}, None, [])
+    report.write(folder, evaluated, summary)
+    return folder, read
 
 
 def chromium(page, *flags):
@@ -62,23 +108,29 @@ def chromium(page, *flags):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
-def test_report_renders_in_browser(run, tmp_path, width):
+def look(folder, tmp_path, width):
+    """What a browser finds on the report of a folder."""
     page = tmp_path / "page.html"
-    page.write_text((run / "report.html").read_text() + PROBE)
+    page.write_text((folder / "report.html").read_text() + PROBE)
     result = chromium(page, f"--window-size={width},900", "--dump-dom")
     assert not re.findall(r"CONSOLE.*", result.stderr)
     text = re.search(r'data-found="([^"]*)"', result.stdout)[1]
     found = json.loads(html.unescape(text))
     assert (found["broken"], found["without_text"], found["outside"]) == (0, 0, [])
-    assert found["images"] >= 4 + 2  # plots, and the least certain images with heat maps
     assert found["too_wide"] <= 0
-    metrics = json.loads((run / "metrics.json").read_text())["eval"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
+def test_report_renders_in_browser(run, tmp_path, width):
+    found = look(run, tmp_path, width)
+    assert found["images"] >= 4 + 2  # plots, and the least certain images with heat maps
+    reported = json.loads((run / "metrics.json").read_text())["eval"]
     evaluation = json.loads((run / "evaluation.json").read_text())
     assert json.loads((run / "metrics.json").read_text())["evaluation"] == evaluation
     assert {key: evaluation[key] for key in ("accuracy", "loss", "top5")} == {
-        key: metrics[key] for key in ("accuracy", "loss", "top5")
+        key: reported[key] for key in ("accuracy", "loss", "top5")
     }
     expected = {title: evaluation.get(key) for key, title in report._HEADLINES.items()}
     expected["F1, mean of the classes"] = evaluation["macro"]["f1"]
@@ -113,3 +165,23 @@ def test_report_has_config_and_commands(run, tmp_path):
     assert main([*command[1:-1], str(tmp_path / "again")]) == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert again["eval"] == json.loads((run / "metrics.json").read_text())["eval"]
+
+
+def test_report_of_many_classes_is_small_and_reads_only_its_images(many_classes):
+    folder, read = many_classes
+    page = (folder / "report.html").read_text()
+    pictures = page.count("data:image/jpeg")
+    heat_maps = page.count("the same, with the part in red")
+    assert heat_maps == 2 * report.NUM_PICTURES
+    assert 0 < len(read) == len(set(read)) <= pictures - heat_maps <= 2 * 12 + 20 * 3
+    assert len(page) < 2e6
+    assert page.count("<tr><td>") == 8 + 1000  # metrics; classes
+    assert "All 1,000 classes" in page
+    plots = {path.stem for path in (folder / "plots").iterdir()}
+    assert plots == {"confusion", "calibration", "f1", "classes"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
+def test_report_of_many_classes_renders_in_browser(many_classes, tmp_path, width):
+    assert look(many_classes[0], tmp_path, width)["images"] >= 4 + 24 + 24

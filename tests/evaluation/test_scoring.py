@@ -8,7 +8,7 @@ from conftest import make_run
 
 from recipes.cli import main
 from transfer import Classifier, evaluate, fine_tune, open_source
-from transfer.runs import run_data
+from transfer.runs import evaluation, run_data
 from transfer.runs.evaluation import evaluate_run
 
 
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
     return make_run(tmp_path_factory.mktemp("scoring"), "--epochs", 1)[-1]
 
 
-def test_evaluate_run_returns_what_it_writes(run):
+def test_evaluate_run_returns_what_it_writes(run, tmp_path):
     seen = []
 
     def progress(items, what, unit):
@@ -47,7 +47,20 @@ def test_evaluate_run_returns_what_it_writes(run):
     assert found == json.loads((run / "metrics.json").read_text())["evaluation"]
     assert seen == [("evaluation", "batch")]
     held_out = run_data.held_out(run, run_data.open_data(run))
-    assert evaluate(Classifier.load(run), held_out, cut="fc7") == found
+    path = tmp_path / "p.npy"
+    assert evaluate(Classifier.load(run), held_out, cut="fc7", probabilities=path) == found
+    assert np.load(path).shape == (len(held_out), 2)
+    with pytest.raises(ValueError, match=r"ends in \.npy"):
+        evaluate_run(run, probabilities=tmp_path / "p.csv")
+
+
+def test_metrics_file_stays_small_with_many_classes(run, monkeypatch):
+    """The metrics per class are then in ``evaluation.json`` only."""
+    monkeypatch.setattr(evaluation, "MAX_CLASSES_IN_METRICS", 1)
+    found = evaluate_run(run)
+    assert json.loads((run / "evaluation.json").read_text()) == found
+    kept = json.loads((run / "metrics.json").read_text())["evaluation"]
+    assert kept == {name: value for name, value in found.items() if name != "classes"}
 
 
 def test_class_order_may_differ_but_not_classes(run):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -23,14 +24,18 @@ def predict(run, *words):
     return main(["predict", str(run), *map(str, words)])
 
 
-def test_predictions_equal_those_of_evaluate(run, image_folder, capsys):
+def test_predictions_equal_those_of_evaluate(run, image_folder, tmp_path, capsys):
     assert main(["evaluate", str(run)]) == 0
     with (run / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     files = [image_folder / row["image"] for row in rows]
     capsys.readouterr()
-    assert predict(run, *files, "--format", "jsonl", "--top-k", 2) == 0
+    probabilities = tmp_path / "p.npy"
+    words = ("--format", "jsonl", "--top-k", 2, "--probabilities", probabilities)
+    assert predict(run, *files, *words) == 0
     out, err = capsys.readouterr()
+    expected = [[float(row["p(blue)"]), float(row["p(red)"])] for row in rows]
+    np.testing.assert_allclose(np.load(probabilities), expected, atol=1e-5)
     found = [json.loads(line) for line in out.splitlines()]
     assert [line["image"] for line in found] == [str(path) for path in files]
     for row, line in zip(rows, found, strict=True):

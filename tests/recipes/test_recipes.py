@@ -95,7 +95,7 @@ def test_evaluate_reproduces_the_reported_metrics(tmp_path, model, image_folder,
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--freeze-until", cut) == 0
     capsys.readouterr()
-    assert main(["evaluate", str(out)]) == 0
+    assert main(["evaluate", str(out), "--probabilities", str(tmp_path / "p.npy")]) == 0
     figures = json.loads((out / "evaluation.json").read_text())
     reported = metrics(out)["eval"]
     assert {name: figures[name] for name in reported} == reported
@@ -106,6 +106,8 @@ def test_evaluate_reproduces_the_reported_metrics(tmp_path, model, image_folder,
     assert len(rows) == len({row["image"] for row in rows}) == 4
     assert np.mean([r["label"] == r["prediction"] for r in rows]) == reported["accuracy"]
     assert all(float(r["p(blue)"]) + float(r["p(red)"]) == pytest.approx(1, abs=1e-5) for r in rows)
+    expected = [[float(r["p(blue)"]), float(r["p(red)"])] for r in rows]
+    np.testing.assert_allclose(np.load(tmp_path / "p.npy"), expected, atol=1e-6)
     with (out / "confusion.csv").open() as file:
         counts = np.array([row[1:] for row in csv.reader(file)][1:], int)
     assert counts.sum() == 4

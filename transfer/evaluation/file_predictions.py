@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.activations.extraction import Compiled
+from transfer.core import npy_files
 from transfer.core.escapes import escaped_json
 from transfer.data.unreadable import UnreadableImageError
 from transfer.evaluation.explain import Explainer
@@ -60,6 +62,7 @@ def predict(
     top_k: int = 3,
     batch_size: int = 32,
     explain: str | Path | None = None,
+    probabilities: str | Path | None = None,
     on_unreadable: OnUnreadable | None = None,
 ) -> Iterator[Prediction]:
     """Predict the classes of image files, in the order of the paths.
@@ -76,6 +79,9 @@ def predict(
         batch_size: images per step.
         explain: folder for a Grad-CAM heat map per image, as a PNG named by its number in the
             results: red marks the region that explains the predicted class.
+        probabilities: file for the probabilities of all classes, ``.npy``, float32 ``[num_images,
+            num_classes]``, with a row per prediction and a column per name in
+            ``Classifier.labels``. It is complete, and exists, when the iterator ends.
         on_unreadable: called with the path and the error of each image that cannot be read; the
             others are predicted. By default, such an image raises an error.
 
@@ -83,9 +89,10 @@ def predict(
         An iterator of predictions.
 
     Raises:
-        FileNotFoundError: if the model does not exist; during iteration, if an image does not.
-        ValueError: if ``top_k`` or ``batch_size`` is less than 1, or ``explain`` is given and the
-            network has no feature maps.
+        FileNotFoundError: if the model or the folder of ``probabilities`` does not exist; during
+            iteration, if an image does not.
+        ValueError: if ``top_k`` or ``batch_size`` is less than 1, ``probabilities`` does not end in
+            ``.npy``, or ``explain`` is given and the network has no feature maps.
         UnreadableImageError: during iteration, if an image cannot be decoded.
 
     Example:
@@ -101,6 +108,8 @@ def predict(
         black.png 3
     """
     check_counts(top_k=top_k, batch_size=batch_size)
+    if probabilities is not None:
+        npy_files.check_path(Path(probabilities), "probabilities")
     classifier = model if isinstance(model, Classifier) else Classifier.load(model)
     explainer = None if explain is None else Explainer(classifier, Path(explain))
     if isinstance(paths, str | Path):
@@ -111,6 +120,7 @@ def predict(
         top_k=top_k,
         batch_size=batch_size,
         explainer=explainer,
+        probabilities=None if probabilities is None else Path(probabilities),
         on_unreadable=on_unreadable or _refuse,
     )
 
@@ -122,21 +132,29 @@ def predict_files(
     top_k: int,
     batch_size: int,
     explainer: Explainer | None,
+    probabilities: Path | None,
     on_unreadable: OnUnreadable,
 ) -> Iterator[Prediction]:
     """``predict`` for files. Unreadable images of a batch are reported before its predictions."""
     network = Compiled(classifier.probabilities_of_resized)
-    for paths, pixels, failures in _batches(files, classifier.preprocess, batch_size):
-        for path, error in failures:
-            on_unreadable(path, error)
-        if not paths:
-            continue
-        probabilities = np.asarray(network(tf.stack(pixels)))
-        if explainer is not None:
-            explainer([printable(p) for p in paths], tf.stack(pixels), probabilities.argmax(-1))
-        for path, row in zip(paths, probabilities, strict=True):
-            top = most_probable(row, classifier.labels, top_k)
-            yield Prediction(path, *top[0], top)
+    with contextlib.ExitStack() as stack:
+        append = None
+        if probabilities is not None:
+            writer = npy_files.row_writer(probabilities, len(classifier.labels))
+            append = stack.enter_context(writer)
+        for paths, pixels, failures in _batches(files, classifier.preprocess, batch_size):
+            for path, error in failures:
+                on_unreadable(path, error)
+            if not paths:
+                continue
+            p = np.asarray(network(tf.stack(pixels)))
+            if append is not None:
+                append(p)
+            if explainer is not None:
+                explainer([printable(path) for path in paths], tf.stack(pixels), p.argmax(-1))
+            for path, row in zip(paths, p, strict=True):
+                top = most_probable(row, classifier.labels, top_k)
+                yield Prediction(path, *top[0], top)
 
 
 def check_counts(**counts: int) -> None:

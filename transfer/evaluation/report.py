@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import shlex
 import warnings
@@ -15,22 +16,23 @@ from typing import Any
 import jinja2
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image
 
 from transfer.core import yaml_files
 from transfer.core.files import make_folder, write_bytes, write_text
 from transfer.data.dataset import Split
-from transfer.evaluation import plots
-from transfer.evaluation.explain import grad_cam, overlay
-from transfer.evaluation.prediction import probabilities
-from transfer.images.decoding import decode
-from transfer.images.preprocess import to_channels
+from transfer.evaluation import metrics, plots
+from transfer.evaluation.image_scores import ImageScores, score_images
+from transfer.evaluation.pictures import Picture, read_pictures
+from transfer.evaluation.prediction import confusion_matrix
 from transfer.layers.classifier import Classifier
 
 REPORT = "report.html"
 PLOTS = "plots"
 NUM_PICTURES = 12
-_PICTURE_PIXELS = 160
+_PICTURES_OF_PAIR = 3
+_DPI = 120
+_MIN_SCALE = 0.55  # of plots: text of 10 points has 9 pixels
+_MAX_ROWS = 40  # rows of the table of classes that are shown without a click
 _HEADLINES = {
     "accuracy": "Accuracy",
     "top5": "Top-5 accuracy",
@@ -57,6 +59,16 @@ class Evaluated:
     labels: np.ndarray
     metrics: dict[str, Any]
 
+    @functools.cached_property
+    def scores(self) -> ImageScores:
+        """The most probable classes of each image."""
+        return score_images(self.logits, self.labels)
+
+    @functools.cached_property
+    def confusion(self) -> np.ndarray:
+        """int64 ``[num_classes, num_classes]``: rows are the labels, columns the predictions."""
+        return confusion_matrix(self.logits, self.labels)
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -77,22 +89,47 @@ class RunSummary:
 
 
 def write(folder: Path, evaluated: Evaluated, run: RunSummary) -> Path:
-    """Write ``plots/`` and ``report.html`` into a folder; returns the path of the page."""
+    """Write ``plots/`` and ``report.html`` into a folder; returns the path of the page.
+
+    The page has a bounded number of pictures, and reads only the images that it shows.
+    """
     make_folder(folder / PLOTS)
-    p = probabilities(evaluated.logits)
-    class_names, metrics = evaluated.classifier.labels, evaluated.metrics
+    class_names, scores = evaluated.classifier.labels, evaluated.scores
+    by_class = evaluated.metrics["classes"]
     drawn = {
         "learning_curves": plots.learning_curves(run.history),
-        "confusion": plots.confusion(class_names, evaluated.logits.argmax(-1), evaluated.labels),
-        "calibration": plots.calibration(p, evaluated.labels),
-        "classes": plots.classes(metrics["classes"]),
+        "confusion": plots.confusion(class_names, evaluated.confusion),
+        "calibration": plots.calibration(
+            scores.confidences, scores.predictions == evaluated.labels
+        ),
+        "f1": plots.f1_of_classes(by_class),
+        "classes": plots.classes(by_class),
     }
     shown = [
-        {"title": title, "alt": alt, "data": _png(figure, folder / PLOTS / f"{name}.png")}
+        {
+            "title": title,
+            "alt": alt,
+            "data": _png(figure, folder / PLOTS / f"{name}.png"),
+            # Narrow screens scroll a plot rather than make its text illegible.
+            "min_width": int(_MIN_SCALE * _DPI * figure.get_figwidth()),
+        }
         for name, plot in drawn.items()
         if plot is not None
         for title, alt, figure in [plot]
     ]
+    mistakes, uncertain = _most_confident_mistakes(evaluated), _least_certain(scores)
+    pairs = _confused_pairs(evaluated)
+    explained = np.concatenate([mistakes, uncertain])
+    pictures = read_pictures(
+        evaluated.classifier,
+        evaluated.split,
+        np.concatenate([explained, *pairs]),
+        dict(zip(explained.tolist(), scores.predictions[explained].tolist(), strict=True)),
+    )
+
+    def described(index: int) -> dict[str, Any]:
+        return _describe(evaluated, index, pictures[index])
+
     template = jinja2.Template(
         (files("transfer.evaluation") / REPORT).read_text(encoding="utf-8"), autoescape=True
     )
@@ -104,11 +141,16 @@ def write(folder: Path, evaluated: Evaluated, run: RunSummary) -> Path:
         cut=run.cut,
         num_examples=len(evaluated.labels),
         num_classes=len(class_names),
-        headlines=_headlines(metrics),
+        headlines=_headlines(evaluated.metrics),
         plots=shown,
-        mistakes=_pictures(evaluated, p, _most_confident_mistakes(p, evaluated.labels)),
-        uncertain=_pictures(evaluated, p, _least_certain(p)),
-        classes=metrics["classes"],
+        pairs=[
+            (row, [described(index) for index in images.tolist()])
+            for row, images in zip(evaluated.metrics["most_confused"], pairs, strict=True)
+        ],
+        mistakes=[described(index) for index in mistakes.tolist()],
+        uncertain=[described(index) for index in uncertain.tolist()],
+        classes=sorted(by_class, key=lambda row: row["f1"]),
+        is_long=len(by_class) > _MAX_ROWS,
         config=yaml_files.to_yaml(run.config),
         versions=run.versions,
         trained_on=run.trained_on,
@@ -132,61 +174,48 @@ def _headlines(metrics: dict[str, Any]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _most_confident_mistakes(p: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    wrong = np.flatnonzero(p.argmax(-1) != labels)
-    return wrong[np.argsort(-p.max(-1)[wrong], kind="stable")][:NUM_PICTURES]
+def _most_confident_mistakes(evaluated: Evaluated) -> np.ndarray:
+    scores = evaluated.scores
+    return _most_confident(scores, scores.predictions != evaluated.labels)[:NUM_PICTURES]
 
 
-def _least_certain(p: np.ndarray) -> np.ndarray:
+def _most_confident(scores: ImageScores, chosen: np.ndarray) -> np.ndarray:
+    """Positions where the boolean array is true, in descending order of the confidence."""
+    positions = np.flatnonzero(chosen)
+    return positions[np.argsort(-scores.confidences[positions], kind="stable")]
+
+
+def _least_certain(scores: ImageScores) -> np.ndarray:
     """Positions of the images with the smallest margin between the two most probable classes."""
-    first_two = np.sort(p, axis=-1)[:, -2:]
-    return np.argsort(first_two[:, 1] - first_two[:, 0], kind="stable")[:NUM_PICTURES]
+    margins = scores.top_probabilities[:, 0] - scores.top_probabilities[:, 1]
+    return np.argsort(margins, kind="stable")[:NUM_PICTURES]
 
 
-def _pictures(evaluated: Evaluated, p: np.ndarray, chosen: np.ndarray) -> list[dict[str, str]]:
-    """Each image as resized for the network, and overlaid with its Grad-CAM heat map."""
-    if not len(chosen):
-        return []
-    classifier = evaluated.classifier
-    preprocess, labels = classifier.preprocess, classifier.labels
-    keep = np.zeros(len(evaluated.labels), bool)
-    keep[chosen] = True
-    order = np.flatnonzero(keep)
-    examples = list(evaluated.split.where(keep).encoded())
-    pixels = np.stack([preprocess.resize(to_channels(decode(e["image"]), preprocess.channels))
-                       for e in examples])  # fmt: skip
-    heats = _heats(classifier, pixels, p[order].argmax(-1))
-    pictures = {}
-    for index, example, image, heat in zip(order, examples, pixels, heats, strict=True):
-        label, prediction = labels[evaluated.labels[index]], labels[p[index].argmax()]
-        pictures[index] = {
-            "data": _jpeg(image.round().clip(0, 255).astype(np.uint8)),
-            "heat": None if heat is None else _jpeg(overlay(image, heat)),
-            "name": example["name"].numpy().decode(),
-            "label": label,
-            "prediction": prediction,
-            "probability": f"{p[index].max():.3f}",
-            "alt": f"image of {label}, predicted {prediction}",
-        }
-    return [pictures[index] for index in chosen]
+def _confused_pairs(evaluated: Evaluated) -> list[np.ndarray]:
+    """For each of the most confused pairs of classes, positions of some of its images."""
+    scores, labels = evaluated.scores, evaluated.labels
+    pairs = metrics.confused_pairs(scores.predictions, labels)[: metrics.MAX_CONFUSED, :2]
+    return [
+        _most_confident(scores, (labels == label) & (scores.predictions == prediction))[
+            :_PICTURES_OF_PAIR
+        ]
+        for label, prediction in pairs
+    ]
 
 
-def _heats(
-    classifier: Classifier, pixels: np.ndarray, classes: np.ndarray
-) -> Sequence[np.ndarray | None]:
-    try:
-        return list(grad_cam(classifier)(classifier.preprocess.normalize(pixels), classes))
-    except ValueError:  # a network without feature maps
-        return [None] * len(pixels)
-
-
-def _jpeg(pixels: np.ndarray) -> str:
-    """uint8 ``[height, width, channels]`` as base64."""
-    image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-    image.thumbnail((_PICTURE_PIXELS, _PICTURE_PIXELS))
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=85)
-    return base64.b64encode(data.getvalue()).decode()
+def _describe(evaluated: Evaluated, index: int, picture: Picture) -> dict[str, Any]:
+    class_names, scores = evaluated.classifier.labels, evaluated.scores
+    label = class_names[evaluated.labels[index]]
+    prediction = class_names[scores.predictions[index]]
+    return {
+        "data": picture.jpeg,
+        "heat": picture.heat,
+        "name": picture.name,
+        "label": label,
+        "prediction": prediction,
+        "probability": f"{scores.confidences[index]:.3f}",
+        "alt": f"image of {label}, predicted {prediction}",
+    }
 
 
 def _png(figure: Figure, path: Path) -> str:
@@ -194,6 +223,6 @@ def _png(figure: Figure, path: Path) -> str:
     with warnings.catch_warnings():
         # Matplotlib's font lacks glyphs of many scripts; the page has the names as text.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        figure.savefig(data, format="png", dpi=120)
+        figure.savefig(data, format="png", dpi=_DPI, bbox_inches="tight")
     write_bytes(path, data.getvalue())
     return base64.b64encode(data.getvalue()).decode()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
+from transfer.core.npy_files import check_path
 from transfer.data.dataset import Source, Split
 from transfer.evaluation import metrics
 from transfer.evaluation.prediction import predict, summarize
+from transfer.evaluation.tables import write_probabilities
 from transfer.layers.classifier import Classifier
 
 
@@ -20,6 +23,7 @@ def evaluate(
     *,
     cut: str | None = None,
     batch_size: int = EXTRACTION_BATCH,
+    probabilities: str | Path | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Any]:
     """Evaluate a classifier on labelled images, each counted once.
@@ -36,6 +40,9 @@ def evaluate(
             only. Default: ``classifier.cut``, which ``fine_tune`` sets.
         batch_size: images per step. A different size than in training changes the logits at float
             precision.
+        probabilities: file for the probabilities of all classes, ``.npy``, float32
+            ``[num_examples, num_classes]``, in the order of the split and of
+            ``Classifier.labels``.
         progress: wraps the batches, for a progress bar.
 
     Returns:
@@ -46,7 +53,9 @@ def evaluate(
 
     Raises:
         ValueError: if the split is empty or has different classes, ``cut`` does not separate the
-            input from the tap, or the batch size is less than 1.
+            input from the tap, the batch size is less than 1, ``probabilities`` does not end in
+            ``.npy``, or logits are not finite.
+        FileNotFoundError: if the folder of ``probabilities`` does not exist.
         UnreadableImageError: if images cannot be decoded; ``split.readable`` leaves them out.
 
     Example:
@@ -58,9 +67,14 @@ def evaluate(
         >>> metrics["accuracy"] == result.metrics["eval"]["accuracy"]
         True
     """
+    path = None if probabilities is None else Path(probabilities)
+    if path is not None:
+        check_path(path, "probabilities")
     logits, labels = compute_logits(
         classifier, split, cut=cut, batch_size=batch_size, progress=progress
     )
+    if path is not None:
+        write_probabilities(path, logits)
     return measure(classifier, split, logits, labels)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -12,13 +11,11 @@ import numpy as np
 
 from transfer.activations.extraction import EXTRACTION_BATCH
 from transfer.activations.fingerprints import remembered
-from transfer.core.csv_files import write_row
-from transfer.core.files import is_regular
+from transfer.core.npy_files import check_path
 from transfer.data import data_checks
 from transfer.data.dataset import MAX_COMPARED, Split, whole_eval_split
 from transfer.data.sources import open_source
-from transfer.evaluation import metrics, report, scoring
-from transfer.evaluation.prediction import confusion_matrix, probabilities
+from transfer.evaluation import metrics, report, scoring, tables
 from transfer.evaluation.report import Evaluated, RunSummary
 from transfer.layers.classifier import Classifier
 from transfer.models.card import read_card
@@ -27,7 +24,8 @@ from transfer.runs import run_data, run_folder
 logger = logging.getLogger(__name__)
 
 CHANGES = "changes.csv"
-_CHANGES_COLUMNS = ("image", "label", "prediction", "prediction of the other")
+MAX_CLASSES_IN_METRICS = 100
+"""With more classes, ``metrics.json`` has no metrics per class; ``evaluation.json`` has them."""
 
 Progress = Callable[[Iterable[Any], str, str], Iterable[Any]]
 """Wraps an iterable, given a description of the work and the unit of its items."""
@@ -49,13 +47,15 @@ def evaluate_run(
     batch_size: int = EXTRACTION_BATCH,
     against: Path | None = None,
     skip_unreadable: int = 0,
+    probabilities: Path | None = None,
     command: Sequence[str] = (),
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Evaluate the classifier of a run, and write the results to the run folder.
 
     Writes ``evaluation.json``, ``predictions.csv``, ``confusion.csv``, ``report.html`` with
-    ``plots/``, and the metrics into ``metrics.json``; with ``against`` also ``changes.csv``.
+    ``plots/``, and the metrics into ``metrics.json``, without those per class if there are more
+    than ``MAX_CLASSES_IN_METRICS``; with ``against`` also ``changes.csv``.
 
     Args:
         folder: folder of a finished run.
@@ -67,6 +67,9 @@ def evaluate_run(
         batch_size: images per step; see ``evaluate``.
         against: folder of another run with the same classes to compare with on the same images.
         skip_unreadable: leave out up to this number of images that cannot be decoded.
+        probabilities: write the probabilities of all classes to this file, ``.npy``, float32
+            ``[num_examples, num_classes]``, with a row per row of ``predictions.csv`` and a column
+            per line of ``labels.txt``.
         command: command that repeats the evaluation, shown in the report.
         progress: wraps iterables, for progress bars.
 
@@ -77,7 +80,8 @@ def evaluate_run(
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
-        ValueError: if the classes of the images differ from the run's, or some cannot be decoded.
+        ValueError: if the classes of the images differ from the run's, some cannot be decoded, or
+            ``probabilities`` does not end in ``.npy``.
 
     Example:
         >>> from transfer import fine_tune, load_meta_graph, open_source
@@ -89,6 +93,8 @@ def evaluate_run(
         >>> metrics["accuracy"] > 0.9
         True
     """
+    if probabilities is not None:
+        check_path(probabilities, "probabilities")
     settings = run_folder.read_config(folder)
     classifier = _load(folder, settings)
     split = _split(folder, settings, dataset, data_dir, image_folder, eval_split, progress)
@@ -104,21 +110,38 @@ def evaluate_run(
     if skip_unreadable:
         heading = {name: results[name] for name in ("dataset", "splits")}
         results = heading | {"unreadable": run_data.unreadable(split)} | results
-    predictions = logits.argmax(-1)
     if against is not None:
         _warn_of_trained_images(against, split)
+        predictions = logits.argmax(-1)
         others = _predictions(against, split, classifier.labels, progress)
         results["against"] = {"run": str(against)} | metrics.compare(predictions, others, labels)
-        _write_changes(folder / CHANGES, split, classifier.labels, predictions, others, labels)
+        changes = (split.names, classifier.labels, predictions, others, labels)
+        tables.write_changes(folder / CHANGES, *changes)
     else:
-        _remove_changes(folder / CHANGES)  # left by an earlier evaluation
-    run_folder.write_json(folder / run_folder.EVALUATION, results)
-    run_folder.add_to_metrics(folder, "evaluation", results)
-    _write_predictions(folder / run_folder.PREDICTIONS, split, classifier.labels, logits, labels)
-    _write_confusion(folder / run_folder.CONFUSION, classifier.labels, logits, labels)
-    evaluated = Evaluated(classifier, split, logits, labels, results)
-    report.write(folder, evaluated, _summary(folder, command))
+        tables.remove_changes(folder / CHANGES)  # left by an earlier evaluation
+    if probabilities is not None:
+        tables.write_probabilities(probabilities, logits)
+    write(folder, Evaluated(classifier, split, logits, labels, results), command)
     return results
+
+
+def write(folder: Path, evaluated: Evaluated, command: Sequence[str] = ()) -> None:
+    """Write the files of ``evaluate_run``, except for ``changes.csv``, to the folder of a run."""
+    results, class_names = evaluated.metrics, evaluated.classifier.labels
+    run_folder.write_json(folder / run_folder.EVALUATION, results)
+    if len(class_names) > MAX_CLASSES_IN_METRICS:
+        results = {name: value for name, value in results.items() if name != "classes"}
+    run_folder.add_to_metrics(folder, "evaluation", results)
+    tables.write_predictions(
+        folder / run_folder.PREDICTIONS,
+        evaluated.split.names,
+        class_names,
+        evaluated.logits,
+        evaluated.labels,
+        evaluated.scores,
+    )
+    tables.write_confusion(folder / run_folder.CONFUSION, class_names, evaluated.confusion)
+    report.write(folder, evaluated, _summary(folder, command))
 
 
 def _load(folder: Path, settings: dict[str, Any]) -> Classifier:
@@ -223,53 +246,3 @@ def _summary(folder: Path, command: Sequence[str]) -> RunSummary:
         trained_on=read_card(folder / f"{run_folder.MODEL}.json").trained_on,
         commands=[train, command] if command else [train],
     )
-
-
-def _write_predictions(
-    path: Path, split: Split, classes: list[str], logits: np.ndarray, labels: np.ndarray
-) -> None:
-    rows = io.StringIO(newline="")
-    write_row(rows, ["image", "label", "prediction", *(f"p({name})" for name in classes)])
-    predictions = logits.argmax(-1)
-    for name, label, prediction, p in zip(
-        split.names, labels, predictions, probabilities(logits), strict=True
-    ):
-        write_row(rows, [name, classes[label], classes[prediction], *(f"{x:.6g}" for x in p)])
-    run_folder.write_text(path, rows.getvalue())
-
-
-def _write_changes(
-    path: Path,
-    split: Split,
-    classes: list[str],
-    predictions: np.ndarray,
-    others: np.ndarray,
-    labels: np.ndarray,
-) -> None:
-    """Write the images for which the predictions of two runs differ."""
-    rows = io.StringIO(newline="")
-    write_row(rows, _CHANGES_COLUMNS)
-    for name, label, mine, theirs in zip(split.names, labels, predictions, others, strict=True):
-        if mine != theirs:
-            write_row(rows, [name, classes[label], classes[mine], classes[theirs]])
-    run_folder.write_text(path, rows.getvalue())
-
-
-def _remove_changes(path: Path) -> None:
-    """Delete the file of ``_write_changes``, but no other file of this name."""
-    if not is_regular(path):
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        is_ours = file.readline() == f"{','.join(_CHANGES_COLUMNS)}\n"
-    if is_ours:
-        path.unlink()
-
-
-def _write_confusion(
-    path: Path, classes: list[str], logits: np.ndarray, labels: np.ndarray
-) -> None:
-    rows = io.StringIO(newline="")
-    write_row(rows, ["label \\ prediction", *classes])
-    for name, counts in zip(classes, confusion_matrix(logits, labels), strict=True):
-        write_row(rows, [name, *counts])
-    run_folder.write_text(path, rows.getvalue())
