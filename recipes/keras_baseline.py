@@ -90,7 +90,7 @@ def run(config: FinetuneConfig) -> Path:
             verbose=2,
         )
     with clock("eval_s"):
-        evaluation = summarize(*predict(Compiled(model), held_out))
+        evaluation = summarize(*predict(Compiled(model), held_out), work.held_out.groups)
     seconds = clock.seconds
     metrics = {
         "eval": evaluation,

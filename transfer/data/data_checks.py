@@ -35,6 +35,10 @@ class ImageScan:
         return ~self.fingerprints["readable"]
 
 
+class NoFoldsError(ValueError):
+    """There are too few images, or groups, of a class for a cross-validation."""
+
+
 def scan(split: Split, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> ImageScan:
     """Read and decode every image once."""
     return ImageScan(split.fingerprints(progress))
@@ -96,12 +100,14 @@ def doubtful_labels(
         whose label is not the most probable class.
 
     Raises:
-        ValueError: if a class has fewer than two images, or groups.
+        NoFoldsError: if a class has fewer than two images, or too few groups.
     """
     folds = stratified_folds(labels, FOLDS, groups=groups)
     if not folds:
         of_groups = "" if groups is None else " in different groups"
-        raise ValueError(f"labels can be checked where each class has at least 2 images{of_groups}")
+        raise NoFoldsError(
+            f"labels can be checked where each class has at least 2 images{of_groups}"
+        )
     num_classes = int(labels.max()) + 1
     p = np.zeros((len(labels), num_classes))
     strength = GRID[len(GRID) // 2]
