@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from transfer.data.names import Names
+
 
 def stratified_holdout(
     labels: np.ndarray, names: Sequence[str], share: float, groups: Sequence[Sequence[int]] = ()
@@ -28,21 +30,30 @@ def stratified_holdout(
             part if it is larger than the number still to be held out. No image is held out of a
             class that is a single group.
     """
-    digests = [hashlib.sha256(os.fsencode(name)).hexdigest() for name in names]
-    grouped = {min(group, key=names.__getitem__): [*group] for group in groups}
-    others = {position for group in groups for position in group} - grouped.keys()
-    firsts = sorted({*range(len(names))} - others, key=digests.__getitem__)
-    sizes = Counter(labels.tolist())
+    order = by_hash(names)
+    classes, counts = np.unique(labels, return_counts=True)
+    sizes = dict(zip(classes.tolist(), counts.tolist(), strict=True))
     targets = {label: min(max(1, round(share * n)), n - 1) for label, n in sizes.items()}
     held_out = np.zeros(len(labels), bool)
+    if not groups:
+        by_class = order[np.argsort(labels[order], kind="stable")]
+        starts = np.cumsum(counts) - counts
+        for start, label in zip(starts.tolist(), sizes, strict=True):
+            held_out[by_class[start : start + targets[label]]] = True
+        return held_out
+    grouped = {min(group, key=names.__getitem__): [*group] for group in groups}
+    is_first = np.ones(len(labels), bool)
+    is_first[[position for group in groups for position in group]] = False
+    is_first[[*grouped]] = True
+    firsts = order[is_first[order]].tolist()
     taken: Counter[int] = Counter()
 
     def take(members: list[int], limits: Mapping[int, int]) -> None:
         """Hold out a group if this stays within the limits of all its classes."""
-        counts = Counter(labels[members].tolist())
-        if all(taken[label] + n <= limits[label] for label, n in counts.items()):
+        added = Counter(labels[members].tolist())
+        if all(taken[label] + n <= limits[label] for label, n in added.items()):
             held_out[members] = True
-            taken.update(counts)
+            taken.update(added)
 
     for first, label in zip(firsts, labels[firsts].tolist(), strict=True):
         if first in grouped:
@@ -58,3 +69,11 @@ def stratified_holdout(
             if not taken[label] and label in labels[members]:
                 take(members, maxima)
     return held_out
+
+
+def by_hash(names: Sequence[str]) -> np.ndarray:
+    """Positions in the order of the SHA-256 of the names, int64 ``[len(names)]``."""
+    encoded = names.encoded() if isinstance(names, Names) else map(os.fsencode, names)
+    digests = b"".join(hashlib.sha256(name).digest() for name in encoded)
+    words = np.frombuffer(digests, ">u8").reshape(-1, 4).astype(np.uint64)
+    return np.lexsort(words.T[::-1])

@@ -196,8 +196,7 @@ def _warn_of_copies(folder: Path, split: Split, progress: Progress) -> None:
         train = run_data.trained_on(folder, run_data.open_data(folder))
     except (OSError, ValueError):
         return  # the data of the run no longer exist
-    ids = {*train.ids}
-    others = split.where(np.array([id_ not in ids for id_ in split.ids], bool))
+    others = split.where(~np.isin(split.ids, train.ids))
     if not len(others) or len(train) + len(others) > MAX_COMPARED:
         return
     prints = []
