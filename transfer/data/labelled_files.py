@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -76,9 +76,9 @@ def labelled_files(
             read, num_parallel_calls=tf.data.AUTOTUNE
         )
 
-    def ids(split_name: str) -> list[bytes]:
+    def ids(split_name: str) -> np.ndarray:
         paths = (os.path.join(root, file) for file in files[split_name])
-        return [digest(path, *state_of(path)) for path in paths]
+        return joined(digest(path, *state_of(path)) for path in paths)
 
     return Source(
         name,
@@ -102,3 +102,8 @@ def state_of(path: str | Path) -> tuple[int, ...]:
 def digest(*words: object) -> bytes:
     """A hash of the words, bytes ``[16]``."""
     return hashlib.blake2b(repr(words).encode(), digest_size=16).digest()
+
+
+def joined(ids: Iterable[bytes]) -> np.ndarray:
+    """Ids of 16 bytes each, as ``S16`` ``[n]``."""
+    return np.frombuffer(b"".join(ids), "S16")

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from transfer.data import remote_files
 from transfer.data.dataset import Source
-from transfer.data.labelled_files import digest, state_of
+from transfer.data.labelled_files import digest, joined, state_of
 from transfer.data.names import Names
 from transfer.images import image_files
 
@@ -85,13 +85,11 @@ def labelled_urls(
             .apply(tf.data.experimental.assert_cardinality(len(positions)))
         )
 
-    def ids(split_name: str) -> Any:
+    def ids(split_name: str) -> np.ndarray:
         places = [place(file) for file in files[split_name]]
         urls = [path for path in places if remote_files.is_url(path)]
         states: dict[str, tuple[Any, ...]] = dict(zip(urls, remote_files.states(urls), strict=True))
-        return np.array(
-            [digest(path, *(states.get(path) or state_of(path))) for path in places], "S16"
-        )
+        return joined(digest(path, *(states.get(path) or state_of(path))) for path in places)
 
     return Source(
         name,

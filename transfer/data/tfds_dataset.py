@@ -13,11 +13,13 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.data.dataset import Source
-from transfer.data.labelled_files import digest, state_of
+from transfer.data.labelled_files import digest, joined, state_of
+from transfer.data.names import Names
+from transfer.data.record_index import remembered
 from transfer.data.records import Records, open_records
 from transfer.data.tfds import tfds
 
-_LABELS_TOGETHER = 1024  # batch size for reading labels; one by one, overhead dominates
+_READ_TOGETHER = 32  # records per call into Python, which takes longer than reading a record
 
 
 def open_tfds(name: str, data_dir: str | None) -> Source:
@@ -41,43 +43,53 @@ def from_builder(builder: tfds.core.DatasetBuilder, name: str) -> Source:
     image_key = _only_feature(features, tfds.features.Image, name)
     label_key = _only_feature(features, tfds.features.ClassLabel, name)
 
-    @functools.cache
-    def records(split_name: str) -> Records:
-        return open_records(builder, split_name)
+    images_and_labels = {
+        image_key: tf.io.FixedLenFeature([], tf.string),
+        label_key: tf.io.FixedLenFeature([], tf.int64),
+    }
 
-    def deserialize(record: tf.Tensor) -> dict[str, tf.Tensor]:
-        return features.deserialize_example(
-            record, decoders={image_key: tfds.decode.SkipDecoding()}
+    @functools.cache
+    def indexed(split_name: str) -> tuple[Records, np.ndarray]:
+        """The records of a split, ready to be read, and their labels."""
+        records = open_records(builder, split_name)
+
+        def fits(index: dict[str, np.ndarray]) -> bool:
+            return len(index.get("labels", ())) == sizes[split_name] and records.use(index)
+
+        index = remembered(
+            f"{builder.info.full_name} {split_name} {label_key}",
+            [str(path) for path in builder.info.splits[split_name].filepaths],
+            lambda: records.index(label_key),
+            fits,
         )
+        return records, index["labels"]
 
     def examples(split_name: str, positions: np.ndarray) -> tf.data.Dataset:
-        def labelled(position: tf.Tensor, record: tf.Tensor) -> dict[str, tf.Tensor]:
-            example = deserialize(record)
+        records, _ = indexed(split_name)
+
+        def read(chosen: tf.Tensor) -> dict[str, tf.Tensor]:
+            serialized = tf.numpy_function(records.read, [chosen], tf.string, stateful=False)
+            parsed = tf.io.parse_example(tf.ensure_shape(serialized, [None]), images_and_labels)
             return {
-                "image": example[image_key],
-                "label": example[label_key],
-                "name": tf.strings.join([split_name, tf.strings.as_string(position)], "/"),
+                "image": parsed[image_key],
+                "label": parsed[label_key],
+                "name": tf.strings.join([split_name, tf.strings.as_string(chosen)], "/"),
             }
 
-        return tf.data.Dataset.zip(
-            tf.data.Dataset.from_tensor_slices(positions), records(split_name).read(positions)
-        ).map(labelled, num_parallel_calls=tf.data.AUTOTUNE)
+        batches = tf.data.Dataset.from_tensor_slices(positions).batch(_READ_TOGETHER)
+        return batches.map(read, num_parallel_calls=records.num_parallel_reads).unbatch()
 
-    @functools.cache
     def labels(split_name: str) -> np.ndarray:
-        batches = (
-            records(split_name)
-            .read_all()
-            .map(lambda record: deserialize(record)[label_key], num_parallel_calls=tf.data.AUTOTUNE)
-            .batch(_LABELS_TOGETHER)
-        )
-        return np.concatenate([np.zeros(0, np.int64), *batches.as_numpy_iterator()])
+        return indexed(split_name)[1]
 
-    def ids(split_name: str) -> list[bytes]:
+    def ids(split_name: str) -> np.ndarray:
         info = builder.info.splits[split_name]
         shards = [(str(path), *state_of(path)) for path in info.filepaths]
         dataset = digest(builder.info.full_name, shards)
-        return [digest(dataset, index) for index in range(sizes[split_name])]
+        return joined(digest(dataset, index) for index in range(sizes[split_name]))
+
+    def names(split_name: str) -> Names:
+        return Names.of(f"{split_name}/{index}" for index in range(sizes[split_name]))
 
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
     return Source(
@@ -86,8 +98,8 @@ def from_builder(builder: tfds.core.DatasetBuilder, name: str) -> Source:
         sizes,
         examples,
         labels,
-        names=lambda split_name: [f"{split_name}/{index}" for index in range(sizes[split_name])],
-        ids=ids,
+        names,
+        ids,
     )
 
 

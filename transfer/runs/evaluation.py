@@ -242,8 +242,7 @@ def _warn_of_copies(folder: Path, split: Split, progress: Progress) -> None:
     if train.source.origin == split.source.origin:
         for line in describe_shared(train.groups, split.groups, split.names):
             logger.warning(line)
-    ids = {*train.ids}
-    others = split.where(np.array([id_ not in ids for id_ in split.ids], bool))
+    others = split.where(~np.isin(split.ids, train.ids))
     if not len(others) or len(train) + len(others) > MAX_COMPARED:
         return
     prints = []

@@ -126,7 +126,7 @@ def is_of_run(folder: Path, source: Source) -> bool:
     except (OSError, ValueError):
         return False
     return own.sizes == source.sizes and all(
-        own.ids(part) == source.ids(part) for part in source.split_names
+        np.array_equal(own.ids(part), source.ids(part)) for part in source.split_names
     )
 
 
