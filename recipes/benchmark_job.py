@@ -65,8 +65,8 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
     """
     _check(config)
     graph, network = _open(config)
-    if config.image_folder:  # logs its warnings here; those of the runs go to their log files
-        open_source(image_folder=config.image_folder)
+    if config.image_folder or config.csv:  # its warnings, which in the runs go to their log files
+        open_source(image_folder=config.image_folder, csv=config.csv, group_by=config.group_by)
     size = parse_size(config.image_size) if config.image_size else graph.card.image_size
     cuts = list_cuts(network, size)
     labels = config.cuts.split(",") if config.cuts else [*default_cuts(network, size), "none"]

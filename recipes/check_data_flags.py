@@ -20,6 +20,13 @@ class CheckDataConfig:
     image_folder: str | None = None
     """Folder with one subfolder of images per class, or with split folders that contain them;
     replaces --dataset."""
+    csv: str | None = None
+    """Manifest: a CSV, JSONL or Parquet file with the columns path and label, and optionally split
+    and group; a file or an fsspec URL. Replaces --dataset."""
+    group_by: str | None = None
+    """What groups the images, e.g. by patient, camera or video: a column of the manifest, or a
+    regular expression on the paths of an image folder, e.g. 'patient(\\d+)'. A group is either
+    trained on or evaluated on. [default: the column group, if the manifest has one]"""
     train_split: str = "auto"
     """Split to train on."""
     eval_split: str = "auto"

@@ -31,8 +31,9 @@ _FLAGS = {option.name: option.name for option in fields(FinetuneConfig)} | {
 def describe_accuracy(metrics: dict[str, Any], images: str) -> str:
     """Format the accuracy with its confidence interval; ``images`` names what was evaluated on."""
     low, high = metrics["accuracy_ci95"]
+    of_groups = f" of {metrics['num_groups']} groups" if "num_groups" in metrics else ""
     return (
-        f"accuracy {metrics['accuracy']:.4f} on {metrics['num_examples']} {images} "
+        f"accuracy {metrics['accuracy']:.4f} on {metrics['num_examples']} {images}{of_groups} "
         f"(95 % interval {low:.4f} to {high:.4f})"
     )
 

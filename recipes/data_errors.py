@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from transfer.data.dataset import UnreadableImageError
+from transfer.data.unreadable import UnreadableImageError
 
 
 @contextlib.contextmanager

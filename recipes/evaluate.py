@@ -33,6 +33,14 @@ class EvaluateConfig:
     image_folder: str | None = None
     """Folder with one subfolder of images per class, or with split folders that contain them;
     replaces --dataset."""
+    csv: str | None = None
+    """Manifest: a CSV, JSONL or Parquet file with the columns path and label, and optionally split
+    and group; a file or an fsspec URL. Replaces --dataset."""
+    group_by: str | None = None
+    """What groups the images, e.g. by patient, camera or video: a column of the manifest, or a
+    regular expression on the paths of an image folder, e.g. 'patient(\\d+)'. Intervals then take
+    groups as independent, not images. [default: as in the run; for another manifest its column
+    group, if it has one]"""
     eval_split: str = "auto"
     """Split to evaluate on. auto: the run's held-out images; for another dataset, its validation
     or test split, else all images."""
@@ -81,12 +89,18 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
     if other := metrics.get("against"):
         print(
             f"correct where {other['run']} is wrong: {other['only_first']} images; vice versa: "
-            f"{other['only_second']}; p {other['p_value']:.3g} (McNemar's exact test)"
+            f"{other['only_second']}; p {other['p_value']:.3g} ({_test(other)})"
         )
     print(run / "report.html")
     if threshold is not None and metrics["accuracy"] < threshold:
         raise ValueError(f"accuracy {metrics['accuracy']:.4f} is below {threshold}")
     return 0
+
+
+def _test(comparison: dict[str, Any]) -> str:
+    if "num_groups" in comparison:
+        return f"exact randomization test of {comparison['num_groups']} groups"
+    return "McNemar's exact test"
 
 
 def _command(run: Path, flags: dict[str, Any]) -> list[str]:

@@ -38,6 +38,13 @@ class FinetuneConfig(FineTuneOptions):
     image_folder: str | None = None
     """Folder with one subfolder of images per class, or with split folders that contain them;
     replaces --dataset."""
+    csv: str | None = None
+    """Manifest: a CSV, JSONL or Parquet file with the columns path and label, and optionally split
+    and group; a file or an fsspec URL. Replaces --dataset."""
+    group_by: str | None = None
+    """What groups the images, e.g. by patient, camera or video: a column of the manifest, or a
+    regular expression on the paths of an image folder, e.g. 'patient(\\d+)'. A group is either
+    trained on or evaluated on. [default: the column group, if the manifest has one]"""
     train_split: str = "auto"
     """Split to train on, e.g. train[:80%]."""
     eval_split: str = "auto"
@@ -66,26 +73,31 @@ class FinetuneConfig(FineTuneOptions):
 
 
 Images = Annotated[
-    Path | None, Parameter(help="Image folder; the same as --image-folder.", show_default=False)
+    Path | None,
+    Parameter(
+        help="Image folder or manifest; the same as --image-folder or --csv.", show_default=False
+    ),
 ]
 DEFAULTS = FinetuneConfig()
 
 
-def with_images(config: Config, folder: Path | None) -> Config:
-    """Flags with the image folder that was given as an argument.
+def with_images(config: Config, images: Path | None) -> Config:
+    """Flags with the image folder, or the manifest, that was given as an argument.
 
     Raises:
-        ValueError: if it is not a folder, or images are given by a flag as well.
+        ValueError: if it does not exist, or images are given by a flag as well.
     """
-    if folder is None:
+    if images is None:
         return config
-    if config.image_folder or config.dataset:
+    if other := config.image_folder or config.csv or config.dataset:
         raise ValueError(
-            f"images are given twice: {str(folder)!r} and "
-            f"{config.image_folder or config.dataset!r}; leave out one of them"
+            f"images are given twice: {str(images)!r} and {other!r}; leave out one of them"
         )
-    if not folder.expanduser().is_dir():
-        raise ValueError(
-            f"{str(folder)!r} is not a folder of images; a tfds dataset is named by --dataset"
-        )
-    return replace(config, image_folder=str(folder))
+    if images.expanduser().is_dir():
+        return replace(config, image_folder=str(images))
+    if images.expanduser().is_file():
+        return replace(config, csv=str(images))
+    raise ValueError(
+        f"{str(images)!r} is neither a folder of images nor a manifest; a tfds dataset is named by "
+        "--dataset"
+    )

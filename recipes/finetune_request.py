@@ -49,7 +49,11 @@ def request(config: FinetuneConfig, replicas: Replicas | None = None) -> RunRequ
         tf.config.experimental.enable_op_determinism()
     graph = load_meta_graph(config.model, rename=parse_renames(config.rename))
     source = open_source(
-        config.dataset or "", data_dir=config.data_dir, image_folder=config.image_folder
+        config.dataset or "",
+        data_dir=config.data_dir,
+        image_folder=config.image_folder,
+        csv=config.csv,
+        group_by=config.group_by,
     )
     on_disk = remembered(source, config.cache_dir) if config.cache == "disk" else None
     with on_disk or contextlib.nullcontext():

@@ -11,6 +11,7 @@ from cyclopts import Group, Parameter
 _GROUPS = {
     "Usual flags": (
         "image_folder",
+        "csv",
         "dataset",
         "model",
         "preprocess",
@@ -24,6 +25,7 @@ _GROUPS = {
     "Model": ("tap", "input", "image_size", "feed", "rename", "use_ema", "random_weights"),
     "Data": (
         "data_dir",
+        "group_by",
         "train_split",
         "eval_split",
         "shots_per_class",

@@ -30,6 +30,13 @@ class PretrainConfig(PretrainOptions):
     """Directory of tfds datasets. [default: ~/tensorflow_datasets]"""
     image_folder: str | None = None
     """Folder with one subfolder of images per class; replaces --dataset."""
+    csv: str | None = None
+    """Manifest: a CSV, JSONL or Parquet file with the columns path and label, and optionally split
+    and group; a file or an fsspec URL. Replaces --dataset."""
+    group_by: str | None = None
+    """What groups the images, e.g. by patient, camera or video: a column of the manifest, or a
+    regular expression on the paths of an image folder, e.g. 'patient(\\d+)'. A group is either
+    trained on or evaluated on. [default: the column group, if the manifest has one]"""
     train_split: str = "auto"
     """Split to train on, e.g. train[:90%]."""
     eval_split: str = "auto"
@@ -56,9 +63,11 @@ def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
             if config.out is not None or config.resume:
                 run_folder.check(config.out, resume=config.resume)
             source = open_source(
-                "" if config.image_folder else config.dataset,
+                "" if config.image_folder or config.csv else config.dataset,
                 data_dir=config.data_dir,
                 image_folder=config.image_folder,
+                csv=config.csv,
+                group_by=config.group_by,
             )
             train, held_out = run_data.splits(
                 source,
@@ -82,12 +91,15 @@ def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
     return 0
 
 
-_IMAGES = ("dataset", "data_dir", "image_folder", "train_split", "eval_split")
+_IMAGES = (
+    *("dataset", "data_dir", "image_folder", "csv", "group_by"),
+    *("train_split", "eval_split"),
+)
 
 
 def _command(config: PretrainConfig) -> str:
     """The command that reproduces the model, without machine-specific paths."""
-    places = ("data_dir", "image_folder", "out", "resume", "licence")
+    places = ("data_dir", "image_folder", "csv", "out", "resume", "licence")
     words = ["vgg-transfer", "pretrain"]
     for name in dict.fromkeys(["arch", *_IMAGES, *vars(config)]):
         value = getattr(config, name)

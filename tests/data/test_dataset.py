@@ -11,7 +11,10 @@ from PIL import Image
 
 from transfer.activations.extraction import Activations
 from transfer.data import dataset
+from transfer.data.batches import shuffled
+from transfer.data.holdout import stratified_holdout
 from transfer.data.sources import open_source
+from transfer.data.unreadable import UnreadableImageError, find_unreadable
 from transfer.images.decoding import read_image
 from transfer.images.preprocess import Preprocess
 
@@ -88,9 +91,9 @@ def test_train_and_eval_splits_are_disjoint(digits_dir):
 def test_holdout_is_stratified():
     labels = np.repeat([0, 1, 2, 3], [100, 10, 2, 1])
     names = [f"{index}.jpg" for index in range(len(labels))]
-    held_out = dataset.stratified_holdout(labels, names, 0.2)
+    held_out = stratified_holdout(labels, names, 0.2)
     assert np.bincount(labels[held_out], minlength=4).tolist() == [20, 2, 1, 0]
-    backwards = dataset.stratified_holdout(labels[::-1], names[::-1], 0.2)
+    backwards = stratified_holdout(labels[::-1], names[::-1], 0.2)
     np.testing.assert_array_equal(held_out, backwards[::-1])
 
 
@@ -111,9 +114,9 @@ def test_holdout_without_groups_equals_groups_of_one():
         labels = generator.integers(0, generator.integers(1, 9), count)
         names = [f"{count}/{index}.jpg" for index in range(count)]
         expected = holdout_of_single_images(labels, names, 0.2)
-        np.testing.assert_array_equal(dataset.stratified_holdout(labels, names, 0.2), expected)
+        np.testing.assert_array_equal(stratified_holdout(labels, names, 0.2), expected)
         groups = [[index] for index in range(count)]
-        found = dataset.stratified_holdout(labels, names, 0.2, groups)
+        found = stratified_holdout(labels, names, 0.2, groups)
         np.testing.assert_array_equal(found, expected)
 
 
@@ -125,7 +128,7 @@ def test_holdout_keeps_groups_together():
         ends = np.cumsum(generator.integers(1, 5, count))
         groups = np.split(generator.permutation(count), ends[ends < count])
         groups = [group for group in groups if len(group) and generator.random() < 0.5]
-        held_out = dataset.stratified_holdout(labels, names, 0.2, groups)
+        held_out = stratified_holdout(labels, names, 0.2, groups)
         assert all(len({*held_out[group]}) == 1 for group in groups)
         for label in np.unique(labels):
             share = held_out[labels == label].mean()
@@ -135,7 +138,7 @@ def test_holdout_keeps_groups_together():
         order = generator.permutation(count)
         places = np.argsort(order)
         moved = [places[group] for group in groups]
-        again = dataset.stratified_holdout(labels[order], [names[i] for i in order], 0.2, moved)
+        again = stratified_holdout(labels[order], [names[i] for i in order], 0.2, moved)
         np.testing.assert_array_equal(again, held_out[order])
 
 
@@ -154,7 +157,7 @@ def test_holdout_takes_smallest_group_if_groups_dominate_class(sizes, expected):
     names = [f"{index}.jpg" for index in range(200)]
     ends = np.cumsum(sizes)
     groups = np.split(np.arange(ends[-1]), ends[:-1])
-    held_out = dataset.stratified_holdout(labels, names, 0.2, groups)
+    held_out = stratified_holdout(labels, names, 0.2, groups)
     assert held_out[:100].sum() == expected
     assert held_out[100:].sum() == 20
     assert all(len({*held_out[group]}) == 1 for group in groups)
@@ -186,11 +189,11 @@ def test_unreadable_images_are_named(image_folder):
     (image_folder / "red" / "02.jpg").write_bytes(whole[: len(whole) // 3])
     split = open_source(image_folder=str(image_folder)).split("train")
     batches = split.batches(PREPROCESS, 24, shuffle_seed=1)
-    with pytest.raises(dataset.UnreadableImageError, match="2 images cannot be decoded: ") as error:
+    with pytest.raises(UnreadableImageError, match="2 images cannot be decoded: ") as error:
         list(batches)
     assert error.value.reasons.keys() == {"red/00.jpg", "red/02.jpg"}
     assert "it is not an image: it begins with b'not a pi'" in str(error.value)
-    assert dataset.find_unreadable(split) == error.value.reasons
+    assert find_unreadable(split) == error.value.reasons
 
 
 def test_only_batch_with_unreadable_image_is_reread(image_folder, monkeypatch):
@@ -198,11 +201,11 @@ def test_only_batch_with_unreadable_image_is_reread(image_folder, monkeypatch):
     broken.write_bytes(broken.read_bytes()[:400])
     split = open_source(image_folder=str(image_folder)).split("train")
     read = []
-    monkeypatch.setattr(dataset, "read_image", lambda file: read.append(file) or read_image(file))
+    monkeypatch.setattr(
+        "transfer.data.unreadable.read_image", lambda file: read.append(file) or read_image(file)
+    )
     seen = 0
-    with pytest.raises(
-        dataset.UnreadableImageError, match="1 image cannot be decoded: 'red/00.jpg'"
-    ):
+    with pytest.raises(UnreadableImageError, match="1 image cannot be decoded: 'red/00.jpg'"):
         for _ in split.batches(PREPROCESS, 5, shuffle_seed=3):
             seen += 1
     assert len(read) == min(5, 24 - 5 * seen)
@@ -258,7 +261,6 @@ def test_id_changes_only_with_image(image_folder):
 
     before = ids()
     assert len(set(before.values())) == 24
-    assert {len(value) for value in before.values()} == {16}
     shutil.copy(image_folder / "red/01.png", image_folder / "red/new.png")
     shutil.copy(image_folder / "red/03.png", image_folder / "red/05.png")
     after = ids()
@@ -270,9 +272,10 @@ def test_id_changes_only_with_image(image_folder):
 def test_ids_follow_examples_of_a_dataset(digits_dir):
     source = open_source("digits", data_dir=str(digits_dir))
     train = source.split("train")
-    assert len({*train.ids, *source.split("test").ids}) == 1797
-    assert source.split("train[10:20]").ids == train.ids[10:20]
-    assert open_source("digits", data_dir=str(digits_dir)).split("train").ids == train.ids
+    assert len({*train.ids.tolist(), *source.split("test").ids.tolist()}) == 1797
+    np.testing.assert_array_equal(source.split("train[10:20]").ids, train.ids[10:20])
+    again = open_source("digits", data_dir=str(digits_dir)).split("train")
+    np.testing.assert_array_equal(again.ids, train.ids)
 
 
 def test_split_with_overlapping_parts_is_refused(image_folder):
@@ -309,7 +312,7 @@ def test_copies_stay_on_the_side_of_their_originals(smooth_folder):
     before = automatic_sides(smooth_folder)
     source = open_source(image_folder=str(smooth_folder))
     split = source.split("train")
-    expected = dataset.stratified_holdout(split.labels, split.names, 0.2)
+    expected = stratified_holdout(split.labels, split.names, 0.2)
     assert before[1] == {name for name, out in zip(split.names, expected, strict=True) if out}
     pairs = add_copies(smooth_folder, 10)
     train, held_out = automatic_sides(smooth_folder)
@@ -319,7 +322,7 @@ def test_copies_stay_on_the_side_of_their_originals(smooth_folder):
         assert (original in held_out) == (copy in held_out), (original, copy)
     # Without grouping, the copies would be on both sides.
     split = open_source(image_folder=str(smooth_folder)).split("train")
-    alone = dataset.stratified_holdout(split.labels, split.names, 0.2)
+    alone = stratified_holdout(split.labels, split.names, 0.2)
     alone = {name for name, out in zip(split.names, alone, strict=True) if out}
     assert any((original in alone) != (copy in alone) for original, copy in pairs)
     # New images do not change it.
@@ -330,7 +333,7 @@ def test_copies_stay_on_the_side_of_their_originals(smooth_folder):
 def test_near_duplicate_search_is_skipped_for_many_images(smooth_folder):
     add_copies(smooth_folder, 10)
     split = open_source(image_folder=str(smooth_folder)).split("train")
-    expected = dataset.stratified_holdout(split.labels, split.names, 0.2)
+    expected = stratified_holdout(split.labels, split.names, 0.2)
     for limit, is_same in ((79, True), (80, False)):
         source = open_source(image_folder=str(smooth_folder))
         _, held_out = dataset.train_and_eval_splits(source, max_compared=limit)
@@ -404,7 +407,7 @@ def as_it_is(image):
 @pytest.fixture
 def undecoded(monkeypatch):
     """Batches of a ``Numbered`` source: ``(positions, labels)``."""
-    monkeypatch.setattr(dataset, "decode", as_it_is)
+    monkeypatch.setattr("transfer.data.batches.decode", as_it_is)
 
     def batches(split, batch_size=100, **options):
         shown = split.batches(as_it_is, batch_size, **options)
@@ -418,7 +421,7 @@ def test_shuffled_is_a_permutation_for_any_size(undecoded, size):
     split = Numbered(train=size).source.split("train")
     batches = undecoded(split, shuffle_seed=7)
     order = np.concatenate([images for images, _ in batches])
-    np.testing.assert_array_equal(order, dataset.shuffled(size, 7))
+    np.testing.assert_array_equal(order, shuffled(size, 7))
     np.testing.assert_array_equal(np.sort(order), np.arange(size))
     np.testing.assert_array_equal(np.concatenate([y for _, y in batches]), split.labels[order])
     rows = Activations([np.arange(size, dtype=np.float32)[:, None]], split.labels).batches(100, 7)
@@ -435,16 +438,16 @@ def test_shuffled_is_a_permutation_for_any_size(undecoded, size):
 
 def test_shuffle_order_of_a_seed_is_fixed():
     tf.random.set_seed(87654321)  # what TensorFlow takes where none is set; another test may have
-    assert dataset.shuffled(12, 0).tolist() == [0, 2, 10, 5, 9, 8, 4, 7, 1, 6, 3, 11]
+    assert shuffled(12, 0).tolist() == [0, 2, 10, 5, 9, 8, 4, 7, 1, 6, 3, 11]
     large = [6, 4, 7, 9, 8, 11, 5, 3, 1, 2, 10, 0]
-    assert dataset.shuffled(12, 2**31 + 5).tolist() == large
+    assert shuffled(12, 2**31 + 5).tolist() == large
 
 
 def test_parts_of_a_split_are_shuffled_together(undecoded):
     split = Numbered(train=300, test=120).source.split("test[20:]+train[:50%]+train[250:]")
     in_order = np.concatenate([np.arange(20, 120), np.arange(150), np.arange(250, 300)])
     shown = [images for images, _ in undecoded(split, 7, shuffle_seed=3)]
-    np.testing.assert_array_equal(np.concatenate(shown), in_order[dataset.shuffled(300, 3)])
+    np.testing.assert_array_equal(np.concatenate(shown), in_order[shuffled(300, 3)])
     np.testing.assert_array_equal(np.concatenate([x for x, _ in undecoded(split)]), in_order)
     some = split.where(np.arange(300) % 4 == 0)
     found = [example["name"].numpy().decode() for example in some.encoded()]
@@ -479,7 +482,7 @@ def test_resumed_epoch_needs_no_files_of_earlier_batches(image_folder):
     split = open_source(image_folder=str(image_folder)).split("train")
     options = {"shuffle_seed": 2, "view_seed": 2}
     whole = list(split.batches(PREPROCESS, 5, **options))
-    for position in dataset.shuffled(24, 2)[:15]:
+    for position in shuffled(24, 2)[:15]:
         (image_folder / split.names[position]).unlink()
     rest = list(split.batches(PREPROCESS, 5, first_batch=3, **options))
     for found, expected in zip(rest, whole[3:], strict=True):
@@ -495,4 +498,4 @@ def test_file_names_may_be_any_bytes(tmp_path):
         Image.new("L", (2, 2)).save(tmp_path / os.fsdecode(name))
     train, held_out = dataset.train_and_eval_splits(open_source(image_folder=str(tmp_path)))
     assert sum(len(y) for _, y in train.batches(PREPROCESS, 4, shuffle_seed=0)) == 6
-    assert {os.fsencode(name) for name in train.names + held_out.names} == set(names)
+    assert {os.fsencode(name) for name in [*train.names, *held_out.names]} == set(names)

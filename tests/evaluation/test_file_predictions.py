@@ -12,7 +12,7 @@ from PIL import Image
 
 from recipes.cli import main
 from transfer import Classifier, Prediction, predict
-from transfer.data.dataset import UnreadableImageError
+from transfer.data.unreadable import UnreadableImageError
 from transfer.evaluation import file_predictions
 from transfer.images.decoding import read_tensor
 from transfer.images.preprocess import Preprocess

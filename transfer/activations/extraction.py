@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.core.distribution import NO_LABEL, Replicas
-from transfer.data.dataset import shuffled
+from transfer.data.batches import shuffled
 from transfer.graph.network_function import compiled_per_rank
 
 EXTRACTION_BATCH = 32

@@ -94,4 +94,4 @@ def extract_features(
     if rows is None:
         raise MemoryError("the features do not fit in memory; use cache='disk'")
     values = average_over_space(np.asarray(rows[0][np.arange(len(split))], np.float32))
-    return Features(np.asarray(values), split.labels, split.names, split.source.class_names)
+    return Features(np.asarray(values), split.labels, [*split.names], split.source.class_names)

@@ -30,7 +30,7 @@ def remembered(source: Source, cache_dir: Path | None = None) -> Iterator[None]:
     key = {"kind": "fingerprints", "dataset": source.name, "tensorflow": version("tensorflow")}
     with contextlib.suppress(OSError):
         entry = cache.entry(key, [FINGERPRINT.itemsize], "uint8")
-        ids = np.array([id_ for name in source.sizes for id_ in source.ids(name)], object)
+        ids = np.concatenate([source.ids(name) for name in source.sizes])
         cached = ids[~entry.missing(ids.tolist())].tolist()
         rows = np.ascontiguousarray(entry.read(cached)[:]).view(FINGERPRINT)[:, 0]
         source.fingerprints.update(zip(cached, rows, strict=True))

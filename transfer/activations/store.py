@@ -25,7 +25,8 @@ from transfer.activations.extraction import (
 )
 from transfer.core import measurement
 from transfer.core.distribution import Replicas
-from transfer.data.dataset import Batches, Split
+from transfer.data.batches import Batches
+from transfer.data.dataset import Split
 from transfer.images.preprocess import Preprocess
 from transfer.layers.backbone import GraphLayer
 
@@ -199,7 +200,7 @@ class ActivationStore:
         if request.role == "held-out":
             # Activations depend on the batch they are computed in, at float precision. An
             # evaluation must be bit-identical whatever was cached before.
-            key["examples"] = hashlib.sha256(b"".join(split.ids)).hexdigest()
+            key["examples"] = hashlib.sha256(split.ids.tobytes()).hexdigest()
         return key
 
     def _say_waiting(self) -> None:

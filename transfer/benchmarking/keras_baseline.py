@@ -56,7 +56,7 @@ def keras_baseline(request: RunRequest) -> dict[str, Any]:
             verbose=2,
         )
     with clock("eval_s"):
-        evaluation = summarize(*predict(Compiled(model), held_out))
+        evaluation = summarize(*predict(Compiled(model), held_out), work.held_out.groups)
     seconds = clock.seconds
     metrics = {
         "eval": evaluation,

@@ -123,7 +123,9 @@ def _row(
     if not done:
         return row
     accuracies = [record["eval"]["accuracy"] for record in done]
-    low, high = accuracy_interval(accuracies, done[0]["eval"]["num_examples"])
+    evaluation = done[0]["eval"]  # images in groups count for less
+    num_examples = evaluation.get("effective_examples", evaluation["num_examples"])
+    low, high = accuracy_interval(accuracies, num_examples)
     row |= {"accuracy": float(np.mean(accuracies)), "accuracy_ci95": [low, high]}
     # The first run computes the activations, the others read them from the cache.
     computed = [r["time"]["extract_s"] for r in done if r["activations"]["computed"]]
@@ -156,7 +158,7 @@ def accuracy_interval(accuracies: Sequence[float], num_examples: int) -> tuple[f
 
     Args:
         accuracies: 0 to 1, one per seed.
-        num_examples: number of held-out images.
+        num_examples: number of held-out images, or of as informative independent ones.
     """
     mean, count = float(np.mean(accuracies)), len(accuracies)
     if count == 1:

@@ -16,6 +16,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from filelock import FileLock
 
@@ -160,6 +161,26 @@ def is_regular(path: Path) -> bool:
         return False
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, without blocking: pipes and devices are rejected.
+
+    Raises:
+        OSError: if it cannot be opened.
+        ValueError: if it is not a regular file.
+    """
+    # Checked after opening, so that the file checked is the file read. Without O_NONBLOCK, opening
+    # a pipe blocks; Windows has neither such pipes nor the flag.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"{str(path)!r} is not a regular file, but {stat.filemode(mode)!r}")
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
 def read_text(path: Path, max_bytes: int) -> str:
     """Read a UTF-8 file without blocking: pipes, devices and endless files are rejected.
 
@@ -167,20 +188,11 @@ def read_text(path: Path, max_bytes: int) -> str:
         OSError: if it cannot be opened.
         ValueError: if it is not a regular file, has more than ``max_bytes``, or is not UTF-8.
     """
-    # Checked after opening, so that the file checked is the file read. Without O_NONBLOCK, opening
-    # a pipe blocks; Windows has neither such pipes nor the flag.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            kind = stat.filemode(status.st_mode)
-            raise ValueError(f"{str(path)!r} is not a regular file, but {kind!r}")
-        with open(descriptor, "rb", closefd=False) as file:
-            # Some system files (/proc) are longer than their reported size.
-            data = b"" if status.st_size > max_bytes else file.read(max_bytes + 1)
-    finally:
-        os.close(descriptor)
-    if max(status.st_size, len(data)) > max_bytes:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        # Some system files (/proc) are longer than their reported size.
+        data = b"" if size > max_bytes else file.read(max_bytes + 1)
+    if max(size, len(data)) > max_bytes:
         raise ValueError(f"{str(path)!r} has more than the {max_bytes:,} bytes that it may have")
     try:
         return data.decode("utf-8")

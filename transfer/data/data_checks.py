@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import scipy.special
-from sklearn.model_selection import StratifiedKFold
 
 from transfer.data.dataset import Split
 from transfer.data.near_duplicates import near_duplicates
+from transfer.training.folds import stratified_folds
 from transfer.training.logistic_regression import GRID, fit_logistic_regression
 
 FOLDS = 5
@@ -33,6 +33,10 @@ class ImageScan:
     @property
     def unreadable(self) -> np.ndarray:
         return ~self.fingerprints["readable"]
+
+
+class NoFoldsError(ValueError):
+    """There are too few images, or groups, of a class for a cross-validation."""
 
 
 def scan(split: Split, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> ImageScan:
@@ -75,7 +79,9 @@ def describe_leaks(train: np.ndarray, held_out: np.ndarray) -> list[str]:
     return lines
 
 
-def doubtful_labels(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def doubtful_labels(
+    features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Out-of-fold probabilities, and the order in which labels should be reviewed.
 
     Each image is classified by a logistic regression trained on the features of other images
@@ -86,22 +92,26 @@ def doubtful_labels(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarra
     Args:
         features: float32 ``[num_examples, width]``.
         labels: int ``[num_examples]``.
+        groups: group number of each image, int ``[num_examples]``; an image is judged by images of
+            other groups.
 
     Returns:
         Probabilities, float64 ``[num_examples, num_classes]``, and int positions of the images
         whose label is not the most probable class.
 
     Raises:
-        ValueError: if a class has fewer than two images.
+        NoFoldsError: if a class has fewer than two images, or too few groups.
     """
-    count = int(np.bincount(labels)[np.unique(labels)].min())
-    if count < 2:
-        raise ValueError("labels can be checked where each class has at least 2 images")
+    folds = stratified_folds(labels, FOLDS, groups=groups)
+    if not folds:
+        of_groups = "" if groups is None else " in different groups"
+        raise NoFoldsError(
+            f"labels can be checked where each class has at least 2 images{of_groups}"
+        )
     num_classes = int(labels.max()) + 1
     p = np.zeros((len(labels), num_classes))
-    folds = StratifiedKFold(min(FOLDS, count), shuffle=True, random_state=0)
     strength = GRID[len(GRID) // 2]
-    for train, rest in folds.split(labels, labels):
+    for train, rest in folds:
         head = fit_logistic_regression(
             features[train], labels[train], num_classes, C=strength * len(train)
         )

@@ -9,24 +9,22 @@ examples in a fixed order, with the labels in memory and the images still encode
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import logging
-import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from transfer.core.distribution import NO_LABEL, shards_of_batches
+from transfer.data.batches import Batches
+from transfer.data.groups import connected
+from transfer.data.holdout import stratified_holdout
+from transfer.data.names import Names
 from transfer.data.near_duplicates import FINGERPRINT, fingerprints, near_duplicates
 from transfer.data.tfds import tfds
-from transfer.images.augment import random_view
-from transfer.images.decoding import decode, read_image, reason
+from transfer.data.unreadable import UnreadableImageError, find_unreadable
 from transfer.images.image_files import PassedOver
 from transfer.images.preprocess import Preprocess
 
@@ -35,7 +33,6 @@ logger = logging.getLogger(__name__)
 HELD_OUT_SHARE = 0.2  # fraction held out of a dataset that has a training split only
 TRAIN_SPLITS = ("train", "training")
 EVAL_SPLITS = ("validation", "val", "valid", "dev", "test", "testing")
-_READERS = 4  # threads; decoding releases the GIL
 MAX_COMPARED = 10_000
 """Maximum number of images among which near-duplicates are searched, which decodes all of them."""
 _AUTO = "auto"
@@ -55,13 +52,16 @@ class Source:
         labels: maps the name of a split to its labels, int64, in the fixed order.
         names: maps the name of a split to the names of its examples, in the fixed order, without
             reading images.
-        ids: maps the name of a split to unique ids of its examples, bytes ``[16]`` each, in the
+        ids: maps the name of a split to unique ids of its examples, ``S16`` ``[n]``, in the
             fixed order. The id changes if the image changes; it is the cache key of everything
             computed from an image.
         passed_over: the files of a folder that are not among the examples.
         origin: the arguments of ``open_source`` that open the source again.
         refused: maps names of examples that must not be read (pipes, devices) to the reasons; their
             bytes are empty, which makes them unreadable images.
+        groups: maps the name of a split to the group number of each example, int64, in the fixed
+            order; images of a group, such as all of a patient, stay on one side of a hold-out.
+            ``None`` if there are no groups.
         fingerprints: maps ids to ``near_duplicates.FINGERPRINT``, for images decoded so far.
         unreadable: maps names of the images that ``Split.readable`` left out to the reasons.
 
@@ -74,11 +74,12 @@ class Source:
     sizes: Mapping[str, int]
     examples: Callable[[str, np.ndarray], tf.data.Dataset]
     labels: Callable[[str], np.ndarray]
-    names: Callable[[str], list[str]]
-    ids: Callable[[str], list[bytes]]
+    names: Callable[[str], Sequence[str]]
+    ids: Callable[[str], np.ndarray]
     passed_over: PassedOver = field(default_factory=PassedOver)
     origin: Mapping[str, str | None] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
+    groups: Callable[[str], np.ndarray] | None = None
     fingerprints: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
     unreadable: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -118,7 +119,7 @@ class Source:
         split = Split(
             self,
             tuple(
-                (part.splitname, np.arange(self.sizes[part.splitname])[part.from_ : part.to])
+                (part.splitname, _range(self.sizes[part.splitname], part.from_, part.to))
                 for part in parts
             ),
         )
@@ -156,25 +157,35 @@ class Split:
         )
 
     @functools.cached_property
-    def names(self) -> list[str]:
-        """One name per example: its file, or ``split/index``."""
-        by_part = {part: self.source.names(part) for part, _ in self.parts}
-        return [by_part[part][index] for part, indices in self.parts for index in indices]
+    def groups(self) -> np.ndarray | None:
+        """Group numbers, int64 ``[len(self)]``; ``None`` if the source has no groups."""
+        of = self.source.groups
+        if of is None:
+            return None
+        return np.concatenate([of(name)[at] for name, at in self.parts] or [np.zeros(0, np.int64)])
 
     @functools.cached_property
-    def ids(self) -> list[bytes]:
-        """16 bytes per example; see ``Source``."""
-        by_part = {part: self.source.ids(part) for part, _ in self.parts}
-        return [by_part[part][index] for part, indices in self.parts for index in indices]
+    def names(self) -> Sequence[str]:
+        """One name per example: its file, or ``split/index``."""
+        parts = [_taken(self.source.names(part), indices) for part, indices in self.parts]
+        return parts[0] if len(parts) == 1 else Names.of(name for part in parts for name in part)
+
+    @functools.cached_property
+    def ids(self) -> np.ndarray:
+        """``S16`` ``[len(self)]``; see ``Source``."""
+        parts = [self.source.ids(part)[indices] for part, indices in self.parts]
+        return np.concatenate([np.zeros(0, "S16"), *parts])
 
     def fingerprints(self, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> np.ndarray:
         """Fingerprints of the images, ``near_duplicates.FINGERPRINT`` ``[len(self)]``. Decodes the
         images whose fingerprints are not yet in ``source.fingerprints``."""
         known = self.source.fingerprints
-        rest = self.where(np.array([id_ not in known for id_ in self.ids], bool))
-        if len(rest):
-            known.update(zip(rest.ids, fingerprints(rest, progress), strict=True))
-        return np.array([known[id_] for id_ in self.ids], FINGERPRINT)
+        ids = self.ids.tolist()
+        is_new = np.array([id_ not in known for id_ in ids], bool)
+        if is_new.any():
+            rest = self.where(is_new)
+            known.update(zip(rest.ids.tolist(), fingerprints(rest, progress), strict=True))
+        return np.array([known[id_] for id_ in ids], FINGERPRINT)
 
     def where(self, keep: np.ndarray) -> Split:
         """The examples at which the boolean array ``keep`` ``[len(self)]`` is true."""
@@ -211,11 +222,11 @@ class Split:
 
     def without(self, other: Split) -> Split:
         """The examples that are not in ``other``."""
-        taken = {(name, index) for name, indices in other.parts for index in indices.tolist()}
-        keep = [
-            (name, index) not in taken for name, indices in self.parts for index in indices.tolist()
-        ]
-        return self.where(np.array(keep, bool))
+        keep = [np.zeros(0, bool)]
+        for name, indices in self.parts:
+            taken = [positions for part, positions in other.parts if part == name]
+            keep.append(~np.isin(indices, np.concatenate([np.zeros(0, np.int64), *taken])))
+        return self.where(np.concatenate(keep))
 
     def encoded(self) -> tf.data.Dataset:
         """``{"image": encoded bytes, "label": int64, "name": bytes}`` in order."""
@@ -260,134 +271,6 @@ class Split:
         return Batches(self, preprocess, batch_size, shuffle_seed, view_seed, first_batch, shard)
 
 
-@dataclass(frozen=True)
-class Batches:
-    """Iterates over ``(images, labels)``; see ``Split.batches``."""
-
-    split: Split
-    preprocess: Preprocess
-    batch_size: int
-    shuffle_seed: int | None
-    view_seed: int | None
-    first_batch: int = 0
-    shard: tuple[int, int] = (0, 1)
-
-    def __len__(self) -> int:
-        return max(0, -(-len(self.split) // self.batch_size) - self.first_batch)
-
-    def dataset(self) -> tf.data.Dataset:
-        """The batches as a ``tf.data.Dataset``; unreadable images raise TensorFlow errors."""
-        examples, rows = self._examples()
-        return (
-            examples.map(self._to_pair, num_parallel_calls=tf.data.AUTOTUNE)
-            .batch(rows)
-            .apply(tf.data.experimental.assert_cardinality(len(self)))
-            .prefetch(tf.data.AUTOTUNE)
-        )
-
-    def _examples(self) -> tuple[tf.data.Dataset, int]:
-        """The encoded examples of this process from the first batch on, and their number per
-        batch."""
-        order = np.arange(len(self.split))
-        if self.shuffle_seed is not None:
-            order = shuffled(len(self.split), self.shuffle_seed)
-        return self._of_shard(order[self.first_batch * self.batch_size :])
-
-    def _of_shard(self, order: np.ndarray) -> tuple[tf.data.Dataset, int]:
-        """The examples of this process among those at these positions, and their number per
-        batch."""
-        if self.shard == (0, 1):
-            return self.split.examples(order), self.batch_size
-        is_read, stands_in = shards_of_batches(len(order), self.batch_size, *self.shard)
-        rows = int(is_read[: self.batch_size].sum())
-
-        def labelled(example: dict[str, Any], without_label: tf.Tensor) -> dict[str, Any]:
-            label = tf.where(without_label, tf.cast(NO_LABEL, tf.int64), example["label"])
-            return example | {"label": label}
-
-        stand_ins = tf.data.Dataset.from_tensor_slices(stands_in[is_read])
-        mine = tf.data.Dataset.zip(self.split.examples(order[is_read]), stand_ins).map(labelled)
-        return mine, max(1, rows)
-
-    def _to_pair(self, example: dict[str, Any]) -> tuple[tf.Tensor, tf.Tensor]:
-        image = decode(example["image"])
-        if self.view_seed is not None:
-            # Seeded by its name, so that a view does not depend on the order or the batch.
-            number = tf.strings.to_hash_bucket_fast(example["name"], 2**31 - 1)
-            image = random_view(image, tf.stack([tf.cast(self.view_seed, tf.int64), number]))
-        return self.preprocess(image), example["label"]
-
-    def __iter__(self) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
-        """Yields batches of ``(images, labels)``.
-
-        Raises:
-            UnreadableImageError: names the images of a batch that cannot be read.
-        """
-        done = 0
-        try:
-            for pair in self.dataset():
-                yield pair
-                done += 1
-        except tf.errors.OpError as error:
-            unreadable = self._unreadable(done)
-            if not unreadable:
-                raise
-            raise UnreadableImageError(unreadable) from error
-
-    def _unreadable(self, number: int) -> dict[str, str]:
-        """Maps the names of the unreadable images of batch ``number`` to the reasons."""
-        batches = replace(self, first_batch=self.first_batch + number)
-        examples, rows = batches._examples()
-        examples = examples.take(rows).as_numpy_iterator()
-        try:
-            reasons = dict(filter(None, map(_check_readable, examples)))
-            return {name: self.split.source.refused.get(name, why) for name, why in reasons.items()}
-        except tf.errors.OpError as error:  # a missing file, a damaged shard
-            raise ValueError(f"an image cannot be read ({reason(error)})") from error
-
-
-class UnreadableImageError(ValueError):
-    """Some images cannot be decoded; ``reasons`` maps their names to the reasons."""
-
-    def __init__(self, reasons: Mapping[str, str]):
-        self.reasons = dict(reasons)
-        shown = [f"{name!r} ({reason})" for name, reason in itertools.islice(reasons.items(), 5)]
-        more = f" and {len(reasons) - 5} more" if len(reasons) > 5 else ""
-        images = "1 image" if len(reasons) == 1 else f"{len(reasons)} images"
-        super().__init__(
-            f"{images} cannot be decoded: {', '.join(shown)}{more}; repair or remove them"
-        )
-
-
-def shuffled(num_examples: int, seed: int) -> np.ndarray:
-    """A random permutation of positions, int64 ``[num_examples]``: the order of ``Split.batches``
-    and of ``Activations.batches`` with this seed. As with all TensorFlow op seeds, the result also
-    depends on the global seed (``tf.random.set_seed``), which a run sets."""
-    positions = tf.data.Dataset.range(num_examples).shuffle(num_examples, seed=seed)
-    return positions.batch(num_examples).get_single_element().numpy()
-
-
-def find_unreadable(
-    split: Split, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
-) -> dict[str, str]:
-    """Decode every image once, on several threads; maps the names of unreadable ones to reasons."""
-    examples = iter(progress(split.encoded().prefetch(_READERS).as_numpy_iterator()))
-    unreadable: dict[str, str] = {}
-    with ThreadPoolExecutor(_READERS) as pool:
-        while chunk := list(itertools.islice(examples, 8 * _READERS)):
-            unreadable.update(filter(None, pool.map(_check_readable, chunk)))
-    return {name: split.source.refused.get(name, why) for name, why in unreadable.items()}
-
-
-def _check_readable(example: dict[str, Any]) -> tuple[str, str] | None:
-    """Name and reason if an image cannot be decoded, else ``None``."""
-    try:
-        read_image(example["image"])
-    except ValueError as error:
-        return os.fsdecode(example["name"]), str(error)
-    return None
-
-
 def training_split(source: Source, train_split: str = _AUTO) -> Split:
     """The split to take training images from; it still includes the held-out images.
 
@@ -414,8 +297,8 @@ def train_and_eval_splits(
     """Disjoint splits of training and held-out images.
 
     ``auto`` takes ``train`` and the first of validation and test that exists. If there is neither,
-    20 % of each class is held out of the training split, deterministically, with near-duplicates on
-    the same side.
+    20 % of each class is held out of the training split, deterministically, with near-duplicates,
+    and the images of a group, on the same side.
 
     Args:
         source: the dataset.
@@ -455,18 +338,31 @@ def train_and_eval_splits(
 def _held_out(
     train: Split, max_compared: int, progress: Callable[[Iterable[Any]], Iterable[Any]]
 ) -> Split:
-    groups: list[list[int]] = []
+    copies: list[list[int]] = []
     if len(train) <= max_compared:
-        groups = near_duplicates(train.fingerprints(progress))
-    held_out = stratified_holdout(train.labels, train.names, HELD_OUT_SHARE, groups)
+        copies = near_duplicates(train.fingerprints(progress))
+    held_out = _hold_out(train, copies)
     if not held_out.any():  # all images of each class are near-duplicates
-        held_out = stratified_holdout(train.labels, train.names, HELD_OUT_SHARE)
+        held_out = _hold_out(train, [])
     if not held_out.any():
+        of_groups = "" if train.groups is None else f" and {len(np.unique(train.groups))} groups"
         raise ValueError(
             f"{train.source.name!r} has too few images to hold some out for evaluation: "
-            f"{len(train)} in {len(train.source.class_names)} classes"
+            f"{len(train)} in {len(train.source.class_names)} classes{of_groups}"
         )
+    if train.groups is not None:
+        count, total = len(np.unique(train.groups[held_out])), len(np.unique(train.groups))
+        images = f"{held_out.sum()} of {len(train)} images"
+        logger.info(f"{count} of {total} groups are held out, with {images}")
     return train.where(held_out)
+
+
+def _hold_out(train: Split, copies: list[list[int]]) -> np.ndarray:
+    """Hold-out with near-duplicates, and the groups of the source, on one side."""
+    if train.groups is None:
+        return stratified_holdout(train.labels, train.names, HELD_OUT_SHARE, copies)
+    groups = connected(train.groups, copies)
+    return stratified_holdout(train.labels, train.names, HELD_OUT_SHARE, groups, nearest=True)
 
 
 def whole_eval_split(source: Source) -> Split:
@@ -474,58 +370,8 @@ def whole_eval_split(source: Source) -> Split:
     return source.split(_first(source, EVAL_SPLITS + TRAIN_SPLITS))
 
 
-def stratified_holdout(
-    labels: np.ndarray, names: Sequence[str], share: float, groups: Sequence[Sequence[int]] = ()
-) -> np.ndarray:
-    """Stratified hold-out: boolean ``[len(labels)]``, true for the held-out part of each class.
-
-    Examples are chosen by a hash of their names, so that adding or removing a few images changes
-    little. At least one example of each class with two or more is held out, and none of a class
-    with only one.
-
-    Args:
-        labels: int ``[num_examples]``.
-        names: one per example.
-        share: fraction of each class to hold out, 0 to 1.
-        groups: groups of positions to keep on one side, such as near-duplicates, whatever their
-            classes. A group is ordered by the hash of its first name, and stays in the training
-            part if it is larger than the number still to be held out. No image is held out of a
-            class that is a single group.
-    """
-    digests = [hashlib.sha256(os.fsencode(name)).hexdigest() for name in names]
-    grouped = {min(group, key=names.__getitem__): [*group] for group in groups}
-    others = {position for group in groups for position in group} - grouped.keys()
-    firsts = sorted({*range(len(names))} - others, key=digests.__getitem__)
-    sizes = Counter(labels.tolist())
-    targets = {label: min(max(1, round(share * n)), n - 1) for label, n in sizes.items()}
-    held_out = np.zeros(len(labels), bool)
-    taken: Counter[int] = Counter()
-
-    def take(members: list[int], limits: Mapping[int, int]) -> None:
-        """Hold out a group if this stays within the limits of all its classes."""
-        counts = Counter(labels[members].tolist())
-        if all(taken[label] + n <= limits[label] for label, n in counts.items()):
-            held_out[members] = True
-            taken.update(counts)
-
-    for first, label in zip(firsts, labels[firsts].tolist(), strict=True):
-        if first in grouped:
-            take(grouped[first], targets)
-        elif taken[label] < targets[label]:
-            held_out[first] = True
-            taken[label] += 1
-    # If all groups of a class exceed its target, hold out the smallest one.
-    maxima = {label: n - 1 for label, n in sizes.items()}
-    smallest_first = sorted((grouped[first] for first in firsts if first in grouped), key=len)
-    for label in sorted(sizes):
-        for members in smallest_first if targets[label] else ():
-            if not taken[label] and label in labels[members]:
-                take(members, maxima)
-    return held_out
-
-
 def few_shot(split: Split, shots_per_class: int, seed: int) -> Split:
-    """A random subset with ``shots_per_class`` examples of each class.
+    """A random subset with ``shots_per_class`` examples of each class, whatever their groups.
 
     Raises:
         ValueError: if a class has fewer examples, or ``shots_per_class`` is less than 1.
@@ -534,15 +380,31 @@ def few_shot(split: Split, shots_per_class: int, seed: int) -> Split:
         raise ValueError(f"shots per class must be at least 1, got {shots_per_class}")
     generator = np.random.default_rng(seed)
     keep = np.zeros(len(split), bool)
+    by_class = np.argsort(split.labels, kind="stable")
+    ends = np.searchsorted(split.labels[by_class], np.arange(len(split.source.class_names) + 1))
     for label, name in enumerate(split.source.class_names):
-        members = np.flatnonzero(split.labels == label)
+        members = by_class[ends[label] : ends[label + 1]]
         if len(members) < shots_per_class:
             raise ValueError(
                 f"class {name!r} has {len(members)} training images; "
                 f"{shots_per_class} per class were asked for"
             )
         keep[generator.choice(members, shots_per_class, replace=False)] = True
-    return split.where(keep)
+    chosen = split.where(keep)
+    if split.groups is not None and chosen.groups is not None:
+        logger.info(
+            f"shots_per_class={shots_per_class} draws images whatever their groups: {len(chosen)} "
+            f"images of {len(np.unique(chosen.groups))} of {len(np.unique(split.groups))} groups"
+        )
+    return chosen
+
+
+def _range(size: int, start: int | None, stop: int | None) -> np.ndarray:
+    return np.arange(*slice(start, stop).indices(size))
+
+
+def _taken(names: Sequence[str], positions: np.ndarray) -> Names:
+    return names[positions] if isinstance(names, Names) else Names.of(names[i] for i in positions)
 
 
 def _first(source: Source, candidates: tuple[str, ...]) -> str:

@@ -39,7 +39,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         del dl_manager  # nothing to download
         from sklearn.datasets import load_digits
 
-        from transfer.data.dataset import stratified_holdout
+        from transfer.data.holdout import stratified_holdout
 
         digits = load_digits()
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]

@@ -1,16 +1,19 @@
 """Random access to the records of a prepared tfds dataset: reads requested positions only.
 
 Data contract: ``Records`` are the serialized examples of one split. Position i is ``split[i]`` in
-tfds: the concatenation of the shards, each in file order.
+tfds: the concatenation of the shards, each in file order. One pass over a split notes the labels
+and the byte offset of every record; it is kept on disk, see ``record_index``.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import google_crc32c
 import numpy as np
 import tensorflow as tf
 from tensorflow_datasets.core.file_adapters import FileFormat
@@ -20,25 +23,32 @@ from transfer.data.tfds import tfds
 # Layout of a record: its length, uint64, and a checksum; the data; a checksum. See
 # https://www.tensorflow.org/tutorials/load_data/tfrecord#tfrecords_format_details
 _HEADER_BYTES, _FOOTER_BYTES = 12, 4
-_READ_TOGETHER = 32  # records per call into Python, which takes longer than reading a record
+_FRAME_BYTES = _HEADER_BYTES + _FOOTER_BYTES
+_PASSED_TOGETHER = 1024  # records per step of a pass over all; one by one, overhead dominates
 
 
 class Records(Protocol):
     """The serialized examples of a split."""
 
-    def read(self, positions: np.ndarray) -> tf.data.Dataset:
-        """The records (bytes) at positions, int64 ``[n]`` in any order."""
+    num_parallel_reads: int
+    """Number of calls of ``read`` that may run at the same time."""
 
-    def read_all(self) -> tf.data.Dataset:
-        """All records in order, read sequentially."""
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        """The records (bytes) at positions, int64 ``[n]`` in any order: object ``[n]``."""
+
+    def index(self, label_key: str) -> dict[str, np.ndarray]:
+        """Labels, int64 ``[num_records]``, and what else ``use`` needs; reads all records."""
+
+    def use(self, index: dict[str, np.ndarray]) -> bool:
+        """Take what ``index`` has returned, now or in an earlier process, before the first
+        ``read``; returns whether it fits the files."""
 
 
 def open_records(builder: tfds.core.DatasetBuilder, split_name: str) -> Records:
     """The records of a split.
 
     Raises:
-        ValueError: if the format of the dataset has no random access, or its files do not match
-            ``dataset_info.json``.
+        ValueError: if the format of the dataset has no random access.
     """
     file_format = builder.info.file_format or FileFormat.TFRECORD
     if file_format == FileFormat.TFRECORD:
@@ -63,78 +73,159 @@ class TFRecords:
     Args:
         files: shards, in order.
         num_examples: expected number of records of each shard.
-
-    Raises:
-        ValueError: if a file is damaged or has a different number of records.
     """
 
+    num_parallel_reads = 4
+
     def __init__(self, files: Sequence[str], num_examples: Sequence[int]):
-        self._files = tf.constant(list(files), tf.string)
-        offsets = [_offsets(Path(file)) for file in files]
-        for file, starts, expected in zip(files, offsets, num_examples, strict=True):
-            if len(starts) != expected:
+        self._files = [os.fspath(file) for file in files]
+        self._num_examples = np.array(num_examples, np.int64)
+        # First record of each shard, and the end.
+        self._firsts = np.cumsum([0, *num_examples])
+        self._offsets = np.zeros(0, np.int64)
+        self._sizes = np.zeros(0, np.int64)
+
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        # An operation graph per record (`TFRecordDatasetV2` takes an offset) takes ten times as
+        # long as these positional reads.
+        shards = np.searchsorted(self._firsts, positions, "right") - 1
+        records = np.empty(len(positions), object)
+        for shard in np.unique(shards).tolist():
+            path = self._files[shard]
+            with open(path, "rb", buffering=0) as file:
+                for row in np.flatnonzero(shards == shard).tolist():
+                    position = int(positions[row])
+                    offset, size = int(self._offsets[position]), int(self._sizes[position])
+                    records[row] = _checked(os.pread(file.fileno(), size, offset), path, offset)
+        return records
+
+    def index(self, label_key: str) -> dict[str, np.ndarray]:
+        """See ``Records``.
+
+        Raises:
+            ValueError: if a file is damaged or has a different number of records.
+        """
+
+        def summary(records: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            return tf.strings.length(records), labels_of(records, label_key)
+
+        batches = tf.data.TFRecordDataset(self._files).batch(_PASSED_TOGETHER).map(summary)
+        lengths, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        try:
+            for length, label in batches.as_numpy_iterator():
+                lengths.append(length.astype(np.int64))
+                labels.append(label)
+        except tf.errors.OpError as error:
+            self._diagnose()
+            raise ValueError(
+                f"a record of {self._files[0]!r} or another shard is damaged "
+                f"({error.message}); copy or prepare the dataset again"
+            ) from error
+        sizes = np.concatenate(lengths) + _FRAME_BYTES
+        index = {"labels": np.concatenate(labels), "sizes": sizes}
+        if not self.use(index):
+            self._diagnose()
+            raise ValueError(f"{self._files[0]!r} or another shard changed while it was read")
+        return index
+
+    def use(self, index: dict[str, np.ndarray]) -> bool:
+        sizes = index.get("sizes", np.zeros(0, np.int64))
+        if len(sizes) != self._firsts[-1] or (sizes < _FRAME_BYTES).any():
+            return False
+        ends = np.concatenate([[0], np.cumsum(sizes)])
+        starts_of_shards = ends[self._firsts]
+        file_sizes = [os.stat(file).st_size for file in self._files]
+        if np.diff(starts_of_shards).tolist() != file_sizes:
+            return False
+        self._sizes = sizes
+        self._offsets = ends[:-1] - np.repeat(starts_of_shards[:-1], self._num_examples)
+        return True
+
+    def _diagnose(self) -> None:
+        """Find the first file that is cut short, or has another number of records than expected.
+
+        Raises:
+            ValueError: names the file.
+        """
+        for file, expected in zip(self._files, self._num_examples.tolist(), strict=True):
+            found = _count(Path(file))
+            if found != expected:
                 raise ValueError(
-                    f"{str(file)!r} has {len(starts)} records; expected {expected}, as the "
-                    "dataset's dataset_info.json says: copy or prepare it again"
+                    f"{file!r} has {found} records; expected {expected}, as the dataset's "
+                    "dataset_info.json says: copy or prepare it again"
                 )
-        self._offsets = np.concatenate([*offsets, np.zeros(0, np.int64)])
-        self._file_numbers = np.repeat(np.arange(len(files)), [len(shard) for shard in offsets])
-
-    def read(self, positions: np.ndarray) -> tf.data.Dataset:
-        places = self._file_numbers[positions], self._offsets[positions]
-        return tf.data.Dataset.from_tensor_slices(places).map(
-            self._read_one, num_parallel_calls=tf.data.AUTOTUNE
-        )
-
-    def read_all(self) -> tf.data.Dataset:
-        return tf.data.TFRecordDataset(self._files)
-
-    def _read_one(self, file_number: tf.Tensor, offset: tf.Tensor) -> tf.Tensor:
-        # tf.data.TFRecordDataset has no argument for a byte offset; the underlying op has one.
-        from_there = tf.raw_ops.TFRecordDatasetV2(
-            filenames=self._files[file_number][None],
-            compression_type="",
-            buffer_size=0,  # reads only the record
-            byte_offsets=offset[None],
-        )
-        records = tf.data.experimental.from_variant(from_there, tf.TensorSpec([], tf.string))
-        return records.take(1).get_single_element()
 
 
 class IndexedRecords:
     """Formats with built-in random access: ArrayRecord, and Parquet, which tfds keeps in memory."""
 
+    num_parallel_reads = 1
+
     def __init__(self, builder: tfds.core.DatasetBuilder, split_name: str):
+        self._builder, self._split_name = builder, split_name
+
+    @functools.cached_property
+    def _source(self) -> Any:
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
-        self._source = builder.as_data_source(split_name, deserialize_method=raw)
+        return self._builder.as_data_source(self._split_name, deserialize_method=raw)
 
-    def read(self, positions: np.ndarray) -> tf.data.Dataset:
-        def read_some(chosen: np.ndarray) -> np.ndarray:
-            return np.array([bytes(x) for x in self._source.__getitems__(chosen.tolist())], object)
+    def read(self, positions: np.ndarray) -> np.ndarray:
+        records = self._source.__getitems__(positions.tolist())
+        return np.array([bytes(record) for record in records], object)
 
-        def in_graph(chosen: tf.Tensor) -> tf.Tensor:
-            return tf.ensure_shape(tf.numpy_function(read_some, [chosen], tf.string), [None])
+    def index(self, label_key: str) -> dict[str, np.ndarray]:
+        labels = [
+            labels_of(tf.constant(self.read(positions), tf.string), label_key).numpy()
+            for positions in _chunks(len(self._source))
+        ]
+        return {"labels": np.concatenate([np.zeros(0, np.int64), *labels])}
 
-        batches = tf.data.Dataset.from_tensor_slices(positions).batch(_READ_TOGETHER)
-        return batches.map(in_graph).unbatch()
-
-    def read_all(self) -> tf.data.Dataset:
-        return self.read(np.arange(len(self._source)))
+    def use(self, index: dict[str, np.ndarray]) -> bool:
+        return True
 
 
-def _offsets(path: Path) -> np.ndarray:
-    """Byte offsets of the records of a TFRecord file, int64 ``[num_records]``; reads no data."""
-    offsets, position = [], 0
+def labels_of(records: tf.Tensor, label_key: str) -> tf.Tensor:
+    """The labels of serialized examples, string ``[n]``: int64 ``[n]``."""
+    feature = tf.io.FixedLenFeature([], tf.int64)
+    return tf.io.parse_example(records, {label_key: feature})[label_key]
+
+
+def _checked(record: bytes, path: str, offset: int) -> bytes:
+    """The data of a record, whose checksum is verified."""
+    data = record[_HEADER_BYTES:-_FOOTER_BYTES]
+    length, checksum = record[:8], record[-_FOOTER_BYTES:]
+    if int.from_bytes(length, "little") != len(data) or _masked_crc32c(data) != checksum:
+        raise ValueError(f"corrupted record at byte {offset:,} of {path!r}; copy the file again")
+    return data
+
+
+def _masked_crc32c(data: bytes) -> bytes:
+    crc = google_crc32c.value(data)
+    return ((((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
+
+
+def _chunks(count: int) -> Iterator[np.ndarray]:
+    for start in range(0, count, _PASSED_TOGETHER):
+        yield np.arange(start, min(start + _PASSED_TOGETHER, count))
+
+
+def _count(path: Path) -> int:
+    """Number of records of a TFRecord file; reads no data.
+
+    Raises:
+        ValueError: if the last one is incomplete.
+    """
+    count = position = 0
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         while position < size:
             file.seek(position)
             length = int.from_bytes(file.read(_HEADER_BYTES)[:8], "little")
-            offsets.append(position)
+            count += 1
             position += _HEADER_BYTES + length + _FOOTER_BYTES
     if position != size:
         raise ValueError(
-            f"{str(path)!r} is cut short or damaged: record {len(offsets) - 1} would end at byte "
+            f"{str(path)!r} is cut short or damaged: record {count - 1} would end at byte "
             f"{position:,} of {size:,}; copy or prepare the dataset again"
         )
-    return np.array(offsets, np.int64)
+    return count

@@ -17,7 +17,7 @@ import tensorflow as tf
 from transfer.activations.extraction import Compiled
 from transfer.core import npy_files
 from transfer.core.escapes import escaped_json
-from transfer.data.dataset import UnreadableImageError
+from transfer.data.unreadable import UnreadableImageError
 from transfer.evaluation.explain import Explainer
 from transfer.images import image_files
 from transfer.images.decoding import read_tensor

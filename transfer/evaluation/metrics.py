@@ -1,9 +1,10 @@
 """Metrics of a classifier: per class, calibration, ROC AUC and average precision, with intervals.
 
 Equal to scikit-learn's metrics of the same names. Confidence intervals are percentiles of a
-bootstrap over the images (doi 10.1007/978-1-4899-4541-9, chapter 13), shifted by the difference
-between the metric and the median of its resamples: a resample has fewer distinct images, which
-makes average precision larger and F1 smaller, so that plain percentiles may not contain the metric.
+bootstrap over the images (doi 10.1007/978-1-4899-4541-9, chapter 13), or over their groups, shifted
+by the difference between the metric and the median of its resamples: a resample has fewer distinct
+images, which makes average precision larger and F1 smaller, so that plain percentiles may not
+contain the metric.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from transfer.evaluation import by_group
 from transfer.evaluation.image_scores import ImageScores, score_images
 from transfer.evaluation.prediction import by_class, probabilities
 
@@ -32,6 +34,7 @@ def measure(
     labels: np.ndarray,
     class_names: Sequence[str],
     *,
+    groups: np.ndarray | None = None,
     resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -41,6 +44,8 @@ def measure(
         logits: float ``[num_examples, num_classes]``.
         labels: int ``[num_examples]``.
         class_names: one name per logit.
+        groups: group number of each image, int ``[num_examples]``: resamples then draw groups, and
+            there are no intervals for a single group.
         resamples: number of bootstrap resamples. Metrics that need sorting use fewer if it would
             take too long, and none (no interval) for more than two million probabilities.
         seed: seed of the bootstrap.
@@ -67,14 +72,16 @@ def measure(
     num_examples, scores = len(logits), score_images(logits, labels)
     cheap = _cheap(scores, labels, len(class_names))
     overall_metrics, of_class = cheap(np.arange(num_examples)), _ranks(by_class(logits), labels)
-    generator = np.random.default_rng(seed)
+    if groups is not None and len(np.unique(groups)) == 1:
+        resamples = 0
+    generator, resample = np.random.default_rng(seed), by_group.resampler(num_examples, groups)
     num_ranked = min(int(_RANK_WORK / logits.size), resamples)
     num_ranked = 0 if num_ranked < min(_MIN_RANKED, resamples) else num_ranked
     resampled_ranks = _resampled_ranks(probabilities(logits), labels) if num_ranked else None
     drawn: dict[str, list[float]] = {}
     drawn_by_class: dict[str, list[np.ndarray]] = {}
     for number in range(resamples):
-        chosen = generator.integers(0, num_examples, num_examples)
+        chosen = resample(generator)
         sample = cheap(chosen)
         values_of_sample = _flat(sample)
         of_classes = {name: np.array(sample["classes"][name]) for name in _OF_CLASSES}
@@ -154,26 +161,35 @@ def confused_pairs(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.column_stack([pairs, counts])[order]
 
 
-def compare(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def compare(
+    first: np.ndarray, second: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
+) -> dict[str, Any]:
     """McNemar's exact test of two classifiers on the same images (doi 10.1007/BF02295996).
 
     Args:
         first: predictions of the first classifier, int ``[num_examples]``.
         second: predictions of the second classifier, int ``[num_examples]``.
         labels: int ``[num_examples]``.
+        groups: group number of each image, int ``[num_examples]``: the p-value is then that of
+            ``by_group.exchange_test``.
 
     Returns:
         ``only_first`` and ``only_second``, the numbers of images that only this classifier predicts
-        correctly, and ``p_value``.
+        correctly, ``p_value``, and with groups ``num_groups``.
     """
     from scipy.stats import binomtest
 
     first_right, second_right = first == labels, second == labels
     only_first = int((first_right & ~second_right).sum())
     only_second = int((second_right & ~first_right).sum())
+    counts = {"only_first": only_first, "only_second": only_second}
+    if groups is not None:
+        difference = first_right.astype(int) - second_right
+        p_value = by_group.exchange_test(difference, groups)
+        return counts | {"p_value": p_value, "num_groups": len(np.unique(groups))}
     total = only_first + only_second
     p_value = binomtest(only_first, total).pvalue if total else 1.0
-    return {"only_first": only_first, "only_second": only_second, "p_value": float(p_value)}
+    return counts | {"p_value": float(p_value)}
 
 
 def _most_confused(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from transfer.activations.extraction import stream
+from transfer.evaluation import by_group
 
 _BLOCK = 2**21  # probabilities in memory at a time: 16 MB
 
@@ -62,16 +63,21 @@ def by_class(logits: np.ndarray) -> Iterator[np.ndarray]:
         yield from np.ascontiguousarray(p.T)
 
 
-def summarize(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+def summarize(
+    logits: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
+) -> dict[str, Any]:
     """The ``eval`` part of ``metrics.json``.
 
     Args:
         logits: float ``[num_examples, num_classes]``.
         labels: int ``[num_examples]``, 0 to num_classes - 1.
+        groups: group number of each image, int ``[num_examples]``; see ``Source.groups``.
 
     Returns:
         ``accuracy`` and ``top5`` (0..1), ``loss`` (mean cross-entropy, nats), ``num_examples`` and
-        ``accuracy_ci95``: the Wilson score interval (doi 10.1080/01621459.1927.10502953).
+        ``accuracy_ci95``: the Wilson score interval (doi 10.1080/01621459.1927.10502953). With
+        groups it is that of ``effective_examples``, the number of independent images that determine
+        the accuracy as precisely (``by_group.effective_size``), and ``num_groups`` is their number.
     """
     from scipy.special import log_softmax
     from scipy.stats import binomtest
@@ -86,14 +92,20 @@ def summarize(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         of_labels = np.take_along_axis(log_probabilities, labels[rows, None], axis=-1)
         log_likelihoods[rows] = of_labels[:, 0]
         in_top5 += _num_in_top5(logits[rows], labels[rows])
-    interval = binomtest(correct, num_examples).proportion_ci(0.95, method="wilson")
+    of_groups: dict[str, Any] = {}
+    if groups is None:
+        low, high = binomtest(correct, num_examples).proportion_ci(0.95, method="wilson")
+    else:
+        size = by_group.effective_size(logits.argmax(-1) == labels, groups)
+        low, high = by_group.wilson_interval(correct / num_examples, size)
+        of_groups = {"num_groups": len(np.unique(groups)), "effective_examples": round(size)}
     return {
         "accuracy": correct / num_examples,
         "top5": in_top5 / num_examples,
         "loss": float(-np.mean(log_likelihoods)),
         "num_examples": num_examples,
-        "accuracy_ci95": [float(interval.low), float(interval.high)],
-    }
+        "accuracy_ci95": [float(low), float(high)],
+    } | of_groups
 
 
 def _num_in_top5(logits: np.ndarray, labels: np.ndarray) -> int:

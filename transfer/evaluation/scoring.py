@@ -47,7 +47,8 @@ def evaluate(
 
     Returns:
         ``accuracy`` and ``top5`` (0..1), ``loss`` (mean cross-entropy, nats), ``num_examples``,
-        ``accuracy_ci95`` (Wilson score interval); ``dataset`` and ``splits``, the images used; and
+        ``accuracy_ci95`` (Wilson score interval; with groups, also ``num_groups`` and
+        ``effective_examples``, see ``summarize``); ``dataset`` and ``splits``, the images used; and
         the metrics per class and over all classes, with bootstrap intervals, of
         ``transfer.evaluation.metrics.measure``. All values are JSON types.
 
@@ -108,8 +109,8 @@ def measure(
     """The result of ``evaluate``, from the logits and labels of ``compute_logits``."""
     return (
         {"dataset": split.source.name, "splits": [name for name, _ in split.parts]}
-        | metrics.measure(logits, labels, classifier.labels)
-        | summarize(logits, labels)
+        | metrics.measure(logits, labels, classifier.labels, groups=split.groups)
+        | summarize(logits, labels, split.groups)
     )
 
 

@@ -143,7 +143,7 @@ class Inputs:
         def evaluate() -> dict[str, Any]:
             width = len(context.classifier.labels)
             logits = self._joined(forward, self._evaluation_batches(), mine, width)
-            return summarize(logits, context.held_out.labels)
+            return summarize(logits, context.held_out.labels, context.held_out.groups)
 
         return evaluate
 

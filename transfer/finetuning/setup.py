@@ -22,13 +22,9 @@ from transfer.core import measurement
 from transfer.core.distribution import Replicas
 from transfer.core.files import write_names
 from transfer.data import data_checks
-from transfer.data.dataset import (
-    MAX_COMPARED,
-    Split,
-    UnreadableImageError,
-    few_shot,
-    find_unreadable,
-)
+from transfer.data.dataset import MAX_COMPARED, Split, few_shot
+from transfer.data.groups import describe_shared
+from transfer.data.unreadable import UnreadableImageError, find_unreadable
 from transfer.exports.meta_graph import check_savable
 from transfer.finetuning.hyperparameters import (
     BATCH,
@@ -57,8 +53,8 @@ logger = logging.getLogger(__name__)
 # them, and their gradients meanwhile disturb the backbone's weights.
 FIRST_LOGITS = 0.1
 # Options that may differ between workers: locations of files.
-_PLACES = ("model", "data_dir", "image_folder", "out", "cache_dir", "cache_limit")
-SOURCES = ("model", "dataset", "data_dir", "image_folder")
+_PLACES = ("model", "data_dir", "image_folder", "csv", "out", "cache_dir", "cache_limit")
+SOURCES = ("model", "dataset", "data_dir", "image_folder", "csv")
 """Sources of model and images in ``config.yaml``; ``provenance.json`` identifies their content."""
 
 
@@ -289,6 +285,7 @@ def _inspect_images(train: Split, held_out: Split, verbose: int) -> dict[str, An
             role: [os.fsencode(name) for name in split.names] for role, split in splits.items()
         }
         hashed = "names and labels"
+    lines += describe_shared(train.groups, held_out.groups, held_out.names)
     for line in lines:
         logger.warning(line)
     fingerprint: dict[str, Any] = {"sha256_of": hashed}

@@ -41,11 +41,15 @@ class StageSolver:
         del save, signals  # no epochs, so no intermediate models
         options, head = self._context.options, self._context.classifier.head
         features, labels = self._features(inputs)
+        groups = self._context.train.groups
+        if groups is not None:
+            groups = np.tile(groups, len(labels) // len(groups))  # for every view
         solution = fit_logistic_regression(
             features,
             labels,
             head.num_classes,
             C=options.lbfgs_c,
+            groups=groups,
             seed=options.seed,
             class_weight="balanced" if options.class_weights == "balanced" else None,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from transfer.activations.fingerprints import remembered
 from transfer.core.npy_files import check_path
 from transfer.data import data_checks
 from transfer.data.dataset import MAX_COMPARED, Split, whole_eval_split
+from transfer.data.groups import describe_shared
+from transfer.data.manifest import manifest_location
 from transfer.data.sources import open_source
 from transfer.evaluation import metrics, report, scoring, tables
 from transfer.evaluation.report import Evaluated, RunSummary
@@ -24,6 +26,7 @@ from transfer.runs import run_data, run_folder
 logger = logging.getLogger(__name__)
 
 CHANGES = "changes.csv"
+_PATHS = ("image_folder", "csv")
 MAX_CLASSES_IN_METRICS = 100
 """With more classes, ``metrics.json`` has no metrics per class; ``evaluation.json`` has them."""
 
@@ -43,6 +46,8 @@ def evaluate_run(
     dataset: str | None = None,
     data_dir: str | None = None,
     image_folder: str | None = None,
+    csv: str | None = None,
+    group_by: str | None = None,
     eval_split: str = "auto",
     batch_size: int = EXTRACTION_BATCH,
     against: Path | None = None,
@@ -62,6 +67,8 @@ def evaluate_run(
         dataset: evaluate on this dataset instead of the run's; see ``open_source``.
         data_dir: directory of tfds datasets; see ``open_source``.
         image_folder: evaluate on this image folder instead of the run's data; see ``open_source``.
+        csv: evaluate on this manifest instead of the run's data; see ``open_source``.
+        group_by: what groups the images; see ``open_source``. Default: as in the run, for its data.
         eval_split: a split expression. ``auto`` takes the held-out images of the run; for other
             data, the validation or test split, else all images.
         batch_size: images per step; see ``evaluate``.
@@ -97,7 +104,15 @@ def evaluate_run(
         check_path(probabilities, "probabilities")
     settings = run_folder.read_config(folder)
     classifier = _load(folder, settings)
-    split = _split(folder, settings, dataset, data_dir, image_folder, eval_split, progress)
+    origin = _origin(
+        settings,
+        dataset=dataset,
+        data_dir=data_dir,
+        image_folder=image_folder,
+        csv=csv,
+        group_by=group_by,
+    )
+    split = _split(folder, settings, origin, eval_split, progress)
     if skip_unreadable:
         split = split.readable(skip_unreadable, lambda it: progress(it, "check", "image"))
     logits, labels = scoring.compute_logits(
@@ -114,7 +129,9 @@ def evaluate_run(
         _warn_of_trained_images(against, split)
         predictions = logits.argmax(-1)
         others = _predictions(against, split, classifier.labels, progress)
-        results["against"] = {"run": str(against)} | metrics.compare(predictions, others, labels)
+        results["against"] = {"run": str(against)} | metrics.compare(
+            predictions, others, labels, split.groups
+        )
         changes = (split.names, classifier.labels, predictions, others, labels)
         tables.write_changes(folder / CHANGES, *changes)
     else:
@@ -166,35 +183,38 @@ def _predictions(folder: Path, split: Split, labels: list[str], progress: Progre
     return np.array([labels.index(name) for name in classifier.labels])[logits.argmax(-1)]
 
 
+def _origin(settings: Mapping[str, Any], **given: str | None) -> dict[str, str | None]:
+    """The arguments of ``open_source``: those given, or else those of the run."""
+    origin = {name: settings.get(name) for name in given}
+    if given["image_folder"] or given["csv"]:
+        folder, csv = given["image_folder"], given["csv"]
+        other: dict[str, str | None] = dict.fromkeys(given)
+        other["image_folder"] = folder and str(Path(folder).expanduser().resolve())
+        other["csv"] = csv and manifest_location(csv)
+        if any(other[name] != origin[name] for name in _PATHS):
+            origin = other
+    elif given["dataset"] or given["data_dir"]:
+        origin |= dict.fromkeys((*_PATHS, "group_by"))
+        origin |= {name: given[name] for name in ("dataset", "data_dir") if given[name]}
+    return origin | ({"group_by": given["group_by"]} if given["group_by"] else {})
+
+
 def _split(
     folder: Path,
-    settings: dict[str, Any],
-    dataset: str | None,
-    data_dir: str | None,
-    image_folder: str | None,
+    settings: Mapping[str, Any],
+    origin: Mapping[str, str | None],
     eval_split: str,
     progress: Progress,
 ) -> Split:
     """The images to evaluate on; by default, the held-out images of the run."""
-    of_run = {name: settings.get(name) for name in ("dataset", "data_dir", "image_folder")}
-    origin = dict(of_run)
-    if image_folder:
-        origin = {"dataset": None, "data_dir": None}
-        origin["image_folder"] = str(Path(image_folder).expanduser().resolve())
-    elif dataset or data_dir:
-        origin["image_folder"] = None
-        flags = {"dataset": dataset, "data_dir": data_dir}
-        origin |= {name: value for name, value in flags.items() if value}
-    source = open_source(
-        origin["dataset"] or "", data_dir=origin["data_dir"], image_folder=origin["image_folder"]
-    )
+    source = open_source(**origin | {"dataset": origin["dataset"] or ""})
     if eval_split != "auto":
         split = source.split(eval_split)
         _warn_of_trained_images(folder, split)
         _warn_of_copies(folder, split, progress)
         return split
-    # The data_dir of a dataset may change, but the path of an image folder identifies it.
-    same = all(origin[name] == of_run[name] for name in ("dataset", "image_folder"))
+    # The data_dir of a dataset may change, but the path of a folder or manifest identifies it.
+    same = all(origin[name] == settings.get(name) for name in ("dataset", *_PATHS))
     if same or run_data.is_of_run(folder, source):
         return run_data.held_out(folder, source)  # finetune already warned about near-duplicates
     split = whole_eval_split(source)
@@ -219,8 +239,10 @@ def _warn_of_copies(folder: Path, split: Split, progress: Progress) -> None:
         train = run_data.trained_on(folder, run_data.open_data(folder))
     except (OSError, ValueError):
         return  # the data of the run no longer exist
-    ids = {*train.ids}
-    others = split.where(np.array([id_ not in ids for id_ in split.ids], bool))
+    if train.source.origin == split.source.origin:
+        for line in describe_shared(train.groups, split.groups, split.names):
+            logger.warning(line)
+    others = split.where(~np.isin(split.ids, train.ids))
     if not len(others) or len(train) + len(others) > MAX_COMPARED:
         return
     prints = []

@@ -22,7 +22,7 @@ from transfer.runs import run_folder
 
 
 def open_data(folder: Path) -> Source:
-    """Open the dataset or image folder of a run.
+    """Open the dataset, image folder or manifest of a run.
 
     Raises:
         FileNotFoundError, ValueError: if there is no run, or its data no longer exist.
@@ -32,6 +32,8 @@ def open_data(folder: Path) -> Source:
         settings.get("dataset") or "",
         data_dir=settings.get("data_dir"),
         image_folder=settings.get("image_folder"),
+        csv=settings.get("csv"),
+        group_by=settings.get("group_by"),
     )
 
 
@@ -124,7 +126,7 @@ def is_of_run(folder: Path, source: Source) -> bool:
     except (OSError, ValueError):
         return False
     return own.sizes == source.sizes and all(
-        own.ids(part) == source.ids(part) for part in source.split_names
+        np.array_equal(own.ids(part), source.ids(part)) for part in source.split_names
     )
 
 

@@ -15,8 +15,9 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
-from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
+
+from transfer.training.folds import stratified_folds
 
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-10, -1))
 """Candidate inverse penalty strengths (C), per example: 1e-5 to 0.03. Standardised VGG features
@@ -53,6 +54,7 @@ def fit_logistic_regression(
     *,
     C: float | None = None,
     class_weight: Literal["balanced"] | None = None,
+    groups: np.ndarray | None = None,
     seed: int = 0,
     max_iter: int = 1000,
 ) -> Solution:
@@ -65,8 +67,10 @@ def fit_logistic_regression(
         num_classes: number of logits.
         C: inverse strength of the L2 penalty. ``None`` selects the value with the lowest log loss
             in stratified cross-validation, or the middle of ``GRID`` if a class has too few
-            examples for that.
+            examples, or groups, for that.
         class_weight: ``balanced`` weights classes inversely to their frequency.
+        groups: group number of each example, int ``[num_examples]``; a group is in one fold of the
+            cross-validation.
         seed: seed of the cross-validation folds.
         max_iter: maximum number of L-BFGS iterations.
 
@@ -82,11 +86,8 @@ def fit_logistic_regression(
     if C is None:
         candidates = [value * len(labels) for value in GRID]
         C = candidates[len(candidates) // 2]
-        num_folds = min(FOLDS, int(np.bincount(labels)[present].min()))
-        if num_folds > 1:
-            scores = _cross_validate(
-                scaled, labels, candidates, num_folds, class_weight, seed, max_iter
-            )
+        if folds := stratified_folds(labels, FOLDS, seed=seed, groups=groups):
+            scores = _cross_validate(scaled, labels, candidates, folds, class_weight, max_iter)
             C = min(scores, key=scores.__getitem__)
     model = LogisticRegression(C=C, class_weight=class_weight, max_iter=max_iter)
     converged = _fit(model, scaled, labels)
@@ -108,14 +109,12 @@ def _cross_validate(
     features: np.ndarray,
     labels: np.ndarray,
     candidates: Sequence[float],
-    num_folds: int,
+    folds: Sequence[tuple[np.ndarray, np.ndarray]],
     class_weight: Literal["balanced"] | None,
-    seed: int,
     max_iter: int,
 ) -> dict[float, float]:
     """Mean log loss of each candidate ``C``; each fit is warm-started from the previous one."""
-    folds = list(StratifiedKFold(num_folds, shuffle=True, random_state=seed).split(labels, labels))
-    losses = np.zeros((len(candidates), num_folds))
+    losses = np.zeros((len(candidates), len(folds)))
     for fold, (train, rest) in enumerate(folds):
         model = LogisticRegression(class_weight=class_weight, max_iter=max_iter, warm_start=True)
         train_features, rest_features = features[train], features[rest]

@@ -146,7 +146,7 @@ def _train_and_save(run: _Run, source: str) -> PretrainResult:
 
     def evaluated(network: keras.layers.Layer) -> dict[str, Any]:
         batches = run.held_out.batches(run.preprocess, options.batch_size)
-        return summarize(*predict(Compiled(network), batches))
+        return summarize(*predict(Compiled(network), batches), run.held_out.groups)
 
     model = _trained(run, evaluated)
 
