@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import tensorflow as tf
 from transfer.core.files import read_names
 from transfer.images.preprocess import Preprocess
 from transfer.layers.backbone import Backbone
+from transfer.layers.keras_network import network_of
 from transfer.models.card import Card
 from transfer.models.meta_graph import load_meta_graph
 
@@ -140,6 +142,53 @@ class Classifier(keras.Model):
             return None, keras.Sequential([self.backbone, self.head])
         prefix, suffix = self.backbone.split(at)
         return prefix, keras.Sequential([suffix, self.head])
+
+    @classmethod
+    def from_model(
+        cls, model: keras.Model, preprocess: Preprocess, labels: Sequence[str]
+    ) -> Classifier:
+        """A classifier from any Keras model, e.g. one from ``to_keras`` that was edited or trained
+        elsewhere, on any backend: to evaluate it, export it, and write it as a meta graph.
+
+        The classifier computes inference only (dropout of the model is not part of it), and shares
+        the weights of the model. Its head is the last matrix product, its backbone everything
+        before.
+
+        Args:
+            model: maps preprocessed images to logits, or to the probabilities of a softmax.
+            preprocess: makes the model's input from images; ``Preprocess("none", size)`` if the
+                model itself normalizes pixels.
+            labels: one class name per output.
+
+        Raises:
+            ValueError: if the model has several inputs or outputs, does not take images of this
+                size, or does not have an output for each label.
+            ForbiddenOpError: if it does anything other than arithmetic.
+
+        Example:
+            >>> import keras
+            >>> from transfer import Backbone, Classifier, Preprocess, to_keras
+            >>> backbone = to_keras(Backbone("pretrained/vgg_small"))
+            >>> model = keras.Sequential([backbone, keras.layers.Dense(2)])
+            >>> classifier = Classifier.from_model(model, Preprocess("torch", 64), ["cat", "dog"])
+            >>> classifier.head.graph_variables[0].shape
+            (256, 2)
+        """
+        network, features = network_of(model)
+        taken = network.network.input_shape[1:]
+        if taken != preprocess.shape and taken != (math.prod(preprocess.shape),):
+            raise ValueError(
+                f"model {model.name!r} takes inputs of shape {taken}; preprocess gives "
+                f"{preprocess.shape}"
+            )
+        classifier = cls(*network.split(features), preprocess=preprocess, labels=labels)
+        num_logits = classifier.build_from_size()
+        if num_logits != len(classifier.labels):
+            raise ValueError(
+                f"model {model.name!r} has {num_logits} outputs but there are "
+                f"{len(classifier.labels)} labels"
+            )
+        return classifier
 
     @classmethod
     def load(cls, path: str | Path) -> Classifier:

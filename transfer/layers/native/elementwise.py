@@ -156,7 +156,7 @@ def _with_weight(walk: Walk, node: NodeDef, images: Any, weight: Static, *, is_f
     if node.op in ("Div", "RealDiv") and not is_first:
         return scaled(walk, [node], images, weight.to(tf.math.reciprocal))
     if node.op == "Sub":
-        negative = walk.operation(node, ops.negative, images)
+        negative = walk.operation(node, ops.negative, images, part="negative")
         return scaled(walk, [node], negative, None, weight)
     walk.refuse(node, f"its operand {weight.tensor!r} is trained")
 
@@ -177,7 +177,7 @@ def _squared_difference(walk: Walk, node: NodeDef) -> Any:
             walk.refuse(node, f"its operand {operand.tensor!r} is trained")
     rank = max(len(o.shape) for o in (first, second) if not isinstance(o, Static))
     difference = walk.operation(
-        node, ops.subtract, _constant(first, rank), _constant(second, rank)
+        node, ops.subtract, _constant(first, rank), _constant(second, rank), part="root"
     )
     return walk.operation(node, ops.square, difference)
 

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
+from transfer.graph import canonical
 from transfer.layers.native.rules import rule
 from transfer.layers.native.walk import Static, Tail, Walk
 
@@ -88,7 +89,9 @@ def _dilated(walk: Walk, node: NodeDef) -> Any:
     block, paddings = walk.static(node, 1), walk.static(node, 2)
     if not np.array_equal(block, walk.static(back, 1)) or len(block) != 2:
         walk.refuse(node, "it is not undone after the convolution")
-    kernel = walk.operands(convolution)[1]
+    kernel = walk.operand(convolution, canonical(convolution.input[1]))
+    if not isinstance(kernel, Static):
+        walk.refuse(convolution, "its kernel depends on the images")
     if paddings.any():
         images = walk.layer(
             keras.layers.ZeroPadding2D, [node], images, padding=_pairs(paddings), is_scope=False
@@ -98,16 +101,11 @@ def _dilated(walk: Walk, node: NodeDef) -> Any:
     if not crops.any():
         return convolve(walk, convolution, [node, convolution, back], images, kernel, dilations)
     net = convolve(walk, convolution, [node, convolution], images, kernel, dilations)
-    return _replaced(
-        walk,
-        [node, convolution, back],
-        walk.layer(keras.layers.Cropping2D, [back], net, cropping=_pairs(crops), is_scope=False),
+    cropped = walk.layer(
+        keras.layers.Cropping2D, [back], net, cropping=_pairs(crops), is_scope=False
     )
-
-
-def _replaced(walk: Walk, nodes: list[NodeDef], output: Any) -> Any:
-    walk.replace(nodes, output)
-    return output
+    walk.replace([node, convolution, back], cropped)
+    return cropped
 
 
 @rule("Conv2DBackpropInput")

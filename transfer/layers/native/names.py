@@ -24,7 +24,7 @@ class Names:
         self.taken.add(free)
         return free
 
-    def of(self, nodes: Sequence[str], operation: str, *, is_scope: bool) -> str:
+    def of(self, nodes: Sequence[str], operation: str, is_scope: bool, part: str = "") -> str:
         """The name of a layer that replaces nodes: ``conv1_1`` for ``vgg_16/conv1/conv1_1/Conv2D``
         and ``vgg_16/conv1/conv1_1/BiasAdd``.
 
@@ -32,6 +32,7 @@ class Names:
             nodes: full names of the nodes.
             operation: operation type of the first node.
             is_scope: name the layer after the common scope of the nodes, not after the node.
+            part: appended, if several layers replace the nodes.
         """
         scope = _common(nodes)
         while is_scope and len(nodes) == 1 and len(scope) > 1 and _is_default(scope[-1], operation):
@@ -41,6 +42,8 @@ class Names:
             if _is_default(scope[-1], operation) and len(scope) > 1:
                 scope = [*scope[:-2], f"{scope[-2]}_{scope[-1]}"]
         scope = scope or nodes[0].split("/")
+        if part:
+            scope = [*scope[:-1], f"{scope[-1]}_{part}"]
         if scope[-1] not in self.taken:
             return self.unique(scope[-1])
         return self.unique("_".join(scope))

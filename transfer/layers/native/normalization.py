@@ -86,17 +86,16 @@ def composed_batch_norm(walk: Walk, node: NodeDef, images: Any, scale: Static) -
         return None
     shift: str = shifts[0]
     offset, product = None, shift
-    if last.op in _SUMS:
-        difference = source(shift, "Sub")
-        if difference is None:
-            return None
+    if last.op in _SUMS and (difference := source(shift, "Sub")) is not None:
         offset, product = difference
-    elif edges[1] != shift:
+    elif last.op == "Sub" and edges[1] != shift:
         return None
     factors = source(product, "Mul")
     if factors is None or scale.tensor not in factors:
         return None
     mean = next((factor for factor in factors if factor != scale.tensor), None)
+    if last.op in _SUMS and offset is None:  # without offset: + (-mean * scale)
+        mean = None if mean is None else (source(mean, "Neg") or [None])[0]
     gamma, inverse = None, source(scale.tensor, "Rsqrt")
     if inverse is None:
         for one, other in _both_ways(source(scale.tensor, "Mul")):
@@ -190,15 +189,17 @@ def _local_response(walk: Walk, node: NodeDef) -> Any:
     sums = walk.layer(
         keras.layers.Conv2D,
         [node],
-        walk.operation(node, keras.ops.square, images),
+        walk.operation(node, keras.ops.square, images, part="squares"),
         [kernel[None, None], np.full([channels], attributes["bias"])],
         filters=channels,
         kernel_size=(1, 1),
         trainable=False,
         is_scope=False,
+        part="sums",
     )
-    inverse = walk.operation(node, keras.ops.power, sums, -float(attributes["beta"]))
-    return walk.layer(keras.layers.Multiply, [node], [images, inverse])
+    power = -float(attributes["beta"])
+    factors = walk.operation(node, keras.ops.power, sums, power, part="factors")
+    return walk.layer(keras.layers.Multiply, [node], [images, factors], is_scope=False)
 
 
 @rule("Dropout")

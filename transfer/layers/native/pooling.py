@@ -52,11 +52,12 @@ def _pool(walk: Walk, node: NodeDef) -> Any:
     if node.op.startswith("MaxPool"):
         return walk.layer(_POOLS[node.op], [node], images, padding="same", **options)
     # Keras on PyTorch counts padded values if the padding is not symmetric.
-    padded = walk.operation(node, ops.pad, images, [(0, 0), *pads, (0, 0)])
+    padded = walk.operation(node, ops.pad, images, [(0, 0), *pads, (0, 0)], part="padding")
     ones = np.pad(np.ones(images.shape[1:-1], np.float32), pads)
     counts = _counts(ones, window, strides)
     mean = walk.layer(_POOLS[node.op], [node], padded, padding="valid", **options)
-    return walk.operation(node, ops.multiply, mean, (np.prod(window) / counts)[None, ..., None])
+    shares = (np.prod(window) / counts)[None, ..., None].astype(np.float32)
+    return walk.operation(node, ops.multiply, mean, shares, part="correction")
 
 
 def _same(sizes: Any, window: Any, strides: Any) -> list[tuple[int, int]]:

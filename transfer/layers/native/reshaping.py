@@ -200,8 +200,8 @@ def _blocks(walk: Walk, node: NodeDef) -> Any:
         parts = (height // size, size, width // size, size, channels)
         order = (1, 3, 2, 4, 5)
     target = walk.shape(node)[1:]
-    net = walk.layer(keras.layers.Reshape, [node], images, target_shape=parts, is_scope=False)
-    net = walk.layer(keras.layers.Permute, [node], net, dims=order, is_scope=False)
+    net = walk.layer(keras.layers.Reshape, [node], images, target_shape=parts, is_scope=False, part="parts")
+    net = walk.layer(keras.layers.Permute, [node], net, dims=order, is_scope=False, part="order")
     return walk.layer(keras.layers.Reshape, [node], net, target_shape=target, is_scope=False)
 
 

@@ -39,8 +39,8 @@ _OF_SHAPE = frozenset({"OnesLike", "Rank", "Shape", "ShapeN", "Size", "ZerosLike
 class Values:
     """The nodes of a network, with dropout as one node, and everything static about them.
 
-    ``live`` are the operations that depend on the content of the images, ``trained`` those that
-    depend on variables. ``static`` maps tensors to their values, and ``shapes`` live tensors to
+    ``live`` are the operations that depend on the content of the images, ``random`` those that
+    depend on random numbers, ``trained`` those that depend on variables. ``static`` maps tensors to their values, and ``shapes`` live tensors to
     their shapes, for each size in ``BATCHES``.
     """
 
@@ -49,6 +49,7 @@ class Values:
     weights: Sequence[tf.Tensor]
     nodes: list[NodeDef]
     live: set[str]
+    random: set[str]
     trained: set[str]
     static: dict[str, tuple[np.ndarray, ...]] = field(default_factory=dict)
     shapes: dict[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
@@ -110,7 +111,7 @@ def values_of(
     live = _live(nodes, network.input)
     names = _names(network)
     trained = downstream(nodes, names) | {operation_of(name) for name in names}
-    values = Values(network, example, variables, nodes, live, trained)
+    values = Values(network, example, variables, nodes, live, _live(nodes, SEED), trained)
     read = {canonical(e) for node in nodes if node.name in live for e in data_inputs(node)}
     read |= {canonical(network.output)}
     known = dict(zip(names, variables, strict=True))

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from transfer.core.private_api import rename_operation
-from transfer.graph import SEED, canonical, data_inputs, downstream, operation_of
+from transfer.graph import canonical, data_inputs, operation_of
 from transfer.layers.native.names import Names
 from transfer.layers.native.values import BATCHES, Values
 
@@ -117,7 +117,6 @@ class Walk:
         self.dtype = dtype
         self.links: list[Link] = []
         self.tensors: dict[str, Any] = {values.network.input: images}
-        self._random = downstream(values.nodes, [SEED])
         self._layers: dict[Any, keras.layers.Layer] = {}
         self._used: dict[str, Any] = {}
         self._fused: set[str] = set()
@@ -180,13 +179,13 @@ class Walk:
         if tensor in self.tensors:
             return self.tensors[tensor]
         operation = operation_of(tensor)
-        if operation in self._random:
+        if operation in self.values.random:
             self.refuse(node, f"it reads random numbers of {operation!r}")
         return Static(tensor, self.values.static[tensor], operation in self.values.trained)
 
     def static(self, node: NodeDef, index: int) -> np.ndarray:
         """The value of an operand that must be static."""
-        operand = self.operands(node)[index]
+        operand = self.operand(node, canonical(data_inputs(node)[index]))
         if not isinstance(operand, Static):
             raise ValueError(f"its operand {node.input[index]!r} depends on the images")
         return operand.value
@@ -259,6 +258,7 @@ class Walk:
         weights: Iterable[Static | np.ndarray] = (),
         *,
         is_scope: bool = True,
+        part: str = "",
         **config: Any,
     ) -> Any:
         """Replace nodes by a layer: the output of the layer.
@@ -271,6 +271,7 @@ class Walk:
             inputs: the Keras tensor or tensors that the layer reads.
             weights: its weights, in the order of the layer.
             is_scope: see ``Names.of``.
+            part: what the layer does, if several layers replace the node.
             **config: arguments of the layer.
 
         Raises:
@@ -280,13 +281,14 @@ class Walk:
         tensors = tuple(w.tensor for w in weights if isinstance(w, Static))
         key = (make, repr(sorted(config.items())), tensors)
         layer = self._layers.get(key) if tensors else None
+        is_new = layer is None
         if layer is None:
             if "data_format" in inspect.signature(make).parameters:
                 config["data_format"] = "channels_last"
-            name = self.names.of([n.name for n in nodes], nodes[0].op, is_scope=is_scope)
+            name = self.names.of([n.name for n in nodes], nodes[0].op, is_scope, part)
             layer = make(name=name, dtype=self.dtype, **config)
         outputs = layer(inputs)
-        if weights and key not in self._layers:
+        if weights and is_new:
             self._claim(nodes[0], weights, key)
             values = [w.laid_out() if isinstance(w, Static) else w for w in weights]
             layer.set_weights(values)
@@ -309,11 +311,13 @@ class Walk:
                 if self._used.setdefault(variable, key) != key:
                     self.refuse(node, f"it shares the variable {variable!r} with another layer")
 
-    def operation(self, node: NodeDef, function: Callable[..., Any], *args: Any, **kw: Any) -> Any:
-        """Replace a node by an operation of ``keras.ops``: its output."""
+    def operation(
+        self, node: NodeDef, function: Callable[..., Any], *args: Any, part: str = "", **kw: Any
+    ) -> Any:
+        """Replace a node, or a part of it, by an operation of ``keras.ops``: its output."""
         outputs = function(*args, **kw)
         first = outputs[0] if isinstance(outputs, list | tuple) else outputs
-        name = self.names.of([node.name], node.op, is_scope=False)
+        name = self.names.of([node.name], node.op, False, part)
         rename_operation(first, name)
         return outputs
 
