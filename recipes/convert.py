@@ -1,4 +1,4 @@
-"""Convert published VGG weights to a meta graph with its checkpoint and card, or any model to Keras.
+"""Convert published VGG weights to a meta graph with its checkpoint and card; any model to Keras.
 
     vgg-transfer convert vgg16_weights_tf_dim_ordering_tf_kernels.h5 --out models/vgg16
     vgg-transfer convert vgg16-397923af.pth --out models/vgg16_torch

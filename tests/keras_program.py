@@ -1,7 +1,7 @@
 """Run in a process with another backend of Keras: TensorFlow and this package cannot be imported.
 
-    KERAS_BACKEND=jax python keras_program.py predict FOLDER
-    KERAS_BACKEND=jax python keras_program.py train FOLDER
+KERAS_BACKEND=jax python keras_program.py predict FOLDER
+KERAS_BACKEND=jax python keras_program.py train FOLDER
 """
 
 import sys

@@ -184,9 +184,7 @@ GRAPHS: dict[str, Callable[[], None]] = {
     "composed_batch_norm_without_offset": of_images(lambda net: composed_norm(net, offset=False)),
     "layer_norm": of_images(layer_norm),
     "group_norm": of_images(group_norm, channels=4),
-    "local_response": of_images(
-        lambda net: tf.nn.lrn(net, 2, 1.5, 0.1, 0.75), channels=7
-    ),
+    "local_response": of_images(lambda net: tf.nn.lrn(net, 2, 1.5, 0.1, 0.75), channels=7),
     "two_local_responses": of_images(
         lambda net: tf.nn.lrn(tf.nn.lrn(net, 2, 1.0, 0.1, 0.75), 2, 1.0, 0.1, 0.75), channels=7
     ),
@@ -199,11 +197,13 @@ GRAPHS: dict[str, Callable[[], None]] = {
     "parametric_relu": of_images(parametric_relu),
     "leaky_relu": of_images(lambda net: tf.nn.leaky_relu(net, 0.3)),
     "activations": of_vectors(
-        lambda net: tf.nn.relu6(net * 4)
-        + tf.nn.elu(net)
-        + tf.nn.selu(net)
-        + tf.nn.softplus(net)
-        + tf.nn.softsign(net)
+        lambda net: (
+            tf.nn.relu6(net * 4)
+            + tf.nn.elu(net)
+            + tf.nn.selu(net)
+            + tf.nn.softplus(net)
+            + tf.nn.softsign(net)
+        )
     ),
     "softmax": of_vectors(tf.nn.softmax),
     "log_softmax": of_vectors(tf.nn.log_softmax),
@@ -234,7 +234,9 @@ GRAPHS: dict[str, Callable[[], None]] = {
         lambda net: tf.reshape(net, tf.stack([tf.shape(net)[0], tf.reduce_prod(tf.shape(net)[1:])]))
     ),
     "reshape": of_images(lambda net: tf.reshape(net, [-1, 11, 9, 3])),
-    "squeeze": of_images(lambda net: tf.squeeze(tf.reduce_mean(net, [1, 2], keepdims=True), [1, 2])),
+    "squeeze": of_images(
+        lambda net: tf.squeeze(tf.reduce_mean(net, [1, 2], keepdims=True), [1, 2])
+    ),
     "expand_dims": of_vectors(lambda net: tf.expand_dims(net, 1)),
     "zero_padding": of_images(lambda net: tf.pad(net, [[0, 0], [1, 2], [0, 3], [0, 0]])),
     "channel_padding": of_images(lambda net: tf.pad(net, [[0, 0], [0, 0], [0, 0], [1, 2]])),
@@ -243,24 +245,16 @@ GRAPHS: dict[str, Callable[[], None]] = {
         lambda net: tf.pad(net, [[0, 0], [1, 1], [1, 1], [0, 0]], constant_values=2.0)
     ),
     "tile": of_images(lambda net: tf.tile(net, [1, 2, 1, 1])),
-    "space_to_depth": of_images(
-        lambda net: tf1.space_to_depth(net[:, :8, :8], 2)
-    ),
+    "space_to_depth": of_images(lambda net: tf1.space_to_depth(net[:, :8, :8], 2)),
     "depth_to_space": of_images(lambda net: tf1.depth_to_space(net, 2), channels=8),
-    "enlarged_nearest": of_images(
-        lambda net: tf1.image.resize_nearest_neighbor(net, [18, 33])
-    ),
-    "enlarged_bilinear": of_images(
-        lambda net: tf.image.resize(net, [18, 22], "bilinear")
-    ),
+    "enlarged_nearest": of_images(lambda net: tf1.image.resize_nearest_neighbor(net, [18, 33])),
+    "enlarged_bilinear": of_images(lambda net: tf.image.resize(net, [18, 22], "bilinear")),
     "stopped_gradient": of_vectors(lambda net: net + tf.stop_gradient(net)),
     "integers": lambda: tap(tf.cast(x(6, dtype=tf.uint8), tf.float32) / 255.0),
 }
 REFUSED: dict[str, tuple[Callable[[], None], str]] = {
     "batch_statistics": (
-        of_images(
-            lambda net: (net - tf.reduce_mean(net, [0, 1, 2])) * weights("gamma", 3)
-        ),
+        of_images(lambda net: (net - tf.reduce_mean(net, [0, 1, 2])) * weights("gamma", 3)),
         r"node 'Mean' \(Mean\).*mixes the images",
     ),
     "tied_weights": (

@@ -214,7 +214,9 @@ def test_classifier_from_convolutional_model():
 
 
 def test_from_model_refuses_what_does_not_fit():
-    model = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)])
+    model = keras.Sequential(
+        [keras.Input((8, 8, 3)), keras.layers.Flatten(), keras.layers.Dense(2)]
+    )
     with pytest.raises(ValueError, match=r"takes inputs of shape \(8, 8, 3\).*\(9, 9, 3\)"):
         Classifier.from_model(model, Preprocess("unit", 9), ["a", "b"])
     with pytest.raises(ValueError, match="has 2 outputs but there are 3 labels"):

@@ -101,7 +101,7 @@ def _write(graph: MetaGraph, out: Path, tap: str | None, image_size: Size | None
         origin=card.source,
         warnings=[]
         if card.preprocess
-        else ["no card states the preprocessing of its images; the model expects them preprocessed"],
+        else ["no card states which preprocessing the images that the model takes must have"],
     )
 
 

@@ -104,8 +104,8 @@ def compare(
 def _of_variables(
     parts: Sequence[Part], gradients: Sequence[tf.Tensor]
 ) -> list[tuple[str, tf.Tensor, bool]]:
-    """Gradients with respect to the variables of all parts: name, gradient, and whether the variable
-    is trainable."""
+    """Name of each variable of all parts, gradient with respect to it, and whether it is
+    trainable."""
     found, start = [], 0
     for part in parts:
         end = start + len(part.weights)

@@ -72,7 +72,7 @@ def _depthwise_convolved(
 
 @rule("SpaceToBatchND")
 def _dilated(walk: Walk, node: NodeDef) -> Any:
-    """A dilated convolution, as TensorFlow 1 computes it: rearranged, convolved, rearranged back."""
+    """A dilated convolution, as TensorFlow 1 does it: rearranged, convolved, rearranged back."""
     convolution = walk.reader(node)
     back = None if convolution is None else walk.reader(convolution)
     kinds = {"Conv2D": _convolved, "DepthwiseConv2dNative": _depthwise_convolved}

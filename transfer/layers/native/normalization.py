@@ -165,7 +165,9 @@ def _laid_out(weight: Static, images: Any, axes: str) -> Static:
     letters = "abcdefgh"[: len(images.shape)]
     sizes = [images.shape[letters.index(axis)] for axis in axes]
     if weight.values[0].size == 1:
-        return weight.to(lambda tensor: tf.broadcast_to(tf.reshape(tensor, [1] * len(sizes)), sizes))
+        return weight.to(
+            lambda tensor: tf.broadcast_to(tf.reshape(tensor, [1] * len(sizes)), sizes)
+        )
     return _shaped(weight, sizes)
 
 
@@ -175,8 +177,8 @@ def _shaped(weight: Static, sizes: Any) -> Static:
 
 @rule("LRN")
 def _local_response(walk: Walk, node: NodeDef) -> Any:
-    """``x / (bias + alpha * sum of squares of near channels) ** beta``; the sum is a 1x1 convolution
-    with a banded kernel."""
+    """``x / (bias + alpha * sum of squares of near channels) ** beta``; the sum is a 1x1
+    convolution with a banded kernel."""
     (images,) = walk.operands(node)
     attributes = {"depth_radius": 5, "bias": 1.0, "alpha": 1.0, "beta": 0.5}
     for name in attributes:
@@ -223,6 +225,4 @@ def _dropout(walk: Walk, node: NodeDef) -> Any:
         )
         if mask[0] is not None:
             raise ValueError("it drops the same values of all images")
-    return walk.layer(
-        keras.layers.Dropout, [node], images, rate=round(rate, 6), noise_shape=shape
-    )
+    return walk.layer(keras.layers.Dropout, [node], images, rate=round(rate, 6), noise_shape=shape)

@@ -25,9 +25,7 @@ def _reshape(walk: Walk, node: NodeDef) -> Any:
         return images
     if len(shape) == 2 and shape[1] == np.prod(images.shape[1:]):
         return walk.layer(keras.layers.Flatten, [node], images, is_scope=False)
-    return walk.layer(
-        keras.layers.Reshape, [node], images, target_shape=shape[1:], is_scope=False
-    )
+    return walk.layer(keras.layers.Reshape, [node], images, target_shape=shape[1:], is_scope=False)
 
 
 @rule("Transpose")
@@ -110,9 +108,7 @@ def _slice(walk: Walk, node: NodeDef) -> Any:
     if starts[0] or not walk.values.rows(f"{node.name}:0"):
         walk.refuse(node, "it takes some of the images of a batch")
     shape = walk.shape(node)
-    key = [
-        slice(start, start + (size or 0)) for start, size in zip(starts, shape, strict=True)
-    ]
+    key = [slice(start, start + (size or 0)) for start, size in zip(starts, shape, strict=True)]
     return walk.operation(node, _item, images, (slice(None), *key[1:]))
 
 
@@ -200,7 +196,9 @@ def _blocks(walk: Walk, node: NodeDef) -> Any:
         parts = (height // size, size, width // size, size, channels)
         order = (1, 3, 2, 4, 5)
     target = walk.shape(node)[1:]
-    net = walk.layer(keras.layers.Reshape, [node], images, target_shape=parts, is_scope=False, part="parts")
+    net = walk.layer(
+        keras.layers.Reshape, [node], images, target_shape=parts, is_scope=False, part="parts"
+    )
     net = walk.layer(keras.layers.Permute, [node], net, dims=order, is_scope=False, part="order")
     return walk.layer(keras.layers.Reshape, [node], net, target_shape=target, is_scope=False)
 

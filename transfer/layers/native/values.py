@@ -31,7 +31,7 @@ KEPT = "kept"
 """Attribute of such a node: whether the second input is the keep probability."""
 BATCHES = (2, 3)
 SCALED = "scaled"
-"""Attribute of such a node: whether the values that are kept are divided by the keep probability."""
+"""Attribute of such a node: whether the kept values are divided by the keep probability."""
 _OF_SHAPE = frozenset({"OnesLike", "Rank", "Shape", "ShapeN", "Size", "ZerosLike"})
 
 
@@ -40,8 +40,8 @@ class Values:
     """The nodes of a network, with dropout as one node, and everything static about them.
 
     ``live`` are the operations that depend on the content of the images, ``random`` those that
-    depend on random numbers, ``trained`` those that depend on variables. ``static`` maps tensors to their values, and ``shapes`` live tensors to
-    their shapes, for each size in ``BATCHES``.
+    depend on random numbers, ``trained`` those that depend on variables. ``static`` maps tensors to
+    their values, and ``shapes`` live tensors to their shapes, for each size in ``BATCHES``.
     """
 
     network: Network
@@ -93,9 +93,7 @@ class Values:
         return [known[tensor] for tensor in tensors]
 
 
-def values_of(
-    network: Network, example: tuple[int, ...], variables: Sequence[tf.Tensor]
-) -> Values:
+def values_of(network: Network, example: tuple[int, ...], variables: Sequence[tf.Tensor]) -> Values:
     """Evaluate a network on two batches.
 
     Args:
