@@ -3,8 +3,8 @@
     python benchmarks/native_keras.py --steps 5
 
 All weights are trained, by plain gradient descent, with `keras.Model.train_on_batch` in a process
-of its own for each row. JAX and PyTorch are run by the Python programs in VGG_TRANSFER_JAX_PYTHON
-and VGG_TRANSFER_TORCH_PYTHON, or by this one if they are installed; else their rows are left out.
+of its own for each row. JAX and PyTorch are in the environments of `make backends`, or in this one;
+else their rows are left out.
 Prints the median, the range, and the FLOP rate of matrix products before and after each row.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")  # as on the command line
 
+ROOT = Path(__file__).resolve().parents[1]
 ROWS = {
     "Backbone": "tensorflow",
     "stock layers, TensorFlow": "tensorflow",
@@ -56,8 +57,10 @@ def main() -> None:
 
 def python_of(backend: str) -> str | None:
     """The Python program that has a backend, if there is one."""
-    path = os.environ.get(f"VGG_TRANSFER_{backend.upper()}_PYTHON")
-    return path or (sys.executable if find_spec(backend) else None)
+    path = ROOT / f".venv-{backend}" / "bin" / "python"
+    if path.is_file():
+        return str(path)
+    return sys.executable if find_spec(backend) else None
 
 
 def run(python: str, backend: str, *arguments: object) -> None:

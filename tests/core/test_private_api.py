@@ -13,7 +13,8 @@ from transfer.core import private_api
 ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = re.compile(
     r"^\s*(?:from|import) (?:tensorflow\.python|keras\.src)\b|__internal__"
-    r"|\._get_variable_index|\._momentums|\._velocities|def _all_reduce|def _use_weight_decay|\._keras_history",
+    r"|\._get_variable_index|\._momentums|\._velocities|def _all_reduce|def _use_weight_decay"
+    r"|\._keras_history",
     re.MULTILINE,
 )
 

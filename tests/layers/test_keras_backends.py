@@ -1,7 +1,6 @@
 """Native Keras models load and train on JAX and PyTorch, without TensorFlow and this package.
 
-The backends are looked for in this environment, and in those of VGG_TRANSFER_JAX_PYTHON and
-VGG_TRANSFER_TORCH_PYTHON, the Python programs of other environments with Keras.
+They run in the environments of `make backends`, or in this one if it has them.
 """
 
 import os
@@ -26,10 +25,10 @@ TOLERANCE = 3e-5  # other kernels add in another order
 
 def python_of(backend):
     """The Python program that has a backend."""
-    path = os.environ.get(f"VGG_TRANSFER_{backend.upper()}_PYTHON")
-    if path is None and find_spec(backend) is None:
-        pytest.skip(f"needs {backend}, here or in VGG_TRANSFER_{backend.upper()}_PYTHON")
-    return path or sys.executable
+    path = PROGRAM.parents[1] / f".venv-{backend}" / "bin" / "python"
+    if not path.is_file() and find_spec(backend) is None:
+        pytest.skip(f"needs {backend}: make backends")
+    return path if path.is_file() else sys.executable
 
 
 def run(backend, *arguments):
