@@ -15,7 +15,7 @@ from transfer.layers.backbone import GraphLayer
 from transfer.layers.native import checking, conversion
 
 WITHOUT_GRADIENTS = {"conv_dilated", "conv_groups"}
-"""TensorFlow computes no gradients of these on CPUs."""
+"""TensorFlow computes no gradients of these on some CPUs."""
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def test_operation_equals_stock_session(name, compared):
     assert_close(model(images), expected)
     assert_close(model.predict(images[:1], verbose=0), expected[:1])  # any number of images
     assert classes_of(model) == {"keras"}
-    assert (compared[0].gradients is None) == (name in WITHOUT_GRADIENTS)
+    assert compared[0].gradients is not None or name in WITHOUT_GRADIENTS
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -175,7 +175,7 @@ class Classifier(keras.Model):
             (256, 2)
         """
         network, features = network_of(model)
-        taken = network.network.input_shape[1:]
+        taken = tuple(model.inputs[0].shape[1:])
         if taken != preprocess.shape and taken != (math.prod(preprocess.shape),):
             raise ValueError(
                 f"model {model.name!r} takes inputs of shape {taken}; preprocess gives "

@@ -59,7 +59,7 @@ def compare(
     generator = np.random.default_rng(0)
     shape = (_IMAGES, *model.input_shape[1:])
     dtype = tf.as_dtype(model.input.dtype)
-    images = generator.standard_normal(shape)
+    images: np.ndarray = generator.standard_normal(shape)
     if dtype.is_integer:
         images = generator.integers(0, min(256, dtype.max + 1), shape)
     inputs = tf.cast(tf.constant(images), dtype)
@@ -106,7 +106,8 @@ def _of_variables(
 ) -> list[tuple[str, tf.Tensor, bool]]:
     """Name of each variable of all parts, gradient with respect to it, and whether it is
     trainable."""
-    found, start = [], 0
+    found: list[tuple[str, tf.Tensor, bool]] = []
+    start = 0
     for part in parts:
         end = start + len(part.weights)
         values = [tf.identity(variable.value) for variable in part.variables]

@@ -95,7 +95,8 @@ def composed_batch_norm(walk: Walk, node: NodeDef, images: Any, scale: Static) -
         return None
     mean = next((factor for factor in factors if factor != scale.tensor), None)
     if last.op in _SUMS and offset is None:  # without offset: + (-mean * scale)
-        mean = None if mean is None else (source(mean, "Neg") or [None])[0]
+        negated = None if mean is None else source(mean, "Neg")
+        mean = None if negated is None else negated[0]
     gamma, inverse = None, source(scale.tensor, "Rsqrt")
     if inverse is None:
         for one, other in _both_ways(source(scale.tensor, "Mul")):
@@ -107,7 +108,10 @@ def composed_batch_norm(walk: Walk, node: NodeDef, images: Any, scale: Static) -
     for variance, epsilon in _both_ways(source(inverse[0], *_SUMS)):
         value = walk.number(epsilon)
         if value is not None:
-            weights = [name and walk.static_of(name) for name in (gamma, offset, mean, variance)]
+            weights = [
+                None if name is None else walk.static_of(name)
+                for name in (gamma, offset, mean, variance)
+            ]
             return batch_norm(walk, [node, last], images, weights, value)
     return None
 

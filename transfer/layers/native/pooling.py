@@ -45,7 +45,7 @@ def _pool(walk: Walk, node: NodeDef) -> Any:
     padding = node.attr["padding"].s.decode().lower()
     if padding == "explicit":
         walk.refuse(node, "it has explicit padding")
-    options = {"pool_size": window, "strides": strides}
+    options: dict[str, Any] = {"pool_size": window, "strides": strides}
     pads = _same(images.shape[1:-1], window, strides) if padding == "same" else []
     if not any(map(any, pads)):
         return walk.layer(_POOLS[node.op], [node], images, padding="valid", **options)

@@ -69,7 +69,7 @@ def _pad(walk: Walk, node: NodeDef) -> Any:
     mode = node.attr["mode"].s.decode().lower() if node.op == "MirrorPad" else "constant"
     if len(pads) == 4 and not any(pads[3]) and mode == "constant" and value == 0:
         return walk.layer(keras.layers.ZeroPadding2D, [node], images, padding=pads[1:3])
-    constant = {"constant_values": value} if value else {}
+    constant: dict[str, Any] = {"constant_values": value} if value else {}
     return walk.operation(node, ops.pad, images, pads, mode=mode, **constant)
 
 
@@ -207,7 +207,7 @@ def _blocks(walk: Walk, node: NodeDef) -> Any:
 def _enlargement(walk: Walk, node: NodeDef) -> Any:
     images, shape = walk.operands(node)[0], walk.shape(node)
     _, height, width, _ = images.shape
-    factors = (shape[1] // height, shape[2] // width)  # type: ignore[operator]
+    factors = (shape[1] // height, shape[2] // width)
     kind = "nearest" if node.op == "ResizeNearestNeighbor" else "bilinear"
     is_whole = (factors[0] * height, factors[1] * width) == shape[1:3]
     half_pixel = node.attr["half_pixel_centers"].b
