@@ -1,4 +1,4 @@
-"""Turn a network with several taps into one with a single output: the feature vector of all taps."""
+"""Turn a network with several taps into one with a single output, the features of all of them."""
 
 from __future__ import annotations
 

@@ -258,8 +258,9 @@ def with_nodes(graph_def: GraphDef, nodes: Iterable[NodeDef]) -> GraphDef:
 
 def _check_no_loop(node: NodeDef, outputs: Iterable[str]) -> None:
     if node.op in _LOOPS or node.op in _LOOP_CALLS:
+        shown = ", ".join(map(repr, outputs))
         raise ValueError(
-            f"{', '.join(map(repr, outputs))} is inside of, or depends on, a while loop (node {node.name!r}): it has a "
+            f"{shown} is inside of, or depends on, a while loop (node {node.name!r}): it has a "
             "value per iteration of the loop, and a layer has one; choose a tap before the loop"
         )
 

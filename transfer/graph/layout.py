@@ -228,8 +228,7 @@ class _LayoutConverter:
         maker.name = f"{name}/channels_first"
         for node in self.nodes:
             node.input[:] = [
-                f"{maker.name}:0" if canonical(edge) == output else edge
-                for edge in node.input
+                f"{maker.name}:0" if canonical(edge) == output else edge for edge in node.input
             ]
         self._transpose(name, f"{maker.name}:0", _TO_LAST, maker)
 

@@ -121,7 +121,8 @@ def extract(
     """
     feeds = _check_feeds(graph_def, feeds or {})
     taps = {} if isinstance(output, str) else output
-    outputs = [canonical(name) for name in taps.values() or [output]]
+    requested = [output] if isinstance(output, str) else output.values()
+    outputs = [canonical(name) for name in requested]
     upstream = [ancestors(graph_def.node, name, stop_at=[input]) for name in outputs]
     for name, nodes in zip(outputs, upstream, strict=True):
         _check_depends(nodes, name, input)

@@ -107,9 +107,7 @@ def output_shape(network: Network, example: Sequence[int | None]) -> tf.TensorSh
     return _in_common(_probe(network, example).get(network.output, {}).values())
 
 
-def _probe(
-    network: Network, example: Sequence[int | None]
-) -> dict[str, dict[int, tf.TensorShape]]:
+def _probe(network: Network, example: Sequence[int | None]) -> dict[str, dict[int, tf.TensorShape]]:
     """For each output, batch size to its shape; empty if the graph does not accept any batch
     size."""
     try:

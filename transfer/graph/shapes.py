@@ -65,9 +65,7 @@ def output_shapes(network: Network, example: Sequence[int | None]) -> dict[int, 
     Raises:
         ValueError: if the graph does not accept such batches.
     """
-    return {
-        batch: _outputs(network, network.graph_def, (batch, *example)) for batch in _PROBES
-    }
+    return {batch: _outputs(network, network.graph_def, (batch, *example)) for batch in _PROBES}
 
 
 def free_batch(network: Network) -> Network:

@@ -243,7 +243,7 @@ def build_head(
         "bias": bias,
         "seed": seed,
     }
-    one = next(iter(features.values()), None) if isinstance(features, Mapping) else features
+    one: Any = next(iter(features.values()), None) if isinstance(features, Mapping) else features
     if _in_plain_graph(one):
         with one.graph.as_default():
             logits, probabilities = _build_in_graph(

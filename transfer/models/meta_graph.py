@@ -208,8 +208,8 @@ class MetaGraph:
         parts = [part for part in parts if operation_of(part) in self.nodes]
         raise SharedBatchError(
             f"the images of input {network.input!r} are split between towers: tap "
-            f"{network.outputs[0]!r} gives {rows} of a row for each; name the part of this tower as "
-            "the input" + _one_of(parts),
+            f"{network.outputs[0]!r} gives {rows} of a row for each; name the part of this tower "
+            "as the input" + _one_of(parts),
             parts,
         )
 
