@@ -162,7 +162,7 @@ def _whole(classifier: Classifier) -> GraphLayer:
 
 def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[str, Any]]:
     """The classifier as a TF1 graph, with the names of its tensors and values of its variables."""
-    backbone, head = classifier.backbone, classifier.head
+    backbone, head = classifier.feature_extractor, classifier.head
     if not isinstance(head, Head):
         return _whole_to_graph(classifier)
     graph = tf.Graph()

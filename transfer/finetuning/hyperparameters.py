@@ -85,7 +85,6 @@ def _parse(part: str, default_rate: float | None, scale: float) -> StageRequest:
 def resolve(
     request: StageRequest,
     classifier: Classifier,
-    tap: str,
     features: np.ndarray,
     steps_per_epoch: int,
 ) -> Stage:
@@ -94,7 +93,6 @@ def resolve(
     Args:
         request: its cut may be ``tap``, or a short name.
         classifier: a built classifier.
-        tap: the tensor with the features.
         features: float ``[images, width]``, inputs of the head for a few images.
         steps_per_epoch: training steps per epoch.
 
@@ -104,7 +102,7 @@ def resolve(
     """
     backbone, cut = classifier.backbone, request.cut
     if cut == "tap":
-        cut = tap.removesuffix(":0")
+        cut = backbone.network.output.removesuffix(":0")
     elif cut != "none":
         cut = backbone.tensor(cut).removesuffix(":0")
     trained = backbone if cut == "none" else backbone.split(cut)[1]

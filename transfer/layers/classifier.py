@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from transfer.core.files import read_names
 from transfer.images.preprocess import Preprocess
-from transfer.layers.backbone import Backbone
+from transfer.layers.backbone import Backbone, GraphLayer
 from transfer.layers.keras_network import network_of
 from transfer.models.card import Card
 from transfer.models.meta_graph import load_meta_graph
@@ -27,7 +27,7 @@ class Classifier(keras.Model):
     """An image classifier: images to logits.
 
     Args:
-        backbone: maps preprocessed images to features, e.g. a ``Backbone``.
+        backbone: maps preprocessed images to features, e.g. a ``Backbone``, also of several taps.
         head: maps features to logits ``[batch, num_classes]``, e.g. a ``Head``.
         preprocess: the preprocessing that the backbone expects.
         labels: one class name per logit.
@@ -126,6 +126,25 @@ class Classifier(keras.Model):
         features = self.backbone(self.preprocess.normalize(pixels))
         return tf.nn.softmax(self.head(features, training=False))
 
+    @property
+    def feature_extractor(self) -> keras.layers.Layer:
+        """The backbone as a layer with one output, the features ``[batch, width]`` of all its taps;
+        the backbone itself if it has one.
+
+        Raises:
+            ValueError: if the head was built for the same taps in another order.
+        """
+        backbone = self.backbone
+        if not isinstance(backbone, GraphLayer) or not backbone.network.taps:
+            return backbone
+        taps, expected = tuple(backbone.network.taps), getattr(self.head, "taps", ())
+        if expected not in ((), taps):
+            raise ValueError(
+                f"the head was built for the taps {', '.join(expected)}, in this order; the "
+                f"backbone has {', '.join(taps)}"
+            )
+        return backbone.concatenated()
+
     def split(self, at: str | None) -> tuple[keras.layers.Layer | None, keras.Sequential]:
         """Split into a frozen and a trained part.
 
@@ -138,9 +157,10 @@ class Classifier(keras.Model):
             if nothing is frozen), and a model from there to the logits. Both share the
             classifier's weights.
         """
+        backbone = self.feature_extractor
         if at in (None, "none"):
-            return None, keras.Sequential([self.backbone, self.head])
-        prefix, suffix = self.backbone.split(at)
+            return None, keras.Sequential([backbone, self.head])
+        prefix, suffix = backbone.split(at)
         return prefix, keras.Sequential([suffix, self.head])
 
     @classmethod
