@@ -154,6 +154,35 @@ def test_prefix_and_suffix_are_the_whole():
     assert to_keras(backbone, tap="pool4").output_shape == (None, 4, 4, 192)
 
 
+def test_several_taps_are_a_dict(tmp_path):
+    """Also inside of a branch: a tap keeps its tensor apart from the layers around it."""
+    backbone = Backbone("pretrained/vgg_small", ["pool3", "conv4_1/BiasAdd", "fc7"])
+    model = to_keras(backbone)
+    images = np.random.default_rng(0).random((2, 64, 64, 3), np.float32)
+    expected, found = backbone(images), model(images)
+    assert [*found] == [*expected]
+    for name, features in expected.items():
+        assert_close(found[name], features, name)
+    model.save(tmp_path / "taps.keras")
+    loaded = keras.models.load_model(tmp_path / "taps.keras")(images)
+    assert_close(loaded["pool3"], expected["pool3"])
+    again = to_keras("pretrained/vgg_small", ["pool3", "fc7"])(images)
+    assert {name: features.shape for name, features in again.items()} == {
+        "pool3": (2, 8, 8, 96),
+        "fc7": (2, 256),
+    }
+    with pytest.raises(TypeError, match="converted up to one tap"):
+        to_keras(backbone, ["pool3", "pool4"])
+
+
+def test_classifier_on_several_taps_is_native():
+    backbone = Backbone("pretrained/vgg_small", ["pool4", "fc7"])
+    classifier = Classifier(backbone, Head(2), Preprocess("torch", 64), ["a", "b"])
+    classifier.build_from_size()
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    assert_close(to_keras(classifier)(pixels), classifier(pixels))
+
+
 def new_classifier(mode="caffe", head=None):
     head = head or Head(3, hidden=[8], dropout=0.5)
     classifier = Classifier(

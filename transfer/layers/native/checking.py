@@ -46,7 +46,7 @@ class Difference:
 
 
 def compare(
-    model: keras.Model, source: Callable[[tf.Tensor], tf.Tensor], parts: Sequence[Part]
+    model: keras.Model, source: Callable[[tf.Tensor], Any], parts: Sequence[Part]
 ) -> Difference:
     """Compare a native model with what it was made from, on random inputs.
 
@@ -68,20 +68,21 @@ def compare(
     has_input = [inputs] if dtype.is_floating else []
     with tf.GradientTape() as tape:
         tape.watch([*has_input, *variables])
-        expected = source(inputs)
+        expected = tf.nest.flatten(source(inputs))
     with tf.GradientTape() as own_tape:
         own_tape.watch([*has_input, *weights])
-        actual = model(inputs, training=False)
-    factor = _FACTORS.get(expected.dtype.name, 1)
-    outputs = _relative(actual, expected, 0.0)
+        actual = tf.nest.flatten(model(inputs, training=False))
+    factor = max(_FACTORS.get(output.dtype.name, 1) for output in expected)
+    outputs = max(_relative(*pair, 0.0) for pair in zip(actual, expected, strict=True))
     _check("outputs", outputs, OUTPUTS * factor)
-    if not expected.dtype.is_floating:
+    pairs = [pair for pair in zip(actual, expected, strict=True) if pair[1].dtype.is_floating]
+    if not pairs:
         return Difference(outputs, None)
-    upstream = tf.cast(generator.standard_normal(expected.shape), expected.dtype)
+    upstream = [tf.cast(generator.standard_normal(t.shape), t.dtype) for _, t in pairs]
     options = {"output_gradients": upstream, "unconnected_gradients": "zero"}
     try:
-        theirs = tape.gradient(expected, [*has_input, *variables], **options)
-        ours = own_tape.gradient(actual, [*has_input, *weights], **options)
+        theirs = tape.gradient([t for _, t in pairs], [*has_input, *variables], **options)
+        ours = own_tape.gradient([t for t, _ in pairs], [*has_input, *weights], **options)
     except tf.errors.OpError as error:  # of grouped and dilated convolutions, on CPUs
         logger.info(
             "gradients are not compared, since TensorFlow cannot compute them: %s",

@@ -30,7 +30,7 @@ _ = elementwise, linear, normalization, pooling, reshaping  # they register thei
 
 def to_keras(
     source: GraphLayer | Classifier | MetaGraph | str | Path,
-    tap: str | None = None,
+    tap: str | Sequence[str] | None = None,
     *,
     image_size: Size | None = None,
     name: str | None = None,
@@ -52,14 +52,15 @@ def to_keras(
     Args:
         source: a ``Backbone``, a part of one (see ``split``), a model from ``load_meta_graph`` or
             its path, or a ``Classifier``.
-        tap: tensor with the output; for a ``MetaGraph``, defaults to the card's tap, else ``fc7``.
+        tap: tensor with the output; for a ``MetaGraph``, defaults to the card's tap, else ``fc7``,
+            and may be a list of several, as in ``Backbone``.
         image_size: height and width of the input in pixels, one number or both, if the graph does
             not state them; defaults to those on the card.
         name: name of the model; defaults to that of the layer or file.
 
     Returns:
         A functional model with the inputs and outputs of its source: preprocessed images to
-        features; for a ``Classifier``, RGB (or gray) images of its size in 0..255, ``[batch,
+        features (a dict, tap name to features, if there are several); for a ``Classifier``, RGB (or gray) images of its size in 0..255, ``[batch,
         height, width, channels]``, to logits.
 
     Raises:
@@ -86,7 +87,7 @@ def to_keras(
         if tap is not None:
             raise ValueError("tap is for a network; the output of a Classifier is its logits")
         return _convert(
-            [source.preprocess, source.backbone, source.head],
+            [source.preprocess, source.feature_extractor, source.head],
             source.preprocess.shape,
             name or source.name,
         )
@@ -97,6 +98,10 @@ def to_keras(
         )
     name = name or source.name
     card = source.graph.card if isinstance(source, Backbone) and hasattr(source, "graph") else None
+    if tap is not None and not isinstance(tap, str):
+        raise TypeError(
+            f"tap is {tap!r}; a layer is converted up to one tap, a model up to several"
+        )
     layer = source if tap is None else source.split(tap)[0]
     size = image_size if card is None else image_size or card.image_size
     return _convert([layer], _input_shape(layer.network, size), name)
@@ -205,7 +210,7 @@ class _Builder:
                 "inference too"
             )
         net = self._as_input(network, net)
-        if network.output != network.input:
+        if {*network.outputs} != {network.input}:
             values = [variable.value for variable in layer.graph_variables]
             known = values_of(network, tuple(net.shape[1:]), values)
             walk = Walk(known, net, self.names, layer.compute_dtype)
@@ -221,6 +226,11 @@ class _Builder:
 
             weights = [link.weight for link in links]
             self.parts.append(Part(layer.graph_variables, weights, derived))
+        if isinstance(net, dict):
+            return {name: self._pooled(layer, tap) for name, tap in net.items()}
+        return self._pooled(layer, net)
+
+    def _pooled(self, layer: GraphLayer, net: Any) -> Any:
         if layer.pooling is None or len(net.shape) != 4:
             return net
         pools = {"avg": keras.layers.GlobalAveragePooling2D, "max": keras.layers.GlobalMaxPooling2D}

@@ -111,7 +111,7 @@ def values_of(network: Network, example: tuple[int, ...], variables: Sequence[tf
     trained = downstream(nodes, names) | {operation_of(name) for name in names}
     values = Values(network, example, variables, nodes, live, _live(nodes, SEED), trained)
     read = {canonical(e) for node in nodes if node.name in live for e in data_inputs(node)}
-    read |= {canonical(network.output)}
+    read |= {*map(canonical, network.outputs)}
     known = dict(zip(names, variables, strict=True))
     live_tensors = [tensor for tensor in read if operation_of(tensor) in live]
     static = [t for t in read if t not in known and t != network.input and t not in live_tensors]
@@ -144,7 +144,7 @@ def _with_dropout_nodes(network: Network) -> list[NodeDef]:
         read = map(canonical, by_name[dropout.node].input)
         node.attr[SCALED].b = canonical(dropout.source) not in read
         replaced[dropout.node] = node
-    return ancestors([replaced.get(n.name, n) for n in nodes], network.output, stop_at=leaves)
+    return ancestors([replaced.get(n.name, n) for n in nodes], network.outputs, stop_at=leaves)
 
 
 def _masks(nodes: Sequence[NodeDef]) -> list[str]:

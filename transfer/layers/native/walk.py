@@ -126,7 +126,7 @@ class Walk:
                 self._readers.setdefault(canonical(edge), []).append(node)
 
     def run(self, rules: Mapping[str, Rule]) -> Any:
-        """The Keras tensor of the network's output.
+        """The Keras tensor of the network's output, or those of its taps by name.
 
         Raises:
             ValueError: if a node cannot be expressed; gives its name and operation.
@@ -148,12 +148,16 @@ class Walk:
             outputs = made if isinstance(made, list | tuple) else [made]
             for index, tensor in enumerate(outputs):
                 self._set(node, f"{node.name}:{index}", tensor)
-        output = self.values.network.output
-        if output not in self.tensors:
-            raise ValueError(
-                f"cannot express {output!r} in stock Keras layers: it does not depend on the images"
-            )
-        return self.tensors[output]
+        network = self.values.network
+        for output in network.outputs:
+            if output not in self.tensors:
+                raise ValueError(
+                    f"cannot express {output!r} in stock Keras layers: it does not depend on the "
+                    "images"
+                )
+        if network.taps:
+            return {name: self.tensors[tensor] for name, tensor in network.taps.items()}
+        return self.tensors[network.output]
 
     def _set(self, node: NodeDef, name: str, tensor: Any) -> None:
         self.tensors.setdefault(name, tensor)
@@ -215,7 +219,7 @@ class Walk:
 
     def reader(self, node: NodeDef) -> NodeDef | None:
         """The node that reads output 0 of a node, if it is the only one that reads the node."""
-        if operation_of(self.values.network.output) == node.name:
+        if node.name in map(operation_of, self.values.network.outputs):
             return None
         readers = self._readers.get(f"{node.name}:0", [])
         return readers[0] if len(readers) == 1 else None
