@@ -156,7 +156,7 @@ def test_prefix_and_suffix_are_the_whole():
 
 def test_several_taps_are_a_dict(tmp_path):
     """Also inside of a branch: a tap keeps its tensor apart from the layers around it."""
-    backbone = Backbone("pretrained/vgg_small", ["pool3", "conv4_1/BiasAdd", "fc7"])
+    backbone = Backbone("pretrained/vgg_small", ["pool3", "conv4_2/BiasAdd", "fc7"])
     model = to_keras(backbone)
     images = np.random.default_rng(0).random((2, 64, 64, 3), np.float32)
     expected, found = backbone(images), model(images)
@@ -169,7 +169,7 @@ def test_several_taps_are_a_dict(tmp_path):
     again = to_keras("pretrained/vgg_small", ["pool3", "fc7"])(images)
     assert {name: features.shape for name, features in again.items()} == {
         "pool3": (2, 8, 8, 96),
-        "fc7": (2, 256),
+        "fc7": (2, 512),
     }
     with pytest.raises(TypeError, match="converted up to one tap"):
         to_keras(backbone, ["pool3", "pool4"])

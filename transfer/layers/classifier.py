@@ -192,7 +192,7 @@ class Classifier(keras.Model):
             >>> model = keras.Sequential([backbone, keras.layers.Dense(2)])
             >>> classifier = Classifier.from_model(model, Preprocess("torch", 64), ["cat", "dog"])
             >>> classifier.head.graph_variables[0].shape
-            (256, 2)
+            (512, 2)
         """
         network, features = network_of(model)
         taken = tuple(model.inputs[0].shape[1:])

@@ -60,8 +60,8 @@ def to_keras(
 
     Returns:
         A functional model with the inputs and outputs of its source: preprocessed images to
-        features (a dict, tap name to features, if there are several); for a ``Classifier``, RGB (or gray) images of its size in 0..255, ``[batch,
-        height, width, channels]``, to logits.
+        features (a dict, tap name to features, if there are several); for a ``Classifier``, RGB (or
+        gray) images of its size in 0..255, ``[batch, height, width, channels]``, to logits.
 
     Raises:
         TypeError: if ``source`` is of another type.
@@ -74,7 +74,7 @@ def to_keras(
         >>> [layer.name for layer in model.layers][:4]
         ['images', 'conv1_1', 'conv1_2', 'pool1']
         >>> model.get_layer("fc7").units
-        256
+        512
         >>> model.save("backbone.keras")  # KERAS_BACKEND=jax or torch loads it, too
     """
     check_eager("to_keras")

@@ -11,7 +11,8 @@ import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from transfer.graph import dtype_of
-from transfer.layers.native.normalization import composed_batch_norm, scaled
+from transfer.layers.native.batch_norm import composed_batch_norm
+from transfer.layers.native.normalization import scaled
 from transfer.layers.native.rules import rule
 from transfer.layers.native.walk import ACTIVATIONS, Static, Walk
 

@@ -9,12 +9,10 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
-from transfer.graph import canonical, data_inputs, operation_of
+from transfer.graph import canonical
 from transfer.layers.native.rules import rule
 from transfer.layers.native.values import KEPT, SCALED
 from transfer.layers.native.walk import Static, Walk
-
-_SUMS = frozenset({"Add", "AddV2"})
 
 
 @rule("FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3")
@@ -59,65 +57,6 @@ def batch_norm(
         center=weights[1] is not None,
         trainable=False,
     )
-
-
-def composed_batch_norm(walk: Walk, node: NodeDef, images: Any, scale: Static) -> Any:
-    """The batch norm that begins with a product, as ``tf.nn.batch_normalization`` composes it:
-    ``x * scale + (offset - mean * scale)``, where ``scale`` is ``rsqrt(variance + epsilon)``, times
-    gamma if there is one. ``None`` if it is something else."""
-    nodes = {n.name: n for n in walk.values.network.graph_def.node}
-
-    def source(tensor: str, *operations: str) -> list[str] | None:
-        """Operands of the node that makes a tensor, if it is one of these operations."""
-        found = nodes.get(operation_of(tensor))
-        while found is not None and found.op in ("Identity", "Reshape", "Squeeze"):
-            tensor = canonical(found.input[0])
-            found = nodes.get(operation_of(tensor))
-        if found is None or found.op not in operations:
-            return None
-        return [canonical(edge) for edge in data_inputs(found)]
-
-    last = walk.reader(node)
-    if last is None or last.op not in (*_SUMS, "Sub"):
-        return None
-    edges = [canonical(edge) for edge in data_inputs(last)]
-    shifts = [edge for edge in edges if operation_of(edge) != node.name]
-    if len(shifts) != 1 or operation_of(shifts[0]) in walk.values.live:
-        return None
-    shift: str = shifts[0]
-    offset, product = None, shift
-    if last.op in _SUMS and (difference := source(shift, "Sub")) is not None:
-        offset, product = difference
-    elif last.op == "Sub" and edges[1] != shift:
-        return None
-    factors = source(product, "Mul")
-    if factors is None or scale.tensor not in factors:
-        return None
-    mean = next((factor for factor in factors if factor != scale.tensor), None)
-    if last.op in _SUMS and offset is None:  # without offset: + (-mean * scale)
-        negated = None if mean is None else source(mean, "Neg")
-        mean = None if negated is None else negated[0]
-    gamma, inverse = None, source(scale.tensor, "Rsqrt")
-    if inverse is None:
-        for one, other in _both_ways(source(scale.tensor, "Mul")):
-            if (inverse := source(one, "Rsqrt")) is not None:
-                gamma = other
-                break
-    if inverse is None or mean is None:
-        return None
-    for variance, epsilon in _both_ways(source(inverse[0], *_SUMS)):
-        value = walk.number(epsilon)
-        if value is not None:
-            weights = [
-                None if name is None else walk.static_of(name)
-                for name in (gamma, offset, mean, variance)
-            ]
-            return batch_norm(walk, [node, last], images, weights, value)
-    return None
-
-
-def _both_ways(pair: list[str] | None) -> list[list[str]]:
-    return [] if pair is None or len(pair) != 2 else [pair, pair[::-1]]
 
 
 def scaled(

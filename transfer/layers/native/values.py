@@ -182,7 +182,6 @@ def _evaluate(
     names = _names(network)
     wanted = [*tensors, *shapes]
 
-    @tf.function(autograph=False)
     def run(images: tf.Tensor, variables: list[tf.Tensor]) -> list[tf.Tensor]:
         specs = [tf.TensorSpec(value.shape, value.dtype) for value in (images, *variables)]
         graph_def = checked_graph(network, specs[0], specs[1:])
@@ -197,4 +196,6 @@ def _evaluate(
         )
         return [*results[: len(tensors)], *map(tf.shape, results[len(tensors) :])]
 
-    return list(run(images, list(variables)))
+    values = list(variables)
+    function = tf.function(run, autograph=False).get_concrete_function(images, values)
+    return list(function(images, values))
