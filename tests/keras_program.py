@@ -33,7 +33,9 @@ def train(folder):
     head = keras.Sequential(
         [keras.Input(features[0].shape[1:]), keras.layers.Dense(10, activation="softmax")]
     )
-    head.compile(keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy", ["accuracy"])
+    head.compile(
+        keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
     head.fit(features[0], data["train_labels"], epochs=EPOCHS, batch_size=BATCH, verbose=0)
     _, accuracy = head.evaluate(features[1], data["held_out_labels"], verbose=0)
     print(keras.backend.backend(), f"{accuracy:.4f}")

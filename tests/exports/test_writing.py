@@ -125,9 +125,10 @@ def test_network_that_keras_cannot_express_is_refused_with_its_node(tmp_path):
     """The other formats are written."""
     with tf.Graph().as_default() as graph:
         images = tf.compat.v1.placeholder(tf.float32, [None, 16, 16, 3], name="images")
-        tf.reduce_mean(tf.image.adjust_hue(images, 0.1), [1, 2], name="fc7")
+        scale = tf.compat.v1.get_variable("scale", [3], use_resource=False)
+        tf.reduce_mean(tf.image.adjust_hue(images, 0.1) * scale, [1, 2], name="fc7")
     card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="caffe")
-    save_meta_graph(graph, tmp_path / "hue", {}, card)
+    save_meta_graph(graph, tmp_path / "hue", {"scale": np.ones(3, np.float32)}, card)
     with pytest.raises(ValueError, match=r"keras: cannot express node '.*AdjustHue'") as refused:
         export(new_classifier(tmp_path / "hue"), tmp_path / "out", formats=["keras", "saved_model"])
     assert "Classifier.save writes" in str(refused.value)

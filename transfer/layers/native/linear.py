@@ -92,20 +92,16 @@ def _dilated(walk: Walk, node: NodeDef) -> Any:
     kernel = walk.operand(convolution, canonical(convolution.input[1]))
     if not isinstance(kernel, Static):
         walk.refuse(convolution, "its kernel depends on the images")
-    if paddings.any():
+    pads = paddings - walk.static(back, 2)  # cropping the output crops the input
+    if (pads < 0).any():
+        walk.refuse(node, "its output is cropped")
+    if pads.any():
         images = walk.layer(
-            keras.layers.ZeroPadding2D, [node], images, padding=_pairs(paddings), is_scope=False
+            keras.layers.ZeroPadding2D, [node], images, padding=_pairs(pads), is_scope=False
         )
-    convolve, crops = kinds[convolution.op], walk.static(back, 2)
     dilations = tuple(map(int, block))
-    if not crops.any():
-        return convolve(walk, convolution, [node, convolution, back], images, kernel, dilations)
-    net = convolve(walk, convolution, [node, convolution], images, kernel, dilations)
-    cropped = walk.layer(
-        keras.layers.Cropping2D, [back], net, cropping=_pairs(crops), is_scope=False
-    )
-    walk.replace([node, convolution, back], cropped)
-    return cropped
+    convolve = kinds[convolution.op]
+    return convolve(walk, convolution, [node, convolution, back], images, kernel, dilations)
 
 
 @rule("Conv2DBackpropInput")

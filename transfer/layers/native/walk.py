@@ -145,6 +145,8 @@ class Walk:
                 raise
             except (ValueError, TypeError, NotImplementedError, IndexError) as error:
                 self.refuse(node, " ".join(str(error).split())[:300])
+            if node.name in self._fused:
+                continue  # the output is that of a later node
             outputs = made if isinstance(made, list | tuple) else [made]
             for index, tensor in enumerate(outputs):
                 self._set(node, f"{node.name}:{index}", tensor)
