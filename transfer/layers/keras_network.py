@@ -6,6 +6,7 @@ Its weights are shared, not copied.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,10 +57,10 @@ def network_of(model: keras.Model) -> tuple[GraphLayer, str]:
     if None in shape[1:]:
         raise ValueError(f"model {model.name!r} takes {shape}; expected a known size")
     dtype = tf.as_dtype(model.inputs[0].dtype)
-    graph_def, output, variables = _traced(model, shape, dtype)
+    graph_def, input, output, variables = _traced(model, shape, dtype)
     graph_def = inline(graph_def)
     logits = _before_softmax(graph_def, output)
-    network = extract(graph_def, logits, INPUT, dtype, input_shape=(None, *shape[1:]))
+    network = extract(graph_def, logits, input, dtype, input_shape=(None, *shape[1:]))
     network = free_batch(network)
     layer = GraphLayer(network, variables, name="network")
     return layer, _features(network.graph_def.node, network.output, network.input)
@@ -67,8 +68,8 @@ def network_of(model: keras.Model) -> tuple[GraphLayer, str]:
 
 def _traced(
     model: keras.Model, shape: Sequence[int | None], dtype: tf.DType
-) -> tuple[GraphDef, str, dict[str, keras.Variable]]:
-    """The graph of a model, its output, and its variables by their names in the graph."""
+) -> tuple[GraphDef, str, str, dict[str, keras.Variable]]:
+    """The graph of a model, its input, its output, and its variables by their names in it."""
     trained, others = model.trainable_variables, model.non_trainable_variables
 
     def run(images: tf.Tensor, trained: list[tf.Tensor], others: list[tf.Tensor]) -> tf.Tensor:
@@ -84,8 +85,8 @@ def _traced(
     variables = [*trained, *others]
     given, captured = arguments[: 1 + len(variables)], arguments[1 + len(variables) :]
     taken = {operation.name for operation in graph.get_operations()}
-    named = _names(variables, taken)
-    renamed = dict(zip(given, [INPUT, *named], strict=True))
+    input, *named = _unique([INPUT, *(variable.path for variable in variables)], taken)
+    renamed = dict(zip(given, [input, *named], strict=True))
     constants = dict(zip(captured, function.captured_inputs, strict=True))
     graph_def = GraphDef()
     graph_def.CopyFrom(graph.as_graph_def(add_shapes=True))
@@ -97,21 +98,17 @@ def _traced(
         node.input[:] = [_renamed(edge, renamed) for edge in node.input]
         if node.name in by_name:
             _set_variable(node, by_name[node.name])
-    return graph_def, _renamed(graph.outputs[0].name, renamed), by_name
+    return graph_def, input, _renamed(graph.outputs[0].name, renamed), by_name
 
 
-def _names(variables: Sequence[keras.Variable], taken: set[str]) -> list[str]:
-    """The paths of variables, made unique: ``conv1_1/kernel``."""
-    names: list[str] = []
-    taken = {*taken, INPUT}
-    for variable in variables:
-        name, number = variable.path, 0
-        while name in taken:
-            number += 1
-            name = f"{variable.path}_{number}"
-        taken.add(name)
-        names.append(name)
-    return names
+def _unique(names: Sequence[str], taken: set[str]) -> list[str]:
+    """The names, with numbers where they are taken."""
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{number}" for number in itertools.count(1))
+        free = next(n for n in itertools.chain([name], numbered) if n not in {*taken, *found})
+        found.append(free)
+    return found
 
 
 def _renamed(edge: str, names: dict[str, str]) -> str:

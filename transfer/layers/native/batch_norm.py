@@ -1,8 +1,8 @@
 """Recognize batch norm that a graph composes of elementary operations.
 
 ``tf.nn.batch_normalization`` computes ``x * scale + (offset - mean * scale)``, or ``x * scale +
-(-mean * scale)`` without an offset; ``scale`` is ``rsqrt(variance + epsilon)``, times gamma if there
-is one.
+(-mean * scale)`` without an offset. ``scale`` is ``rsqrt(variance + epsilon)``, times gamma if the
+graph has one.
 """
 
 from __future__ import annotations
