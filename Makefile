@@ -59,7 +59,7 @@ backends: .venv-jax/installed .venv-torch/installed
 .venv-torch/installed: OPTIONS := --extra-index-url $(TORCH_INDEX)
 .venv-jax/installed .venv-torch/installed: .venv-%/installed: constraints.txt
 	$(PYTHON) -m venv --clear .venv-$*
-	.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt $(OPTIONS) keras $*
+	.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt $(OPTIONS) keras pillow $*
 	touch $@
 
 # NO_MKDOCS_2_WARNING silences a notice of the theme about MkDocs 2.

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from native_graphs import GRAPHS
 from stock import Program
 
-from transfer import Backbone, Classifier, Head, Preprocess, open_source, to_keras
+from transfer import Backbone, Classifier, Head, Preprocess, export, open_source, to_keras
 from transfer.exports import keras_file
 from transfer.images.decoding import read_image
 from transfer.images.preprocess import to_channels
@@ -50,15 +51,20 @@ def models(tmp_path_factory):
         dtype = layer.network.input_dtype.as_numpy_dtype
         images = (np.abs(images) * 60).astype(dtype) if name == "integers" else images.astype(dtype)
         save(folder, name, to_keras(layer), images)
-    head = Head(3, hidden=[4], dropout=0.5)
-    backbone = Backbone("pretrained/vgg_small")
-    classifier = Classifier(backbone, head, Preprocess("caffe", 64), ["a", "b", "c"])
-    classifier.build_from_size()
+    classifier = new_classifier()
     pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
     keras_file.save(classifier, folder / "classifier.keras")
     np.save(folder / "classifier.images.npy", pixels)
     np.save(folder / "classifier.expected.npy", classifier(pixels))
     return folder
+
+
+def new_classifier():
+    head = Head(3, hidden=[4], dropout=0.5, weights_stddev=1.0, seed=1)
+    backbone = Backbone("pretrained/vgg_small")
+    classifier = Classifier(backbone, head, Preprocess("caffe", 64), ["a", "b", "c"])
+    classifier.build_from_size()
+    return classifier
 
 
 def save(folder, name, model, images):
@@ -81,6 +87,28 @@ def test_files_give_the_same_outputs_on_other_backends(models, backend):
     assert len(differences) == len(GRAPHS) + 1
     print(backend, max(differences.items(), key=lambda item: item[1]))
     assert {name: d for name, d in differences.items() if d > TOLERANCE} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_program_of_the_readme_runs_on_other_backends(tmp_path, backend):
+    python = python_of(backend)
+    classifier = new_classifier()
+    export(classifier, tmp_path, formats=["keras"])
+    folder = tmp_path / "keras"
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    tf.io.write_file(str(folder / "photo.jpg"), tf.io.encode_png(image))  # Pillow does not mind
+    blocked = 'import sys\nsys.modules["tensorflow"] = sys.modules["transfer"] = None\n'
+    result = subprocess.run(
+        [python, "-P", "-c", blocked + code],
+        cwd=folder, capture_output=True, text=True, env=os.environ | {"KERAS_BACKEND": backend},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    label, probability = result.stdout.split()
+    expected = classifier.probabilities(image[None])[0].numpy()
+    assert label == classifier.labels[expected.argmax()]
+    assert float(probability) == pytest.approx(expected.max(), abs=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -97,37 +97,38 @@ def to_keras(
             "model from load_meta_graph or its path, or a Classifier"
         )
     name = name or source.name
-    card = source.graph.card if isinstance(source, Backbone) and hasattr(source, "graph") else None
     if tap is not None and not isinstance(tap, str):
         raise TypeError(
             f"tap is {tap!r}; a layer is converted up to one tap, a model up to several"
         )
     layer = source if tap is None else source.split(tap)[0]
-    size = image_size if card is None else image_size or card.image_size
-    return _convert([layer], _input_shape(layer.network, size), name)
+    graph = getattr(source, "graph", None)  # a layer from a configuration has none
+    default = None if graph is None else graph.card.image_size
+    return _convert([layer], _input_shape(layer.network, image_size, default), name)
 
 
-def _input_shape(network: Network, image_size: Size | None) -> tuple[int, ...]:
+def _input_shape(
+    network: Network, image_size: Size | None, default: Size | None
+) -> tuple[int, ...]:
     """The shape of one input."""
-    shape = network.input_shape
-    if shape is None or (len(shape) == 4 and None in shape[1:3]):
-        if image_size is None:
+    shape = network.input_shape or (None, None, None, None)
+    if len(shape) == 4:
+        is_any = None in shape[1:3]
+        size = image_size or (default if is_any else None)
+        if size is None and is_any:
             raise ValueError(
                 f"input {network.input!r} takes any image size, and native Keras layers need one: "
                 "give image_size"
             )
-        size = as_size(image_size)
-        height, width = (size, size) if isinstance(size, int) else size
-        stated = shape or (None, None, None, None)
-        shape = (None, stated[1] or height, stated[2] or width, stated[3] or 3)
-    if image_size is not None and len(shape) == 4:
-        size = as_size(image_size)
-        sides = (size, size) if isinstance(size, int) else size
-        if shape[1:3] != sides:
-            raise ValueError(
-                f"input {network.input!r} takes images of {shape[1]}x{shape[2]} pixels, not "
-                f"{sides[0]}x{sides[1]}"
-            )
+        if size is not None:
+            sides = as_size(size)
+            height, width = (sides, sides) if isinstance(sides, int) else sides
+            if shape[1] not in (None, height) or shape[2] not in (None, width):
+                taken = "x".join(str(side or "any") for side in shape[1:3])
+                raise ValueError(
+                    f"input {network.input!r} takes images of {taken} pixels, not {height}x{width}"
+                )
+            shape = (None, height, width, shape[3] or 3)
     if None in shape[1:]:
         raise ValueError(
             f"input {network.input!r} has shape {shape}; native Keras layers need all its "
