@@ -5,6 +5,7 @@
 #                the same with the lowest or the newest versions that setup.cfg allows
 # make coverage  set up, then run the tests of `make test` and report line coverage
 # make lint      set up, then check format, style, types, imports and spelling
+# make backends  environments with Keras on JAX and on PyTorch (a download of 300 MB), for tests
 # make docs      set up, then build the documentation into site/
 PYTHON ?= python3
 VENV := .venv
@@ -16,7 +17,7 @@ INSTALLED := $(VENV)/installed
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
   --max-worker-restart 0
 
-.PHONY: demo test test-all test-lowest test-newest coverage lint docs format clean
+.PHONY: demo test test-all test-lowest test-newest coverage lint backends docs format clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgg-transfer finetune
@@ -50,6 +51,17 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/codespell
 
+# Without TensorFlow and this package. On PyPI, torch for Linux contains CUDA, 3 GB.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+backends: .venv-jax/installed .venv-torch/installed
+
+.venv-torch/installed: OPTIONS := --extra-index-url $(TORCH_INDEX)
+.venv-jax/installed .venv-torch/installed: .venv-%/installed: constraints.txt
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --constraint constraints.txt $(OPTIONS) keras pillow $*
+	touch $@
+
 # NO_MKDOCS_2_WARNING silences a notice of the theme about MkDocs 2.
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
@@ -59,7 +71,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest
+	rm -rf $(VENV) .venv-lowest .venv-newest .venv-jax .venv-torch
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \

@@ -20,7 +20,7 @@ from transfer.activations.cache import Cache
 from transfer.benchmarking import report
 from transfer.benchmarking.limits import LIMITS
 from transfer.core import child_process, files, measurement
-from transfer.graph import Network, cut
+from transfer.graph import Network, concatenated, cut, operation_of
 from transfer.graph.cuts import Cut, default_cuts, list_cuts
 from transfer.images.preprocess import parse_size
 from transfer.models import retention
@@ -123,15 +123,17 @@ def _open(config: BenchmarkConfig) -> tuple[MetaGraph, Network]:
     """The graph and network of the runs, to list the cuts."""
     graph = load_meta_graph(config.model, rename=parse_renames(config.rename))
     feeds = dict(parse_feed(assignment) for assignment in config.feed)
-    tap = graph.tensor(config.tap or graph.card.tap or "fc7")
-    return graph, graph.network(tap, config.input, feeds, config.keep_dropout)
+    taps = config.taps if len(config.taps) > 1 else config.tap
+    network = graph.network(taps, config.input, feeds, config.keep_dropout)
+    return graph, concatenated(network)
 
 
 def _check_cuts(labels: Sequence[str], graph: MetaGraph, network: Network) -> None:
     """Refuse invalid cuts before the slow runs start."""
-    for label in labels:
-        if label.strip() not in ("none", SCRATCH):
-            cut(network, graph.tensor(label.strip()))
+    own = {node.name for node in network.graph_def.node}  # also that of concatenated taps
+    for label in map(str.strip, labels):
+        if label not in ("none", SCRATCH):
+            cut(network, label if operation_of(label) in own else graph.tensor(label))
 
 
 def _runs(benchmark: Benchmark) -> Iterator[Run]:

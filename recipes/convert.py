@@ -1,7 +1,12 @@
-"""Convert published VGG weights to a meta graph with its checkpoint and card.
+"""Convert published VGG weights to a meta graph with its checkpoint and card; any model to Keras.
 
     vgg-transfer convert vgg16_weights_tf_dim_ordering_tf_kernels.h5 --out models/vgg16
     vgg-transfer convert vgg16-397923af.pth --out models/vgg16_torch
+    vgg-transfer convert vgg.meta --out vgg.keras --tap fc7
+
+With --out FILE.keras the result is a Keras model of stock layers, which loads without this package
+on TensorFlow, JAX and PyTorch. Meta graphs, V1 checkpoints, frozen graphs and SavedModels are
+converted like published weights.
 
 The file format is detected from the content, not the name. No code in the file is executed.
 """
@@ -10,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -24,7 +29,13 @@ class ConvertConfig:
     """Flags of ``vgg-transfer convert``, with their defaults."""
 
     out: Path
-    """Checkpoint prefix of the model to write, e.g. models/vgg16."""
+    """Checkpoint prefix of the model to write, e.g. models/vgg16; or a file like models/vgg16.keras
+    for a native Keras model."""
+    tap: str | None = None
+    """Tensor with the output of a native Keras model. [default: the card's, else fc7]"""
+    image_size: str | None = None
+    """Size of its images, if the graph does not state it: pixels, or HEIGHTxWIDTH. [default: the
+    card's]"""
     convolutional: bool = False
     """Write fc6 to fc8 as convolutions, to accept images of any size from 32 pixels up."""
     preprocess: str | None = None
@@ -50,17 +61,35 @@ def convert(
         Path,
         Parameter(
             help="Keras .h5 or .keras, tf-slim checkpoint, .npz, .npy, PyTorch .pth, .safetensors, "
-            "MatConvNet .mat, .caffemodel, or a frozen .tfmodel."
+            "MatConvNet .mat, .caffemodel, or a frozen .tfmodel. For --out FILE.keras also a meta "
+            "graph, a frozen graph or a SavedModel."
         ),
     ],
     *,
     config: ConvertConfig,
 ) -> int:
-    """Convert published VGG weights to a meta graph."""
+    """Convert published VGG weights to a meta graph, or any model to a native Keras model."""
     with job():
         from recipes.convert_report import lines_of
-        from transfer.vgg.published.conversion import convert as convert_file
 
-        conversion = convert_file(file, **vars(config))
+        conversion = _convert(file, **vars(config))
     print("\n".join([*lines_of(conversion), terminal.escaped(str(conversion.prefix))]))
     return 0
+
+
+def _convert(file: Path, out: Path, tap: str | None, image_size: str | None, **options: Any) -> Any:
+    if out.suffix == ".keras":
+        from transfer.images.preprocess import parse_size
+        from transfer.vgg.native import convert_to_keras
+
+        size = None if image_size is None else parse_size(image_size)
+        options = {name: value for name, value in options.items() if value not in (None, (), False)}
+        if options.get("spatial_order") == "auto":
+            del options["spatial_order"]
+        return convert_to_keras(file, out, tap=tap, image_size=size, **options)
+    from transfer.vgg.published.conversion import convert
+
+    for name, value in (("tap", tap), ("image_size", image_size)):
+        if value is not None:
+            raise ValueError(f"{name}={value} is for a native Keras model: out=FILE.keras")
+    return convert(file, out, **options)

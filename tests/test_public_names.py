@@ -30,6 +30,7 @@ def test_public_names_are_these():
         "open_source",
         "predict",
         "save_meta_graph",
+        "to_keras",
     ]
     assert sorted(dir(transfer)) == sorted(transfer.__all__)
     assert all(getattr(transfer, name).__doc__ for name in transfer.__all__)

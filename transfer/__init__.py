@@ -9,6 +9,7 @@ Load a network, put a head on it, fine-tune it:
   ``extract_features`` computes their features.
 * ``evaluate`` computes metrics on labelled images, ``predict`` classifies image files.
 * ``export`` writes a classifier for other programs: SavedModel, TFLite, ONNX, Keras, meta graph.
+* ``to_keras`` converts a network to a Keras model of stock layers, for any backend of Keras.
 * ``convert`` converts published weights to a meta graph; ``save_meta_graph`` writes models that
   stock TensorFlow opens.
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from transfer.layers.backbone import Backbone
     from transfer.layers.classifier import Classifier
     from transfer.layers.head import Head, build_head
+    from transfer.layers.native.conversion import to_keras
     from transfer.models.card import Card
     from transfer.models.meta_graph import MetaGraph, load_meta_graph
     from transfer.models.saver import save_meta_graph
@@ -60,6 +62,7 @@ _MODULES = {
     "predict": "transfer.evaluation.file_predictions",
     "Prediction": "transfer.evaluation.file_predictions",
     "export": "transfer.exports.writing",
+    "to_keras": "transfer.layers.native.conversion",
     "convert": "transfer.vgg.published.conversion",
     "save_meta_graph": "transfer.models.saver",
     "ForbiddenOpError": "transfer.graph.policy",
@@ -86,6 +89,7 @@ __all__ = [
     "open_source",
     "predict",
     "save_meta_graph",
+    "to_keras",
 ]
 
 

@@ -13,7 +13,8 @@ from transfer.core import private_api
 ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = re.compile(
     r"^\s*(?:from|import) (?:tensorflow\.python|keras\.src)\b|__internal__"
-    r"|\._get_variable_index|\._momentums|\._velocities|def _all_reduce|def _use_weight_decay",
+    r"|\._get_variable_index|\._momentums|\._velocities|def _all_reduce|def _use_weight_decay"
+    r"|\._keras_history",
     re.MULTILINE,
 )
 
@@ -88,3 +89,11 @@ def test_keras_calls_overridden_methods(name):
     assert calls, f"Keras {keras.__version__} does not call {name}"
     np.testing.assert_allclose(variables[0].numpy(), 0.99)  # decayed
     np.testing.assert_array_equal(variables[1].numpy(), 1.0)
+
+
+def test_operations_of_keras_can_be_named():
+    values = keras.ops.square(keras.Input((2,)))
+    private_api.rename_operation(values, "squares")
+    assert (
+        keras.Model(values._keras_history.operation.input, values).operations[-1].name == "squares"
+    )

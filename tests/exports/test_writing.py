@@ -1,6 +1,7 @@
 """`export` from Python: exported models equal the classifier."""
 
 import json
+import zipfile
 
 import keras
 import numpy as np
@@ -8,7 +9,16 @@ import pytest
 import tensorflow as tf
 from conftest import save_vgg
 
-from transfer import Backbone, Card, Classifier, Head, Preprocess, export, open_source
+from transfer import (
+    Backbone,
+    Card,
+    Classifier,
+    Head,
+    Preprocess,
+    export,
+    open_source,
+    save_meta_graph,
+)
 from transfer.exports import tflite
 from transfer.exports.meta_graph import save_classifier
 
@@ -39,9 +49,12 @@ def loaded(classifier, tmp_path):
 
 def test_keras_file_outputs_logits(classifier, tmp_path):
     metrics = export(classifier, tmp_path, formats=["keras"])
-    model = keras.models.load_model(tmp_path / "keras" / "model.keras")
-    np.testing.assert_allclose(model(PHOTOS), classifier(PHOTOS), rtol=1e-5, atol=1e-5)
-    assert model.labels == LABELS
+    path = tmp_path / "keras" / "model.keras"
+    model = keras.models.load_model(path)
+    pixels = classifier.preprocess.resize(PHOTOS)
+    np.testing.assert_allclose(model(pixels), classifier(PHOTOS), rtol=1e-5, atol=1e-5)
+    assert {type(layer).__module__.split(".")[0] for layer in model.layers} == {"keras"}
+    assert zipfile.ZipFile(path).read("labels.txt").decode().splitlines() == LABELS
     assert metrics["exports"]["keras"]["max_difference"] < 1e-5
     assert json.loads((tmp_path / "export.json").read_text()) == metrics
     text = (tmp_path / "keras" / "README.md").read_text()
@@ -98,9 +111,29 @@ def test_int8_needs_images(classifier, tmp_path, image_folder):
 
 def test_other_head_prevents_meta_graph_only(model, tmp_path):
     classifier = new_classifier(model, keras.layers.Dense(3))
-    with pytest.raises(ValueError, match="meta_graph: can save a classifier with a Head"):
+    with pytest.raises(ValueError, match="meta_graph: .*can save a classifier with a Head"):
         export(classifier, tmp_path / "out", formats=["meta_graph", "keras"])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export.json", "keras"]
+
+
+def test_loaded_classifier_is_native_too(loaded, tmp_path):
+    metrics = export(loaded, tmp_path / "out", formats=["keras"])
+    assert metrics["exports"]["keras"]["max_difference"] < 1e-5
+
+
+def test_network_that_keras_cannot_express_is_refused_with_its_node(tmp_path):
+    """The other formats are written."""
+    with tf.Graph().as_default() as graph:
+        images = tf.compat.v1.placeholder(tf.float32, [None, 16, 16, 3], name="images")
+        scale = tf.compat.v1.get_variable("scale", [3], use_resource=False)
+        tf.reduce_mean(tf.image.adjust_hue(images, 0.1) * scale, [1, 2], name="fc7")
+    card = Card(input="images:0", tap="fc7:0", image_size=16, preprocess="caffe")
+    save_meta_graph(graph, tmp_path / "hue", {"scale": np.ones(3, np.float32)}, card)
+    with pytest.raises(ValueError, match=r"keras: cannot express node '.*AdjustHue'") as refused:
+        export(new_classifier(tmp_path / "hue"), tmp_path / "out", formats=["keras", "saved_model"])
+    assert "Classifier.save writes" in str(refused.value)
+    exported = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert exported == ["export.json", "saved_model"]
 
 
 def test_unknown_format_is_refused_before_writing(classifier, tmp_path):

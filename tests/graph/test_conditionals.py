@@ -316,7 +316,7 @@ def test_resolve_does_not_modify_nodes():
     graph_def = Program(build).graph_def
     before = graph_def.SerializeToString(deterministic=True)
     nodes = ancestors(graph_def.node, "tap", stop_at=["x"])
-    conditionals.resolve(nodes, "tap:0")
+    conditionals.resolve(nodes, ["tap:0"])
     assert graph_def.SerializeToString(deterministic=True) == before
 
 

@@ -157,7 +157,7 @@ def test_crash_of_child_is_error_with_its_signal(monkeypatch, tmp_path):
 
 
 def test_signals_and_timeouts_are_distinguished(monkeypatch):
-    call = trials.Call(GraphDef(), "x:0", (), (), ())
+    call = trials.Call(GraphDef(), ("x:0",), (), (), ())
     programs = {
         "died with SIGSEGV": f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})",
         "took over 15 s": "import sys; sys.stderr.write('Timeout (0:00:15)!'); sys.exit(1)",

@@ -251,3 +251,51 @@ def test_features_of_wrong_rank_or_unknown_width_are_rejected(shape):
     _, fc7 = fc7_graph(shape)
     with pytest.raises(ValueError, match=r"features have shape .*; expected \[batch, width\] or"):
         build_head(fc7, 2)
+
+
+SEVERAL = {
+    "maps": np.random.default_rng(1).random((6, 3, 5, 4), np.float32),
+    "a_vector": np.random.default_rng(2).random((6, 7), np.float32),
+}
+
+
+def test_features_of_several_taps_are_pooled_and_concatenated():
+    vector = np.concatenate([SEVERAL["maps"].mean((1, 2)), SEVERAL["a_vector"]], 1)
+    head = Head(num_classes=3, seed=1)
+    found = head({name: tf.constant(value) for name, value in SEVERAL.items()})
+    kernel, bias = head.classifier.kernel, head.classifier.bias
+    np.testing.assert_allclose(found, vector @ kernel + bias, rtol=1e-5)
+    swapped = {name: tf.constant(SEVERAL[name]) for name in ("a_vector", "maps")}
+    np.testing.assert_array_equal(head(swapped), found)
+    with pytest.raises(ValueError, match="of a_vector; this head was built for those of maps, a_v"):
+        head({"a_vector": tf.constant(SEVERAL["a_vector"])})
+
+
+def test_features_of_several_taps_in_tf1_keras_and_eager():
+    graph = tf.Graph()
+    with graph.as_default():
+        inputs = {n: tf1.placeholder(tf.float32, [None, *v.shape[1:]]) for n, v in SEVERAL.items()}
+    logits = build_head(inputs, num_classes=2)
+    with graph.as_default(), tf1.Session() as session:
+        session.run(tf1.global_variables_initializer())
+        weights, biases = session.run(tf1.trainable_variables())
+        found = session.run(logits, {inputs[name]: value for name, value in SEVERAL.items()})
+    vector = np.concatenate([SEVERAL["maps"].mean((1, 2)), SEVERAL["a_vector"]], 1)
+    np.testing.assert_allclose(found, vector @ weights + biases, rtol=1e-5)
+    symbolic = {name: keras.Input(value.shape[1:]) for name, value in SEVERAL.items()}
+    assert build_head(symbolic, num_classes=2).shape == (None, 2)
+    assert build_head(SEVERAL, num_classes=2).shape == (6, 2)
+
+
+def test_order_of_taps_survives_saving(tmp_path):
+    symbolic = {name: keras.Input(value.shape[1:], name=name) for name, value in SEVERAL.items()}
+    model = keras.Model(symbolic, Head(2, name="head")(symbolic))
+    model.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    assert loaded.get_layer("head").taps == ("maps", "a_vector")
+    np.testing.assert_array_equal(loaded(SEVERAL), model(SEVERAL))
+
+
+def test_tap_with_wrong_rank_is_named():
+    with pytest.raises(ValueError, match="tap 'b': features have shape"):
+        build_head({"a": tf.ones([2, 3]), "b": tf.ones([2, 3, 4])}, num_classes=2)

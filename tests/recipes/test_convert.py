@@ -6,6 +6,7 @@ import json
 import re
 import threading
 import urllib.request
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -391,3 +392,36 @@ def test_pull_without_network_suggests_convert(tmp_path, server, monkeypatch, ca
     error = capsys.readouterr().err
     assert "cannot download" in error and "Name or service not known" in error
     assert "vgg-transfer convert FILE --out PREFIX" in error
+
+
+def test_any_model_becomes_a_native_keras_model(tmp_path, capsys):
+    """A meta graph, and published weights."""
+    write_frossard(tmp_path / "weights.npz")
+    sources = {
+        "graph.keras": ("pretrained/vgg_small.meta", "fc7", "pretrained/vgg_small"),
+        "published.keras": (tmp_path / "weights.npz", "prob", None),
+    }
+    images = np.random.default_rng(0).random((2, 64, 64, 3), np.float32)
+    for name, (source, tap, prefix) in sources.items():
+        out = tmp_path / "out" / name
+        assert convert(source, out, "--tap", tap) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == str(out)
+        model = keras.models.load_model(out)
+        assert {type(layer).__module__.split(".")[0] for layer in model.layers} == {"keras"}
+        archive = zipfile.ZipFile(out)
+        card = json.loads(archive.read("card.json"))
+        assert (card["image_size"], card["tap"]) == (64, f"{tap}:0")
+        assert card["preprocess"] == ("torch" if prefix else "slim")
+        if prefix:
+            np.testing.assert_allclose(model(images), Backbone(prefix, tap)(images), rtol=1e-5)
+        assert convert(source, out) == 1
+        assert "is there already; choose another --out" in capsys.readouterr().err
+
+
+def test_flags_of_native_keras_models_are_for_these(tmp_path, capsys):
+    write_frossard(tmp_path / "weights.npz")
+    assert convert(tmp_path / "weights.npz", tmp_path / "vgg", "--tap", "fc7") == 1
+    assert "--tap fc7 is for a native Keras model: --out FILE.keras" in capsys.readouterr().err
+    assert convert("pretrained/vgg_small", tmp_path / "v.keras", "--preprocess", "tf") == 1
+    assert "--preprocess tf is for files of published weights" in capsys.readouterr().err
+    assert not (tmp_path / "v.keras").exists()

@@ -72,8 +72,8 @@ def test_exports_are_compared_with_model(run):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["meta_graph", "saved_model", "tflite", "onnx", "keras"])
 def test_readme_code_predicts_as_model(run, tmp_path, name):
-    """Runs its Python code in the folder of the export, without this project except for the Keras
-    export, on a JPEG and a PNG with an EXIF rotation."""
+    """Runs its Python code in the folder of the export, without this project, on a JPEG and a PNG
+    with an EXIF rotation."""
     photos = [on_its_side(run, tmp_path / f"photo.{kind}") for kind in ("jpg", "png")]
     folder = run / "export" / name
     text = (folder / "README.md").read_text()

@@ -448,7 +448,10 @@ def test_the_image_folder_may_be_the_only_argument(tmp_path, model, image_folder
     assert config["image_folder"] == str(image_folder)
     assert f"next: vgg-transfer evaluate {tmp_path / 'run'}" in printed.err
     assert main(["finetune", "absent"]) == 1
-    assert "'absent' is neither a folder of images nor a manifest; a tfds dataset" in capsys.readouterr().err
+    assert (
+        "'absent' is neither a folder of images nor a manifest; a tfds dataset"
+        in capsys.readouterr().err
+    )
     assert main(["finetune", str(image_folder), "--dataset", "digits"]) == 1
     assert "images are given twice" in capsys.readouterr().err
 

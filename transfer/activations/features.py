@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import keras
 import numpy as np
 
+from transfer.activations.extraction import EXTRACTION_BATCH
 from transfer.activations.store import ActivationStore, CachePolicy, ExtractionRequest
 from transfer.data.dataset import Split
 from transfer.images.preprocess import Preprocess
@@ -20,7 +22,8 @@ class Features:
     """Features of the images of a split, in its order.
 
     ``values`` are float32 ``[num_examples, width]``, ``labels`` int64 ``[num_examples]``, ``names``
-    the names of the images, and ``class_names`` the name of each class.
+    the names of the images, and ``class_names`` the name of each class. ``taps`` maps the name of
+    each tap to the number of its columns in ``values``, in their order; ``of`` selects them.
 
     Example:
         >>> import numpy as np
@@ -34,9 +37,22 @@ class Features:
     labels: np.ndarray
     names: list[str]
     class_names: list[str]
+    taps: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def of(self, tap: str) -> np.ndarray:
+        """The features of one tap: float32 ``[num_examples, its width]``.
+
+        Raises:
+            KeyError: if there is no such tap.
+        """
+        if tap not in self.taps:
+            raise KeyError(f"no features of tap {tap!r}; there are {', '.join(self.taps)}")
+        names = list(self.taps)
+        start = sum(self.taps[name] for name in names[: names.index(tap)])
+        return self.values[:, start : start + self.taps[tap]]
 
 
 def extract_features(
@@ -51,7 +67,8 @@ def extract_features(
     """Run a backbone once over the images of a split.
 
     The features are stored in the activation cache, where later calls and ``fine_tune`` runs that
-    freeze everything up to the same tap find them.
+    freeze everything up to the same tap find them. Those of several taps are pooled over height
+    and width, by the average unless the backbone has ``pooling="max"``, and concatenated.
 
     Args:
         backbone: a ``Backbone``, which maps preprocessed images to features.
@@ -78,11 +95,12 @@ def extract_features(
         512
         >>> svm = LinearSVC().fit(features.values, features.labels)
     """
-    tap = backbone.network.output
+    features = backbone.concatenated()
+    tap = features.network.output
     if preprocess is None:
         preprocess = backbone.graph.preprocess(backbone.network.input)
     # The same layer as in a run with this cut, without global average pooling, to share its cache.
-    layer, _ = backbone.split(tap)
+    layer, _ = features.split(tap)
     store = ActivationStore(
         layer,
         preprocess,
@@ -93,5 +111,16 @@ def extract_features(
     rows = store.rows([ExtractionRequest("training", split, None)])
     if rows is None:
         raise MemoryError("the features do not fit in memory; use cache='disk'")
-    values = average_over_space(np.asarray(rows[0][np.arange(len(split))], np.float32))
-    return Features(np.asarray(values), split.labels, [*split.names], split.source.class_names)
+    maps = np.asarray(rows[0][np.arange(len(split))], np.float32)
+    if backbone.pooling == "max" and maps.ndim == 4:
+        values = maps.max((1, 2))
+    else:
+        values = np.asarray(average_over_space(maps))
+    taps = _widths(backbone, preprocess) if backbone.network.taps else {tap: values.shape[1]}
+    return Features(values, split.labels, [*split.names], split.source.class_names, taps)
+
+
+def _widths(backbone: Backbone, preprocess: Preprocess) -> dict[str, int]:
+    """The number of features of each tap."""
+    images = keras.KerasTensor((EXTRACTION_BATCH, *preprocess.shape), "float32")
+    return {name: spec.shape[-1] for name, spec in backbone.compute_output_spec(images).items()}

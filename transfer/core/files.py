@@ -206,7 +206,12 @@ def write_names(path: Path, names: Iterable[str]) -> None:
     A name that does not fit on a line (with a line break, a control character or bytes that are not
     UTF-8) is written as a JSON string; all others unchanged.
     """
-    write_text(path, "".join(f"{_to_line(name)}\n" for name in names))
+    write_text(path, names_as_text(names))
+
+
+def names_as_text(names: Iterable[str]) -> str:
+    """The content of a file with names; see ``write_names``."""
+    return "".join(f"{_to_line(name)}\n" for name in names)
 
 
 def read_names(path: Path) -> list[str]:

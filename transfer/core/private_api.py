@@ -72,3 +72,12 @@ class OptimizerOverrides:
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
         return grads_and_vars
+
+
+def rename_operation(tensor: Any, name: str) -> None:
+    """Name the Keras operation that made a Keras tensor.
+
+    The functions of ``keras.ops`` take no name, and the names that Keras gives may be those of
+    layers of the same model, which it then refuses.
+    """
+    tensor._keras_history.operation.name = name

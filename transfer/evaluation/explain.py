@@ -31,7 +31,7 @@ def grad_cam(classifier: Classifier) -> Callable[[Any, Any], np.ndarray]:
     Raises:
         ValueError: if the network has no feature maps with a height and a width.
     """
-    backbone = classifier.backbone
+    backbone = classifier.feature_extractor
     tensor = last_feature_maps(backbone.network, classifier.preprocess.size)
     if tensor is None:
         raise ValueError(

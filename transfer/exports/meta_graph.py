@@ -31,19 +31,15 @@ def save_classifier(classifier: Classifier, prefix: str | Path, card: Card, **op
     Variables are reference variables, which all TensorFlow versions can restore.
 
     Args:
-        classifier: a classifier with a ``Head`` and a backbone made from a meta graph.
+        classifier: a classifier with a ``Head`` and a backbone made from a meta graph, or one from
+            ``Classifier.load`` or ``Classifier.from_model``.
         prefix: checkpoint prefix, the path without ``.meta``.
         card: description of the model; inputs, outputs and preprocessing are filled in.
         **options: step and retention of checkpoints; see ``save_meta_graph``.
 
     Raises:
-        TypeError: if the classifier's head is not a ``Head``.
+        TypeError: if it is another kind of classifier.
     """
-    if not isinstance(classifier.head, Head):
-        raise TypeError(
-            f"can save a classifier with a Head, got a {type(classifier.head).__name__}; "
-            "a classifier that was loaded is on disk already"
-        )
     prefix = Path(prefix)
     graph, tensors, values = _to_graph(classifier)
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -139,8 +135,8 @@ def _whole(classifier: Classifier) -> GraphLayer:
     is_cut = isinstance(first, GraphLayer) and isinstance(second, GraphLayer)
     if not is_cut or first.network.output != second.network.input or first.pooling is not None:
         raise TypeError(
-            f"can save a classifier with a Head, or one that was loaded from a run; got a "
-            f"{type(first).__name__} with a {type(second).__name__}"
+            "can save a classifier with a Head, or one from Classifier.load or "
+            f"Classifier.from_model; got a {type(first).__name__} with a {type(second).__name__}"
         )
     graph_def = GraphDef()
     graph_def.CopyFrom(first.network.graph_def)
@@ -166,7 +162,9 @@ def _whole(classifier: Classifier) -> GraphLayer:
 
 def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[str, Any]]:
     """The classifier as a TF1 graph, with the names of its tensors and values of its variables."""
-    backbone, head = classifier.backbone, classifier.head
+    backbone, head = classifier.feature_extractor, classifier.head
+    if not isinstance(head, Head):
+        return _whole_to_graph(classifier)
     graph = tf.Graph()
     with graph.as_default():
         input_name = _import_backbone(backbone, classifier.preprocess)
@@ -191,6 +189,20 @@ def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[st
     scope = logits.name.rpartition("/")[0]
     values = backbone.values() | {f"{scope}/{name}": v for name, v in head.values().items()}
     return graph, names, values
+
+
+def _whole_to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[str, Any]]:
+    """The same for a classifier whose head is a part of the graph."""
+    whole, features = _whole(classifier), classifier.backbone.network.output
+    graph = tf.Graph()
+    with graph.as_default():
+        input_name = _import_backbone(whole, classifier.preprocess)
+        logits = graph.get_tensor_by_name(whole.network.output)
+        probabilities = tf.nn.softmax(tf.cast(logits, tf.float32), name="probabilities")
+    tap_name = input_name if features == whole.network.input else features
+    names = {"input": input_name, "tap": tap_name}
+    names |= {"logits": logits.name, "probabilities": probabilities.name}
+    return graph, names, whole.values()
 
 
 def _import_backbone(

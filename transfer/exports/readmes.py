@@ -121,21 +121,22 @@ print(labels[probabilities.argmax()], probabilities.max())
 _KERAS = """\
 # {name}: a Keras model
 
-It maps images of any size, float32 `[batch, height, width, {channels}]` in 0 to 255, to logits,
-float32 `[batch, {num_classes}]`, in the order of `labels.txt`. `import transfer` (the package
-`vgg-transfer`) registers its layers with Keras.
+Stock layers only, which Keras 3 runs on TensorFlow, JAX and PyTorch; no other package is needed.
+Input: images, float32 `[batch, {height}, {width}, {channels}]` in 0 to 255, resized to cover
+{height}x{width} pixels and center-cropped; the model normalizes them. Output: logits, float32
+`[batch, {num_classes}]`, in the order of `labels.txt`, which is also inside `model.keras`, a zip
+archive. To train it further, use a loss with `from_logits=True`.
 
 ```python
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # or jax, or torch
 import keras
-import numpy as np
-import transfer
-from PIL import Image, ImageOps
+{prepare}
 
 model = keras.models.load_model("model.keras")
-image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{mode}")
-pixels = np.array(image, np.float32).reshape(1, image.height, image.width, {channels})
-pixels = np.repeat(pixels, {repeats}, axis=0)
-probabilities = np.asarray(keras.ops.softmax(model(pixels)))[0]
+logits = model.predict(prepare("photo.jpg"), verbose=0)
+probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(logits))[0]
 labels = open("labels.txt", encoding="utf-8").read().splitlines()
 print(labels[probabilities.argmax()], probabilities.max())
 ```

@@ -66,14 +66,15 @@ def export(
     * ``saved_model``: takes encoded image files or pixels, for TensorFlow Serving;
     * ``tflite``: float32, float16 and, given images, int8;
     * ``onnx``: needs ``pip install 'vgg-transfer[onnx]'``;
-    * ``keras``: ``keras.models.load_model`` reads it after ``import transfer``.
+    * ``keras``: stock layers, for ``keras.models.load_model`` on TensorFlow, JAX and PyTorch,
+      without this package.
 
     Each export is loaded with its target runtime and compared with the classifier. A file with
     different probabilities is not kept; the others are.
 
     Args:
         classifier: the classifier to export, e.g. that of a ``FineTuneResult``. For ``meta_graph``,
-            it must have a ``Head``, or be loaded from a run.
+            it must have a ``Head``, or be from ``Classifier.load`` or ``Classifier.from_model``.
         out: output folder. Earlier exports of other formats in it are kept.
         formats: names from the list above. Default: all; ``onnx`` only if it is installed.
         images: labelled images for the comparison; a split from ``open_source``. Without them the
@@ -344,8 +345,7 @@ def _keras(context: _ExportContext, folder: Path) -> Exported:
     _write_labels(context, folder)
     path = folder / "model.keras"
     keras_file.save(context.classifier, path)
-    predict = keras_file.load(path)
-    yield "keras", path, lambda _: predict(context.samples.files)
+    yield "keras", path, keras_file.load(path)
 
 
 _FORMATS: dict[str, Callable[[_ExportContext, Path], Exported]] = {

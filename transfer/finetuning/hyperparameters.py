@@ -124,7 +124,6 @@ def default_batch_size(num_images: int, *, is_cached_head: bool) -> int:
 def resolve(
     request: StageRequest,
     classifier: Classifier,
-    tap: str,
     features: np.ndarray,
     steps_per_epoch: int,
     batch_growth: float = 1.0,
@@ -134,7 +133,6 @@ def resolve(
     Args:
         request: its cut may be ``tap``, or a short name.
         classifier: a built classifier.
-        tap: the tensor with the features.
         features: float ``[images, width]``, inputs of the head for a few images.
         steps_per_epoch: training steps per epoch.
         batch_growth: size of the batches relative to those for which the default learning rate of
@@ -146,7 +144,7 @@ def resolve(
     """
     backbone, cut = classifier.backbone, request.cut
     if cut == "tap":
-        cut = tap.removesuffix(":0")
+        cut = backbone.network.output.removesuffix(":0")
     elif cut != "none":
         cut = backbone.tensor(cut).removesuffix(":0")
     trained = backbone if cut == "none" else backbone.split(cut)[1]

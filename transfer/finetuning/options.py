@@ -14,7 +14,8 @@ class FineTuneOptions:
     """Options of ``fine_tune``. ``None`` means the default that the option describes."""
 
     tap: str | None = None
-    """Tensor with the features; a short name works. [default: the card's, else fc7]"""
+    """Tensor with the features; a short name works. Several, separated by commas, are averaged
+    over height and width and concatenated: pool4,pool5,fc7. [default: the card's, else fc7]"""
     input: str | None = None
     """Tensor that takes the images. [default: the card's, else the only candidate]"""
     keep_dropout: bool = False
@@ -109,6 +110,11 @@ class FineTuneOptions:
     seed: int = 0
     """Seed of the head initialization, shuffling, shots_per_class sampling and augmentation."""
 
+    @property
+    def taps(self) -> list[str]:
+        """The names in ``tap``."""
+        return [name.strip() for name in (self.tap or "").split(",") if name.strip()]
+
     def check(self) -> None:
         """Validate what can be checked without the model and the images.
 
@@ -179,7 +185,7 @@ class ResolvedOptions(FineTuneOptions):
 
 
 def options_from(arguments: Mapping[str, Any]) -> FineTuneOptions:
-    """Options from keyword arguments.
+    """Options from keyword arguments; ``tap`` may be a list of names, ``cache_dir`` a string.
 
     Raises:
         TypeError: for a name that is not an option; suggests the nearest one.
@@ -190,4 +196,8 @@ def options_from(arguments: Mapping[str, Any]) -> FineTuneOptions:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; choose from {', '.join(names)}"
             raise TypeError(f"{name!r} is not an option of fine_tune{hint}")
+    if isinstance(tap := arguments.get("tap"), list | tuple):
+        arguments = {**arguments, "tap": ",".join(tap)}
+    if isinstance(folder := arguments.get("cache_dir"), str):
+        arguments = {**arguments, "cache_dir": Path(folder)}
     return FineTuneOptions(**arguments)

@@ -225,7 +225,9 @@ def _save(context: RunContext, epochs: int, **options: Any) -> None:
     prefix = context.run_dir / run_folder.MODEL
     graph, train = context.request.graph, context.train
     cuts = ", then ".join(stage.cut for stage in context.stages)
+    taps = context.options.taps
     card = Card(
+        taps=taps if len(taps) > 1 else [],
         source=f"fine-tuned from {graph.prefix.name}, frozen until {cuts}",
         licence=graph.card.licence,
         trained_on=f"{train.source.name}, {len(train)} images, {epochs} epochs",
@@ -255,6 +257,7 @@ def _save_and_evaluate(
 def _metrics(context: RunContext, progress: Progress, evaluation: dict[str, Any]) -> dict[str, Any]:
     """Content of ``metrics.json``, except for times."""
     final_loss = run_folder.read_history(context.run_dir)["loss"][-1]
+    taps = context.options.taps
     return {
         "eval": evaluation,
         "train": {"epochs": progress.epoch, "steps": progress.step, "final_loss": final_loss}
@@ -266,4 +269,4 @@ def _metrics(context: RunContext, progress: Progress, evaluation: dict[str, Any]
         "cut": context.last_cut,
         "seed": context.options.seed,
         "versions": measurement.versions(),
-    }
+    } | ({"taps": taps} if len(taps) > 1 else {})

@@ -302,7 +302,7 @@ def _classifier(
     graph, options, replicas = request.graph, request.options, request.replicas
     planned = plan(
         graph,
-        options.tap,
+        options.taps if len(options.taps) > 1 else options.tap,
         input=options.input,
         feeds=request.feeds,
         keep_dropout=options.keep_dropout,
@@ -310,7 +310,8 @@ def _classifier(
         preprocess=options.preprocess,
         image_size=None if options.image_size is None else parse_size(options.image_size),
     )
-    tap, network, preprocess = planned.tap, planned.network, planned.preprocess
+    tap = planned.tap if isinstance(planned.tap, str) else ",".join(planned.tap)
+    network, preprocess = planned.network, planned.preprocess
     _report(options, tap, network)
     labels = train.source.class_names
     _warn_if_prepared_twice(network, preprocess.mode)
@@ -319,13 +320,13 @@ def _classifier(
     with replicas.strategy.scope():
         backbone = Backbone(
             graph,
-            tap,
+            planned.tap,
             input=network.input,
             feeds=request.feeds,
             keep_dropout=options.keep_dropout,
             use_ema=options.use_ema,
             name="backbone",
-        )
+        ).concatenated()
     if options.random_weights:
         backbone.randomize(options.seed)
     features = _features_of_a_few(backbone, train, preprocess)
@@ -385,13 +386,14 @@ def _stages(
     is_default = request.options.batch_size is None
     growth = max(1, options.batch_size / BATCH) if is_default else 1.0
     stages = [
-        resolve(stage, classifier, options.tap, features, steps_per_epoch, growth)
+        resolve(stage, classifier, features, steps_per_epoch, growth)
         for stage in requested_stages(options)
     ]
     for stage in stages:
         _warn_if_stopped(_after(classifier.backbone, stage.cut), stage.cut)
     last = stages[-1]
-    if options.solver == "lbfgs" and last.cut != options.tap.removesuffix(":0"):
+    tap = classifier.backbone.network.output
+    if options.solver == "lbfgs" and last.cut != tap.removesuffix(":0"):
         raise ValueError(
             f"solver=lbfgs trains a head on frozen features; freeze_until={last.cut} trains more "
             "than that"
@@ -411,6 +413,8 @@ def _report(options: FineTuneOptions, tap: str, network: Network) -> None:
     """Log what was detected in the graph rather than given by the caller."""
     tensors = {"tap": (options.tap, tap), "input": (options.input, network.input)}
     lines = [f"{role}: {name}" for role, (given, name) in tensors.items() if given != name]
+    if "," in tap:
+        lines.append(f"the taps, averaged over height and width, are one tensor: {network.output}")
     lines += [
         f"{mode.kind}: {mode.tensor} is {mode.inference}, and {mode.training} in what is trained "
         f"(found by {mode.why})"

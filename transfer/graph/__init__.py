@@ -3,6 +3,7 @@
 All are pure functions: no graph is imported, run or changed in place.
 """
 
+from transfer.graph.concatenation import concatenated
 from transfer.graph.conditionals import NORMS
 from transfer.graph.dropout import find as find_dropout
 from transfer.graph.functions import inline
@@ -45,6 +46,7 @@ __all__ = [
     "canonical",
     "channels_last",
     "check",
+    "concatenated",
     "constant",
     "cut",
     "data_inputs",

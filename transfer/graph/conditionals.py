@@ -126,13 +126,13 @@ def root(by_name: Mapping[str, NodeDef], tensor: str) -> str:
 
 
 def resolve(
-    nodes: Sequence[NodeDef], output: str, inference: Mapping[str, NodeDef] | None = None
-) -> tuple[list[NodeDef], str]:
-    """Remove all ``Switch`` and ``Merge`` nodes; returns the nodes and the name of the output.
+    nodes: Sequence[NodeDef], outputs: Sequence[str], inference: Mapping[str, NodeDef] | None = None
+) -> tuple[list[NodeDef], list[str]]:
+    """Remove all ``Switch`` and ``Merge`` nodes; returns the nodes and the names of the outputs.
 
     Args:
         nodes: nodes in topological order.
-        output: the tensor to compute.
+        outputs: the tensors to compute.
         inference: constants that replace mode switches at inference, by name. They decide
             conditionals between batch statistics and moving averages: batch norm always uses the
             moving averages, which are not updated here.
@@ -174,7 +174,7 @@ def resolve(
             copy.CopyFrom(node)
             copy.input[:] = edges
             resolved.append(copy)
-    return resolved, new_name(output)
+    return resolved, [new_name(output) for output in outputs]
 
 
 def _gates(switch: NodeDef, value: str, predicate: str) -> list[NodeDef]:

@@ -138,7 +138,7 @@ def stopped(network: Network) -> dict[str, list[str]]:
     graph_def = network.training or network.graph_def
     by_name = {node.name: node for node in graph_def.node}
     names = {variable.name for variable in network.variables if variable.trainable}
-    trained, stops = _reached(by_name, [network.output], names)
+    trained, stops = _reached(by_name, network.outputs, names)
     by_stop: dict[str, list[str]] = {}
     for stop in sorted(stops, key=list(by_name).index, reverse=True):
         behind, pending = set[str](), [stop]
@@ -175,14 +175,14 @@ def _in_order(graph_def: GraphDef) -> list[NodeDef]:
 
 
 def _separating(network: Network, graph_def: GraphDef) -> list[str]:
-    """All tensors on every path from the input to the output, in topological order.
+    """All tensors on every path from the input to the outputs, in topological order.
 
     After each node, the tensors used by later nodes are determined: if there is only one, it
     separates. Only tensors that depend on the input are considered.
     """
     live = downstream(graph_def.node, [network.input])
     nodes = [node for node in graph_def.node if node.name in live]
-    last_use: dict[str, int] = {network.output: len(nodes)}
+    last_use = dict.fromkeys(network.outputs, len(nodes))
     for position, node in enumerate(nodes):
         for edge in data_inputs(node):
             if operation_of(edge) in live or canonical(edge) == network.input:
@@ -223,7 +223,7 @@ def _last_of_each_layer(
         number = layer_of[operation_of(tensor)]
         if number and (by_name[operation_of(tensor)].op not in _FORM or number not in last):
             last[number] = tensor
-    if layer and network.output != network.input:
+    if layer and {*network.outputs} == {network.output} != {network.input}:
         last[layer] = network.output
     return list(last.values())
 

@@ -85,8 +85,11 @@ def check(nodes: Iterable[NodeDef]) -> None:
             )
 
 
-def ancestors(nodes: Iterable[NodeDef], output: str, stop_at: Iterable[str] = ()) -> list[NodeDef]:
-    """The nodes that a tensor depends on, up to ``stop_at``, in topological order.
+def ancestors(
+    nodes: Iterable[NodeDef], output: str | Sequence[str], stop_at: Iterable[str] = ()
+) -> list[NodeDef]:
+    """The nodes that a tensor, or any of several, depends on, up to ``stop_at``, in topological
+    order.
 
     Control dependencies are ignored, since there are no side effects to order, except those that
     tell which branch of a conditional a node belongs to.
@@ -98,14 +101,15 @@ def ancestors(nodes: Iterable[NodeDef], output: str, stop_at: Iterable[str] = ()
     by_name = {node.name: node for node in nodes}
     stops = {canonical(name) for name in stop_at}
     edges: dict[str, list[str]] = {}
-    pending = [canonical(output)] if canonical(output) not in stops else []
+    outputs = [output] if isinstance(output, str) else output
+    pending = [canonical(name) for name in outputs if canonical(name) not in stops]
     while pending:
         name = operation_of(pending.pop())
         if name in edges:
             continue
         if name not in by_name:
             raise ValueError(f"the graph is damaged: it refers to {name!r}, which does not exist")
-        _check_no_loop(by_name[name], output)
+        _check_no_loop(by_name[name], outputs)
         followed = [
             edge
             for edge in by_name[name].input
@@ -252,10 +256,11 @@ def with_nodes(graph_def: GraphDef, nodes: Iterable[NodeDef]) -> GraphDef:
     return GraphDef(node=nodes, versions=graph_def.versions)
 
 
-def _check_no_loop(node: NodeDef, output: str) -> None:
+def _check_no_loop(node: NodeDef, outputs: Iterable[str]) -> None:
     if node.op in _LOOPS or node.op in _LOOP_CALLS:
+        shown = ", ".join(map(repr, outputs))
         raise ValueError(
-            f"{output!r} is inside of, or depends on, a while loop (node {node.name!r}): it has a "
+            f"{shown} is inside of, or depends on, a while loop (node {node.name!r}): it has a "
             "value per iteration of the loop, and a layer has one; choose a tap before the loop"
         )
 

@@ -110,9 +110,10 @@ def shared_batch(network: Network) -> tuple[Fraction, list[str]] | None:
         except ValueError:
             continue
         rows = {name: shape[0] if shape else None for name, shape in shapes.items()}
-        count = rows[network.output]
-        if count in (None, batch):
+        counts = [count for name in network.outputs if (count := rows[name]) not in (None, batch)]
+        if not counts:
             return None
+        count = counts[0]
         tower_inputs = [
             part
             for part in parts

@@ -110,7 +110,8 @@ class _LayoutConverter:
                 self.nodes.append(copy)
             elif not self._convert(copy):
                 self._add_unchanged(copy)
-        self._convert_output()
+        for output in dict.fromkeys(self.network.outputs):
+            self._convert_output(output)
         return with_nodes(self.graph_def, self.nodes)
 
     def _rank(self, tensor: str) -> int | None:
@@ -216,19 +217,18 @@ class _LayoutConverter:
             self.last.add(f"{node.name}:0")
         return True
 
-    def _convert_output(self) -> None:
-        """Transpose the output to channels last if its operation was not converted."""
-        if self.network.output not in self.first or self._rank(self.network.output) != 4:
+    def _convert_output(self, output: str) -> None:
+        """Transpose an output to channels last if its operation was not converted."""
+        if output not in self.first or self._rank(output) != 4:
             return
-        name, _, index = self.network.output.rpartition(":")
+        name, _, index = output.rpartition(":")
         if index != "0":
             return
         maker = next(node for node in self.nodes if node.name == name)
         maker.name = f"{name}/channels_first"
         for node in self.nodes:
             node.input[:] = [
-                f"{maker.name}:0" if canonical(edge) == self.network.output else edge
-                for edge in node.input
+                f"{maker.name}:0" if canonical(edge) == output else edge for edge in node.input
             ]
         self._transpose(name, f"{maker.name}:0", _TO_LAST, maker)
 

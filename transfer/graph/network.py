@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
@@ -52,7 +52,7 @@ class Variable:
 
 @dataclass(frozen=True)
 class Network:
-    """A subgraph that computes one output from one input and from variables.
+    """A subgraph that computes one output, or several, from one input and from variables.
 
     ``graph_def`` contains only operations. They refer to the tensors ``input`` and
     ``<variable>:0``, and to ``randomness.SEED`` if they need random numbers; these must be supplied
@@ -60,6 +60,9 @@ class Network:
     active dropout; ``None`` if it does not differ. If ``batch_size`` is set, the network accepts
     only batches of this size. ``input_shape`` is the static shape of the input, if known; ``modes``
     are the detected switches between training and inference, which are set in both graphs.
+
+    ``taps`` maps names to tensors if the network has several outputs; ``output`` is then the last
+    of these tensors in the order of the graph. Nothing is cut at a tap: it may be inside a branch.
 
     Raises:
         ForbiddenOpError: if it contains operations that are not pure computation.
@@ -74,6 +77,7 @@ class Network:
     batch_size: int | None = None
     input_shape: tuple[int | None, ...] | None = None
     modes: tuple[modes.Mode, ...] = ()
+    taps: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for graph_def in self.graphs:
@@ -84,21 +88,26 @@ class Network:
         """The graph for inference, and that for training if it differs."""
         return [self.graph_def] if self.training is None else [self.graph_def, self.training]
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """All output tensors: those of the taps in their order, else ``output``."""
+        return tuple(self.taps.values()) or (self.output,)
+
 
 def extract(
     graph_def: GraphDef,
-    output: str,
+    output: str | Mapping[str, str],
     input: str,
     input_dtype: tf.DType | None = None,
     feeds: Feeds | None = None,
     keep_dropout: bool = False,
     input_shape: tuple[int | None, ...] | None = None,
 ) -> Network:
-    """Extract the subgraph between two tensors, with its variables as inputs.
+    """Extract the subgraph between an input and an output, with its variables as inputs.
 
     Args:
         graph_def: any TF1 graph; it is not changed.
-        output: tensor to compute.
+        output: tensor to compute; or several, names to tensors, see ``Network.taps``.
         input: tensor to feed; nodes before it are removed.
         input_dtype: dtype of the input; inputs of other dtypes are cast to it.
         feeds: values of other placeholders, at inference and in training. Switches between training
@@ -107,63 +116,72 @@ def extract(
         input_shape: shape of the input, if known.
 
     Raises:
-        ValueError: if a placeholder has no value, or the output does not depend on the input.
+        ValueError: if a placeholder has no value, or an output does not depend on the input.
         ForbiddenOpError: if it contains operations that are not pure computation.
     """
     feeds = _check_feeds(graph_def, feeds or {})
-    nodes = ancestors(graph_def.node, output, stop_at=[input])
-    _check_depends(nodes, output, input)
+    taps = {} if isinstance(output, str) else output
+    requested = [output] if isinstance(output, str) else output.values()
+    outputs = [canonical(name) for name in requested]
+    upstream = [ancestors(graph_def.node, name, stop_at=[input]) for name in outputs]
+    for name, nodes in zip(outputs, upstream, strict=True):
+        _check_depends(nodes, name, input)
+    if len(outputs) > 1:
+        nodes = ancestors(graph_def.node, outputs, stop_at=[input])
     switches = modes.find(nodes, canonical(input))
     inference = {mode.tensor: mode.inference for mode in switches} | feeds
     training = {mode.tensor: mode.training for mode in switches} | feeds
 
     in_use = _with_constants(nodes, inference)
-    parts = [_arithmetic(in_use, output, input, drop=keep_dropout)]
+    parts = [_arithmetic(in_use, outputs, input, drop=keep_dropout)]
     switched = {operation_of(name) for name in inference}
     constant = {node.name: node for node in in_use if node.name in switched}
     with_training = _with_constants(nodes, training)
-    parts.append(_arithmetic(with_training, output, input, drop=True, inference=constant))
+    parts.append(_arithmetic(with_training, outputs, input, drop=True, inference=constant))
 
     variables: dict[str, Variable] = {}
     lifted = []
     fixed = conditionals.stored(in_use)
-    for part, name in parts:
+    for part, names in parts:
         _check_placeholders(part)
         mine, rest, alias = _lift_variables(part, input)
         mine = [replace(v, trainable=v.trainable and v.name not in fixed) for v in mine]
         variables = {v.name: v for v in mine} | variables
-        lifted.append((with_nodes(graph_def, rest), alias.get(name, name)))
-    (with_dropout_off, result), (with_dropout_on, training_result) = lifted
+        results = [alias.get(name, canonical(name)) for name in names]
+        lifted.append((with_nodes(graph_def, rest), results))
+    (with_dropout_off, results), (with_dropout_on, training_results) = lifted
     in_order = [variables[n.name] for n in graph_def.node if n.name in variables]
-    same = with_dropout_off == with_dropout_on or training_result != result
+    same = with_dropout_off == with_dropout_on or training_results != results
+    position = {node.name: number for number, node in enumerate(with_dropout_off.node)}
     return Network(
         graph_def=with_dropout_off,
         input=canonical(input),
         input_dtype=input_dtype,
-        output=result,
+        output=max(results, key=lambda name: position.get(operation_of(name), -1)),
         variables=tuple(in_order),
         training=None if same else with_dropout_on,
         input_shape=input_shape,
         modes=tuple(m for m in switches if m.tensor not in feeds),
+        taps=dict(zip(taps, results, strict=True)) if taps else {},
     )
 
 
 def _arithmetic(
     nodes: Sequence[NodeDef],
-    output: str,
+    outputs: Sequence[str],
     input: str,
     *,
     drop: bool,
     inference: Mapping[str, NodeDef] | None = None,
-) -> tuple[list[NodeDef], str]:
-    """The nodes without conditionals, and without dropout unless ``drop``; and the output name."""
-    resolved, output = conditionals.resolve(nodes, canonical(output), inference)
-    resolved = ancestors(resolved, output, stop_at=[input])
+) -> tuple[list[NodeDef], list[str]]:
+    """The nodes without conditionals, and without dropout unless ``drop``; and the output names."""
+    resolved, outputs = conditionals.resolve(nodes, outputs, inference)
+    resolved = ancestors(resolved, outputs, stop_at=[input])
     if not drop:
         live = {operation_of(input), *downstream(resolved, [input])}
         resolved = dropout.bypass(resolved, live)
-        resolved = ancestors(resolved, output, stop_at=[input])
-    return seeded(resolved), output
+        resolved = ancestors(resolved, outputs, stop_at=[input])
+    return seeded(resolved), outputs
 
 
 def _lift_variables(
@@ -192,15 +210,24 @@ def _lift_variables(
 def cut(network: Network, at: str) -> tuple[Network, Network]:
     """Cut a network in two at a tensor, such that their composition is the network.
 
+    A network with several outputs is cut before all of them, and the second part has them.
+
     Raises:
-        ValueError: if the tensor is not in the network, or a branch bypasses it.
+        ValueError: if the tensor is not in the network, a branch bypasses it, or an output is
+            before it.
     """
     at = canonical(at)
     variables = {variable.name: variable for variable in network.variables}
 
-    def part(output: str, input: str, input_dtype: tf.DType | None) -> Network:
+    def part(
+        output: str, input: str, input_dtype: tf.DType | None, taps: Mapping[str, str]
+    ) -> Network:
         graphs = [
-            _between(graph_def, output, [network.input, input, SEED, *variables])
+            _between(
+                graph_def,
+                [*taps.values()] or [output],
+                [network.input, input, SEED, *variables],
+            )
             for graph_def in network.graphs
         ]
         read = {operation_of(edge) for g in graphs for node in g.node for edge in node.input}
@@ -213,24 +240,37 @@ def cut(network: Network, at: str) -> tuple[Network, Network]:
             training=graphs[1] if graphs[1:] not in ([], graphs[:1]) else None,
             batch_size=network.batch_size,
             input_shape=network.input_shape if input == network.input else None,
+            taps=taps,
         )
 
     for graph_def in network.graphs:
         if at != network.input and operation_of(at) not in {node.name for node in graph_def.node}:
             raise ValueError(f"cannot cut at {at!r}: it is not between the input and the tap")
-    suffix = part(network.output, at, None)
+    suffix = part(network.output, at, None, network.taps)
     if at != network.input:
+        _check_after(network, at)
         bypass = [n.name for g in suffix.graphs for n in g.node if _reads(n, network.input)]
         if bypass:
             raise ValueError(
                 f"cannot cut at {at!r}: it does not separate the input from the tap; a branch "
                 f"bypasses it, from {network.input!r} through {bypass[0]!r}"
             )
-    return part(at, network.input, network.input_dtype), suffix
+    return part(at, network.input, network.input_dtype, {}), suffix
 
 
-def _between(graph_def: GraphDef, output: str, leaves: Iterable[str]) -> GraphDef:
-    return with_nodes(graph_def, ancestors(graph_def.node, output, stop_at=leaves))
+def _between(graph_def: GraphDef, outputs: Sequence[str], leaves: Iterable[str]) -> GraphDef:
+    return with_nodes(graph_def, ancestors(graph_def.node, outputs, stop_at=leaves))
+
+
+def _check_after(network: Network, at: str) -> None:
+    """Check that all taps depend on a tensor."""
+    after = downstream(network.graph_def.node, [at])
+    before = [n for n, t in network.taps.items() if t != at and operation_of(t) not in after]
+    if before:
+        raise ValueError(
+            f"cannot cut at {at!r}: tap {before[0]!r} does not depend on it; cut before the "
+            "earliest tap"
+        )
 
 
 def variable(node: NodeDef) -> Variable:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -18,8 +18,10 @@ import tensorflow as tf
 from transfer.graph import SEED, Network, canonical, output_shapes, trials
 
 
-def as_function(network: Network) -> Callable[[Any, Sequence[Any], Any], tf.Tensor]:
+def as_function(network: Network) -> Callable[[Any, Sequence[Any], Any], Any]:
     """A function ``(inputs, list of weights, seed) -> output``, computed by a ``tf.function``.
+
+    The output of a network with several taps is a dict of their names to tensors.
 
     It needs its own ``tf.function`` because a gradient tape does not record operations imported
     into the function in which it was opened. The seed, int32 ``[2]``, may be ``None`` if the
@@ -31,10 +33,20 @@ def as_function(network: Network) -> Callable[[Any, Sequence[Any], Any], tf.Tens
     """
     names = [canonical(variable.name) for variable in network.variables]
 
-    def apply(inputs: tf.Tensor, weights: list[tf.Tensor], seed: tf.Tensor | None) -> tf.Tensor:
+    def apply(inputs: tf.Tensor, weights: list[tf.Tensor], seed: tf.Tensor | None) -> Any:
         tensors = {network.input: inputs, **dict(zip(names, weights, strict=True))}
-        if network.output in tensors:
-            return tf.identity(tensors[network.output])
+        outputs = {name: tf.identity(tensors[name]) for name in network.outputs if name in tensors}
+        computed = [name for name in dict.fromkeys(network.outputs) if name not in tensors]
+        if computed:
+            outputs |= dict(zip(computed, imported(computed, tensors, seed), strict=True))
+        if network.taps:
+            return {name: outputs[tensor] for name, tensor in network.taps.items()}
+        return outputs[network.output]
+
+    def imported(
+        computed: list[str], tensors: dict[str, tf.Tensor], seed: tf.Tensor | None
+    ) -> list[tf.Tensor]:
+        inputs, *weights = tensors.values()
         tensors[SEED] = tf.zeros([2], tf.int32) if seed is None else seed
         specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in (inputs, *weights)]
         graph_def = trials.checked_graph(network, specs[0], specs[1:])
@@ -44,17 +56,17 @@ def as_function(network: Network) -> Callable[[Any, Sequence[Any], Any], tf.Tens
         outputs = tf.graph_util.import_graph_def(
             graph_def,
             input_map={name: tf.identity(t) for name, t in tensors.items() if name in used},
-            return_elements=[network.output],
+            return_elements=computed,
             name="network",
-        )[0]
-        return _with_a_row_each(network, inputs, outputs)
+        )
+        return _with_a_row_each(network, inputs, dict(zip(computed, outputs, strict=True)))
 
-    def run(inputs: tf.Tensor, weights: list[tf.Tensor], seed: tf.Tensor | None) -> tf.Tensor:
+    def run(inputs: tf.Tensor, weights: list[tf.Tensor], seed: tf.Tensor | None) -> Any:
         inputs = as_input(network, inputs)
         if network.batch_size is None:
             return apply(inputs, weights, seed)
 
-        def one(batch: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+        def one(batch: tf.Tensor, number: tf.Tensor) -> Any:
             own = None if seed is None else tf.random.fold_in(seed, number)
             return apply(batch, weights, own)
 
@@ -62,7 +74,7 @@ def as_function(network: Network) -> Callable[[Any, Sequence[Any], Any], tf.Tens
 
     compiled = compiled_per_rank(run)
 
-    def call(inputs: Any, weights: Sequence[Any], seed: tf.Tensor | None) -> tf.Tensor:
+    def call(inputs: Any, weights: Sequence[Any], seed: tf.Tensor | None) -> Any:
         return compiled(_checked(network, tf.convert_to_tensor(inputs)), list(weights), seed)
 
     return call
@@ -92,16 +104,20 @@ def output_shape(network: Network, example: Sequence[int | None]) -> tf.TensorSh
     It includes a width that the graph computes from the batch size, which inference with an unknown
     batch size does not find.
     """
-    return _in_common(_probe(network, example).values())
+    return _in_common(_probe(network, example).get(network.output, {}).values())
 
 
-def _probe(network: Network, example: Sequence[int | None]) -> dict[int, tf.TensorShape]:
-    """Batch size to the output's shape; empty if the graph does not accept any batch size."""
+def _probe(network: Network, example: Sequence[int | None]) -> dict[str, dict[int, tf.TensorShape]]:
+    """For each output, batch size to its shape; empty if the graph does not accept any batch
+    size."""
     try:
-        shapes = output_shapes(network, example)
+        probes = output_shapes(network, example)
     except ValueError:
         return {}
-    return {batch: tf.TensorShape(shape) for batch, shape in shapes.items()}
+    return {
+        name: {batch: tf.TensorShape(shapes[name]) for batch, shapes in probes.items()}
+        for name in network.outputs
+    }
 
 
 def _in_common(shapes: Iterable[tf.TensorShape]) -> tf.TensorShape:
@@ -173,27 +189,40 @@ def _mismatch(actual: Any, expected: Sequence[int | None]) -> str:
     return f"the input has shape {actual}; {takes}: {way}"
 
 
-def _with_a_row_each(network: Network, inputs: tf.Tensor, outputs: tf.Tensor) -> tf.Tensor:
-    """Check that the output has as many rows as the input; a scalar, such as a loss, is exempt."""
-    example = inputs.shape[1:]
-    if outputs.shape.rank == 0:
-        return outputs
-    if inputs.shape[0] is not None and outputs.shape.rank is not None:
-        if outputs.shape[0] is not None:
-            _check_rows(inputs.shape[0], outputs.shape[0], example)
-            return outputs
-    elif _has_a_row_each(network, example, outputs):
-        return outputs
-    counts = [tf.shape(inputs)[0], tf.shape(outputs)[0]]
-    message = _mixes("other than", "its", example)
-    with tf.control_dependencies([tf.debugging.Assert(tf.equal(*counts), [message, *counts])]):
-        return tf.identity(outputs)
+def _with_a_row_each(
+    network: Network, inputs: tf.Tensor, outputs: Mapping[str, tf.Tensor]
+) -> list[tf.Tensor]:
+    """Check that the outputs have as many rows as the input; a scalar, such as a loss, is exempt.
+
+    Args:
+        network: the network.
+        inputs: its input.
+        outputs: the name of each output in the graph to its value.
+    """
+    example, probe = inputs.shape[1:], functools.cache(lambda: _probe(network, example.as_list()))
+
+    def checked(name: str, output: tf.Tensor) -> tf.Tensor:
+        if output.shape.rank == 0:
+            return output
+        if inputs.shape[0] is not None and output.shape.rank is not None:
+            if output.shape[0] is not None:
+                _check_rows(inputs.shape[0], output.shape[0], example)
+                return output
+        elif _has_a_row_each(probe().get(name, {}), example, output):
+            return output
+        counts = [tf.shape(inputs)[0], tf.shape(output)[0]]
+        message = _mixes("other than", "its", example)
+        with tf.control_dependencies([tf.debugging.Assert(tf.equal(*counts), [message, *counts])]):
+            return tf.identity(output)
+
+    return [checked(name, output) for name, output in outputs.items()]
 
 
-def _has_a_row_each(network: Network, example: tf.TensorShape, outputs: tf.Tensor) -> bool:
+def _has_a_row_each(
+    shapes: Mapping[int, tf.TensorShape], example: tf.TensorShape, output: tf.Tensor
+) -> bool:
     """Whether there is one row per example for every batch size; sets the output's static shape."""
-    shapes = _probe(network, example.as_list())
-    outputs.set_shape(_in_common(shapes.values()))
+    output.set_shape(_in_common(shapes.values()))
     rows = {batch: shape[0] if shape.rank else None for batch, shape in shapes.items()}
     for batch, number in rows.items():
         if number is not None:
@@ -214,7 +243,7 @@ def _mixes(rows: str, batch: str, example: tf.TensorShape) -> str:
     )
 
 
-def _in_batches(function: Any, inputs: tf.Tensor, size: int) -> tf.Tensor:
+def _in_batches(function: Any, inputs: tf.Tensor, size: int) -> Any:
     """Apply a function that takes batches of ``size`` examples to any number of examples; the last
     batch is padded with the first examples, whose outputs are dropped."""
     count = tf.shape(inputs)[0]
@@ -225,10 +254,16 @@ def _in_batches(function: Any, inputs: tf.Tensor, size: int) -> tf.Tensor:
     batches = tf.ensure_shape(batches, [None, size, *inputs.shape[1:]])
     one_batch = tf.TensorSpec([size, *inputs.shape[1:]], inputs.dtype)
     number = tf.TensorSpec([], tf.int32)
-    (output,) = tf.function(function).get_concrete_function(one_batch, number).outputs
+    specs = tf.function(function).get_concrete_function(one_batch, number).structured_outputs
     outputs = tf.map_fn(
         lambda batch: function(*batch),
         (batches, tf.range(num_batches)),
-        fn_output_signature=tf.TensorSpec(output.shape, output.dtype),
+        fn_output_signature=tf.nest.map_structure(
+            lambda spec: tf.TensorSpec(spec.shape, spec.dtype), specs
+        ),
     )
-    return tf.reshape(outputs, tf.concat([[-1], tf.shape(outputs)[2:]], 0))[:count]
+
+    def joined(output: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(output, tf.concat([[-1], tf.shape(output)[2:]], 0))[:count]
+
+    return tf.nest.map_structure(joined, outputs)

@@ -52,8 +52,8 @@ def infer(network: Network, leaves: Mapping[str, Leaf] | None = None) -> dict[st
     return _infer(network.graph_def, leaves or _leaves(network, network.input_shape))
 
 
-def output_shapes(network: Network, example: Sequence[int | None]) -> dict[int, Shape]:
-    """Batch size to the output's shape, for two batch sizes.
+def output_shapes(network: Network, example: Sequence[int | None]) -> dict[int, dict[str, Shape]]:
+    """Batch size to the shape of each output, for two batch sizes.
 
     Sizes on which both agree hold for every batch, including a width that a reshape computes from
     the batch size, which inference with an unknown batch size does not find.
@@ -65,10 +65,7 @@ def output_shapes(network: Network, example: Sequence[int | None]) -> dict[int, 
     Raises:
         ValueError: if the graph does not accept such batches.
     """
-    return {
-        batch: _infer(network.graph_def, _leaves(network, (batch, *example)))[network.output]
-        for batch in _PROBES
-    }
+    return {batch: _outputs(network, network.graph_def, (batch, *example)) for batch in _PROBES}
 
 
 def free_batch(network: Network) -> Network:
@@ -81,7 +78,7 @@ def free_batch(network: Network) -> Network:
         ValueError: if the graph is not valid for its own input.
     """
     input_shape = network.input_shape
-    if network.output == network.input:
+    if {*network.outputs} == {network.input}:
         return network
     if not input_shape:
         infer(network)
@@ -93,29 +90,38 @@ def free_batch(network: Network) -> Network:
         if _ignores_batch(network, input_shape):
             return network  # no value per example, such as a mean over the batch
         # The placeholder does not fix the batch size, but a later operation does.
-        batch_size = (infer(network)[network.output] or (None,))[0] or _only_batch(network)
+        shapes = infer(network)
+        stated = [(shapes[name] or (None,))[0] for name in network.outputs]
+        batch_size = next(filter(None, stated), None) or _only_batch(network)
     if batch_size is None:
         return network
     fixed = (batch_size, *input_shape[1:])
     freed = [_open_batch(network, g, _infer(g, _leaves(network, fixed))) for g in network.graphs]
     if all(_takes_any_batch(network, graph_def, input_shape) for graph_def in freed):
         return replace(network, graph_def=freed[0], training=freed[1] if freed[1:] else None)
-    shape = _infer(network.graph_def, _leaves(network, fixed))[network.output]
-    if shape is not None and (not shape or shape[0] not in (None, batch_size)):
-        return network  # no value per example, such as a loss or a mean
+    for shape in _outputs(network, network.graph_def, fixed).values():
+        if shape is not None and (not shape or shape[0] not in (None, batch_size)):
+            return network  # no value per example, such as a loss or a mean
     return replace(network, batch_size=batch_size)
 
 
 def _takes_any_batch(network: Network, graph_def: GraphDef, input_shape: Sequence[Any]) -> bool:
     """Whether other batch sizes are valid, and the number of output rows depends on them."""
-    first_dims = []
-    for batch in _PROBES:
-        try:
-            shape = _infer(graph_def, _leaves(network, (batch, *input_shape[1:])))[network.output]
-        except ValueError:
+    try:
+        probes = [_outputs(network, graph_def, (batch, *input_shape[1:])) for batch in _PROBES]
+    except ValueError:
+        return False
+    for name in network.outputs:
+        first_dims = [shape[0] if (shape := shapes[name]) else None for shapes in probes]
+        if None not in first_dims and first_dims[0] == first_dims[1]:
             return False
-        first_dims.append(shape[0] if shape else None)
-    return None in first_dims or first_dims[0] != first_dims[1]
+    return True
+
+
+def _outputs(network: Network, graph_def: GraphDef, input_shape: Shape) -> dict[str, Shape]:
+    """The shapes of the outputs of a network for an input of this shape."""
+    shapes = _infer(graph_def, _leaves(network, input_shape))
+    return {name: shapes[name] for name in network.outputs}
 
 
 def _only_batch(network: Network) -> int | None:
@@ -131,15 +137,17 @@ def _only_batch(network: Network) -> int | None:
     for batch in (*sorted({size for size in stated if size > 1}), *_SMALL_BATCHES):
         with contextlib.suppress(ValueError):
             shapes = [
-                _infer(g, _leaves(network, (batch, *input_shape[1:]))) for g in network.graphs
+                shape
+                for graph_def in network.graphs
+                for shape in _outputs(network, graph_def, (batch, *input_shape[1:])).values()
             ]
-            if all((shape[network.output] or (None,))[0] in (None, batch) for shape in shapes):
+            if all((shape or (None,))[0] in (None, batch) for shape in shapes):
                 return batch
     return None
 
 
 def _ignores_batch(network: Network, input_shape: Sequence[Any]) -> bool:
-    """Whether the output's shape does not depend on the batch size."""
+    """Whether the shapes of the outputs do not depend on the batch size."""
     try:
         first, second = output_shapes(network, input_shape[1:]).values()
     except ValueError:

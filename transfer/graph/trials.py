@@ -41,10 +41,11 @@ _tried: dict[bytes, str] = {}
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a network: graph, and names, shapes and dtypes of its arguments, input first."""
+    """A call of a network: graph, outputs, and names, shapes and dtypes of its arguments, input
+    first."""
 
     graph_def: GraphDef
-    output: str
+    outputs: tuple[str, ...]
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[str, ...]
@@ -101,7 +102,7 @@ def checked_graph(
     if unproven:
         call = Call(
             guarded,
-            network.output,
+            tuple(dict.fromkeys(name for name in network.outputs if name not in leaves)),
             tuple(leaves),
             tuple(shape for _, shape in leaves.values()),
             tuple(dtype.name for dtype, _ in leaves.values()),
@@ -187,24 +188,24 @@ def main() -> None:
 
 
 def make(call: Call, arguments: Sequence[tf.Tensor]) -> None:
-    """Compute the output and its gradients."""
+    """Compute the outputs and their gradients."""
     used = {canonical(edge) for node in call.graph_def.node for edge in node.input}
     seed = {SEED: tf.zeros([2], tf.int32)}
 
     @tf.function(autograph=False)
-    def run(*arguments: tf.Tensor) -> tf.Tensor:
+    def run(*arguments: tf.Tensor) -> list[tf.Tensor]:
         tensors = dict(zip(call.names, arguments, strict=True)) | seed
         return tf.graph_util.import_graph_def(
             call.graph_def,
             input_map={name: tf.identity(t) for name, t in tensors.items() if name in used},
-            return_elements=[call.output],
-        )[0]
+            return_elements=list(call.outputs),
+        )
 
     run(*arguments)
     with tf.GradientTape() as tape:
         tape.watch(arguments)
-        output = run(*arguments)
-    tape.gradient(output, arguments)
+        outputs = run(*arguments)
+    tape.gradient(outputs, arguments)
 
 
 def _limit_memory(more: int) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from transfer.graph import (
     Network,
     Variable,
     canonical,
+    concatenated,
     cut,
     dtype_of,
     find_scales,
@@ -77,6 +78,8 @@ class GraphLayer(keras.layers.Layer):
     """A network as a Keras layer, differentiable with respect to its input and weights.
 
     It computes in the dtype of the graph, regardless of the dtype policy.
+
+    The output of a network with several taps is a dict, tap name to features.
 
     Args:
         network: the network to compute.
@@ -137,7 +140,7 @@ class GraphLayer(keras.layers.Layer):
         self.shared.by_name[variable.name] = made
         return made
 
-    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+    def call(self, inputs: tf.Tensor, training: bool = False) -> Any:
         """The network's output; ``training=True`` enables the dropout of the graph.
 
         Raises:
@@ -154,9 +157,14 @@ class GraphLayer(keras.layers.Layer):
         if self._draws[bool(training)]:
             seed = tf.cast(seed_of_replica(self._seeds.next()), tf.int32)
         outputs = run(inputs, [variable.value for variable in self.graph_variables], seed)
-        if self.pooling == "max" and outputs.shape.rank == 4:
-            return tf.reduce_max(outputs, axis=[1, 2])
-        return outputs if self.pooling is None else average_over_space(outputs)
+        if isinstance(outputs, dict):
+            return {name: self._pooled(output) for name, output in outputs.items()}
+        return self._pooled(outputs)
+
+    def _pooled(self, output: tf.Tensor) -> tf.Tensor:
+        if self.pooling == "max" and output.shape.rank == 4:
+            return tf.reduce_max(output, axis=[1, 2])
+        return output if self.pooling is None else average_over_space(output)
 
     def _warn_if_new(self) -> None:
         """Warn once if a layer made from a configuration is called with its initial weights."""
@@ -185,7 +193,8 @@ class GraphLayer(keras.layers.Layer):
         Args:
             at: tensor or operation that separates the input from the tap, or a short name of it
                 (``pool4`` for ``vgg_16/pool4/MaxPool:0``). The prefix outputs it without pooling,
-                the suffix takes it as input.
+                the suffix takes it as input. With several taps, a tensor before the earliest; the
+                suffix outputs the dict.
 
         Raises:
             ValueError: if it is not between input and tap, a branch bypasses it, or the name is
@@ -206,6 +215,24 @@ class GraphLayer(keras.layers.Layer):
                 second, variables, pooling=self.pooling, name=f"{self.name}_suffix", **options
             ),
         )
+
+    def concatenated(self) -> GraphLayer:
+        """The taps as one feature vector: pooled over height and width and concatenated, in their
+        order. Weights are shared, not copied.
+
+        Pooling is that of this layer, else the average. The layer outputs float ``[batch, width]``,
+        the tensor ``features:0`` of its graph, at which it can be split. Without several taps, it
+        is this layer.
+
+        Raises:
+            ValueError: if a tap is neither ``[batch, width]`` nor ``[batch, height, width,
+                channels]``.
+        """
+        if not self.network.taps:
+            return self
+        variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
+        network = concatenated(self.network, self.pooling or "avg")
+        return GraphLayer(network, variables, shared=self.shared, name=self.name)
 
     def tensor(self, name: str) -> str:
         """The full name of a tensor of the network, from a full or short name.
@@ -239,6 +266,7 @@ class GraphLayer(keras.layers.Layer):
         """Hexadecimal SHA-256 of everything that determines inference: graph, pooling, weights."""
         network = self.network
         facts = [network.input, network.output, network.input_dtype, network.batch_size]
+        facts += [[*network.taps.items()]] if network.taps else []
         digest = hashlib.sha256(repr([*facts, self.pooling]).encode())
         digest.update(network.graph_def.SerializeToString(deterministic=True))
         for name, value in self.values().items():
@@ -280,6 +308,7 @@ class GraphLayer(keras.layers.Layer):
             "input": network.input,
             "input_dtype": network.input_dtype.name if network.input_dtype else None,
             "output": network.output,
+            "taps": [[name, tensor] for name, tensor in network.taps.items()],
             "variables": [
                 [known.name, variable.dtype, list(variable.shape), known.trainable]
                 for known, variable in zip(network.variables, self.graph_variables, strict=True)
@@ -314,6 +343,7 @@ class GraphLayer(keras.layers.Layer):
             input=config.pop("input"),
             input_dtype=tf.as_dtype(input_dtype) if input_dtype else None,
             output=config.pop("output"),
+            taps=dict(config.pop("taps", [])),
             variables=tuple(
                 Variable(name, tf.as_dtype(dtype), tuple(shape), trainable)
                 for name, dtype, shape, trainable in config.pop("variables")
@@ -344,19 +374,26 @@ class Backbone(GraphLayer):
     (global average pooling; at 1x1 the same as flattening). It expects preprocessed images; see
     ``transfer.images.preprocess``.
 
+    Given several taps, it computes all of them in one forward pass and outputs a dict, tap name to
+    features, by default as in the graph: a 4-D tap is ``[batch, height, width, channels]``. A tap
+    need not separate input from output: it may be inside a branch.
+
     Args:
         graph: from ``load_meta_graph``, or the path of a model to load with it. Only the weights
             that the tap depends on are read.
-        tap: tensor or operation that outputs the features; defaults to the card's, else ``fc7``.
+        tap: tensor or operation that outputs the features; defaults to the card's, else ``fc7``. A
+            list or tuple of several makes the output a dict with these names.
         input: tensor or operation that takes the images; detected if the graph has only one.
         feeds: values of other placeholders, e.g. ``{"Placeholder_2:0": 0.8}``. ``keep_prob`` and
             ``is_training`` placeholders are recognized by what they feed and need no value.
         keep_dropout: keep dropout active at inference where the graph always applies it.
         use_ema: load the exponential moving averages of the weights where the checkpoint has them.
-        pooling: ``"max"`` for global max pooling; ``None`` returns the tap without pooling.
+        pooling: ``"avg"`` or ``"max"`` reduces a 4-D tap over height and width, ``None`` does not.
+            ``"auto"`` is ``"avg"`` for one tap, ``None`` for several.
 
     Raises:
-        TypeError: if ``graph`` is neither a ``MetaGraph`` nor a path.
+        TypeError: if ``graph`` is neither a ``MetaGraph`` nor a path, or ``tap`` is neither a name
+            nor a list or tuple of names.
         ValueError: if a tensor is unknown (similar names are suggested) or the weights do not fit.
         RuntimeError: in a TF1 graph.
         FileNotFoundError: if a file of the checkpoint is missing.
@@ -370,18 +407,21 @@ class Backbone(GraphLayer):
         >>> model.output_shape
         (None, 2)
         >>> prefix, suffix = backbone.split(at="pool4")  # suffix(prefix(x)) is backbone(x)
+        >>> pyramid = Backbone("pretrained/vgg_small", tap=["pool3", "pool4"])
+        >>> {name: maps.shape[1:3] for name, maps in pyramid(keras.Input((64, 64, 3))).items()}
+        {'pool3': (8, 8), 'pool4': (4, 4)}
     """
 
     def __init__(
         self,
         graph: MetaGraph | str | Path,
-        tap: str | None = None,
+        tap: str | Sequence[str] | None = None,
         *,
         input: str | None = None,
         feeds: Mapping[str, float | bool] | None = None,
         keep_dropout: bool = False,
         use_ema: bool = False,
-        pooling: Pooling = "avg",
+        pooling: Pooling | Literal["auto"] = "auto",
         **kwargs: Any,
     ):
         check_eager("Backbone")
@@ -393,7 +433,9 @@ class Backbone(GraphLayer):
                 "the path of a model"
             )
         self.graph = graph
-        network = graph.network(tap or graph.card.tap or "fc7", input, feeds, keep_dropout)
+        network = graph.network(tap, input, feeds, keep_dropout)
+        if pooling == "auto":
+            pooling = None if network.taps else "avg"
         values = graph.read(network.variables, use_ema)
         super().__init__(network, values, pooling=pooling, **kwargs)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import tensorflow as tf
 
 from transfer.core.files import read_names
 from transfer.images.preprocess import Preprocess
-from transfer.layers.backbone import Backbone
+from transfer.layers.backbone import Backbone, GraphLayer
+from transfer.layers.keras_network import network_of
 from transfer.models.card import Card
 from transfer.models.meta_graph import load_meta_graph
 
@@ -25,7 +27,7 @@ class Classifier(keras.Model):
     """An image classifier: images to logits.
 
     Args:
-        backbone: maps preprocessed images to features, e.g. a ``Backbone``.
+        backbone: maps preprocessed images to features, e.g. a ``Backbone``, also of several taps.
         head: maps features to logits ``[batch, num_classes]``, e.g. a ``Head``.
         preprocess: the preprocessing that the backbone expects.
         labels: one class name per logit.
@@ -124,6 +126,25 @@ class Classifier(keras.Model):
         features = self.backbone(self.preprocess.normalize(pixels))
         return tf.nn.softmax(self.head(features, training=False))
 
+    @property
+    def feature_extractor(self) -> keras.layers.Layer:
+        """The backbone as a layer with one output, the features ``[batch, width]`` of all its taps;
+        the backbone itself if it has one.
+
+        Raises:
+            ValueError: if the head was built for the same taps in another order.
+        """
+        backbone = self.backbone
+        if not isinstance(backbone, GraphLayer) or not backbone.network.taps:
+            return backbone
+        taps, expected = tuple(backbone.network.taps), getattr(self.head, "taps", ())
+        if expected not in ((), taps):
+            raise ValueError(
+                f"the head was built for the taps {', '.join(expected)}, in this order; the "
+                f"backbone has {', '.join(taps)}"
+            )
+        return backbone.concatenated()
+
     def split(self, at: str | None) -> tuple[keras.layers.Layer | None, keras.Sequential]:
         """Split into a frozen and a trained part.
 
@@ -136,10 +157,58 @@ class Classifier(keras.Model):
             if nothing is frozen), and a model from there to the logits. Both share the
             classifier's weights.
         """
+        backbone = self.feature_extractor
         if at in (None, "none"):
-            return None, keras.Sequential([self.backbone, self.head])
-        prefix, suffix = self.backbone.split(at)
+            return None, keras.Sequential([backbone, self.head])
+        prefix, suffix = backbone.split(at)
         return prefix, keras.Sequential([suffix, self.head])
+
+    @classmethod
+    def from_model(
+        cls, model: keras.Model, preprocess: Preprocess, labels: Sequence[str]
+    ) -> Classifier:
+        """A classifier from any Keras model, e.g. one from ``to_keras`` that was edited or trained
+        elsewhere, on any backend: to evaluate it, export it, and write it as a meta graph.
+
+        The classifier computes inference only (dropout of the model is not part of it), and shares
+        the weights of the model. Its head is the last matrix product, its backbone everything
+        before.
+
+        Args:
+            model: maps preprocessed images to logits, or to the probabilities of a softmax.
+            preprocess: makes the model's input from images; ``Preprocess("none", size)`` if the
+                model itself normalizes pixels.
+            labels: one class name per output.
+
+        Raises:
+            ValueError: if the model has several inputs or outputs, does not take images of this
+                size, or does not have an output for each label.
+            ForbiddenOpError: if it does anything other than arithmetic.
+
+        Example:
+            >>> import keras
+            >>> from transfer import Backbone, Classifier, Preprocess, to_keras
+            >>> backbone = to_keras(Backbone("pretrained/vgg_small"))
+            >>> model = keras.Sequential([backbone, keras.layers.Dense(2)])
+            >>> classifier = Classifier.from_model(model, Preprocess("torch", 64), ["cat", "dog"])
+            >>> classifier.head.graph_variables[0].shape
+            (512, 2)
+        """
+        network, features = network_of(model)
+        taken = tuple(model.inputs[0].shape[1:])
+        if taken != preprocess.shape and taken != (math.prod(preprocess.shape),):
+            raise ValueError(
+                f"model {model.name!r} takes inputs of shape {taken}; preprocess gives "
+                f"{preprocess.shape}"
+            )
+        classifier = cls(*network.split(features), preprocess=preprocess, labels=labels)
+        num_logits = classifier.build_from_size()
+        if num_logits != len(classifier.labels):
+            raise ValueError(
+                f"model {model.name!r} has {num_logits} outputs but there are "
+                f"{len(classifier.labels)} labels"
+            )
+        return classifier
 
     @classmethod
     def load(cls, path: str | Path) -> Classifier:

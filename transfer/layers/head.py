@@ -5,7 +5,8 @@ its weights after the call, above all with eager tensors. In a TF1 graph the hea
 ``tf.compat.v1`` variables and named tensors instead, as TF1 programs expect.
 
 Data contract: features ``[batch, width]``, or ``[batch, height, width, channels]``, which are
-averaged over height and width (at 1x1 the same as flattening). Logits are float32
+averaged over height and width (at 1x1 the same as flattening); or a mapping of names to such
+features, those of several taps, which are then concatenated. Logits are float32
 ``[batch, num_classes]``.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import itertools
 import numbers
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -29,6 +30,9 @@ tf1 = tf.compat.v1
 @keras.saving.register_keras_serializable("vgg_transfer")
 class Head(keras.layers.Layer):
     """A softmax classifier as a Keras layer: features to logits.
+
+    Features of several taps are averaged over height and width and concatenated, in the order of
+    the dict with which the head is called first; later calls find them by name.
 
     Args:
         num_classes: width of the logits, at least 1.
@@ -81,6 +85,7 @@ class Head(keras.layers.Layer):
         self.weights_stddev = weights_stddev
         self.bias = bias
         self.seed = seed
+        self.taps: tuple[str, ...] = ()
         seeds = _seeds(seed)
         self.hidden_layers = [
             keras.layers.Dense(
@@ -104,17 +109,29 @@ class Head(keras.layers.Layer):
             dtype="float32",
         )
 
-    def build(self, input_shape: Sequence[int | None]) -> None:
-        """Create the weights for features of this shape."""
-        width = _feature_width(input_shape)
+    def build(self, input_shape: Any) -> None:
+        """Create the weights for features of this shape, or of these shapes by name."""
+        self.taps = tuple(input_shape) if isinstance(input_shape, Mapping) else ()
+        width = _total_width(input_shape)
         for layer in (*self.hidden_layers, self.classifier):
             layer.build((None, width))
             width = layer.units
         super().build(input_shape)
 
-    def call(self, features: tf.Tensor, training: bool = False) -> tf.Tensor:
-        """Logits, float32 ``[batch, num_classes]``."""
-        net = average_over_space(tf.cast(features, tf.float32))
+    def call(self, features: Any, training: bool = False) -> tf.Tensor:
+        """Logits, float32 ``[batch, num_classes]``.
+
+        Raises:
+            ValueError: if the features are of other taps than in the first call.
+        """
+        if isinstance(features, Mapping) and self.taps:
+            if {*features} != {*self.taps}:
+                raise ValueError(
+                    f"the features are of {', '.join(features)}; this head was built for those of "
+                    f"{', '.join(self.taps)}"
+                )
+            features = {name: features[name] for name in self.taps}
+        net = as_vector(features)
         net = tf.stop_gradient(net) if self.stop_gradient else net
         for dropout, layer in zip(
             self.dropout_layers, [*self.hidden_layers, self.classifier], strict=True
@@ -122,8 +139,10 @@ class Head(keras.layers.Layer):
             net = layer(dropout(net, training=training))
         return net
 
-    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, int]:
+    def compute_output_shape(self, input_shape: Any) -> tuple[int | None, int]:
         """``(batch, num_classes)``."""
+        if isinstance(input_shape, Mapping):
+            input_shape = next(iter(input_shape.values()))
         return (input_shape[0], self.num_classes)
 
     def values(self) -> dict[str, Any]:
@@ -183,7 +202,8 @@ def build_head(
 
     Args:
         features: a tensor of a TF1 graph, a Keras tensor or an eager tensor, float ``[batch,
-            width]`` or ``[batch, height, width, channels]``.
+            width]`` or ``[batch, height, width, channels]``; or a dict of such tensors, e.g. the
+            output of a ``Backbone`` with several taps, which are concatenated in its order.
         num_classes: width of the logits, at least 1.
         stop_gradient: do not propagate gradients to the features.
         hidden: widths of ReLU layers before the classifier.
@@ -223,8 +243,9 @@ def build_head(
         "bias": bias,
         "seed": seed,
     }
-    if _in_plain_graph(features):
-        with features.graph.as_default():
+    one: Any = next(iter(features.values()), None) if isinstance(features, Mapping) else features
+    if _in_plain_graph(one):
+        with one.graph.as_default():
             logits, probabilities = _build_in_graph(
                 features, num_classes, name=name or "head", **options
             )
@@ -241,6 +262,23 @@ def average_over_space(features: Any) -> Any:
     """
     _feature_width(features.shape)
     return tf.reduce_mean(features, axis=[1, 2]) if len(features.shape) == 4 else features
+
+
+def as_vector(features: Any) -> tf.Tensor:
+    """Features as the input of a head: float32 ``[batch, width]``.
+
+    Args:
+        features: float ``[batch, width]`` or ``[batch, height, width, channels]``, which are
+            averaged over height and width; or a mapping of names to such features, which are
+            concatenated in its order.
+
+    Raises:
+        ValueError: for features of any other rank.
+    """
+    if not isinstance(features, Mapping):
+        return average_over_space(tf.cast(features, tf.float32))
+    _total_width({name: value.shape for name, value in features.items()})
+    return tf.concat([as_vector(value) for value in features.values()], axis=-1)
 
 
 def check_eager(layer: str) -> None:
@@ -268,7 +306,7 @@ def _in_plain_graph(features: Any) -> bool:
 
 
 def _build_in_graph(
-    features: tf.Tensor,
+    features: Any,
     num_classes: int,
     *,
     name: str,
@@ -281,7 +319,7 @@ def _build_in_graph(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     num_classes, hidden = _widths(num_classes, hidden)
     _check(num_classes, hidden, dropout, weights_stddev, bias)
-    _feature_width(features.shape)
+    graph = next(iter(features.values())).graph if isinstance(features, Mapping) else features.graph
     seeds = _seeds(seed)
 
     def dense(net: tf.Tensor, units: int, weights: Any, biases: Any) -> tf.Tensor:
@@ -289,8 +327,8 @@ def _build_in_graph(
         offset = tf1.get_variable("biases", [units], net.dtype, biases)
         return tf.nn.bias_add(tf.matmul(net, kernel), offset)
 
-    with tf1.variable_scope(_free_scope(features.graph, name), reuse=False):
-        net = average_over_space(tf.cast(features, tf.float32))
+    with tf1.variable_scope(_free_scope(graph, name), reuse=False):
+        net = as_vector(features)
         net = tf.stop_gradient(net) if stop_gradient else net
         rate = 1 - tf1.placeholder_with_default(1.0, [], name="keep_prob") if dropout else None
         for number, units in enumerate(hidden, 1):
@@ -314,6 +352,21 @@ def _free_scope(graph: tf.Graph, name: str) -> str:
     while any(f"{taken}/".startswith(f"{prefix}{free}/") for taken in names):
         free = f"{name}_{next(numbers)}"
     return free
+
+
+def _total_width(shapes: Any) -> int:
+    """The width of features of a shape, or of all features whose shapes a mapping has."""
+    if not isinstance(shapes, Mapping):
+        return _feature_width(shapes)
+    if not shapes:
+        raise ValueError("features are an empty dict; expected those of one tap or more")
+    widths = {}
+    for name, shape in shapes.items():
+        try:
+            widths[name] = _feature_width(shape)
+        except ValueError as error:
+            raise ValueError(f"tap {name!r}: {error}") from None
+    return sum(widths.values())
 
 
 def _feature_width(shape: Sequence[int | None]) -> int:

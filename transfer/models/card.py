@@ -30,6 +30,9 @@ class Card:
     """Tensor that takes the preprocessed images, e.g. ``images:0``."""
     tap: str | None = None
     """Tensor with the features, e.g. ``fc7:0``."""
+    taps: list[str] = field(default_factory=list)
+    """Where ``tap`` is the features of several tensors, pooled over height and width and
+    concatenated: these tensors, in order."""
     image_size: Size | None = None
     """Height and width of the input in pixels: one number, or both."""
     preprocess: str | dict[str, Any] | None = None
@@ -57,7 +60,7 @@ class Card:
         values = {
             key: value
             for key, value in dataclasses.asdict(self).items()
-            if value not in (None, {}, False)
+            if value not in (None, {}, [], False)
         }
         return json.dumps(values, indent=2) + "\n"
 
@@ -84,7 +87,7 @@ def read_card(path: Path) -> Card:
         "feeds": dict,
         "outputs": dict,
     }
-    kinds |= {"sha256": dict, "eval": dict, "preprocess": str | dict}
+    kinds |= {"taps": list, "sha256": dict, "eval": dict, "preprocess": str | dict}
     known = {f.name: values[f.name] for f in dataclasses.fields(Card) if f.name in values}
     if "image_size" in known:
         try:

@@ -76,6 +76,16 @@ def open_model(path: Path) -> ModelFiles:
     return ModelFiles("meta graph", prefix, meta, _find_checkpoint(prefix))
 
 
+def is_graph(path: Path) -> bool:
+    """Whether a path is meant as that of a graph, and not of weights alone.
+
+    It is if ``open_model`` would find a graph there, damaged or not.
+    """
+    if path.is_dir() or path.name in _SAVED_MODELS or path.suffix in (".meta", *_GRAPHS):
+        return True
+    return checkpoint.file_of(_prefix_of(path), ".meta").is_file()
+
+
 def _open_graph(path: Path) -> ModelFiles:
     graph_def = _parse(path, GraphDef, "frozen graph")
     if not graph_def.node:

@@ -139,15 +139,16 @@ class MetaGraph:
 
     def network(
         self,
-        tap: str,
+        tap: str | Sequence[str] | None = None,
         input: str | None = None,
         feeds: Mapping[str, float | bool] | None = None,
         keep_dropout: bool = False,
     ) -> Network:
-        """The subgraph from the input to the tap, converted to channels last.
+        """The subgraph from the input to the tap, or to several taps, converted to channels last.
 
         Args:
-            tap: tensor or operation with the features, or a short name (see ``tensor``).
+            tap: tensor or operation with the features, or a short name (see ``tensor``); or several
+                of them. Default: the card's tap, else ``fc7``.
             input: tensor or operation that takes the images; defaults to the card's, else to the
                 only candidate that the tap depends on.
             feeds: values of other placeholders; they override those of the card. Placeholders that
@@ -155,22 +156,23 @@ class MetaGraph:
             keep_dropout: keep dropout active at inference where the graph always applies it.
 
         Raises:
+            TypeError: if ``tap`` is neither a name nor a list or tuple of names.
             ValueError: if a tensor is unknown, several placeholders may be the input, one has no
-                value, or the tap is inside a while loop.
+                value, a tap is inside a while loop, or a tap is given twice.
             ForbiddenOpError: if it depends on operations that are not pure computation.
         """
-        output = self.tensor(tap)
+        output, outputs = self._outputs(tap)
         feeds = {self.tensor(name): value for name, value in (feeds or {}).items()}
         card_feeds = {self.tensor(name): value for name, value in self.card.feeds.items()}
         feeds = card_feeds | feeds
-        name = self.tensor(input or self.card.input or self.find_input(output, feeds))
+        name = self.tensor(input or self.card.input or self.find_input(outputs, feeds))
         node, index = self.node(name), split_tensor_name(name)[1]
         dtype = dtype_of(node, index)
         if dtype is not None and not (dtype.is_floating or dtype.is_integer or dtype.is_bool):
             raise ValueError(
                 f"input {name!r} takes elements of type {dtype.name}, not pixels; name the tensor "
                 "after the images are decoded as the input"
-                + _one_of(inputs.candidates(list(self.nodes.values()), output, [name]))
+                + _one_of(inputs.candidates(list(self.nodes.values()), outputs[0], [name]))
             )
         network = extract(
             self.graph_def,
@@ -185,6 +187,18 @@ class MetaGraph:
         self._check_rows(network)
         return channels_last(network)
 
+    def _outputs(self, tap: str | Sequence[str] | None) -> tuple[str | dict[str, str], list[str]]:
+        """The tensor of a tap, or the name of each tap to its tensor; and the list of tensors."""
+        tap = self.card.tap or "fc7" if tap is None else tap
+        if isinstance(tap, str):
+            return self.tensor(tap), [self.tensor(tap)]
+        if not isinstance(tap, list | tuple) or not all(isinstance(name, str) for name in tap):
+            raise TypeError(f"tap is {tap!r}; expected a tensor's name, or a list of names")
+        if len({*tap}) < max(len(tap), 1):
+            raise ValueError(f"tap is {list(tap)}; expected one name or more, each once")
+        by_name = {name: self.tensor(name) for name in tap}
+        return by_name, list(by_name.values())
+
     def _check_rows(self, network: Network) -> None:
         """Reject a tower that computes only a part of the batch: outputs would not match labels."""
         shared = inputs.shared_batch(network)
@@ -194,8 +208,8 @@ class MetaGraph:
         parts = [part for part in parts if operation_of(part) in self.nodes]
         raise SharedBatchError(
             f"the images of input {network.input!r} are split between towers: tap "
-            f"{network.output!r} gives {rows} of a row for each; name the part of this tower as "
-            "the input" + _one_of(parts),
+            f"{network.outputs[0]!r} gives {rows} of a row for each; name the part of this tower "
+            "as the input" + _one_of(parts),
             parts,
         )
 
@@ -341,15 +355,19 @@ class MetaGraph:
             )
         return preprocess
 
-    def find_input(self, output: str, feeds: Mapping[str, float | bool] | None = None) -> str:
-        """Find the input tensor for images that an output depends on.
+    def find_input(
+        self, output: str | Sequence[str], feeds: Mapping[str, float | bool] | None = None
+    ) -> str:
+        """Find the input tensor for images that an output, or several, depends on.
 
         Raises:
             ValueError: if there is no candidate, or more than one.
         """
         upstream = ancestors(self.nodes.values(), output, stop_at=feeds or {})
+        outputs = [output] if isinstance(output, str) else output
         read = graph_outputs(upstream)
-        read.setdefault(operation_of(output), [graph_canonical(output)])
+        for name in outputs:
+            read.setdefault(operation_of(name), [graph_canonical(name)])
         candidates = {}
         for node in upstream:
             for tensor in read.get(node.name, ()) if node.op in taps.SOURCES else ():
@@ -367,7 +385,7 @@ class MetaGraph:
         shown = f"{len(names)} tensors might be it ({', '.join(names)}); name it as the input"
         if not names:
             shown = "the tap depends on no placeholder for them; name a tensor that has them"
-            shown += _one_of(inputs.candidates(list(self.nodes.values()), output))
+            shown += _one_of(inputs.candidates(list(self.nodes.values()), outputs[0]))
         raise ValueError(
             f"cannot tell which tensor of {str(self.prefix)!r} takes the images: {shown}"
         )

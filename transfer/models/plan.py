@@ -9,7 +9,7 @@ import functools
 import math
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from transfer.graph import (
@@ -18,6 +18,7 @@ from transfer.graph import (
     Shape,
     ancestors,
     canonical,
+    concatenated,
     constant,
     data_inputs,
     infer,
@@ -34,16 +35,19 @@ _ONE_BATCH = 12
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """How features are computed from images: ``preprocess``, then ``network`` up to ``tap``."""
+    """How features are computed from images: ``preprocess``, then ``network`` up to ``tap``.
 
-    tap: str
+    With several taps, the network outputs them pooled and concatenated.
+    """
+
+    tap: str | list[str]
     network: Network
     preprocess: Preprocess
 
 
 def plan(
     graph: MetaGraph,
-    tap: str | None = None,
+    tap: str | Sequence[str] | None = None,
     *,
     input: str | None = None,
     feeds: Mapping[str, float | bool] | None = None,
@@ -56,7 +60,7 @@ def plan(
 
     Args:
         graph: the model.
-        tap: tensor with the features; defaults to the card's, else ``fc7``.
+        tap: tensor with the features, or several; defaults to the card's, else ``fc7``.
         input: tensor that takes the images, see ``MetaGraph.network``.
         feeds: values of placeholders, see ``MetaGraph.network``.
         keep_dropout: see ``MetaGraph.network``.
@@ -70,12 +74,13 @@ def plan(
         FileNotFoundError: if there is no checkpoint.
         ForbiddenOpError: if the tap depends on operations that are not pure computation.
     """
-    tap = graph.tensor(tap or graph.card.tap or "fc7")
-    network = graph.network(tap, input, feeds, keep_dropout)
+    tap = tap or graph.card.tap or "fc7"
+    tensors = graph.tensor(tap) if isinstance(tap, str) else [graph.tensor(name) for name in tap]
+    network = concatenated(graph.network(tensors, input, feeds, keep_dropout))
     prepared = graph.preprocess(network.input, preprocess, image_size)
     check_images(network, prepared)
     graph.match(network.variables, use_ema)
-    return ModelPlan(tap, network, prepared)
+    return ModelPlan(tensors, network, prepared)
 
 
 def check_images(network: Network, preprocess: Preprocess) -> None:

@@ -126,6 +126,11 @@ def convert(
             canonical(preprocess)
         except ValueError as error:
             raise ValueError(f"preprocess={preprocess}: {error}") from error
+    if out.suffix == ".keras":
+        raise ValueError(
+            f"out={str(out)!r} names a Keras model, and convert writes a meta graph; give a "
+            "prefix, like models/vgg16, and write it with to_keras(prefix).save(...)"
+        )
     check_out(out)
     if spatial_order not in _COLUMNS_FIRST:
         raise ValueError(

@@ -1,0 +1,45 @@
+"""Run in a process with another backend of Keras: TensorFlow and this package cannot be imported.
+
+KERAS_BACKEND=jax python keras_program.py predict FOLDER
+KERAS_BACKEND=jax python keras_program.py train FOLDER
+"""
+
+import sys
+from pathlib import Path
+
+sys.modules["tensorflow"] = None
+sys.modules["transfer"] = None
+
+import keras  # noqa: E402
+import numpy as np  # noqa: E402
+
+EPOCHS, BATCH = 10, 32
+
+
+def predict(folder):
+    """The outputs of every model in a folder for the images beside it."""
+    for path in sorted(folder.glob("*.keras")):
+        model = keras.models.load_model(path)
+        outputs = model.predict(np.load(path.with_suffix(".images.npy")), verbose=0)
+        np.save(path.with_suffix(".outputs.npy"), outputs)
+
+
+def train(folder):
+    """The accuracy of a head that is trained on the features of a native model."""
+    data = np.load(folder / "digits.npz")
+    backbone = keras.models.load_model(folder / "backbone.keras")
+    features = [backbone.predict(data[name], verbose=0) for name in ("train", "held_out")]
+    keras.utils.set_random_seed(1)
+    head = keras.Sequential(
+        [keras.Input(features[0].shape[1:]), keras.layers.Dense(10, activation="softmax")]
+    )
+    head.compile(
+        keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy", metrics=["accuracy"]
+    )
+    head.fit(features[0], data["train_labels"], epochs=EPOCHS, batch_size=BATCH, verbose=0)
+    _, accuracy = head.evaluate(features[1], data["held_out_labels"], verbose=0)
+    print(keras.backend.backend(), f"{accuracy:.4f}")
+
+
+if __name__ == "__main__":
+    {"predict": predict, "train": train}[sys.argv[1]](Path(sys.argv[2]))
