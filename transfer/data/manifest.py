@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -38,19 +37,11 @@ _SPLITS = TRAIN_SPLITS + EVAL_SPLITS
 _URL = "^[A-Za-z][A-Za-z0-9+.-]*://"
 
 
-def manifest_location(csv: str) -> str:
-    """The absolute path of a manifest, or its URL."""
-    if is_url(csv) and not csv.startswith("file:"):
-        return csv
-    path = Path(_local(csv)).expanduser()
-    return str(path.parent.resolve() / path.name)
-
-
 def open_manifest(location: str, group_by: str | None = None) -> Source:
     """The images that a manifest lists; see ``open_source``. Opens none of them.
 
     Args:
-        location: see ``manifest_location``.
+        location: absolute path, or fsspec URL.
         group_by: column with the groups. Default: ``group``, if there is such a column.
 
     Raises:
@@ -258,13 +249,8 @@ def _paths(rows: _Rows, root: str) -> pa.Array:
 
 def _tidied(path: bytes) -> bytes:
     """A path without ``file://``, repeated slashes and ``.``; links make ``..`` significant."""
-    text = _local(os.fsdecode(path))
+    text = os.fsdecode(path).removeprefix("file://")
     return os.fsencode(re.sub("(?<=/)(\\./)+|^(\\./+)+", "", re.sub("/+", "/", text)))
-
-
-def _local(path: str) -> str:
-    """The path in a ``file://`` URL; other paths unchanged."""
-    return fsspec.core.strip_protocol(path) if path.startswith("file:") else path
 
 
 def _without_repeated(
