@@ -48,9 +48,10 @@ def open_manifest(location: str, group_by: str | None = None) -> Source:
         FileNotFoundError: if it does not exist.
         ValueError: if it cannot be used; names all reasons, with lines.
     """
+    file = PurePosixPath(location.partition("?")[0] if is_url(location) else location)
     try:
         columns = {"path", "label", "split", group_by or GROUP}
-        table = read_table(PurePosixPath(location).suffix.lower(), _read(location), columns)
+        table = read_table(file.suffix.lower(), _read(location), columns)
         group_by = _check_columns(table, group_by)
     except ValueError as error:
         raise ValueError(f"csv={location!r} cannot be used: {error}") from error
@@ -73,13 +74,14 @@ def open_manifest(location: str, group_by: str | None = None) -> Source:
         for number, name in enumerate(_SPLITS)
         if (keep & (splits == number)).any()
     }
-    name = PurePosixPath(location).stem
     files = {split: names[at] for split, at in members.items()}
     labels_of = {split: labels[at] for split, at in members.items()}
     if has_urls:
-        source = labelled_urls(name, class_names, root, files, labels_of, refused=refused)
+        source = labelled_urls(file.stem, class_names, root, files, labels_of, refused=refused)
     else:
-        source = labelled_files(name, class_names, Path(root), files, labels_of, refused=refused)
+        source = labelled_files(
+            file.stem, class_names, Path(root), files, labels_of, refused=refused
+        )
     if groups is None:
         return source
     groups_of = {split: groups[at] for split, at in members.items()}
@@ -181,7 +183,7 @@ def _labels(rows: _Rows) -> tuple[list[str], np.ndarray]:
     named = {text for text in texts if text}
     if all(re.fullmatch("-?[0-9]{1,18}", text) for text in named):
         rows.refuse(
-            where([bool(text) and text.startswith("-") for text in texts]),  # type: ignore[union-attr]
+            where([text is not None and text.startswith("-") for text in texts]),
             "label is negative",
             "labels are negative",
             "label",
