@@ -206,7 +206,8 @@ def _split(
     progress: Progress,
 ) -> Split:
     """The images to evaluate on; by default, the held-out images of the run."""
-    source = open_source(**origin | {"dataset": origin["dataset"] or ""})
+    others = {name: value for name, value in origin.items() if name != "dataset"}
+    source = open_source(origin["dataset"] or "", **others)
     if eval_split != "auto":
         split = source.split(eval_split)
         _warn_of_trained_images(folder, split)
