@@ -6,6 +6,7 @@ others. So a group stays on one side of a hold-out, and in one fold of a cross-v
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,8 @@ def groups_by_pattern(pattern: str, names: Mapping[str, Sequence[str]]) -> dict[
     numbers = np.fromiter((number(name) for part in names.values() for name in part), np.int64)
     single = np.flatnonzero(numbers < 0)
     if len(single):
-        (first,) = [name for part in names.values() for name in part][single[0] : single[0] + 1]
+        all_names = itertools.chain.from_iterable(names.values())
+        first = next(itertools.islice(all_names, int(single[0]), None))
         if not number_of:
             raise ValueError(f"group_by={pattern} matches no name of an image, such as {first!r}")
         logger.warning(

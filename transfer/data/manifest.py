@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -38,28 +37,21 @@ _SPLITS = TRAIN_SPLITS + EVAL_SPLITS
 _URL = "^[A-Za-z][A-Za-z0-9+.-]*://"
 
 
-def manifest_location(csv: str) -> str:
-    """The absolute path of a manifest, or its URL."""
-    if is_url(csv) and not csv.startswith("file:"):
-        return csv
-    path = Path(_local(csv)).expanduser()
-    return str(path.parent.resolve() / path.name)
-
-
 def open_manifest(location: str, group_by: str | None = None) -> Source:
     """The images that a manifest lists; see ``open_source``. Opens none of them.
 
     Args:
-        location: see ``manifest_location``.
+        location: absolute path, or fsspec URL.
         group_by: column with the groups. Default: ``group``, if there is such a column.
 
     Raises:
         FileNotFoundError: if it does not exist.
         ValueError: if it cannot be used; names all reasons, with lines.
     """
+    file = PurePosixPath(location.partition("?")[0] if is_url(location) else location)
     try:
         columns = {"path", "label", "split", group_by or GROUP}
-        table = read_table(PurePosixPath(location).suffix.lower(), _read(location), columns)
+        table = read_table(file.suffix.lower(), _read(location), columns)
         group_by = _check_columns(table, group_by)
     except ValueError as error:
         raise ValueError(f"csv={location!r} cannot be used: {error}") from error
@@ -82,13 +74,14 @@ def open_manifest(location: str, group_by: str | None = None) -> Source:
         for number, name in enumerate(_SPLITS)
         if (keep & (splits == number)).any()
     }
-    name = PurePosixPath(location).stem
     files = {split: names[at] for split, at in members.items()}
     labels_of = {split: labels[at] for split, at in members.items()}
     if has_urls:
-        source = labelled_urls(name, class_names, root, files, labels_of, refused=refused)
+        source = labelled_urls(file.stem, class_names, root, files, labels_of, refused=refused)
     else:
-        source = labelled_files(name, class_names, Path(root), files, labels_of, refused=refused)
+        source = labelled_files(
+            file.stem, class_names, Path(root), files, labels_of, refused=refused
+        )
     if groups is None:
         return source
     groups_of = {split: groups[at] for split, at in members.items()}
@@ -190,7 +183,7 @@ def _labels(rows: _Rows) -> tuple[list[str], np.ndarray]:
     named = {text for text in texts if text}
     if all(re.fullmatch("-?[0-9]{1,18}", text) for text in named):
         rows.refuse(
-            where([bool(text) and text.startswith("-") for text in texts]),  # type: ignore[union-attr]
+            where([text is not None and text.startswith("-") for text in texts]),
             "label is negative",
             "labels are negative",
             "label",
@@ -258,13 +251,8 @@ def _paths(rows: _Rows, root: str) -> pa.Array:
 
 def _tidied(path: bytes) -> bytes:
     """A path without ``file://``, repeated slashes and ``.``; links make ``..`` significant."""
-    text = _local(os.fsdecode(path))
+    text = os.fsdecode(path).removeprefix("file://")
     return os.fsencode(re.sub("(?<=/)(\\./)+|^(\\./+)+", "", re.sub("/+", "/", text)))
-
-
-def _local(path: str) -> str:
-    """The path in a ``file://`` URL; other paths unchanged."""
-    return fsspec.core.strip_protocol(path) if path.startswith("file:") else path
 
 
 def _without_repeated(

@@ -7,6 +7,7 @@ reading the file again.
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import io
 import itertools
@@ -22,7 +23,6 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
-FORMATS = "CSV, JSONL (.jsonl, .ndjson) or Parquet (.parquet)"
 _DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the decimal point
 _SHOWN = 4
 
@@ -33,7 +33,8 @@ class Table:
 
     ``columns`` maps names to ``pa.LargeBinaryArray``; a missing value is empty. ``all_names`` are
     the columns of the file, also those that were not read. ``lines`` maps sorted positions of rows,
-    int, to their numbers in the file, counted from 1 in ``unit`` (``line`` or ``row``).
+    int, to their numbers in the file, counted from 1 in ``unit`` (``line`` or ``row``); to fewer if
+    the last cannot be found.
     """
 
     columns: Mapping[str, pa.Array]
@@ -49,7 +50,7 @@ class Table:
         shown = rows[:_SHOWN]
         parts = [
             " ".join([f"{self.unit} {line}", *(_shown(self.columns[c][row]) for c in columns)])
-            for line, row in zip(self.lines(shown), shown.tolist(), strict=True)
+            for line, row in zip(self.lines(shown), shown.tolist(), strict=False)
         ]
         return ", ".join(parts) + (", ..." if len(rows) > _SHOWN else "")
 
@@ -58,22 +59,23 @@ def read_table(suffix: str, data: bytes, wanted: Collection[str]) -> Table:
     """The wanted columns of a manifest, as far as it has them.
 
     Args:
-        suffix: suffix of the file's name, which tells the format; CSV unless it is known.
+        suffix: suffix of the file's name: ``.parquet`` or ``.pq``, ``.jsonl`` or ``.ndjson``, or
+            any other for CSV.
         data: content of the file.
         wanted: names of columns; for CSV, ``path`` and ``label`` tell the delimiter.
 
     Raises:
         ValueError: if the file is damaged, or not of this format.
     """
+    kind, reader = {
+        ".parquet": ("Parquet", _from_parquet),
+        ".pq": ("Parquet", _from_parquet),
+        ".jsonl": ("JSONL", _from_json),
+        ".ndjson": ("JSONL", _from_json),
+    }.get(suffix, ("CSV", _from_csv))
     try:
-        if suffix in (".parquet", ".pq"):
-            return _from_parquet(data, wanted)
-        if suffix in (".jsonl", ".ndjson"):
-            return _from_json(data.removeprefix(codecs.BOM_UTF8), wanted)
-        return _from_csv(data.removeprefix(codecs.BOM_UTF8), wanted)
-    except (pa.ArrowException, OSError) as error:
-        kind = {".parquet": "Parquet", ".pq": "Parquet"}.get(suffix, "JSONL")
-        kind = kind if suffix in (".parquet", ".pq", ".jsonl", ".ndjson") else "CSV"
+        return reader(data.removeprefix(codecs.BOM_UTF8), wanted)
+    except (pa.ArrowException, csv.Error, OSError) as error:
         raise ValueError(f"it cannot be read as {kind} ({' '.join(str(error).split())})") from error
 
 
@@ -119,10 +121,11 @@ def _from_csv(data: bytes, wanted: Collection[str]) -> Table:
         """Line and number of cells of every row."""
         reader = csv.reader(io.StringIO(text_of(data), newline=""), delimiter=delimiter)
         line = 1
-        for record in reader:
-            if record:
-                yield line, len(record)
-            line = reader.line_num + 1
+        with contextlib.suppress(csv.Error):  # cells of more than 131,072 characters
+            for record in reader:
+                if record:
+                    yield line, len(record)
+                line = reader.line_num + 1
 
     if ragged:
         numbers = _picked(itertools.islice(records(), 1, None), [row for row, _ in ragged[:_SHOWN]])

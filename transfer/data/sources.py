@@ -10,7 +10,6 @@ from pathlib import Path
 from transfer.data.dataset import Source
 from transfer.data.groups import groups_by_pattern
 from transfer.data.image_folder import open_image_folder
-from transfer.data.manifest import manifest_location, open_manifest
 from transfer.data.tfds import tfds
 from transfer.data.tfds_dataset import (
     from_builder,
@@ -73,6 +72,8 @@ def open_source(
     if group_by and csv is None and image_folder is None:
         raise ValueError(f"group_by={group_by} needs csv or image_folder")
     if csv is not None:
+        from transfer.data.manifest import open_manifest  # half a second, for pyarrow
+
         given["csv"] = manifest_location(csv)
         source = open_manifest(given["csv"], group_by)
     elif image_folder is not None:
@@ -92,6 +93,15 @@ def open_source(
     for line in source.passed_over.describe():
         logger.warning(line)
     return replace(source, origin=origin)
+
+
+def manifest_location(csv: str) -> str:
+    """The absolute path of a manifest, or its URL if it is not a local file."""
+    local = csv.removeprefix("file://")
+    if "://" in local:
+        return csv
+    path = Path(local).expanduser()
+    return str(path.parent.resolve() / path.name)
 
 
 def _check_one(given: Mapping[str, str | None]) -> None:

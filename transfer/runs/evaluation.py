@@ -15,8 +15,7 @@ from transfer.core.npy_files import check_path
 from transfer.data import data_checks
 from transfer.data.dataset import MAX_COMPARED, Split, whole_eval_split
 from transfer.data.groups import describe_shared
-from transfer.data.manifest import manifest_location
-from transfer.data.sources import open_source
+from transfer.data.sources import manifest_location, open_source
 from transfer.evaluation import metrics, report, scoring, tables
 from transfer.evaluation.report import Evaluated, RunSummary
 from transfer.layers.classifier import Classifier
@@ -207,7 +206,8 @@ def _split(
     progress: Progress,
 ) -> Split:
     """The images to evaluate on; by default, the held-out images of the run."""
-    source = open_source(**origin | {"dataset": origin["dataset"] or ""})
+    others = {name: value for name, value in origin.items() if name != "dataset"}
+    source = open_source(origin["dataset"] or "", **others)
     if eval_split != "auto":
         split = source.split(eval_split)
         _warn_of_trained_images(folder, split)
