@@ -76,3 +76,17 @@ def test_all_probabilities_are_written(tmp_path, monkeypatch):
     tables.write_probabilities(tmp_path / "p.npy", logits)
     found = np.load(tmp_path / "p.npy", allow_pickle=False)
     np.testing.assert_array_equal(found, prediction.probabilities(logits).astype(np.float32))
+
+
+def test_user_file_named_changes_csv_is_kept(tmp_path):
+    path = tmp_path / "changes.csv"
+    path.write_text("version,change\n1,mine\n")
+    tables.remove_changes(path)
+    assert path.read_text() == "version,change\n1,mine\n"
+    path.unlink()
+    tables.remove_changes(path)
+    one, two = np.array([0, 1]), np.array([1, 1])
+    tables.write_changes(path, ["a.jpg", "b.jpg"], ["blue", "red"], one, two, one)
+    assert path.read_text().splitlines()[1:] == ["a.jpg,blue,blue,red"]
+    tables.remove_changes(path)
+    assert not path.exists()

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from commands import finetune
 from conftest import make_image_folder, save_vgg
 
 from recipes.cli import main
 from transfer import Card
-from transfer.runs import evaluation, run_folder
+from transfer.runs import run_folder
 
 FLAGS = ("--freeze-until", "pool2", "--cache", "memory", "--max-to-keep", 1)
 
@@ -141,21 +139,6 @@ def test_export_keeps_user_files(setting, tmp_path, capfd, name) -> None:
     if name == "notes.txt":
         assert main(["export", str(out), "--format", "tflite"]) == 0
     assert (out / "export" / ".tflite.tmp" / "a.jpg").read_text() == "mine"
-
-
-def test_user_file_named_changes_csv_is_kept(tmp_path) -> None:
-    path = tmp_path / "changes.csv"
-    path.write_text("version,change\n1,mine\n")
-    evaluation._remove_changes(path)
-    assert path.read_text() == "version,change\n1,mine\n"
-    path.unlink()
-    evaluation._remove_changes(path)
-    split = SimpleNamespace(names=["a.jpg"])
-    one, two = np.array([0]), np.array([1])
-    evaluation._write_changes(path, split, ["blue", "red"], one, two, one)
-    assert path.read_text().splitlines()[1] == "a.jpg,blue,blue,red"
-    evaluation._remove_changes(path)
-    assert not path.exists()
 
 
 def test_remove_deletes_run_files_only(setting, tmp_path) -> None:
