@@ -11,7 +11,6 @@ from transfer import Backbone
 from transfer.finetuning import hyperparameters, inputs, setup
 from transfer.finetuning.hyperparameters import (
     default_batch_size,
-    head_learning_rate,
     trains_cached_head,
 )
 from transfer.finetuning.options import FineTuneOptions
@@ -83,11 +82,6 @@ def test_batch_grows_only_for_a_head_on_cached_features(model, options, expected
     assert not (options.get("mixup") and trains_cached_head(FineTuneOptions(mixup=1), backbone, 2))
 
 
-def test_head_learning_rate_grows_with_square_root_of_batch():
-    features = np.ones((4, 512), np.float32)
-    assert head_learning_rate(features, 4) == 2 * head_learning_rate(features)
-
-
 @pytest.fixture
 def small_defaults(monkeypatch):
     """Defaults with which the batch grows from 4 to 8 on 20 images."""
@@ -103,7 +97,7 @@ def test_grown_batch_is_logged_and_recorded(tmp_path, model, image_folder, small
     assert finetune_with_defaults(tmp_path / "given", model, image_folder, *flags) == 0
     grown, given = config(tmp_path / "grown"), config(tmp_path / "given")
     assert (grown["batch_size"], given["batch_size"]) == (8, 4)
-    assert grown["learning_rate"] == pytest.approx(2**0.5 * given["learning_rate"], rel=0.05)
+    assert grown["learning_rate"] == given["learning_rate"]
     flags = ["--resume"]
     assert finetune_with_defaults(tmp_path / "grown", model, image_folder, *flags) == 0
 

@@ -55,8 +55,8 @@ class FineTuneOptions:
     """sgd has momentum 0.9."""
     learning_rate: float | None = None
     """Learning rate of the head. [default: scaled by the features' RMS and width, 0.006 for up to
-    512 features with RMS 1, and by the square root of a default batch size relative to 32; 0.0001
-    where more than the head is trained and a schedule or backbone_lr_scale is given]"""
+    512 features with RMS 1; 0.0001 where more than the head is trained and a schedule or
+    backbone_lr_scale is given]"""
     lr_schedule: Literal["auto", "constant", "cosine"] = "auto"
     """cosine decays the learning rate to zero. auto: constant where only the head is trained, else
     cosine."""

@@ -177,7 +177,7 @@ def prepare(request: RunRequest) -> RunContext:
     classifier, features, resolved = _classifier(request, train)
     replicas.check_same("choice of images", fingerprint)
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
-    stages = _stages(request, resolved, classifier, features, train)
+    stages = _stages(resolved, classifier, features, train)
     run_dir = request.run_dir or run_folder.default_out(train.source.name, options.freeze_until)
     run_dir = Path(replicas.from_chief(str(run_dir.resolve())))
     return RunContext(
@@ -375,19 +375,12 @@ def _batch_size(request: RunRequest, train: Split, backbone: Backbone) -> int:
 
 
 def _stages(
-    request: RunRequest,
-    options: ResolvedOptions,
-    classifier: Classifier,
-    features: np.ndarray,
-    train: Split,
+    options: ResolvedOptions, classifier: Classifier, features: np.ndarray, train: Split
 ) -> list[Stage]:
     steps_per_epoch = -(-len(train) // options.batch_size)
-    # A batch size that was given leaves the default learning rate as it is.
-    is_default = request.options.batch_size is None
-    growth = max(1, options.batch_size / BATCH) if is_default else 1.0
     stages = [
-        resolve(stage, classifier, features, steps_per_epoch, growth)
-        for stage in requested_stages(options)
+        resolve(request, classifier, features, steps_per_epoch)
+        for request in requested_stages(options)
     ]
     for stage in stages:
         _warn_if_stopped(_after(classifier.backbone, stage.cut), stage.cut)
