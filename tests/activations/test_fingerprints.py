@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from transfer.activations.fingerprints import remembered
-from transfer.data import dataset, near_duplicates
+from transfer.data import dataset, fingerprints
 from transfer.data.sources import open_source
 
 
@@ -12,11 +12,11 @@ def looked_at(monkeypatch):
     """The numbers of images decoded in each pass."""
     counts = []
 
-    def fingerprints(images, progress=iter):
+    def counted(images, progress=iter):
         counts.append(len(images))
-        return near_duplicates.fingerprints(images, progress)
+        return fingerprints.fingerprints(images, progress)
 
-    monkeypatch.setattr(dataset, "fingerprints", fingerprints)
+    monkeypatch.setattr(dataset, "fingerprints", counted)
     return counts
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfer.data import data_checks, near_duplicates
-from transfer.data.near_duplicates import FINGERPRINT
+from transfer.data import data_checks, fingerprints
+from transfer.data.fingerprints import FINGERPRINT
 from transfer.data.sources import open_source
 
 
@@ -116,9 +116,9 @@ def test_large_photos_match_small_copies(folder):
 
 def test_very_large_images_have_same_thumbnail(folder, monkeypatch):
     split = open_source("", image_folder=str(folder)).split("train")
-    expected = near_duplicates.fingerprints(split)["thumbnail"]
-    monkeypatch.setattr(near_duplicates, "_LARGE", 0)
-    found = near_duplicates.fingerprints(split)["thumbnail"]
+    expected = fingerprints.fingerprints(split)["thumbnail"]
+    monkeypatch.setattr(fingerprints, "_LARGE", 0)
+    found = fingerprints.fingerprints(split)["thumbnail"]
     np.testing.assert_allclose(found.astype(int), expected, atol=1)
 
 

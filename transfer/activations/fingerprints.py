@@ -11,7 +11,7 @@ import numpy as np
 
 from transfer.activations.cache import Cache, default_directory
 from transfer.data.dataset import MAX_COMPARED, Source
-from transfer.data.near_duplicates import FINGERPRINT
+from transfer.data.fingerprints import FINGERPRINT
 
 FOLDER = "fingerprints"
 """Subfolder of the activation cache."""

@@ -24,7 +24,7 @@ RARE = 10.0
 class ImageScan:
     """Result of decoding all images of a split once.
 
-    ``fingerprints`` are ``near_duplicates.FINGERPRINT`` ``[num_examples]``; ``unreadable``, bool
+    ``fingerprints`` are ``fingerprints.FINGERPRINT`` ``[num_examples]``; ``unreadable``, bool
     ``[num_examples]``, is true for images that cannot be decoded.
     """
 
@@ -49,7 +49,7 @@ def describe_leaks(train: np.ndarray, held_out: np.ndarray) -> list[str]:
     """Warnings about leakage: held-out images that are also training images.
 
     Args:
-        train: fingerprints of the training images, ``near_duplicates.FINGERPRINT``
+        train: fingerprints of the training images, ``fingerprints.FINGERPRINT``
             ``[num_images]``.
         held_out: fingerprints of the held-out images.
     """

@@ -23,7 +23,8 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.core.distribution import NO_LABEL, shards_of_batches
-from transfer.data.near_duplicates import FINGERPRINT, fingerprints, near_duplicates
+from transfer.data.fingerprints import FINGERPRINT, fingerprints
+from transfer.data.near_duplicates import near_duplicates
 from transfer.data.tfds import tfds
 from transfer.images.augment import random_view
 from transfer.images.decoding import decode, read_image, reason
@@ -62,7 +63,7 @@ class Source:
         origin: the arguments of ``open_source`` that open the source again.
         refused: maps names of examples that must not be read (pipes, devices) to the reasons; their
             bytes are empty, which makes them unreadable images.
-        fingerprints: maps ids to ``near_duplicates.FINGERPRINT``, for images decoded so far.
+        fingerprints: maps ids to ``fingerprints.FINGERPRINT``, for images decoded so far.
         unreadable: maps names of the images that ``Split.readable`` left out to the reasons.
 
     Raises:
@@ -168,7 +169,7 @@ class Split:
         return [by_part[part][index] for part, indices in self.parts for index in indices]
 
     def fingerprints(self, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> np.ndarray:
-        """Fingerprints of the images, ``near_duplicates.FINGERPRINT`` ``[len(self)]``. Decodes the
+        """Fingerprints of the images, ``fingerprints.FINGERPRINT`` ``[len(self)]``. Decodes the
         images whose fingerprints are not yet in ``source.fingerprints``."""
         known = self.source.fingerprints
         rest = self.where(np.array([id_ not in known for id_ in self.ids], bool))
