@@ -65,26 +65,6 @@ def test_unreadable_and_truncated_images_are_found(folder):
     assert data_checks.duplicates(found) == []
 
 
-def test_wrong_labels_come_first():
-    generator = np.random.default_rng(0)
-    labels = np.repeat([0, 1, 2], 40)
-    features = generator.normal(size=(120, 10)).astype(np.float32)
-    features[np.arange(120), labels] += 6
-    given = labels.copy()
-    wrong = [3, 50, 90]
-    given[wrong] = (labels[wrong] + 1) % 3
-    p, order = data_checks.doubtful_labels(features, given)
-    assert {*order[:3]} == {*wrong}
-    assert len(order) <= 6
-    np.testing.assert_allclose(p.sum(-1), 1)
-    np.testing.assert_array_equal(p.argmax(-1)[wrong], labels[wrong])
-
-
-def test_doubtful_labels_needs_two_images_per_class():
-    with pytest.raises(ValueError, match="at least 2 images"):
-        data_checks.doubtful_labels(np.zeros((3, 2), np.float32), np.array([0, 0, 1]))
-
-
 def test_missing_and_rare_classes_are_described():
     names = ["a", "b", "c"]
     train = np.array([0] * 30 + [1] * 3)

@@ -61,7 +61,7 @@ def test_rare_classes_and_ignored_files_are_listed(image_folder, capsys):
     status, out = check(image_folder, capsys)
     assert status == 0
     assert "too few images to judge their labels: 1\n  001" in out
-    assert "files passed over: 2\n  red/notes.txt\n  red/photo.heic" in out
+    assert "files ignored: 2\n  red/notes.txt\n  red/photo.heic" in out
     for number, path in enumerate(image_folder.glob("*/*.*g")):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
     status, out = check(image_folder, capsys)

@@ -1,5 +1,5 @@
-"""Checks of labelled images: unreadable images, duplicates, train-test leakage, probably wrong
-labels, missing and rare classes."""
+"""Checks of labelled images: unreadable images, duplicates, train-test leakage, missing and rare
+classes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.special
-from sklearn.model_selection import StratifiedKFold
 
 from transfer.data.dataset import Split
 from transfer.data.near_duplicates import near_duplicates
-from transfer.training.logistic_regression import GRID, fit_logistic_regression
 
-FOLDS = 5
 RARE = 10.0
 """A class is rare if another class has at least this many times as many images."""
 
@@ -73,43 +69,6 @@ def describe_leaks(train: np.ndarray, held_out: np.ndarray) -> list[str]:
             "images (re-encoded or resized), so that the accuracy is too high"
         )
     return lines
-
-
-def doubtful_labels(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Out-of-fold probabilities, and the order in which labels should be reviewed.
-
-    Each image is classified by a logistic regression trained on the features of other images
-    (5-fold cross-validation). Most confident errors come first: the images with the largest
-    difference between the probability of the predicted class and that of the label (Northcutt et
-    al., "Confident Learning", arXiv 1911.00068, on why out-of-fold predictions are needed).
-
-    Args:
-        features: float32 ``[num_examples, width]``.
-        labels: int ``[num_examples]``.
-
-    Returns:
-        Probabilities, float64 ``[num_examples, num_classes]``, and int positions of the images
-        whose label is not the most probable class.
-
-    Raises:
-        ValueError: if a class has fewer than two images.
-    """
-    count = int(np.bincount(labels)[np.unique(labels)].min())
-    if count < 2:
-        raise ValueError("labels can be checked where each class has at least 2 images")
-    num_classes = int(labels.max()) + 1
-    p = np.zeros((len(labels), num_classes))
-    folds = StratifiedKFold(min(FOLDS, count), shuffle=True, random_state=0)
-    strength = GRID[len(GRID) // 2]
-    for train, rest in folds.split(labels, labels):
-        head = fit_logistic_regression(
-            features[train], labels[train], num_classes, C=strength * len(train)
-        )
-        logits = features[rest].astype(np.float64) @ head.kernel + head.bias
-        p[rest] = scipy.special.softmax(logits, axis=-1)
-    own = p[np.arange(len(labels)), labels]
-    wrong = np.flatnonzero(p.argmax(-1) != labels)
-    return p, wrong[np.argsort((own - p.max(-1))[wrong], kind="stable")]
 
 
 def describe_balance(
