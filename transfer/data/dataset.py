@@ -23,7 +23,7 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.core.distribution import NO_LABEL, shards_of_batches
-from transfer.data.fingerprints import FINGERPRINT, fingerprints
+from transfer.data.fingerprints import FINGERPRINT, Fingerprints, fingerprints
 from transfer.data.near_duplicates import near_duplicates
 from transfer.data.tfds import tfds
 from transfer.images.augment import random_view
@@ -80,7 +80,7 @@ class Source:
     passed_over: PassedOver = field(default_factory=PassedOver)
     origin: Mapping[str, str | None] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
-    fingerprints: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
+    fingerprints: Fingerprints = field(default_factory=Fingerprints, repr=False)
     unreadable: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -172,9 +172,12 @@ class Split:
         """Fingerprints of the images, ``fingerprints.FINGERPRINT`` ``[len(self)]``. Decodes the
         images whose fingerprints are not yet in ``source.fingerprints``."""
         known = self.source.fingerprints
+        if known.load is not None:
+            known.load([id_ for id_ in self.ids if id_ not in known])
         rest = self.where(np.array([id_ not in known for id_ in self.ids], bool))
+        ids = rest.ids
         if len(rest):
-            known.update(zip(rest.ids, fingerprints(rest, progress), strict=True))
+            fingerprints(rest, progress, lambda at, new: known.add([ids[i] for i in at], new))
         return np.array([known[id_] for id_ in self.ids], FINGERPRINT)
 
     def where(self, keep: np.ndarray) -> Split:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from transfer.images.orientation import orientation, oriented
 _THUMBNAIL = 32
 _LEAST_PIXELS = 4 * _THUMBNAIL  # minimum side of a JPEG that is decoded at a reduced scale
 _LARGE = 2**26  # elements of an image above which no float copy of it is made
+_SAVED_TOGETHER = 4096  # images; decoding them takes about ten seconds
 _LARGEST_JPEG = 2**29  # bytes of pixels from which TensorFlow refuses to decode a JPEG
 
 FINGERPRINT = np.dtype(
@@ -33,24 +34,60 @@ class EncodedImages(Protocol):
     def where(self, keep: np.ndarray) -> EncodedImages: ...
 
 
+class Fingerprints(dict[bytes, np.ndarray]):
+    """Fingerprints in memory, by the ids of the examples.
+
+    ``load`` adds those of the given ids that are kept elsewhere, and ``save`` keeps new ones there;
+    see ``transfer.activations.fingerprints.remembered``.
+    """
+
+    load: Callable[[Sequence[bytes]], None] | None = None
+    save: Callable[[Sequence[bytes], np.ndarray], None] | None = None
+
+    def add(self, ids: Sequence[bytes], prints: np.ndarray) -> None:
+        """Add fingerprints, and save them."""
+        self.update(zip(ids, prints, strict=True))
+        if self.save is not None and len(ids):
+            self.save(ids, prints)
+
+
 def fingerprints(
-    images: EncodedImages, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+    images: EncodedImages,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    save: Callable[[np.ndarray, np.ndarray], None] = lambda positions, prints: None,
 ) -> np.ndarray:
     """Read and decode every image once; returns ``FINGERPRINT`` ``[len(images)]``.
 
     Large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size, which is several times faster.
+
+    Args:
+        images: the images.
+        progress: wraps the images.
+        save: called with the positions and fingerprints of each few thousand images, so that an
+            interrupted scan does not lose them. Unreadable images come last.
     """
     prints = np.zeros(len(images), FINGERPRINT)
+    saved = 0
+
+    def save_until(end: int) -> None:
+        positions = saved + np.flatnonzero(prints["readable"][saved:end])
+        save(positions, prints[positions])
+
     examples = images.encoded().map(lambda example: example["image"]).enumerate()
     examples = examples.map(
         lambda index, file: (index, file, _thumbnail(file)), num_parallel_calls=tf.data.AUTOTUNE
     )
     for index, file, thumbnail in progress(examples.ignore_errors().as_numpy_iterator()):
         prints[index] = (hashlib.sha256(file).digest(), True, thumbnail)
+        if index + 1 - saved >= _SAVED_TOGETHER:
+            save_until(index + 1)
+            saved = index + 1
+    save_until(len(prints))
     failed = ~prints["readable"]
     if failed.any():  # retry at full scale
         rest = images.where(failed).encoded().as_numpy_iterator()
         prints[failed] = [_fingerprint(example["image"]) for example in rest]
+        save(np.flatnonzero(failed), prints[failed])
     return prints
 
 
