@@ -20,7 +20,7 @@ PENALTIES = tuple(10 ** (exponent / 2) for exponent in range(-6, 5))
 LEAST_PROBABILITY = 0.1
 """Probability of being wrong from which a label is listed."""
 MOST_LISTED = 0.02
-"""Maximum share of the labels that are listed."""
+"""Maximum share of the labels that are listed, in datasets of more than 500 images; else 10."""
 _PRIOR = (3, 150)  # Beta distribution of the share of wrong labels: about 1 %, as in tidy datasets
 _SAMPLE = 20_000  # images on which penalty and calibration are chosen
 
@@ -61,7 +61,7 @@ def find_label_errors(
             judge one another.
 
     Returns:
-        The labels that are wrong with a probability of at least 0.1, at most 2 % of all.
+        The labels that are wrong with a probability of at least 0.1, at most 2 % of all, or 10.
 
     Raises:
         ValueError: if there are fewer than two classes, or a class has fewer than two images.
@@ -100,10 +100,8 @@ def find_label_errors(
         suggestions[rows] = posterior.argmax(-1)
         suggested[rows] = posterior.max(-1)
     order = np.argsort(right, kind="stable")
-    at_most = min(
-        max(1, int(MOST_LISTED * len(labels))), int((right <= 1 - LEAST_PROBABILITY).sum())
-    )
-    listed = order[:at_most]
+    num_doubtful = int((right <= 1 - LEAST_PROBABILITY).sum())
+    listed = order[: min(num_doubtful, max(10, int(MOST_LISTED * len(labels))))]
     return LabelErrors(
         listed, right[listed], suggestions[listed], suggested[listed], float((1 - right).sum())
     )

@@ -35,7 +35,7 @@ class LabelToReview:
 
 @dataclass(frozen=True)
 class LabelReport:
-    """The labels to review, those most probably wrong first, at most 2 % of all.
+    """The labels to review, those most probably wrong first, at most 2 % of all, or 10.
 
     ``num_judged`` labels were compared with the predictions from other images, of which about
     ``num_expected`` are wrong; the classes in ``not_judged`` have too few images.
@@ -103,8 +103,8 @@ def check_data(
         >>> from transfer import open_source
         >>> from transfer.runs.data_report import check_data
         >>> report = check_data(open_source("digits"))
-        >>> report.is_sound, report.duplicates
-        (True, [])
+        >>> report.num_train, report.unreadable
+        (1438, [])
     """
 
     def images(items: Iterable[Any]) -> Iterable[Any]:
@@ -126,20 +126,24 @@ def check_data(
         np.bincount(split.labels, minlength=len(source.class_names)).tolist()
         for split in (train, held_out)
     ]
+    labels = None
+    if graph is not None:
+        readable = both.where(~scan.unreadable)
+        labels = _check_labels(readable, graph, preprocess, lambda x: progress(x, "features"))
     return DataReport(
         dataset=source.name,
         num_train=len(train),
         num_held_out=len(held_out),
-        classes=dict(zip(source.class_names, zip(*counts, strict=True), strict=True)),
+        classes={
+            name: (in_train, in_held_out)
+            for name, in_train, in_held_out in zip(source.class_names, *counts, strict=True)
+        },
         balance=data_checks.describe_balance(source.class_names, train.labels, held_out.labels),
         unreadable=[both.names[index] for index in np.flatnonzero(scan.unreadable)],
         in_both_splits=named(g for g, leak in zip(groups, is_leak, strict=True) if leak),
         duplicates=named(g for g, leak in zip(groups, is_leak, strict=True) if not leak),
         other_label=named(g for g in groups if len(np.unique(both.labels[g])) > 1),
-        labels=graph
-        and _check_labels(
-            both.where(~scan.unreadable), graph, preprocess, lambda x: progress(x, "features")
-        ),
+        labels=labels,
     )
 
 
