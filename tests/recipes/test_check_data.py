@@ -44,8 +44,8 @@ def test_findings_are_listed(image_folder, capsys):
     pairs = found["in_both_splits"] + found["duplicates"]
     assert {name for pair in pairs for name in pair} >= {"red/00.jpg", "blue/copy0.jpg"}
     assert len(found["other_label"]) == len(pairs) == 6
-    doubtful = {row["image"] for row in found["doubtful_labels"]}
-    assert doubtful & {f"blue/copy{n}.{'png' if n % 2 else 'jpg'}" for n in range(6)}
+    assert 0 < found["expected_label_errors"] < found["num_judged"] == 30
+    assert len(found["doubtful_labels"]) <= 10
     status, out = check(image_folder, capsys, "--strict", "--model", "none", "--show", "2")
     assert status == 1
     assert "unreadable: 1\n  blue/broken.jpg" in out
