@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from transfer.activations.fingerprints import remembered
-from transfer.data import dataset, near_duplicates
+from transfer.data import dataset, fingerprints
 from transfer.data.sources import open_source
 
 
@@ -12,11 +12,11 @@ def looked_at(monkeypatch):
     """The numbers of images decoded in each pass."""
     counts = []
 
-    def fingerprints(images, progress=iter):
+    def counted(images, *options):
         counts.append(len(images))
-        return near_duplicates.fingerprints(images, progress)
+        return fingerprints.fingerprints(images, *options)
 
-    monkeypatch.setattr(dataset, "fingerprints", fingerprints)
+    monkeypatch.setattr(dataset, "fingerprints", counted)
     return counts
 
 
@@ -48,3 +48,20 @@ def test_unusable_caches_are_ignored(image_folder, tmp_path, looked_at):
     (tmp_path / "file").write_text("")
     np.testing.assert_array_equal(found(image_folder, tmp_path / "file"), first)
     assert looked_at == [24, 1, 24]
+
+
+def test_interrupted_scan_continues(image_folder, tmp_path, looked_at, monkeypatch):
+    monkeypatch.setattr(fingerprints, "_SAVED_TOGETHER", 5)
+    source = open_source(image_folder=str(image_folder))
+
+    def interrupted(images):
+        for number, image in enumerate(images):
+            if number == 12:
+                raise KeyboardInterrupt
+            yield image
+
+    with pytest.raises(KeyboardInterrupt), remembered(source, tmp_path / "cache"):
+        source.split("train").fingerprints(interrupted)
+    rest = found(image_folder, tmp_path / "cache")
+    assert looked_at == [24, 14]
+    np.testing.assert_array_equal(rest, found(image_folder, tmp_path / "other"))

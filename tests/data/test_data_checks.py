@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from transfer.data import data_checks, near_duplicates
-from transfer.data.near_duplicates import FINGERPRINT
+from transfer.data import data_checks, fingerprints
+from transfer.data.fingerprints import FINGERPRINT
 from transfer.data.sources import open_source
 
 
@@ -65,26 +65,6 @@ def test_unreadable_and_truncated_images_are_found(folder):
     assert data_checks.duplicates(found) == []
 
 
-def test_wrong_labels_come_first():
-    generator = np.random.default_rng(0)
-    labels = np.repeat([0, 1, 2], 40)
-    features = generator.normal(size=(120, 10)).astype(np.float32)
-    features[np.arange(120), labels] += 6
-    given = labels.copy()
-    wrong = [3, 50, 90]
-    given[wrong] = (labels[wrong] + 1) % 3
-    p, order = data_checks.doubtful_labels(features, given)
-    assert {*order[:3]} == {*wrong}
-    assert len(order) <= 6
-    np.testing.assert_allclose(p.sum(-1), 1)
-    np.testing.assert_array_equal(p.argmax(-1)[wrong], labels[wrong])
-
-
-def test_doubtful_labels_needs_two_images_per_class():
-    with pytest.raises(ValueError, match="at least 2 images"):
-        data_checks.doubtful_labels(np.zeros((3, 2), np.float32), np.array([0, 0, 1]))
-
-
 def test_missing_and_rare_classes_are_described():
     names = ["a", "b", "c"]
     train = np.array([0] * 30 + [1] * 3)
@@ -116,9 +96,9 @@ def test_large_photos_match_small_copies(folder):
 
 def test_very_large_images_have_same_thumbnail(folder, monkeypatch):
     split = open_source("", image_folder=str(folder)).split("train")
-    expected = near_duplicates.fingerprints(split)["thumbnail"]
-    monkeypatch.setattr(near_duplicates, "_LARGE", 0)
-    found = near_duplicates.fingerprints(split)["thumbnail"]
+    expected = fingerprints.fingerprints(split)["thumbnail"]
+    monkeypatch.setattr(fingerprints, "_LARGE", 0)
+    found = fingerprints.fingerprints(split)["thumbnail"]
     np.testing.assert_allclose(found.astype(int), expected, atol=1)
 
 

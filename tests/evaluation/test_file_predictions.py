@@ -77,7 +77,7 @@ def test_ignored_files_are_logged(run, image_folder, caplog):
     (image_folder / "red" / "notes.txt").write_text("mine")
     with caplog.at_level("WARNING", "transfer"):
         assert len(list(predict(run, image_folder))) == 24
-    assert "1 of 25 files passed over" in caplog.text
+    assert "1 of 25 files ignored" in caplog.text
 
 
 def test_paths_are_consumed_lazily(run, image_folder):

@@ -50,7 +50,7 @@ def test_all_formats_are_used_and_skipped_files_counted(mixed):
     is_red = pixels[..., 0].mean((1, 2)) > pixels[..., 2].mean((1, 2))
     np.testing.assert_array_equal(is_red, labels == source.class_names.index("red"))
     assert source.passed_over.describe() == [
-        f"8 of 44 files passed over: 5 .heic ({HEIC}), 2 .svg (not a supported image format), "
+        f"8 of 44 files ignored: 5 .heic ({HEIC}), 2 .svg (not a supported image format), "
         "1 .jpg (outside the class folders)",
         "1 class has no readable images: green",
     ]
@@ -59,7 +59,7 @@ def test_all_formats_are_used_and_skipped_files_counted(mixed):
 @pytest.mark.slow
 @needs_no_heif
 def test_every_command_reports_skipped_files(tmp_path, model, mixed, capsys):
-    expected = "8 of 44 files passed over: 5 .heic"
+    expected = "8 of 44 files ignored: 5 .heic"
     out = tmp_path / "run"
     assert finetune(out, model, mixed) == 0
     assert f"warning: {expected}" in capsys.readouterr().err
@@ -75,7 +75,7 @@ def test_every_command_reports_skipped_files(tmp_path, model, mixed, capsys):
     assert main(["predict", str(out), str(mixed), "--top-k", "1"]) == 0
     printed, err = capsys.readouterr()
     assert len(printed.splitlines()) == 37  # including the one outside of classes
-    assert "warning: 7 of 44 files passed over: 5 .heic" in err
+    assert "warning: 7 of 44 files ignored: 5 .heic" in err
 
 
 @needs_no_heif
@@ -100,7 +100,7 @@ def test_folders_beside_the_splits_are_counted(tmp_path):
     source = open_source(image_folder=str(tmp_path / "photos"))
     assert len(source.split("train")) == 8
     (line,) = source.passed_over.describe()
-    assert line.startswith("6 of 14 files passed over: ")
+    assert line.startswith("6 of 14 files ignored: ")
     assert "4 .jpg (outside the split folders), 2 .png (outside the split folders)" in line
 
 

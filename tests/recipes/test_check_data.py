@@ -44,8 +44,8 @@ def test_findings_are_listed(image_folder, capsys):
     pairs = found["in_both_splits"] + found["duplicates"]
     assert {name for pair in pairs for name in pair} >= {"red/00.jpg", "blue/copy0.jpg"}
     assert len(found["other_label"]) == len(pairs) == 6
-    doubtful = {row["image"] for row in found["doubtful_labels"]}
-    assert doubtful & {f"blue/copy{n}.{'png' if n % 2 else 'jpg'}" for n in range(6)}
+    assert 0 < found["expected_label_errors"] < found["num_judged"] == 30
+    assert len(found["doubtful_labels"]) <= 10
     status, out = check(image_folder, capsys, "--strict", "--model", "none", "--show", "2")
     assert status == 1
     assert "unreadable: 1\n  blue/broken.jpg" in out
@@ -61,7 +61,7 @@ def test_rare_classes_and_ignored_files_are_listed(image_folder, capsys):
     status, out = check(image_folder, capsys)
     assert status == 0
     assert "too few images to judge their labels: 1\n  001" in out
-    assert "files passed over: 2\n  red/notes.txt\n  red/photo.heic" in out
+    assert "files ignored: 2\n  red/notes.txt\n  red/photo.heic" in out
     for number, path in enumerate(image_folder.glob("*/*.*g")):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
     status, out = check(image_folder, capsys)

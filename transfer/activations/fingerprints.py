@@ -3,43 +3,50 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from transfer.activations.cache import Cache, default_directory
-from transfer.data.dataset import MAX_COMPARED, Source
-from transfer.data.near_duplicates import FINGERPRINT
+from transfer.data.dataset import Source
+from transfer.data.fingerprints import FINGERPRINT
 
 FOLDER = "fingerprints"
 """Subfolder of the activation cache."""
-_LIMIT_BYTES = 10**9  # enough for a million images
+_LIMIT_BYTES = 4 * 10**9  # enough for three million images
 
 
 @contextlib.contextmanager
 def remembered(source: Source, cache_dir: Path | None = None) -> Iterator[None]:
-    """Within the context, fingerprints of a source's images come from the cache on disk; on exit,
-    new ones are added to it. If the disk cannot be read or written, the cache is not used."""
-    if sum(source.sizes.values()) > 2 * MAX_COMPARED:
-        yield
-        return
-    directory = (cache_dir or default_directory()) / FOLDER
-    cache = Cache(directory, _LIMIT_BYTES)
+    """Within the context, fingerprints of a source's images come from the cache on disk if they are
+    needed, and new ones are added to it while the images are decoded. If the disk cannot be read or
+    written, the cache is not used."""
+    prints = source.fingerprints
+    cache = Cache((cache_dir or default_directory()) / FOLDER, _LIMIT_BYTES)
     key = {"kind": "fingerprints", "dataset": source.name, "tensorflow": version("tensorflow")}
-    with contextlib.suppress(OSError):
-        entry = cache.entry(key, [FINGERPRINT.itemsize], "uint8")
-        ids = np.concatenate([source.ids(name) for name in source.sizes])
-        cached = ids[~entry.missing(ids.tolist())].tolist()
-        rows = np.ascontiguousarray(entry.read(cached)[:]).view(FINGERPRINT)[:, 0]
-        source.fingerprints.update(zip(cached, rows, strict=True))
-    known = {*source.fingerprints}
-    yield
-    if new := [id_ for id_ in source.fingerprints if id_ not in known]:
-        rows = np.array([source.fingerprints[id_] for id_ in new], FINGERPRINT)
+
+    def load(ids: Sequence[bytes]) -> None:
+        with contextlib.suppress(OSError):
+            entry = cache.entry(key, [FINGERPRINT.itemsize], "uint8")
+            wanted = np.array(ids, "S16")
+            cached = wanted[~entry.missing(wanted)]
+            rows = np.ascontiguousarray(entry.read(cached)[:]).view(FINGERPRINT)[:, 0]
+            prints.update(zip(cached.tolist(), rows, strict=True))
+
+    def save(ids: Sequence[bytes], rows: np.ndarray) -> None:
         with contextlib.suppress(OSError):
             entry = cache.entry(key, [FINGERPRINT.itemsize], "uint8")
             with entry.lock():
                 cache.make_room(rows.nbytes, keep=[entry])
-                entry.append(new, rows[:, None].view(np.uint8))
+                entry.append(
+                    np.array(ids, "S16"), np.ascontiguousarray(rows)[:, None].view(np.uint8)
+                )
+
+    before = prints.load, prints.save
+    prints.load, prints.save = load, save
+    try:
+        yield
+    finally:
+        prints.load, prints.save = before

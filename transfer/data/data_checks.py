@@ -1,5 +1,5 @@
-"""Checks of labelled images: unreadable images, duplicates, train-test leakage, probably wrong
-labels, missing and rare classes."""
+"""Checks of labelled images: unreadable images, duplicates, train-test leakage, missing and rare
+classes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.special
 
 from transfer.data.dataset import Split
 from transfer.data.near_duplicates import near_duplicates
-from transfer.training.folds import stratified_folds
-from transfer.training.logistic_regression import GRID, fit_logistic_regression
 
-FOLDS = 5
 RARE = 10.0
 """A class is rare if another class has at least this many times as many images."""
 
@@ -24,7 +20,7 @@ RARE = 10.0
 class ImageScan:
     """Result of decoding all images of a split once.
 
-    ``fingerprints`` are ``near_duplicates.FINGERPRINT`` ``[num_examples]``; ``unreadable``, bool
+    ``fingerprints`` are ``fingerprints.FINGERPRINT`` ``[num_examples]``; ``unreadable``, bool
     ``[num_examples]``, is true for images that cannot be decoded.
     """
 
@@ -33,10 +29,6 @@ class ImageScan:
     @property
     def unreadable(self) -> np.ndarray:
         return ~self.fingerprints["readable"]
-
-
-class NoFoldsError(ValueError):
-    """There are too few images, or groups, of a class for a cross-validation."""
 
 
 def scan(split: Split, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> ImageScan:
@@ -53,7 +45,7 @@ def describe_leaks(train: np.ndarray, held_out: np.ndarray) -> list[str]:
     """Warnings about leakage: held-out images that are also training images.
 
     Args:
-        train: fingerprints of the training images, ``near_duplicates.FINGERPRINT``
+        train: fingerprints of the training images, ``fingerprints.FINGERPRINT``
             ``[num_images]``.
         held_out: fingerprints of the held-out images.
     """
@@ -77,49 +69,6 @@ def describe_leaks(train: np.ndarray, held_out: np.ndarray) -> list[str]:
             "images (re-encoded or resized), so that the accuracy is too high"
         )
     return lines
-
-
-def doubtful_labels(
-    features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Out-of-fold probabilities, and the order in which labels should be reviewed.
-
-    Each image is classified by a logistic regression trained on the features of other images
-    (5-fold cross-validation). Most confident errors come first: the images with the largest
-    difference between the probability of the predicted class and that of the label (Northcutt et
-    al., "Confident Learning", arXiv 1911.00068, on why out-of-fold predictions are needed).
-
-    Args:
-        features: float32 ``[num_examples, width]``.
-        labels: int ``[num_examples]``.
-        groups: group number of each image, int ``[num_examples]``; an image is judged by images of
-            other groups.
-
-    Returns:
-        Probabilities, float64 ``[num_examples, num_classes]``, and int positions of the images
-        whose label is not the most probable class.
-
-    Raises:
-        NoFoldsError: if a class has fewer than two images, or too few groups.
-    """
-    folds = stratified_folds(labels, FOLDS, groups=groups)
-    if not folds:
-        of_groups = "" if groups is None else " in different groups"
-        raise NoFoldsError(
-            f"labels can be checked where each class has at least 2 images{of_groups}"
-        )
-    num_classes = int(labels.max()) + 1
-    p = np.zeros((len(labels), num_classes))
-    strength = GRID[len(GRID) // 2]
-    for train, rest in folds:
-        head = fit_logistic_regression(
-            features[train], labels[train], num_classes, C=strength * len(train)
-        )
-        logits = features[rest].astype(np.float64) @ head.kernel + head.bias
-        p[rest] = scipy.special.softmax(logits, axis=-1)
-    own = p[np.arange(len(labels)), labels]
-    wrong = np.flatnonzero(p.argmax(-1) != labels)
-    return p, wrong[np.argsort((own - p.max(-1))[wrong], kind="stable")]
 
 
 def describe_balance(

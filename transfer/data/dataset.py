@@ -19,10 +19,11 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.data.batches import Batches
+from transfer.data.fingerprints import FINGERPRINT, Fingerprints, fingerprints
 from transfer.data.groups import connected
 from transfer.data.holdout import stratified_holdout
 from transfer.data.names import Names
-from transfer.data.near_duplicates import FINGERPRINT, fingerprints, near_duplicates
+from transfer.data.near_duplicates import near_duplicates
 from transfer.data.tfds import tfds
 from transfer.data.unreadable import UnreadableImageError, find_unreadable
 from transfer.images.image_files import PassedOver
@@ -62,7 +63,7 @@ class Source:
         groups: maps the name of a split to the group number of each example, int64, in the fixed
             order; images of a group, such as all of a patient, stay on one side of a hold-out.
             ``None`` if there are no groups.
-        fingerprints: maps ids to ``near_duplicates.FINGERPRINT``, for images decoded so far.
+        fingerprints: maps ids to ``fingerprints.FINGERPRINT``, for images decoded so far.
         unreadable: maps names of the images that ``Split.readable`` left out to the reasons.
 
     Raises:
@@ -80,7 +81,7 @@ class Source:
     origin: Mapping[str, str | None] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     groups: Callable[[str], np.ndarray] | None = None
-    fingerprints: dict[bytes, np.ndarray] = field(default_factory=dict, repr=False)
+    fingerprints: Fingerprints = field(default_factory=Fingerprints, repr=False)
     unreadable: dict[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -177,14 +178,17 @@ class Split:
         return np.concatenate([np.zeros(0, "S16"), *parts])
 
     def fingerprints(self, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> np.ndarray:
-        """Fingerprints of the images, ``near_duplicates.FINGERPRINT`` ``[len(self)]``. Decodes the
+        """Fingerprints of the images, ``fingerprints.FINGERPRINT`` ``[len(self)]``. Decodes the
         images whose fingerprints are not yet in ``source.fingerprints``."""
         known = self.source.fingerprints
         ids = self.ids.tolist()
+        if known.load is not None:
+            known.load([id_ for id_ in ids if id_ not in known])
         is_new = np.array([id_ not in known for id_ in ids], bool)
         if is_new.any():
             rest = self.where(is_new)
-            known.update(zip(rest.ids.tolist(), fingerprints(rest, progress), strict=True))
+            new = rest.ids.tolist()
+            fingerprints(rest, progress, lambda at, rows: known.add([new[i] for i in at], rows))
         return np.array([known[id_] for id_ in ids], FINGERPRINT)
 
     def where(self, keep: np.ndarray) -> Split:

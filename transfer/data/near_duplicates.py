@@ -2,78 +2,46 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import scipy.fft
+import scipy.linalg
 import scipy.sparse.csgraph
-import tensorflow as tf
+import scipy.spatial
 
-from transfer.images.decoding import decode, read_tensor
-from transfer.images.orientation import orientation, oriented
-
-_THUMBNAIL = 32
-_LEAST_PIXELS = 4 * _THUMBNAIL  # minimum side of a JPEG that is decoded at a reduced scale
-_LARGE = 2**26  # elements of an image above which no float copy of it is made
-_LARGEST_JPEG = 2**29  # bytes of pixels from which TensorFlow refuses to decode a JPEG
-_HASH = 8  # low frequencies per axis in the perceptual hash
-_ALIKE = 16  # maximum Hamming distance of the 64-bit hashes of images to compare,
-_NEAREST = 64  # each with at most this many others
-_DISTANCES_AT_ONCE = 2**24
-_PAIRS_AT_ONCE = 4096
 _SAME = 4.0  # maximum mean absolute difference of two thumbnails in gray levels,
 _SAME_CONTRAST = 0.4  # and in standard deviations, because textures have little contrast
 _FLAT = 2.0  # standard deviation below which a thumbnail is considered blank
-
-FINGERPRINT = np.dtype(
-    [("sha256", "V32"), ("readable", "?"), ("thumbnail", "u1", (_THUMBNAIL, _THUMBNAIL))]
-)
-"""Fingerprint of an image: SHA-256 of its file, whether it can be decoded, and a gray thumbnail."""
-
-
-class EncodedImages(Protocol):
-    """Interface of ``transfer.data.dataset.Split``."""
-
-    def __len__(self) -> int: ...
-
-    def encoded(self) -> tf.data.Dataset: ...
-
-    def where(self, keep: np.ndarray) -> EncodedImages: ...
-
-
-def fingerprints(
-    images: EncodedImages, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
-) -> np.ndarray:
-    """Read and decode every image once; returns ``FINGERPRINT`` ``[len(images)]``.
-
-    Large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size, which is several times faster.
-    """
-    prints = np.zeros(len(images), FINGERPRINT)
-    examples = images.encoded().map(lambda example: example["image"]).enumerate()
-    examples = examples.map(
-        lambda index, file: (index, file, _thumbnail(file)), num_parallel_calls=tf.data.AUTOTUNE
-    )
-    for index, file, thumbnail in progress(examples.ignore_errors().as_numpy_iterator()):
-        prints[index] = (hashlib.sha256(file).digest(), True, thumbnail)
-    failed = ~prints["readable"]
-    if failed.any():  # retry at full scale
-        rest = images.where(failed).encoded().as_numpy_iterator()
-        prints[failed] = [_fingerprint(example["image"]) for example in rest]
-    return prints
+_HASH = 8  # low frequencies per axis in the perceptual hash
+_ALIKE = 16  # maximum Hamming distance of the 64-bit hashes
+_BLOCKS = 4  # per axis of a thumbnail, from whose sums the search starts
+_NEAREST = 64  # at most this many neighbours of an image are compared with it
+_BUCKET_AXES = 4  # axes by which images are put into buckets
+_IMAGES_AT_ONCE = 4096
+_PAIRS_AT_ONCE = 4096
+_PAIRS_PER_MERGE = 2**16
+_LIMIT = _SAME * 32 * 32  # maximum L1 distance of two thumbnails
 
 
 def near_duplicates(prints: np.ndarray) -> list[list[int]]:
     """Groups of positions of near-duplicates: the same file, or copies of other size or quality.
 
-    Images are compared if their perceptual hashes are similar (the signs of the lowest frequencies
-    of a cosine transform: Zauner, "Implementation and Benchmarking of Perceptual Image Hash
-    Functions", 2010, section 3.2.1). They are near-duplicates if the mean absolute difference of
-    their thumbnails is at most 4 gray levels and at most 0.4 standard deviations.
+    Two images are near-duplicates if the mean absolute difference of their thumbnails is at most 4
+    gray levels and at most 0.4 standard deviations, and their perceptual hashes are similar (the
+    signs of the lowest frequencies of a cosine transform: Zauner, "Implementation and Benchmarking
+    of Perceptual Image Hash Functions", 2010, section 3.2.1). Groups are connected components.
+
+    Not all pairs are compared. The L1 distance of two thumbnails bounds the difference of any sums
+    and differences of their blocks, so that a k-d tree of the Walsh transform of the block sums
+    finds all pairs within 4 gray levels. Two exceptions bound the work. Where an image has more
+    than 64 neighbours, e.g. frames of a camera that does not move, images that show the same
+    picture as another one are represented by it. And images without coarse structure, such as
+    noise, are compared only if each axis differs by at most one gray level, as it does in copies of
+    other size or quality.
 
     Args:
-        prints: ``FINGERPRINT`` ``[num_images]``.
+        prints: ``fingerprints.FINGERPRINT`` ``[num_images]``.
 
     Returns:
         Sorted, disjoint groups of two or more positions.
@@ -81,105 +49,128 @@ def near_duplicates(prints: np.ndarray) -> list[list[int]]:
     # As strings, which ignore trailing zeros: at a fixed length, digests still differ.
     digests = np.ascontiguousarray(prints["sha256"]).view("S32")
     component = np.unique(digests, return_inverse=True)[1].ravel()
-    is_comparable = prints["readable"] & (prints["thumbnail"].std((1, 2)) > _FLAT)
-    thumbnails = prints["thumbnail"][is_comparable].astype(np.float32)
-    positions = np.flatnonzero(is_comparable)
-    for pairs in _candidates(_hashes(thumbnails)) if len(positions) else ():
-        first, other = pairs[:, component[positions[pairs[0]]] != component[positions[pairs[1]]]]
-        is_same = _is_same(thumbnails, first, other)
-        if not is_same.any():
-            continue
-        ends = component[positions[first[is_same]]], component[positions[other[is_same]]]
-        graph = scipy.sparse.coo_matrix((np.ones(len(ends[0])), ends), 2 * component.shape)
-        component = scipy.sparse.csgraph.connected_components(graph, directed=False)[1][component]
+    same = [np.zeros((2, 0), np.int64)]
+    for pairs in _candidates(prints):
+        pairs = pairs[:, component[pairs[0]] != component[pairs[1]]]
+        for start in range(0, pairs.shape[1], _PAIRS_AT_ONCE):
+            some = pairs[:, start : start + _PAIRS_AT_ONCE]
+            same.append(some[:, _are_same(*prints["thumbnail"][some])])
+        if sum(part.shape[1] for part in same) > _PAIRS_PER_MERGE:
+            component, same = _merged(component, same), same[:1]
+    component = _merged(component, same)
     order = np.argsort(component, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(component[order])) + 1)
     return sorted(group.tolist() for group in groups if len(group) > 1)
 
 
-def _fingerprint(file: bytes) -> tuple[bytes, bool, Any]:
-    """SHA-256, readability and thumbnail of an image, decoded at full scale."""
-    digest = hashlib.sha256(file).digest()
-    try:
-        return digest, True, _shrunk(read_tensor(file)).numpy()
-    except ValueError:
-        return digest, False, 0
+def _candidates(prints: np.ndarray) -> Iterator[np.ndarray]:
+    """Pairs of positions that may be near-duplicates, int64 ``[2, pairs]``, the smaller first."""
+    positions, points, keys = _points(prints)
+    if not len(positions):
+        return
+    # Of images with equal thumbnails, one stands for all: a k-d tree cannot separate equal points.
+    order = np.argsort(keys, kind="stable")
+    is_copy = np.append(False, np.diff(keys[order]) == 0)
+    yield positions[np.stack([order[:-1], order[1:]])[:, is_copy[1:]]]
+    rest = np.sort(order[~is_copy])
+    positions, points = positions[rest], points[rest]
+    represented = np.zeros(len(positions), bool)
+    for bucket in _full_buckets(points):
+        for pairs in _with_representatives(prints["thumbnail"], positions[bucket]):
+            yield pairs
+            represented[np.searchsorted(positions, pairs[1])] = True
+    positions, points = positions[~represented], points[~represented]
+    tree = scipy.spatial.cKDTree(points)
+    # Images without coarse structure, such as noise, are close to one another in all axes: a search
+    # with the full limit would visit most of them.
+    is_uniform = (points[:, 1:] ** 2).mean(1) < _LIMIT**2
+    for mask, limit in ((~is_uniform, _LIMIT), (is_uniform, _LIMIT / 4)):
+        chosen = np.flatnonzero(mask)
+        for start in range(0, len(chosen), _IMAGES_AT_ONCE):
+            some = chosen[start : start + _IMAGES_AT_ONCE]
+            distances, neighbours = tree.query(
+                points[some], _NEAREST + 1, p=np.inf, distance_upper_bound=limit + 1, workers=-1
+            )
+            row, column = np.nonzero(distances <= limit)
+            first, other = some[row], neighbours[row, column]
+            yield np.sort(positions[np.stack([first, other])[:, first != other]], axis=0)
 
 
-def _thumbnail(file: tf.Tensor) -> tf.Tensor:
-    """Thumbnail, uint8 ``[32, 32]``; large JPEGs are decoded at a reduced scale."""
-    is_jpeg = tf.equal(tf.strings.substr(file, 0, 2), b"\xff\xd8")
-    halvings = tf.cond(is_jpeg, lambda: _spare_halvings(file), lambda: tf.constant(0))
-
-    def decoded(ratio: int) -> Callable[[], tf.Tensor]:
-        return lambda: tf.io.decode_jpeg(file, channels=3, ratio=ratio)
-
-    def smaller() -> tf.Tensor:
-        image = tf.switch_case(halvings - 1, [decoded(2), decoded(4), decoded(8)])
-        code = tf.numpy_function(_orientation, [file], tf.int32, stateful=False)
-        return tf.cond(code > 1, lambda: oriented(image, code), lambda: image)
-
-    return _shrunk(tf.cond(halvings > 0, smaller, lambda: decode(file)))
-
-
-def _orientation(jpeg: bytes) -> np.int32:
-    return np.int32(orientation(jpeg))
-
-
-def _spare_halvings(jpeg: tf.Tensor) -> tf.Tensor:
-    """Number of times, 0 to 3, that the sides of a JPEG can be halved while decoding; 0 if it is
-    too large to be decoded at full size."""
-    shape = tf.io.extract_jpeg_shape(jpeg)[:2]
-    is_too_large = 3 * tf.reduce_prod(tf.cast(shape, tf.int64)) >= _LARGEST_JPEG
-    sides = tf.reduce_min(shape) // tf.constant([2, 4, 8])
-    return tf.reduce_sum(tf.cast((sides >= _LEAST_PIXELS) & ~is_too_large, tf.int32))
+def _points(prints: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For readable images that are not blank: positions, int64 ``[n]``; the Walsh transform of the
+    block sums of their thumbnails, float64 ``[n, blocks]``, of which the first is the sum of all;
+    and hashes of their thumbnails, uint64 ``[n]``."""
+    height, width = prints["thumbnail"].shape[1:]
+    factors = np.random.default_rng(0).integers(2**64, size=height * width // 8, dtype=np.uint64)
+    signs = scipy.linalg.hadamard(_BLOCKS)
+    parts = []
+    for start in range(0, max(1, len(prints)), _IMAGES_AT_ONCE):
+        some = prints[start : start + _IMAGES_AT_ONCE]
+        chosen = np.flatnonzero(some["readable"] & (some["thumbnail"].std((1, 2)) > _FLAT))
+        thumbnails = some["thumbnail"][chosen]
+        keys = (thumbnails.reshape(-1, height * width).view(np.uint64) * (factors | 1)).sum(1)
+        blocks = thumbnails.reshape(-1, _BLOCKS, height // _BLOCKS, _BLOCKS, width // _BLOCKS)
+        sums = signs @ blocks.sum((2, 4), dtype=np.float64) @ signs
+        parts.append((start + chosen, sums.reshape(-1, _BLOCKS**2), keys))
+    positions, points, keys = map(np.concatenate, zip(*parts, strict=True))
+    return positions, points, keys
 
 
-def _shrunk(image: tf.Tensor) -> tf.Tensor:
-    """uint8 ``[height, width, 3]`` to the thumbnail, uint8 ``[32, 32]``."""
+def _full_buckets(points: np.ndarray) -> Iterator[np.ndarray]:
+    """Positions of points in each cell of a coarse grid that has more than ``_NEAREST`` points."""
+    axes = np.argsort(-points.std(0))[:_BUCKET_AXES]
+    cells = np.floor(points[:, axes] / _LIMIT).astype(np.int64)
+    _, cell, counts = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
+    order = np.argsort(cell.ravel(), kind="stable")
+    ends = np.cumsum(counts)
+    for number in np.flatnonzero(counts > _NEAREST):
+        yield order[ends[number] - counts[number] : ends[number]]
 
-    def resized(pixels: tf.Tensor) -> tf.Tensor:
-        return tf.image.resize(pixels, [_THUMBNAIL, _THUMBNAIL], antialias=True)
 
-    def as_floats() -> tf.Tensor:
-        return resized(tf.reduce_mean(tf.cast(image, tf.float32), -1, keepdims=True))[..., 0]
+def _with_representatives(thumbnails: np.ndarray, bucket: np.ndarray) -> Iterator[np.ndarray]:
+    """Pairs of a representative and an image of the bucket that shows the same picture, as long as
+    a representative has more than ``_NEAREST`` such images."""
+    while len(bucket) > _NEAREST:
+        first, others = bucket[0], bucket[1:]
+        is_same = np.concatenate(
+            [
+                _are_same(thumbnails[[first]], thumbnails[others[start : start + _PAIRS_AT_ONCE]])
+                for start in range(0, len(others), _PAIRS_AT_ONCE)
+            ]
+        )
+        if is_same.sum() <= _NEAREST:
+            return
+        yield np.stack([np.full(is_same.sum(), first), others[is_same]])
+        bucket = others[~is_same]
 
-    def as_bytes() -> tf.Tensor:
-        """Equal up to rounding; slower, but without a float32 copy of the image."""
-        return tf.reduce_mean(resized(image), -1)
 
-    small = tf.cond(tf.size(image) < _LARGE, as_floats, as_bytes)
-    return tf.cast(tf.clip_by_value(tf.round(small), 0.0, 255.0), tf.uint8)
+def _are_same(first: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Whether two thumbnails show the same picture, bool ``[pairs]``.
+
+    Args:
+        first: uint8 ``[pairs, height, width]``, or ``[1, height, width]``.
+        other: uint8 ``[pairs, height, width]``.
+    """
+    first, other = first.astype(np.float32), other.astype(np.float32)
+    limit = np.minimum(_SAME, _SAME_CONTRAST * first.std((1, 2)))
+    is_same = np.abs(first - other).mean((1, 2)) <= limit
+    first = np.broadcast_to(first, other.shape)
+    differing = _hashes(first[is_same]) != _hashes(other[is_same])
+    is_same[is_same] = differing.sum(-1) <= _ALIKE
+    return is_same
 
 
 def _hashes(thumbnails: np.ndarray) -> np.ndarray:
     """Perceptual hashes, bool ``[num_images, 64]``."""
+    if not len(thumbnails):
+        return np.zeros((0, _HASH**2), bool)
     low = scipy.fft.dctn(thumbnails, axes=(1, 2))[:, :_HASH, :_HASH].reshape(len(thumbnails), -1)
-    return low > np.median(low, axis=1, keepdims=True) if len(low) else low > 0
+    return low > np.median(low, axis=1, keepdims=True)
 
 
-def _candidates(hashes: np.ndarray) -> Iterable[np.ndarray]:
-    """Pairs of positions with similar hashes, int ``[2, pairs]``: each image with its nearest
-    neighbours among later images."""
-    signs = np.where(hashes, 1, -1).astype(np.float32)
-    count = len(signs)
-    rows = max(1, _DISTANCES_AT_ONCE // count)
-    for start in range(0, count - 1, rows):
-        first = np.arange(start, min(start + rows, count))
-        agreement = signs[first] @ signs[start:].T  # equal bits minus different bits
-        agreement[first[:, None] >= np.arange(start, count)] = -np.inf
-        nearest = np.argpartition(-agreement, min(_NEAREST, agreement.shape[1]) - 1)[:, :_NEAREST]
-        is_alike = np.take_along_axis(agreement, nearest, 1) >= signs.shape[1] - 2 * _ALIKE
-        row, column = np.nonzero(is_alike)
-        yield np.stack([first[row], start + nearest[row, column]])
-
-
-def _is_same(thumbnails: np.ndarray, first: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Whether the thumbnails of each pair are nearly equal, bool ``[len(first)]``."""
-    same = np.zeros(len(first), bool)
-    for start in range(0, len(first), _PAIRS_AT_ONCE):
-        chunk = slice(start, start + _PAIRS_AT_ONCE)
-        pictures = thumbnails[first[chunk]]
-        limit = np.minimum(_SAME, _SAME_CONTRAST * pictures.std((1, 2)))
-        same[chunk] = np.abs(pictures - thumbnails[other[chunk]]).mean((1, 2)) <= limit
-    return same
+def _merged(component: np.ndarray, same: Iterable[np.ndarray]) -> np.ndarray:
+    """Number of the component of each image, int ``[num_images]``, after merging the components
+    of pairs of images."""
+    ends = component[np.concatenate([*same], axis=1)]
+    graph = scipy.sparse.coo_matrix((np.ones(len(ends[0]), bool), ends), 2 * component.shape)
+    return scipy.sparse.csgraph.connected_components(graph, directed=False)[1][component]

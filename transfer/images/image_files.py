@@ -46,7 +46,7 @@ class PassedOver:
             shown = ", ".join(f"{count} {suffix} ({why})" for (suffix, why), count in rows[:8])
             more = f", and {len(rows) - 8} more kinds" if len(rows) > 8 else ""
             total = self.num_images + len(self.files)
-            lines.append(f"{len(self.files)} of {total} files passed over: {shown}{more}")
+            lines.append(f"{len(self.files)} of {total} files ignored: {shown}{more}")
         if self.empty_classes:
             names = ", ".join(self.empty_classes[:5])
             more = ", ..." if len(self.empty_classes) > 5 else ""
