@@ -167,5 +167,5 @@ def test_tap_at_dynamic_flatten_can_be_saved(tmp_path, stock_session):
 def test_save_rejects_unsupported_heads(model, tmp_path):
     backbone = Backbone(load_meta_graph(model))
     classifier = Classifier(backbone, keras.layers.Dense(2), Preprocess("tf", 16), ["a", "b"])
-    with pytest.raises(TypeError, match="with a Head, got a Dense"):
+    with pytest.raises(TypeError, match="got a Backbone with a Dense"):
         save_classifier(classifier, tmp_path / "m", Card())

@@ -72,7 +72,7 @@ def to_keras(
         >>> from transfer import Backbone, to_keras
         >>> model = to_keras(Backbone("pretrained/vgg_small"))
         >>> [layer.name for layer in model.layers][:4]
-        ['images', 'conv1_1', 'conv1_2', 'pool1']
+        ['images', 'conv1_1', 'pool1', 'conv2_1']
         >>> model.get_layer("fc7").units
         512
         >>> model.save("backbone.keras")  # KERAS_BACKEND=jax or torch loads it, too
