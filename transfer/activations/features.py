@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from transfer.activations.extraction import EXTRACTION_BATCH, Activations
 from transfer.activations.store import ActivationStore, CachePolicy, ExtractionRequest
 from transfer.data.dataset import Split
 from transfer.images.preprocess import Preprocess
@@ -93,5 +95,8 @@ def extract_features(
     rows = store.rows([ExtractionRequest("training", split, None)])
     if rows is None:
         raise MemoryError("the features do not fit in memory; use cache='disk'")
-    values = average_over_space(np.asarray(rows[0][np.arange(len(split))], np.float32))
-    return Features(np.asarray(values), split.labels, [*split.names], split.source.class_names)
+    # Averaged in batches: the activations themselves may not fit in memory.
+    batches = Activations(rows, split.labels).batches(EXTRACTION_BATCH)
+    inputs = itertools.chain([np.asarray(rows[0][:0], np.float32)], (x for x, _ in batches))
+    values = np.concatenate([np.asarray(average_over_space(x)) for x in inputs])
+    return Features(values, split.labels, [*split.names], split.source.class_names)

@@ -28,12 +28,13 @@ def remembered(source: Source, cache_dir: Path | None = None) -> Iterator[None]:
     directory = (cache_dir or default_directory()) / FOLDER
     cache = Cache(directory, _LIMIT_BYTES)
     key = {"kind": "fingerprints", "dataset": source.name, "tensorflow": version("tensorflow")}
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, KeyError):
         entry = cache.entry(key, [FINGERPRINT.itemsize], "uint8")
         ids = np.concatenate([source.ids(name) for name in source.sizes])
-        cached = ids[~entry.missing(ids.tolist())].tolist()
-        rows = np.ascontiguousarray(entry.read(cached)[:]).view(FINGERPRINT)[:, 0]
-        source.fingerprints.update(zip(cached, rows, strict=True))
+        ids = ids[~entry.missing(ids)]
+        rows, intact = entry.read(ids).read(slice(None))
+        prints = rows[intact].view(FINGERPRINT)[:, 0]
+        source.fingerprints.update(zip(ids[intact].tolist(), prints, strict=True))
     known = {*source.fingerprints}
     yield
     if new := [id_ for id_ in source.fingerprints if id_ not in known]:
