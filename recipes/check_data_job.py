@@ -68,8 +68,8 @@ def _findings(report: DataReport) -> dict[str, Any]:
 
 
 def _text(report: DataReport, ignored: list[str], show: int) -> str:
-    rows = [[terminal.escaped(name), *counts] for name, counts in report.classes.items()]
-    rows.sort(key=lambda row: row[1])
+    classes = sorted(report.classes.items(), key=lambda item: item[1][0])
+    rows = [[terminal.escaped(name), *counts] for name, counts in classes]
     parts = [
         f"{report.dataset}: {report.num_train} images to train on, "
         f"{report.num_held_out} to evaluate on, {len(rows)} classes",

@@ -9,7 +9,13 @@ from commands import finetune, largest_difference, metrics
 from conftest import make_image_folder
 
 from recipes.cli import main
-from transfer.activations.cache import Entry
+from transfer import Backbone, extract_features, load_meta_graph, open_source
+from transfer.activations import entry
+from transfer.activations.entry import Entry
+from transfer.activations.extraction import EXTRACTION_BATCH
+from transfer.activations.store import ActivationStore, CachePolicy, ExtractionRequest
+from transfer.core.distribution import Replicas
+from transfer.images.preprocess import Preprocess
 
 NUM_TRAINING, NUM_HELD_OUT = 64, 16  # two batches, and one
 
@@ -37,12 +43,12 @@ def run(tmp_path, model, folder):
 def rows_file(tmp_path, cut, num_images):
     """The rows file of the entry with ``num_images`` images."""
     for key in (tmp_path / "cache").glob("*/key.json"):
-        index = key.with_name("index.bin")
+        index = key.with_name("index-00000.bin")
         record = 20  # a 16-byte id and a CRC
         if json.loads(key.read_text())["cut"] == cut and (
             index.stat().st_size == num_images * record
         ):
-            return key.with_name("rows.bin")
+            return key.with_name("rows-00000.bin")
     raise AssertionError(f"no entry of {num_images} images at {cut}")
 
 
@@ -142,6 +148,46 @@ def test_damaged_rows_are_recomputed(run, tmp_path):
     assert largest_difference(first, third) == 0
 
 
+@pytest.mark.parametrize("part", ["rows", "index"])
+def test_rows_damaged_after_the_start_are_recomputed(run, tmp_path, monkeypatch, capsys, part):
+    """Large rows are verified when they are read; the result is the same to the last bit."""
+    first, _ = run("first")
+    monkeypatch.setattr(entry, "_VERIFIED_AT_START", 0)
+    for num_images in (NUM_TRAINING, NUM_HELD_OUT):
+        path = rows_file(tmp_path, "fc7", num_images)
+        path = path.with_name(path.name.replace("rows", part))
+        damaged = bytearray(path.read_bytes())
+        damaged[-1] ^= 1  # of the row, or its checksum
+        path.write_bytes(damaged)
+    second, counts = run("second")
+    assert counts == (0, 80)
+    assert capsys.readouterr().err.count("1 of the activations at fc7 in ") == 2
+    assert largest_difference(first, second) == 0
+    third, counts = run("third")  # the rows were appended
+    assert counts == (0, 80)
+    assert "computing them again" not in capsys.readouterr().err
+    assert largest_difference(first, third) == 0
+
+
+def test_damaged_rows_of_vanished_images_are_an_error(image_folder, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(entry, "_VERIFIED_AT_START", 0)
+    backbone = Backbone(load_meta_graph(model))
+    split = open_source(image_folder=str(image_folder)).split("train")
+    directory = tmp_path / "cache"
+    features = extract_features(backbone, split, Preprocess("unit", 16), cache_dir=directory)
+    (path,) = directory.glob("*/rows-00000.bin")
+    damaged = bytearray(path.read_bytes())
+    damaged[0] ^= 1
+    path.write_bytes(damaged)
+    again = extract_features(backbone, split, Preprocess("unit", 16), cache_dir=directory)
+    np.testing.assert_array_equal(again.values, features.values)
+    for rows in directory.glob("*/rows-00001.bin"):
+        rows.unlink()
+    (image_folder / split.names[1]).write_bytes(b"no image")  # in the same batch
+    with pytest.raises(OSError, match="1 of the activations .* cannot be computed again: 1 image"):
+        extract_features(backbone, split, Preprocess("unit", 16), cache_dir=directory)
+
+
 @pytest.mark.slow
 def test_all_cache_modes_give_the_same_head(run):
     """Cached and uncached training see the same images in the same order."""
@@ -157,7 +203,7 @@ def test_all_cache_modes_give_the_same_head(run):
 def test_float16_cache_has_half_the_size(run, tmp_path):
     single, _ = run("single", "--freeze-until", "pool1")
     half, _ = run("half", "--freeze-until", "pool1", "--cache-dtype", "float16")
-    sizes = sorted(path.stat().st_size for path in (tmp_path / "cache").glob("*/rows.bin"))
+    sizes = sorted(path.stat().st_size for path in (tmp_path / "cache").glob("*/rows*.bin"))
     assert sizes == sorted(n * 8 * 8 * 8 * b for n in (16, 64) for b in (2, 4))
     assert 0 < largest_difference(single, half) < 0.01
 
@@ -186,7 +232,7 @@ def test_small_cache_limit_falls_back_to_memory(run, tmp_path, capsys):
     _, counts = run("run", "--cache-limit", 1e-6)
     assert counts == (80, 0)
     assert "raise the limit" in capsys.readouterr().err
-    assert list((tmp_path / "cache").glob("*/rows.bin")) == []
+    assert list((tmp_path / "cache").glob("*/rows*.bin")) == []
 
 
 @pytest.mark.slow
@@ -196,7 +242,7 @@ def test_least_recently_used_activations_are_evicted(run, tmp_path):
     assert not any(
         json.loads(path.read_text())["cut"] == "pool1"
         for path in (tmp_path / "cache").glob("*/key.json")
-        if path.with_name("rows.bin").exists() and path.with_name("rows.bin").stat().st_size > 1e5
+        if any(rows.stat().st_size > 1e5 for rows in path.parent.glob("rows*.bin"))
     )
 
 
@@ -231,7 +277,7 @@ def test_cache_list_and_clear(run, tmp_path, capsys):
     assert "no entry 'nonsense'" in capsys.readouterr().err
     assert main(clear) == 0
     assert capsys.readouterr().out.startswith("5 entries deleted")
-    assert list(directory.rglob("rows.bin")) == []
+    assert list(directory.rglob("rows*.bin")) == []
 
 
 def test_unusable_cache_folder_falls_back_to_memory(run, tmp_path, capsys):
@@ -251,3 +297,36 @@ def test_replaced_images_are_recomputed(run, folder):
     second, (computed, _) = run("second")
     assert computed >= 40
     assert np.isfinite(largest_difference(first, second))
+
+
+@pytest.mark.parametrize("role", ["training", "held-out"])
+def test_workers_fill_one_entry_that_any_number_of_workers_reads(model, folder, tmp_path, role):
+    backbone = Backbone(load_meta_graph(model))
+    layer, _ = backbone.split(backbone.network.output)
+    split = open_source(image_folder=str(folder)).split("train")  # two whole batches and a half
+
+    def stored(policy, worker=0, num_workers=1):
+        replicas = Replicas(worker=worker, num_workers=num_workers)
+        store = ActivationStore(
+            layer,
+            Preprocess("unit", 16),
+            cut="fc7",
+            model="tiny",
+            policy=policy,
+            replicas=replicas,
+        )
+        here = replicas.examples_of_worker(len(split), EXTRACTION_BATCH)
+        (rows,) = store.rows([ExtractionRequest(role, split, None, here)])
+        return here, rows[:], (store.num_extracted, store.num_found)
+
+    _, expected, _ = stored(CachePolicy("memory"))
+    disk = CachePolicy(directory=tmp_path / "cache")
+    for worker, count in enumerate((48, 32)):
+        here, rows, counts = stored(disk, worker, 2)
+        assert counts == (count, 0)
+        np.testing.assert_array_equal(rows, expected[here])
+    assert len(list((tmp_path / "cache").glob("*/key.json"))) == 1
+    for num_workers in (1, 3):
+        here, rows, counts = stored(disk, num_workers - 1, num_workers)
+        assert counts == (0, here.sum())
+        np.testing.assert_array_equal(rows, expected[here])

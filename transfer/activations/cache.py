@@ -1,15 +1,17 @@
-"""Activation cache on disk, shared by runs: append-only files of rows, addressed by their key.
+"""Activation cache on disk, shared by runs: rows in append-only files, addressed by their key.
 
 Layout of a cache directory::
 
-    locks/<digest>.lock   held by the process that writes an entry
-    <digest>/key.json     everything that the rows depend on, and their shape and dtype
-    <digest>/rows.bin     rows of equal size, in the order in which they were computed
-    <digest>/index.bin    records: for each row, the 16-byte id of its example and the CRC-32 of it
+    locks/<digest>.lock          held by the process that writes an entry
+    <digest>/key.json            everything that the rows depend on, and their shape and dtype
+    <digest>/rows-00000.bin      rows of equal size, in the order in which they were computed
+    <digest>/index-00000.bin     for each row, the 16-byte id of its example and a CRC-32
+    <digest>/rows-00001.bin ...  further rows, of the same or of other processes
 
-The digest is the hash of ``key.json``. Rows are written before their records, and a row is valid
-only if it has a record with the right CRC, so that data left by a crash, a full disk or a bad block
-is never taken for activations.
+The digest is the hash of ``key.json``. See ``parts`` for the files of rows: data left by a crash, a
+full disk or a bad block are never taken for activations, and workers of a run, or runs on machines
+that share a disk, add to an entry at the same time. Any of these pairs of files may be deleted, or
+copied to the same entry of another cache.
 
 The directory may hold files of other programs. A folder is an entry only if the digest of its
 ``key.json`` is the folder's name; only files with the names above are ever deleted. Links are not
@@ -19,15 +21,14 @@ followed, except for the directory itself.
 from __future__ import annotations
 
 import contextlib
-import errno
+import functools
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,15 @@ import numpy as np
 import platformdirs
 from filelock import FileLock, Timeout
 
+from transfer.activations import parts
+from transfer.activations.entry import Entry
 from transfer.core import files
 
-_KEY, _ROWS, _INDEX, _LOCKS = "key.json", "rows.bin", "index.bin", "locks"
-_LAYOUT = 1  # version of the file layout; part of the key
+_KEY, _LOCKS = "key.json", "locks"
+_LAYOUT = 1  # version of the meaning of a row; part of the key
 _MAX_KEY_BYTES = 2**20
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-_RECORD = np.dtype([("id", "S16"), ("crc", "<u4")])
+_LOCK = re.compile(rf"({_DIGEST.pattern})(-\d+-of-\d+)?\.lock")
 
 
 def default_directory() -> Path:
@@ -67,11 +70,13 @@ class Cache:
     Args:
         directory: created when needed.
         limit_bytes: maximum size of the directory, enforced by ``make_room``.
+        worker: index and number of the processes of a run, which write the same entries together.
     """
 
-    def __init__(self, directory: Path, limit_bytes: int):
+    def __init__(self, directory: Path, limit_bytes: int, worker: tuple[int, int] = (0, 1)):
         self.directory = Path(directory).expanduser()
         self.limit_bytes = limit_bytes
+        self._worker = worker
 
     def entry(self, key: dict[str, Any], row_shape: Sequence[int], dtype: str) -> Entry:
         """The entry of a key, which must contain everything that a row depends on except its
@@ -88,11 +93,11 @@ class Cache:
         described = {"layout": _LAYOUT, **key, "row_shape": list(row_shape), "dtype": dtype}
         text = json.dumps(described, indent=1, sort_keys=True)
         folder = self.directory / _digest(text.encode())
-        self.directory.mkdir(parents=True, exist_ok=True)
-        files.make_folder(folder)
         # Rewritten on each use: its modification time tells when the entry was last used.
-        files.write_text(folder / _KEY, text)
-        return Entry(folder, self._lock(folder.name), tuple(row_shape), np.dtype(dtype))
+        self._write_key(folder, text)
+        ensure = functools.partial(self._ensure_key, folder, text)
+        lock = self._lock(folder.name, self._worker)
+        return Entry(folder, lock, tuple(row_shape), np.dtype(dtype), ensure)
 
     def make_room(self, num_bytes: int, keep: Iterable[Entry] = ()) -> None:
         """Evict the least recently used entries until ``num_bytes`` can be added.
@@ -107,11 +112,9 @@ class Cache:
         kept = {entry.folder.name for entry in keep}
         entries = sorted(self.entries(), key=lambda entry: entry.last_used)
         evictable = [entry for entry in entries if entry.digest not in kept]
-        used = sum(entry.num_bytes for entry in entries)
-        free = shutil.disk_usage(self.directory).free
-        # Must fit both within the limit and on the disk.
-        excess = max(used + num_bytes - self.limit_bytes, num_bytes - free)
-        if excess > sum(entry.num_bytes for entry in evictable):
+        if self._excess(num_bytes) > sum(entry.num_bytes for entry in evictable):
+            used = sum(entry.num_bytes for entry in entries)
+            free = shutil.disk_usage(self.directory).free
             raise OSError(
                 f"{num_bytes / 1e6:,.0f} MB of activations do not fit into {self.directory}: it "
                 f"holds {used / 1e6:,.0f} MB of at most {self.limit_bytes / 1e6:,.0f} MB, and the "
@@ -119,11 +122,11 @@ class Cache:
                 "or keep them as float16"
             )
         for entry in evictable:
-            if excess <= 0:
+            # Measured again, because other workers may delete the same entries.
+            if self._excess(num_bytes) <= 0:
                 return
-            if self.delete(entry.digest):
-                excess -= entry.num_bytes
-        if excess > 0:
+            self.delete(entry.digest)
+        if self._excess(num_bytes) > 0:
             raise OSError(
                 f"{num_bytes / 1e6:,.0f} MB of activations do not fit into {self.directory} while "
                 "other processes use it"
@@ -141,8 +144,8 @@ class Cache:
                 CacheEntryInfo(
                     folder.name,
                     key,
-                    _size(folder / _INDEX) // _RECORD.itemsize,
-                    sum(_size(folder / name) for name in (_KEY, _ROWS, _INDEX)),
+                    parts.num_records(folder),
+                    sum(map(parts.size, [folder / _KEY, *parts.part_files(folder)])),
                     last_used,
                 )
             )
@@ -167,24 +170,26 @@ class Cache:
         folder = self.directory / digest
         if not _DIGEST.fullmatch(digest) or not files.is_regular(folder / _KEY):
             return False
-        lock = self._lock(digest)
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            return False
-        try:
-            _read_key(folder)
-            for name in (_INDEX, _ROWS):  # rows are invalid without their records
-                if files.is_regular(folder / name):
-                    (folder / name).unlink()
-            for path in folder.iterdir():  # temporary files of killed processes
-                if files.is_temporary(path.name, _KEY) and files.is_regular(path):
+        with contextlib.ExitStack() as locks:
+            try:
+                for lock in self._all_locks(digest):
+                    lock.acquire(blocking=False)
+                    locks.callback(lock.release)
+            except Timeout:
+                return False
+            except OSError:
+                pass  # files cannot be locked here
+            try:
+                _read_key(folder)
+                # The indexes first: rows are invalid without their records.
+                for path in filter(files.is_regular, parts.part_files(folder)):
                     path.unlink()
-            (folder / _KEY).unlink()  # last: without it, the folder is no longer an entry
-        except (OSError, ValueError):
-            return False
-        finally:
-            lock.release()
+                for path in folder.iterdir():  # temporary files of killed processes
+                    if files.is_temporary(path.name, _KEY) and files.is_regular(path):
+                        path.unlink()
+                (folder / _KEY).unlink()  # last: without it, the folder is no longer an entry
+            except (OSError, ValueError):
+                return False
         with contextlib.suppress(OSError):
             folder.rmdir()
         return True
@@ -193,8 +198,7 @@ class Cache:
         """Delete all entries, and the directory unless it holds other files."""
         for entry in self.entries():
             self.delete(entry.digest)
-        locks = re.compile(rf"{_DIGEST.pattern}\.lock")
-        files.remove_folder(self.directory / _LOCKS, locks)
+        files.remove_folder(self.directory / _LOCKS, _LOCK)
         with contextlib.suppress(OSError):
             self.directory.rmdir()
 
@@ -205,141 +209,39 @@ class Cache:
         with os.scandir(self.directory) as items:
             return sorted(Path(f.path) for f in items if f.is_dir(follow_symlinks=False))
 
-    def _lock(self, digest: str) -> FileLock:
-        # Outside the folder, so that a folder can be deleted while its lock is held.
+    def _excess(self, num_bytes: int) -> int:
+        """The number of bytes to delete before ``num_bytes`` fit within the limit and on the
+        disk."""
+        used = sum(entry.num_bytes for entry in self.entries())
+        free = shutil.disk_usage(self.directory).free
+        return max(used + num_bytes - self.limit_bytes, num_bytes - free)
+
+    def _write_key(self, folder: Path, text: str) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
+        files.write_text(folder / _KEY, text)
+
+    def _ensure_key(self, folder: Path, text: str) -> None:
+        """Make a folder an entry again if another process deleted it."""
+        if not files.is_regular(folder / _KEY):
+            self._write_key(folder, text)
+
+    def _lock(self, digest: str, worker: tuple[int, int] = (0, 1)) -> FileLock:
+        # Outside the folder, so that a folder can be deleted while its lock is held. The workers of
+        # a run write at the same time, so each has its own lock.
+        index, count = worker
+        suffix = f"-{index}-of-{count}" if count > 1 else ""
         files.make_folder(self.directory / _LOCKS)
-        return files.lock(self.directory / _LOCKS / f"{digest}.lock")
+        return files.lock(self.directory / _LOCKS / f"{digest}{suffix}.lock")
 
-
-class Entry:
-    """The rows of one key; created by ``Cache.entry``."""
-
-    def __init__(self, folder: Path, lock: FileLock, row_shape: tuple[int, ...], dtype: np.dtype):
-        self.folder = folder
-        self._lock = lock
-        self._row_shape = row_shape
-        self._dtype = dtype
-        self.row_bytes = int(np.prod(row_shape)) * dtype.itemsize
-        self._intact = np.zeros(0, bool)  # per record: whether the CRC of its row was verified
-
-    @contextlib.contextmanager
-    def lock(self, waiting: Any = None) -> Iterator[None]:
-        """Hold the exclusive lock of the entry; required for ``append``.
-
-        ``waiting()`` is called before waiting for another process that holds it.
-        """
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            if waiting is not None:
-                waiting()
-            self._lock.acquire()
-        try:
-            yield
-        finally:
-            self._lock.release()
-
-    def missing(self, ids: Sequence[bytes]) -> np.ndarray:
-        """Boolean ``[len(ids)]``: true for examples without a row, or with a damaged one."""
-        return self._positions(ids) < 0
-
-    def append(self, ids: Sequence[bytes], rows: np.ndarray) -> None:
-        """Append rows ``[len(ids), *row_shape]``; a row replaces an earlier one with the same id.
-
-        Raises:
-            OSError: if they cannot be written, e.g. on a full disk; earlier rows are kept.
-        """
-        rows = np.ascontiguousarray(rows, self._dtype)
-        if rows.shape != (len(ids), *self._row_shape):
-            raise ValueError(
-                f"expected {len(ids)} rows of shape {self._row_shape}, got {rows.shape}"
-            )
-        records = np.empty(len(ids), _RECORD)
-        records["id"] = ids
-        records["crc"] = [zlib.crc32(row) for row in rows]
-        num_rows = self._num_rows()  # bytes beyond are from an incomplete write
-        try:
-            _append(self.folder / _ROWS, num_rows * self.row_bytes, rows)
-            _append(self.folder / _INDEX, num_rows * _RECORD.itemsize, records)
-        except OSError as error:
-            full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
-            raise OSError(
-                error.errno,
-                f"cannot write activations to {self.folder}: {error.strerror}{full}; complete "
-                "rows are kept, and the next run continues from there",
-            ) from error
-
-    def read(self, ids: Sequence[bytes]) -> StoredRows:
-        """The rows of examples, in the order of ``ids``.
-
-        Raises:
-            KeyError: if a row is missing.
-        """
-        positions = self._positions(ids)
-        if (positions < 0).any():
-            raise KeyError(f"{(positions < 0).sum()} of {len(ids)} rows are not in {self.folder}")
-        return StoredRows(self._rows(), positions)
-
-    def _num_rows(self) -> int:
-        """Number of complete rows that have a record."""
-        return min(
-            _size(self.folder / _INDEX) // _RECORD.itemsize,
-            _size(self.folder / _ROWS) // max(1, self.row_bytes),
-        )
-
-    def _records(self) -> np.ndarray:
-        num_rows = self._num_rows()
-        if not num_rows:
-            return np.empty(0, _RECORD)
-        return np.fromfile(self.folder / _INDEX, _RECORD, num_rows)
-
-    def _rows(self) -> np.ndarray:
-        num_rows = self._num_rows()
-        if not num_rows:
-            return np.empty((0, *self._row_shape), self._dtype)
-        shape = (num_rows, *self._row_shape)
-        return np.memmap(self.folder / _ROWS, self._dtype, "r", shape=shape)
-
-    def _positions(self, ids: Sequence[bytes]) -> np.ndarray:
-        """int64 ``[len(ids)]``: row number of each example, the newest if there are several; -1 if
-        it has no row, or its CRC is wrong."""
-        records = self._records()
-        if not len(records) or not len(ids):
-            return np.full(len(ids), -1)
-        order = np.argsort(records["id"], kind="stable")
-        requested = np.array(ids, "S16")
-        ranks = np.searchsorted(records["id"], requested, side="right", sorter=order) - 1
-        positions = order[np.maximum(ranks, 0)]
-        positions[(ranks < 0) | (records["id"][positions] != requested)] = -1
-        intact = self._check(records, positions)
-        return np.where(intact[positions] & (positions >= 0), positions, -1)
-
-    def _check(self, records: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """Boolean ``[len(records)]``: rows with a verified CRC; verifies the rows at ``positions``
-        that were not verified before."""
-        intact = np.zeros(len(records), bool)
-        known = min(len(records), len(self._intact))
-        intact[:known] = self._intact[:known]
-        rows = self._rows()
-        for position in np.unique(positions[positions >= 0]):
-            if not intact[position]:
-                intact[position] = zlib.crc32(rows[position]) == records["crc"][position]
-        self._intact = intact
-        return intact
-
-
-class StoredRows:
-    """Acts as an array ``[num_examples, *row_shape]`` that is read from disk when indexed."""
-
-    def __init__(self, rows: np.ndarray, positions: np.ndarray):
-        self._rows = rows
-        self._positions = positions
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def __getitem__(self, examples: Any) -> np.ndarray:
-        return self._rows[self._positions[examples]]
+    def _all_locks(self, digest: str) -> Iterable[FileLock]:
+        """The lock of an entry, and those of all workers that have written it."""
+        yield self._lock(digest)
+        with os.scandir(self.directory / _LOCKS) as items:
+            names = [match for item in items if (match := _LOCK.fullmatch(item.name))]
+        for match in names:
+            if match[1] == digest and match[2] is not None:
+                yield files.lock(self.directory / _LOCKS / match[0])
 
 
 def _digest(key: bytes) -> str:
@@ -370,20 +272,3 @@ def _read_key(folder: Path) -> tuple[dict[str, Any], float]:
     if _digest(text) != folder.name:
         raise ValueError(f"the digest of its {_KEY} is not the name of the folder")
     return key, status.st_mtime
-
-
-def _append(path: Path, offset: int, values: np.ndarray) -> None:
-    files.unshare(path)
-    with path.open("r+b" if path.exists() else "xb") as file:
-        file.truncate(offset)
-        file.seek(offset)
-        file.write(values.data)
-
-
-def _size(path: Path) -> int:
-    """Size of a regular file in bytes; 0 for anything else."""
-    try:
-        status = path.lstat()
-    except OSError:
-        return 0
-    return status.st_size if stat.S_ISREG(status.st_mode) else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -9,11 +10,11 @@ from typing import Literal
 import keras
 import numpy as np
 
-from transfer.activations.extraction import EXTRACTION_BATCH
+from transfer.activations.extraction import EXTRACTION_BATCH, Activations
 from transfer.activations.store import ActivationStore, CachePolicy, ExtractionRequest
 from transfer.data.dataset import Split
 from transfer.images.preprocess import Preprocess
-from transfer.layers.backbone import Backbone
+from transfer.layers.backbone import Backbone, Pooling
 from transfer.layers.head import average_over_space
 
 
@@ -111,13 +112,19 @@ def extract_features(
     rows = store.rows([ExtractionRequest("training", split, None)])
     if rows is None:
         raise MemoryError("the features do not fit in memory; use cache='disk'")
-    maps = np.asarray(rows[0][np.arange(len(split))], np.float32)
-    if backbone.pooling == "max" and maps.ndim == 4:
-        values = maps.max((1, 2))
-    else:
-        values = np.asarray(average_over_space(maps))
+    # Pooled in batches: the activations themselves may not fit in memory.
+    batches = Activations(rows, split.labels).batches(EXTRACTION_BATCH)
+    inputs = itertools.chain([np.asarray(rows[0][:0], np.float32)], (x for x, _ in batches))
+    values = np.concatenate([_pooled(np.asarray(x), backbone.pooling) for x in inputs])
     taps = _widths(backbone, preprocess) if backbone.network.taps else {tap: values.shape[1]}
     return Features(values, split.labels, [*split.names], split.source.class_names, taps)
+
+
+def _pooled(maps: np.ndarray, pooling: Pooling) -> np.ndarray:
+    """Features ``[n, width]`` of activations ``[n, width]`` or ``[n, height, width, channels]``."""
+    if pooling == "max" and maps.ndim == 4:
+        return np.asarray(maps.max((1, 2)))
+    return np.asarray(average_over_space(maps))
 
 
 def _widths(backbone: Backbone, preprocess: Preprocess) -> dict[str, int]:

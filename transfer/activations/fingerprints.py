@@ -28,12 +28,13 @@ def remembered(source: Source, cache_dir: Path | None = None) -> Iterator[None]:
     key = {"kind": "fingerprints", "dataset": source.name, "tensorflow": version("tensorflow")}
 
     def load(ids: Sequence[bytes]) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, KeyError):
             entry = cache.entry(key, [FINGERPRINT.itemsize], "uint8")
             wanted = np.array(ids, "S16")
             cached = wanted[~entry.missing(wanted)]
-            rows = np.ascontiguousarray(entry.read(cached)[:]).view(FINGERPRINT)[:, 0]
-            prints.update(zip(cached.tolist(), rows, strict=True))
+            rows, intact = entry.read(cached).read(slice(None))
+            known = rows[intact].view(FINGERPRINT)[:, 0]
+            prints.update(zip(cached[intact].tolist(), known, strict=True))
 
     def save(ids: Sequence[bytes], rows: np.ndarray) -> None:
         with contextlib.suppress(OSError):

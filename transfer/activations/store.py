@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,8 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from transfer.activations.cache import Cache, Entry, default_directory
+from transfer.activations.cache import Cache, default_directory
+from transfer.activations.entry import Entry
 from transfer.activations.extraction import (
     EXTRACTION_BATCH,
     Compiled,
@@ -35,11 +37,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExtractionRequest:
-    """Images whose activations are needed; ``role`` is ``training`` or ``held-out``."""
+    """Images whose activations are needed.
+
+    Args:
+        role: ``training`` or ``held-out``.
+        split: the images.
+        view_seed: seed of their random views; ``None`` does not augment.
+        here: boolean ``[len(split)]``, the images that this process needs, in whole batches of
+            ``EXTRACTION_BATCH``; ``None`` for all.
+    """
 
     role: str
     split: Split
     view_seed: int | None
+    here: np.ndarray | None = None
+
+    @functools.cached_property
+    def needed(self) -> Split:
+        """The images that this process needs."""
+        return self.split if self.here is None else self.split.where(self.here)
 
 
 @dataclass(frozen=True)
@@ -98,8 +114,8 @@ class ActivationStore:
         self.num_extracted = self.num_found = 0
 
     def rows(self, requests: Sequence[ExtractionRequest]) -> list[Rows] | None:
-        """The activations of each request, in the order of its split; ``None`` if they do not fit
-        in memory, or the policy is ``off``."""
+        """The activations of each request, in the order of its needed images; ``None`` if they do
+        not fit in memory, or the policy is ``off``."""
         if self._policy.mode == "off":
             return None
         if self._policy.mode == "disk":
@@ -107,7 +123,7 @@ class ActivationStore:
                 return self._on_disk(requests)
             except OSError as error:
                 logger.warning(f"{error}; keeping the activations in memory instead")
-        num_images = sum(len(item.split) for item in requests)
+        num_images = sum(len(item.needed) for item in requests)
         needed, free = num_images * self._row_bytes / 1e6, measurement.available_memory_mb()
         if needed > free / 2:
             logger.info(
@@ -120,15 +136,16 @@ class ActivationStore:
         self.num_extracted = num_images
         dtype = self._policy.dtype
         return [
-            extract(self._compiled, self._images(item), len(item.split), dtype)
-            if len(item.split)
+            extract(self._compiled, self._images(item, item.needed), len(item.needed), dtype)
+            if len(item.needed)
             else np.zeros((0, *self._row_shape), dtype)
             for item in requests
         ]
 
     def _on_disk(self, requests: Sequence[ExtractionRequest]) -> list[Rows]:
         directory = self._policy.directory or default_directory()
-        cache = Cache(directory, limit_bytes=int(self._policy.limit_gb * 1e9))
+        worker = self._replicas.worker, self._replicas.num_workers
+        cache = Cache(directory, int(self._policy.limit_gb * 1e9), worker)
         digest, shape = self._layer.digest(), self._row_shape
         entries = [
             cache.entry(self._key(item, digest), shape, self._policy.dtype) for item in requests
@@ -138,34 +155,71 @@ class ActivationStore:
             for entry in sorted(entries, key=lambda entry: entry.folder):
                 locks.enter_context(entry.lock(self._say_waiting))
             missing = [
-                whole_batches(entry.missing(item.split.ids))
+                entry.missing(item.needed.ids)
                 for entry, item in zip(entries, requests, strict=True)
             ]
-            num_missing = sum(int(mask.sum()) for mask in missing)
-            needed = num_missing * self._row_bytes
+            needed = sum(int(mask.sum()) for mask in missing) * self._row_bytes
             cache.make_room(needed, keep=entries)
-            self.num_extracted = num_missing
-            self.num_found = sum(map(len, missing)) - num_missing
+            self.num_extracted = sum(int(whole_batches(mask).sum()) for mask in missing)
+            self.num_found = sum(map(len, missing)) - self.num_extracted
             logger.info(
-                f"activations at {self._cut}: {self.num_found} images found, {num_missing} to "
-                f"compute, {needed / 1e6:,.0f} MB, in {directory}"
+                f"activations at {self._cut}: {self.num_found} images found, {self.num_extracted} "
+                f"to compute, {needed / 1e6:,.0f} MB, in {directory}"
             )
             for entry, item, mask in zip(entries, requests, missing, strict=True):
                 if mask.any():
                     self._compute(entry, item, mask)
             return [
-                entry.read(item.split.ids) for entry, item in zip(entries, requests, strict=True)
+                entry.read(item.needed.ids, functools.partial(self._restore, entry, item, digest))
+                for entry, item in zip(entries, requests, strict=True)
             ]
 
     def _compute(self, entry: Entry, request: ExtractionRequest, missing: np.ndarray) -> None:
-        rest = ExtractionRequest(request.role, request.split.where(missing), request.view_seed)
-        ids, done = rest.split.ids, 0
-        for rows, _ in stream(self._compiled, self._images(rest)):
-            entry.append(ids[done : done + len(rows)], rows)
+        """Compute the batches that have missing rows, and append these rows."""
+        computed = whole_batches(missing)
+        split, is_new = request.needed.where(computed), missing[computed]
+        ids, done = split.ids, 0
+        for rows, _ in stream(self._compiled, self._images(request, split)):
+            batch = slice(done, done + len(rows))
+            entry.append(ids[batch][is_new[batch]], rows[is_new[batch]])
             done += len(rows)
 
-    def _images(self, request: ExtractionRequest) -> Iterable[Any]:
-        batches: Batches = request.split.batches(
+    def _restore(
+        self, entry: Entry, request: ExtractionRequest, digest: str, positions: np.ndarray
+    ) -> np.ndarray:
+        """Compute the rows of examples again, in the same batches as before, because the cached
+        ones turned out to be damaged.
+
+        Raises:
+            OSError: if that is not possible; says what to do.
+        """
+        damage = f"{len(positions)} of the activations at {self._cut} in {entry.folder} are damaged"
+        if self._layer.digest() != digest:
+            raise OSError(
+                f"{damage}, and the weights before the cut have changed since; start a new run"
+            )
+        logger.warning(f"{damage}; computing them again")
+        is_lost = np.zeros(len(request.needed), bool)
+        is_lost[positions] = True
+        computed = whole_batches(is_lost)
+        split = request.needed.where(computed)
+        batches = split.batches(self._preprocess, EXTRACTION_BATCH, view_seed=request.view_seed)
+        try:
+            rows = extract(self._compiled, batches, len(split), self._policy.dtype)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"{damage}, and cannot be computed again: {error}; then continue with resume=True, "
+                "the completed epochs are kept"
+            ) from error
+        rows = rows[is_lost[computed]]
+        try:
+            entry.append(request.needed.ids[positions], rows)
+        except OSError as error:
+            logger.warning(f"{error}")
+        return rows
+
+    def _images(self, request: ExtractionRequest, split: Split) -> Iterable[Any]:
+        batches: Batches = split.batches(
             self._preprocess, EXTRACTION_BATCH, view_seed=request.view_seed
         )
         return self._progress(batches, f"features of the {request.role} images")
@@ -194,12 +248,10 @@ class ActivationStore:
             "view_seed": request.view_seed,
             "versions": {package: version(package) for package in ("vgg-transfer", "tensorflow")},
         }
-        if self._replicas.num_workers > 1:
-            # Each worker writes its own files.
-            key["worker"] = [self._replicas.worker, self._replicas.num_workers]
         if request.role == "held-out":
             # Activations depend on the batch they are computed in, at float precision. An
-            # evaluation must be bit-identical whatever was cached before.
+            # evaluation must be bit-identical whatever was cached before. Workers compute whole
+            # batches, so that their number makes no difference.
             key["examples"] = hashlib.sha256(split.ids.tobytes()).hexdigest()
         return key
 

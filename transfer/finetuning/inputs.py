@@ -54,10 +54,12 @@ class Inputs:
             views = []  # new ones in each epoch
         if options.mixup and context.replicas.num_workers > 1:
             views = []  # the paired images may live on different workers
-        held_out = _shard(context.held_out, self._mine_held_out)
-        train = _shard(context.train, self._mine_train)
-        requests = [ExtractionRequest("held-out", held_out, None)]
-        requests += [ExtractionRequest("training", train, view) for view in views]
+        here, here_held_out = (
+            None if mine.all() else mine for mine in (self._mine_train, self._mine_held_out)
+        )
+        held_out = ExtractionRequest("held-out", context.held_out, None, here_held_out)
+        requests = [held_out]
+        requests += [ExtractionRequest("training", context.train, view, here) for view in views]
         store = ActivationStore(
             frozen,
             context.classifier.preprocess,
@@ -76,10 +78,9 @@ class Inputs:
             num_parts, rest = divmod(options.batch_size, EXTRACTION_BATCH)
             self._is_recomputed = bool(views) and num_parts > 1 and not rest
             return
-        self._held_out = Activations(rows[:1], held_out.labels)
+        self._held_out = Activations(rows[:1], held_out.needed.labels)
         if views:
-            is_here = None if self._mine_train.all() else self._mine_train
-            self._train = Activations(rows[1:], context.train.labels, is_here)
+            self._train = Activations(rows[1:], context.train.labels, here)
 
     @property
     def frozen(self) -> GraphLayer | None:
