@@ -273,7 +273,7 @@ def checksums(ids: np.ndarray, rows: Sequence[memoryview], *, with_ids: bool) ->
 def buffers(rows: np.ndarray, places: np.ndarray) -> list[memoryview]:
     """The memory of the rows at these places of a contiguous array ``[n, ...]``."""
     length = rows[:1].nbytes
-    data = memoryview(rows).cast("B") if length else memoryview(b"")
+    data = rows.data.cast("B") if length else memoryview(b"")
     return [data[start : start + length] for start in (places * length).tolist()]
 
 

@@ -129,7 +129,8 @@ def shuffled(num_examples: int, seed: int) -> np.ndarray:
     if num_examples > _MAX_AS_TF_DATA:
         return np.random.default_rng(seeds).permutation(num_examples)
     # The first two numbers are the seeds of the first iteration over the dataset.
-    numbers = _philox(*(int(number) for number in _philox(*seeds, 2)), num_examples)
+    key, counter = _philox(*seeds, 2).tolist()
+    numbers = _philox(key, counter, num_examples)
     positions = np.arange(num_examples)
     return _swapped(positions + numbers % (num_examples - positions))
 
