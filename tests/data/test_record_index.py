@@ -15,9 +15,7 @@ def passes(monkeypatch):
     """Counts the passes over all records."""
     made = []
     index = TFRecords.index
-    monkeypatch.setattr(
-        TFRecords, "index", lambda self, key: made.append(key) or index(self, key)
-    )
+    monkeypatch.setattr(TFRecords, "index", lambda self, key: made.append(key) or index(self, key))
     return made
 
 
