@@ -27,7 +27,8 @@ def open_image_folder(folder: Path) -> Source:
         raise FileNotFoundError(f"image folder {str(folder)!r} does not exist")
     folder = folder.resolve()
     passed_over = PassedOver()
-    splits, by_class = _split_folders(folder, passed_over)
+    refused: dict[str, str] = {}
+    splits, by_class = _split_folders(folder, passed_over, refused)
     class_names = sorted({name for classes in by_class.values() for name in classes})
     passed_over.empty_classes = sorted(
         {child.name for split in splits for child in class_folders(split)} - {*class_names}
@@ -38,42 +39,29 @@ def open_image_folder(folder: Path) -> Source:
     if len(class_names) < 2:
         raise ValueError(_too_few_classes(folder, class_names, passed_over))
     label_of = {name: label for label, name in enumerate(class_names)}
+    start = len(os.path.join(folder, ""))
     files, labels = {}, {}
     for split, classes in by_class.items():
         split_name = "train" if split == folder else split.name
-        files[split_name] = Names.of(
-            str(path.relative_to(folder)) for paths in classes.values() for path in paths
-        )
+        files[split_name] = Names.of(path[start:] for paths in classes.values() for path in paths)
         labels[split_name] = np.repeat(
             np.array([label_of[name] for name in classes], np.int64),
             [len(paths) for paths in classes.values()],
         )
-    refused = {
-        str(path.relative_to(folder)): reason
-        for classes in by_class.values()
-        for paths in classes.values()
-        for path in paths
-        if (reason := _refused(path))
-    }
     return labelled_files(
-        folder.name, class_names, folder, files, labels, passed_over=passed_over, refused=refused
+        folder.name,
+        class_names,
+        folder,
+        files,
+        labels,
+        passed_over=passed_over,
+        refused={path[start:]: reason for path, reason in refused.items()},
     )
 
 
-def _refused(path: Path) -> str:
-    """Why a file must not be read (e.g. reading a pipe may never end); empty if it may be read."""
-    try:
-        image_files.check(path)
-    except OSError:  # deleted in the meantime
-        return ""
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def _split_folders(
-    folder: Path, passed_over: PassedOver
-) -> tuple[list[Path], dict[Path, dict[str, list[Path]]]]:
+    folder: Path, passed_over: PassedOver, refused: dict[str, str]
+) -> tuple[list[Path], dict[Path, dict[str, list[str]]]]:
     """The split folders, or the folder itself if it has none; and for each, the images by class."""
     children = class_folders(folder)
     splits = [child for child in children if child.name in TRAIN_SPLITS + EVAL_SPLITS]
@@ -82,7 +70,7 @@ def _split_folders(
         split: {
             child.name: images
             for child in class_folders(split)
-            if (images := _images(child, passed_over))
+            if (images := _images(child, passed_over, refused))
         }
         for split in splits
     }
@@ -90,37 +78,45 @@ def _split_folders(
         image_files.outside_classes(split, passed_over)
     if splits != [folder]:
         beside = (
-            path for c in children if c not in splits for path in image_files.find(c, PassedOver())
+            path
+            for child in children
+            if child not in splits
+            for path in image_files.find_names(child, PassedOver())
         )
-        passed_over.files += [(str(path), "outside the split folders") for path in beside]
+        passed_over.files += [(path, "outside the split folders") for path in beside]
     return splits, by_class
 
 
 def _has_images(folder: Path) -> bool:
-    return any(True for _ in image_files.find(folder, PassedOver()))
+    return any(True for _ in image_files.find_names(folder, PassedOver()))
 
 
-def _images(folder: Path, passed_over: PassedOver) -> list[Path]:
+def _images(folder: Path, passed_over: PassedOver, refused: dict[str, str]) -> list[str]:
     """The images in a folder and its subfolders, in a fixed, shuffled order.
 
     Not sorted by name, because neighbours are often similar (frames of a video). Files that must
-    not be read (pipes, devices, too large ones) are included, see ``_refused``.
+    not be read (pipes, devices, too large ones: reading a pipe may never end) are included, and
+    added to ``refused`` with the reasons. Takes one ``stat`` per file.
     """
     images = []
-    for path in image_files.find(folder, passed_over):
+    for path in image_files.find_names(folder, passed_over):
         try:
             image_files.check(path)
         except (OSError, ValueError) as error:
-            if isinstance(error, ValueError) and not path.is_dir():
-                images.append(path)
+            is_folder = os.path.isdir(path)
+            if isinstance(error, OSError) or is_folder:
+                # Broken links, and folders that cannot be listed.
+                reason = "a folder that cannot be listed" if is_folder else "a link to nothing"
+                passed_over.files.append((path, reason))
+                passed_over.num_images -= not is_folder
                 continue
-            # Broken links, and folders that cannot be listed.
-            reason = "a folder that cannot be listed" if path.is_dir() else "a link to nothing"
-            passed_over.files.append((str(path), reason))
-            passed_over.num_images -= not path.is_dir()
-            continue
+            refused[path] = str(error)
         images.append(path)
-    return sorted(images, key=lambda path: hashlib.sha256(os.fsencode(path.name)).digest())
+    return sorted(images, key=_shuffling)
+
+
+def _shuffling(path: str) -> bytes:
+    return hashlib.sha256(os.fsencode(os.path.basename(path))).digest()
 
 
 def _too_few_classes(folder: Path, class_names: list[str], passed_over: PassedOver) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from transfer.activations.extraction import EXTRACTION_BATCH, Activations, Compiled, stream
 from transfer.activations.store import ActivationStore, ExtractionRequest
 from transfer.data.dataset import Split
+from transfer.data.epochs import Epochs
 from transfer.evaluation.prediction import predict, summarize
 from transfer.finetuning.setup import RunContext
 from transfer.graph import is_seeded
@@ -86,6 +87,10 @@ class Inputs:
     def frozen(self) -> GraphLayer | None:
         """The frozen layer to apply to the training inputs; ``None`` if they are activations."""
         return self._layer if self._train is None and not self._is_recomputed else None
+
+    def epochs(self, last_epoch: int) -> Epochs:
+        """``train`` without a pause between epochs, up to and without ``last_epoch``."""
+        return Epochs(self.train, self._context.steps_per_epoch, last_epoch)
 
     def train(self, epoch: int, first_batch: int = 0) -> Iterable[Any]:
         """Shuffled batches of ``(inputs, labels)`` for an epoch, starting at ``first_batch``; of

@@ -121,7 +121,7 @@ class StageTrainer:
         # Several workers do not stop independently: they agree on a step.
         with contextlib.nullcontext() if alone else signals.held():
             trainer.fit(
-                inputs.train,
+                inputs.epochs(self._last_epoch),
                 epochs=self._last_epoch,
                 steps_per_epoch=context.steps_per_epoch,
                 validate=lambda: scalars(validate()),

@@ -96,6 +96,12 @@ def decode(encoded: tf.Tensor) -> tf.Tensor:
     """
     if tf.executing_eagerly():
         return read_tensor(tf.convert_to_tensor(encoded).numpy())
+    return _decode_in_graph(encoded)
+
+
+@tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
+def _decode_in_graph(encoded: tf.Tensor) -> tf.Tensor:
+    """``decode``, traced once and not for each pipeline."""
     code = tf.numpy_function(_decoder, [encoded], tf.int32, stateful=False)
     code.set_shape([])
     return _as_image(

@@ -61,6 +61,11 @@ def class_folders(folder: Path) -> list[Path]:
 
 
 def find(folder: Path, passed_over: PassedOver, *, in_order: bool = False) -> Iterator[Path]:
+    """``find_names`` as paths."""
+    return map(Path, find_names(folder, passed_over, in_order=in_order))
+
+
+def find_names(folder: Path, passed_over: PassedOver, *, in_order: bool = False) -> Iterator[str]:
     """Find images recursively by suffix; record the other files in ``passed_over``.
 
     Hidden files, and files that operating systems create, are in neither. Links to folders are not
@@ -68,7 +73,7 @@ def find(folder: Path, passed_over: PassedOver, *, in_order: bool = False) -> It
     be read (a pipe, a broken link), and so is a folder that cannot be listed.
 
     Args:
-        folder: root of the search.
+        folder: root of the search; the names begin with it.
         passed_over: updated in place.
         in_order: sort by name; otherwise the order is that of the file system.
     """
@@ -86,10 +91,10 @@ def find(folder: Path, passed_over: PassedOver, *, in_order: bool = False) -> It
             path = os.path.join(root, name)
             if _suffix(name) in known:
                 passed_over.num_images += 1
-                yield Path(path)
+                yield path
             else:
                 passed_over.files.append((path, why_not(_suffix(name))))
-    yield from map(Path, unlisted)
+    yield from unlisted
 
 
 def outside_classes(folder: Path, passed_over: PassedOver) -> None:
@@ -100,7 +105,7 @@ def outside_classes(folder: Path, passed_over: PassedOver) -> None:
             passed_over.files.append((str(path), "outside the class folders"))
 
 
-def check(path: Path) -> os.stat_result:
+def check(path: str | Path) -> os.stat_result:
     """The ``stat`` result of a file that can be read as an image.
 
     Raises:
@@ -108,7 +113,7 @@ def check(path: Path) -> os.stat_result:
         ValueError: if it is not a regular file (reading a pipe or a device may never end), or is
             too large.
     """
-    return _checked(path.stat())
+    return _checked(os.stat(path))
 
 
 def read(path: Path) -> bytes:
