@@ -74,8 +74,9 @@ def open_source(
     if csv is not None:
         from transfer.data.manifest import open_manifest  # half a second, for pyarrow
 
-        given["csv"] = manifest_location(csv)
-        source = open_manifest(given["csv"], group_by)
+        location = manifest_location(csv)
+        given["csv"] = location
+        source = open_manifest(location, group_by)
     elif image_folder is not None:
         source = open_image_folder(Path(image_folder).expanduser())
         if group_by:
