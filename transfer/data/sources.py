@@ -110,10 +110,8 @@ def _check_one(given: Mapping[str, str | None]) -> None:
     kinds = [name for name in ("image_folder", "csv") if given[name] is not None]
     kinds += [name for name in ("dataset", "data_dir") if given[name] is not None][:1]
     if len(kinds) > 1:
-        raise ValueError(
-            f"give either an image folder, a csv or a dataset with its data dir, not "
-            f"{' and '.join(kinds)}"
-        )
+        both = " and ".join(f"{name}={given[name]}" for name in kinds)
+        raise ValueError(f"{both} exclude each other: images come from one place; give one of them")
 
 
 def _absolute(path: str | None) -> str | None:
