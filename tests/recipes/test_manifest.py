@@ -97,7 +97,7 @@ def test_errors_name_flags(grouped, tmp_path, capsys):
     cases = {
         ("--csv", str(tmp_path / "no.csv")): "--csv '",
         ("--csv", str(manifest), "--group-by", "camera"): "it has no column 'camera'",
-        ("--csv", str(manifest), "--image-folder", str(tmp_path)): "image folder",
+        ("--csv", str(manifest), "--image-folder", str(tmp_path)): "exclude each other",
         ("--dataset", "digits", "--group-by", "x"): "--group-by x needs",
     }
     for flags, message in cases.items():

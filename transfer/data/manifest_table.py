@@ -25,6 +25,7 @@ import pyarrow.parquet
 
 _DELIMITERS = ",;\t"  # spreadsheets write semicolons where the comma is the decimal point
 _SHOWN = 4
+_JSON_TYPES = {int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
 
 
 @dataclass(frozen=True)
@@ -167,12 +168,15 @@ def _from_json(data: bytes, wanted: Collection[str]) -> Table:
     if first == b"{}":
         return Table({}, [], "line", lambda rows: [])
     try:
-        # Otherwise pyarrow takes text that looks like a date for one.
-        kinds = {n: pa.string() for n, value in json.loads(first).items() if isinstance(value, str)}
+        known = json.loads(first)
+        # pyarrow would take text that looks like a date for one, and convert all other fields.
+        kinds = {n: _JSON_TYPES.get(type(known.get(n)), pa.string()) for n in sorted(wanted)}
         table = pa.json.read_json(
             pa.BufferReader(data),
             pa.json.ReadOptions(use_threads=False),
-            pa.json.ParseOptions(explicit_schema=pa.schema(kinds)),
+            pa.json.ParseOptions(
+                explicit_schema=pa.schema(kinds), unexpected_field_behavior="ignore"
+            ),
         )
     except (ValueError, AttributeError, RecursionError) as error:
         for number, line in records():
@@ -187,8 +191,9 @@ def _from_json(data: bytes, wanted: Collection[str]) -> Table:
     def lines(rows: np.ndarray) -> list[int]:
         return [line for line, _ in _picked(records(), rows.tolist())]
 
-    names = table.column_names
-    return Table(_texts(table.select([n for n in names if n in wanted])), names, "line", lines)
+    later = [name for name in wanted if name not in known and table[name].null_count < len(table)]
+    table = table.select([name for name in table.column_names if name in (*known, *later)])
+    return Table(_texts(table), [*known, *later], "line", lines)
 
 
 def _from_parquet(data: bytes, wanted: Collection[str]) -> Table:

@@ -74,8 +74,9 @@ def open_source(
     if csv is not None:
         from transfer.data.manifest import open_manifest  # half a second, for pyarrow
 
-        given["csv"] = manifest_location(csv)
-        source = open_manifest(given["csv"], group_by)
+        location = manifest_location(csv)
+        given["csv"] = location
+        source = open_manifest(location, group_by)
     elif image_folder is not None:
         source = open_image_folder(Path(image_folder).expanduser())
         if group_by:
@@ -109,10 +110,8 @@ def _check_one(given: Mapping[str, str | None]) -> None:
     kinds = [name for name in ("image_folder", "csv") if given[name] is not None]
     kinds += [name for name in ("dataset", "data_dir") if given[name] is not None][:1]
     if len(kinds) > 1:
-        raise ValueError(
-            f"give either an image folder, a csv or a dataset with its data dir, not "
-            f"{' and '.join(kinds)}"
-        )
+        both = " and ".join(f"{name}={given[name]}" for name in kinds)
+        raise ValueError(f"{both} exclude each other: images come from one place; give one of them")
 
 
 def _absolute(path: str | None) -> str | None:
