@@ -2,13 +2,25 @@
 
 KERAS_BACKEND=jax python keras_program.py predict FOLDER
 KERAS_BACKEND=jax python keras_program.py train FOLDER
+KERAS_BACKEND=jax python keras_program.py execute PROGRAM
 """
 
+import os
 import sys
 from pathlib import Path
 
-sys.modules["tensorflow"] = None
-sys.modules["transfer"] = None
+
+class Blocked:
+    """An import hook that finds no TensorFlow, unless it is the backend, and not this package."""
+
+    names = {"transfer"} | ({"tensorflow"} - {os.environ["KERAS_BACKEND"]})
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.names:
+            raise ImportError(f"{name} is blocked")
+
+
+sys.meta_path.insert(0, Blocked())
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
@@ -41,5 +53,10 @@ def train(folder):
     print(keras.backend.backend(), f"{accuracy:.4f}")
 
 
+def execute(path):
+    """Run another program."""
+    exec(compile(path.read_text(), path, "exec"), {"__name__": "__main__"})
+
+
 if __name__ == "__main__":
-    {"predict": predict, "train": train}[sys.argv[1]](Path(sys.argv[2]))
+    {"predict": predict, "train": train, "execute": execute}[sys.argv[1]](Path(sys.argv[2]))
