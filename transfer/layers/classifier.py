@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,8 +94,7 @@ class Classifier(keras.Model):
         parts = {"backbone": self.backbone, "head": self.head}
         config = {k: keras.saving.serialize_keras_object(v) for k, v in parts.items()}
         return config | {
-            "preprocess": dataclasses.asdict(self.preprocess)
-            | {"size": self.preprocess.plain_size},
+            "preprocess": self.preprocess.settings(),
             "labels": self.labels,
             "name": self.name,
         }

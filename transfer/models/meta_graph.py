@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
@@ -41,7 +41,7 @@ from transfer.graph import (
 )
 from transfer.graph import canonical as graph_canonical
 from transfer.graph import outputs as graph_outputs
-from transfer.images.preprocess import CONVENTIONS, Preprocess, Size, canonical
+from transfer.images.preprocess import CONVENTIONS, Mode, Preprocess, Size, canonical
 from transfer.models import checkpoint, formats, object_keys, repair
 from transfer.models.card import Card, read_card
 from transfer.models.object_keys import KEY
@@ -302,14 +302,14 @@ class MetaGraph:
 
     def preprocess(
         self,
-        input: str,
+        input: str | None = None,
         mode: str | Mapping[str, Any] | None = None,
         image_size: Size | None = None,
     ) -> Preprocess:
         """The preprocessing of the images that a tensor takes.
 
         Args:
-            input: the tensor.
+            input: the tensor; defaults to the card's, else the only candidate.
             mode: input convention; defaults to the card's.
             image_size: defaults to the size in the graph, else the card's.
 
@@ -324,6 +324,7 @@ class MetaGraph:
                 f"say which with preprocess=MODE: {', '.join(CONVENTIONS)}"
             )
         mode = canonical(mode)
+        input = input or self.card.input or self.network().input
         node, index = self.node(input), split_tensor_name(input)[1]
         shape = static_shape(node, index) or (None, None, None, None)
         dtype = dtype_of(node, index)
@@ -346,7 +347,7 @@ class MetaGraph:
         size = image_size or stated or self.card.image_size
         if size is None:
             raise ValueError(f"input {input!r} takes any image size; give one as the image size")
-        preprocess = Preprocess(mode, size, channels or 3)
+        preprocess = Preprocess(cast(Mode, mode), size, channels or 3)
         if (height or preprocess.height, width or preprocess.width) != preprocess.shape[:2]:
             taken = "x".join(str(side or "any") for side in (height, width))
             raise ValueError(
