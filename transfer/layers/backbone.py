@@ -32,6 +32,7 @@ from transfer.graph import (
     split_tensor_name,
     taps,
 )
+from transfer.graph.cuts import stages
 from transfer.graph.network_function import as_function
 from transfer.graph.policy import RANDOM_OPS
 from transfer.layers.gradients import with_cpu_gradients
@@ -249,6 +250,36 @@ class GraphLayer(keras.layers.Layer):
                 f"{name!r} may be {', '.join(matches[:8])}; name the one that you mean"
             )
         return matches[0] if matches else canonical(name)
+
+    def freeze(self, until: str) -> None:
+        """Freeze the weights up to a tensor; those after it are trained.
+
+        Weights are shared with the layers that ``split`` and ``concatenated`` return, and so is
+        whether they are frozen. Dropout before the tensor is not affected; ``split`` and call only
+        the suffix with ``training=True`` to leave it out.
+
+        Args:
+            until: tensor that separates the input from the tap, or a short name; ``"none"`` freezes
+                nothing, ``"tap"`` everything.
+
+        Raises:
+            ValueError: see ``split``.
+        """
+        after = set(self.variable_names) if until == "none" else set()
+        if until not in ("none", "tap"):
+            _, suffix = cut(self.network, self.tensor(until))
+            after = {variable.name for variable in suffix.variables}
+        for known, variable in zip(self.network.variables, self.graph_variables, strict=True):
+            variable.trainable = known.trainable and known.name in after
+
+    def blocks(self) -> dict[str, list[keras.Variable]]:
+        """The weights by block, from the input to the tap: the name of the cut at the end of each
+        block, such as ``pool4`` or ``fc6``, to its variables."""
+        by_name = dict(zip(self.variable_names, self.graph_variables, strict=True))
+        return {
+            name: [by_name[variable] for variable in variables]
+            for name, variables in stages(concatenated(self.network)).items()
+        }
 
     @property
     def variable_names(self) -> list[str]:
