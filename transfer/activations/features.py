@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -56,7 +56,7 @@ class Features:
 
 
 def extract_features(
-    backbone: Backbone,
+    backbone: Backbone[Any],
     split: Split,
     preprocess: Preprocess | None = None,
     *,
@@ -120,7 +120,7 @@ def extract_features(
     return Features(values, split.labels, split.names, split.source.class_names, taps)
 
 
-def _widths(backbone: Backbone, preprocess: Preprocess) -> dict[str, int]:
+def _widths(backbone: Backbone[Any], preprocess: Preprocess) -> dict[str, int]:
     """The number of features of each tap."""
     images = keras.KerasTensor((EXTRACTION_BATCH, *preprocess.shape), "float32")
     return {name: spec.shape[-1] for name, spec in backbone.compute_output_spec(images).items()}

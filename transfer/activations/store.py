@@ -76,7 +76,7 @@ class ActivationStore:
 
     def __init__(
         self,
-        layer: GraphLayer,
+        layer: GraphLayer[Any],
         preprocess: Preprocess,
         *,
         cut: str,

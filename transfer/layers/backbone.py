@@ -8,10 +8,10 @@ import hashlib
 import itertools
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
 import keras
 import numpy as np
@@ -19,6 +19,7 @@ import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from transfer.core.distribution import seed_of_replica
+from transfer.core.tensors import Tensor, TensorLike
 from transfer.graph import (
     Network,
     Variable,
@@ -38,6 +39,15 @@ from transfer.graph.policy import RANDOM_OPS
 from transfer.layers.gradients import with_cpu_gradients
 from transfer.layers.head import average_over_space, check_eager
 from transfer.models.meta_graph import MetaGraph, load_meta_graph
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    Output = TypeVar("Output", default=Tensor)
+else:
+    from typing import TypeVar
+
+    Output = TypeVar("Output")
 
 Pooling = Literal["avg", "max", None]
 POOLINGS: tuple[Pooling, ...] = ("avg", "max", None)
@@ -75,7 +85,7 @@ class SharedVariables:
 
 
 @keras.saving.register_keras_serializable("vgg_transfer")
-class GraphLayer(keras.layers.Layer):
+class GraphLayer(keras.layers.Layer, Generic[Output]):
     """A network as a Keras layer, differentiable with respect to its input and weights.
 
     It computes in the dtype of the graph, regardless of the dtype policy.
@@ -141,6 +151,10 @@ class GraphLayer(keras.layers.Layer):
         self.shared.by_name[variable.name] = made
         return made
 
+    if TYPE_CHECKING:
+
+        def __call__(self, inputs: TensorLike, training: bool = False) -> Output: ...  # noqa: D102
+
     def call(self, inputs: tf.Tensor, training: bool = False) -> Any:
         """The network's output; ``training=True`` enables the dropout of the graph.
 
@@ -188,7 +202,7 @@ class GraphLayer(keras.layers.Layer):
         kernels = [v for v in self.graph_variables if len(v.shape) > 1]
         return tf.convert_to_tensor(kernels[0]) if kernels else None
 
-    def split(self, at: str) -> tuple[GraphLayer, GraphLayer]:
+    def split(self, at: str) -> tuple[GraphLayer[Tensor], GraphLayer[Output]]:
         """Split in two: ``suffix(prefix(x))`` equals ``self(x)``. Weights are shared, not copied.
 
         Args:
@@ -210,14 +224,15 @@ class GraphLayer(keras.layers.Layer):
             with contextlib.suppress(ValueError):  # shapes cannot be inferred without a batch size
                 second = replace(second, input_shape=infer(self.network).get(second.input))
         options: dict[str, Any] = {"shared": self.shared}
-        return (
-            GraphLayer(first, variables, name=f"{self.name}_prefix", **options),
-            GraphLayer(
-                second, variables, pooling=self.pooling, name=f"{self.name}_suffix", **options
-            ),
+        prefix: GraphLayer[Tensor] = GraphLayer(
+            first, variables, name=f"{self.name}_prefix", **options
         )
+        suffix: GraphLayer[Output] = GraphLayer(
+            second, variables, pooling=self.pooling, name=f"{self.name}_suffix", **options
+        )
+        return prefix, suffix
 
-    def concatenated(self) -> GraphLayer:
+    def concatenated(self) -> GraphLayer[Tensor]:
         """The taps as one feature vector: pooled over height and width and concatenated, in their
         order. Weights are shared, not copied.
 
@@ -230,7 +245,7 @@ class GraphLayer(keras.layers.Layer):
                 channels]``.
         """
         if not self.network.taps:
-            return self
+            return cast("GraphLayer[Tensor]", self)
         variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
         network = concatenated(self.network, self.pooling or "avg")
         return GraphLayer(network, variables, shared=self.shared, name=self.name)
@@ -356,7 +371,7 @@ class GraphLayer(keras.layers.Layer):
         return list(dict.fromkeys(node.name for node in nodes if node.op in RANDOM_OPS))
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> GraphLayer:
+    def from_config(cls, config: dict[str, Any]) -> GraphLayer[Any]:
         """A layer with freshly initialized weights, see ``randomize``.
 
         ``load_model`` and ``set_weights`` restore the trained weights.
@@ -398,7 +413,7 @@ class GraphLayer(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("vgg_transfer")
-class Backbone(GraphLayer):
+class Backbone(GraphLayer[Output]):
     """A pretrained network, from its input to a tap, as a Keras layer.
 
     It outputs features, float ``[batch, width]``: a 4-D tap is averaged over height and width
@@ -443,10 +458,11 @@ class Backbone(GraphLayer):
         {'pool3': (8, 8), 'pool4': (4, 4)}
     """
 
+    @overload
     def __init__(
-        self,
+        self: Backbone[Tensor],
         graph: MetaGraph | str | Path,
-        tap: str | Sequence[str] | None = None,
+        tap: str | None = None,
         *,
         input: str | None = None,
         feeds: Mapping[str, float | bool] | None = None,
@@ -454,7 +470,34 @@ class Backbone(GraphLayer):
         use_ema: bool = False,
         pooling: Pooling | Literal["auto"] = "auto",
         **kwargs: Any,
-    ):
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: Backbone[dict[str, Tensor]],
+        graph: MetaGraph | str | Path,
+        tap: list[str] | tuple[str, ...],
+        *,
+        input: str | None = None,
+        feeds: Mapping[str, float | bool] | None = None,
+        keep_dropout: bool = False,
+        use_ema: bool = False,
+        pooling: Pooling | Literal["auto"] = "auto",
+        **kwargs: Any,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        graph: MetaGraph | str | Path,
+        tap: str | list[str] | tuple[str, ...] | None = None,
+        *,
+        input: str | None = None,
+        feeds: Mapping[str, float | bool] | None = None,
+        keep_dropout: bool = False,
+        use_ema: bool = False,
+        pooling: Pooling | Literal["auto"] = "auto",
+        **kwargs: Any,
+    ) -> None:
         check_eager("Backbone")
         if isinstance(graph, str | Path):
             graph = load_meta_graph(graph)

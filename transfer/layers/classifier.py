@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
 from transfer.core.files import read_names
+from transfer.core.tensors import Tensor, TensorLike
 from transfer.images.preprocess import Preprocess
 from transfer.layers.backbone import Backbone, GraphLayer
 from transfer.models.card import Card
@@ -60,6 +61,12 @@ class Classifier(keras.Model):
         self.labels = list(labels)
         self.cut: str | None = None
         self.card = Card()
+
+    if TYPE_CHECKING:
+
+        def __call__(  # noqa: D102
+            self, images: TensorLike, training: bool = False
+        ) -> Tensor: ...
 
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Logits, float32 ``[batch, num_classes]``.
@@ -112,7 +119,7 @@ class Classifier(keras.Model):
         classifier.build_from_size()
         return classifier
 
-    def probabilities(self, images: tf.Tensor) -> tf.Tensor:
+    def probabilities(self, images: TensorLike) -> Tensor:
         """Softmax of the logits: float32 ``[batch, num_classes]``; each row sums to 1."""
         return tf.nn.softmax(self(images, training=False))
 
