@@ -10,7 +10,8 @@ from pathlib import Path
 from recipes import console, terminal
 from recipes.network_flags import parse_renames
 from transfer import load_meta_graph
-from transfer.models.inspection import Coverage, Inspection, Tensor, Variables, inspect
+from transfer.models.inspection import Coverage, Inspection, Variables, inspect
+from transfer.models.meta_graph import TensorInfo
 
 MAX_ROWS = 8
 _CUTS = "cuts for --freeze-until: activations per image, compute before, parameters after"
@@ -69,7 +70,7 @@ def _section(title: str, lines: Sequence[str]) -> Iterable[str]:
     yield from (f"  {line}" for line in shown)
 
 
-def _tensors(tensors: Sequence[Tensor]) -> list[str]:
+def _tensors(tensors: Sequence[TensorInfo]) -> list[str]:
     names = [tensor.name for tensor in tensors]
     shapes = [_shape(tensor) for tensor in tensors]
     widths = [max(map(len, column), default=0) for column in (names[:MAX_ROWS], shapes[:MAX_ROWS])]
@@ -79,7 +80,7 @@ def _tensors(tensors: Sequence[Tensor]) -> list[str]:
     ]
 
 
-def _shape(tensor: Tensor) -> str:
+def _shape(tensor: TensorInfo) -> str:
     if tensor.shape is None:
         return f"{tensor.dtype} of unknown shape"
     return f"{tensor.dtype} [{', '.join('?' if n is None else str(n) for n in tensor.shape)}]"

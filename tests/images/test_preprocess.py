@@ -1,5 +1,6 @@
 import json
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -177,3 +178,65 @@ def test_large_image_is_converted_to_gray_like_small_one(height, monkeypatch):
     )(image)
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(to_channels(image, 1), expected)
+
+
+PHOTOS = np.random.default_rng(1).integers(0, 256, (3, 20, 30, 3)).astype(np.uint8)
+
+
+def test_arrays_tensors_keras_models_pillow_images_and_paths_give_the_same(tmp_path):
+    layer = Preprocess("caffe", 16)
+    expected = layer(PHOTOS).numpy()
+    np.testing.assert_array_equal(layer(tf.constant(PHOTOS)), expected)
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path, photo in zip(paths, PHOTOS, strict=True):
+        Image.fromarray(photo).save(path)
+    np.testing.assert_array_equal(layer(paths), expected)
+    np.testing.assert_array_equal(layer([str(path) for path in paths]), expected)
+    np.testing.assert_array_equal(layer(paths[0]), expected[0])
+    np.testing.assert_array_equal(layer([Image.fromarray(photo) for photo in PHOTOS]), expected)
+    np.testing.assert_array_equal(layer(Image.fromarray(PHOTOS[1])), expected[1])
+    model = keras.Sequential([keras.Input((None, None, 3), dtype="uint8"), layer])
+    assert model.output_shape == (None, 16, 16, 3)
+    np.testing.assert_allclose(model(PHOTOS), expected, atol=1e-4)
+
+
+def test_model_with_preprocessing_is_saved_and_loaded(tmp_path):
+    layer = Preprocess({"mean": [10, 20, 30], "std": [2, 4, 5]}, (16, 8))
+    keras.Sequential([keras.Input((None, None, 3)), layer]).save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    found = loaded.layers[0]
+    assert type(found) is Preprocess
+    assert (found.mode, found.size, found.channels) == (layer.mode, (16, 8), 3)
+    floats = PHOTOS.astype(np.float32)
+    np.testing.assert_array_equal(loaded(floats), layer(floats))
+
+
+def test_uint8_images_keep_their_type_until_they_are_resized():
+    layer = Preprocess("none", 16, channels=1)
+    expected = layer.normalize(layer.resize(to_channels(PHOTOS, 1)))
+    np.testing.assert_array_equal(layer(PHOTOS), expected)
+
+
+def test_gradients_reach_the_images():
+    image = tf.Variable(PHOTOS.astype(np.float32))
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(Preprocess("torch", 16)(image) ** 2)
+    assert np.abs(tape.gradient(loss, image)).max() > 0
+
+
+def test_upright_pixels_of_a_rotated_pillow_image(tmp_path):
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    Image.fromarray(PHOTOS[0]).save(tmp_path / "photo.png", exif=tags)
+    with Image.open(tmp_path / "photo.png") as image:
+        found = Preprocess("none", 16)(image)
+    np.testing.assert_array_equal(found, Preprocess("none", 16)(tmp_path / "photo.png"))
+    assert not np.array_equal(found, Preprocess("none", 16)(PHOTOS[0]))
+
+
+def test_file_that_is_not_an_image_is_named(tmp_path):
+    (tmp_path / "photo.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"photo.png': it is not an image"):
+        Preprocess("none", 16)(tmp_path / "photo.png")
+    with pytest.raises(ValueError, match="images have 2 channels"):
+        Preprocess("none", 16)(keras.Input((8, 8, 2)))

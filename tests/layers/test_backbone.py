@@ -438,3 +438,26 @@ def test_digest_depends_on_graph_and_weights(tiny_vgg):
     assert prefix.digest() == before
     again.graph_variables[0].assign_add(tf.ones(again.graph_variables[0].shape))
     assert prefix.digest() != before
+
+
+def test_freeze_leaves_the_weights_after_a_tensor_trainable(model):
+    backbone = Backbone(load_meta_graph(model))
+    backbone.freeze(until="pool1")
+    frozen = {"conv1_1/weights", "conv1_1/biases"}
+    trained = {
+        name
+        for name, variable in zip(backbone.variable_names, backbone.graph_variables, strict=True)
+        if variable.trainable
+    }
+    assert trained == {*backbone.variable_names} - frozen
+    assert len(backbone.trainable_variables) == len(trained)
+    backbone.freeze(until="tap")
+    assert not backbone.trainable_variables
+    backbone.freeze(until="none")
+    assert len(backbone.trainable_variables) == len(backbone.variable_names)
+
+
+def test_blocks_are_the_weights_between_cuts(model):
+    backbone = Backbone(load_meta_graph(model))
+    shapes = {name: [tuple(v.shape)[-1] for v in vs] for name, vs in backbone.blocks().items()}
+    assert shapes == {"pool1": [8, 8], "pool2": [8, 8, 16, 16], "fc6": [32, 32], "fc7": [32, 32]}

@@ -169,3 +169,14 @@ def test_missing_weights_are_reported_with_the_command(model):
     assert found.command is None
     assert "lacks its data" in found.command_problem
     assert f"With it: vgg-transfer finetune --model {model}" in found.command_problem
+
+
+def test_meta_graph_gives_what_inspect_lists(model):
+    graph = load_meta_graph(model)
+    found = inspect(graph)
+    assert graph.taps() == found.taps
+    assert graph.inputs() == found.inputs
+    assert graph.cuts() == found.cuts
+    assert graph.taps()[0].name == "fc7:0"
+    assert graph.inputs()[0].about == "takes the images"
+    assert [cut.tensor for cut in graph.cuts(["pool1", "fc7"])] == ["conv1_1:0", "features:0"]

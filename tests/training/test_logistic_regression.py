@@ -85,3 +85,14 @@ def test_missing_convergence_is_reported_without_warning():
 def test_single_class_is_refused():
     with pytest.raises(ValueError, match="1 class; a classifier needs at least 2"):
         fit_logistic_regression(FEATURES[:5], np.zeros(5, np.int64), 10)
+
+
+def test_solution_becomes_a_head_with_the_same_logits():
+    generator = np.random.default_rng(0)
+    features = generator.standard_normal((30, 5)).astype(np.float32)
+    labels = np.repeat([0, 1, 2], 10)
+    solution = fit_logistic_regression(features, labels, 3, C=1.0)
+    head = solution.to_head(name="solved")
+    expected = features @ solution.kernel + solution.bias
+    np.testing.assert_allclose(head(features), expected, rtol=1e-4, atol=1e-5)
+    assert head.name == "solved"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -57,7 +57,7 @@ class Features:
 
 
 def extract_features(
-    backbone: Backbone,
+    backbone: Backbone[Any],
     split: Split,
     preprocess: Preprocess | None = None,
     *,
@@ -127,7 +127,7 @@ def _pooled(maps: np.ndarray, pooling: Pooling) -> np.ndarray:
     return np.asarray(average_over_space(maps))
 
 
-def _widths(backbone: Backbone, preprocess: Preprocess) -> dict[str, int]:
+def _widths(backbone: Backbone[Any], preprocess: Preprocess) -> dict[str, int]:
     """The number of features of each tap."""
     images = keras.KerasTensor((EXTRACTION_BATCH, *preprocess.shape), "float32")
     return {name: spec.shape[-1] for name, spec in backbone.compute_output_spec(images).items()}

@@ -93,7 +93,7 @@ class ActivationStore:
 
     def __init__(
         self,
-        layer: GraphLayer,
+        layer: GraphLayer[Any],
         preprocess: Preprocess,
         *,
         cut: str,

@@ -19,6 +19,7 @@ from typing import Any
 
 PACKAGE = "vgg_transfer"
 CLASSES = {
+    "Preprocess": "transfer.images.preprocess",
     "SharedVariables": "transfer.layers.backbone",
     "GraphLayer": "transfer.layers.backbone",
     "Backbone": "transfer.layers.backbone",

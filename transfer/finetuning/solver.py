@@ -53,8 +53,7 @@ class StageSolver:
             seed=options.seed,
             class_weight="balanced" if options.class_weights == "balanced" else None,
         )
-        head.classifier.kernel.assign(solution.kernel)
-        head.classifier.bias.assign(solution.bias)
+        solution.assign_to(head)
         logger.info(f"lbfgs: C {solution.C:g}, {solution.num_iterations} iterations")
         if not solution.converged:
             logger.warning("lbfgs stopped before it converged: a smaller lbfgs_c converges sooner")

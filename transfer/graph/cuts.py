@@ -132,6 +132,21 @@ def blocks(network: Network) -> list[list[str]]:
     return [block for block in groups if block]
 
 
+def stages(network: Network) -> dict[str, list[str]]:
+    """The names of the cuts that end a stage, from the input to the tap, each with the names of the
+    variables between the cut before it and itself. VGG16: pool1, ..., pool5, fc6, fc7."""
+    by_name = {node.name: node for node in network.graph_def.node}
+    names = [variable.name for variable in network.variables]
+    seen: set[str] = set()
+    found = {}
+    for cut in list_cuts(network):
+        if cut.ends_stage:
+            before = _upstream(cut.tensor, by_name)
+            found[cut.tensor.removesuffix(":0")] = [n for n in names if n in before - seen]
+            seen |= before
+    return found
+
+
 def stopped(network: Network) -> dict[str, list[str]]:
     """Trainable variables that receive no gradient because of a ``tf.stop_gradient`` in the graph,
     grouped by the last tensor that stops it."""

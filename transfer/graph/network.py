@@ -123,8 +123,8 @@ def extract(
     taps = {} if isinstance(output, str) else output
     requested = [output] if isinstance(output, str) else output.values()
     outputs = [canonical(name) for name in requested]
-    upstream = [ancestors(graph_def.node, name, stop_at=[input]) for name in outputs]
-    for name, nodes in zip(outputs, upstream, strict=True):
+    for name in requested:
+        nodes = ancestors(graph_def.node, name, stop_at=[input])
         _check_depends(nodes, name, input)
     if len(outputs) > 1:
         nodes = ancestors(graph_def.node, outputs, stop_at=[input])

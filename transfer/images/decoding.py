@@ -274,6 +274,12 @@ def _with_pillow(data: bytes) -> np.ndarray:
         raise ValueError(f"it cannot be decoded ({reason(error)})") from error
 
 
+def from_pillow(image: Image.Image) -> np.ndarray:
+    """An image of Pillow like one that ``read_image`` decodes: upright, uint8 RGB ``[height, width,
+    3]``."""
+    return _rgb(ImageOps.exif_transpose(image))
+
+
 @contextlib.contextmanager
 def _opened(file: IO[bytes]) -> Iterator[Image.Image]:
     """Open an image of any size with Pillow, which reads only the header here, not the pixels."""

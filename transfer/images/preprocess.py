@@ -12,9 +12,21 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
+import keras
+import numpy as np
 import tensorflow as tf
+from PIL import Image
+
+from transfer.core.tensors import Tensor, TensorLike
+from transfer.images.decoding import from_pillow, read_image
+
+Mode: TypeAlias = Literal["caffe", "slim", "torch", "tf", "unit", "none"]
+"""Names of ``CONVENTIONS``."""
+Images: TypeAlias = TensorLike | Image.Image | str | Path | Sequence[Image.Image | str | Path]
+"""What ``Preprocess`` takes."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +176,9 @@ def show_size(size: int | Sequence[int]) -> str:
     return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
 
-@dataclass(frozen=True)
-class Preprocess:
-    """Resizes, center-crops and normalizes images for a network.
+@keras.saving.register_keras_serializable("vgg_transfer")
+class Preprocess(keras.layers.Layer):
+    """Resizes, center-crops and normalizes images for a network, as a Keras layer.
 
     Images are resized to the smallest size that covers ``size`` (bilinear, antialiased, preserving
     the aspect ratio), then center-cropped.
@@ -188,13 +200,18 @@ class Preprocess:
         TensorShape([2, 224, 224, 3])
     """
 
-    mode: str
-    size: Size
-    channels: int = 3
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "size", as_size(self.size))
-        object.__setattr__(self, "mode", canonical(self.mode))
+    def __init__(
+        self,
+        mode: Mode | Mapping[str, Any],
+        size: Size,
+        channels: int = 3,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs | {"autocast": False, "dtype": "float32", "trainable": False})
+        self.mode = canonical(mode)
+        self.size: Size = as_size(size)
+        self.channels = channels
+        self.built = True
         if self.channels not in (1, 3):
             raise ValueError(f"channels must be 1 or 3, got {self.channels}")
         meaning = convention(self.mode)
@@ -224,9 +241,44 @@ class Preprocess:
         """Shape of one output image."""
         return self.height, self.width, self.channels
 
-    def __call__(self, images: tf.Tensor) -> tf.Tensor:
-        """Images of any size, RGB 0..255, to float32 ``[..., height, width, channels]``."""
+    def __call__(self, images: Images) -> Tensor:
+        """Images of any size, RGB 0..255, to float32 ``[..., height, width, channels]``.
+
+        Args:
+            images: a tensor or array ``[height, width, channels]`` or ``[batch, height, width,
+                channels]``, eager or of a Keras model; an image of Pillow; the path of an image
+                file; or a list of Pillow images and paths, which gives a batch.
+
+        Raises:
+            FileNotFoundError, ValueError: if a file does not exist or cannot be decoded, or the
+                images have a wrong number of channels.
+        """
+        if isinstance(images, keras.KerasTensor):
+            return super().__call__(images)
+        if isinstance(images, list | tuple) and images and all(map(_is_file, images)):
+            return tf.stack([self(image) for image in images])
+        # Not by Layer.__call__: it would convert uint8 arrays to floats.
+        return self.call(_read(images) if _is_file(images) else images)
+
+    def call(self, images: tf.Tensor) -> tf.Tensor:
+        """The same for a tensor or an array."""
         return self.normalize(self.resize(to_channels(images, self.channels)))
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> tuple[int | None, ...]:
+        """``(..., height, width, channels)``."""
+        if input_shape[-1] not in (None, 1, 3, 4):
+            raise ValueError(
+                f"images have {input_shape[-1]} channels; expected 1 (gray), 3 (RGB) or 4 (RGBA)"
+            )
+        return (*input_shape[:-3], *self.shape)
+
+    def settings(self) -> dict[str, Any]:
+        """Mode, size and channels as JSON values."""
+        return {"mode": self.mode, "size": self.plain_size, "channels": self.channels}
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments of the constructor."""
+        return {"name": self.name, **self.settings()}
 
     def resize(self, images: tf.Tensor) -> tf.Tensor:
         """Resize and center-crop: float32 ``[..., height, width, channels]``, still in 0..255."""
@@ -248,6 +300,21 @@ class Preprocess:
         if meaning.bgr:
             images = images[..., ::-1]
         return (tf.cast(images, tf.float32) - meaning.mean) / meaning.scale
+
+
+def _is_file(image: Any) -> bool:
+    return isinstance(image, str | Path | Image.Image)
+
+
+def _read(image: Any) -> np.ndarray:
+    """uint8 RGB ``[height, width, 3]`` of an image file or of a Pillow image."""
+    if isinstance(image, Image.Image):
+        return from_pillow(image)
+    path = Path(image).expanduser()
+    try:
+        return read_image(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
 
 
 def _without_ends(images: tf.Tensor, longest: int) -> tf.Tensor:

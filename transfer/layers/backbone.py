@@ -8,10 +8,10 @@ import hashlib
 import itertools
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, cast, overload
 
 import keras
 import numpy as np
@@ -19,6 +19,7 @@ import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from transfer.core.distribution import seed_of_replica
+from transfer.core.tensors import Tensor, TensorLike
 from transfer.graph import (
     Network,
     Variable,
@@ -32,11 +33,21 @@ from transfer.graph import (
     split_tensor_name,
     taps,
 )
+from transfer.graph.cuts import stages
 from transfer.graph.network_function import as_function
 from transfer.graph.policy import RANDOM_OPS
 from transfer.layers.gradients import with_cpu_gradients
 from transfer.layers.head import average_over_space, check_eager
 from transfer.models.meta_graph import MetaGraph, load_meta_graph
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
+
+    Output = TypeVar("Output", default=Tensor)
+else:
+    from typing import TypeVar
+
+    Output = TypeVar("Output")
 
 Pooling = Literal["avg", "max", None]
 POOLINGS: tuple[Pooling, ...] = ("avg", "max", None)
@@ -74,7 +85,7 @@ class SharedVariables:
 
 
 @keras.saving.register_keras_serializable("vgg_transfer")
-class GraphLayer(keras.layers.Layer):
+class GraphLayer(keras.layers.Layer, Generic[Output]):
     """A network as a Keras layer, differentiable with respect to its input and weights.
 
     It computes in the dtype of the graph, regardless of the dtype policy.
@@ -140,6 +151,10 @@ class GraphLayer(keras.layers.Layer):
         self.shared.by_name[variable.name] = made
         return made
 
+    if TYPE_CHECKING:
+
+        def __call__(self, inputs: TensorLike, training: bool = False) -> Output: ...  # noqa: D102
+
     def call(self, inputs: tf.Tensor, training: bool = False) -> Any:
         """The network's output; ``training=True`` enables the dropout of the graph.
 
@@ -187,7 +202,7 @@ class GraphLayer(keras.layers.Layer):
         kernels = [v for v in self.graph_variables if len(v.shape) > 1]
         return tf.convert_to_tensor(kernels[0]) if kernels else None
 
-    def split(self, at: str) -> tuple[GraphLayer, GraphLayer]:
+    def split(self, at: str) -> tuple[GraphLayer[Tensor], GraphLayer[Output]]:
         """Split in two: ``suffix(prefix(x))`` equals ``self(x)``. Weights are shared, not copied.
 
         Args:
@@ -209,14 +224,15 @@ class GraphLayer(keras.layers.Layer):
             with contextlib.suppress(ValueError):  # shapes cannot be inferred without a batch size
                 second = replace(second, input_shape=infer(self.network).get(second.input))
         options: dict[str, Any] = {"shared": self.shared}
-        return (
-            GraphLayer(first, variables, name=f"{self.name}_prefix", **options),
-            GraphLayer(
-                second, variables, pooling=self.pooling, name=f"{self.name}_suffix", **options
-            ),
+        prefix: GraphLayer[Tensor] = GraphLayer(
+            first, variables, name=f"{self.name}_prefix", **options
         )
+        suffix: GraphLayer[Output] = GraphLayer(
+            second, variables, pooling=self.pooling, name=f"{self.name}_suffix", **options
+        )
+        return prefix, suffix
 
-    def concatenated(self) -> GraphLayer:
+    def concatenated(self) -> GraphLayer[Tensor]:
         """The taps as one feature vector: pooled over height and width and concatenated, in their
         order. Weights are shared, not copied.
 
@@ -229,7 +245,7 @@ class GraphLayer(keras.layers.Layer):
                 channels]``.
         """
         if not self.network.taps:
-            return self
+            return cast("GraphLayer[Tensor]", self)
         variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
         network = concatenated(self.network, self.pooling or "avg")
         return GraphLayer(network, variables, shared=self.shared, name=self.name)
@@ -249,6 +265,36 @@ class GraphLayer(keras.layers.Layer):
                 f"{name!r} may be {', '.join(matches[:8])}; name the one that you mean"
             )
         return matches[0] if matches else canonical(name)
+
+    def freeze(self, until: str) -> None:
+        """Freeze the weights up to a tensor; those after it are trained.
+
+        Weights are shared with the layers that ``split`` and ``concatenated`` return, and so is
+        whether they are frozen. Dropout before the tensor is not affected; ``split`` and call only
+        the suffix with ``training=True`` to leave it out.
+
+        Args:
+            until: tensor that separates the input from the tap, or a short name; ``"none"`` freezes
+                nothing, ``"tap"`` everything.
+
+        Raises:
+            ValueError: see ``split``.
+        """
+        after = set(self.variable_names) if until == "none" else set()
+        if until not in ("none", "tap"):
+            _, suffix = cut(self.network, self.tensor(until))
+            after = {variable.name for variable in suffix.variables}
+        for known, variable in zip(self.network.variables, self.graph_variables, strict=True):
+            variable.trainable = known.trainable and known.name in after
+
+    def blocks(self) -> dict[str, list[keras.Variable]]:
+        """The weights by block, from the input to the tap: the name of the cut at the end of each
+        block, such as ``pool4`` or ``fc6``, to its variables."""
+        by_name = dict(zip(self.variable_names, self.graph_variables, strict=True))
+        return {
+            name: [by_name[variable] for variable in variables]
+            for name, variables in stages(concatenated(self.network)).items()
+        }
 
     @property
     def variable_names(self) -> list[str]:
@@ -325,7 +371,7 @@ class GraphLayer(keras.layers.Layer):
         return list(dict.fromkeys(node.name for node in nodes if node.op in RANDOM_OPS))
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> GraphLayer:
+    def from_config(cls, config: dict[str, Any]) -> GraphLayer[Any]:
         """A layer with freshly initialized weights, see ``randomize``.
 
         ``load_model`` and ``set_weights`` restore the trained weights.
@@ -367,7 +413,7 @@ class GraphLayer(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable("vgg_transfer")
-class Backbone(GraphLayer):
+class Backbone(GraphLayer[Output]):
     """A pretrained network, from its input to a tap, as a Keras layer.
 
     It outputs features, float ``[batch, width]``: a 4-D tap is averaged over height and width
@@ -412,10 +458,11 @@ class Backbone(GraphLayer):
         {'pool3': (8, 8), 'pool4': (4, 4)}
     """
 
+    @overload
     def __init__(
-        self,
+        self: Backbone[Tensor],
         graph: MetaGraph | str | Path,
-        tap: str | Sequence[str] | None = None,
+        tap: str | None = None,
         *,
         input: str | None = None,
         feeds: Mapping[str, float | bool] | None = None,
@@ -423,7 +470,34 @@ class Backbone(GraphLayer):
         use_ema: bool = False,
         pooling: Pooling | Literal["auto"] = "auto",
         **kwargs: Any,
-    ):
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: Backbone[dict[str, Tensor]],
+        graph: MetaGraph | str | Path,
+        tap: list[str] | tuple[str, ...],
+        *,
+        input: str | None = None,
+        feeds: Mapping[str, float | bool] | None = None,
+        keep_dropout: bool = False,
+        use_ema: bool = False,
+        pooling: Pooling | Literal["auto"] = "auto",
+        **kwargs: Any,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        graph: MetaGraph | str | Path,
+        tap: str | list[str] | tuple[str, ...] | None = None,
+        *,
+        input: str | None = None,
+        feeds: Mapping[str, float | bool] | None = None,
+        keep_dropout: bool = False,
+        use_ema: bool = False,
+        pooling: Pooling | Literal["auto"] = "auto",
+        **kwargs: Any,
+    ) -> None:
         check_eager("Backbone")
         if isinstance(graph, str | Path):
             graph = load_meta_graph(graph)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import tensorflow as tf
 
 from transfer.core.files import read_names
+from transfer.core.tensors import Tensor, TensorLike
 from transfer.images.preprocess import Preprocess
 from transfer.layers.backbone import Backbone, GraphLayer
 from transfer.layers.keras_network import network_of
@@ -64,6 +64,12 @@ class Classifier(keras.Model):
         self.cut: str | None = None
         self.card = Card()
 
+    if TYPE_CHECKING:
+
+        def __call__(  # noqa: D102
+            self, images: TensorLike, training: bool = False
+        ) -> Tensor: ...
+
     def call(self, images: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Logits, float32 ``[batch, num_classes]``.
 
@@ -97,8 +103,7 @@ class Classifier(keras.Model):
         parts = {"backbone": self.backbone, "head": self.head}
         config = {k: keras.saving.serialize_keras_object(v) for k, v in parts.items()}
         return config | {
-            "preprocess": dataclasses.asdict(self.preprocess)
-            | {"size": self.preprocess.plain_size},
+            "preprocess": self.preprocess.settings(),
             "labels": self.labels,
             "name": self.name,
         }
@@ -116,7 +121,7 @@ class Classifier(keras.Model):
         classifier.build_from_size()
         return classifier
 
-    def probabilities(self, images: tf.Tensor) -> tf.Tensor:
+    def probabilities(self, images: TensorLike) -> Tensor:
         """Softmax of the logits: float32 ``[batch, num_classes]``; each row sums to 1."""
         return tf.nn.softmax(self(images, training=False))
 

@@ -16,14 +16,17 @@ import itertools
 import numbers
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from transfer.core.distribution import seed_of_replica
+from transfer.core.tensors import Tensor, TensorLike
 
+Features: TypeAlias = TensorLike | Mapping[str, TensorLike]
+"""Features of a tap, or of several by name."""
 tf1 = tf.compat.v1
 
 
@@ -109,6 +112,12 @@ class Head(keras.layers.Layer):
             dtype="float32",
         )
 
+    if TYPE_CHECKING:
+
+        def __call__(  # noqa: D102
+            self, features: Features, training: bool = False
+        ) -> Tensor: ...
+
     def build(self, input_shape: Any) -> None:
         """Create the weights for features of this shape, or of these shapes by name."""
         self.taps = tuple(input_shape) if isinstance(input_shape, Mapping) else ()
@@ -183,6 +192,38 @@ class ReplicaDropout(keras.layers.Dropout):
             return inputs
         seed = seed_of_replica(self.seed_generator.next())
         return tf.nn.experimental.stateless_dropout(inputs, self.rate, seed=seed)
+
+
+@overload
+def build_head(
+    features: Features,
+    num_classes: int,
+    stop_gradient: bool = False,
+    hidden: Sequence[int] = (),
+    dropout: float = 0.0,
+    weights_stddev: float = 0.05,
+    bias: float = 0.05,
+    *,
+    seed: int | None = None,
+    name: str | None = None,
+    return_probabilities: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def build_head(
+    features: Features,
+    num_classes: int,
+    stop_gradient: bool = False,
+    hidden: Sequence[int] = (),
+    dropout: float = 0.0,
+    weights_stddev: float = 0.05,
+    bias: float = 0.05,
+    *,
+    seed: int | None = None,
+    name: str | None = None,
+    return_probabilities: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def build_head(

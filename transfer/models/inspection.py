@@ -20,16 +20,10 @@ from transfer.graph import (
     Network,
     Variable,
     downstream,
-    dtype_of,
     find_dropout,
     find_modes,
     graph_preprocessing,
-    infer,
     operation_of,
-    outputs,
-    split_tensor_name,
-    static_shape,
-    taps,
 )
 from transfer.graph import variable as graph_variable
 from transfer.graph.cuts import Cut, list_cuts, stopped
@@ -37,20 +31,10 @@ from transfer.graph.policy import RANDOM_OPS
 from transfer.models import repair
 from transfer.models.checkpoint import Checkpoint, average_entries, check_files
 from transfer.models.formats import state
-from transfer.models.meta_graph import MetaGraph
+from transfer.models.meta_graph import MetaGraph, TensorInfo
 from transfer.models.suggestions import suggest, unknown_feeds, upstream_of
 
 Shape = tuple[int | None, ...] | None
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A tensor with a remark ``about`` it; ``shape`` is ``None`` if unknown."""
-
-    name: str
-    shape: Shape
-    dtype: str
-    about: str
 
 
 @dataclass(frozen=True)
@@ -97,8 +81,8 @@ class Inspection:
     format: str
     tensorflow_version: str
     operations: int
-    inputs: list[Tensor]
-    taps: list[Tensor]
+    inputs: list[TensorInfo]
+    taps: list[TensorInfo]
     input: str | None
     tap_error: str | None
     variables: Variables
@@ -120,11 +104,11 @@ def inspect(graph: MetaGraph) -> Inspection:
     """
     nodes = list(graph.nodes.values())
     variables = [graph_variable(node) for node in nodes if node.op in VARIABLES]
-    coverage, covered = _coverage(graph, variables)
-    ranked = taps.rank(nodes, lambda names: covered is None or set(names) <= covered, graph.outputs)
-    first = ranked[0].tensor if ranked else None
+    coverage = _coverage(graph, variables)
+    found = graph.taps()
+    first = found[0].name if found else None
     input, network, error = _try(graph, first)
-    suggestion = suggest(graph, [tap.tensor for tap in ranked])
+    suggestion = suggest(graph, [tap.name for tap in found])
     shortcoming = None
     if network is None and suggestion.network is not None:
         network = suggestion.network
@@ -137,8 +121,8 @@ def inspect(graph: MetaGraph) -> Inspection:
         format=graph.format,
         tensorflow_version=graph.tensorflow_version,
         operations=len(nodes),
-        inputs=_inputs(graph, input),
-        taps=[_tap(graph, tap) for tap in ranked],
+        inputs=graph.inputs(input),
+        taps=found,
         input=input,
         tap_error=error,
         variables=_sum(variables),
@@ -147,7 +131,7 @@ def inspect(graph: MetaGraph) -> Inspection:
         feeds=modes,
         unknown_feeds=[] if first is None or input is None else unknown_feeds(graph, first, input),
         cuts=[] if network is None else list_cuts(network, graph.card.image_size),
-        hazards=_hazards(graph, upstream, input, network, coverage, ranked)
+        hazards=_hazards(graph, upstream, input, network, coverage, found)
         + (
             []
             if shortcoming is None
@@ -159,10 +143,10 @@ def inspect(graph: MetaGraph) -> Inspection:
     )
 
 
-def _coverage(graph: MetaGraph, variables: Sequence[Variable]) -> tuple[Coverage, set[str] | None]:
-    """Coverage by the checkpoint, and the names of the covered variables; ``None`` if unknown."""
+def _coverage(graph: MetaGraph, variables: Sequence[Variable]) -> Coverage:
+    """Coverage by the checkpoint."""
     if not variables:
-        return Coverage(None, None), set()
+        return Coverage(None, None)
     prefix = graph.checkpoint_prefix or graph.prefix
     problem = None
     try:
@@ -173,7 +157,7 @@ def _coverage(graph: MetaGraph, variables: Sequence[Variable]) -> tuple[Coverage
         source = Checkpoint(prefix, index_only=True)
         entries = graph.entries(source)
     except (OSError, ValueError) as error:
-        return Coverage(str(prefix), problem or str(error)), None
+        return Coverage(str(prefix), problem or str(error))
     local = graph.local_variables
     variables = [variable for variable in variables if variable.name not in local]
     matched, missing, different = source.compare(variables, entries)
@@ -182,7 +166,7 @@ def _coverage(graph: MetaGraph, variables: Sequence[Variable]) -> tuple[Coverage
         has_averages = bool(average_entries([variable.name for variable in variables], source))
     except ValueError:
         has_averages = False
-    coverage = Coverage(
+    return Coverage(
         str(prefix),
         problem,
         len(matched),
@@ -191,7 +175,6 @@ def _coverage(graph: MetaGraph, variables: Sequence[Variable]) -> tuple[Coverage
         sorted(source.shapes.keys() - keys),
         has_averages,
     )
-    return coverage, set(matched)
 
 
 def _try(graph: MetaGraph, tap: str | None) -> tuple[str | None, Network | None, str | None]:
@@ -206,40 +189,6 @@ def _try(graph: MetaGraph, tap: str | None) -> tuple[str | None, Network | None,
         return input, None, str(error)
 
 
-def _inputs(graph: MetaGraph, chosen: str | None) -> list[Tensor]:
-    """All tensors that provide data: placeholders, and dequeued tensors that are used."""
-    used = outputs(graph.nodes.values())
-    tensors = []
-    for node in graph.nodes.values():
-        if node.op not in taps.SOURCES:
-            continue
-        for tensor in used.get(node.name) or [f"{node.name}:0"]:
-            index = split_tensor_name(tensor)[1]
-            about = "takes the images" if tensor == chosen else node.op
-            tensors.append(_tensor(node, tensor, index, about))
-    # The file names of savers are also placeholders.
-    tensors = [t for t in tensors if t.dtype != "string" or t.name == chosen]
-    return sorted(tensors, key=lambda tensor: tensor.name != chosen)
-
-
-def _tap(graph: MetaGraph, tap: taps.Tap) -> Tensor:
-    """A tap with its shape, inferred where the graph does not state it."""
-    node, index = graph.node(tap.tensor), split_tensor_name(tap.tensor)[1]
-    shape = tap.shape
-    if shape is None or None in shape[1:]:
-        _, network, _ = _try(graph, tap.tensor)
-        if network is not None:
-            shape = infer(network).get(network.output, shape)
-    dtype = dtype_of(node, index)
-    return Tensor(tap.tensor, shape, dtype.name if dtype else "unknown", tap.why)
-
-
-def _tensor(node: NodeDef, name: str, index: int, about: str) -> Tensor:
-    dtype = dtype_of(node, index)
-    shape = static_shape(node, index)
-    return Tensor(name, shape, dtype.name if dtype else "unknown", about)
-
-
 def _sum(variables: Iterable[Variable]) -> Variables:
     sizes = [(math.prod(v.shape or ()), v.dtype.size) for v in variables]
     num_bytes = sum(count * size for count, size in sizes)
@@ -252,7 +201,7 @@ def _hazards(
     input: str | None,
     network: Network | None,
     coverage: Coverage,
-    ranked: Sequence[taps.Tap],
+    taps: Sequence[TensorInfo],
 ) -> list[str]:
     ops = Counter(node.op for node in graph.nodes.values())
     hazards = []
@@ -322,7 +271,7 @@ def _hazards(
         )
     if coverage.has_averages:
         hazards.append("the checkpoint has moving averages of the weights; use_ema=True takes them")
-    copies = _copies(ranked)
+    copies = _copies(taps)
     if copies > 1:
         hazards.append(f"{copies} copies of the network, or heads; the taps of each are listed")
     return hazards
@@ -336,8 +285,8 @@ def _inference(network: Network | None) -> Iterable[NodeDef]:
     return network.graph_def.node if network is not None else ()
 
 
-def _copies(ranked: Sequence[taps.Tap]) -> int:
-    return sum(", the last layer" in tap.why for tap in ranked)
+def _copies(taps: Sequence[TensorInfo]) -> int:
+    return sum(", the last layer" in tap.about for tap in taps)
 
 
 def _few(names: Sequence[str], count: int = 3) -> str:

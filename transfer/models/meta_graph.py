@@ -5,6 +5,7 @@ Loading only parses the graph and runs nothing. ``transfer.layers.backbone`` mak
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tensorflow as tf
@@ -27,10 +28,12 @@ from transfer.graph import (
     ancestors,
     channels_last,
     check,
+    concatenated,
     dtype_of,
     extract,
     find_modes,
     free_batch,
+    infer,
     inline,
     inputs,
     is_channels_first,
@@ -41,10 +44,25 @@ from transfer.graph import (
 )
 from transfer.graph import canonical as graph_canonical
 from transfer.graph import outputs as graph_outputs
-from transfer.images.preprocess import CONVENTIONS, Preprocess, Size, canonical
+from transfer.graph import variable as graph_variable
+from transfer.graph.cuts import Cut, list_cuts
+from transfer.images.preprocess import CONVENTIONS, Mode, Preprocess, Size, canonical
 from transfer.models import checkpoint, formats, object_keys, repair
 from transfer.models.card import Card, read_card
 from transfer.models.object_keys import KEY
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of a graph with a remark ``about`` it.
+
+    ``shape`` is ``None`` if unknown, and has ``None`` for unknown dimensions.
+    """
+
+    name: str
+    shape: tuple[int | None, ...] | None
+    dtype: str
+    about: str
 
 
 class SharedBatchError(ValueError):
@@ -199,6 +217,75 @@ class MetaGraph:
         by_name = {name: self.tensor(name) for name in tap}
         return by_name, list(by_name.values())
 
+    def taps(self) -> list[TensorInfo]:
+        """Tensors with features, most promising first: the inputs of the last layers."""
+        covered = self.covered()
+        ranked = taps.rank(
+            list(self.nodes.values()),
+            lambda names: covered is None or set(names) <= covered,
+            self.outputs,
+        )
+        return [self._tap(tap) for tap in ranked]
+
+    def _tap(self, tap: taps.Tap) -> TensorInfo:
+        """A tap with its shape, inferred where the graph does not state it."""
+        node, index = self.node(tap.tensor), split_tensor_name(tap.tensor)[1]
+        shape = tap.shape
+        if shape is None or None in shape[1:]:
+            with contextlib.suppress(ValueError, OSError):
+                network = self.network(tap.tensor)
+                shape = infer(network).get(network.output, shape)
+        dtype = dtype_of(node, index)
+        return TensorInfo(tap.tensor, shape, dtype.name if dtype else "unknown", tap.why)
+
+    def inputs(self, chosen: str | None = None) -> list[TensorInfo]:
+        """All tensors that provide data: placeholders, and dequeued tensors that are used.
+
+        Args:
+            chosen: the tensor that takes the images, which is listed first. Default: the card's.
+        """
+        chosen = chosen or self.card.input
+        used = graph_outputs(self.nodes.values())
+        tensors = []
+        for node in self.nodes.values():
+            if node.op not in taps.SOURCES:
+                continue
+            for name in used.get(node.name) or [f"{node.name}:0"]:
+                index = split_tensor_name(name)[1]
+                dtype, shape = dtype_of(node, index), static_shape(node, index)
+                about = "takes the images" if name == chosen else node.op
+                tensors.append(TensorInfo(name, shape, dtype.name if dtype else "unknown", about))
+        # The file names of savers are also placeholders.
+        tensors = [t for t in tensors if t.dtype != "string" or t.name == chosen]
+        return sorted(tensors, key=lambda tensor: tensor.name != chosen)
+
+    def cuts(
+        self, tap: str | Sequence[str] | None = None, image_size: Size | None = None
+    ) -> list[Cut]:
+        """Where the network up to a tap can be cut: one cut per layer, the tap last.
+
+        Args:
+            tap: see ``network``.
+            image_size: used if the graph does not fix height and width. Default: the card's.
+
+        Raises:
+            ValueError: see ``network``.
+        """
+        network = concatenated(self.network(tap))
+        return list_cuts(network, image_size or self.card.image_size)
+
+    def covered(self) -> set[str] | None:
+        """The variables that have a matching value in the checkpoint; ``None`` if unknown."""
+        variables = [graph_variable(node) for node in self.nodes.values() if node.op in VARIABLES]
+        if not variables:
+            return set()
+        try:
+            source = checkpoint.Checkpoint(self.checkpoint_prefix or self.prefix, index_only=True)
+            matched, _, _ = source.compare(variables, self.entries(source))
+        except (OSError, ValueError):
+            return None
+        return set(matched) - self.local_variables
+
     def _check_rows(self, network: Network) -> None:
         """Reject a tower that computes only a part of the batch: outputs would not match labels."""
         shared = inputs.shared_batch(network)
@@ -302,14 +389,14 @@ class MetaGraph:
 
     def preprocess(
         self,
-        input: str,
+        input: str | None = None,
         mode: str | Mapping[str, Any] | None = None,
         image_size: Size | None = None,
     ) -> Preprocess:
         """The preprocessing of the images that a tensor takes.
 
         Args:
-            input: the tensor.
+            input: the tensor; defaults to the card's, else the only candidate.
             mode: input convention; defaults to the card's.
             image_size: defaults to the size in the graph, else the card's.
 
@@ -324,6 +411,7 @@ class MetaGraph:
                 f"say which with preprocess=MODE: {', '.join(CONVENTIONS)}"
             )
         mode = canonical(mode)
+        input = input or self.card.input or self.network().input
         node, index = self.node(input), split_tensor_name(input)[1]
         shape = static_shape(node, index) or (None, None, None, None)
         dtype = dtype_of(node, index)
@@ -346,7 +434,7 @@ class MetaGraph:
         size = image_size or stated or self.card.image_size
         if size is None:
             raise ValueError(f"input {input!r} takes any image size; give one as the image size")
-        preprocess = Preprocess(mode, size, channels or 3)
+        preprocess = Preprocess(cast(Mode, mode), size, channels or 3)
         if (height or preprocess.height, width or preprocess.width) != preprocess.shape[:2]:
             taken = "x".join(str(side or "any") for side in (height, width))
             raise ValueError(

@@ -11,6 +11,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from transfer.graph import (
     SEED,
@@ -25,7 +26,7 @@ from transfer.graph import (
     operation_of,
     with_nodes,
 )
-from transfer.images.preprocess import Preprocess, Size, show_size
+from transfer.images.preprocess import Mode, Preprocess, Size, show_size
 from transfer.models.meta_graph import MetaGraph
 
 _LARGEST_SIDE = 1024
@@ -160,7 +161,8 @@ def fitting_size(network: Network, preprocess: Preprocess) -> Size | None:
     """
 
     def fits(side: int) -> bool:
-        return _problem(network, replace(preprocess, size=side)) is None
+        sized = Preprocess(cast(Mode, preprocess.mode), side, preprocess.channels)
+        return _problem(network, sized) is None
 
     return next(filter(fits, (*_USUAL_SIDES, *_sides_of_flatten(network, preprocess))), None)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -17,6 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
+from transfer.layers.head import Head
 from transfer.training.folds import stratified_folds
 
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-10, -1))
@@ -45,6 +46,30 @@ class Solution:
     scores: dict[float, float]
     num_iterations: int
     converged: bool
+
+    def to_head(self, **options: Any) -> Head:
+        """A ``Head`` with these weights, which takes the features that they were fitted to.
+
+        Args:
+            **options: arguments of the layer, such as ``name``.
+
+        Example:
+            >>> import numpy as np
+            >>> from transfer.training.logistic_regression import fit_logistic_regression
+            >>> features, labels = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
+            >>> head = fit_logistic_regression(features, labels, 2, C=10.0).to_head()
+            >>> head(features).numpy().argmax(-1)
+            array([0, 0, 1, 1])
+        """
+        head = Head(self.kernel.shape[1], **options)
+        head.build((None, self.kernel.shape[0]))
+        self.assign_to(head)
+        return head
+
+    def assign_to(self, head: Head) -> None:
+        """Assign the weights to a built head without hidden layers."""
+        head.classifier.kernel.assign(self.kernel)
+        head.classifier.bias.assign(self.bias)
 
 
 def fit_logistic_regression(

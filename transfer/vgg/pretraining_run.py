@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import keras
 
@@ -19,7 +19,7 @@ from transfer.core import measurement
 from transfer.core.files import write_names
 from transfer.data.dataset import Split
 from transfer.evaluation.prediction import predict, summarize
-from transfer.images.preprocess import Preprocess, for_card
+from transfer.images.preprocess import Mode, Preprocess, for_card
 from transfer.layers.backbone import Backbone
 from transfer.models.card import Card, write_card
 from transfer.models.meta_graph import load_meta_graph
@@ -64,7 +64,7 @@ class _Run:
 
     @property
     def preprocess(self) -> Preprocess:
-        return Preprocess(self.options.preprocess, self.architecture.image_size)
+        return Preprocess(cast(Mode, self.options.preprocess), self.architecture.image_size)
 
 
 def pretrain(
@@ -290,4 +290,4 @@ def _small_images(options: PretrainOptions) -> Preprocess:
             f"small_size={size}: for {options.arch} it must be {smallest} to "
             f"{architecture.image_size} pixels, so that fc6 has as many inputs as at full size"
         )
-    return Preprocess(options.preprocess, size)
+    return Preprocess(cast(Mode, options.preprocess), size)
