@@ -1,6 +1,6 @@
 """Check a dataset for errors before training on it.
 
-    vgg-transfer check-data --image-folder photos
+    vgg-transfer check-data photos
     vgg-transfer check-data --dataset tf_flowers --data-dir data --json
 
 Reports unreadable images, duplicates and near-duplicates (leakage between the two splits makes the
@@ -10,11 +10,13 @@ accuracy too high), probably wrong labels, rare and missing classes.
 from __future__ import annotations
 
 from recipes.check_data_flags import DEFAULTS, CheckDataConfig
+from recipes.images_argument import Images, with_images
 from recipes.startup import job
 
 
-def check_data(config: CheckDataConfig = DEFAULTS) -> int:
+def check_data(images: Images = None, /, config: CheckDataConfig = DEFAULTS) -> int:
     """Find unreadable, duplicate and probably mislabelled images, and rare classes."""
+    config = with_images(config, images)
     with job():
         from recipes.check_data_job import run
 

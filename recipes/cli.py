@@ -26,6 +26,7 @@ from recipes.check_data import check_data
 from recipes.convert import convert
 from recipes.evaluate import evaluate
 from recipes.export import export
+from recipes.features import features
 from recipes.finetune import finetune
 from recipes.flag_groups import GENERAL
 from recipes.inspect import inspect
@@ -59,6 +60,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     evaluate,
     predict,
     predict_beam,
+    features,
     export,
     benchmark,
     cache,

@@ -2,9 +2,9 @@
 
 # No `from __future__ import annotations`: flags of other subcommands inherit from these, and their
 # types are looked up in the module of the subclass.
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Literal
 
 from cyclopts import Parameter
 
@@ -12,7 +12,6 @@ from recipes.flag_groups import grouped
 from transfer.finetuning.options import FineTuneOptions
 
 EMBEDDED = "embedded"
-Config = TypeVar("Config", bound="FinetuneConfig")
 
 
 @Parameter(name="*")
@@ -72,32 +71,4 @@ class FinetuneConfig(FineTuneOptions):
             raise ValueError(f"skip_unreadable must be at least 0, got {self.skip_unreadable}")
 
 
-Images = Annotated[
-    Path | None,
-    Parameter(
-        help="Image folder or manifest; the same as --image-folder or --csv.", show_default=False
-    ),
-]
 DEFAULTS = FinetuneConfig()
-
-
-def with_images(config: Config, images: Path | None) -> Config:
-    """Flags with the image folder, or the manifest, that was given as an argument.
-
-    Raises:
-        ValueError: if it does not exist, or images are given by a flag as well.
-    """
-    if images is None:
-        return config
-    if other := config.image_folder or config.csv or config.dataset:
-        raise ValueError(
-            f"images are given twice: {str(images)!r} and {other!r}; leave out one of them"
-        )
-    if images.expanduser().is_dir():
-        return replace(config, image_folder=str(images))
-    if images.expanduser().is_file():
-        return replace(config, csv=str(images))
-    raise ValueError(
-        f"{str(images)!r} is neither a folder of images nor a manifest; a tfds dataset is named by "
-        "--dataset"
-    )

@@ -12,7 +12,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from recipes.finetune_flags import DEFAULTS, FinetuneConfig, Images, with_images
+from recipes.finetune_flags import DEFAULTS, FinetuneConfig
+from recipes.images_argument import Images, with_images
 from recipes.startup import job
 
 

@@ -125,11 +125,11 @@ def shuffled(num_examples: int, seed: int) -> np.ndarray:
     ``Generator.permutation``.
     """
     # As tf.data does: from the global seed and the seed of the operation.
-    seeds = [value % 2**64 for value in tf.compat.v1.random.get_seed(seed)]
+    first, second = (value % 2**64 for value in tf.compat.v1.random.get_seed(seed))
     if num_examples > _MAX_AS_TF_DATA:
-        return np.random.default_rng(seeds).permutation(num_examples)
+        return np.random.default_rng([first, second]).permutation(num_examples)
     # The first two numbers are the seeds of the first iteration over the dataset.
-    key, counter = _philox(*seeds, 2).tolist()
+    key, counter = _philox(first, second, 2).tolist()
     numbers = _philox(key, counter, num_examples)
     positions = np.arange(num_examples)
     return _swapped(positions + numbers % (num_examples - positions))

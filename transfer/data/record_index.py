@@ -12,7 +12,7 @@ import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import platformdirs
@@ -56,16 +56,21 @@ def remembered(
     path = folder / f"{digest(_LAYOUT, name, paths).hex()}.npz"
     states = np.array([state_of(shard) for shard in paths], np.int64).reshape(len(paths), -1)
     found = _read(path)
-    if found is not None and np.array_equal(found.pop(_STATES, None), states) and fits(found):
+    if (
+        found is not None
+        and np.array_equal(found.pop(_STATES, np.zeros(0)), states)
+        and fits(found)
+    ):
         return found
     index = make()
+    arrays: dict[str, Any] = {**index, _STATES: states}
     after = np.array([state_of(shard) for shard in paths], np.int64).reshape(states.shape)
     if not np.array_equal(states, after):
         return index  # the dataset is being written
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **index, **{_STATES: states})
+            np.savez(file, **arrays)
     except OSError as error:
         logger.warning(
             f"the index of {name!r} cannot be written to {str(folder)!r} "

@@ -178,12 +178,13 @@ def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[st
             features = tf.reduce_max(features, [1, 2], name="max_over_space")
             tap_name = features.name
         with tf1.variable_scope("", use_resource=False):
-            logits, probabilities = build_head(
+            symbolic: Any = build_head(
                 features,
                 head.num_classes,
                 hidden=head.hidden,
                 return_probabilities=True,
             )
+    logits, probabilities = symbolic
     names = {"input": input_name, "tap": tap_name}
     names |= {"logits": logits.name, "probabilities": probabilities.name}
     scope = logits.name.rpartition("/")[0]
@@ -200,6 +201,7 @@ def _whole_to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], d
         logits = graph.get_tensor_by_name(whole.network.output)
         probabilities = tf.nn.softmax(tf.cast(logits, tf.float32), name="probabilities")
     tap_name = input_name if features == whole.network.input else features
+    logits, probabilities = symbolic
     names = {"input": input_name, "tap": tap_name}
     names |= {"logits": logits.name, "probabilities": probabilities.name}
     return graph, names, whole.values()

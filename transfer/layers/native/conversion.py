@@ -82,7 +82,8 @@ def to_keras(
         source = load_meta_graph(source)
     if isinstance(source, MetaGraph):
         name = name or source.prefix.name
-        source, tap = Backbone(source, tap), None
+        one_or_several: Any = tap
+        source, tap = Backbone(source, one_or_several), None
     if isinstance(source, Classifier):
         if tap is not None:
             raise ValueError("tap is for a network; the output of a Classifier is its logits")

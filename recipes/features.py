@@ -1,0 +1,77 @@
+"""Compute the features of images, for t-SNE, nearest neighbours, or classifiers of other tools.
+
+    vgg-transfer features photos --out features.npz
+    vgg-transfer features --dataset tf_flowers --model vgg16 --tap pool5,fc7 --out features.parquet
+
+They are kept in the activation cache, like those of finetune.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from cyclopts import Parameter
+
+from recipes.images_argument import Images, with_images
+from recipes.startup import job
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """Flags of ``vgg-transfer features``, with their defaults."""
+
+    out: Path
+    """File to write: .npz (values, labels, names, class_names), .npy (values only), .csv or
+    .parquet (a row per image with name and label)."""
+    model: str = "embedded"
+    """Model, as for finetune, or the run folder of a fine-tuned one."""
+    tap: str | None = None
+    """Tensor with the features, or several, separated by commas. [default: the card's, else fc7]"""
+    preprocess: str | None = None
+    """Preprocessing that the weights expect. [default: the card's]"""
+    image_size: str | None = None
+    """In pixels: one number, or HEIGHTxWIDTH. [default: the model's]"""
+    dataset: str | None = None
+    """Name of a tfds dataset. [default: digits, which is embedded]"""
+    data_dir: str | None = None
+    """Directory of tfds datasets, or of one prepared dataset. [default: ~/tensorflow_datasets]"""
+    image_folder: str | None = None
+    """Folder with one subfolder of images per class, or with split folders that contain them;
+    replaces --dataset."""
+    csv: str | None = None
+    """Manifest: a CSV, JSONL or Parquet file with the columns path and label. Replaces
+    --dataset."""
+    split: str | None = None
+    """Images to use, e.g. train or test[:50%]. [default: all]"""
+    cache_dir: Path | None = None
+    """Folder of the activation cache. [default: vgg-transfer in the user's cache folder]"""
+
+
+def features(images: Images = None, /, *, config: FeaturesConfig) -> int:
+    """Write the features of images to a file, with their names and labels."""
+    config = with_images(config, images)
+    with job():
+        from transfer import Backbone, extract_features, load_meta_graph, open_source
+        from transfer.activations.feature_files import check_suffix, save_features
+        from transfer.images.preprocess import parse_size
+
+        check_suffix(config.out)
+        graph = load_meta_graph(config.model)
+        taps = [name.strip() for name in (config.tap or "").split(",") if name.strip()]
+        backbone = Backbone(graph, taps if len(taps) > 1 else config.tap)
+        size = None if config.image_size is None else parse_size(config.image_size)
+        preprocess = graph.preprocess(backbone.network.input, config.preprocess, size)
+        source = open_source(
+            config.dataset or "",
+            data_dir=config.data_dir,
+            image_folder=config.image_folder,
+            csv=config.csv,
+        )
+        split = source.split(config.split or "+".join(source.split_names))
+        found = extract_features(backbone, split, preprocess, cache_dir=config.cache_dir)
+        save_features(found, config.out)
+    print(f"{len(found)} images, {found.values.shape[1]} features")
+    print(config.out)
+    return 0

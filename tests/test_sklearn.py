@@ -1,0 +1,127 @@
+"""The scikit-learn estimators, in scikit-learn's own tools."""
+
+import pickle
+
+import numpy as np
+import pytest
+from sklearn.base import clone
+from sklearn.datasets import load_digits
+from sklearn.exceptions import NotFittedError
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.utils.estimator_checks import check_estimator
+
+from transfer import Backbone, Preprocess, load_meta_graph
+from transfer.sklearn import VGGClassifier, VGGFeatures
+
+DIGITS = {"image_shape": (8, 8, 1), "scale": 255 / 16}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    X, y = load_digits(return_X_y=True)
+    return X[:160], y[:160]
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_features_equal_those_of_the_backbone(digits, cache_dir):
+    features = VGGFeatures(**DIGITS, cache_dir=cache_dir).fit_transform(digits[0])
+    graph = load_meta_graph("embedded")
+    steps = Preprocess(graph.card.preprocess, graph.card.image_size)
+    images = digits[0].reshape(-1, 8, 8, 1).astype(np.float32) * np.float32(255 / 16)
+    expected = Backbone(graph)(steps(images)).numpy()
+    np.testing.assert_allclose(features, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_arrays_rows_and_files_give_the_same_features(tmp_path, cache_dir):
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (3, 20, 30, 3), np.uint8)
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    estimator = VGGFeatures(cache_dir=cache_dir)
+    expected = estimator.fit_transform(images)
+    for same in (list(images), paths, np.array(list(map(str, paths)))):
+        np.testing.assert_allclose(clone(estimator).fit_transform(same), expected, atol=1e-5)
+    rows = VGGFeatures(image_shape=(20, 30, 3), cache_dir=cache_dir)
+    np.testing.assert_allclose(rows.fit_transform(images.reshape(3, -1)), expected, atol=1e-5)
+
+
+def test_features_are_computed_once_for_all_clones(digits, cache_dir, monkeypatch):
+    VGGFeatures(**DIGITS, cache_dir=cache_dir).fit_transform(digits[0])
+    monkeypatch.setattr(
+        "transfer.sklearn._Extractor.__call__", lambda *_: pytest.fail("computed again")
+    )
+    features = VGGFeatures(**DIGITS, cache_dir=cache_dir).fit(digits[0])
+    assert features.transform(digits[0][::-1]).shape == (160, 512)
+    assert features.get_feature_names_out()[-1] == "fc7_511"
+
+
+def test_several_taps_are_concatenated(digits, cache_dir):
+    both = VGGFeatures(tap=["pool4", "fc7"], **DIGITS, cache_dir=cache_dir).fit(digits[0][:8])
+    columns = both.transform(digits[0][:8])
+    names = both.get_feature_names_out()
+    one = VGGFeatures(tap="fc7", **DIGITS, cache_dir=cache_dir).fit_transform(digits[0][:8])
+    is_fc7 = np.char.startswith(names.astype(str), "fc7")
+    np.testing.assert_allclose(columns[:, is_fc7], one, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (np.zeros((2, 5)), "rows of pixels with image_shape"),
+        (np.full((2, 4, 4, 3), np.nan), "NaN or infinity"),
+        (np.zeros((0, 4, 4, 3)), "found 0 images"),
+        (np.array([["a", "b"]], object), "shape|dtype|pixels"),
+    ],
+)
+def test_what_is_not_an_image_is_refused(images, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        VGGFeatures().fit(images)
+
+
+def test_features_need_fit(digits):
+    with pytest.raises(NotFittedError):
+        VGGFeatures(**DIGITS).transform(digits[0])
+
+
+@pytest.mark.slow
+def test_grid_search_over_tap_and_penalty(digits, cache_dir):
+    pipeline = make_pipeline(
+        VGGFeatures(**DIGITS, cache_dir=cache_dir), LogisticRegression(max_iter=2000)
+    )
+    grid = {"vggfeatures__tap": ["pool4", "fc7"], "logisticregression__C": [0.001, 0.1]}
+    search = GridSearchCV(pipeline, grid, cv=3).fit(*digits)
+    assert search.best_score_ > 0.85
+
+
+def test_classifier_is_trained_pickled_and_copied(digits, cache_dir):
+    X, y = digits
+    words = np.array(["zero", "one", "two", *"3456789"])[y]
+    classifier = VGGClassifier(C=0.01, **DIGITS, cache_dir=cache_dir).fit(X[:120], words[:120])
+    assert classifier.score(X[120:], words[120:]) > 0.8
+    probabilities = classifier.predict_proba(X[120:])
+    assert classifier.classes_.tolist() == sorted(set(words))
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+    again = pickle.loads(pickle.dumps(classifier))
+    np.testing.assert_allclose(again.predict_proba(X[120:]), probabilities, atol=1e-6)
+    assert clone(classifier).get_params() == classifier.get_params()
+
+
+@pytest.mark.slow
+def test_classifier_in_cross_validation(digits, cache_dir):
+    classifier = VGGClassifier(C=0.01, **DIGITS, cache_dir=cache_dir)
+    assert cross_val_score(classifier, *digits, cv=3).mean() > 0.8
+
+
+@pytest.mark.slow
+def test_features_pass_the_checks_of_scikit_learn(cache_dir):
+    estimator = VGGFeatures(image_shape=(1, -1, 1), cache_dir=cache_dir)
+    check_estimator(estimator, on_skip=None)

@@ -1,0 +1,157 @@
+"""Images as scikit-learn passes them: arrays, file paths, or rows of pixels."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from PIL import Image
+
+from transfer.data.dataset import Source
+from transfer.images.decoding import read_image
+
+
+class ImageArrays(Sequence[np.ndarray]):
+    """A sequence of images, read one at a time.
+
+    Args:
+        images: one of: an array ``[num_images, height, width]`` or ``[num_images, height, width,
+            channels]``; a sequence of such arrays without the first dimension, of any sizes; a
+            sequence of paths; rows of pixels, ``[num_images, height * width * channels]``.
+        image_shape: for rows of pixels: height, width and channels; one of them may be -1, as in
+            ``numpy.reshape``.
+        scale: factor of the pixels of arrays that makes them 0 to 255.
+
+    Each image is uint8 or float32 ``[height, width, channels]`` in 0..255, RGB or gray.
+
+    Raises:
+        ValueError: if the images are of none of these forms, or are not finite numbers.
+    """
+
+    def __init__(
+        self, images: Any, image_shape: Sequence[int] | None = None, scale: float = 1.0
+    ) -> None:
+        self._images, self._scale = _checked(images, image_shape), scale
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: Any) -> Any:
+        image = self._images[index]
+        if isinstance(image, str | os.PathLike):
+            return read_image(Path(image).expanduser().read_bytes())
+        image = np.asarray(image)
+        image = image[..., None] if image.ndim == 2 else image
+        if image.dtype == np.uint8 and self._scale == 1:
+            return image
+        return (image * np.float32(self._scale)).astype(np.float32)
+
+    def digest(self, index: int) -> bytes:
+        """16 bytes that identify the content of an image, or its file without reading it."""
+        image = self._images[index]
+        if isinstance(image, str | os.PathLike):
+            path = Path(image).expanduser().resolve()
+            status = path.stat()
+            words: Any = (os.fsencode(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            return _hash(repr(words).encode())
+        pixels = np.ascontiguousarray(self[index])
+        return _hash(repr((pixels.shape, pixels.dtype.str)).encode() + pixels.tobytes())
+
+    def encoded(self, index: int) -> bytes:
+        """The file, or the pixels as PNG, rounded to whole numbers 0 to 255."""
+        image = self._images[index]
+        if isinstance(image, str | os.PathLike):
+            return Path(image).expanduser().read_bytes()
+        pixels = np.clip(np.rint(self[index]), 0, 255).astype(np.uint8)
+        data = io.BytesIO()
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(data, "PNG")
+        return data.getvalue()
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _checked(images: Any, image_shape: Sequence[int] | None) -> Any:
+    """The images as an array with one more dimension, or as a sequence of images or paths."""
+    if not isinstance(images, np.ndarray) and _are_paths_or_images(images):
+        return images
+    images = np.asarray(images)
+    if images.dtype.kind in "US" or (images.dtype == object and _are_paths_or_images(images)):
+        return [os.fsdecode(path) if isinstance(path, bytes) else path for path in images.tolist()]
+    if images.ndim == 2 and image_shape is not None:
+        count = math.prod(side for side in image_shape if side != -1)
+        if images.shape[1] % count or len(image_shape) != 3:
+            raise ValueError(
+                f"rows have {images.shape[1]} values; expected image_shape={tuple(image_shape)} to "
+                "be height, width and channels with this product"
+            )
+        images = images.reshape(len(images), *image_shape)
+    if images.ndim not in (3, 4):
+        raise ValueError(
+            f"images have shape {images.shape}; expected [num_images, height, width, channels], "
+            "a list of images or of paths, or rows of pixels with image_shape=(height, width, "
+            "channels)"
+        )
+    if images.dtype.kind not in "buif":
+        raise ValueError(f"images have dtype {images.dtype}; expected numbers")
+    if images.dtype.kind == "f" and not np.isfinite(images).all():
+        raise ValueError("images contain NaN or infinity; expected numbers from 0 to 255")
+    return images
+
+
+def _are_paths_or_images(images: Any) -> bool:
+    """Whether each element is a path, or an array of pixels with height and width."""
+    if isinstance(images, str | bytes) or not hasattr(images, "__len__") or not len(images):
+        return False
+    if all(isinstance(image, str | bytes | os.PathLike) for image in images):
+        return True
+    return all(isinstance(image, np.ndarray) and image.ndim in (2, 3) for image in images)
+
+
+def source_of_arrays(
+    images: ImageArrays, labels: np.ndarray, class_names: Sequence[str], name: str
+) -> Source:
+    """A source with the single split ``train``.
+
+    Args:
+        images: the images.
+        labels: int64 ``[len(images)]``, positions in ``class_names``.
+        class_names: one name per class.
+        name: name of the source.
+    """
+
+    def examples(_: str, positions: np.ndarray) -> tf.data.Dataset:
+        def read(position: np.ndarray) -> bytes:
+            return images.encoded(int(position))
+
+        return tf.data.Dataset.from_tensor_slices(positions).map(
+            lambda position: {
+                "image": tf.ensure_shape(tf.numpy_function(read, [position], tf.string), []),
+                "label": tf.gather(tf.constant(labels, tf.int64), position),
+                "name": tf.strings.join(["train", tf.strings.as_string(position)], "/"),
+            },
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+
+    @functools.cache
+    def ids(_: str) -> np.ndarray:
+        return np.array([images.digest(index) for index in range(len(images))], "S16")
+
+    return Source(
+        name,
+        list(class_names),
+        {"train": len(images)},
+        examples,
+        labels=lambda _: labels,
+        names=lambda _: [f"train/{index}" for index in range(len(images))],
+        ids=ids,
+    )
