@@ -201,7 +201,6 @@ def _whole_to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], d
         logits = graph.get_tensor_by_name(whole.network.output)
         probabilities = tf.nn.softmax(tf.cast(logits, tf.float32), name="probabilities")
     tap_name = input_name if features == whole.network.input else features
-    logits, probabilities = symbolic
     names = {"input": input_name, "tap": tap_name}
     names |= {"logits": logits.name, "probabilities": probabilities.name}
     return graph, names, whole.values()
