@@ -78,7 +78,7 @@ def _read(path: Path) -> Index | None:
     try:
         if not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             index = {key: arrays[key] for key in arrays.files}
     except Exception:  # NumPy and zipfile raise many kinds of them for damaged files
         return None
