@@ -56,7 +56,8 @@ def test_damaged_or_foreign_index_is_made_again(tmp_path, folder, passes):
     opened(builder)
     (path,) = folder.iterdir()
     whole = path.read_bytes()
-    states = np.load(path)["states"]
+    with np.load(path) as arrays:
+        states = arrays["states"]
     for number, content in enumerate((b"", b"?", whole[:-30], b"", whole), 2):
         path.write_bytes(content)
         if content == whole:  # of other records

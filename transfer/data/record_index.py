@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -84,8 +83,9 @@ def _read(path: Path) -> Index | None:
     try:
         if not path.is_file():
             return None
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             index = {key: arrays[key] for key in arrays.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, MemoryError):
+    except Exception:  # NumPy and zipfile raise many kinds of them for damaged files
         return None
-    return index if all(array.dtype == np.int64 for array in index.values()) else None
+    is_valid = all(array.dtype == np.int64 and array.ndim for array in index.values())
+    return index if is_valid else None
