@@ -1,5 +1,4 @@
-"""The code blocks of the tutorial and of the page on features run in order and print the documented
-output."""
+"""Code blocks of some pages of the documentation run in order and print the documented output."""
 
 import re
 from pathlib import Path
@@ -7,19 +6,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("tutorial", "features")}
+NUM_BLOCKS = {"tutorial": 14, "features": 8, "scikit-learn": 2}
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in NUM_BLOCKS}
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page", ["tutorial", "features", pytest.param("scikit-learn", marks=pytest.mark.slow)]
+)
 def test_code_blocks_print_documented_output(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     namespace: dict = {}
     text = PAGES[page]
     blocks = BLOCK.findall(text)
-    assert len(blocks) > (10 if page == "tutorial" else 3)
+    assert len(blocks) == NUM_BLOCKS[page]
     for code, expected in blocks:
         line = text[: text.index(code)].count("\n")
         exec(compile("\n" * line + code, f"docs/{page}.md", "exec"), namespace)
