@@ -13,6 +13,7 @@ from stock import Program, assert_close
 from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph, to_keras
 from transfer.layers.backbone import GraphLayer
 from transfer.layers.native import checking, conversion
+from transfer.layers.native.names import Names
 
 WITHOUT_GRADIENTS = {"conv_dilated", "conv_groups"}
 """TensorFlow computes no gradients of these on some CPUs."""
@@ -99,6 +100,22 @@ def test_layers_are_named_after_scopes():
     images = np.random.default_rng(0).random((2, 64, 64, 3), np.float32)
     fc7 = keras.Model(model.input, model.get_layer("fc7").output)
     assert_close(fc7(images), backbone(images))
+
+
+@pytest.mark.parametrize(
+    ("nodes", "operation", "name"),
+    [
+        (["vgg_16/conv1/conv1_1/Conv2D", "vgg_16/conv1/conv1_1/Relu"], "Conv2D", "conv1_1"),
+        (["fc7/MatMul", "fc7"], "MatMul", "fc7"),
+        (["MatMul_2", "add_1"], "MatMul", "MatMul_2"),
+        (["vgg_16/pool5/MaxPool"], "MaxPool", "pool5"),
+        (["vgg_16/dropout6/dropout/mul_1"], "Dropout", "dropout6"),
+        (["dropout/dropout/SelectV2"], "Dropout", "dropout"),
+        (["fc6/dropout/mul"], "Dropout", "dropout"),
+    ],
+)
+def test_layer_is_named_after_its_scope(nodes, operation, name):
+    assert Names().of(nodes, operation, is_scope=True) == name
 
 
 def test_dropout_is_active_in_training_only():

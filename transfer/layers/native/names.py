@@ -37,6 +37,8 @@ class Names:
         scope = _common(nodes)
         while is_scope and len(nodes) == 1 and len(scope) > 1 and _is_default(scope[-1], operation):
             scope = scope[:-1]
+        if operation == DROPOUT and len(scope) > 1 and "drop" in scope[-2].lower():
+            scope = scope[:-1]  # tf.nn.dropout makes a scope "dropout" in that of a layer
         if not is_scope:
             scope = nodes[-1].split("/")
             if _is_default(scope[-1], operation) and len(scope) > 1:
