@@ -46,6 +46,7 @@ from transfer.graph import canonical as graph_canonical
 from transfer.graph import outputs as graph_outputs
 from transfer.graph import variable as graph_variable
 from transfer.graph.cuts import Cut, list_cuts
+from transfer.graph.taps import Tap
 from transfer.images.preprocess import CONVENTIONS, Mode, Preprocess, Size, canonical
 from transfer.models import checkpoint, formats, object_keys, repair
 from transfer.models.card import Card, read_card
@@ -227,7 +228,7 @@ class MetaGraph:
         )
         return [self._tap(tap) for tap in ranked]
 
-    def _tap(self, tap: taps.Tap) -> TensorInfo:
+    def _tap(self, tap: Tap) -> TensorInfo:
         """A tap with its shape, inferred where the graph does not state it."""
         node, index = self.node(tap.tensor), split_tensor_name(tap.tensor)[1]
         shape = tap.shape
