@@ -159,7 +159,8 @@ def test_rectangular_size_is_covered_and_center_cropped(shape, size):
 
 
 def test_size_as_one_number_equals_two_equal_numbers():
-    assert Preprocess("none", (9, 9)) == Preprocess("none", [9, 9]) == Preprocess("none", 9)
+    settings = [Preprocess("none", size).settings() for size in ((9, 9), [9, 9], 9)]
+    assert settings[0] == settings[1] == settings[2]
     assert Preprocess("none", [2, 3]).shape == (2, 3, 3)
     for size in ((0, 3), (1, 2, 3), (1.5, 2)):
         with pytest.raises(ValueError, match="image size"):

@@ -65,7 +65,7 @@ def test_saved_classifier_runs_in_plain_tensorflow_session(
     loaded = Classifier.load(tmp_path / "run")
     np.testing.assert_allclose(loaded(PHOTOS), expected, rtol=1e-4, atol=1e-5)
     assert loaded.labels == ["a", "b", "c"]
-    assert loaded.preprocess == classifier.preprocess
+    assert loaded.preprocess.settings() == classifier.preprocess.settings()
 
 
 def _variables(stock):

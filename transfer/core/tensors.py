@@ -11,9 +11,12 @@ class Tensor(Protocol):
     """What eager and symbolic tensors have in common: the type of what layers return.
 
     A ``tf.Tensor`` in eager code and in a ``tf.function``, a ``keras.KerasTensor`` while a Keras
-    model is built; only eager tensors have values, so only there ``numpy()`` works.
+    model is built. Only eager tensors have values, so that only there ``numpy()`` works; only the
+    others have names.
     """
 
+    @property
+    def name(self) -> str: ...
     @property
     def shape(self) -> Any: ...
     @property

@@ -266,7 +266,7 @@ class MetaGraph:
         """Where the network up to a tap can be cut: one cut per layer, the tap last.
 
         Args:
-            tap: see ``network``.
+            tap: see ``network``. ``inspect`` lists the cuts of the first of ``taps``.
             image_size: used if the graph does not fix height and width. Default: the card's.
 
         Raises:

@@ -265,7 +265,7 @@ def _batches(run: _Run) -> Callable[[int, int], Iterable[Any]]:
 def _decoded(run: _Run) -> pretraining.DecodedImages | None:
     """The decoded training images, if they fit in memory. Order and views differ from those of
     images that are read in each epoch, so the choice must depend on the images only."""
-    train, pixels = run.train, replace(run.preprocess, mode="none")
+    train, pixels = run.train, Preprocess("none", run.preprocess.size)
     needed = len(train) * pixels.height * pixels.width * pixels.channels / 1e6
     if needed > KEPT_DECODED_MB:
         return None
