@@ -43,6 +43,12 @@ def test_unlabelled_split_is_ignored(tmp_path, source):
     assert run_data.num_not_held_out(run, source.split("train+validation")) == 4
 
 
+def test_a_run_from_python_records_no_split_expressions(tmp_path, source):
+    run = run_of(tmp_path, ["validation/0"])
+    (run / run_folder.CONFIG).write_text("dataset: quiz\n")
+    assert run_data.trained_on(run, source).names == [f"train/{n}" for n in range(4)]
+
+
 def test_missing_held_out_images_are_named(tmp_path, source):
     run = run_of(tmp_path, ["validation/0", "validation/7"])
     with pytest.raises(ValueError, match="1 of the 2 images .* are gone .* 'validation/7'"):

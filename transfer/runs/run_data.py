@@ -65,7 +65,8 @@ def held_out(folder: Path, source: Source) -> Split:
 def trained_on(folder: Path, source: Source) -> Split:
     """The images that a run took its training images from, without unreadable ones."""
     settings = run_folder.read_config(folder)
-    train = training_split(source, settings["train_split"])
+    # A run of ``fine_tune`` in Python has splits that it was given, not expressions.
+    train = training_split(source, settings.get("train_split") or "auto")
     rest = train.without(held_out(folder, source))
     path = folder / run_folder.METRICS
     metrics = run_folder.read_json(path) if path.is_file() else {}
