@@ -239,11 +239,11 @@ class Entry:
         finally:
             self._lock.release()
 
-    def missing(self, ids: Sequence[bytes]) -> np.ndarray:
+    def missing(self, ids: Sequence[bytes] | np.ndarray) -> np.ndarray:
         """Boolean ``[len(ids)]``: true for examples without a row, or with a damaged one."""
         return self._positions(ids) < 0
 
-    def append(self, ids: Sequence[bytes], rows: np.ndarray) -> None:
+    def append(self, ids: Sequence[bytes] | np.ndarray, rows: np.ndarray) -> None:
         """Append rows ``[len(ids), *row_shape]``; a row replaces an earlier one with the same id.
 
         Raises:
@@ -269,7 +269,7 @@ class Entry:
                 "rows are kept, and the next run continues from there",
             ) from error
 
-    def read(self, ids: Sequence[bytes]) -> StoredRows:
+    def read(self, ids: Sequence[bytes] | np.ndarray) -> StoredRows:
         """The rows of examples, in the order of ``ids``.
 
         Raises:
@@ -300,7 +300,7 @@ class Entry:
         shape = (num_rows, *self._row_shape)
         return np.memmap(self.folder / _ROWS, self._dtype, "r", shape=shape)
 
-    def _positions(self, ids: Sequence[bytes]) -> np.ndarray:
+    def _positions(self, ids: Sequence[bytes] | np.ndarray) -> np.ndarray:
         """int64 ``[len(ids)]``: row number of each example, the newest if there are several; -1 if
         it has no row, or its CRC is wrong."""
         records = self._records()

@@ -130,7 +130,8 @@ def shuffled(num_examples: int, seed: int) -> np.ndarray:
     if num_examples > _MAX_AS_TF_DATA:
         return np.random.default_rng(seeds).permutation(num_examples)
     # The first two numbers are the seeds of the first iteration over the dataset.
-    numbers = _philox(*(int(number) for number in _philox(*seeds, 2)), num_examples)
+    key, counter = _philox(*seeds, count=2).tolist()
+    numbers = _philox(key, counter, num_examples)
     left = np.arange(num_examples, 0, -1)
     order = list(range(num_examples))
     for start in range(0, num_examples, _SWAPPED_TOGETHER):

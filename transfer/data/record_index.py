@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import platformdirs
@@ -68,7 +68,8 @@ def remembered(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **index, **{_STATES: states})
+            arrays: dict[str, Any] = {**index, _STATES: states}
+            np.savez(file, **arrays)
     except OSError as error:
         logger.warning(
             f"the index of {name!r} cannot be written to {str(folder)!r} "
