@@ -106,7 +106,7 @@ def test_classifier_is_trained_pickled_and_copied(digits, cache_dir):
     X, y = digits
     words = np.array(["zero", "one", "two", *"3456789"])[y]
     classifier = VGGClassifier(C=0.01, **DIGITS, cache_dir=cache_dir).fit(X[:120], words[:120])
-    assert classifier.score(X[120:], words[120:]) > 0.8
+    assert classifier.score(X[120:], words[120:]) > 0.7
     probabilities = classifier.predict_proba(X[120:])
     assert classifier.classes_.tolist() == sorted(set(words))
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)

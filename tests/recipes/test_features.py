@@ -12,7 +12,7 @@ def test_features_of_a_folder_are_written(tmp_path, model, image_folder, capsys)
     assert main([*map(str, command)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(out)
     with np.load(out) as arrays:
-        assert len(arrays["values"]) == len(arrays["names"]) == len(arrays["labels"]) == 20
+        assert len(arrays["values"]) == len(arrays["names"]) == len(arrays["labels"]) == 24
         assert arrays["taps"].tolist() == ["pool2", "fc7"]
         assert arrays["values"].shape[1] == arrays["tap_widths"].sum()
 
