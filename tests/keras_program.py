@@ -10,17 +10,21 @@ import sys
 from pathlib import Path
 
 
-class Blocked:
+class WithoutTensorFlow:
     """An import hook that finds no TensorFlow, unless it is the backend, and not this package."""
 
-    names = {"transfer"} | ({"tensorflow"} - {os.environ["KERAS_BACKEND"]})
+    hidden = {"transfer"} | ({"tensorflow"} - {os.environ["KERAS_BACKEND"]})
+
+    def __init__(self, finder):
+        self.finder = finder
 
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            raise ImportError(f"{name} is blocked")
+        if name.partition(".")[0] in self.hidden:
+            return None
+        return self.finder.find_spec(name, path, target)
 
 
-sys.meta_path.insert(0, Blocked())
+sys.meta_path[:] = map(WithoutTensorFlow, sys.meta_path)
 
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
