@@ -357,7 +357,7 @@ ERRORS = {
     "model": (["--model", "nowhere/vgg"], "no meta graph 'nowhere/vgg.meta'"),
     "epochs": (["--epochs", "0"], "epochs must be at least 1"),
     "split": (["--eval-split", "test"], "its splits are ['train']"),
-    "both": (["--dataset", "digits"], "either an image folder or a dataset"),
+    "both": (["--dataset", "digits"], "--dataset digits exclude each other"),
     "diverges": (["--learning-rate", "1e38", "--optimizer", "sgd"], "with learning rate 1e+38"),
     "rate": (["--learning-rate", "-1"], "--learning-rate must be at least 0, got -1"),
     "shots": (["--shots-per-class", "0"], "--shots-per-class must be at least 1"),
@@ -456,12 +456,13 @@ def test_the_image_folder_may_be_the_only_argument(tmp_path, model, image_folder
     assert "images are given twice" in capsys.readouterr().err
 
 
-def test_quiet_shows_results_and_warnings_only(tmp_path, model, image_folder):
+def test_quiet_shows_results_and_warnings_only(tmp_path, model, image_folder, capfd, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "")  # the flag sets it; it is unset at the end of the test
     flags = ["--model", model, "--out", tmp_path / "run", "--epochs", 2, "--cache", "off"]
-    command = [sys.executable, "-m", "recipes", "finetune", image_folder, "--quiet", *flags]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == str(tmp_path / "run")
-    assert [line for line in done.stderr.splitlines() if not line.startswith("warning: ")] == []
+    assert main([*map(str, ["finetune", image_folder, "--quiet", *flags])]) == 0
+    printed = capfd.readouterr()
+    assert printed.out.splitlines()[-1] == str(tmp_path / "run")
+    assert [line for line in printed.err.splitlines() if not line.startswith("warning: ")] == []
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

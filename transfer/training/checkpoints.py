@@ -221,14 +221,9 @@ class RunCheckpoint:
             self._delete(f"best-{number}")
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
-        if not self.directory.is_dir():
-            raise FileNotFoundError(
-                f"{str(self.directory)!r} was removed while the run went on; its checkpoints are "
-                "lost"
-            )
         path = self.directory / name
-        self._remove_drafts()
         try:
+            self._remove_drafts()
             with files.draft_folder(self.directory) as draft:
                 tf.train.Checkpoint(**state).write(str(draft / name))
                 # TensorFlow does not write the index atomically. Here it is complete, and moved
@@ -236,6 +231,11 @@ class RunCheckpoint:
                 for part in sorted(draft.iterdir()):
                     os.replace(part, self.directory / part.name)
         except (OSError, tf.errors.OpError) as error:
+            if not self.directory.is_dir():
+                raise FileNotFoundError(
+                    f"{str(self.directory)!r} was removed while the run went on; its checkpoints "
+                    "are lost"
+                ) from error
             complete = [f"step-{number}" for number in self._numbers("step")]
             raise OSError(
                 f"cannot write checkpoint {str(path)!r} ({_first_line(error)}); "
