@@ -49,7 +49,7 @@ def test_summarize_ignores_absent_classes():
 
 def test_predict_counts_the_last_partial_batch():
     batches = [(LOGITS[:3], LABELS[:3]), (LOGITS[3:], LABELS[3:])]
-    logits, labels = prediction.predict(lambda x: x, batches)
+    logits, labels = prediction.predict_logits(lambda x: x, batches)
     np.testing.assert_array_equal(logits, LOGITS)
     np.testing.assert_array_equal(labels, LABELS)
 

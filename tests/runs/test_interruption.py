@@ -12,7 +12,7 @@ from commands import finetune, largest_difference, metrics
 from conftest import make_run
 
 from recipes.cli import main
-from transfer.evaluation.prediction import predict
+from transfer.evaluation.prediction import predict_logits
 from transfer.runs import run_folder
 from transfer.runs.interruption import Interrupted, Signals, resumable
 from transfer.training.trainer import Trainer
@@ -82,7 +82,7 @@ def test_signal_during_validation_is_resumable(tmp_path, setting, monkeypatch, c
 
     def signalled(*arguments):
         calls.append(None)
-        found = predict(*arguments)
+        found = predict_logits(*arguments)
         if len(calls) == call:
             os.kill(os.getpid(), signal.SIGTERM)
         return found

@@ -13,7 +13,7 @@ import keras
 
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled
 from transfer.core import measurement
-from transfer.evaluation.prediction import predict, summarize
+from transfer.evaluation.prediction import predict_logits, summarize
 from transfer.finetuning.setup import RunRequest, prepare
 from transfer.runs import run_folder
 
@@ -56,7 +56,7 @@ def keras_baseline(request: RunRequest) -> dict[str, Any]:
             verbose=2,
         )
     with clock("eval_s"):
-        evaluation = summarize(*predict(Compiled(model), held_out), work.held_out.groups)
+        evaluation = summarize(*predict_logits(Compiled(model), held_out), work.held_out.groups)
     seconds = clock.seconds
     metrics = {
         "eval": evaluation,

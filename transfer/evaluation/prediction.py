@@ -17,7 +17,7 @@ from transfer.evaluation import by_group
 _BLOCK = 2**21  # probabilities in memory at a time: 16 MB
 
 
-def predict(
+def predict_logits(
     model: Callable[[Any], Any], batches: Iterable[tuple[Any, Any]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits and labels of all batches, in their order.

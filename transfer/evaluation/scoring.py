@@ -12,7 +12,7 @@ from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
 from transfer.core.npy_files import check_path
 from transfer.data.dataset import Source, Split
 from transfer.evaluation import metrics
-from transfer.evaluation.prediction import predict, summarize
+from transfer.evaluation.prediction import predict_logits, summarize
 from transfer.evaluation.tables import write_probabilities
 from transfer.layers.classifier import Classifier
 
@@ -99,7 +99,7 @@ def compute_logits(
     if frozen is not None:
         # In two steps, as in training, for bit-identical results.
         batches = stream(Compiled(frozen), batches)
-    logits, labels = predict(Compiled(trained), batches)
+    logits, labels = predict_logits(Compiled(trained), batches)
     return logits, to_logit[labels]
 
 

@@ -13,7 +13,7 @@ from transfer.activations.extraction import EXTRACTION_BATCH, Activations, Compi
 from transfer.activations.store import ActivationStore, ExtractionRequest
 from transfer.data.dataset import Split
 from transfer.data.epochs import Epochs
-from transfer.evaluation.prediction import predict, summarize
+from transfer.evaluation.prediction import predict_logits, summarize
 from transfer.finetuning.setup import RunContext
 from transfer.graph import is_seeded
 from transfer.layers.backbone import GraphLayer
@@ -159,7 +159,7 @@ class Inputs:
         """Outputs of a layer for the batches of all workers: float32 ``[len(mine), width]``."""
         rows = np.zeros((0, width), np.float32)
         if mine.any():
-            rows, _ = predict(layer, batches)
+            rows, _ = predict_logits(layer, batches)
         return self._context.replicas.join(rows.reshape(len(rows), width), mine)
 
     def _evaluation_batches(self) -> Iterable[Any]:

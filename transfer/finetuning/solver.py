@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from transfer.activations.extraction import Compiled
-from transfer.evaluation.prediction import predict, summarize
+from transfer.evaluation.prediction import predict_logits, summarize
 from transfer.finetuning.inputs import Inputs
 from transfer.finetuning.setup import RunContext
 from transfer.finetuning.stage import Progress, scalars
@@ -57,7 +57,7 @@ class StageSolver:
         logger.info(f"lbfgs: C {solution.C:g}, {solution.num_iterations} iterations")
         if not solution.converged:
             logger.warning("lbfgs stopped before it converged: a smaller lbfgs_c converges sooner")
-        row = {"epoch": 0.0} | scalars(summarize(*predict(head, [(features, labels)])))
+        row = {"epoch": 0.0} | scalars(summarize(*predict_logits(head, [(features, labels)])))
         held_out = scalars(inputs.evaluator(self._model)())
         row |= {f"val_{name}": value for name, value in held_out.items()}
         text = f"{','.join(row)}\n{','.join(map(str, row.values()))}\n"

@@ -18,7 +18,7 @@ from transfer.activations.extraction import Compiled
 from transfer.core import measurement
 from transfer.core.files import write_names
 from transfer.data.dataset import Split
-from transfer.evaluation.prediction import predict, summarize
+from transfer.evaluation.prediction import predict_logits, summarize
 from transfer.images.preprocess import Mode, Preprocess, for_card
 from transfer.layers.backbone import Backbone
 from transfer.models.card import Card, write_card
@@ -146,7 +146,7 @@ def _train_and_save(run: _Run, source: str) -> PretrainResult:
 
     def evaluated(network: keras.layers.Layer) -> dict[str, Any]:
         batches = run.held_out.batches(run.preprocess, options.batch_size)
-        return summarize(*predict(Compiled(network), batches), run.held_out.groups)
+        return summarize(*predict_logits(Compiled(network), batches), run.held_out.groups)
 
     model = _trained(run, evaluated)
 
