@@ -54,10 +54,10 @@ def features(images: Images = None, /, *, config: FeaturesConfig) -> int:
     config = with_images(config, images)
     with job():
         from transfer import Backbone, extract_features, load_meta_graph, open_source
-        from transfer.activations.feature_files import check_suffix, save_features
+        from transfer.activations.feature_files import check_path, save_features
         from transfer.images.preprocess import parse_size
 
-        check_suffix(config.out)
+        check_path(config.out.expanduser())
         graph = load_meta_graph(config.model)
         taps = [name.strip() for name in (config.tap or "").split(",") if name.strip()]
         backbone = Backbone(graph, taps if len(taps) > 1 else config.tap)

@@ -17,12 +17,12 @@ from recipes.predict_flags import PredictConfig
 from transfer import Classifier
 from transfer.core import npy_files
 from transfer.core.csv_files import write_row
+from transfer.core.escapes import printable
 from transfer.evaluation.explain import Explainer
 from transfer.evaluation.file_predictions import (
     as_json,
     check_counts,
     predict_files,
-    printable,
     reason,
 )
 from transfer.images import image_files

@@ -92,6 +92,59 @@ def test_features_need_fit(digits):
         VGGFeatures(**DIGITS).transform(digits[0])
 
 
+class Labelled(list):
+    """Like a pandas Series after a shuffle: an index is a label, not a position."""
+
+    def __getitem__(self, label):
+        return super().__getitem__(len(self) - 1 - label)
+
+
+def test_images_of_a_series_are_taken_by_position(cache_dir):
+    images = np.random.default_rng(0).integers(0, 256, (4, 12, 12, 3), np.uint8)
+    estimator = VGGFeatures(cache_dir=cache_dir).fit(images)
+    np.testing.assert_array_equal(
+        estimator.transform(Labelled(images)), estimator.transform(images)
+    )
+
+
+def test_damaged_cached_features_are_computed_again(digits, tmp_path):
+    X = digits[0][:40]
+    features = VGGFeatures(**DIGITS, cache_dir=tmp_path)
+    expected = features.fit_transform(X)
+    (rows,) = tmp_path.rglob("rows-*.bin")
+    data = bytearray(rows.read_bytes())
+    data[100] ^= 255
+    rows.write_bytes(data)
+    np.testing.assert_allclose(features.transform(X), expected, atol=1e-5)
+
+
+def test_retrained_model_is_loaded_again(tmp_path, cache_dir):
+    import shutil
+
+    from transfer import Classifier, Head
+    from transfer.exports.meta_graph import save_classifier
+
+    graph = load_meta_graph("embedded")
+    for part in graph.prefix.parent.glob(f"{graph.prefix.name}*"):
+        shutil.copy(part, tmp_path / part.name.replace(graph.prefix.name, "model"))
+    estimator = VGGFeatures(tmp_path / "model", cache_dir=cache_dir)
+    images = np.full((2, 16, 16, 3), 99, np.uint8)
+    before = estimator.fit_transform(images)
+    backbone = Backbone(graph)
+    backbone.graph_variables[0].assign(backbone.graph_variables[0] * 0.5)
+    preprocess = Preprocess(graph.card.preprocess, graph.card.image_size)
+    classifier = Classifier(backbone, Head(2), preprocess, ["a", "b"])
+    classifier.build_from_size()
+    save_classifier(classifier, tmp_path / "model", graph.card)
+    assert np.abs(estimator.fit_transform(images) - before).max() > 0.01
+
+
+def test_pixels_up_to_1_are_warned_of(caplog):
+    with caplog.at_level("WARNING", "transfer"):
+        VGGFeatures().fit(np.ones((2, 8, 8, 3), np.float32) / 2)
+    assert "pixels are at most 0.5; expected 0 to 255: if white is 1, give scale=255" in caplog.text
+
+
 @pytest.mark.slow
 def test_grid_search_over_tap_and_penalty(digits, cache_dir):
     pipeline = make_pipeline(
@@ -105,7 +158,9 @@ def test_grid_search_over_tap_and_penalty(digits, cache_dir):
 def test_classifier_is_trained_pickled_and_copied(digits, cache_dir):
     X, y = digits
     words = np.array(["zero", "one", "two", *"3456789"])[y]
+    state = np.random.get_state()[1].copy()
     classifier = VGGClassifier(C=0.01, **DIGITS, cache_dir=cache_dir).fit(X[:120], words[:120])
+    np.testing.assert_array_equal(np.random.get_state()[1], state)  # splitters draw from it
     assert classifier.score(X[120:], words[120:]) > 0.7
     probabilities = classifier.predict_proba(X[120:])
     assert classifier.classes_.tolist() == sorted(set(words))

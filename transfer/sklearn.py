@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 from transfer.activations.cache import Cache, default_directory
 from transfer.activations.entry import Entry
 from transfer.activations.extraction import Compiled
+from transfer.data.dataset import Split
 from transfer.data.holdout import stratified_holdout
 from transfer.data.image_arrays import ImageArrays, source_of_arrays
 from transfer.exports.meta_graph import save_classifier
-from transfer.finetuning.run import fine_tune
+from transfer.finetuning.run import FineTuneResult, fine_tune
 from transfer.images.preprocess import Preprocess, parse_size, to_channels
 from transfer.layers.backbone import Backbone, Pooling
 from transfer.layers.classifier import MODEL, Classifier
@@ -141,8 +143,12 @@ class VGGFeatures(TransformerMixin, _ImageEstimator):
             entry, missing = self._entry(extractor), np.ones(len(ids), bool)
             if entry is not None:
                 stack.enter_context(entry.lock())
-                missing = entry.missing(ids)
-                rows[~missing] = entry.read(ids[~missing])[:]
+                known = np.flatnonzero(~entry.missing(ids))
+                found, is_intact = entry.read(ids[known]).read(slice(None))
+                rows[known[is_intact]] = found[is_intact]
+                missing[known[is_intact]] = False
+                if not self._has_room(entry, int(missing.sum()) * entry.row_bytes):
+                    entry = None
             positions = np.flatnonzero(missing)
             for start in range(0, len(positions), self.batch_size):
                 chosen = positions[start : start + self.batch_size]
@@ -160,12 +166,23 @@ class VGGFeatures(TransformerMixin, _ImageEstimator):
 
     def _entry(self, extractor: _Extractor) -> Entry | None:
         """Where the features are cached; ``None`` if the folder cannot be written to."""
-        folder = default_directory() if self.cache_dir is None else Path(self.cache_dir)
         try:
-            return Cache(folder, _CACHE_BYTES).entry(extractor.key, [extractor.width], "float32")
+            return self._cache().entry(extractor.key, [extractor.width], "float32")
         except OSError as error:
             logger.warning(f"features are not cached: {error}")
             return None
+
+    def _has_room(self, entry: Entry, num_bytes: int) -> bool:
+        try:
+            self._cache().make_room(num_bytes, keep=[entry])
+        except OSError as error:
+            logger.warning(f"features are not cached: {error}")
+            return False
+        return True
+
+    def _cache(self) -> Cache:
+        folder = default_directory() if self.cache_dir is None else Path(self.cache_dir)
+        return Cache(folder, _CACHE_BYTES)
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -174,7 +191,14 @@ class VGGFeatures(TransformerMixin, _ImageEstimator):
 
     def _extractor(self) -> _Extractor:
         taps = self.tap if self.tap is None or isinstance(self.tap, str) else tuple(self.tap)
-        return _extractor(str(self.model), taps, self.pooling, self.preprocess, self.image_size)
+        return _extractor(
+            str(self.model),
+            _state(str(self.model)),
+            taps,
+            self.pooling,
+            self.preprocess,
+            self.image_size,
+        )
 
 
 @dataclass(frozen=True)
@@ -198,10 +222,19 @@ class _Extractor:
         return np.asarray(self.network(tf.stack([self.preprocess(image) for image in images])))
 
 
+def _state(model: str) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of the files of a model, which change if it is trained anew."""
+    path = Path(model).expanduser()
+    files = path.rglob("*") if path.is_dir() else path.parent.glob(f"{path.stem}*")
+    states = [(file.name, file.stat()) for file in sorted(files) if file.is_file()]
+    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in states)
+
+
 # Clones, as in a grid search, share the network.
 @functools.lru_cache(maxsize=4)
 def _extractor(
     model: str,
+    state: tuple[tuple[str, int, int], ...],
     tap: str | tuple[str, ...] | None,
     pooling: Pooling,
     preprocess: str | None,
@@ -329,8 +362,21 @@ class VGGClassifier(ClassifierMixin, _ImageEstimator):
         mask = stratified_holdout(labels, train.names, self.validation_fraction)
         if self.validation_fraction and mask.any():
             train, held_out = train.where(~mask), train.where(mask)
+        # ``fine_tune`` seeds the global generators, from which splitters of scikit-learn draw.
+        states = random.getstate(), np.random.get_state()
+        try:
+            result = self._fine_tune(train, held_out)
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+        self.classifier_ = result.classifier
+        self.history_, self.metrics_ = result.history, result.metrics
+        self._network = Compiled(self.classifier_.probabilities_of_resized)
+        return self
+
+    def _fine_tune(self, train: Split, held_out: Split) -> FineTuneResult:
         with tempfile.TemporaryDirectory() as folder:
-            result = fine_tune(
+            return fine_tune(
                 str(self.model),
                 train,
                 held_out,
@@ -347,10 +393,6 @@ class VGGClassifier(ClassifierMixin, _ImageEstimator):
                 seed=self.random_state,
                 **(self.options or {}),
             )
-        self.classifier_ = result.classifier
-        self.history_, self.metrics_ = result.history, result.metrics
-        self._network = Compiled(self.classifier_.probabilities_of_resized)
-        return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities of ``classes_``: float32 ``[num_images, num_classes]``."""
@@ -358,7 +400,8 @@ class VGGClassifier(ClassifierMixin, _ImageEstimator):
         images, preprocess = self._images(X, reset=False), self.classifier_.preprocess
         parts = []
         for start in range(0, len(images), self.batch_size):
-            batch = [images[i] for i in range(start, min(start + self.batch_size, len(images)))]
+            stop = min(start + self.batch_size, len(images))
+            batch = [images.pixels(i) for i in range(start, stop)]
             resized = [preprocess.resize(to_channels(x, preprocess.channels)) for x in batch]
             parts.append(np.asarray(self._network(tf.stack(resized))))
         return np.concatenate(parts)

@@ -43,7 +43,19 @@ def test_tables_have_a_row_per_image(tmp_path, features, suffix, read):
     np.testing.assert_allclose(values, features.values, rtol=1e-6)
 
 
+def test_names_are_safe_and_valid(tmp_path, features):
+    features.names[:2] = ["=cmd.jpg", "caf\udce9.jpg"]
+    save_features(features, tmp_path / "f.csv")
+    lines = (tmp_path / "f.csv").read_text(encoding="utf-8").splitlines()
+    assert lines[1].startswith("'=cmd.jpg,a,")
+    save_features(features, tmp_path / "f.parquet")
+    names = pyarrow.parquet.read_table(tmp_path / "f.parquet")["name"].to_pylist()
+    assert names[1] == "caf\\udce9.jpg"
+
+
 def test_other_suffixes_are_refused(tmp_path, features):
     with pytest.raises(ValueError, match=r"\.npz, \.npy, \.csv, \.parquet, by the suffix; got"):
         save_features(features, tmp_path / "f.txt")
+    with pytest.raises(FileNotFoundError, match="absent' is not a folder"):
+        save_features(features, tmp_path / "absent" / "f.npz")
     assert list(tmp_path.iterdir()) == []

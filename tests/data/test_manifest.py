@@ -361,7 +361,8 @@ def test_images_in_a_store_equal_local_ones(
         assert ours["name"].decode() == start + theirs["name"].decode()
     before = np.asarray(split.ids)
     store.pipe(f"/bucket/{folder.names[3]}", b"other")
-    after = np.asarray(source.split("train").ids)
+    again = open_source(csv=source.origin["csv"])
+    after = np.asarray(again.split("train").ids)
     assert (before != after).tolist() == [position == 3 for position in range(24)]
     batch = next(iter(folder.batches(Preprocess("unit", 16), 3)))
     assert np.array_equal(batch[0], next(iter(split.batches(Preprocess("unit", 16), 3)))[0])
@@ -376,6 +377,7 @@ def test_missing_image_in_a_store_is_an_unreadable_image(
     assert [*kept.names] == ["blue/00.jpg", "memory://bucket/red/00.jpg"]
     reason = split.source.unreadable["memory://bucket/gone.jpg"]
     assert "FileNotFoundError" in reason
+    assert len(np.unique(split.ids)) == 3  # check-data and caches need the ids of all images
 
 
 def test_store_whose_package_is_missing_says_so(folder: Path) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from recipes.cli import main
 from transfer import Classifier, Prediction, predict
+from transfer.core.escapes import printable
 from transfer.data.unreadable import UnreadableImageError
 from transfer.evaluation import file_predictions
 from transfer.images.decoding import read_tensor
@@ -112,7 +113,7 @@ def test_file_names_need_not_be_utf8(run, tmp_path):
     (tmp_path / "plain.png").rename(path)
     (found,) = predict(run, path)
     assert found.path == path
-    line = file_predictions.as_json(file_predictions.printable(path), found.top)
+    line = file_predictions.as_json(printable(path), found.top)
     assert json.loads(line)["image"].endswith("caf\\udce9.png")
 
 

@@ -90,3 +90,10 @@ def test_user_file_named_changes_csv_is_kept(tmp_path):
     assert path.read_text().splitlines()[1:] == ["a.jpg,blue,blue,red"]
     tables.remove_changes(path)
     assert not path.exists()
+
+
+def test_names_that_are_not_utf8_are_written_with_escapes(tmp_path):
+    logits, labels, names, classes = sample(3, 2)
+    names[1] = "caf\udce9.jpg"
+    rows = predictions_of(tmp_path / "p.csv", logits, labels, names, classes)
+    assert rows[1]["image"] == "caf\\udce9.jpg"

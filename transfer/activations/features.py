@@ -116,7 +116,9 @@ def extract_features(
     batches = Activations(rows, split.labels).batches(EXTRACTION_BATCH)
     inputs = itertools.chain([np.asarray(rows[0][:0], np.float32)], (x for x, _ in batches))
     values = np.concatenate([_pooled(np.asarray(x), backbone.pooling) for x in inputs])
-    taps = _widths(backbone, preprocess) if backbone.network.taps else {tap: values.shape[1]}
+    taps = {tap.removesuffix(":0"): values.shape[1]}
+    if backbone.network.taps:
+        taps = _widths(backbone, preprocess)
     return Features(values, split.labels, [*split.names], split.source.class_names, taps)
 
 

@@ -14,6 +14,7 @@ import keras
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled
 from transfer.core import measurement
 from transfer.evaluation.prediction import predict_logits, summarize
+from transfer.finetuning.hyperparameters import BATCH
 from transfer.finetuning.setup import RunRequest, prepare
 from transfer.runs import run_folder
 
@@ -45,7 +46,9 @@ def keras_baseline(request: RunRequest) -> dict[str, Any]:
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
         )
-        train = work.train.batches(classifier.preprocess, options.batch_size, shuffle_seed=0)
+        # The default of a head on cached features would be too large for whole images.
+        batch_size = request.options.batch_size or min(BATCH, len(work.train))
+        train = work.train.batches(classifier.preprocess, batch_size, shuffle_seed=0)
         held_out = work.held_out.batches(classifier.preprocess, EXTRACTION_BATCH)
     with clock("train_s"):
         history = model.fit(
@@ -62,7 +65,7 @@ def keras_baseline(request: RunRequest) -> dict[str, Any]:
         "eval": evaluation,
         "train": {
             "epochs": stage.epochs,
-            "steps": stage.epochs * work.steps_per_epoch,
+            "steps": stage.epochs * len(train),
             "final_loss": history.history["loss"][-1],
             "epoch_s": measurement.usual(times.seconds),
         },

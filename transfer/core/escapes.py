@@ -17,6 +17,11 @@ _UNSAFE = re.compile(
 )
 
 
+def printable(name: object) -> str:
+    """A name of a file as valid UTF-8: other bytes are shown as escapes."""
+    return str(name).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def escaped(text: str) -> str:
     """Escape the text to one line; line breaks are escaped as well."""
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)

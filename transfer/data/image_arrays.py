@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -16,7 +17,10 @@ import tensorflow as tf
 from PIL import Image
 
 from transfer.data.dataset import Source
+from transfer.images import image_files
 from transfer.images.decoding import read_image
+
+logger = logging.getLogger(__name__)
 
 
 class ImageArrays(Sequence[np.ndarray]):
@@ -30,7 +34,8 @@ class ImageArrays(Sequence[np.ndarray]):
             ``numpy.reshape``.
         scale: factor of the pixels of arrays that makes them 0 to 255.
 
-    Each image is uint8 or float32 ``[height, width, channels]`` in 0..255, RGB or gray.
+    Each image is uint8 or float32 ``[height, width, channels]`` in 0..255, RGB or gray. If the
+    pixels of an array are at most 1, a warning says so.
 
     Raises:
         ValueError: if the images are of none of these forms, or are not finite numbers.
@@ -40,6 +45,13 @@ class ImageArrays(Sequence[np.ndarray]):
         self, images: Any, image_shape: Sequence[int] | None = None, scale: float = 1.0
     ) -> None:
         self._images, self._scale = _checked(images, image_shape), scale
+        if isinstance(self._images, np.ndarray) and self._images.dtype.kind == "f":
+            largest = scale * self._images.max(initial=0)
+            if 0 < largest <= 1:
+                logger.warning(
+                    f"pixels are at most {largest:.3g}; expected 0 to 255: if white is 1, give "
+                    "scale=255"
+                )
 
     def __len__(self) -> int:
         return len(self._images)
@@ -47,12 +59,27 @@ class ImageArrays(Sequence[np.ndarray]):
     def __getitem__(self, index: Any) -> Any:
         image = self._images[index]
         if isinstance(image, str | os.PathLike):
-            return read_image(Path(image).expanduser().read_bytes())
+            try:
+                return read_image(self._file(image))
+            except ValueError as error:
+                raise ValueError(f"{str(image)!r}: {error}") from error
         image = np.asarray(image)
         image = image[..., None] if image.ndim == 2 else image
         if image.dtype == np.uint8 and self._scale == 1:
             return image
-        return (image * np.float32(self._scale)).astype(np.float32)
+        image = (image * np.float32(self._scale)).astype(np.float32)
+        if not np.isfinite(image).all():
+            raise ValueError("images contain NaN or infinity; expected numbers from 0 to 255")
+        return image
+
+    def pixels(self, index: int) -> np.ndarray:
+        """An image as uint8, its pixels rounded to whole numbers 0 to 255."""
+        image = self[index]
+        return image if image.dtype == np.uint8 else np.clip(np.rint(image), 0, 255).astype("u1")
+
+    @staticmethod
+    def _file(path: str | os.PathLike[str]) -> bytes:
+        return image_files.read(Path(path).expanduser())
 
     def digest(self, index: int) -> bytes:
         """16 bytes that identify the content of an image, or its file without reading it."""
@@ -69,8 +96,8 @@ class ImageArrays(Sequence[np.ndarray]):
         """The file, or the pixels as PNG, rounded to whole numbers 0 to 255."""
         image = self._images[index]
         if isinstance(image, str | os.PathLike):
-            return Path(image).expanduser().read_bytes()
-        pixels = np.clip(np.rint(self[index]), 0, 255).astype(np.uint8)
+            return self._file(image)
+        pixels = self.pixels(index)
         data = io.BytesIO()
         Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(data, "PNG")
         return data.getvalue()
@@ -83,7 +110,8 @@ def _hash(data: bytes) -> bytes:
 def _checked(images: Any, image_shape: Sequence[int] | None) -> Any:
     """The images as an array with one more dimension, or as a sequence of images or paths."""
     if not isinstance(images, np.ndarray) and _are_paths_or_images(images):
-        return images
+        # By position: a pandas Series has labels.
+        return [os.fsdecode(image) if isinstance(image, bytes) else image for image in images]
     images = np.asarray(images)
     if images.dtype.kind in "US" or (images.dtype == object and _are_paths_or_images(images)):
         return [os.fsdecode(path) if isinstance(path, bytes) else path for path in images.tolist()]

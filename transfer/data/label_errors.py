@@ -11,8 +11,10 @@ import scipy.linalg
 import scipy.optimize
 import scipy.sparse
 import scipy.special
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
+
+from transfer.training.folds import grouped_folds
 
 FOLDS = 5
 PENALTIES = tuple(10 ** (exponent / 2) for exponent in range(-6, 5))
@@ -164,16 +166,15 @@ def _fit(scores: np.ndarray, labels: np.ndarray, penalty: float) -> tuple[float,
 def _folds(labels: np.ndarray, groups: np.ndarray | None) -> list[np.ndarray]:
     """Positions of the images in each fold, classes in equal parts."""
     num_folds = min(FOLDS, int(np.bincount(labels).max()))
-    if groups is None:
-        splitter: StratifiedKFold = StratifiedKFold(num_folds, shuffle=True, random_state=0)
-    else:
+    if groups is not None:
         num_folds = min(num_folds, len(np.unique(groups)))
         if num_folds < 2:
             raise ValueError("labels can be checked where there are at least 2 groups of images")
-        splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=0)
+        return [rest for _, rest in grouped_folds(labels, groups, num_folds, seed=0)]
+    splitter = StratifiedKFold(num_folds, shuffle=True, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # classes with fewer images than folds
-        return [rest for _, rest in splitter.split(labels, labels, groups)]
+        return [rest for _, rest in splitter.split(labels, labels)]
 
 
 def _out_of_fold(

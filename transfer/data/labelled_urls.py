@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -85,6 +86,7 @@ def labelled_urls(
             .apply(tf.data.experimental.assert_cardinality(len(positions)))
         )
 
+    @functools.cache
     def ids(split_name: str) -> np.ndarray:
         places = [place(file) for file in files[split_name]]
         urls = [path for path in places if remote_files.is_url(path)]

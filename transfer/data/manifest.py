@@ -48,7 +48,8 @@ def open_manifest(location: str, group_by: str | None = None) -> Source:
         FileNotFoundError: if it does not exist.
         ValueError: if it cannot be used; names all reasons, with lines.
     """
-    file = PurePosixPath(location.partition("?")[0] if is_url(location) else location)
+    bare = location.partition("?")[0] if is_url(location) else location
+    file = PurePosixPath(bare)
     try:
         columns = {"path", "label", "split", group_by or GROUP}
         table = read_table(file.suffix.lower(), _read(location), columns)
@@ -59,7 +60,7 @@ def open_manifest(location: str, group_by: str | None = None) -> Source:
     class_names, labels = _labels(rows)
     splits = _splits(rows)
     groups = _groups(rows, group_by)
-    root = location.rpartition("/")[0] if is_url(location) else os.path.dirname(location)
+    root = bare.rpartition("/")[0] if is_url(location) else os.path.dirname(location)
     paths = _paths(rows, root)
     keep = _without_repeated(rows, paths, {"label": labels, "split": splits, "group": groups})
     has_urls = is_url(root) or pc.any(pc.match_substring_regex(paths, _URL)).as_py()

@@ -68,8 +68,10 @@ def states(urls: Sequence[str]) -> list[tuple[str, ...]]:
     """Size and version (ETag, or else time of the last change) of several files, which change with
     the content, without reading the files. Lists a folder once instead of asking for each file.
 
+    A file that does not exist has a state of its own.
+
     Raises:
-        OSError: if a file does not exist.
+        OSError: if a store cannot be asked.
     """
     by_folder: dict[str, list[str]] = {}
     for url in urls:
@@ -104,12 +106,17 @@ def _listed(urls: Sequence[str]) -> dict[str, tuple[str, ...]]:
         store.invalidate_cache(path)  # the store keeps a copy
     by_path = {info["name"].lstrip("/"): info for info in listed}
     infos = {url: by_path.get(fsspec.core.strip_protocol(url).lstrip("/")) for url in urls}
-    return {url: _version(info) for url, info in infos.items() if info is not None}
+    # Index pages of web servers tell neither sizes nor versions.
+    known = {url: info for url, info in infos.items() if info and info.get("size") is not None}
+    return {url: _version(info) for url, info in known.items()}
 
 
 def _state(url: str) -> tuple[str, ...]:
     store, path = _open(url)
-    return _version(store.info(path))
+    try:
+        return _version(store.info(path))
+    except FileNotFoundError:  # an unreadable image, which is named or left out as one
+        return ("missing",)
 
 
 def _version(info: Mapping[str, Any]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from transfer.activations.extraction import Compiled
 from transfer.core import npy_files
-from transfer.core.escapes import escaped_json
+from transfer.core.escapes import escaped_json, printable
 from transfer.data.unreadable import UnreadableImageError
 from transfer.evaluation.explain import Explainer
 from transfer.images import image_files
@@ -193,11 +193,6 @@ def reason(error: Exception) -> str:
     if isinstance(error, ValueError):
         return str(error)
     return f"it cannot be read ({type(error).__name__}: {str(error)[:200]})"
-
-
-def printable(path: Path) -> str:
-    """A path as valid UTF-8: other bytes are shown as escapes."""
-    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def as_json(name: str, top: Sequence[tuple[str, float]]) -> str:

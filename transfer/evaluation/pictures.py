@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from transfer.core.escapes import printable
 from transfer.data.dataset import Split
 from transfer.evaluation.explain import grad_cam, overlay
 from transfer.images.decoding import decode
@@ -49,7 +51,7 @@ def read_pictures(
     for example in split.examples(positions):
         image = to_channels(decode(example["image"]), preprocess.channels)
         resized.append(np.asarray(preprocess.resize(image)))
-        names.append(example["name"].numpy().decode())
+        names.append(printable(os.fsdecode(example["name"].numpy())))
     pixels = dict(zip(positions.tolist(), resized, strict=True))
     heats = _heats(classifier, {index: pixels[index] for index in explained}, explained)
     return {

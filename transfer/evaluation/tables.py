@@ -120,6 +120,10 @@ def _most_probable(
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[TextIO]:
-    """A text file that gets its name when the block ends."""
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+    """A text file that gets its name when the block ends. Names of images that are not UTF-8 are
+    written with escapes."""
+    with (
+        replacing(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
         yield file

@@ -148,9 +148,8 @@ def run(request: RunRequest) -> FineTuneResult:
             replicas.barrier()  # no worker exits while the chief may still need it
     history = run_folder.read_history(context.run_dir)
     if replicas.is_chief and context.options.early_stopping is None:
-        head_only = [stage.cut for stage in context.stages] == [
-            context.options.tap.removesuffix(":0")
-        ]
+        tap = context.classifier.feature_extractor.network.output.removesuffix(":0")
+        head_only = [stage.cut for stage in context.stages] == [tap]
         for line in describe_overfitting(history, head_only=head_only):
             logger.warning(line)
     return FineTuneResult(classifier, metrics, history, context.run_dir)

@@ -36,16 +36,18 @@ def stratified_folds(
     of_class = np.unique(np.stack([labels, groups]), axis=1)[0]  # a label for each of its groups
     most = min(most, int(np.bincount(of_class)[present].min()))
     for count in range(most, 1, -1):
-        folds = _grouped(labels, groups, count, seed)
+        folds = grouped_folds(labels, groups, count, seed)
         # With classes in few groups, all groups of a class may be in one fold.
         if all(len(np.unique(labels[train])) == len(present) for train, _ in folds):
             return folds
     return []
 
 
-def _grouped(
+def grouped_folds(
     labels: np.ndarray, groups: np.ndarray, count: int, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Positions to train on and positions of the fold, for each of ``count`` folds, in which groups
+    are kept together and, unless they are very many, classes in equal parts."""
     if len(np.unique(groups)) * (int(labels.max()) + 1) > _LARGEST_TABLE:
         return list(GroupKFold(count).split(labels, labels, groups))
     folds = StratifiedGroupKFold(count, shuffle=True, random_state=seed)

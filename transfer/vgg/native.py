@@ -16,8 +16,6 @@ from transfer.models.formats import is_graph
 from transfer.models.meta_graph import MetaGraph, load_meta_graph
 from transfer.vgg.published.conversion import Conversion, convert
 
-SUFFIX = ".keras"
-
 
 def convert_to_keras(
     file: str | Path,
