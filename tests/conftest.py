@@ -6,6 +6,7 @@ that need them are skipped.
 
 from __future__ import annotations
 
+import ctypes.util
 import gc
 import hashlib
 import os
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -246,3 +248,16 @@ def shared_wild() -> Path:
     if not (SHARED / "wild").is_dir():
         pytest.skip("needs meta graphs in ../shared/wild")
     return SHARED / "wild"
+
+
+@pytest.fixture
+def memory_is_returned() -> Iterator[None]:
+    """Returns freed memory to the system after a test with large networks: glibc keeps it, and two
+    processes with several gigabytes each do not fit into small machines."""
+    yield
+    keras.backend.clear_session()
+    gc.collect()
+    if library := ctypes.util.find_library("c"):
+        trim = getattr(ctypes.CDLL(library), "malloc_trim", None)  # glibc only
+        if trim is not None:
+            trim(0)

@@ -27,7 +27,7 @@ VGG16 = architectures.ARCHITECTURES["vgg16"]
 REAL = SHARED / "weights" / "vgg16_imagenet_notop.h5"
 PARAMETERS = {"fc7": 134_260_544, "prob": 138_357_544}
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("memory_is_returned")]
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ PREPARE = {
     "slim": lambda x: x.astype(np.float32) - SLIM_MEANS,
 }
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("memory_is_returned")]
 
 
 @pytest.fixture(scope="module")
