@@ -37,8 +37,9 @@ class Names:
         scope = _common(nodes)
         while is_scope and len(nodes) == 1 and len(scope) > 1 and _is_default(scope[-1], operation):
             scope = scope[:-1]
-        if operation == DROPOUT and len(scope) > 1 and "drop" in scope[-2].lower():
-            scope = scope[:-1]  # tf.nn.dropout makes a scope "dropout" in that of a layer
+        # tf.nn.dropout makes a scope "dropout" in that of a layer, conditionals one in between.
+        while operation == DROPOUT and any("drop" in parent.lower() for parent in scope[:-1]):
+            scope = scope[:-1]
         if not is_scope:
             scope = nodes[-1].split("/")
             if _is_default(scope[-1], operation) and len(scope) > 1:
