@@ -155,6 +155,7 @@ def test_grid_search_over_tap_and_penalty(digits, cache_dir):
     assert search.best_score_ > 0.85
 
 
+@pytest.mark.slow
 def test_classifier_is_trained_pickled_and_copied(digits, cache_dir):
     X, y = digits
     words = np.array(["zero", "one", "two", *"3456789"])[y]

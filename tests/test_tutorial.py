@@ -13,7 +13,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.DOTAL
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
-    "page", ["tutorial", "features", pytest.param("scikit-learn", marks=pytest.mark.slow)]
+    "page", ["tutorial", *(pytest.param(page, marks=pytest.mark.slow) for page in list(PAGES)[1:])]
 )
 def test_code_blocks_print_documented_output(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

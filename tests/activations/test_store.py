@@ -148,7 +148,7 @@ def test_damaged_rows_are_recomputed(run, tmp_path):
     assert largest_difference(first, third) == 0
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["rows", "index"])
 def test_rows_damaged_after_the_start_are_recomputed(run, tmp_path, monkeypatch, capsys, part):
     """Large rows are verified when they are read; the result is the same to the last bit."""

@@ -90,6 +90,7 @@ def small_defaults(monkeypatch):
     monkeypatch.setattr(setup, "BATCH", 4)
 
 
+@pytest.mark.slow
 def test_grown_batch_is_logged_and_recorded(tmp_path, model, image_folder, small_defaults, capsys):
     assert finetune_with_defaults(tmp_path / "grown", model, image_folder) == 0
     assert "batch-size: 8" in capsys.readouterr().err.replace("batch_size", "batch-size")
@@ -111,6 +112,7 @@ def test_resumed_run_keeps_its_batch_size(tmp_path, model, image_folder, small_d
     assert config(out) == before | {"epochs": 2}
 
 
+@pytest.mark.slow
 def test_large_batches_are_computed_in_parts_if_they_are_not_cached(
     tmp_path, model, image_folder, monkeypatch
 ):
