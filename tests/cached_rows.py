@@ -13,6 +13,11 @@ SHAPE = (3, 2)
 KEY = {"cut": "pool4", "sha256": "00"}
 
 
+def again(cache):
+    """The entry of ``KEY``, opened anew."""
+    return cache.entry(KEY, SHAPE, "float32")
+
+
 def ids(*names):
     return [hashlib.md5(str(name).encode()).digest() for name in names]
 

@@ -251,6 +251,17 @@ def shared_wild() -> Path:
 
 
 @pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The differences that conversions to Keras layers found, in order."""
+    from transfer.layers.native import checking, conversion
+
+    found: list[Any] = []
+    compare = checking.compare
+    monkeypatch.setattr(conversion, "compare", lambda *args: found.append(compare(*args)))
+    return found
+
+
+@pytest.fixture
 def memory_is_returned() -> Iterator[None]:
     """Returns freed memory to the system after a test with large networks: glibc keeps it, and two
     processes with several gigabytes each do not fit into small machines."""

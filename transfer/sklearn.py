@@ -31,6 +31,7 @@ from transfer.activations.extraction import Compiled
 from transfer.data.dataset import Split
 from transfer.data.holdout import stratified_holdout
 from transfer.data.image_arrays import ImageArrays, source_of_arrays
+from transfer.data.labelled_files import state_of
 from transfer.exports.meta_graph import save_classifier
 from transfer.finetuning.run import FineTuneResult, fine_tune
 from transfer.images.preprocess import Preprocess, parse_size, to_channels
@@ -222,19 +223,18 @@ class _Extractor:
         return np.asarray(self.network(tf.stack([self.preprocess(image) for image in images])))
 
 
-def _state(model: str) -> tuple[tuple[str, int, int], ...]:
+def _state(model: str) -> tuple[tuple[object, ...], ...]:
     """Names, sizes and times of the files of a model, which change if it is trained anew."""
     path = Path(model).expanduser()
     files = path.rglob("*") if path.is_dir() else path.parent.glob(f"{path.stem}*")
-    states = [(file.name, file.stat()) for file in sorted(files) if file.is_file()]
-    return tuple((name, status.st_size, status.st_mtime_ns) for name, status in states)
+    return tuple((file.name, *state_of(file)) for file in sorted(files) if file.is_file())
 
 
 # Clones, as in a grid search, share the network.
 @functools.lru_cache(maxsize=4)
 def _extractor(
     model: str,
-    state: tuple[tuple[str, int, int], ...],
+    state: tuple[tuple[object, ...], ...],
     tap: str | tuple[str, ...] | None,
     pooling: Pooling,
     preprocess: str | None,

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from cached_rows import KEY, SHAPE, files_of, ids, rows, write_earlier_layout
+from cached_rows import KEY, SHAPE, again, files_of, ids, rows, write_earlier_layout
 
 from recipes.cli import main
 from transfer.activations.cache import Cache
@@ -19,11 +19,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def entry(cache):
-    return cache.entry(KEY, SHAPE, "float32")
-
-
-def again(cache):
-    return cache.entry(KEY, SHAPE, "float32")
+    return again(cache)
 
 
 def test_different_keys_have_different_entries(cache, entry):

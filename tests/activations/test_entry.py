@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from cached_rows import KEY, SHAPE, files_of, ids, rows, write_earlier_layout
+from cached_rows import KEY, SHAPE, again, files_of, ids, rows, write_earlier_layout
 
 from transfer.activations import entry as entries
 from transfer.activations import parts
@@ -20,11 +20,7 @@ def cache(tmp_path):
 
 @pytest.fixture
 def entry(cache):
-    return cache.entry(KEY, SHAPE, "float32")
-
-
-def again(cache):
-    return cache.entry(KEY, SHAPE, "float32")
+    return again(cache)
 
 
 def flip(path, offset, bit=0):

@@ -12,20 +12,10 @@ from stock import Program, assert_close
 
 from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph, to_keras
 from transfer.layers.backbone import GraphLayer
-from transfer.layers.native import checking, conversion
 from transfer.layers.native.names import Names
 
 WITHOUT_GRADIENTS = {"conv_dilated", "conv_groups"}
 """TensorFlow computes no gradients of these on some CPUs."""
-
-
-@pytest.fixture
-def compared(monkeypatch):
-    """The differences that conversions found, in order."""
-    found = []
-    compare = checking.compare
-    monkeypatch.setattr(conversion, "compare", lambda *args: found.append(compare(*args)))
-    return found
 
 
 def report(name, difference, model):

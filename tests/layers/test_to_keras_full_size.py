@@ -19,7 +19,6 @@ from transfer import (
     to_keras,
 )
 from transfer.exports.meta_graph import save_classifier
-from transfer.layers.native import checking, conversion
 from transfer.vgg import architectures
 
 tf1 = tf.compat.v1
@@ -28,14 +27,6 @@ REAL = SHARED / "weights" / "vgg16_imagenet_notop.h5"
 PARAMETERS = {"fc7": 134_260_544, "prob": 138_357_544}
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("memory_is_returned")]
-
-
-@pytest.fixture
-def compared(monkeypatch):
-    found = []
-    compare = checking.compare
-    monkeypatch.setattr(conversion, "compare", lambda *args: found.append(compare(*args)))
-    return found
 
 
 def check(name, source, compared, tap=None, parameters=None):

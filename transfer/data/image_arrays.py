@@ -17,6 +17,7 @@ import tensorflow as tf
 from PIL import Image
 
 from transfer.data.dataset import Source
+from transfer.data.labelled_files import digest, state_of
 from transfer.images import image_files
 from transfer.images.decoding import read_image
 
@@ -86,11 +87,9 @@ class ImageArrays(Sequence[np.ndarray]):
         image = self._images[index]
         if isinstance(image, str | os.PathLike):
             path = Path(image).expanduser().resolve()
-            status = path.stat()
-            words: Any = (os.fsencode(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-            return _hash(repr(words).encode())
+            return digest(str(path), *state_of(path))
         pixels = np.ascontiguousarray(self[index])
-        return _hash(repr((pixels.shape, pixels.dtype.str)).encode() + pixels.tobytes())
+        return digest(pixels.shape, pixels.dtype.str, hashlib.sha256(pixels.tobytes()).digest())
 
     def encoded(self, index: int) -> bytes:
         """The file, or the pixels as PNG, rounded to whole numbers 0 to 255."""
@@ -101,10 +100,6 @@ class ImageArrays(Sequence[np.ndarray]):
         data = io.BytesIO()
         Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(data, "PNG")
         return data.getvalue()
-
-
-def _hash(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def _checked(images: Any, image_shape: Sequence[int] | None) -> Any:
