@@ -53,7 +53,7 @@ def test_mypy_finds_planted_misuse_and_nothing_else(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
 
-    options = ["--strict", "--config-file", "pyproject.toml", "--no-error-summary", "--no-pretty"]
+    options = ["--config-file", "pyproject.toml", "--no-error-summary", "--no-pretty"]
     result = subprocess.run(
         [sys.executable, "-m", "mypy", *options, str(program)],
         cwd=ROOT, capture_output=True, text=True,

@@ -89,7 +89,7 @@ def test_signal_during_validation_is_resumable(tmp_path, setting, monkeypatch, c
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("transfer.finetuning.inputs.predict", signalled)
+        patch.setattr("transfer.finetuning.inputs.predict_logits", signalled)
         assert finetune(out, model, photos, *FLAGS) == 143
     assert finetune(out, model, photos, *FLAGS, "--resume") == 0
     assert_same_end(whole, out)
