@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes.util
 import gc
 import hashlib
+import logging
 import os
 import shutil
 
@@ -92,6 +93,17 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _log_of_the_library() -> Iterator[None]:
+    """Undo what the command line does to the library's logger, which would hide its messages from
+    ``caplog`` in later tests."""
+    logger = logging.getLogger("transfer")
+    yield
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 @pytest.fixture(scope="session")
