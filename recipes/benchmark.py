@@ -10,7 +10,7 @@ Each run is a separate process. The flags of ``finetune`` apply to all runs.
 from __future__ import annotations
 
 from recipes.benchmark_flags import DEFAULTS, BenchmarkConfig
-from recipes.images_argument import Images, with_images
+from recipes.image_flags import Images, with_images
 from recipes.startup import job
 
 

@@ -10,7 +10,7 @@ accuracy too high), probably wrong labels, rare and missing classes.
 from __future__ import annotations
 
 from recipes.check_data_flags import DEFAULTS, CheckDataConfig
-from recipes.images_argument import Images, with_images
+from recipes.image_flags import Images, with_images
 from recipes.startup import job
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cyclopts import Parameter
 
-from recipes.images_argument import Images, with_images
+from recipes.image_flags import Images, with_images
 from recipes.startup import job
 
 

@@ -13,7 +13,7 @@ import shlex
 
 from recipes import console
 from recipes.finetune_flags import DEFAULTS, FinetuneConfig
-from recipes.images_argument import Images, with_images
+from recipes.image_flags import Images, with_images
 from recipes.startup import job
 
 
