@@ -7,6 +7,7 @@
 # make lint      set up, then check format, style, types, imports and spelling
 # make backends  environments with Keras on JAX and on PyTorch (a download of 300 MB), for tests
 # make docs      set up, then build the documentation into site/
+# make release   build sdist and wheel into dist/, and run the demo from the installed wheel
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ INSTALLED := $(VENV)/installed
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder \
   --max-worker-restart 0
 
-.PHONY: demo test test-all test-lowest test-newest coverage lint backends docs format clean
+.PHONY: demo test test-all test-lowest test-newest coverage lint backends docs release format clean
 
 demo: $(INSTALLED)
 	$(BIN)/vgg-transfer finetune
@@ -66,12 +67,30 @@ backends: .venv-jax/installed .venv-torch/installed
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
+# Needs a section of the changelog with the version and its date. The wheel is installed into an
+# environment of its own, and used outside the clone, where Python does not find the sources.
+VERSION = $(shell sed -n 's/^version = //p' setup.cfg)
+
+release:
+	@grep -qE '^## $(VERSION) - [0-9]{4}-[0-9]{2}-[0-9]{2}$$' CHANGELOG.md || \
+	  { echo 'error: CHANGELOG.md has no section "## $(VERSION) - YYYY-MM-DD"' >&2; exit 1; }
+	rm -rf build dist *.egg-info
+	$(PYTHON) -m venv --clear .venv-build
+	.venv-build/bin/python -m pip install --quiet --constraint constraints.txt build twine
+	.venv-build/bin/python -m build --outdir dist
+	.venv-build/bin/python -m twine check --strict dist/*
+	$(PYTHON) -m venv --clear .venv-release
+	.venv-release/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	folder=$$(mktemp -d) && cd $$folder && $(CURDIR)/.venv-release/bin/vgg-transfer finetune \
+	  --out run --cache off && $(CURDIR)/.venv-release/bin/vgg-transfer evaluate run && rm -r $$folder
+	ls -l dist
+
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest .venv-jax .venv-torch
+	rm -rf $(VENV) .venv-lowest .venv-newest .venv-jax .venv-torch .venv-build .venv-release dist
 
 $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \

@@ -10,13 +10,13 @@ Each run is a separate process. The flags of ``finetune`` apply to all runs.
 from __future__ import annotations
 
 from recipes.benchmark_flags import DEFAULTS, BenchmarkConfig
-from recipes.images_argument import Images, with_images
+from recipes.image_flags import Images
 from recipes.startup import job
 
 
 def benchmark(images: Images = None, /, config: BenchmarkConfig = DEFAULTS) -> int:
     """Compare frozen, partial and full fine-tuning, and training from scratch."""
-    config = with_images(config, images)
+    config = config.with_images(images)
     with job():
         from recipes.benchmark_job import run
 

@@ -15,7 +15,7 @@ from recipes.benchmark_flags import BenchmarkConfig
 from recipes.finetune_flags import FinetuneConfig
 from recipes.finetune_request import flags_of
 from recipes.network_flags import parse_feed, parse_renames
-from transfer import MetaGraph, load_meta_graph, open_source
+from transfer import MetaGraph, load_meta_graph
 from transfer.activations.cache import Cache
 from transfer.benchmarking import report
 from transfer.benchmarking.limits import LIMITS
@@ -66,7 +66,7 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
     _check(config)
     graph, network = _open(config)
     if config.image_folder or config.csv:  # its warnings, which in the runs go to their log files
-        open_source(image_folder=config.image_folder, csv=config.csv, group_by=config.group_by)
+        config.open()
     size = parse_size(config.image_size) if config.image_size else graph.card.image_size
     cuts = list_cuts(network, size)
     labels = config.cuts.split(",") if config.cuts else [*default_cuts(network, size), "none"]

@@ -10,13 +10,13 @@ accuracy too high), probably wrong labels, rare and missing classes.
 from __future__ import annotations
 
 from recipes.check_data_flags import DEFAULTS, CheckDataConfig
-from recipes.images_argument import Images, with_images
+from recipes.image_flags import Images
 from recipes.startup import job
 
 
 def check_data(images: Images = None, /, config: CheckDataConfig = DEFAULTS) -> int:
     """Find unreadable, duplicate and probably mislabelled images, and rare classes."""
-    config = with_images(config, images)
+    config = config.with_images(images)
     with job():
         from recipes.check_data_job import run
 

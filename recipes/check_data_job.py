@@ -11,20 +11,14 @@ from tabulate import tabulate
 
 from recipes import console, terminal
 from recipes.check_data_flags import CheckDataConfig
-from transfer import load_meta_graph, open_source
+from transfer import load_meta_graph
 from transfer.core import measurement
 from transfer.runs.data_report import DataReport, LabelReport, check_data
 
 
 def run(config: CheckDataConfig) -> tuple[str, bool]:
     """Returns the report to print, and whether no image is unreadable or in both splits."""
-    source = open_source(
-        config.dataset or "",
-        data_dir=config.data_dir,
-        image_folder=config.image_folder,
-        csv=config.csv,
-        group_by=config.group_by,
-    )
+    source = config.open()
     report = check_data(
         source,
         config.train_split,

@@ -78,6 +78,7 @@ def _verb(command: Any) -> str:
 
 
 VERBS = tuple(map(_verb, _COMMANDS))
+_GENERAL_FLAGS = ("--version", "--help", "--config", "--quiet", "--debug")
 _REPEATABLE = ("feed", "rename", "hidden", "baseline", "leave_out")
 
 app = App(
@@ -137,7 +138,10 @@ def _run(arguments: list[str]) -> int:
         sys.stdout.flush()
         return status
     except cyclopts.CycloptsError as error:
-        print(f"error: {_one_line(error)} (see --help)", file=sys.stderr)
+        hint = ""
+        if isinstance(error, cyclopts.UnknownCommandError) and arguments[0].startswith("--"):
+            hint = console.did_you_mean(arguments[0], _GENERAL_FLAGS)  # cyclopts knows verbs only
+        print(f"error: {_one_line(error)}{hint} (see --help)", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"error: {terminal.escaped(str(error)) or 'interrupted'}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import logging
 import os
 import re
@@ -97,15 +98,27 @@ def set_quiet(quiet: bool) -> None:
         os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
 
 
+def say_unless_quiet(line: str) -> None:
+    """Write a line to standard error that is neither a result nor a warning."""
+    if not _quiet:
+        terminal.say(line)
+
+
 def suggest(*commands: str) -> None:
     """Show what can be done next, unless quiet."""
-    if not _quiet:
-        for title, command in zip(("next: ", *["      "] * len(commands)), commands, strict=False):
-            terminal.say(f"{title}vgg-transfer {command}")
+    for title, command in zip(("next: ", *["      "] * len(commands)), commands, strict=False):
+        say_unless_quiet(f"{title}vgg-transfer {command}")
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """The most similar choice as a sentence, with a leading space; empty if none is similar."""
+    near = difflib.get_close_matches(word, [*choices], n=1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def verbosity() -> int:
-    """Keras ``verbose``: 1 (progress bar) on a terminal, 2 (lines) otherwise, 0 if quiet."""
+    """``verbose`` of the library: 1 (progress bars) on a terminal, 2 (log lines) otherwise, 0 if
+    quiet."""
     if _quiet:
         return 0
     return 1 if sys.stderr.isatty() else 2

@@ -18,24 +18,19 @@ from typing import Any
 from cyclopts import Parameter
 
 from recipes import console
+from recipes.image_flags import ImageFlags
 from recipes.startup import job
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(ImageFlags):
     """Flags of ``vgg-transfer evaluate``, with their defaults."""
 
     dataset: str | None = None
     """Name of a tfds dataset. [default: the run's]"""
     data_dir: str | None = None
     """Directory of tfds datasets, or of one prepared dataset. [default: the run's]"""
-    image_folder: str | None = None
-    """Folder with one subfolder of images per class, or with split folders that contain them;
-    replaces --dataset."""
-    csv: str | None = None
-    """Manifest: a CSV, JSONL or Parquet file with the columns path and label, and optionally split
-    and group; a file or an fsspec URL. Replaces --dataset."""
     group_by: str | None = None
     """What groups the images, e.g. by patient, camera or video: a column of the manifest, or a
     regular expression on the paths of an image folder, e.g. 'patient(\\d+)'. Intervals then take

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from cyclopts import Parameter
 
-from recipes.images_argument import Images, with_images
+from recipes.image_flags import ImageFlags, Images
 from recipes.startup import job
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class FeaturesConfig:
+class FeaturesConfig(ImageFlags):
     """Flags of ``vgg-transfer features``, with their defaults."""
 
     out: Path
@@ -33,16 +33,6 @@ class FeaturesConfig:
     """Preprocessing that the weights expect. [default: the card's]"""
     image_size: str | None = None
     """In pixels: one number, or HEIGHTxWIDTH. [default: the model's]"""
-    dataset: str | None = None
-    """Name of a tfds dataset. [default: digits, which is embedded]"""
-    data_dir: str | None = None
-    """Directory of tfds datasets, or of one prepared dataset. [default: ~/tensorflow_datasets]"""
-    image_folder: str | None = None
-    """Folder with one subfolder of images per class, or with split folders that contain them;
-    replaces --dataset."""
-    csv: str | None = None
-    """Manifest: a CSV, JSONL or Parquet file with the columns path and label. Replaces
-    --dataset."""
     split: str | None = None
     """Images to use, e.g. train or test[:50%]. [default: all]"""
     cache_dir: Path | None = None
@@ -51,9 +41,9 @@ class FeaturesConfig:
 
 def features(images: Images = None, /, *, config: FeaturesConfig) -> int:
     """Write the features of images to a file, with their names and labels."""
-    config = with_images(config, images)
+    config = config.with_images(images)
     with job():
-        from transfer import Backbone, extract_features, load_meta_graph, open_source
+        from transfer import Backbone, extract_features, load_meta_graph
         from transfer.activations.feature_files import check_path, save_features
         from transfer.images.preprocess import parse_size
 
@@ -63,12 +53,7 @@ def features(images: Images = None, /, *, config: FeaturesConfig) -> int:
         backbone = Backbone(graph, taps if len(taps) > 1 else config.tap)
         size = None if config.image_size is None else parse_size(config.image_size)
         preprocess = graph.preprocess(backbone.network.input, config.preprocess, size)
-        source = open_source(
-            config.dataset or "",
-            data_dir=config.data_dir,
-            image_folder=config.image_folder,
-            csv=config.csv,
-        )
+        source = config.open()
         split = source.split(config.split or "+".join(source.split_names))
         found = extract_features(backbone, split, preprocess, cache_dir=config.cache_dir)
         save_features(found, config.out)

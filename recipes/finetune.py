@@ -13,13 +13,13 @@ import shlex
 
 from recipes import console
 from recipes.finetune_flags import DEFAULTS, FinetuneConfig
-from recipes.images_argument import Images, with_images
+from recipes.image_flags import Images
 from recipes.startup import job
 
 
 def finetune(images: Images = None, /, config: FinetuneConfig = DEFAULTS) -> int:
     """Fine-tune a pretrained network on labelled images, and evaluate it."""
-    config = with_images(config, images)
+    config = config.with_images(images)
     with job(config.strategy) as replicas:
         from recipes.data_errors import skip_suggested
         from recipes.finetune_request import request

@@ -9,6 +9,7 @@ from typing import Literal
 from cyclopts import Parameter
 
 from recipes.flag_groups import grouped
+from recipes.image_flags import SplitFlags
 from transfer.finetuning.options import FineTuneOptions
 
 EMBEDDED = "embedded"
@@ -17,7 +18,7 @@ EMBEDDED = "embedded"
 @Parameter(name="*")
 @grouped
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(FineTuneOptions):
+class FinetuneConfig(SplitFlags, FineTuneOptions):
     """The options of ``fine_tune``, and flags for model, data and run folder."""
 
     model: str = EMBEDDED
@@ -30,25 +31,6 @@ class FinetuneConfig(FineTuneOptions):
     rename: tuple[str, ...] = ()
     """NAME=KEY maps a part of the graph's variable names to the checkpoint's keys, e.g.
     weights=kernel; an empty NAME prepends KEY. Repeatable."""
-    dataset: str | None = None
-    """Name of a tfds dataset. [default: digits, which is embedded]"""
-    data_dir: str | None = None
-    """Directory of tfds datasets, or of one prepared dataset. [default: ~/tensorflow_datasets]"""
-    image_folder: str | None = None
-    """Folder with one subfolder of images per class, or with split folders that contain them;
-    replaces --dataset."""
-    csv: str | None = None
-    """Manifest: a CSV, JSONL or Parquet file with the columns path and label, and optionally split
-    and group; a file or an fsspec URL. Replaces --dataset."""
-    group_by: str | None = None
-    """What groups the images, e.g. by patient, camera or video: a column of the manifest, or a
-    regular expression on the paths of an image folder, e.g. 'patient(\\d+)'. A group is either
-    trained on or evaluated on. [default: the column group, if the manifest has one]"""
-    train_split: str = "auto"
-    """Split to train on, e.g. train[:80%]."""
-    eval_split: str = "auto"
-    """Split to evaluate on. auto: the validation or test split if there is one, else 20 % of each
-    class held out of the training split."""
     strategy: Literal["auto", "none", "mirrored", "multi_worker"] = "auto"
     """Distribution strategy. mirrored: all GPUs of this machine share each batch. multi_worker: the
     machines in TF_CONFIG share each batch; run this command on each of them. auto: what is

@@ -14,7 +14,6 @@ from recipes.finetune_flags import FinetuneConfig
 from recipes.network_flags import parse_feed, parse_renames
 from transfer.activations.fingerprints import remembered
 from transfer.core.distribution import Replicas
-from transfer.data.sources import open_source
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.setup import RunRequest
 from transfer.models.meta_graph import load_meta_graph
@@ -48,13 +47,7 @@ def request(config: FinetuneConfig, replicas: Replicas | None = None) -> RunRequ
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     graph = load_meta_graph(config.model, rename=parse_renames(config.rename))
-    source = open_source(
-        config.dataset or "",
-        data_dir=config.data_dir,
-        image_folder=config.image_folder,
-        csv=config.csv,
-        group_by=config.group_by,
-    )
+    source = config.open()
     on_disk = remembered(source, config.cache_dir) if config.cache == "disk" else None
     with on_disk or contextlib.nullcontext():
         train, held_out = run_data.splits(

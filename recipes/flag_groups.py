@@ -55,6 +55,8 @@ _GROUPS = {
         "checkpoint_minutes",
         "max_to_keep",
         "keep_checkpoint_every_n_hours",
+        "track",
+        "track_files",
     ),
 }
 GENERAL = Group("General", sort_key=99)

@@ -13,7 +13,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from recipes.finetune_flags import DEFAULTS, FinetuneConfig
-from recipes.images_argument import Images, with_images
+from recipes.image_flags import Images
 from recipes.startup import job
 
 
@@ -27,7 +27,7 @@ def lr_find(
     steps: Annotated[int, Parameter(help="Maximum number of steps.")] = 100,
 ) -> int:
     """Suggest a learning rate for a fine-tuning run (learning-rate range test), with a plot."""
-    config = with_images(config, images)
+    config = config.with_images(images)
     with job():
         from recipes.data_errors import skip_suggested
         from recipes.finetune_request import request

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import Parameter
+from cyclopts import CycloptsError, Parameter
 
-from recipes import terminal
+from recipes import console, terminal
 from recipes.predict_flags import DEFAULTS, PredictConfig
 from recipes.startup import job
 
@@ -25,7 +26,9 @@ def _no_option(_: type, words: str | Sequence[str]) -> None:
     """Refuse arguments that look like options; cyclopts passes one argument or all."""
     words = [words] if isinstance(words, str) else words
     if unknown := [word for word in words if word.startswith("--")]:
-        raise ValueError(f"unknown option: {unknown[0]}")
+        known = [f"--{option.name.replace('_', '-')}" for option in fields(PredictConfig)]
+        hint = console.did_you_mean(unknown[0], known)
+        raise CycloptsError(msg=f"Unknown option: {unknown[0]}.{hint}")
 
 
 Images = Annotated[str, Parameter(allow_leading_hyphen=True, validator=_no_option)]  # "-" is one

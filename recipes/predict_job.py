@@ -12,7 +12,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from recipes import terminal
+from recipes import console, terminal
 from recipes.predict_flags import PredictConfig
 from transfer import Classifier
 from transfer.core import npy_files
@@ -78,7 +78,7 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
         print(f"warning: {line}", file=sys.stderr)
     rate = done / (time.perf_counter() - start)
     failed = f", {num_failed} could not be read" if num_failed else ""
-    print(f"{done} images, {rate:.1f} images/s{failed}", file=sys.stderr)
+    console.say_unless_quiet(f"{done} images, {rate:.1f} images/s{failed}")
     return num_failed
 
 

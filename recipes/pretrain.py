@@ -9,38 +9,24 @@ which takes about two hours on two cores. Its card records its accuracy.
 """
 
 # No `from __future__ import annotations`: the options' types are looked up in this module.
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from cyclopts import Parameter
 
 from recipes import console
+from recipes.image_flags import SplitFlags
 from recipes.startup import job
 from transfer.vgg.pretraining_options import PretrainOptions
 
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(PretrainOptions):
+class PretrainConfig(SplitFlags, PretrainOptions):
     """Flags of ``vgg-transfer pretrain``, with their defaults."""
 
     dataset: str = "tiny_imagenet"
     """Name of a tfds dataset."""
-    data_dir: str | None = None
-    """Directory of tfds datasets. [default: ~/tensorflow_datasets]"""
-    image_folder: str | None = None
-    """Folder with one subfolder of images per class; replaces --dataset."""
-    csv: str | None = None
-    """Manifest: a CSV, JSONL or Parquet file with the columns path and label, and optionally split
-    and group; a file or an fsspec URL. Replaces --dataset."""
-    group_by: str | None = None
-    """What groups the images, e.g. by patient, camera or video: a column of the manifest, or a
-    regular expression on the paths of an image folder, e.g. 'patient(\\d+)'. A group is either
-    trained on or evaluated on. [default: the column group, if the manifest has one]"""
-    train_split: str = "auto"
-    """Split to train on, e.g. train[:90%]."""
-    eval_split: str = "auto"
-    """Split to evaluate on."""
     out: Path | None = None
     """Run folder; the model is written there, named after its architecture.
     [default: runs/DATE-TIME-DATASET-ARCH]"""
@@ -51,7 +37,6 @@ class PretrainConfig(PretrainOptions):
 def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
     """Train a VGG from scratch and save it as a meta graph."""
     with job():
-        from transfer.data.sources import open_source
         from transfer.runs import run_data, run_folder
         from transfer.vgg import pretraining_run
 
@@ -62,13 +47,8 @@ def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
             pretraining_run.check(options)
             if config.out is not None or config.resume:
                 run_folder.check(config.out, resume=config.resume)
-            source = open_source(
-                "" if config.image_folder or config.csv else config.dataset,
-                data_dir=config.data_dir,
-                image_folder=config.image_folder,
-                csv=config.csv,
-                group_by=config.group_by,
-            )
+            named = replace(config, dataset="") if config.image_folder or config.csv else config
+            source = named.open()
             train, held_out = run_data.splits(
                 source,
                 config.train_split,

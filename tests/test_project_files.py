@@ -35,13 +35,40 @@ def test_pre_commit_uses_constrained_versions():
 def test_direct_dependencies_are_constrained():
     setup = _setup()
     groups = [setup["options"]["install_requires"]]
-    groups += [setup["options.extras_require"][name] for name in ("dev", "docs", "onnx", "beam")]
+    groups += [
+        setup["options.extras_require"][name]
+        for name in ("dev", "docs", "onnx", "beam", "mlflow", "wandb")
+    ]
     lines = [line for group in groups for line in group.splitlines()]
     names = {_normal(re.match(r"[\w.-]+", line)[0]) for line in lines if line and line[0] != "#"}
     constraints = (ROOT / "constraints.txt").read_text()
     assert (
         names - {_normal(name) for name in re.findall(r"^([\w.-]+)==", constraints, re.M)} == set()
     )
+
+
+def test_wheel_has_all_files_of_the_packages():
+    patterns = {
+        package: [pattern.strip() for pattern in names.split(",")]
+        for package, names in _setup()["options.package_data"].items()
+    }
+    missing = [
+        str(path.relative_to(ROOT))
+        for top in ("transfer", "recipes", "pretrained")
+        for path in (ROOT / top).rglob("*")
+        if path.is_file() and path.suffix not in (".py", ".pyc") and path.name != "README.md"
+        if not any(
+            path.match(pattern)
+            for pattern in patterns.get(".".join(path.parent.relative_to(ROOT).parts), [])
+        )
+    ]
+    assert missing == []
+
+
+def test_changelog_has_a_section_for_the_version():
+    version = _setup()["metadata"]["version"]
+    titles = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert any(re.fullmatch(rf"{version} - (unreleased|[\d-]{{10}})", title) for title in titles)
 
 
 def _normal(name):

@@ -1,18 +1,22 @@
-"""The Python examples in the README run unchanged and print the documented output."""
+"""The commands and Python examples in the README run unchanged and print the documented output."""
 
+import glob
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from commands import largest_difference, metrics
+from conftest import make_image_folder
 from PIL import Image
 
 from recipes.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.M)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.M)
 
 
 @pytest.fixture
@@ -45,6 +49,30 @@ def test_fine_tuning_example_equals_command_bit_for_bit(tmp_path, capsys):
 @pytest.mark.parametrize("example", EXAMPLES[1:], ids=["tf1", "keras", "eager"])
 def test_example_prints_documented_output(example, capsys):
     run(example, capsys)
+
+
+@pytest.mark.slow
+def test_the_first_five_commands_work_in_order(tmp_path, monkeypatch, capsys):
+    (block,) = re.findall(r"^## The first five minutes\n.*?```\n(.*?)```", README, re.DOTALL | re.M)
+    first, *commands = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert first == ["make", "demo"]
+    assert re.search(r"^demo:.*\n\t.*vgg-transfer finetune$", (ROOT / "Makefile").read_text(), re.M)
+    assert len(commands) == 4
+    make_image_folder(tmp_path / "photos")
+    (tmp_path / "new").mkdir()
+    for number, path in enumerate(sorted((tmp_path / "photos").glob("*/*"))[::9]):
+        Image.open(path).convert("RGB").save(tmp_path / "new" / f"{number}.jpg")
+    monkeypatch.chdir(tmp_path)
+    for program, *arguments in commands:
+        assert program == ".venv/bin/vgg-transfer"
+        words = [path for word in arguments for path in sorted(glob.glob(word)) or [word]]
+        assert main(words) == 0, words
+    predicted = capsys.readouterr().out.splitlines()[-len([*tmp_path.glob("new/*")]) :]
+    assert all(line.startswith("new/") for line in predicted)
+
+
+def test_readme_has_at_most_200_lines():
+    assert len(README.splitlines()) <= 200
 
 
 def test_embedded_model_matches_its_card():

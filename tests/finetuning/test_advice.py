@@ -1,8 +1,12 @@
-"""The warning about overfitting."""
+"""What is said about a finished run: overfitting, rare classes, images in both splits."""
 
 import numpy as np
 
-from transfer.finetuning.advice import describe_overfitting
+from transfer.finetuning.advice import (
+    describe_leaks,
+    describe_overfitting,
+    describe_rare_classes,
+)
 
 
 def test_a_rise_of_the_held_out_loss_is_named_with_its_epochs_and_remedies():
@@ -22,3 +26,15 @@ def test_one_bad_epoch_and_noise_are_not_overfitting():
     assert describe_overfitting({"val_loss": falling}, head_only=True) == []
     assert describe_overfitting({}, head_only=True) == []
     assert describe_overfitting({"val_loss": [0.4]}, head_only=True) == []
+
+
+def test_classes_with_fewer_than_five_training_images_are_named_rarest_first():
+    labels = np.repeat([0, 1, 2, 4], [9, 4, 2, 5])
+    (line,) = describe_rare_classes(["a", "b", "c", "absent", "e"], labels)
+    assert line.startswith("2 classes have fewer than 5 training images (c: 2, b: 4);")
+    assert describe_rare_classes(["a"], np.zeros(5, int)) == []
+
+
+def test_held_out_images_that_are_trained_on_are_counted():
+    assert describe_leaks(0) == []
+    assert describe_leaks(3)[0].startswith("3 of the held-out images are also trained on")

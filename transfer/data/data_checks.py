@@ -41,21 +41,39 @@ def duplicates(images: ImageScan) -> list[list[int]]:
     return near_duplicates(images.fingerprints)
 
 
-def describe_leaks(train: np.ndarray, held_out: np.ndarray) -> list[str]:
-    """Warnings about leakage: held-out images that are also training images.
+@dataclass(frozen=True)
+class Leaks:
+    """Held-out images that are also training images: the same file under another name, or a
+    near-duplicate, such as a re-encoded or resized copy."""
+
+    num_identical: int = 0
+    num_near: int = 0
+
+    def describe(self) -> list[str]:
+        """A warning for each of the two kinds."""
+        lines = []
+        if self.num_identical:
+            lines.append(
+                f"{self.num_identical} images are both trained and evaluated on, under two names, "
+                "so that the accuracy is too high"
+            )
+        if self.num_near:
+            lines.append(
+                f"{self.num_near} of the images that are evaluated on are near-duplicates of "
+                "training images (re-encoded or resized), so that the accuracy is too high"
+            )
+        return lines
+
+
+def find_leaks(train: np.ndarray, held_out: np.ndarray) -> Leaks:
+    """Count the held-out images that are also training images.
 
     Args:
         train: fingerprints of the training images, ``fingerprints.FINGERPRINT``
             ``[num_images]``.
         held_out: fingerprints of the held-out images.
     """
-    lines = []
     identical = {*map(bytes, train["sha256"])} & {*map(bytes, held_out["sha256"])}
-    if identical:
-        lines.append(
-            f"{len(identical)} images are both trained and evaluated on, under two names, so that "
-            "the accuracy is too high"
-        )
     copies = {
         index - len(train)
         for group in near_duplicates(np.concatenate([train, held_out]))
@@ -63,12 +81,7 @@ def describe_leaks(train: np.ndarray, held_out: np.ndarray) -> list[str]:
         if group[0] < len(train) <= index
     }
     copies -= {i for i in copies if bytes(held_out["sha256"][i]) in identical}
-    if copies:
-        lines.append(
-            f"{len(copies)} of the images that are evaluated on are near-duplicates of training "
-            "images (re-encoded or resized), so that the accuracy is too high"
-        )
-    return lines
+    return Leaks(len(identical), len(copies))
 
 
 def describe_balance(

@@ -10,6 +10,49 @@ _RISE = 1.2
 """The held-out loss has risen if it ends at this many times its minimum, both averaged over a third
 of the epochs."""
 
+_FEW = 5
+"""A class with fewer training images than this is rare."""
+
+
+def describe_leaks(count: int) -> list[str]:
+    """A warning if held-out images are also training images.
+
+    Args:
+        count: number of these images, including near-duplicates.
+    """
+    if not count:
+        return []
+    return [
+        f"{count} of the held-out images are also trained on, so that the accuracy is too high; "
+        "remove the copies, or keep them in one split with group_by"
+    ]
+
+
+def describe_rare_classes(class_names: Sequence[str], labels: np.ndarray) -> list[str]:
+    """A warning about classes with fewer than 5 training images; those without any are another
+    problem.
+
+    Args:
+        class_names: names in the order of the labels.
+        labels: labels of the training images, int ``[num_images]``.
+
+    Example:
+        >>> import numpy as np
+        >>> from transfer.finetuning.advice import describe_rare_classes
+        >>> describe_rare_classes(["cat", "dog"], np.array([0] * 9 + [1] * 3))[0].split(";")[0]
+        '1 class has fewer than 5 training images (dog: 3)'
+    """
+    counts = np.bincount(labels, minlength=len(class_names)).tolist()
+    rare = [(n, name) for name, n in zip(class_names, counts, strict=True) if 0 < n < _FEW]
+    if not rare:
+        return []
+    shown = ", ".join(f"{name}: {n}" for n, name in sorted(rare)[:5])
+    what = "1 class has" if len(rare) == 1 else f"{len(rare)} classes have"
+    return [
+        f"{what} fewer than {_FEW} training images ({shown}{', ...' * (len(rare) > 5)}); their "
+        "recall is uncertain: more images help most, class_weights=balanced and augment=True may"
+    ]
+
 
 def describe_overfitting(history: Mapping[str, Sequence[float]], *, head_only: bool) -> list[str]:
     """A warning if the held-out loss rose after its minimum.

@@ -107,6 +107,11 @@ class FineTuneOptions:
     """With max_to_keep: additionally keep one model for each interval of this many hours."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints within an epoch; one is also written after each epoch."""
+    track: Literal["mlflow", "wandb"] | None = None
+    """Also log the options, the metrics of each epoch and the evaluation to MLflow or Weights &
+    Biases, as their environment variables say; resume continues the same run there."""
+    track_files: bool = False
+    """With track: upload the model and the other files of the run folder."""
     seed: int = 0
     """Seed of the head initialization, shuffling, shots_per_class sampling and augmentation."""
 
@@ -147,6 +152,8 @@ class FineTuneOptions:
                 raise ValueError(f"{name} must be more than 0, got {value}")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be 0 to 1, got {self.label_smoothing}")
+        if self.track_files and self.track is None:
+            raise ValueError("track_files=True needs a tracker: track=mlflow or track=wandb")
         if self.views and self.cache == "off":
             raise ValueError(
                 "views=N caches activations and cache=off caches none; use augment=True instead"

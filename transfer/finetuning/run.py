@@ -17,7 +17,12 @@ from transfer.core import measurement
 from transfer.core.distribution import Replicas
 from transfer.data.dataset import Split
 from transfer.exports.meta_graph import save_classifier
-from transfer.finetuning.advice import describe_overfitting
+from transfer.finetuning import tracking
+from transfer.finetuning.advice import (
+    describe_leaks,
+    describe_overfitting,
+    describe_rare_classes,
+)
 from transfer.finetuning.inputs import Inputs
 from transfer.finetuning.options import FineTuneOptions, options_from
 from transfer.finetuning.setup import (
@@ -91,7 +96,8 @@ def fine_tune(
         resume: continue the run in ``run_dir``, or start it if there is none.
         feeds: values of placeholders of the graph, see ``Backbone``.
         callbacks: Keras callbacks in addition to those that write the run folder.
-        verbose: 0 silent, 1 progress bars, 2 one line per epoch.
+        verbose: 0 silent, 1 progress bars, 2 log lines (level ``INFO``): one per epoch, at most
+            one in five seconds.
         replicas: devices and processes that train together; see ``open_replicas``.
         **options: the fields of ``FineTuneOptions``, such as ``freeze_until="pool4"``,
             ``epochs=5`` or ``learning_rate=0.001``.
@@ -136,23 +142,42 @@ def fine_tune(
 def run(request: RunRequest) -> FineTuneResult:
     """Perform the run of a request; see ``fine_tune``."""
     replicas = request.replicas
+    tracking.check_installed(request.options.track)
     keras.utils.set_random_seed(request.options.seed)
     clock = measurement.Clock()
     with replicas.watched():
         with clock("load_s"):
             context = prepare(request)
-        with _opened(context), interruption.resumable(context.run_dir) as signals:
+        with (
+            _opened(context),
+            tracking.tracked(context) as tracker,
+            interruption.resumable(context.run_dir) as signals,
+        ):
+            callbacks = [*request.callbacks, *tracker.callbacks]
+            context = replace(context, request=replace(request, callbacks=callbacks))
             classifier, metrics = _train_and_evaluate(context, clock, signals)
             if replicas.is_chief:
                 run_folder.write_json(context.run_dir / run_folder.METRICS, metrics)
+                tracker.finish(metrics)
             replicas.barrier()  # no worker exits while the chief may still need it
     history = run_folder.read_history(context.run_dir)
-    if replicas.is_chief and context.options.early_stopping is None:
-        tap = context.classifier.feature_extractor.network.output.removesuffix(":0")
-        head_only = [stage.cut for stage in context.stages] == [tap]
-        for line in describe_overfitting(history, head_only=head_only):
+    if replicas.is_chief:
+        for line in _advice(context, history):
             logger.warning(line)
     return FineTuneResult(classifier, metrics, history, context.run_dir)
+
+
+def _advice(context: RunContext, history: dict[str, list[float]]) -> list[str]:
+    """What looks wrong in the finished run."""
+    options, train = context.options, context.train
+    lines = describe_leaks(context.num_leaks)
+    if options.shots_per_class is None:  # else few images were asked for
+        lines += describe_rare_classes(train.source.class_names, train.labels)
+    if options.early_stopping is None:
+        tap = context.classifier.feature_extractor.network.output.removesuffix(":0")
+        head_only = [stage.cut for stage in context.stages] == [tap]
+        lines += describe_overfitting(history, head_only=head_only)
+    return lines
 
 
 @contextlib.contextmanager
@@ -171,6 +196,7 @@ def _opened(context: RunContext) -> Iterator[None]:
         with replicas.chief_first():
             if is_chief:
                 write_provenance(context)
+                tracking.write_hparams(context)
             elif not (run_dir / run_folder.PROVENANCE).is_file():
                 raise FileNotFoundError(
                     f"worker {replicas.worker} cannot see the files of the chief in "

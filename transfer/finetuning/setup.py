@@ -73,7 +73,7 @@ class RunRequest:
         recorded: values for ``config.yaml`` beside the options, such as the splits' expressions.
         command: command line, written to ``provenance.json``.
         callbacks: Keras callbacks in addition to the run's own.
-        verbose: 0 silent, 1 progress bars, 2 one line per epoch, as in Keras.
+        verbose: 0 silent, 1 progress bars, 2 log lines.
         replicas: devices and processes that train together.
     """
 
@@ -100,7 +100,8 @@ class RunRequest:
 class RunContext:
     """A run that has been set up: classifier, stages and images.
 
-    ``fingerprint`` identifies the training and held-out images.
+    ``fingerprint`` identifies the training and held-out images; ``num_leaks`` is the number of
+    held-out images that are also among the training images, as far as they were compared.
     """
 
     request: RunRequest
@@ -111,6 +112,7 @@ class RunContext:
     train: Split
     held_out: Split
     fingerprint: dict[str, Any]
+    num_leaks: int = 0
 
     @property
     def replicas(self) -> Replicas:
@@ -173,7 +175,7 @@ def prepare(request: RunRequest) -> RunContext:
             f"choose 1 to {len(train)}"
         )
     with _remembered(options, train, request.held_out):
-        fingerprint = _inspect_images(train, request.held_out, request.verbose)
+        fingerprint, num_leaks = _inspect_images(train, request.held_out, request.verbose)
     classifier, features, resolved = _classifier(request, train)
     replicas.check_same("choice of images", fingerprint)
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
@@ -181,7 +183,15 @@ def prepare(request: RunRequest) -> RunContext:
     run_dir = request.run_dir or run_folder.default_out(train.source.name, options.freeze_until)
     run_dir = Path(replicas.from_chief(str(run_dir.resolve())))
     return RunContext(
-        request, resolved, run_dir, classifier, stages, train, request.held_out, fingerprint
+        request,
+        resolved,
+        run_dir,
+        classifier,
+        stages,
+        train,
+        request.held_out,
+        fingerprint,
+        num_leaks,
     )
 
 
@@ -253,9 +263,10 @@ def _remembered(options: FineTuneOptions, train: Split, held_out: Split) -> Iter
         yield
 
 
-def _inspect_images(train: Split, held_out: Split, verbose: int) -> dict[str, Any]:
+def _inspect_images(train: Split, held_out: Split, verbose: int) -> tuple[dict[str, Any], int]:
     """Warn about classes without images and, if there are few enough to decode all, about training
-    images among the held-out ones; returns the fingerprint of the images.
+    images among the held-out ones; returns the fingerprint of the images, and how many held-out
+    images are also trained on.
 
     Raises:
         UnreadableImageError: if some of them cannot be decoded.
@@ -271,13 +282,15 @@ def _inspect_images(train: Split, held_out: Split, verbose: int) -> dict[str, An
             raise UnreadableImageError(
                 {name: why for split in unreadable for name, why in find_unreadable(split).items()}
             )
-        leaks = []
+        leaks = data_checks.Leaks()
         if train is not held_out:  # else the caller validates on the training images
-            leaks = data_checks.describe_leaks(prints["training"], prints["held_out"])
-        lines += [f"{line}; vgg-transfer check-data lists them" for line in leaks]
+            leaks = data_checks.find_leaks(prints["training"], prints["held_out"])
+        num_leaks = leaks.num_identical + leaks.num_near
+        lines += [f"{line}; vgg-transfer check-data lists them" for line in leaks.describe()]
         marks = {role: [*map(bytes, images["sha256"])] for role, images in prints.items()}
         hashed = "files and labels"
     else:
+        num_leaks = 0
         lines.append(
             f"{count:,} images are more than the {MAX_COMPARED:,} that are compared before "
             "training, so near-duplicates may be both trained and evaluated on; vgg-transfer "
@@ -294,7 +307,7 @@ def _inspect_images(train: Split, held_out: Split, verbose: int) -> dict[str, An
     for role, split in splits.items():
         digest = hashlib.sha256(b"\0".join(marks[role]) + split.labels.tobytes())
         fingerprint[role] = {"images": len(split), "sha256": digest.hexdigest()}
-    return fingerprint
+    return fingerprint, num_leaks
 
 
 def _classifier(

@@ -249,7 +249,7 @@ def _warn_of_copies(folder: Path, split: Split, progress: Progress) -> None:
     for images in (train, others):
         with remembered(images.source):
             prints.append(images.fingerprints(lambda files: progress(files, "images", "image")))
-    for line in data_checks.describe_leaks(*prints):
+    for line in data_checks.find_leaks(*prints).describe():
         logger.warning(line)
 
 

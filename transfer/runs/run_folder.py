@@ -24,13 +24,15 @@ METRICS = "metrics.json"
 HELD_OUT = "held_out.txt"
 HISTORY = "history.csv"
 PROVENANCE = "provenance.json"
+TRACKING = "tracking.json"
 EVENTS = "events"
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
 _LOCK = ".lock"
-_MAY_DIFFER = ("epochs", "fc_epochs", "out", "strategy")  # options that may differ in a resumed run
+_MAY_DIFFER = ("epochs", "fc_epochs", "out", "strategy", "track", "track_files")
+"""Options that may differ in a resumed run."""
 _MAX_JSON_BYTES = 2**26  # metrics of tens of thousands of classes
 
 _WORKING_FILES = (
@@ -38,7 +40,7 @@ _WORKING_FILES = (
     rf"|{EVENTS}/(.+/)?events\.out\.tfevents\.[^/]+"
 )
 _RUN_FILES = (
-    r"\.lock|(config\.yaml|labels\.txt|held_out\.txt|history\.csv|(metrics|provenance|limits)\.json)"
+    r"\.lock|(config\.yaml|labels\.txt|held_out\.txt|history\.csv|(metrics|provenance|limits|tracking)\.json)"
     rf"|checkpoint|{MODEL}(-\d+)?\.(meta|json|index|data-\d{{5}}-of-\d{{5}})|{_WORKING_FILES}"
 )
 """Relative paths of the files that a run writes."""
@@ -114,6 +116,17 @@ def remove(run: Path, *, only_working: bool = False) -> None:
     files.remove_drafts(run)
     names = _WORKING_FILES if only_working else _RUN_FILES
     files.remove_folder(run, re.compile(names))
+
+
+def files_of(run: Path) -> list[Path]:
+    """The files of a run and of its evaluation, without checkpoints, events and other people's."""
+    names = re.compile(rf"{_RUN_FILES}|{EVALUATION}|{PREDICTIONS}|{CONFUSION}|report\.html")
+    return [
+        path
+        for path in sorted(run.iterdir())
+        if names.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+        if path.name not in (_LOCK, TRACKING)
+    ]
 
 
 def _is_temporary(path: Path) -> bool:

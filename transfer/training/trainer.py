@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.core.distribution import Replicas, sum_over_replicas
+from transfer.training.epoch_lines import EpochLines
 from transfer.training.optimizers import is_for_replicas
 
 Batch = tuple[Any, Any]
@@ -280,7 +281,8 @@ class Trainer:
             validate: called after each epoch; its metrics are added to the logs with the prefix
                 ``val_``.
             callbacks: Keras callbacks.
-            verbose: Keras' progress bar, on standard output: 0 none, 1 a bar, 2 one line per epoch.
+            verbose: 0 silent, 1 Keras' progress bar, on standard output, 2 a log line per epoch, at
+                most one in five seconds.
             checkpoint: saved after each epoch, when it is due within an epoch, and on a
                 ``KeyboardInterrupt`` between two steps. It is complete when this returns or raises.
             uninterrupted: context manager that delays a ``KeyboardInterrupt`` during a step and
@@ -289,8 +291,8 @@ class Trainer:
                 complete this step and raise ``KeyboardInterrupt``: none may continue alone.
         """
         callback_list = keras.callbacks.CallbackList(
-            list(callbacks),
-            add_progbar=verbose > 0,
+            [*callbacks, EpochLines(epochs)] if verbose == 2 else list(callbacks),
+            add_progbar=verbose == 1,
             model=self.model,
             verbose=verbose,
             epochs=epochs,

@@ -88,7 +88,7 @@ def pretrain(
         resume: continue the run in ``run_dir``, or start it if there is none.
         origin: origin of the images, for ``config.yaml``. Default: that of the source.
         source: how the model was made, for its card. Default: the options.
-        verbose: 0 silent, 1 progress bars, 2 a line per epoch.
+        verbose: 0 silent, 1 progress bars, 2 log lines.
 
     Raises:
         ValueError, OSError: if options and images do not fit, or the folder holds something else.
