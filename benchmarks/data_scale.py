@@ -2,10 +2,13 @@
 
     python benchmarks/data_scale.py 1000 10000 100000
 
-Writes images of one pixel, in 1,000 classes or fewer, to a temporary folder, as an image folder and
-as a tfds dataset in TFRecord files; so that what is measured is the work per image. Each layout is
-opened by two processes, one after the other: the second finds the index of the first. Bytes are
-those that the process read by any system call (``rchar`` in ``/proc``): Linux only.
+Writes images of one pixel, in 1,000 classes or fewer, to a temporary folder, as an image folder, as
+a CSV manifest of the same files, and as a tfds dataset in TFRecord files; so that what is measured
+is the work per image. Each layout is opened by two processes, one after the other: the second finds
+the index of the first. Seconds are those of the processor, of all threads; memory is the peak of
+the process, beyond what it took after importing TensorFlow. Bytes are those that the process read
+by any system call (``rchar`` in ``/proc``): Linux only. Cached features are memory-mapped and not
+counted.
 """
 
 from __future__ import annotations
@@ -29,15 +32,18 @@ from PIL import Image
 from tabulate import tabulate
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYOUTS = ("folder", "tfrecord")
+LAYOUTS = ("folder", "csv", "tfrecord")
 PER_SHARD = 100_000
 BATCH = 256
+WIDTH = 64  # of cached features
+MAX_IMAGES = 20_000  # that are read in an epoch or an evaluation
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sizes", type=int, nargs="*", default=[1_000, 10_000])
     parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=LAYOUTS)
+    parser.add_argument("--folder", help="where the images are written; default: a temporary one")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -45,7 +51,7 @@ def main() -> None:
         return
     rows = []
     for size, layout in itertools.product(arguments.sizes, arguments.layouts):
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             write(Path(folder) / "data", layout, size)
             environment = {**os.environ, "XDG_CACHE_HOME": f"{folder}/cache"}
             command = [sys.executable, __file__, "--measure", layout, f"{folder}/data"]
@@ -55,7 +61,9 @@ def main() -> None:
             )
         steps = {"open, first time": first["open"], "open, again": again.pop("open"), **again}
         rows += [(layout, size, step, *cells(values)) for step, values in steps.items()]
-    print(tabulate(rows, ["layout", "images", "step", "s", "MB memory", "MB read"], "github"))
+        print(*rows[-len(steps) :], sep="\n", file=sys.stderr, flush=True)
+    header = ["layout", "images", "step", "CPU s", "MB memory", "MB read"]
+    print(tabulate(rows, header, "github", disable_numparse=True))
 
 
 def cells(values: dict[str, float]) -> tuple[str, str, str]:
@@ -63,17 +71,22 @@ def cells(values: dict[str, float]) -> tuple[str, str, str]:
 
 
 def write(folder: Path, layout: str, size: int) -> None:
-    """Write the images; every file is different from the others in its last bytes."""
+    """Write the images, all alike."""
     buffer = io.BytesIO()
     Image.new("RGB", (1, 1)).save(buffer, "PNG")
     png, classes = buffer.getvalue(), min(1000, size // 20)
     names = [f"class{number:04}" for number in range(classes)]
-    if layout == "folder":
+    if layout in ("folder", "csv"):
         for name in names:
             (folder / name).mkdir(parents=True)
+        lines = ["path,label"]
         for number in range(size):
-            path = folder / names[number % classes] / f"image_{number:08}.png"
-            path.write_bytes(png)
+            label = names[number % classes]
+            path = f"{label}/image_{number:08}.png"
+            (folder / path).write_bytes(png)
+            lines.append(f"{path},{label}")
+        if layout == "csv":
+            (folder / "labels.csv").write_text("\n".join(lines))
         return
     import tensorflow as tf
     import tensorflow_datasets as tfds
@@ -115,21 +128,33 @@ def write(folder: Path, layout: str, size: int) -> None:
 def measure(layout: str, folder: str) -> dict[str, dict[str, float]]:
     """Seconds, and megabytes of peak memory and read, of each step in this process."""
     sys.path.insert(0, str(ROOT))
+    import keras
+
+    from transfer import Head
+    from transfer.activations.cache import Cache
+    from transfer.data.batches import shuffled
     from transfer.data.dataset import few_shot
     from transfer.data.sources import open_source
     from transfer.images.preprocess import Preprocess
+    from transfer.training.optimizers import make_optimizer
+    from transfer.training.trainer import ParameterGroup, Trainer
 
     preprocess = Preprocess("none", 8)
-    where = {"image_folder" if layout == "folder" else "data_dir": folder}
+    where = {
+        "folder": {"image_folder": folder},
+        "csv": {"csv": f"{folder}/labels.csv"},
+        "tfrecord": {"data_dir": folder},
+    }[layout]
     found: dict[str, dict[str, float]] = {}
+    at_start = peak_memory()
 
     def step(name: str, work: Callable[[], Any]) -> Any:
         Path("/proc/self/clear_refs").write_text("5")
-        start, before, memory = time.perf_counter(), num_read(), peak_memory()
+        start, before = time.process_time(), num_read()
         result = work()
         found[name] = {
-            "s": time.perf_counter() - start,
-            "memory": (peak_memory() - memory) / 1e6,
+            "s": time.process_time() - start,
+            "memory": (peak_memory() - at_start) / 1e6,
             "read": (num_read() - before) / 1e6,
         }
         return result
@@ -148,14 +173,42 @@ def measure(layout: str, folder: str) -> dict[str, dict[str, float]]:
         next(iter(train.batches(preprocess, BATCH, shuffle_seed=1, first_batch=number)))
 
     step("first batch", lambda: first(0))
-    step("first batch, resumed", lambda: first(len(train) // BATCH // 2))
-    step("epoch of images", lambda: consume(train.batches(preprocess, BATCH, shuffle_seed=2)))
+    step("first batch, resumed in mid-epoch", lambda: first(len(train) // BATCH // 2))
+    last = max(0, len(train) - MAX_IMAGES) // BATCH
+
+    def rest(**options: Any) -> int:
+        return consume(
+            train.batches(preprocess, BATCH, shuffle_seed=2, first_batch=last, **options)
+        )
+
+    number = min(len(train), len(train) - last * BATCH)
+    step(f"{number} training images", rest)
+    step("the same, one of 2 workers", lambda: rest(shard=(1, 2)))
+    evaluated = held_out.where(np.arange(len(held_out)) < MAX_IMAGES)
     step(
-        "epoch of images, half of 2 workers",
-        lambda: consume(train.batches(preprocess, BATCH, shuffle_seed=2, shard=(1, 2))),
+        f"evaluation, {len(evaluated)} held-out images",
+        lambda: consume(evaluated.batches(preprocess, 32)),
     )
-    step("held-out images", lambda: consume(held_out.batches(preprocess, 32)))
-    step("ids for the activation cache", lambda: train.ids)
+    ids = step("ids for the activation cache", lambda: train.ids)
+    with tempfile.TemporaryDirectory(dir=Path(folder).parent) as cache:
+        entry = Cache(Path(cache), 10**12).entry({"cut": "fc7"}, [WIDTH], "float32")
+        for start in range(0, len(ids), 10_000):
+            chunk = ids[start : start + 10_000]
+            entry.append(chunk, np.ones([len(chunk), WIDTH], np.float32))
+        rows = step("open cached features", lambda: entry.read(ids))
+        model = keras.Sequential([keras.Input([WIDTH]), Head(len(source.class_names))])
+        group = ParameterGroup(make_optimizer("adam", 1e-3), model.trainable_variables)
+        trainer = Trainer(model, [group])
+        trainer.train_step(rows[np.arange(BATCH) % len(rows)], train.labels[np.zeros(BATCH, int)])
+
+        def epoch(first: int) -> None:
+            order = shuffled(len(train), 3)
+            for start in range(first * BATCH, len(train) - BATCH + 1, BATCH):
+                chosen = order[start : start + BATCH]
+                trainer.train_step(rows[chosen], train.labels[chosen])
+
+        step("epoch of a head", lambda: epoch(0))
+        step("the same, resumed in mid-epoch", lambda: epoch(len(train) // BATCH // 2))
     return found
 
 

@@ -3,20 +3,20 @@ import pytest
 from PIL import Image
 
 from transfer.activations.fingerprints import remembered
-from transfer.data import dataset, fingerprints
+from transfer.data import fingerprints
 from transfer.data.sources import open_source
 
 
 @pytest.fixture
 def looked_at(monkeypatch):
     """The numbers of images decoded in each pass."""
-    counts = []
+    counts, decode = [], fingerprints.fingerprints
 
     def counted(images, *options):
         counts.append(len(images))
-        return fingerprints.fingerprints(images, *options)
+        return decode(images, *options)
 
-    monkeypatch.setattr(dataset, "fingerprints", counted)
+    monkeypatch.setattr(fingerprints, "fingerprints", counted)
     return counts
 
 
@@ -36,6 +36,21 @@ def test_images_are_decoded_once(image_folder, tmp_path, looked_at):
     (image_folder / "red" / "02.jpg").write_bytes(b"changed")
     assert len(found(image_folder, tmp_path / "cache")) == 25
     assert looked_at == [24, 2]
+
+
+def test_fingerprints_in_memory_follow_the_examples(image_folder, looked_at):
+    (image_folder / "red" / "00.jpg").write_bytes(b"no image")
+    train = open_source(image_folder=str(image_folder)).split("train")
+    is_even = np.arange(len(train)) % 2 == 0
+    some = train.where(is_even).fingerprints()
+    whole = train.fingerprints()
+    np.testing.assert_array_equal(whole[is_even], some)
+    np.testing.assert_array_equal(train.where(~is_even).fingerprints(), whole[~is_even])
+    assert len(train.where(is_even & ~is_even).fingerprints()) == 0
+    assert looked_at == [12, 12]
+    fresh = open_source(image_folder=str(image_folder)).split("train")
+    np.testing.assert_array_equal(fresh.fingerprints(), whole)
+    assert not whole.flags.writeable  # the same array is kept for later
 
 
 def test_unusable_caches_are_ignored(image_folder, tmp_path, looked_at):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from test_records import prepared
 
-from transfer.data import record_index
+from transfer.data import index_files
 from transfer.data.records import TFRecords
 from transfer.data.sources import open_source
 
@@ -22,7 +22,7 @@ def passes(monkeypatch):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     directory = tmp_path / "indexes"
-    monkeypatch.setattr(record_index, "default_directory", lambda: directory)
+    monkeypatch.setattr(index_files, "default_directory", lambda kind: directory)
     return directory
 
 
@@ -38,7 +38,7 @@ def test_second_opening_makes_no_pass(tmp_path, folder, passes):
     for _ in range(3):
         opened(builder)
     assert passes == ["label"]
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.npz")
     assert path.stat().st_size < 48 * 16 + 2000
 
 
@@ -48,13 +48,13 @@ def test_changed_shard_is_passed_again(tmp_path, folder, passes):
     os.utime(builder.info.splits["train"].filepaths[2], (1, 1))
     opened(builder)
     assert len(passes) == 2
-    assert len([*folder.iterdir()]) == 1  # the new one replaces the old one
+    assert len([*folder.glob("*.npz")]) == 1  # the new one replaces the old one
 
 
 def test_damaged_or_foreign_index_is_made_again(tmp_path, folder, passes):
     builder = prepared(tmp_path)
     opened(builder)
-    (path,) = folder.iterdir()
+    (path,) = folder.glob("*.npz")
     whole = path.read_bytes()
     with np.load(path) as arrays:
         states = arrays["states"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from transfer.activations.parts import Part, PartWriter, part_numbers, part_state
 from transfer.activations.row_index import RowIndex
-
-logger = logging.getLogger(__name__)
+from transfer.core import files
 
 _VERIFIED_AT_START = 2**26  # bytes of rows that take less than a tenth of a second to read
 _BYTES_AT_ONCE = 2**24
@@ -57,26 +55,16 @@ class Entry:
         self._latest: tuple[Any, _Snapshot] | None = None
         self._damaged: dict[int, np.ndarray] = {}  # number of a part to its damaged rows
 
-    @contextlib.contextmanager
-    def lock(self, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    def lock(
+        self, waiting: Callable[[], None] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Hold the exclusive lock of the entry, so that no other process computes the same rows, or
         deletes the entry. Where files cannot be locked, it has no effect: rows may then be computed
         twice, and are right all the same.
 
         ``waiting()`` is called before waiting for another process that holds it.
         """
-        try:
-            self._lock.acquire(blocking=False)
-        except Timeout:
-            if waiting is not None:
-                waiting()
-            self._lock.acquire()
-        except OSError as error:
-            logger.info(f"{self._lock.lock_file} cannot be locked: {error.strerror or error}")
-        try:
-            yield
-        finally:
-            self._lock.release()
+        return files.locked(self._lock, waiting)
 
     def missing(self, ids: npt.ArrayLike) -> np.ndarray:
         """Boolean ``[len(ids)]``: true for examples without a row.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,23 +27,21 @@ def remembered(source: Source, cache_dir: Path | None = None) -> Iterator[None]:
     cache = Cache((cache_dir or default_directory()) / FOLDER, _LIMIT_BYTES)
     key = {"kind": "fingerprints", "dataset": source.name, "tensorflow": version("tensorflow")}
 
-    def load(ids: Sequence[bytes]) -> None:
+    def load(ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         with contextlib.suppress(OSError, KeyError):
             entry = cache.entry(key, [FINGERPRINT.itemsize], "uint8")
-            wanted = np.array(ids, "S16")
-            cached = wanted[~entry.missing(wanted)]
-            rows, intact = entry.read(cached).read(slice(None))
-            known = rows[intact].view(FINGERPRINT)[:, 0]
-            prints.update(zip(cached[intact].tolist(), known, strict=True))
+            cached = np.flatnonzero(~entry.missing(ids))
+            stored = entry.read(ids[cached])
+            for chunk in stored.chunks():
+                rows, intact = stored.read(chunk)
+                yield cached[chunk][intact], rows[intact].view(FINGERPRINT)[:, 0]
 
-    def save(ids: Sequence[bytes], rows: np.ndarray) -> None:
+    def save(ids: np.ndarray, rows: np.ndarray) -> None:
         with contextlib.suppress(OSError):
             entry = cache.entry(key, [FINGERPRINT.itemsize], "uint8")
             with entry.lock():
                 cache.make_room(rows.nbytes, keep=[entry])
-                entry.append(
-                    np.array(ids, "S16"), np.ascontiguousarray(rows)[:, None].view(np.uint8)
-                )
+                entry.append(ids, np.ascontiguousarray(rows)[:, None].view(np.uint8))
 
     before = prints.load, prints.save
     prints.load, prints.save = load, save

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
 
 _MAX_NAMES_BYTES = 2**27  # the names of a few million images
 
@@ -116,6 +119,26 @@ def lock(path: Path) -> FileLock:
     """A lock on a file, which is created if missing. Acquiring it truncates the file."""
     unshare(path)
     return FileLock(path)
+
+
+@contextlib.contextmanager
+def locked(lock: FileLock, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold a lock. Where files cannot be locked, it has no effect.
+
+    ``waiting()`` is called before waiting for another process that holds it.
+    """
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if waiting is not None:
+            waiting()
+        lock.acquire()
+    except OSError as error:
+        logger.info(f"{lock.lock_file} cannot be locked: {error.strerror or error}")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.data.batches import Batches
-from transfer.data.fingerprints import FINGERPRINT, Fingerprints, fingerprints
+from transfer.data.fingerprints import Fingerprints
 from transfer.data.groups import connected
 from transfer.data.holdout import stratified_holdout
 from transfer.data.names import Names
@@ -63,7 +63,7 @@ class Source:
         groups: maps the name of a split to the group number of each example, int64, in the fixed
             order; images of a group, such as all of a patient, stay on one side of a hold-out.
             ``None`` if there are no groups.
-        fingerprints: maps ids to ``fingerprints.FINGERPRINT``, for images decoded so far.
+        fingerprints: those of images decoded so far.
         unreadable: maps names of the images that ``Split.readable`` left out to the reasons.
 
     Raises:
@@ -180,16 +180,7 @@ class Split:
     def fingerprints(self, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> np.ndarray:
         """Fingerprints of the images, ``fingerprints.FINGERPRINT`` ``[len(self)]``. Decodes the
         images whose fingerprints are not yet in ``source.fingerprints``."""
-        known = self.source.fingerprints
-        ids = self.ids.tolist()
-        if known.load is not None:
-            known.load([id_ for id_ in ids if id_ not in known])
-        is_new = np.array([id_ not in known for id_ in ids], bool)
-        if is_new.any():
-            rest = self.where(is_new)
-            new = rest.ids.tolist()
-            fingerprints(rest, progress, lambda at, rows: known.add([new[i] for i in at], rows))
-        return np.array([known[id_] for id_ in ids], FINGERPRINT)
+        return self.source.fingerprints.of(self, self.ids, progress)
 
     def where(self, keep: np.ndarray) -> Split:
         """The examples at which the boolean array ``keep`` ``[len(self)]`` is true."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,21 +34,72 @@ class EncodedImages(Protocol):
     def where(self, keep: np.ndarray) -> EncodedImages: ...
 
 
-class Fingerprints(dict[bytes, np.ndarray]):
-    """Fingerprints in memory, by the ids of the examples.
+class Fingerprints:
+    """Fingerprints in memory, by the ids of the examples: arrays instead of one object per image.
 
-    ``load`` adds those of the given ids that are kept elsewhere, and ``save`` keeps new ones there;
-    see ``transfer.activations.fingerprints.remembered``.
+    ``load`` yields those of the given ids, ``S16`` ``[n]``, that are kept elsewhere, as positions
+    and fingerprints; ``save`` keeps new ones there. See
+    ``transfer.activations.fingerprints.remembered``.
     """
 
-    load: Callable[[Sequence[bytes]], None] | None = None
-    save: Callable[[Sequence[bytes], np.ndarray], None] | None = None
+    load: Callable[[np.ndarray], Iterable[tuple[np.ndarray, np.ndarray]]] | None = None
+    save: Callable[[np.ndarray, np.ndarray], None] | None = None
 
-    def add(self, ids: Sequence[bytes], prints: np.ndarray) -> None:
-        """Add fingerprints, and save them."""
-        self.update(zip(ids, prints, strict=True))
-        if self.save is not None and len(ids):
-            self.save(ids, prints)
+    def __init__(self) -> None:
+        self._arrays: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def of(
+        self,
+        images: EncodedImages,
+        ids: np.ndarray,
+        progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> np.ndarray:
+        """The fingerprints of images, ``FINGERPRINT`` ``[len(images)]``, not to be changed. Decodes
+        those that are neither in memory nor loaded.
+
+        Args:
+            images: the images.
+            ids: their ids, ``S16`` ``[len(images)]``.
+            progress: wraps the images that are decoded.
+        """
+        prints = np.zeros(len(ids), FINGERPRINT)
+        in_memory = np.zeros(len(ids), bool)
+        for known, arrays in self._arrays:
+            is_here, rows = _found(ids, known)
+            prints[is_here] = arrays[rows[is_here]]
+            in_memory |= is_here
+        if in_memory.all():
+            return prints
+        is_known = in_memory.copy()
+        rest = np.flatnonzero(~in_memory)
+        for positions, rows in self.load(ids[rest]) if self.load is not None else ():
+            prints[rest[positions]] = rows
+            is_known[rest[positions]] = True
+        if not is_known.all():
+            new_ids = ids[~is_known]
+
+            def save(positions: np.ndarray, rows: np.ndarray) -> None:
+                if self.save is not None and len(positions):
+                    self.save(new_ids[positions], rows)
+
+            new = fingerprints(images.where(~is_known), progress, save)
+            if is_known.any():
+                prints[~is_known] = new
+            else:  # no copy: they take a gigabyte per million images
+                prints = new
+        prints.flags.writeable = False
+        self._arrays.append(
+            (ids[rest], prints[rest]) if in_memory.any() else (ids, prints),
+        )
+        return prints
+
+
+def _found(ids: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which ids are among others, bool ``[len(ids)]``, and their positions there."""
+    order = np.argsort(among, kind="stable")
+    places = np.searchsorted(among, ids, sorter=order).clip(max=len(among) - 1)
+    rows = order[places]
+    return among[rows] == ids, rows
 
 
 def fingerprints(

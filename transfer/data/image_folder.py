@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import stat
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from transfer.data import folder_index
 from transfer.data.dataset import EVAL_SPLITS, TRAIN_SPLITS, Source
+from transfer.data.folder_index import Listing
 from transfer.data.labelled_files import labelled_files
 from transfer.data.names import Names
 from transfer.images import image_files
 from transfer.images.decoding import suffixes
 from transfer.images.image_files import PassedOver, class_folders
+
+_UNLISTED, _BROKEN = "a folder that cannot be listed", "a link to nothing"
 
 
 def open_image_folder(folder: Path) -> Source:
@@ -26,43 +33,71 @@ def open_image_folder(folder: Path) -> Source:
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {str(folder)!r} does not exist")
     folder = folder.resolve()
-    passed_over = PassedOver()
-    refused: dict[str, str] = {}
-    splits, by_class = _split_folders(folder, passed_over, refused)
+    listing = folder_index.remembered(folder, functools.partial(_list, folder))
+    if len(listing.class_names) < 2:
+        raise ValueError(_too_few_classes(folder, listing.class_names, listing.passed_over))
+    class_labels = np.arange(len(listing.class_names))
+    return labelled_files(
+        folder.name,
+        listing.class_names,
+        folder,
+        listing.files,
+        {split: np.repeat(class_labels, counts) for split, counts in listing.counts.items()},
+        passed_over=listing.passed_over,
+        refused=listing.refused,
+    )
+
+
+@dataclass
+class _Search:
+    """What is found beside the images while a folder is listed.
+
+    ``refused`` maps files that must not be read to the reasons, ``folders`` are those that were
+    searched, and ``has_links`` tells whether what is found depends on links.
+    """
+
+    passed_over: PassedOver = field(default_factory=PassedOver)
+    refused: dict[str, str] = field(default_factory=dict)
+    folders: list[str] = field(default_factory=list)
+    has_links: bool = False
+
+
+def _list(folder: Path) -> Listing:
+    search = _Search()
+    by_class = _split_folders(folder, search)
     class_names = sorted({name for classes in by_class.values() for name in classes})
+    passed_over = search.passed_over
     passed_over.empty_classes = sorted(
-        {child.name for split in splits for child in class_folders(split)} - {*class_names}
+        {child.name for split in by_class for child in class_folders(split)} - {*class_names}
     )
     passed_over.files = sorted(
         (os.path.relpath(name, folder), reason) for name, reason in passed_over.files
     )
-    if len(class_names) < 2:
-        raise ValueError(_too_few_classes(folder, class_names, passed_over))
-    label_of = {name: label for label, name in enumerate(class_names)}
     start = len(os.path.join(folder, ""))
-    files, labels = {}, {}
+    files, counts = {}, {}
     for split, classes in by_class.items():
         split_name = "train" if split == folder else split.name
-        files[split_name] = Names.of(path[start:] for paths in classes.values() for path in paths)
-        labels[split_name] = np.repeat(
-            np.array([label_of[name] for name in classes], np.int64),
-            [len(paths) for paths in classes.values()],
+        files[split_name] = Names.of(
+            path[start:] for name in class_names for path in classes.get(name, ())
         )
-    return labelled_files(
-        folder.name,
+        counts[split_name] = np.array(
+            [len(classes.get(name, ())) for name in class_names], np.int64
+        )
+    uncertain = {_UNLISTED, _BROKEN, image_files.LINK_TO_FOLDER}
+    return Listing(
         class_names,
-        folder,
         files,
-        labels,
-        passed_over=passed_over,
-        refused={path[start:]: reason for path, reason in refused.items()},
+        counts,
+        passed_over,
+        {path[start:]: reason for path, reason in search.refused.items()},
+        search.folders,
+        is_lasting=not search.has_links
+        and uncertain.isdisjoint(reason for _, reason in passed_over.files),
     )
 
 
-def _split_folders(
-    folder: Path, passed_over: PassedOver, refused: dict[str, str]
-) -> tuple[list[Path], dict[Path, dict[str, list[str]]]]:
-    """The split folders, or the folder itself if it has none; and for each, the images by class."""
+def _split_folders(folder: Path, search: _Search) -> dict[Path, dict[str, list[str]]]:
+    """The split folders, or the folder itself if it has none: for each, the images by class."""
     children = class_folders(folder)
     splits = [child for child in children if child.name in TRAIN_SPLITS + EVAL_SPLITS]
     splits = [child for child in splits if any(map(_has_images, class_folders(child)))] or [folder]
@@ -70,47 +105,52 @@ def _split_folders(
         split: {
             child.name: images
             for child in class_folders(split)
-            if (images := _images(child, passed_over, refused))
+            if (images := _images(child, search))
         }
         for split in splits
     }
-    for split in {*splits, folder}:
-        image_files.outside_classes(split, passed_over)
+    for parent in {*splits, folder}:
+        image_files.outside_classes(parent, search.passed_over)
+        search.folders.append(os.fspath(parent))
+        with os.scandir(parent) as entries:  # a link to nothing may become one to a class folder
+            search.has_links |= any(e.is_symlink() and not e.is_dir() for e in entries)
     if splits != [folder]:
         beside = (
             path
             for child in children
             if child not in splits
-            for path in image_files.find_names(child, PassedOver())
+            for path in image_files.find_names(child, PassedOver(), listed=search.folders.append)
         )
-        passed_over.files += [(path, "outside the split folders") for path in beside]
-    return splits, by_class
+        search.passed_over.files += [(path, "outside the split folders") for path in beside]
+    return by_class
 
 
 def _has_images(folder: Path) -> bool:
     return any(True for _ in image_files.find_names(folder, PassedOver()))
 
 
-def _images(folder: Path, passed_over: PassedOver, refused: dict[str, str]) -> list[str]:
+def _images(folder: Path, search: _Search) -> list[str]:
     """The images in a folder and its subfolders, in a fixed, shuffled order.
 
     Not sorted by name, because neighbours are often similar (frames of a video). Files that must
     not be read (pipes, devices, too large ones: reading a pipe may never end) are included, and
-    added to ``refused`` with the reasons. Takes one ``stat`` per file.
+    added to ``search.refused`` with the reasons. Takes one ``stat`` per file.
     """
-    images = []
-    for path in image_files.find_names(folder, passed_over):
+    images, passed_over = [], search.passed_over
+    for path in image_files.find_names(folder, passed_over, listed=search.folders.append):
         try:
-            image_files.check(path)
+            status = os.lstat(path)
+            if stat.S_ISLNK(status.st_mode):
+                search.has_links = True
+                status = os.stat(path)
+            image_files.checked(status)
         except (OSError, ValueError) as error:
             is_folder = os.path.isdir(path)
             if isinstance(error, OSError) or is_folder:
-                # Broken links, and folders that cannot be listed.
-                reason = "a folder that cannot be listed" if is_folder else "a link to nothing"
-                passed_over.files.append((path, reason))
+                passed_over.files.append((path, _UNLISTED if is_folder else _BROKEN))
                 passed_over.num_images -= not is_folder
                 continue
-            refused[path] = str(error)
+            search.refused[path] = str(error)
         images.append(path)
     return sorted(images, key=_shuffling)
 

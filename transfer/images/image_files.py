@@ -7,13 +7,15 @@ import os
 import stat
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transfer.images.decoding import MAX_BYTES, num_pixels, suffixes, why_not
 
 _LITTER = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")  # created by operating systems
+LINK_TO_FOLDER = "a link to a folder"
+"""Reason for which a link is skipped."""
 _FOLDER_OF_MACOS = "__MACOSX"
 _KINDS = (
     (stat.S_ISFIFO, "a named pipe"),
@@ -65,7 +67,13 @@ def find(folder: Path, passed_over: PassedOver, *, in_order: bool = False) -> It
     return map(Path, find_names(folder, passed_over, in_order=in_order))
 
 
-def find_names(folder: Path, passed_over: PassedOver, *, in_order: bool = False) -> Iterator[str]:
+def find_names(
+    folder: Path,
+    passed_over: PassedOver,
+    *,
+    in_order: bool = False,
+    listed: Callable[[str], object] = len,
+) -> Iterator[str]:
     """Find images recursively by suffix; record the other files in ``passed_over``.
 
     Hidden files, and files that operating systems create, are in neither. Links to folders are not
@@ -76,17 +84,19 @@ def find_names(folder: Path, passed_over: PassedOver, *, in_order: bool = False)
         folder: root of the search; the names begin with it.
         passed_over: updated in place.
         in_order: sort by name; otherwise the order is that of the file system.
+        listed: called with each folder that is searched.
     """
     known = suffixes()
     unlisted: list[str] = []
     for root, folders, files in os.walk(folder, onerror=lambda e: unlisted.append(e.filename)):
+        listed(root)
         folders[:] = [name for name in folders if _is_shown(name)]
         if in_order:
             folders.sort()
             files.sort()
         for name in folders:
             if os.path.islink(path := os.path.join(root, name)):
-                passed_over.files.append((path, "a link to a folder"))
+                passed_over.files.append((path, LINK_TO_FOLDER))
         for name in filter(_is_shown, files):
             path = os.path.join(root, name)
             if _suffix(name) in known:
@@ -113,7 +123,7 @@ def check(path: str | Path) -> os.stat_result:
         ValueError: if it is not a regular file (reading a pipe or a device may never end), or is
             too large.
     """
-    return _checked(os.stat(path))
+    return checked(os.stat(path))
 
 
 def read(path: Path) -> bytes:
@@ -127,11 +137,16 @@ def read(path: Path) -> bytes:
         path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     )
     with open(descriptor, "rb") as file:
-        _checked(os.fstat(descriptor))
+        checked(os.fstat(descriptor))
         return file.read(MAX_BYTES)
 
 
-def _checked(status: os.stat_result) -> os.stat_result:
+def checked(status: os.stat_result) -> os.stat_result:
+    """The same ``stat`` result, if it is that of a file that can be read as an image.
+
+    Raises:
+        ValueError: see ``check``.
+    """
     if not stat.S_ISREG(status.st_mode):
         kind = next((word for is_it, word in _KINDS if is_it(status.st_mode)), "something else")
         raise ValueError(f"it is {kind}; expected a regular file")
