@@ -116,8 +116,8 @@ def test_seen_region_inverts_resizing(height, width, size):
     expected_columns = left + (middle + 0.5) * seen_width / preprocess.width - 0.5
     np.testing.assert_allclose(seen[2:5, 5, 0], expected_rows.clip(0, height - 1), atol=0.6)
     np.testing.assert_allclose(seen[5, 2:5, 1], expected_columns.clip(0, width - 1), atol=0.6)
-    assert 0 <= top and top + seen_height <= height + 1e-6 + (seen_height < 1)
-    assert 0 <= left and left + seen_width <= width + 1e-6
+    assert top >= 0 and top + seen_height <= height + 1e-6 + (seen_height < 1)
+    assert left >= 0 and left + seen_width <= width + 1e-6
 
 
 def test_explained_photo_has_its_own_size_and_its_marked_corner(classifier, tmp_path, monkeypatch):

@@ -10,11 +10,13 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any, TypeVar
 
+import anyio
+import anyio.to_thread
 import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -32,6 +34,9 @@ from transfer.serving.served_model import BadImageError, Image, ServedModel
 logger = logging.getLogger(__name__)
 
 PAGE = "page.html"
+Result = TypeVar("Result")
+_THREADS = 2
+_MAX_WAITING_TASKS = 64
 _HEADERS = {
     "cache-control": "no-store",
     "x-content-type-options": "nosniff",
@@ -126,6 +131,7 @@ class _Service:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        self._work, self._parsing = (anyio.CapacityLimiter(_THREADS) for _ in range(2))
         async with self._batcher.running():
             await self._batcher([np.zeros((9, 9, 3), np.uint8)])  # traces the network
             self._on_ready()
@@ -168,12 +174,10 @@ class _Service:
     async def predict(self, request: Request) -> Response:
         self._check_model(request)
         with self.bodies.reserved(request):
-            parsed = await run_in_threadpool(rest.parse, await self.bodies.read(request))
-            if len(parsed.images) > self.settings.max_waiting:
-                raise RequestError(
-                    413,
-                    f"{len(parsed.images)} images; expected at most {self._batcher.max_waiting}",
-                )
+            body = await self.bodies.read(request)
+            parsed = await anyio.to_thread.run_sync(
+                rest.parse, body, self.settings.max_waiting, limiter=self._parsing
+            )
             found = iter(
                 await self._batcher([x for x in parsed.images if not isinstance(x, BadImageError)])
             )
@@ -196,7 +200,7 @@ class _Service:
         if isinstance(self.errors, str):
             return JSONResponse({"reason": self.errors, "errors": []})
         try:
-            corrected = await run_in_threadpool(self.errors.corrected)
+            corrected = await self._in_thread(self.errors.corrected)
         except (OSError, ValueError) as error:
             return JSONResponse({"reason": str(error), "errors": []})
         rows = zip(self.errors.all, corrected, strict=True)
@@ -204,7 +208,7 @@ class _Service:
 
     async def error_photo(self, request: Request) -> Response:
         data = await self._error_image(request)
-        return _jpeg(await run_in_threadpool(self.model.photo, data))
+        return _jpeg(await self._in_thread(self.model.photo, data))
 
     async def error_overlay(self, request: Request) -> Response:
         data = await self._error_image(request)
@@ -224,10 +228,17 @@ class _Service:
         if label not in self.model.labels:
             raise RequestError(400, f"{label!r} is not a class of the model")
         try:
-            manifest = await run_in_threadpool(self._errors().correct, number, label)
+            manifest = await self._in_thread(self._errors().correct, number, label)
         except (OSError, ValueError) as error:
             raise RequestError(409, str(error)) from error
         return JSONResponse({"label": label, "manifest": str(manifest)})
+
+    async def _in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
+        """The result of slow work on single images, of which little is done at a time: large images
+        take much memory."""
+        if self._work.statistics().tasks_waiting >= _MAX_WAITING_TASKS:
+            raise RequestError(503, "the server is busy with other requests", retry_after=1)
+        return await anyio.to_thread.run_sync(function, *args, limiter=self._work)
 
     def _check_model(self, request: Request) -> None:
         name, version = request.path_params["name"], request.path_params.get("version")
@@ -240,7 +251,7 @@ class _Service:
     async def _explain(self, data: bytes, label: int) -> Response:
         if not self.model.can_explain:
             raise RequestError(404, "the network has no feature maps; it cannot be explained")
-        return _jpeg(await run_in_threadpool(self.model.overlay, data, label))
+        return _jpeg(await self._in_thread(self.model.overlay, data, label))
 
     def _errors(self) -> ConfidentErrors:
         if isinstance(self.errors, str):
@@ -255,7 +266,7 @@ class _Service:
 
     async def _error_image(self, request: Request) -> bytes:
         try:
-            return await run_in_threadpool(self._errors().image, self._number(request))
+            return await self._in_thread(self._errors().image, self._number(request))
         except (OSError, ValueError) as error:
             raise RequestError(404, str(error)) from error
 

@@ -42,11 +42,11 @@ class PredictRequest:
     is_columnar: bool
 
 
-def parse(body: bytes) -> PredictRequest:
+def parse(body: bytes, max_images: int = 1024) -> PredictRequest:
     """Read the body of a ``:predict`` request.
 
     Raises:
-        RequestError: if it is not a request for images.
+        RequestError: if it is not a request for images, or for more than ``max_images``.
     """
     try:
         request = json.loads(body)
@@ -67,6 +67,8 @@ def parse(body: bytes) -> PredictRequest:
         values = _named(values)
     if not isinstance(values, list) or not values:
         raise RequestError(400, f"{given[0]} has no images; expected a list of them")
+    if len(values) > max_images:
+        raise RequestError(413, f"the body has {len(values)} images; expected at most {max_images}")
     images = [_image(value if is_columnar else _named(value)) for value in values]
     return PredictRequest(images, is_columnar)
 
