@@ -287,6 +287,20 @@ def test_corrections_are_a_manifest(ask, run, errors):
         assert ask(("POST", url, {"json": body})).status_code == 400
 
 
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "image,label,prediction,p(a)\nx,b,a,?\n", "\0"])
+def test_other_predictions_are_refused(tmp_path, text):
+    (tmp_path / "predictions.csv").write_text(text)
+    with pytest.raises(ValueError, match="is not what evaluate writes"):
+        ConfidentErrors(tmp_path)
+
+
+def test_predictions_of_many_classes(tmp_path):
+    rows = "image,label,prediction,probability,label rank\n'=a.png,x,y,0.5,2\nb.png,x,z,0.75,3\n"
+    (tmp_path / "predictions.csv").write_text(rows + "c.png,x,x,0.9,1\n")
+    found = [(error.name, error.probability) for error in ConfidentErrors(tmp_path).all]
+    assert found == [("b.png", 0.75), ("=a.png", 0.5)]
+
+
 def test_file_of_user_is_not_overwritten(ask, run):
     (run / "corrections.csv").write_text("my,own,file\n")
     answer = ask(("POST", "/confident-errors/0/label", {"json": {"label": "red"}}))

@@ -64,8 +64,8 @@ class ConfidentErrors:
         try:
             wrong = (row for row in _predictions(path) if row.label != row.prediction)
             self.all = heapq.nlargest(_MAX_ERRORS, wrong, key=lambda row: row.probability)
-        except (csv.Error, ValueError, KeyError, StopIteration, UnicodeDecodeError) as error:
-            raise ValueError(f"{str(path)!r} is not what evaluate writes: {error!r}") from error
+        except (csv.Error, ValueError, IndexError) as error:
+            raise ValueError(f"{str(path)!r} is not what evaluate writes: {error}") from error
 
     def image(self, number: int) -> bytes:
         """The encoded image of an error.
@@ -168,14 +168,14 @@ def file_of(source: Source, name: str) -> str | None:
 def _predictions(path: Path) -> Iterator[ConfidentError]:
     with path.open(encoding="utf-8", newline="") as file:
         rows = csv.reader(file)
-        header = next(rows)
+        header = next(rows, [])
+        if header[:3] != ["image", "label", "prediction"]:
+            raise ValueError(f"its first columns are {header[:3]}")
         columns = {name: place for place, name in enumerate(header)}
         for row in rows:
             name, label, prediction = map(original, row[:3])
             # With up to 20 classes, each has a column.
-            place = columns.get(f"p({prediction})", columns.get("probability"))
-            if place is None or header[:3] != ["image", "label", "prediction"]:
-                raise ValueError(f"columns {header[:5]}")
+            place = columns.get(f"p({prediction})", columns.get("probability", 3))
             yield ConfidentError(name, label, prediction, float(row[place]))
 
 
