@@ -78,7 +78,8 @@ def _heats(
         explain = grad_cam(classifier)
     except ValueError:
         return {}
-    heats, positions = {}, list(pixels)
+    heats: dict[int, np.ndarray] = {}
+    positions = list(pixels)
     for start in range(0, len(positions), _EXPLAINED_AT_A_TIME):
         some = positions[start : start + _EXPLAINED_AT_A_TIME]
         images = classifier.preprocess.normalize(np.stack([pixels[index] for index in some]))

@@ -219,7 +219,8 @@ def _decoder(data: bytes, max_pixels: int | None = None) -> np.int32:
     elif not data.startswith(_JPEG_XL):
         code = _BY_PILLOW
     if size is not None:
-        _check_size(*size, max_pixels)
+        width, height = size
+        _check_size(width, height, max_pixels)
     elif code != _BY_PILLOW and max_pixels is not None:
         raise ValueError("its size cannot be read")
     return np.int32(code)
@@ -268,7 +269,7 @@ def _with_pillow(data: bytes, max_pixels: int | None = None) -> np.ndarray:
     """
     try:
         with _opened(io.BytesIO(data)) as image:
-            _check_size(*image.size, max_pixels)
+            _check_size(image.width, image.height, max_pixels)
             ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image)
     except ValueError:

@@ -167,8 +167,8 @@ def _ending_normally() -> Iterator[None]:
     it again when the last request is answered."""
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda *_: None)
+        for stop in (signal.SIGINT, signal.SIGTERM):
+            before[stop] = signal.signal(stop, lambda *_: None)
     try:
         yield
     finally:
