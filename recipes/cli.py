@@ -35,6 +35,7 @@ from recipes.predict import predict
 from recipes.predict_beam import predict_beam
 from recipes.pretrain import pretrain
 from recipes.pull import pull
+from recipes.serve import serve
 from transfer.core import yaml_files
 
 
@@ -60,6 +61,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     evaluate,
     predict,
     predict_beam,
+    serve,
     features,
     export,
     benchmark,

@@ -25,6 +25,11 @@ _FLAGS = {option.name: option.name for option in fields(FinetuneConfig)} | {
         for name in ("num_images", "num_examples", "spatial_order", "pooling", "leave_out", "arch")
     },
     **{name: name for name in ("small_epochs", "small_size")},
+    # Arguments of serve.
+    **{
+        name: name
+        for name in ("max_mb", "max_megapixels", "max_queue", "max_rate", "abstain_below", "top_k")
+    },
 }
 """Library argument name to flag name."""
 

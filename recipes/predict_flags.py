@@ -24,8 +24,8 @@ class PredictConfig:
     """File for the probabilities of all classes: a NumPy array (.npy, float32) with a row per image
     of the results and a column per line of labels.txt."""
     explain: Path | None = None
-    """Folder for a Grad-CAM heat map per image, named by its number in the results: red marks the
-    region that explains the most probable class."""
+    """Folder for a Grad-CAM heat map per image, over the photo at its own resolution, named by its
+    number in the results: red marks the region that explains the most probable class."""
 
 
 DEFAULTS = PredictConfig()

@@ -4,10 +4,12 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph
-from transfer.evaluation.explain import grad_cam, overlay
+from transfer.evaluation.explain import Explainer, grad_cam, overlay
 from transfer.graph.cuts import last_feature_maps
+from transfer.images.preprocess import Region
 from transfer.vgg import architectures
 
 
@@ -82,11 +84,62 @@ def test_network_without_feature_maps_is_refused(classifier, monkeypatch):
 
 
 def test_overlay_is_red_in_hot_regions():
-    pixels = np.full((16, 16, 3), 100.0, np.float32)
+    photo = np.full((16, 16, 3), 100, np.uint8)
     heat = np.zeros((4, 4), np.float32)
     heat[0, 0] = 1
-    found = overlay(pixels, heat).astype(int)
+    found = np.asarray(overlay(photo, heat, Region(0, 0, 16, 16))).astype(int)
     assert found.shape == (16, 16, 3)
     assert found[0, 0, 0] - found[0, 0, 2] > 50
     np.testing.assert_array_equal(found[12, 12], [100, 100, 100])
-    assert overlay(pixels[..., :1], heat).shape == (16, 16, 3)  # gray
+    gray = overlay(photo[..., :1], heat, Region(0, 0, 16, 16))
+    np.testing.assert_array_equal(np.asarray(gray), found)
+
+
+def test_unseen_part_of_photo_is_darker():
+    photo = np.full((10, 30, 3), 100, np.uint8)
+    found = np.asarray(overlay(photo, np.zeros((2, 2)), Region(0, 10, 10, 10)))
+    assert {*found[:, 10:20].ravel()} == {100}
+    assert {*found[:, :10].ravel(), *found[:, 20:].ravel()} == {40}
+
+
+@pytest.mark.parametrize("size", [32, (24, 40)])
+@pytest.mark.parametrize("height, width", [(300, 400), (400, 300), (47, 211), (9, 700), (1, 1)])
+def test_seen_region_inverts_resizing(height, width, size):
+    """A bright patch in a corner of what the network sees lies in that corner of the photo."""
+    preprocess = Preprocess("unit", size)
+    top, left, seen_height, seen_width = preprocess.seen_region(height, width)
+    rows, columns = np.mgrid[:height, :width].astype(np.float32)
+    # Coordinates of the photo, as the network sees them; linear, so that resizing keeps them.
+    seen = preprocess.resize(np.stack([rows, columns, rows], -1)).numpy()
+    middle = np.arange(2, 5)  # not at the border, where resizing has fewer pixels
+    expected_rows = top + (middle + 0.5) * seen_height / preprocess.height - 0.5
+    expected_columns = left + (middle + 0.5) * seen_width / preprocess.width - 0.5
+    np.testing.assert_allclose(seen[2:5, 5, 0], expected_rows.clip(0, height - 1), atol=0.6)
+    np.testing.assert_allclose(seen[5, 2:5, 1], expected_columns.clip(0, width - 1), atol=0.6)
+    assert top >= 0 and top + seen_height <= height + 1e-6 + (seen_height < 1)
+    assert left >= 0 and left + seen_width <= width + 1e-6
+
+
+def test_explained_photo_has_its_own_size_and_its_marked_corner(classifier, tmp_path, monkeypatch):
+    """The network sees the middle of a wide photo: its top left corner is at a third of it."""
+
+    def top_left(images, classes):
+        heat = np.zeros((len(images), 8, 8), np.float32)
+        heat[:, 0, 0] = 1
+        return heat
+
+    monkeypatch.setattr("transfer.evaluation.explain.grad_cam", lambda _: top_left)
+    photo = np.full((160, 480, 3), 90, np.uint8)
+    photo[:20, 160:180] = 200  # the marked corner, with the heat of one position
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    explain = Explainer(classifier, tmp_path / "out")
+    explain([tmp_path / "photo.png"], classifier.preprocess.resize(photo)[None], np.zeros(1, int))
+    with Image.open(tmp_path / "out" / "000001-photo.jpg") as image:
+        found = np.asarray(image).astype(int)
+    assert found.shape == (160, 480, 3)
+    red = found[..., 0] - found[..., 2] > 60
+    rows, columns = np.nonzero(red)
+    assert (rows.min(), columns.min()) == (0, pytest.approx(160, abs=2))
+    assert rows.max() < 30 and columns.max() < 190
+    assert red[4:14, 164:174].all()
+    assert not red[:, :155].any()

@@ -1,5 +1,6 @@
 """Rendering of report.html in headless Chromium, if installed."""
 
+import base64
 import html
 import json
 import re
@@ -10,15 +11,16 @@ import subprocess
 import numpy as np
 import pytest
 import tensorflow as tf
+from chromium import CHROMIUM, FLAGS, browser
 from commands import finetune
 from PIL import Image
 
 from recipes.cli import main
 from transfer import Backbone, Card, Classifier, Head, Preprocess
 from transfer.data.dataset import Source
-from transfer.evaluation import metrics, prediction, report
+from transfer.evaluation import metrics, pictures, prediction, report
+from transfer.images.decoding import read_image
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 PROBE = """
 <script>
 addEventListener("load", () => {
@@ -101,8 +103,7 @@ def many_classes(tmp_path_factory):
 def chromium(page, *flags):
     if CHROMIUM is None:
         pytest.skip("needs Chromium")
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-               "--enable-logging=stderr", "--virtual-time-budget=5000", *flags]  # fmt: skip
+    command = [CHROMIUM, *FLAGS, "--enable-logging=stderr", "--virtual-time-budget=5000", *flags]
     return subprocess.run(
         [*command, page.as_uri()], capture_output=True, text=True, timeout=300, check=True
     )
@@ -135,6 +136,46 @@ def test_report_renders_in_browser(run, tmp_path, width):
     expected = {title: evaluation.get(key) for key, title in report._HEADLINES.items()}
     expected["F1, mean of the classes"] = evaluation["macro"]["f1"]
     assert found["figures"] == {title: f"{value:.4f}" for title, value in expected.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280], ids=["phone", "desktop"])
+def test_picture_is_enlarged_with_its_overlay_and_classes_are_filtered(run, tmp_path, width):
+    with browser(tmp_path) as page:
+        page.open((run / "report.html").as_uri(), width)
+        names = page.run("[...document.querySelectorAll('#filter option')].map(o => o.value)")
+        assert names[0] == "" and "<b>&amp;" in names and "$\\q$" in names
+        page.run(
+            "(() => { const s = document.querySelector('#filter select'); s.value = '<b>&amp;';"
+            "s.dispatchEvent(new Event('change')) })()"
+        )
+        shown = page.run(
+            "[...document.querySelectorAll('[data-label]:not([hidden])')]"
+            ".map(e => [e.dataset.label, e.dataset.prediction])"
+        )
+        assert shown and all("<b>&amp;" in pair for pair in shown)
+        page.run("document.querySelector('.pictures li:not([hidden]) .zoom').click()")
+        page.wait("document.querySelector('dialog').open")
+        sizes = page.run(
+            "[...document.querySelectorAll('dialog img')]"
+            ".map(i => [i.naturalWidth, i.naturalHeight])"
+        )
+        assert len(sizes) == 2 and sizes[0] == sizes[1]
+        page.run("document.querySelector('dialog button').click()")
+        assert not page.run("document.querySelector('dialog').open")
+        assert page.run("document.documentElement.scrollWidth - innerWidth") <= 0
+        assert page.problems == []
+
+
+def test_pictures_have_a_bounded_size():
+    noise = np.random.default_rng(0).integers(0, 256, (2000, 3000, 3)).astype(np.uint8)
+    smooth = np.full((2000, 3000, 3), 128, np.uint8)
+    for pixels, width in ((noise, 224), (smooth, 480)):
+        image = Image.fromarray(pictures._thumbnail(pixels))
+        assert image.size == (480, 320)
+        jpeg = base64.b64decode(pictures._jpeg(image))
+        assert len(jpeg) <= 40_000
+        assert read_image(jpeg).shape[1] <= width
 
 
 def test_report_prints(run, tmp_path):
@@ -175,7 +216,8 @@ def test_report_of_many_classes_is_small_and_reads_only_its_images(many_classes)
     assert heat_maps == 2 * report.NUM_PICTURES
     assert 0 < len(read) == len(set(read)) <= pictures - heat_maps <= 2 * 12 + 20 * 3
     assert len(page) < 2e6
-    assert page.count("<tr><td>") == 8 + 1000  # metrics; classes
+    assert page.count("<tr><td>") == 8  # metrics
+    assert page.count("<tr data-label=") == 1000  # classes
     assert "All 1,000 classes" in page
     plots = {path.stem for path in (folder / "plots").iterdir()}
     assert plots == {"confusion", "calibration", "f1", "classes"}

@@ -77,8 +77,9 @@ def predict(
             their names.
         top_k: number of classes in ``Prediction.top``.
         batch_size: images per step.
-        explain: folder for a Grad-CAM heat map per image, as a PNG named by its number in the
-            results: red marks the region that explains the predicted class.
+        explain: folder for a Grad-CAM heat map per image, over the photo at its own resolution, as
+            a JPEG named by its number in the results: red marks the region that explains the
+            predicted class.
         probabilities: file for the probabilities of all classes, ``.npy``, float32 ``[num_images,
             num_classes]``, with a row per prediction and a column per name in
             ``Classifier.labels``. It is complete, and exists, when the iterator ends.
@@ -151,7 +152,7 @@ def predict_files(
             if append is not None:
                 append(p)
             if explainer is not None:
-                explainer([printable(path) for path in paths], tf.stack(pixels), p.argmax(-1))
+                explainer(paths, tf.stack(pixels), p.argmax(-1))
             for path, row in zip(paths, p, strict=True):
                 top = most_probable(row, classifier.labels, top_k)
                 yield Prediction(path, *top[0], top)

@@ -18,14 +18,15 @@ from transfer.images.decoding import decode
 from transfer.images.preprocess import to_channels
 from transfer.layers.classifier import Classifier
 
-_PIXELS = 160  # maximum width and height
+_SIDES = (480, 320, 224, 160)  # maximum width and height; the first that is not too large
+_MAX_BYTES = 40_000  # of a JPEG with one of these sizes but the last
 _EXPLAINED_AT_A_TIME = 12
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as resized for the network, and overlaid with its Grad-CAM heat map, as JPEG in
-    base64. ``heat`` is ``None`` if it was not asked for, or if the network has no feature maps."""
+    """A photo, and the same overlaid with its Grad-CAM heat map, as JPEG in base64. ``heat`` is
+    ``None`` if it was not asked for, or if the network has no feature maps."""
 
     name: str
     jpeg: str
@@ -47,43 +48,59 @@ def read_pictures(
         A picture for each position.
     """
     positions = np.unique(positions)
-    preprocess, names, resized = classifier.preprocess, [], []
-    for example in split.examples(positions):
-        image = to_channels(decode(example["image"]), preprocess.channels)
-        resized.append(np.asarray(preprocess.resize(image)))
+    preprocess, names, photos, resized = classifier.preprocess, [], {}, {}
+    for index, example in zip(positions.tolist(), split.examples(positions), strict=True):
+        pixels = np.asarray(decode(example["image"]))
         names.append(printable(os.fsdecode(example["name"].numpy())))
-    pixels = dict(zip(positions.tolist(), resized, strict=True))
-    heats = _heats(classifier, {index: pixels[index] for index in explained}, explained)
+        photos[index] = _thumbnail(pixels)
+        if index in explained:
+            resized[index] = np.asarray(preprocess.resize(to_channels(pixels, preprocess.channels)))
+    heats = _heats(classifier, resized, explained)
     return {
-        index: Picture(name, _jpeg(image.round().clip(0, 255).astype(np.uint8)), heats.get(index))
-        for name, (index, image) in zip(names, pixels.items(), strict=True)
+        index: Picture(
+            name,
+            _jpeg(Image.fromarray(photo)),
+            _jpeg(overlay(photo, heats[index], preprocess.seen_region(*photo.shape[:2])))
+            if index in heats
+            else None,
+        )
+        for name, (index, photo) in zip(names, photos.items(), strict=True)
     }
 
 
 def _heats(
     classifier: Classifier, pixels: Mapping[int, np.ndarray], classes: Mapping[int, int]
-) -> dict[int, str]:
-    """Overlaid heat maps by position; empty if the network has no feature maps."""
+) -> dict[int, np.ndarray]:
+    """Heat maps by position; empty if the network has no feature maps."""
     if not pixels:
         return {}
     try:
         explain = grad_cam(classifier)
     except ValueError:
         return {}
-    heats, positions = {}, list(pixels)
+    heats: dict[int, np.ndarray] = {}
+    positions = list(pixels)
     for start in range(0, len(positions), _EXPLAINED_AT_A_TIME):
         some = positions[start : start + _EXPLAINED_AT_A_TIME]
         images = classifier.preprocess.normalize(np.stack([pixels[index] for index in some]))
         found = explain(images, np.array([classes[index] for index in some]))
-        for index, heat in zip(some, found, strict=True):
-            heats[index] = _jpeg(overlay(pixels[index], heat))
+        heats |= dict(zip(some, found, strict=True))
     return heats
 
 
-def _jpeg(pixels: np.ndarray) -> str:
-    """uint8 ``[height, width, channels]`` as base64."""
-    image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
-    image.thumbnail((_PIXELS, _PIXELS))
-    data = io.BytesIO()
-    image.save(data, "JPEG", quality=85)
+def _thumbnail(pixels: np.ndarray) -> np.ndarray:
+    """uint8 ``[height, width, 3]``, not larger than ``_SIDES`` allow."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((_SIDES[0], _SIDES[0]))
+    return np.asarray(image)
+
+
+def _jpeg(image: Image.Image) -> str:
+    """A JPEG of bounded size, as base64."""
+    for side in _SIDES:
+        image.thumbnail((side, side))
+        data = io.BytesIO()
+        image.save(data, "JPEG", quality=85)
+        if data.tell() <= _MAX_BYTES:
+            break
     return base64.b64encode(data.getvalue()).decode()

@@ -141,6 +141,7 @@ def write(folder: Path, evaluated: Evaluated, run: RunSummary) -> Path:
         cut=run.cut,
         num_examples=len(evaluated.labels),
         num_classes=len(class_names),
+        class_names=class_names,
         num_groups=evaluated.metrics.get("num_groups"),
         headlines=_headlines(evaluated.metrics),
         plots=shown,

@@ -122,13 +122,17 @@ def read_image(data: bytes) -> np.ndarray:
     return np.asarray(memoryview(read_tensor(data)))
 
 
-def read_tensor(data: bytes) -> tf.Tensor:
-    """``read_image`` as a tensor, without the two copies of converting an array to a tensor."""
+def read_tensor(data: bytes, max_pixels: int | None = None) -> tf.Tensor:
+    """``read_image`` as a tensor, without the two copies of converting an array to a tensor.
+
+    An image of more than ``max_pixels``, by default ``MAX_PIXELS``, is refused before its pixels
+    are decoded.
+    """
     if not data:
         raise ValueError("it is empty")
-    code = _decoder(data)
+    code = _decoder(data, max_pixels)
     if code == _BY_PILLOW:
-        return tf.experimental.dlpack.from_dlpack(_with_pillow(data).__dlpack__())
+        return tf.experimental.dlpack.from_dlpack(_with_pillow(data, max_pixels).__dlpack__())
     try:
         # Eagerly, so that an error states the cause and not a position in a graph.
         return _with_tensorflow.python_function(tf.constant(data), tf.constant(code))
@@ -197,7 +201,7 @@ def _with_palette(encoded: tf.Tensor, image: tf.Tensor) -> tf.Tensor:
     return tf.cond(number(28, tf.uint16) == 8, coloured, lambda: image)
 
 
-def _decoder(data: bytes) -> np.int32:
+def _decoder(data: bytes, max_pixels: int | None = None) -> np.int32:
     """The orientation, 1 to 8, if TensorFlow decodes the file, else ``_BY_PILLOW``.
 
     Raises:
@@ -215,7 +219,10 @@ def _decoder(data: bytes) -> np.int32:
     elif not data.startswith(_JPEG_XL):
         code = _BY_PILLOW
     if size is not None:
-        _check_size(*size)
+        width, height = size
+        _check_size(width, height, max_pixels)
+    elif code != _BY_PILLOW and max_pixels is not None:
+        raise ValueError("its size cannot be read")
     return np.int32(code)
 
 
@@ -246,14 +253,15 @@ def _unpacked(form: str, data: bytes, position: int) -> tuple[int, ...] | None:
         return None
 
 
-def _check_size(width: int, height: int) -> None:
-    if abs(width * height) > MAX_PIXELS:
+def _check_size(width: int, height: int, max_pixels: int | None) -> None:
+    max_pixels = MAX_PIXELS if max_pixels is None else max_pixels
+    if abs(width * height) > max_pixels:
         raise ValueError(
-            f"it has {abs(width)} x {abs(height)} pixels; expected at most {MAX_PIXELS:,} in all"
+            f"it has {abs(width)} x {abs(height)} pixels; expected at most {max_pixels:,} in all"
         )
 
 
-def _with_pillow(data: bytes) -> np.ndarray:
+def _with_pillow(data: bytes, max_pixels: int | None = None) -> np.ndarray:
     """Decode with Pillow: uint8 RGB ``[height, width, 3]``.
 
     Raises:
@@ -261,7 +269,7 @@ def _with_pillow(data: bytes) -> np.ndarray:
     """
     try:
         with _opened(io.BytesIO(data)) as image:
-            _check_size(*image.size)
+            _check_size(image.width, image.height, max_pixels)
             ImageOps.exif_transpose(image, in_place=True)
             return _rgb(image)
     except ValueError:

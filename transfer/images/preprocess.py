@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import keras
 import numpy as np
@@ -176,6 +176,15 @@ def show_size(size: int | Sequence[int]) -> str:
     return str(size) if isinstance(size, int) else "x".join(map(str, size))
 
 
+class Region(NamedTuple):
+    """A rectangle in an image, in pixels from the top left corner; not rounded."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+
+
 @keras.saving.register_keras_serializable("vgg_transfer")
 class Preprocess(keras.layers.Layer):
     """Resizes, center-crops and normalizes images for a network, as a Keras layer.
@@ -282,17 +291,53 @@ class Preprocess(keras.layers.Layer):
 
     def resize(self, images: tf.Tensor) -> tf.Tensor:
         """Resize and center-crop: float32 ``[..., height, width, channels]``, still in 0..255."""
+        images = tf.convert_to_tensor(images)
+        start, kept = self._without_ends(tf.shape(images)[-3:-1])
+        images = _cropped(images, start, kept)
+        target = self._covering_size(kept)
+        images = _resized(images, target)
+        top, left = tf.unstack((target - [self.height, self.width]) // 2)
+        return tf.image.crop_to_bounding_box(images, top, left, self.height, self.width)
+
+    def seen_region(self, height: int, width: int) -> Region:
+        """The part of an image that ``resize`` keeps: the whole width or height, and the middle of
+        the other side.
+
+        Args:
+            height: height of the image in pixels.
+            width: its width in pixels.
+
+        Example:
+            >>> from transfer import Preprocess
+            >>> Preprocess("unit", 32).seen_region(300, 400)
+            Region(top=0.0, left=50.0, height=300.0, width=300.0)
+        """
+        output_size = np.array([self.height, self.width])
+        start, kept = (np.asarray(values) for values in self._without_ends([height, width]))
+        target = np.asarray(self._covering_size(kept))
+        scale = kept / target
+        top, left = start + (target - output_size) // 2 * scale
+        return Region(float(top), float(left), *map(float, output_size * scale))
+
+    def _without_ends(self, shape: Any) -> tuple[tf.Tensor, tf.Tensor]:
+        """First pixel and size, int32 ``[2]`` each, of the middle of an image: of all of it, unless
+        it is very long."""
+        # Bounds memory: an image one pixel high would otherwise be enlarged in both directions by a
+        # factor of the output height before it is cropped.
+        shape = tf.convert_to_tensor(shape, tf.int32)
+        longest = _LONGEST * -(-max(self.height, self.width) // min(self.height, self.width))
+        kept = tf.minimum(shape, longest * tf.reduce_min(shape))
+        return (shape - kept) // 2, kept
+
+    def _covering_size(self, shape: Any) -> tf.Tensor:
+        """The smallest size, int32 ``[2]``, that covers the output and has the aspect ratio of an
+        image."""
         output_size = [self.height, self.width]
-        images = _without_ends(images, _LONGEST * -(-max(output_size) // min(output_size)))
-        shape = tf.shape(images)[-3:-1]
         # The side with the larger scale factor fits exactly; the other one is cropped.
         covering = tf.argmax(tf.cast(output_size, tf.float64) / tf.cast(shape, tf.float64))
         side = tf.cast(tf.gather(shape, covering), tf.float64)
         length = tf.cast(tf.gather(output_size, covering), tf.float64)
-        target = tf.cast(tf.round(tf.cast(shape, tf.float64) * length / side), tf.int32)
-        images = _resized(images, target)
-        top, left = tf.unstack((target - output_size) // 2)
-        return tf.image.crop_to_bounding_box(images, top, left, self.height, self.width)
+        return tf.cast(tf.round(tf.cast(shape, tf.float64) * length / side), tf.int32)
 
     def normalize(self, images: tf.Tensor) -> tf.Tensor:
         """Apply the convention to RGB (or gray) images in 0..255, of any size."""
@@ -317,21 +362,17 @@ def _read(image: Any) -> np.ndarray:
         raise ValueError(f"{str(path)!r}: {error}") from error
 
 
-def _without_ends(images: tf.Tensor, longest: int) -> tf.Tensor:
-    """Center-crop very long images to bound memory: an image one pixel high would otherwise be
-    enlarged in both directions by a factor of the output height before it is cropped."""
-    images = tf.convert_to_tensor(images)
-    shape = tf.shape(images)[-3:-1]
-    kept = tf.minimum(shape, longest * tf.reduce_min(shape))
-    top, left = tf.unstack((shape - kept) // 2)
+def _cropped(images: tf.Tensor, start: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """A part of the images; the images themselves if it is all of them."""
 
-    def middle() -> tf.Tensor:
-        return images[..., top : top + kept[0], left : left + kept[1], :]
+    def part() -> tf.Tensor:
+        (top, left), (height, width) = tf.unstack(start), tf.unstack(size)
+        return images[..., top : top + height, left : left + width, :]
 
     if images.dtype != tf.uint8:
-        return middle()
+        return part()
     # Images from files may be large: they are copied only if they are cropped.
-    return tf.cond(tf.reduce_any(kept < shape), middle, lambda: images)
+    return tf.cond(tf.reduce_any(size < tf.shape(images)[-3:-1]), part, lambda: images)
 
 
 def _resized(images: tf.Tensor, target: tf.Tensor) -> tf.Tensor:
