@@ -105,7 +105,7 @@ def _check(config: BenchmarkConfig) -> None:
         "--schedule": config.schedule,
         "--random-weights": config.random_weights,
         "--cache-dir": config.cache_dir,
-        "--solver": config.solver != "gradient",
+        "--solver": config.solver not in ("auto", "gradient"),
         "--strategy": config.strategy != "auto",
     }
     conflicting = [flag for flag, value in unused.items() if value]

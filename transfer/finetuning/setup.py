@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import keras
 import numpy as np
@@ -29,6 +29,7 @@ from transfer.exports.meta_graph import check_savable
 from transfer.finetuning.hyperparameters import (
     BATCH,
     Stage,
+    choose_solver,
     default_batch_size,
     requested_stages,
     resolve,
@@ -346,7 +347,10 @@ def _classifier(
         classifier.build_from_size()
     check_savable(classifier)
     size = preprocess.size
+    solver = _solver(request, backbone, len(train), features.shape[1])
+    request = dataclasses.replace(request, options=dataclasses.replace(options, solver=solver))
     resolved = vars(options) | {
+        "solver": solver,
         "tap": tap,
         "input": network.input,
         "preprocess": preprocess.mode,
@@ -354,6 +358,21 @@ def _classifier(
         "batch_size": _batch_size(request, train, backbone),
     }
     return classifier, features, ResolvedOptions(**resolved)
+
+
+def _solver(
+    request: RunRequest, backbone: Backbone, num_images: int, width: int
+) -> Literal["gradient", "ridge", "lbfgs"]:
+    """The solver that was given, else that of the resumed run, else the default."""
+    options = request.options
+    if options.solver == "auto" and request.callbacks:
+        return "gradient"  # only its epochs call them
+    if options.solver == "auto" and request.resume and request.run_dir is not None:
+        with contextlib.suppress(FileNotFoundError):  # it has not begun
+            recorded = run_folder.read_config(request.run_dir).get("solver", "gradient")
+            if recorded in ("gradient", "lbfgs"):
+                return cast("Literal['gradient', 'lbfgs']", recorded)
+    return choose_solver(options, backbone, num_images, width)
 
 
 def _batch_size(request: RunRequest, train: Split, backbone: Backbone) -> int:
@@ -388,10 +407,10 @@ def _stages(
         _warn_if_stopped(_after(classifier.backbone, stage.cut), stage.cut)
     last = stages[-1]
     tap = classifier.backbone.network.output
-    if options.solver == "lbfgs" and last.cut != tap.removesuffix(":0"):
+    if options.solver != "gradient" and last.cut != tap.removesuffix(":0"):
         raise ValueError(
-            f"solver=lbfgs trains a head on frozen features; freeze_until={last.cut} trains more "
-            "than that"
+            f"solver={options.solver} fits a head on frozen features; freeze_until={last.cut} "
+            "trains more than that"
         )
     return stages
 
