@@ -157,6 +157,7 @@ def _runs(benchmark: Benchmark) -> Iterator[Run]:
             changed: dict[str, Any] = {
                 "freeze_until": "none" if cut_name == SCRATCH else cut_name,
                 "random_weights": cut_name == SCRATCH,
+                "solver": "gradient",  # epochs of all cuts are compared
                 "seed": seed,
                 "out": folder,
                 "cache_dir": row / "cache",

@@ -224,7 +224,7 @@ def _save(context: RunContext, epochs: int, **options: Any) -> None:
     prefix = context.run_dir / run_folder.MODEL
     graph, train = context.request.graph, context.train
     cuts = ", then ".join(stage.cut for stage in context.stages)
-    taps, solver = context.options.taps, context.options.solver
+    taps, solver = context.taps, context.options.solver
     card = Card(
         taps=taps if len(taps) > 1 else [],
         source=f"fine-tuned from {graph.prefix.name}, frozen until {cuts}",
@@ -257,7 +257,7 @@ def _save_and_evaluate(
 def _metrics(context: RunContext, progress: Progress, evaluation: dict[str, Any]) -> dict[str, Any]:
     """Content of ``metrics.json``, except for times."""
     final_loss = run_folder.read_history(context.run_dir)["loss"][-1]
-    taps = context.options.taps
+    taps = context.taps
     return {
         "eval": evaluation,
         "train": {"epochs": progress.epoch, "steps": progress.step, "final_loss": final_loss}

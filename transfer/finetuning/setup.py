@@ -101,7 +101,8 @@ class RunRequest:
 class RunContext:
     """A run that has been set up: classifier, stages and images.
 
-    ``fingerprint`` identifies the training and held-out images.
+    ``fingerprint`` identifies the training and held-out images. ``taps`` are the tensors of several
+    taps.
     """
 
     request: RunRequest
@@ -112,6 +113,7 @@ class RunContext:
     train: Split
     held_out: Split
     fingerprint: dict[str, Any]
+    taps: list[str] = field(default_factory=list)
 
     @property
     def replicas(self) -> Replicas:
@@ -175,14 +177,14 @@ def prepare(request: RunRequest) -> RunContext:
         )
     with _remembered(options, train, request.held_out):
         fingerprint = _inspect_images(train, request.held_out, request.verbose)
-    classifier, features, resolved = _classifier(request, train)
+    classifier, features, resolved, taps = _classifier(request, train)
     replicas.check_same("choice of images", fingerprint)
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
     stages = _stages(resolved, classifier, features, train)
     run_dir = request.run_dir or run_folder.default_out(train.source.name, options.freeze_until)
     run_dir = Path(replicas.from_chief(str(run_dir.resolve())))
     return RunContext(
-        request, resolved, run_dir, classifier, stages, train, request.held_out, fingerprint
+        request, resolved, run_dir, classifier, stages, train, request.held_out, fingerprint, taps
     )
 
 
@@ -300,8 +302,9 @@ def _inspect_images(train: Split, held_out: Split, verbose: int) -> dict[str, An
 
 def _classifier(
     request: RunRequest, train: Split
-) -> tuple[Classifier, np.ndarray, ResolvedOptions]:
-    """The classifier before training, the features of a few images, and the resolved options."""
+) -> tuple[Classifier, np.ndarray, ResolvedOptions, list[str]]:
+    """The classifier before training, the features of a few images, the resolved options, and the
+    tensors of several taps."""
     graph, options, replicas = request.graph, request.options, request.replicas
     planned = plan(
         graph,
@@ -315,7 +318,7 @@ def _classifier(
     )
     tap = planned.tap if isinstance(planned.tap, str) else ",".join(planned.tap)
     network, preprocess = planned.network, planned.preprocess
-    _report(options, tap, network)
+    _report(options, tap, planned.tensors, network)
     labels = train.source.class_names
     _warn_if_prepared_twice(network, preprocess.mode)
     # All workers take the chief's values, but they must have the same variables.
@@ -357,7 +360,7 @@ def _classifier(
         "image_size": size if isinstance(size, int) else show_size(size),
         "batch_size": _batch_size(request, train, backbone),
     }
-    return classifier, features, ResolvedOptions(**resolved)
+    return classifier, features, ResolvedOptions(**resolved), planned.tensors
 
 
 def _solver(
@@ -423,10 +426,15 @@ def _after(backbone: GraphLayer, at: str) -> Network:
     return graph_cut(backbone.network, backbone.tensor(at))[1]
 
 
-def _report(options: FineTuneOptions, tap: str, network: Network) -> None:
+def _report(options: FineTuneOptions, tap: str, tensors: list[str], network: Network) -> None:
     """Log what was detected in the graph rather than given by the caller."""
-    tensors = {"tap": (options.tap, tap), "input": (options.input, network.input)}
-    lines = [f"{role}: {name}" for role, (given, name) in tensors.items() if given != name]
+    given_names = {"tap": (options.tap, tap), "input": (options.input, network.input)}
+    lines = [f"{role}: {name}" for role, (given, name) in given_names.items() if given != name]
+    if tap == "all":
+        lines.append(
+            f"tap all: average and maximum over height and width of {len(tensors)} activations, as "
+            f"one tensor, {network.output}: {', '.join(tensors)}"
+        )
     if "," in tap:
         lines.append(f"the taps, averaged over height and width, are one tensor: {network.output}")
     lines += [
