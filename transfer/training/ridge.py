@@ -29,14 +29,14 @@ GRID = tuple(10 ** (exponent / 4) for exponent in range(-8, 13))
 PENALTY, TEMPERATURE = 1.0, 10.0
 """Penalty, relative as in ``GRID``, and temperature where there are too few examples to choose."""
 TEMPERATURES = (1e-2, 1e3)
-MAX_GRAM, MAX_BYTES = 8192, 2 * 10**9
+MAX_GRAM, MAX_BYTES = 5000, 2 * 10**9
 _BLOCK = 2**22
 """Values of the features that are converted to float64 at once."""
 
 
 def is_solvable(num_examples: int, width: int) -> bool:
     """Whether ``fit_ridge`` takes features of this size: up to 2 GB, of which the smaller side is
-    at most 8192, for which the decomposition takes minutes."""
+    at most 5000, for which the decomposition takes a minute or two."""
     return 4 * num_examples * width <= MAX_BYTES and min(num_examples, width) <= MAX_GRAM
 
 
@@ -274,7 +274,7 @@ def _scales(variances: np.ndarray) -> np.ndarray:
 
 def _eigen(gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The eigenvalues that are not zero but for rounding, and their vectors in columns."""
-    eigenvalues, vectors = eigh(gram, overwrite_a=True, check_finite=False)
+    eigenvalues, vectors = eigh(gram, driver="evd", overwrite_a=True, check_finite=False)
     kept = eigenvalues > 1e-10 * max(eigenvalues[-1], 1e-300)
     return eigenvalues[kept], vectors[:, kept]
 
