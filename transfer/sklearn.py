@@ -273,7 +273,8 @@ class VGGClassifier(ClassifierMixin, _ImageEstimator):
         model: path of the model, as in ``load_meta_graph``, or ``embedded``.
         tap: tensor with the features. Default: that of the model's card, else ``fc7``.
         freeze_until: the cut, see ``fine_tune``.
-        solver: ``lbfgs`` (logistic regression, for a frozen backbone) or ``gradient``.
+        solver: ``lbfgs`` (logistic regression) or ``ridge`` (closed form), for a frozen backbone;
+            ``gradient``, or ``auto``, see ``FineTuneOptions``.
         C: inverse strength of the L2 penalty of ``lbfgs``. Default: chosen by cross-validation.
         epochs: passes over the images with ``gradient``. Default: as in ``fine_tune``.
         learning_rate: default: as in ``fine_tune``.
@@ -308,7 +309,7 @@ class VGGClassifier(ClassifierMixin, _ImageEstimator):
         tap: str | None = None,
         *,
         freeze_until: str = "tap",
-        solver: Literal["gradient", "lbfgs"] = "lbfgs",
+        solver: Literal["auto", "gradient", "ridge", "lbfgs"] = "lbfgs",
         C: float | None = None,
         epochs: int | None = None,
         learning_rate: float | None = None,

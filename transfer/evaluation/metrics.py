@@ -145,6 +145,15 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, flo
     ]
 
 
+def expected_calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Mean difference between confidence and accuracy, 0 to 1, over the bins of ``calibration``."""
+    gaps = [
+        bin["count"] * abs(bin["confidence"] - bin["accuracy"])
+        for bin in calibration(confidence, right)
+    ]
+    return float(sum(gaps) / len(right))
+
+
 def confused_pairs(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The pairs of classes that are confused, most frequent first.
 
