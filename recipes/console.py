@@ -149,6 +149,25 @@ class LogLines(logging.Handler):
         terminal.say(f"{prefix}{with_flags(record.getMessage())}")
 
 
+@contextlib.contextmanager
+def each_line_once() -> Iterator[None]:
+    """Show each log message only once: those of many runs on the same images are the same."""
+    seen: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        line = record.getMessage()
+        return line not in seen and not seen.add(line)
+
+    handlers = logging.getLogger("transfer").handlers
+    for handler in handlers:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_new)
+
+
 def log_to_stderr() -> None:
     """Show the library's log messages on standard error: INFO and above, or warnings if quiet."""
     logger = logging.getLogger("transfer")

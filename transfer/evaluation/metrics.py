@@ -145,6 +145,20 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, flo
     ]
 
 
+def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Mean absolute difference between confidence and accuracy in ``BINS`` bins of equal width, 0
+    to 1 (arXiv 1706.04599): the ``calibration_error`` of ``measure``.
+
+    Args:
+        logits: float ``[num_examples, num_classes]``.
+        labels: int ``[num_examples]``.
+    """
+    scores = score_images(logits, labels)
+    bins = calibration(scores.confidences, scores.predictions == labels)
+    gaps = [row["count"] * abs(row["accuracy"] - row["confidence"]) for row in bins]
+    return float(sum(gaps) / len(labels))
+
+
 def confused_pairs(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The pairs of classes that are confused, most frequent first.
 
