@@ -24,6 +24,7 @@ _FLAGS = {option.name: option.name for option in fields(FinetuneConfig)} | {
         for name in ("num_images", "num_examples", "spatial_order", "pooling", "leave_out", "arch")
     },
     **{name: name for name in ("small_epochs", "small_size")},
+    **{name: name for name in ("abstain_below", "coverage")},
 }
 """Library argument name to flag name."""
 
@@ -155,8 +156,9 @@ def each_line_once() -> Iterator[None]:
     seen: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:
-        line = record.getMessage()
-        return line not in seen and not seen.add(line)
+        before = len(seen)
+        seen.add(record.getMessage())
+        return len(seen) > before
 
     handlers = logging.getLogger("transfer").handlers
     for handler in handlers:
