@@ -44,11 +44,13 @@ def test_head_equals_scikit_learn(num_classes, class_weight):
 def test_cross_validation_selects_lowest_loss():
     solution = fit_logistic_regression(FEATURES, LABELS, 10)
     assert len(solution.scores) == len(logistic_regression.GRID)
-    assert min(solution.scores, key=solution.scores.get) == solution.C
+    assert min(solution.scores, key=solution.scores.get) == solution.penalty
     folds = StratifiedKFold(3, shuffle=True, random_state=0)
-    for C, loss in list(solution.scores.items())[1:6:2]:
+    for penalty, loss in list(solution.scores.items())[1:6:2]:
         # A fold has two thirds of the examples.
-        theirs = make_pipeline(StandardScaler(), LogisticRegression(C=C * 2 / 3, max_iter=1000))
+        theirs = make_pipeline(
+            StandardScaler(), LogisticRegression(C=2 / 3 / penalty, max_iter=1000)
+        )
         scores = cross_val_score(theirs, FEATURES, LABELS, cv=folds, scoring="neg_log_loss")
         assert loss == pytest.approx(-scores.mean(), rel=0.03)
 

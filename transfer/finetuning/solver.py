@@ -54,7 +54,7 @@ class StageSolver:
             class_weight="balanced" if options.class_weights == "balanced" else None,
         )
         solution.assign_to(head)
-        logger.info(f"lbfgs: C {solution.C:g}, {solution.num_iterations} iterations")
+        logger.info(f"lbfgs: C {1 / solution.penalty:g}, {solution.num_iterations} iterations")
         if not solution.converged:
             logger.warning("lbfgs stopped before it converged: a smaller lbfgs_c converges sooner")
         row = {"epoch": 0.0} | scalars(summarize(*predict_logits(head, [(features, labels)])))

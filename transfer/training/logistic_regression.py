@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -17,59 +16,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
-from transfer.layers.head import Head
 from transfer.training.folds import stratified_folds
+from transfer.training.linear_head import Solution, for_all_classes
 
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-10, -1))
 """Candidate inverse penalty strengths (C), per example: 1e-5 to 0.03. Standardised VGG features
 need strong regularization; larger values hardly regularize."""
 FOLDS = 3
-ABSENT = -30.0
-"""Logit of a class without examples relative to the mean of the others, so that its probability is
-about e^-30 times theirs."""
-
-
-@dataclass(frozen=True)
-class Solution:
-    """The head that minimises the penalised loss.
-
-    ``kernel`` float32 ``[width, num_classes]`` and ``bias`` float32 ``[num_classes]``: logits are
-    ``features @ kernel + bias``. ``C`` is the inverse penalty strength, as in scikit-learn;
-    ``scores`` maps each candidate ``C`` to its mean log loss (nats), empty if ``C`` was given or
-    there were too few examples for cross-validation. ``converged`` is false if the maximum number
-    of iterations was reached.
-    """
-
-    kernel: np.ndarray
-    bias: np.ndarray
-    C: float
-    scores: dict[float, float]
-    num_iterations: int
-    converged: bool
-
-    def to_head(self, **options: Any) -> Head:
-        """A ``Head`` with these weights, which takes the features that they were fitted to.
-
-        Args:
-            **options: arguments of the layer, such as ``name``.
-
-        Example:
-            >>> import numpy as np
-            >>> from transfer.training.logistic_regression import fit_logistic_regression
-            >>> features, labels = np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1])
-            >>> head = fit_logistic_regression(features, labels, 2, C=10.0).to_head()
-            >>> head(features).numpy().argmax(-1)
-            array([0, 0, 1, 1])
-        """
-        head = Head(self.kernel.shape[1], **options)
-        head.build((None, self.kernel.shape[0]))
-        self.assign_to(head)
-        return head
-
-    def assign_to(self, head: Head) -> None:
-        """Assign the weights to a built head without hidden layers."""
-        head.classifier.kernel.assign(self.kernel)
-        head.classifier.bias.assign(self.bias)
 
 
 def fit_logistic_regression(
@@ -121,13 +74,15 @@ def fit_logistic_regression(
         kernel, bias = np.hstack([0 * kernel, kernel]), np.hstack([0 * bias, bias])
     kernel = kernel / scaler.scale_[:, None]
     bias = bias - scaler.mean_ @ kernel
-    kernels = np.zeros((kernel.shape[0], num_classes), np.float32)
-    kernels[:, present] = kernel
-    # Low for any features: ABSENT below the mean logit of the other classes.
-    kernels[:, np.setdiff1d(np.arange(num_classes), present)] = kernel.mean(-1, keepdims=True)
-    biases = np.full(num_classes, bias.mean() + ABSENT, np.float32)
-    biases[present] = bias
-    return Solution(kernels, biases, float(C), scores, int(model.n_iter_.max()), converged)
+    kernels, biases = for_all_classes(kernel, bias, present, num_classes)
+    return Solution(
+        kernels,
+        biases,
+        1 / C,
+        {1 / value: loss for value, loss in scores.items()},
+        num_iterations=int(model.n_iter_.max()),
+        converged=converged,
+    )
 
 
 def _cross_validate(
