@@ -27,6 +27,7 @@ from transfer.evaluation.metrics import expected_calibration_error
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.run import run
 from transfer.finetuning.setup import RunRequest
+from transfer.finetuning.tap_choice import AUTO
 from transfer.graph import cut
 from transfer.models import retention
 from transfer.models.plan import plan
@@ -117,11 +118,13 @@ def study(
         [2, 5]
     """
     out = Path(out).resolve()
-    axes = {name: list(values) for name, values in axes.items()}
-    points = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    listed = {name: list(values) for name, values in axes.items()}
+    points = [
+        dict(zip(listed, values, strict=True)) for values in itertools.product(*listed.values())
+    ]
     _check(request, points)
     outcomes, failures = [], []
-    with _opened(out, request, axes):
+    with _opened(out, request, listed):
         for number, point in enumerate(points, 1):
             options = dataclasses.replace(request.options, **point)
             folder = out / RUNS / _name(point, options)
@@ -143,7 +146,7 @@ def study(
                 logger.info(f"  accuracy {done.accuracy:.4f} in {done.seconds:,.1f} s")
         _check_images(out, outcomes)
     held_out = request.held_out
-    return Study(axes, outcomes, failures, held_out.labels, held_out.groups)
+    return Study(listed, outcomes, failures, held_out.labels, held_out.groups)
 
 
 def _check(request: RunRequest, points: Sequence[Mapping[str, Any]]) -> None:
@@ -153,7 +156,7 @@ def _check(request: RunRequest, points: Sequence[Mapping[str, Any]]) -> None:
         options = dataclasses.replace(request.options, **point)
         options.check()
         used = (options.tap, options.input, options.keep_dropout, options.freeze_until)
-        if used in seen or options.schedule is not None:
+        if used in seen or options.schedule is not None or options.tap == AUTO:
             continue
         seen.add(used)
         taps = options.taps if len(options.taps) > 1 else options.tap

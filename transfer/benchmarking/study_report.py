@@ -64,7 +64,9 @@ def summarized(study: Study) -> list[Row]:
     return list(rows.values())
 
 
-def paired_t_test(first: Sequence[float], second: Sequence[float]) -> float | None:
+def paired_t_test(
+    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray
+) -> float | None:
     """Two-sided p-value of Student's paired t test.
 
     The Wilcoxon signed-rank test would need six seeds to reach 0.05 at all: with n pairs, its
@@ -113,16 +115,18 @@ def pairs(study: Study) -> list[dict[str, Any]]:
     for first, second in itertools.combinations(summarized(study), 2):
         seeds = [seed for seed in first.outcomes if seed in second.outcomes]
         both = [(first.outcomes[seed], second.outcomes[seed]) for seed in seeds]
-        accuracies = [[run.accuracy for run in runs] for runs in zip(*both, strict=True)]
         if not seeds:
             continue
+        ours, theirs = (
+            np.array([run.accuracy for run in runs]) for runs in zip(*both, strict=True)
+        )
         results.append(
             {
                 "first": first.label,
                 "second": second.label,
                 "n": len(seeds),
-                "difference": float(np.mean(np.subtract(*accuracies))),
-                "p": paired_t_test(*accuracies),
+                "difference": float(np.mean(ours - theirs)),
+                "p": paired_t_test(ours, theirs),
                 "mcnemar": {
                     seed: compare(a.predictions, b.predictions, study.labels, study.groups)[
                         "p_value"
@@ -154,9 +158,10 @@ def write(out: Path, study: Study) -> str:
         latex = tabulate(cells, header, "latex_booktabs", disable_numparse=True)
         run_folder.write_text(out / f"{SUMMARY}.tex", f"{latex}\n")
     figure = learning_curve(rows)
-    for kind in ("png", "pdf") if figure is not None else ():
-        with replacing(out / f"{CURVE}.{kind}") as path:
-            figure.savefig(path, format=kind, dpi=150)
+    if figure is not None:
+        for kind in ("png", "pdf"):
+            with replacing(out / f"{CURVE}.{kind}") as path:
+                figure.savefig(path, format=kind, dpi=150)
     lines = [printed, "", _EXPLAINED]
     for axes, message in study.failures:
         shown = ", ".join(f"{name} {show_value(value)}" for name, value in axes.items())

@@ -36,6 +36,7 @@ from transfer.finetuning.hyperparameters import (
     trains_cached_head,
 )
 from transfer.finetuning.options import FineTuneOptions, ResolvedOptions
+from transfer.finetuning.tap_choice import AUTO, choose_tap
 from transfer.graph import Network, graph_preprocessing, is_seeded
 from transfer.graph import cut as graph_cut
 from transfer.graph.cuts import stopped
@@ -174,6 +175,12 @@ def prepare(request: RunRequest) -> RunContext:
         )
     with _remembered(options, train, request.held_out):
         fingerprint = _inspect_images(train, request.held_out, request.verbose)
+    if options.tap == AUTO:
+        tap = ""
+        if replicas.is_chief:
+            tap = choose_tap(request.graph, train, options, request.feeds).best.tap
+        options = dataclasses.replace(options, tap=replicas.from_chief(tap))
+        request = dataclasses.replace(request, options=options)
     classifier, features, resolved = _classifier(request, train)
     replicas.check_same("choice of images", fingerprint)
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
