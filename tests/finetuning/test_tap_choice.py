@@ -74,3 +74,13 @@ def test_images_are_drawn_from_all_classes(smooth_folder):
     drawn = tap_choice._drawn(split, 20, seed=0)
     assert np.bincount(drawn.labels).tolist() == [10, 10]
     assert tap_choice._drawn(split, 60, seed=0) is split
+
+
+def test_whole_batches_are_drawn_where_they_have_all_classes(smooth_folder, monkeypatch):
+    from transfer import open_source
+
+    monkeypatch.setattr(tap_choice, "EXTRACTION_BATCH", 6)
+    split = open_source(image_folder=str(smooth_folder)).split("train")
+    drawn = tap_choice._drawn(split, 24, seed=0)
+    positions = np.flatnonzero(np.isin(split.ids, drawn.ids))
+    assert positions.tolist() == [*range(6), *range(18, 24), *range(36, 42), *range(54, 60)]

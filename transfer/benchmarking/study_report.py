@@ -227,7 +227,8 @@ def _summary(
             line += [f"{values.mean():.4f}", "" if deviation is None else f"{deviation:.4f}"]
         p = against.get(row.label)
         line += [f"{row.values('seconds').mean():.1f}"]
-        line += ["best" if row.label == best else "" if p is None else f"{p:.3g}"]
+        is_best = row.label == best and len(rows) > 1
+        line += ["best" if is_best else "" if p is None else f"{p:.3g}"]
         cells.append(line)
     return header, cells
 

@@ -1,24 +1,25 @@
 """Time, memory and disk space of a fine-tuning run at each cut, from a short measurement.
 
-The forward pass is timed up to each cut, and one training step of the head and of the whole network
-once each. A run then takes: setup + images up to the cut once + epochs of steps from the cut on.
+The forward pass of the network, reading images, and a training step of the head and of the whole
+network are timed. The parts before and after a cut take their shares of the multiply-adds. A run
+takes: setup + images up to the cut once + epochs of steps from the cut on.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import keras
 import numpy as np
 import tensorflow as tf
 
-from transfer.activations.extraction import EXTRACTION_BATCH, Compiled
+from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
 from transfer.core import measurement
+from transfer.data.dataset import Split
 from transfer.finetuning.hyperparameters import (
     StageRequest,
     default_batch_size,
@@ -28,17 +29,20 @@ from transfer.finetuning.hyperparameters import (
 from transfer.finetuning.setup import RunContext
 from transfer.finetuning.stage import new_trainer
 from transfer.graph.cuts import Cut, list_cuts
+from transfer.images.preprocess import Preprocess
+from transfer.training.optimizers import make_optimizer
 
 logger = logging.getLogger(__name__)
 
 NONE = "none"
 _LARGEST_PASS = 20e9  # multiply-adds of one timed forward pass
-_REPEAT = 3
+_TIMED_S, _MIN_REPEAT = 1.0, 2  # long enough to include what else the machine is doing
 # A backward pass computes the gradients of inputs and of kernels: twice the forward pass.
 _FORWARD_AND_BACKWARD = 3.0
-# The fixed time of an epoch (validation, checkpoint, history, start of the pipeline) in steps of a
-# head, and that of the evaluation at the end, which writes and loads the model, relative to set-up.
-_EPOCH_STEPS, _EVALUATION = 25, 0.15
+# A step in a run also gathers its batch and calls the callbacks: relative to the step alone, for a
+# head. The fixed time of an epoch (validation, checkpoint, history) in such steps, and that of the
+# evaluation at the end, which writes and loads the model, relative to set-up.
+_STEP_IN_RUN, _EPOCH_STEPS, _EVALUATION = 1.8, 25, 0.2
 # Copies of a trained parameter in memory: gradient, two of the optimizer, three of the checkpoint.
 _COPIES_IN_MEMORY = 6
 # On disk: two checkpoints with the parameter and two values of the optimizer each.
@@ -51,16 +55,16 @@ _KEPT = 10  # activations of a stage that are kept for the backward pass, relati
 class Speeds:
     """Measured times in seconds.
 
-    ``setup`` is the time until the first image is computed; ``read`` the time to read, decode and
-    preprocess an image; ``forward`` maps each cut to that of the forward pass of an image up to it,
-    and ``none`` to 0. ``head_step`` is a training step of the head alone, ``head_trace`` the time
-    to trace it; ``step_factor`` is the time of a training step relative to the forward pass of its
-    images; ``update`` that of the optimizer for one parameter.
+    ``setup`` is the time until the first image is computed; ``read`` the time by which reading,
+    decoding and preprocessing lengthen the forward pass of an image, ``forward``, as they overlap
+    with it. ``head_step`` is a training step of the head alone, ``head_trace`` the time to trace
+    it, ``whole_trace`` that of the whole network; ``step_factor`` is the time of a training step
+    relative to the forward pass of its images; ``update`` that of the optimizer for one parameter.
     """
 
     setup: float
     read: float
-    forward: Mapping[str, float]
+    forward: float
     head_step: float
     head_trace: float
     whole_trace: float
@@ -137,8 +141,9 @@ def _cost(
     of_head = sum(math.prod(variable.shape) for variable in head.trainable_variables)
     of_backbone = cuts[0].trained + _before_first(context) if cut is None else cut.trained
     trained = of_head + of_backbone
-    before, whole = speeds.forward[name], speeds.forward[_name(cuts[-1])]
-    step = speeds.head_step + batch * speeds.step_factor * (whole - before)
+    before = 0.0 if cut is None else speeds.forward * _share(cut, cuts)
+    after = speeds.forward - before
+    step = speeds.head_step + batch * speeds.step_factor * after
     step += speeds.update * of_backbone
     is_recomputed = options.augment and not options.views
     views = 0 if is_recomputed else max(1, options.views)
@@ -148,14 +153,10 @@ def _cost(
         num_extracted = 0
     else:
         num_extracted = num_held_out + max(0, num_train * views - cached.get(name, 0))
-    per_held_out = whole - before + (of_frozen if cut is None else 0.0)
-    validate = num_held_out * per_held_out
+    validate = num_held_out * (after + (of_frozen if cut is None else 0.0))
     epoch = steps * step + validate + _EPOCH_STEPS * speeds.head_step
-    trace = (
-        speeds.whole_trace
-        if whole == 0
-        else _between(speeds.head_trace, speeds.whole_trace, 1 - before / whole)
-    )
+    trained_share = after / speeds.forward if speeds.forward else 1.0
+    trace = speeds.head_trace + trained_share * max(0.0, speeds.whole_trace - speeds.head_trace)
     extract = num_extracted * of_frozen
     train = epochs * epoch + trace
     evaluate = _EVALUATION * speeds.setup + validate
@@ -182,34 +183,36 @@ def _cost(
 def _measure(context: RunContext, cuts: list[Cut], setup_s: float) -> Speeds:
     classifier, backbone = context.classifier, context.classifier.feature_extractor
     preprocess = classifier.preprocess
-    whole_work = cuts[-1].multiply_adds or 1
-    size = EXTRACTION_BATCH
-    while size > 4 and size * whole_work > _LARGEST_PASS:
-        size //= 2
+    size, num_batches, work = EXTRACTION_BATCH, 12, cuts[-1].multiply_adds or 0
+    if size * work > _LARGEST_PASS:
+        size, num_batches = max(4, int(_LARGEST_PASS / work)), 4
+    layer = Compiled(backbone.split(cuts[-1].tensor)[0])
     images = tf.random.stateless_uniform([size, *preprocess.shape], [0, 0])
-    forward = {NONE: 0.0}
-    for cut in context.progress(cuts, "timing the forward pass"):
-        prefix, _ = backbone.split(cut.tensor)
-        seconds = _seconds(functools.partial(_run, Compiled(prefix), images)) / size
-        forward[_name(cut)] = max(seconds, *forward.values())  # noise does not make it decrease
-    batch = EXTRACTION_BATCH
-    few = context.train.where(np.arange(len(context.train)) < 4 * batch)
-    read = _seconds(lambda: [None for _ in few.batches(preprocess, batch)]) / len(few)
+    forward = _seconds(lambda: layer(images).numpy()) / size
+    few = context.train.where(np.arange(len(context.train)) < num_batches * EXTRACTION_BATCH)
+    read = max(0.0, _seconds_per_image(layer, few, preprocess) - forward)
     head_step, head_trace = _step(context, _name(cuts[-1]), EXTRACTION_BATCH)
+    head_step *= _STEP_IN_RUN
     update = _update_seconds(context)
-    whole = forward[_name(cuts[-1])]
     factor, whole_trace = _FORWARD_AND_BACKWARD, head_trace
     trained = cuts[0].trained + _before_first(context)
     fits = _COPIES_IN_MEMORY * _BYTES * trained / 1e6 < measurement.available_memory_mb() / 2
-    if trained and fits and whole:
+    if trained and fits and forward:
         seconds, whole_trace = _step(context, NONE, size)
-        rest = seconds - head_step - update * trained
-        factor = max(rest / (size * whole), 1.0)
+        factor = max((seconds - head_step - update * trained) / (size * forward), 1.0)
     return Speeds(setup_s, read, forward, head_step, head_trace, whole_trace, factor, update)
 
 
-def _run(layer: Compiled, images: tf.Tensor) -> None:
-    layer(images).numpy()  # waits for the result
+def _seconds_per_image(layer: Compiled, split: Split, preprocess: Preprocess) -> float:
+    """Seconds to read and compute an image, while the next ones are read; without the start of the
+    pipeline, if there are several batches."""
+    start = time.perf_counter()
+    ends = []
+    for _ in stream(layer, split.batches(preprocess, EXTRACTION_BATCH)):
+        ends.append(time.perf_counter())
+    if len(ends) < 3:
+        return (ends[-1] - start) / len(split)
+    return (ends[-1] - ends[0]) / (len(split) - EXTRACTION_BATCH)
 
 
 def _step(context: RunContext, cut: str, batch: int) -> tuple[float, float]:
@@ -229,17 +232,12 @@ def _step(context: RunContext, cut: str, batch: int) -> tuple[float, float]:
     start = time.perf_counter()
     trainer.train_step(inputs, labels)
     first = time.perf_counter() - start
-    repeat = 20 if first < 5 and cut != NONE else _REPEAT - 1
-    seconds = _seconds(lambda: trainer.train_step(inputs, labels), warm_up=False, repeat=repeat)
+    seconds = _seconds(lambda: trainer.train_step(inputs, labels))
     return seconds, max(0.0, first - seconds)
 
 
 def _update_seconds(context: RunContext, size: int = 2**22) -> float:
     """Seconds in which the optimizer updates one parameter."""
-    import keras
-
-    from transfer.training.optimizers import make_optimizer
-
     variable = keras.Variable(np.zeros(size, np.float32))
     optimizer = make_optimizer(context.options.optimizer, 1e-9)
     optimizer.build([variable])
@@ -263,21 +261,20 @@ def _kept_bytes(cut: Cut | None, cuts: list[Cut]) -> float:
     return _KEPT * sum(sizes[first:]) + (0.0 if cut is None else sizes[first - 1])
 
 
-def _between(first: float, second: float, share: float) -> float:
-    return first + (second - first) * min(max(share, 0.0), 1.0)
+def _share(cut: Cut, cuts: list[Cut]) -> float:
+    """Share of the arithmetic up to a cut; of the cuts, if shapes are unknown."""
+    return (cuts.index(cut) + 1) / len(cuts) if cut.share is None else cut.share
 
 
 def _name(cut: Cut) -> str:
     return cut.tensor.removesuffix(":0")
 
 
-def _seconds(work: Callable[[], object], *, warm_up: bool = True, repeat: int = _REPEAT) -> float:
-    """Median wall time."""
-    if warm_up:
+def _seconds(work: Callable[[], object]) -> float:
+    """Mean wall time of several repetitions, after a first one."""
+    work()
+    count, start = 0, time.perf_counter()
+    while count < _MIN_REPEAT or time.perf_counter() - start < _TIMED_S:
         work()
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        count += 1
+    return (time.perf_counter() - start) / count

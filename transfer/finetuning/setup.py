@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,7 +102,8 @@ class RunRequest:
 class RunContext:
     """A run that has been set up: classifier, stages and images.
 
-    ``fingerprint`` identifies the training and held-out images.
+    ``fingerprint`` identifies the training and held-out images; ``inspect_s`` are the seconds that
+    it took, mostly for decoding images whose fingerprints were not on disk.
     """
 
     request: RunRequest
@@ -112,6 +114,7 @@ class RunContext:
     train: Split
     held_out: Split
     fingerprint: dict[str, Any]
+    inspect_s: float = 0.0
 
     @property
     def replicas(self) -> Replicas:
@@ -173,8 +176,10 @@ def prepare(request: RunRequest) -> RunContext:
             f"batch_size={options.batch_size} does not fit {len(train)} training images; "
             f"choose 1 to {len(train)}"
         )
+    start = time.perf_counter()
     with _remembered(options, train, request.held_out):
         fingerprint = _inspect_images(train, request.held_out, request.verbose)
+    inspect_s = time.perf_counter() - start
     if options.tap == AUTO:
         tap = ""
         if replicas.is_chief:
@@ -188,7 +193,15 @@ def prepare(request: RunRequest) -> RunContext:
     run_dir = request.run_dir or run_folder.default_out(train.source.name, options.freeze_until)
     run_dir = Path(replicas.from_chief(str(run_dir.resolve())))
     return RunContext(
-        request, resolved, run_dir, classifier, stages, train, request.held_out, fingerprint
+        request,
+        resolved,
+        run_dir,
+        classifier,
+        stages,
+        train,
+        request.held_out,
+        fingerprint,
+        inspect_s,
     )
 
 

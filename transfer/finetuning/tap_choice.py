@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from transfer.activations.extraction import EXTRACTION_BATCH
 from transfer.activations.features import extract_features
 from transfer.data.dataset import Split
 from transfer.evaluation import by_group
@@ -29,7 +30,7 @@ AUTO = "auto"
 """Value of the option ``tap`` that chooses the tap by the training images."""
 MAX_TAPS = 4
 # Images to compare taps on, and the multiply-adds that they may take if they are more than a few.
-MAX_IMAGES, _MIN_IMAGES, _MAX_WORK = 1000, 500, 10**13
+MAX_IMAGES, _MIN_IMAGES, _MAX_WORK = 2000, 500, 10**13
 _FOLDS = 5
 _PENALTIES = GRID[::3]  # coarser, as many heads are fitted
 
@@ -74,8 +75,8 @@ def choose_tap(
 
     Args:
         graph: the network.
-        train: training images. Of more than ``MAX_IMAGES``, as many are drawn with the seed; fewer
-            for a large network.
+        train: training images. Of more than ``MAX_IMAGES``, as many are drawn; fewer for a large
+            network.
         options: of the run; ``tap`` may be ``auto``.
         feeds: values of placeholders, see ``Backbone``.
         progress: wraps the taps, for a progress bar.
@@ -242,11 +243,20 @@ def _accuracy(right: np.ndarray, groups: np.ndarray | None) -> tuple[float, tupl
 
 
 def _drawn(train: Split, most: int, seed: int) -> Split:
-    """At most this number of the images, stratified by class."""
+    """At most this number of the images.
+
+    Whole batches if they have enough images of each class, since a run computes batches as a whole,
+    and finds only whole ones in the cache; else images that are drawn by class.
+    """
     if len(train) <= most:
         return train
-    order = np.random.default_rng(seed).permutation(len(train))
-    order = order[np.argsort(train.labels[order], kind="stable")]
-    keep = np.zeros(len(train), bool)
-    keep[order[np.linspace(0, len(train) - 1, most).astype(int)]] = True
+    batches = np.arange(len(train)) // EXTRACTION_BATCH
+    chosen = np.linspace(0, batches[-1], max(1, most // EXTRACTION_BATCH)).astype(int)
+    keep = np.isin(batches, chosen)
+    counts = np.bincount(train.labels[keep], minlength=int(train.labels.max()) + 1)
+    if counts[np.unique(train.labels)].min() < _FOLDS:
+        order = np.random.default_rng(seed).permutation(len(train))
+        order = order[np.argsort(train.labels[order], kind="stable")]
+        keep = np.zeros(len(train), bool)
+        keep[order[np.linspace(0, len(train) - 1, most).astype(int)]] = True
     return train.where(keep)
