@@ -105,7 +105,7 @@ def _check(config: BenchmarkConfig) -> None:
         "--schedule": config.schedule,
         "--random-weights": config.random_weights,
         "--cache-dir": config.cache_dir,
-        "--solver": config.solver != "gradient",
+        "--solver": config.solver not in ("auto", "gradient"),
         "--strategy": config.strategy != "auto",
     }
     conflicting = [flag for flag, value in unused.items() if value]
@@ -157,6 +157,7 @@ def _runs(benchmark: Benchmark) -> Iterator[Run]:
             changed: dict[str, Any] = {
                 "freeze_until": "none" if cut_name == SCRATCH else cut_name,
                 "random_weights": cut_name == SCRATCH,
+                "solver": "gradient",  # epochs of all cuts are compared
                 "seed": seed,
                 "out": folder,
                 "cache_dir": row / "cache",

@@ -28,7 +28,8 @@ class FeaturesConfig:
     model: str = "embedded"
     """Model, as for finetune, or the run folder of a fine-tuned one."""
     tap: str | None = None
-    """Tensor with the features, or several, separated by commas. [default: the card's, else fc7]"""
+    """Tensor with the features, or several, separated by commas, or all: average and
+    maximum of every activation after a nonlinearity. [default: the card's, else fc7]"""
     preprocess: str | None = None
     """Preprocessing that the weights expect. [default: the card's]"""
     image_size: str | None = None

@@ -36,7 +36,7 @@ def lr_find(
 
         if config.strategy not in ("auto", "none"):
             raise ValueError("lr-find works on one device; leave out --strategy")
-        if config.schedule is not None or config.solver != "gradient" or config.resume:
+        if config.schedule is not None or config.solver in ("ridge", "lbfgs") or config.resume:
             raise ValueError("lr-find tries one cut; leave out --schedule, --solver and --resume")
         out = (config.out or run_folder.default_out("lr-find")).resolve()
         with skip_suggested():

@@ -51,7 +51,8 @@ def _table(header: list[str], rows: Sequence[tuple[object, ...]]) -> str:
 def _cells(cost: CutCost) -> tuple[object, ...]:
     times = (_time(seconds) for seconds in (cost.extract_s, cost.train_s, cost.total_s))
     sizes = (f"{size:,.0f}" for size in (cost.memory_mb, cost.disk_mb))
-    return (cost.cut, cost.epochs, f"{cost.trained:,}", *times, *sizes)
+    epochs = cost.epochs if cost.solver == "gradient" else cost.solver
+    return (cost.cut, epochs, f"{cost.trained:,}", *times, *sizes)
 
 
 def _interval(interval: tuple[float, float]) -> str:

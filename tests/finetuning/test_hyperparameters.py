@@ -10,6 +10,7 @@ from recipes.cli import main
 from transfer import Backbone
 from transfer.finetuning import hyperparameters, inputs, setup
 from transfer.finetuning.hyperparameters import (
+    choose_solver,
     default_batch_size,
     trains_cached_head,
 )
@@ -78,8 +79,35 @@ def test_grown_batches_leave_as_many_steps_as_small_datasets_have():
 )
 def test_batch_grows_only_for_a_head_on_cached_features(model, options, expected):
     backbone = Backbone(model, "fc7")
-    assert trains_cached_head(FineTuneOptions(**options), backbone, 1) is expected
-    assert not (options.get("mixup") and trains_cached_head(FineTuneOptions(mixup=1), backbone, 2))
+    given = FineTuneOptions(**{"solver": "gradient", **options})
+    assert trains_cached_head(given, backbone, 1) is expected
+    assert not (options.get("mixup") and trains_cached_head(given, backbone, 2))
+
+
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({}, "ridge"),
+        ({"freeze_until": "fc7"}, "ridge"),
+        ({"class_weights": "balanced", "cache": "off"}, "ridge"),
+        ({"augment": True, "views": 2}, "ridge"),
+        ({"solver": "gradient"}, "gradient"),
+        ({"lbfgs_c": 0.1}, "lbfgs"),
+        ({"epochs": 3}, "gradient"),
+        ({"hidden": (8,)}, "gradient"),
+        ({"early_stopping": 2}, "gradient"),
+        ({"augment": True}, "gradient"),
+        ({"freeze_until": "pool2"}, "gradient"),
+        ({"schedule": "fc7:3"}, "gradient"),
+    ],
+    ids=str,
+)
+def test_frozen_run_is_solved_unless_an_option_needs_gradient_descent(model, options, expected):
+    backbone = Backbone(model, "fc7")
+    assert choose_solver(FineTuneOptions(**options), backbone, 100, 32) == expected
+    if expected == "ridge":
+        assert choose_solver(FineTuneOptions(**options), backbone, 10**6, 512) == "gradient"
+        assert choose_solver(FineTuneOptions(**options), backbone, 9000, 9000) == "gradient"
 
 
 @pytest.fixture
@@ -92,9 +120,10 @@ def small_defaults(monkeypatch):
 
 @pytest.mark.slow
 def test_grown_batch_is_logged_and_recorded(tmp_path, model, image_folder, small_defaults, capsys):
-    assert finetune_with_defaults(tmp_path / "grown", model, image_folder) == 0
+    gradient = ["--solver", "gradient"]
+    assert finetune_with_defaults(tmp_path / "grown", model, image_folder, *gradient) == 0
     assert "batch-size: 8" in capsys.readouterr().err.replace("batch_size", "batch-size")
-    flags = ["--batch-size", "4"]
+    flags = ["--batch-size", "4"]  # an option of gradient descent
     assert finetune_with_defaults(tmp_path / "given", model, image_folder, *flags) == 0
     grown, given = config(tmp_path / "grown"), config(tmp_path / "given")
     assert (grown["batch_size"], given["batch_size"]) == (8, 4)

@@ -19,10 +19,16 @@ def program(of_maps=lambda maps: maps, of_vector=lambda vector: vector):
     return Program(build)
 
 
+def avg_max(maps, axes):
+    return np.concatenate([np.mean(maps, axes), np.max(maps, axes)], axis=-1)
+
+
 TAPS = {"vector": "vector", "maps": "maps"}
 
 
-@pytest.mark.parametrize(("pooling", "reduce"), [("avg", np.mean), ("max", np.max)])
+@pytest.mark.parametrize(
+    ("pooling", "reduce"), [("avg", np.mean), ("max", np.max), ("avg_max", avg_max)]
+)
 def test_maps_are_pooled_and_taps_joined_in_their_order(pooling, reduce):
     stock, x = program(), images(5, 4, 6, 3)
     network = concatenated(stock.network(TAPS), pooling)

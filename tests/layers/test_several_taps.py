@@ -55,6 +55,22 @@ def test_pooling_reduces_each_tap(model, images, pooling):
         np.testing.assert_array_equal(value, Backbone(graph, tap=name, pooling=pooling)(images))
 
 
+def test_all_taps_are_averages_and_maxima_of_every_activation(model, images):
+    graph = load_meta_graph(model)
+    backbone = Backbone(graph, tap="all")
+    found = backbone(images)
+    names = [node.name for node in graph.nodes.values() if node.op == "Relu"]
+    assert list(found) == [f"{name}:0" for name in names]
+    maps = Backbone(graph, tap=list(found))(images)
+    for name, value in maps.items():
+        expected = np.asarray(value)
+        if value.shape.rank == 4:
+            expected = np.concatenate([expected.mean((1, 2)), expected.max((1, 2))], axis=-1)
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
+    joined = np.concatenate(list(found.values()), axis=-1)
+    np.testing.assert_allclose(backbone.concatenated()(images), joined, rtol=1e-6)
+
+
 @pytest.fixture
 def branches(tmp_path):
     """Two branches that join: neither separates the input from the output."""

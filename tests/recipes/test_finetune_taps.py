@@ -99,6 +99,40 @@ def test_lbfgs_solves_the_head_on_all_taps(run, tmp_path):
     assert Classifier.load(tmp_path / "run").backbone.network.output == "features:0"
 
 
+@pytest.fixture(scope="module")
+def run_on_all(run):
+    """A run on all activations, with the head in closed form."""
+    out = run.parent / "all"
+    flags = ["--tap", "all", "--image-folder", str(run.parent / "photos"), "--out", str(out)]
+    assert main(["finetune", "--model", str(run.parent / "model" / "tiny"), *flags]) == 0
+    return out
+
+
+def test_run_on_all_taps_is_solved_and_recorded(run_on_all):
+    card = json.loads((run_on_all / "model.json").read_text())
+    assert card["tap"] == "features:0"
+    assert card["taps"][-1].startswith("fc7")
+    config = yaml.safe_load((run_on_all / "config.yaml").read_text())
+    assert (config["tap"], config["solver"]) == ("all", "ridge")
+    found = metrics(run_on_all)
+    assert found["taps"] == card["taps"]
+    assert found["eval"]["accuracy"] == 1.0
+    assert found["solver"]["cross_validation"]["accuracy"] > 0.9
+    assert main(["evaluate", str(run_on_all)]) == 0
+    evaluation = json.loads((run_on_all / "evaluation.json").read_text())
+    assert evaluation["loss"] == found["eval"]["loss"]
+    assert main(["finetune", "--config", str(run_on_all / "config.yaml"), "--resume"]) == 0
+    assert metrics(run_on_all)["eval"] == found["eval"]
+
+
+@pytest.mark.slow
+def test_exports_of_a_run_on_all_taps_agree_with_the_model(run_on_all):
+    assert main(["export", str(run_on_all)]) == 0
+    exports = json.loads((run_on_all / "export" / "export.json").read_text())["exports"]
+    assert {name.split()[0] for name in exports} >= {"meta_graph", "saved_model", "tflite", "keras"}
+    assert all(row["same_label"] == 1.0 for row in exports.values())
+
+
 @pytest.mark.slow
 def test_all_exports_agree_with_the_model(run):
     assert main(["export", str(run)]) == 0

@@ -69,7 +69,7 @@ def extract_features(
 
     The features are stored in the activation cache, where later calls and ``fine_tune`` runs that
     freeze everything up to the same tap find them. Those of several taps are pooled over height
-    and width, by the average unless the backbone has ``pooling="max"``, and concatenated.
+    and width, by the average unless the backbone has another ``pooling``, and concatenated.
 
     Args:
         backbone: a ``Backbone``, which maps preprocessed images to features.
@@ -126,7 +126,10 @@ def _pooled(maps: np.ndarray, pooling: Pooling) -> np.ndarray:
     """Features ``[n, width]`` of activations ``[n, width]`` or ``[n, height, width, channels]``."""
     if pooling == "max" and maps.ndim == 4:
         return np.asarray(maps.max((1, 2)))
-    return np.asarray(average_over_space(maps))
+    averages = np.asarray(average_over_space(maps))
+    if pooling == "avg_max" and maps.ndim == 4:
+        return np.concatenate([averages, maps.max((1, 2))], axis=-1)
+    return averages
 
 
 def _widths(backbone: Backbone[Any], preprocess: Preprocess) -> dict[str, int]:

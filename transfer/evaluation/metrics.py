@@ -148,18 +148,13 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> list[dict[str, flo
     ]
 
 
-def expected_calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean absolute difference between confidence and accuracy in ``BINS`` bins of equal width, 0
-    to 1 (arXiv 1706.04599): the ``calibration_error`` of ``measure``.
-
-    Args:
-        logits: float ``[num_examples, num_classes]``.
-        labels: int ``[num_examples]``.
-    """
-    scores = score_images(logits, labels)
-    bins = calibration(scores.confidences, scores.predictions == labels)
-    gaps = [row["count"] * abs(row["accuracy"] - row["confidence"]) for row in bins]
-    return float(sum(gaps) / len(labels))
+def expected_calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
+    """Mean difference between confidence and accuracy, 0 to 1, over the bins of ``calibration``."""
+    gaps = [
+        bin["count"] * abs(bin["confidence"] - bin["accuracy"])
+        for bin in calibration(confidence, right)
+    ]
+    return float(sum(gaps) / len(right))
 
 
 def confused_pairs(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -177,6 +177,10 @@ def _to_graph(classifier: Classifier) -> tuple[tf.Graph, dict[str, str], dict[st
         if backbone.pooling == "max" and features.shape.rank == 4:
             features = tf.reduce_max(features, [1, 2], name="max_over_space")
             tap_name = features.name
+        elif backbone.pooling == "avg_max" and features.shape.rank == 4:
+            parts = [tf.reduce_mean(features, [1, 2]), tf.reduce_max(features, [1, 2])]
+            features = tf.concat(parts, -1, name="avg_max_over_space")
+            tap_name = features.name
         with tf1.variable_scope("", use_resource=False):
             symbolic: Any = build_head(
                 features,

@@ -34,7 +34,7 @@ def describe_overfitting(history: Mapping[str, Sequence[float]], *, head_only: b
     if not smooth[-1] > _RISE * smooth.min():
         return []
     best = int(np.argmin(losses)) + 1
-    remedies = ["early_stopping=3", f"epochs={best}"] + ["solver=lbfgs"] * head_only
+    remedies = ["early_stopping=3", f"epochs={best}"] + ["solver=ridge"] * head_only
     return [
         f"the run overfits: the held-out loss was lowest after epoch {best} ({min(losses):.3g}) "
         f"and is {losses[-1]:.3g} after epoch {len(losses)}, so that its probabilities are too "

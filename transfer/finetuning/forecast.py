@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import keras
 
 from transfer.finetuning.cost import CutCost, measure_costs
+from transfer.finetuning.hyperparameters import choose_solver
 from transfer.finetuning.setup import RunRequest, prepare
 from transfer.finetuning.tap_choice import AUTO, TapChoice, choose_tap
 
@@ -55,15 +56,17 @@ def forecast(request: RunRequest) -> Forecast:
     options = request.options
     if request.replicas.count > 1:
         raise ValueError("a forecast is for one device")
-    if options.schedule is not None or options.solver != "gradient" or request.resume:
+    if options.schedule is not None or options.solver == "lbfgs" or request.resume:
         raise ValueError(
             "a forecast is for a new run with one cut; leave out schedule=STAGES, "
-            f"solver={options.solver} and resume=True"
+            "solver=lbfgs and resume=True"
         )
     keras.utils.set_random_seed(options.seed)
     own = None if options.tap == AUTO else options.tap
+    # More than a head is trained by gradient descent, whatever solves for the head.
+    options = replace(options, freeze_until="tap", solver="gradient")
     start = time.perf_counter()
-    context = prepare(replace(request, options=replace(options, freeze_until="tap", tap=own)))
+    context = prepare(replace(request, options=replace(options, tap=own)))
     # A later run finds the fingerprints of the images on disk.
     setup_s = time.perf_counter() - start - context.inspect_s
     choice = choose_tap(
@@ -75,12 +78,16 @@ def forecast(request: RunRequest) -> Forecast:
     )
     best = choice.best.tap
     output = context.classifier.feature_extractor.network.output
-    if "," in best or request.graph.tensor(best) != output:
-        chosen = replace(options, freeze_until="tap", tap=best)
-        context = prepare(replace(request, options=chosen))
+    if best == "all" or "," in best or request.graph.tensor(best) != output:
+        context = prepare(replace(request, options=replace(options, tap=best)))
         output = context.classifier.feature_extractor.network.output
     is_found = options.cache == "disk" and options.cache_dtype == "float32"
     is_found = is_found and not (options.augment or options.views)
     cached = {output.removesuffix(":0"): choice.num_images} if is_found else {}
-    costs = measure_costs(context, setup_s, cached)
+    as_given = replace(request.options, freeze_until="tap", tap=best)
+    solver = choose_solver(
+        as_given, context.classifier.backbone, len(context.train), choice.best.width
+    )
+    ridge_s = choice.best.fit_s * len(context.train) / choice.num_images
+    costs = measure_costs(context, setup_s, cached, ridge_s if solver == "ridge" else None)
     return Forecast(choice, costs, len(context.train), len(context.held_out))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from transfer.graph.cuts import blocks, stopped
 from transfer.layers.backbone import Backbone, GraphLayer
 from transfer.layers.classifier import Classifier
 from transfer.training.optimizers import cosine, make_optimizer
+from transfer.training.ridge import is_solvable
 from transfer.training.trainer import ParameterGroup
 
 # For a head on cached features, whose steps are cheap.
@@ -101,6 +103,29 @@ def trains_cached_head(options: FineTuneOptions, backbone: Backbone, num_workers
     if "none" in cuts or is_seeded(backbone.network.graph_def):
         return False
     return all(backbone.tensor(cut) == backbone.network.output for cut in cuts)
+
+
+def choose_solver(
+    options: FineTuneOptions, backbone: Backbone, num_images: int, width: int
+) -> Literal["gradient", "ridge", "lbfgs"]:
+    """The solver of a run; for ``auto``, ridge where the run only fits a linear head to features
+    that are computed once and ``is_solvable``, and no option of gradient descent was given.
+
+    Args:
+        options: the options of the run.
+        backbone: the network up to the tap.
+        num_images: number of training images.
+        width: number of features of an image.
+    """
+    if options.solver != "auto":
+        return options.solver
+    if options.lbfgs_c is not None:
+        return "lbfgs"
+    # Without a cache, a solver computes the features once all the same.
+    cached = replace(options, solver="gradient", cache="memory")
+    if options.of_gradient_descent or not trains_cached_head(cached, backbone, 1):
+        return "gradient"
+    return "ridge" if is_solvable(num_images * max(1, options.views), width) else "gradient"
 
 
 def default_batch_size(num_images: int, *, is_cached_head: bool) -> int:

@@ -59,9 +59,9 @@ def find_learning_rate(
     options = request.options
     if request.replicas.count > 1:
         raise ValueError("the range test works on one device")
-    if options.schedule is not None or options.solver != "gradient" or request.resume:
+    if options.schedule is not None or options.solver in ("ridge", "lbfgs") or request.resume:
         raise ValueError(
-            "the range test trains from one cut, anew; leave out schedule=STAGES, solver=lbfgs and "
+            "the range test trains from one cut, anew; leave out schedule=STAGES, solver=NAME and "
             "resume=True"
         )
     keras.utils.set_random_seed(options.seed)

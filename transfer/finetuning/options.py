@@ -8,6 +8,28 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+_GRADIENT = (
+    "schedule",
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "learning_rate",
+    "lr_schedule",
+    "warmup_epochs",
+    "backbone_lr_scale",
+    "block_lr_decay",
+    "weight_decay",
+    "clip_norm",
+    "accumulate",
+    "early_stopping",
+    "hidden",
+    "dropout",
+    "label_smoothing",
+    "mixup",
+    "max_to_keep",
+    "keep_checkpoint_every_n_hours",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FineTuneOptions:
@@ -15,7 +37,8 @@ class FineTuneOptions:
 
     tap: str | None = None
     """Tensor with the features; a short name works. Several, separated by commas, are averaged
-    over height and width and concatenated: pool4,pool5,fc7. auto: the tap with the highest
+    over height and width and concatenated: pool4,pool5,fc7. all: average and maximum of every
+    activation after a nonlinearity, up to the default tap. auto: the tap with the highest
     cross-validated accuracy of a head on the training images. [default: the card's, else fc7]"""
     input: str | None = None
     """Tensor that takes the images. [default: the card's, else the only candidate]"""
@@ -47,9 +70,11 @@ class FineTuneOptions:
     preprocess: str | None = None
     """Preprocessing that the weights expect: caffe, slim, torch, tf, unit or none.
     [default: the card's]"""
-    solver: Literal["gradient", "lbfgs"] = "gradient"
-    """lbfgs fits scikit-learn's logistic regression on standardised features. It needs a frozen
-    backbone and a head without hidden layers."""
+    solver: Literal["auto", "gradient", "ridge", "lbfgs"] = "auto"
+    """ridge solves for the head in closed form: ridge regression, its penalty and a temperature
+    chosen by leave-one-out log loss. lbfgs fits scikit-learn's logistic regression. Both need a
+    frozen backbone and a head without hidden layers. auto: ridge for such a run, if it has no
+    option of gradient descent such as epochs, and at most 2 GB of features; else gradient."""
     lbfgs_c: float | None = None
     """Inverse strength of the L2 penalty of lbfgs. [default: chosen by cross-validation]"""
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -152,11 +177,17 @@ class FineTuneOptions:
             raise ValueError(
                 "views=N caches activations and cache=off caches none; use augment=True instead"
             )
-        if self.solver == "lbfgs":
-            self._check_lbfgs()
+        if self.solver in ("ridge", "lbfgs"):
+            self._check_solver()
 
-    def _check_lbfgs(self) -> None:
-        """Refuse options that lbfgs would ignore."""
+    @property
+    def of_gradient_descent(self) -> list[str]:
+        """The options that were given and that only ``solver="gradient"`` uses."""
+        defaults = FineTuneOptions()
+        return [name for name in _GRADIENT if getattr(self, name) != getattr(defaults, name)]
+
+    def _check_solver(self) -> None:
+        """Refuse options that ridge and lbfgs would ignore."""
         ignored = {
             "schedule": self.schedule,
             "hidden": self.hidden,
@@ -170,7 +201,7 @@ class FineTuneOptions:
         conflicts = [name for name, value in ignored.items() if value]
         if conflicts:
             raise ValueError(
-                f"solver=lbfgs does not use {', '.join(conflicts)}; leave out one of them"
+                f"solver={self.solver} does not use {', '.join(conflicts)}; leave out one of them"
             )
 
 

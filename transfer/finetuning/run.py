@@ -167,7 +167,7 @@ def _opened(context: RunContext) -> Iterator[None]:
         run_dir,
         context.config,
         resume=context.request.resume,
-        defaults=dataclasses.asdict(FineTuneOptions()),
+        defaults=dataclasses.asdict(FineTuneOptions(solver="gradient")),
         may_differ=SOURCES,
     )
     with folder if is_chief else contextlib.nullcontext():
@@ -193,10 +193,10 @@ def _train_and_evaluate(
         with clock("load_s"):
             frozen, model = context.classifier.split(stage.cut)
             trainer: StageTrainer | StageSolver
-            if context.options.solver == "lbfgs":
-                trainer = StageSolver(context, model)
-            else:
+            if context.options.solver == "gradient":
                 trainer = StageTrainer(context, number, frozen, model, progress)
+            else:
+                trainer = StageSolver(context, model)
         if not trainer.is_done or stage is context.stages[-1]:
             with clock("extract_s"):
                 inputs = Inputs(context, stage.cut, frozen)
@@ -227,12 +227,13 @@ def _save(context: RunContext, epochs: int, **options: Any) -> None:
     prefix = context.run_dir / run_folder.MODEL
     graph, train = context.request.graph, context.train
     cuts = ", then ".join(stage.cut for stage in context.stages)
-    taps = context.options.taps
+    taps, solver = context.taps, context.options.solver
     card = Card(
         taps=taps if len(taps) > 1 else [],
         source=f"fine-tuned from {graph.prefix.name}, frozen until {cuts}",
         licence=graph.card.licence,
-        trained_on=f"{train.source.name}, {len(train)} images, {epochs} epochs",
+        trained_on=f"{train.source.name}, {len(train)} images, "
+        + (f"{epochs} epochs" if solver == "gradient" else f"head fitted by {solver}"),
     )
     save_classifier(context.classifier, prefix, card, **options)
 
@@ -260,7 +261,7 @@ def _save_and_evaluate(
 def _metrics(context: RunContext, progress: Progress, evaluation: dict[str, Any]) -> dict[str, Any]:
     """Content of ``metrics.json``, except for times."""
     final_loss = run_folder.read_history(context.run_dir)["loss"][-1]
-    taps = context.options.taps
+    taps = context.taps
     return {
         "eval": evaluation,
         "train": {"epochs": progress.epoch, "steps": progress.step, "final_loss": final_loss}
@@ -272,4 +273,5 @@ def _metrics(context: RunContext, progress: Progress, evaluation: dict[str, Any]
         "cut": context.last_cut,
         "seed": context.options.seed,
         "versions": measurement.versions(),
+        "solver": {"name": context.options.solver, **progress.solution},
     } | ({"taps": taps} if len(taps) > 1 else {})

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import keras
 import numpy as np
@@ -30,6 +30,7 @@ from transfer.exports.meta_graph import check_savable
 from transfer.finetuning.hyperparameters import (
     BATCH,
     Stage,
+    choose_solver,
     default_batch_size,
     requested_stages,
     resolve,
@@ -103,7 +104,8 @@ class RunContext:
     """A run that has been set up: classifier, stages and images.
 
     ``fingerprint`` identifies the training and held-out images; ``inspect_s`` are the seconds that
-    it took, mostly for decoding images whose fingerprints were not on disk.
+    it took, mostly for decoding images whose fingerprints were not on disk. ``taps`` are the
+    tensors of several taps.
     """
 
     request: RunRequest
@@ -114,6 +116,7 @@ class RunContext:
     train: Split
     held_out: Split
     fingerprint: dict[str, Any]
+    taps: list[str] = field(default_factory=list)
     inspect_s: float = 0.0
 
     @property
@@ -186,7 +189,7 @@ def prepare(request: RunRequest) -> RunContext:
             tap = choose_tap(request.graph, train, options, request.feeds).best.tap
         options = dataclasses.replace(options, tap=replicas.from_chief(tap))
         request = dataclasses.replace(request, options=options)
-    classifier, features, resolved = _classifier(request, train)
+    classifier, features, resolved, taps = _classifier(request, train)
     replicas.check_same("choice of images", fingerprint)
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
     stages = _stages(resolved, classifier, features, train)
@@ -201,6 +204,7 @@ def prepare(request: RunRequest) -> RunContext:
         train,
         request.held_out,
         fingerprint,
+        taps,
         inspect_s,
     )
 
@@ -319,8 +323,9 @@ def _inspect_images(train: Split, held_out: Split, verbose: int) -> dict[str, An
 
 def _classifier(
     request: RunRequest, train: Split
-) -> tuple[Classifier, np.ndarray, ResolvedOptions]:
-    """The classifier before training, the features of a few images, and the resolved options."""
+) -> tuple[Classifier, np.ndarray, ResolvedOptions, list[str]]:
+    """The classifier before training, the features of a few images, the resolved options, and the
+    tensors of several taps."""
     graph, options, replicas = request.graph, request.options, request.replicas
     planned = plan(
         graph,
@@ -334,7 +339,7 @@ def _classifier(
     )
     tap = planned.tap if isinstance(planned.tap, str) else ",".join(planned.tap)
     network, preprocess = planned.network, planned.preprocess
-    _report(options, tap, network)
+    _report(options, tap, planned.tensors, network)
     labels = train.source.class_names
     _warn_if_prepared_twice(network, preprocess.mode)
     # All workers take the chief's values, but they must have the same variables.
@@ -366,14 +371,32 @@ def _classifier(
         classifier.build_from_size()
     check_savable(classifier)
     size = preprocess.size
+    solver = _solver(request, backbone, len(train), features.shape[1])
+    request = dataclasses.replace(request, options=dataclasses.replace(options, solver=solver))
     resolved = vars(options) | {
+        "solver": solver,
         "tap": tap,
         "input": network.input,
         "preprocess": preprocess.mode,
         "image_size": size if isinstance(size, int) else show_size(size),
         "batch_size": _batch_size(request, train, backbone),
     }
-    return classifier, features, ResolvedOptions(**resolved)
+    return classifier, features, ResolvedOptions(**resolved), planned.tensors
+
+
+def _solver(
+    request: RunRequest, backbone: Backbone, num_images: int, width: int
+) -> Literal["gradient", "ridge", "lbfgs"]:
+    """The solver that was given, else that of the resumed run, else the default."""
+    options = request.options
+    if options.solver == "auto" and request.callbacks:
+        return "gradient"  # only its epochs call them
+    if options.solver == "auto" and request.resume and request.run_dir is not None:
+        with contextlib.suppress(FileNotFoundError):  # it has not begun
+            recorded = run_folder.read_config(request.run_dir).get("solver", "gradient")
+            if recorded in ("gradient", "lbfgs"):
+                return cast("Literal['gradient', 'lbfgs']", recorded)
+    return choose_solver(options, backbone, num_images, width)
 
 
 def _batch_size(request: RunRequest, train: Split, backbone: Backbone) -> int:
@@ -408,10 +431,10 @@ def _stages(
         _warn_if_stopped(_after(classifier.backbone, stage.cut), stage.cut)
     last = stages[-1]
     tap = classifier.backbone.network.output
-    if options.solver == "lbfgs" and last.cut != tap.removesuffix(":0"):
+    if options.solver != "gradient" and last.cut != tap.removesuffix(":0"):
         raise ValueError(
-            f"solver=lbfgs trains a head on frozen features; freeze_until={last.cut} trains more "
-            "than that"
+            f"solver={options.solver} fits a head on frozen features; freeze_until={last.cut} "
+            "trains more than that"
         )
     return stages
 
@@ -424,10 +447,15 @@ def _after(backbone: GraphLayer, at: str) -> Network:
     return graph_cut(backbone.network, backbone.tensor(at))[1]
 
 
-def _report(options: FineTuneOptions, tap: str, network: Network) -> None:
+def _report(options: FineTuneOptions, tap: str, tensors: list[str], network: Network) -> None:
     """Log what was detected in the graph rather than given by the caller."""
-    tensors = {"tap": (options.tap, tap), "input": (options.input, network.input)}
-    lines = [f"{role}: {name}" for role, (given, name) in tensors.items() if given != name]
+    given_names = {"tap": (options.tap, tap), "input": (options.input, network.input)}
+    lines = [f"{role}: {name}" for role, (given, name) in given_names.items() if given != name]
+    if tap == "all":
+        lines.append(
+            f"tap all: average and maximum over height and width of {len(tensors)} activations, as "
+            f"one tensor, {network.output}: {', '.join(tensors)}"
+        )
     if "," in tap:
         lines.append(f"the taps, averaged over height and width, are one tensor: {network.output}")
     lines += [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 class Progress:
     """Progress of a run, including earlier sessions; ``steps_now`` are the steps of this session.
 
-    ``epoch_s`` is the typical wall time of an epoch of the last stage, without validation.
+    ``epoch_s`` is the typical wall time of an epoch of the last stage, without validation;
+    ``solution`` describes a head that was solved for, see ``StageSolver``.
     """
 
     epoch: int = 0
@@ -37,6 +38,7 @@ class Progress:
     steps_now: int = 0
     trainable: int = 0
     epoch_s: float | None = None
+    solution: Mapping[str, Any] = field(default_factory=dict)
 
 
 class StageTrainer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,12 +39,13 @@ _PENALTIES = GRID[::3]  # coarser, as many heads are fitted
 @dataclass(frozen=True)
 class TapScore:
     """Accuracy (0 to 1) of a head on a tap, with its 95 % interval; ``width`` is the number of
-    features."""
+    features, ``fit_s`` the seconds that it would take to solve for a head on all images."""
 
     tap: str
     width: int
     accuracy: float
     interval: tuple[float, float]
+    fit_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,14 @@ def choose_tap(
 def candidate_taps(
     graph: MetaGraph, options: FineTuneOptions, feeds: Mapping[str, float | bool] | None = None
 ) -> dict[str, ModelPlan]:
-    """The taps to compare, with how each is used: that of the options or the default, and the most
-    promising others that work with the input and the images, at most ``MAX_TAPS``.
+    """The taps to compare, with how each is used: that of the options or the default, ``all``, and
+    the most promising others that work with the input and the images, at most ``MAX_TAPS``.
 
     Raises:
         ValueError: if none of them works; the reason of the first.
     """
     given = options.tap if options.tap not in (None, AUTO) else None
-    names = [given or graph.card.tap or "fc7", *(tap.name for tap in graph.taps())]
+    names = [given or graph.card.tap or "fc7", "all", *(tap.name for tap in graph.taps())]
     size = None if options.image_size is None else parse_size(options.image_size)
     taps: dict[str, ModelPlan] = {}
     seen = set()
@@ -205,14 +207,24 @@ def score_taps(
         )
     predicted = {tap: np.empty_like(labels) for tap in features}
     nested = np.empty_like(labels)
+    seconds = dict.fromkeys(features, 0.0)
     for train, test in folds:
         others = None if groups is None else groups[train]
         inner = {}
         for tap, values in features.items():
+            start = time.perf_counter()
             inner[tap], predicted[tap][test] = _fit(values, labels, train, test, others)
+            seconds[tap] += time.perf_counter() - start
         nested[test] = predicted[max(inner, key=inner.__getitem__)][test]
+    # A run tries all penalties, and fits to the images of all folds.
+    once = len(GRID) / len(_PENALTIES) / (len(folds) - 1)
     scores = [
-        TapScore(tap, values.shape[1], *_accuracy(predicted[tap] == labels, groups))
+        TapScore(
+            tap,
+            values.shape[1],
+            *_accuracy(predicted[tap] == labels, groups),
+            fit_s=once * seconds[tap],
+        )
         for tap, values in features.items()
     ]
     best = max(scores, key=lambda score: score.accuracy)  # of equal ones the first

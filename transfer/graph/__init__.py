@@ -29,6 +29,7 @@ from transfer.graph.layout import channels_last, is_channels_first
 from transfer.graph.modes import Mode
 from transfer.graph.modes import find as find_modes
 from transfer.graph.network import Network, Variable, cut, extract, variable
+from transfer.graph.nonlinearities import activations
 from transfer.graph.randomness import SEED, is_seeded
 from transfer.graph.scales import find_scales
 from transfer.graph.shapes import Shape, free_batch, infer, output_shapes
@@ -42,6 +43,7 @@ __all__ = [
     "Network",
     "Shape",
     "Variable",
+    "activations",
     "ancestors",
     "canonical",
     "channels_last",

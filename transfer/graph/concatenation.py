@@ -17,10 +17,10 @@ from transfer.graph.shapes import infer
 
 NAME = "features"
 """Name of the operation that outputs the concatenated features; ``features_1`` ... if taken."""
-_POOLINGS = {"avg": "Mean", "max": "Max"}
+_POOLINGS = {"avg": ("Mean",), "max": ("Max",), "avg_max": ("Mean", "Max")}
 
 
-def concatenated(network: Network, pooling: Literal["avg", "max"] = "avg") -> Network:
+def concatenated(network: Network, pooling: Literal["avg", "max", "avg_max"] = "avg") -> Network:
     """A network whose only output is the taps, pooled over height and width and concatenated.
 
     The operations are added to the graph, so that everything that works with one tap works with
@@ -28,7 +28,8 @@ def concatenated(network: Network, pooling: Literal["avg", "max"] = "avg") -> Ne
 
     Args:
         network: a network with several taps; one without is returned unchanged.
-        pooling: how taps ``[batch, height, width, channels]`` are reduced to ``[batch, channels]``.
+        pooling: how taps ``[batch, height, width, channels]`` are reduced to ``[batch, channels]``;
+            ``avg_max`` gives ``[batch, 2 * channels]``, the averages first.
 
     Returns:
         A network with the output ``[batch, width]``, in the order of the taps.
@@ -59,15 +60,18 @@ def concatenated(network: Network, pooling: Literal["avg", "max"] = "avg") -> Ne
             node.attr["DstT"].type = common.as_datatype_enum
             added.append(node)
             tensor = f"{node.name}:0"
-        if len(shape) == 4:
-            node = NodeDef(name=f"{name}/{pooling}_{number}", op=_POOLINGS[pooling], input=[tensor])
+        if len(shape) == 2:
+            parts.append(tensor)
+            continue
+        for operation in _POOLINGS[pooling]:
+            kind = "max" if operation == "Max" else "avg"
+            node = NodeDef(name=f"{name}/{kind}_{number}", op=operation, input=[tensor])
             node.input.append(added[0].name)
             node.attr["T"].type = common.as_datatype_enum
             node.attr["Tidx"].type = tf.int32.as_datatype_enum
             node.attr["keep_dims"].b = False
             added.append(node)
-            tensor = f"{node.name}:0"
-        parts.append(tensor)
+            parts.append(f"{node.name}:0")
     added.append(_concatenation(name, parts, added[1].name, common))
     graphs = [with_nodes(graph, [*graph.node, *added]) for graph in network.graphs]
     return replace(

@@ -49,8 +49,8 @@ else:
 
     Output = TypeVar("Output")
 
-Pooling = Literal["avg", "max", None]
-POOLINGS: tuple[Pooling, ...] = ("avg", "max", None)
+Pooling = Literal["avg", "max", "avg_max", None]
+POOLINGS: tuple[Pooling, ...] = ("avg", "max", "avg_max", None)
 MAX_GRAPH_BYTES = 2**28
 """Maximum size of the graphs in a saved Keras model; large networks have a few million bytes."""
 
@@ -96,8 +96,8 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
         network: the network to compute.
         values: maps the name of each variable to its value, to an initializer, or to a Keras
             variable, which is then shared.
-        pooling: ``"avg"`` and ``"max"`` reduce a 4-D output over height and width; ``None`` returns
-            it unchanged.
+        pooling: ``"avg"`` and ``"max"`` reduce a 4-D output over height and width, ``"avg_max"``
+            concatenates both; ``None`` returns it unchanged.
         shared: registry of the variables, common to all layers that share them.
 
     Raises:
@@ -116,7 +116,9 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
     ):
         check_eager(type(self).__name__)
         if pooling not in POOLINGS:
-            raise ValueError(f"pooling={pooling!r} is not known; choose from: 'avg', 'max', None")
+            raise ValueError(
+                f"pooling={pooling!r} is not known; choose from: 'avg', 'max', 'avg_max', None"
+            )
         super().__init__(autocast=False, dtype=_dtype(network, kwargs.pop("dtype", None)), **kwargs)
         self.network = network
         self.pooling = pooling
@@ -179,6 +181,9 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
     def _pooled(self, output: tf.Tensor) -> tf.Tensor:
         if self.pooling == "max" and output.shape.rank == 4:
             return tf.reduce_max(output, axis=[1, 2])
+        if self.pooling == "avg_max" and output.shape.rank == 4:
+            parts = [average_over_space(output), tf.reduce_max(output, axis=[1, 2])]
+            return tf.concat(parts, axis=-1)
         return output if self.pooling is None else average_over_space(output)
 
     def _warn_if_new(self) -> None:
@@ -428,14 +433,17 @@ class Backbone(GraphLayer[Output]):
         graph: from ``load_meta_graph``, or the path of a model to load with it. Only the weights
             that the tap depends on are read.
         tap: tensor or operation that outputs the features; defaults to the card's, else ``fc7``. A
-            list or tuple of several makes the output a dict with these names.
+            list or tuple of several makes the output a dict with these names. ``"all"`` is every
+            activation after a nonlinearity, up to the default tap: a dict of features ``[batch,
+            width]``, averages and maxima, which ``build_head`` concatenates.
         input: tensor or operation that takes the images; detected if the graph has only one.
         feeds: values of other placeholders, e.g. ``{"Placeholder_2:0": 0.8}``. ``keep_prob`` and
             ``is_training`` placeholders are recognized by what they feed and need no value.
         keep_dropout: keep dropout active at inference where the graph always applies it.
         use_ema: load the exponential moving averages of the weights where the checkpoint has them.
-        pooling: ``"avg"`` or ``"max"`` reduces a 4-D tap over height and width, ``None`` does not.
-            ``"auto"`` is ``"avg"`` for one tap, ``None`` for several.
+        pooling: ``"avg"`` or ``"max"`` reduces a 4-D tap over height and width, ``"avg_max"``
+            concatenates both, ``None`` does not reduce it. ``"auto"`` is ``"avg"`` for one tap,
+            ``None`` for several, ``"avg_max"`` for ``"all"``.
 
     Raises:
         TypeError: if ``graph`` is neither a ``MetaGraph`` nor a path, or ``tap`` is neither a name
@@ -457,6 +465,20 @@ class Backbone(GraphLayer[Output]):
         >>> {name: maps.shape[1:3] for name, maps in pyramid(keras.Input((64, 64, 3))).items()}
         {'pool3': (8, 8), 'pool4': (4, 4)}
     """
+
+    @overload
+    def __init__(
+        self: Backbone[dict[str, Tensor]],
+        graph: MetaGraph | str | Path,
+        tap: Literal["all"],
+        *,
+        input: str | None = None,
+        feeds: Mapping[str, float | bool] | None = None,
+        keep_dropout: bool = False,
+        use_ema: bool = False,
+        pooling: Pooling | Literal["auto"] = "auto",
+        **kwargs: Any,
+    ) -> None: ...
 
     @overload
     def __init__(
@@ -509,7 +531,7 @@ class Backbone(GraphLayer[Output]):
         self.graph = graph
         network = graph.network(tap, input, feeds, keep_dropout)
         if pooling == "auto":
-            pooling = None if network.taps else "avg"
+            pooling = "avg_max" if tap == "all" else None if network.taps else "avg"
         values = graph.read(network.variables, use_ema)
         super().__init__(network, values, pooling=pooling, **kwargs)
 

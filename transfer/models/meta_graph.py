@@ -25,6 +25,7 @@ from transfer.graph import (
     VARIABLES,
     Network,
     Variable,
+    activations,
     ancestors,
     channels_last,
     check,
@@ -167,7 +168,8 @@ class MetaGraph:
 
         Args:
             tap: tensor or operation with the features, or a short name (see ``tensor``); or several
-                of them. Default: the card's tap, else ``fc7``.
+                of them. ``all`` are the outputs of all nonlinearities up to the default tap.
+                Default: the card's tap, else ``fc7``.
             input: tensor or operation that takes the images; defaults to the card's, else to the
                 only candidate that the tap depends on.
             feeds: values of other placeholders; they override those of the card. Placeholders that
@@ -180,6 +182,8 @@ class MetaGraph:
                 value, a tap is inside a while loop, or a tap is given twice.
             ForbiddenOpError: if it depends on operations that are not pure computation.
         """
+        if tap == "all":
+            tap = self._activations(input, feeds, keep_dropout)
         output, outputs = self._outputs(tap)
         feeds = {self.tensor(name): value for name, value in (feeds or {}).items()}
         card_feeds = {self.tensor(name): value for name, value in self.card.feeds.items()}
@@ -217,6 +221,26 @@ class MetaGraph:
             raise ValueError(f"tap is {list(tap)}; expected one name or more, each once")
         by_name = {name: self.tensor(name) for name in tap}
         return by_name, list(by_name.values())
+
+    def _activations(
+        self,
+        input: str | None,
+        feeds: Mapping[str, float | bool] | None,
+        keep_dropout: bool,
+    ) -> list[str]:
+        """The outputs of all nonlinearities up to the card's tap, else ``fc7``, else the first of
+        ``taps``."""
+        last = self.card.tap or "fc7"
+        if not taps.find(list(self.nodes.values()), last) and (ranked := self.taps()):
+            last = ranked[0].name
+        found = activations(self.network(last, input, feeds, keep_dropout))
+        # Others are of functions and conditionals that were simplified.
+        found = [tensor for tensor in found if operation_of(tensor) in self.nodes]
+        if not found:
+            raise ValueError(
+                f"tap 'all': there is no nonlinearity up to {last!r}; name the taps instead"
+            )
+        return found
 
     def taps(self) -> list[TensorInfo]:
         """Tensors with features, most promising first: the inputs of the last layers."""

@@ -10,7 +10,7 @@ import math
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from transfer.graph import (
@@ -38,12 +38,14 @@ _ONE_BATCH = 12
 class ModelPlan:
     """How features are computed from images: ``preprocess``, then ``network`` up to ``tap``.
 
-    With several taps, the network outputs them pooled and concatenated.
+    With several taps, the network outputs them pooled and concatenated; ``tensors`` are these
+    taps, also where ``tap`` is ``all``.
     """
 
     tap: str | list[str]
     network: Network
     preprocess: Preprocess
+    tensors: list[str] = field(default_factory=list)
 
 
 def plan(
@@ -61,7 +63,7 @@ def plan(
 
     Args:
         graph: the model.
-        tap: tensor with the features, or several; defaults to the card's, else ``fc7``.
+        tap: tensor with the features, or several, or ``all``; defaults to the card's, else ``fc7``.
         input: tensor that takes the images, see ``MetaGraph.network``.
         feeds: values of placeholders, see ``MetaGraph.network``.
         keep_dropout: see ``MetaGraph.network``.
@@ -76,12 +78,15 @@ def plan(
         ForbiddenOpError: if the tap depends on operations that are not pure computation.
     """
     tap = tap or graph.card.tap or "fc7"
-    tensors = graph.tensor(tap) if isinstance(tap, str) else [graph.tensor(name) for name in tap]
-    network = concatenated(graph.network(tensors, input, feeds, keep_dropout))
+    tensors: str | list[str] = "all"
+    if tap != "all":
+        tensors = graph.tensor(tap) if isinstance(tap, str) else [*map(graph.tensor, tap)]
+    separate = graph.network(tensors, input, feeds, keep_dropout)
+    network = concatenated(separate, "avg_max" if tap == "all" else "avg")
     prepared = graph.preprocess(network.input, preprocess, image_size)
     check_images(network, prepared)
     graph.match(network.variables, use_ema)
-    return ModelPlan(tensors, network, prepared)
+    return ModelPlan(tensors, network, prepared, list(separate.taps.values()))
 
 
 def check_images(network: Network, preprocess: Preprocess) -> None:

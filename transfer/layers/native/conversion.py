@@ -236,10 +236,18 @@ class _Builder:
         if layer.pooling is None or len(net.shape) != 4:
             return net
         pools = {"avg": keras.layers.GlobalAveragePooling2D, "max": keras.layers.GlobalMaxPooling2D}
-        name = self.names.unique(f"{layer.pooling}_over_space")
-        return pools[layer.pooling](
-            name=name, dtype=layer.compute_dtype, data_format="channels_last"
-        )(net)
+        parts = [
+            pools[kind](
+                name=self.names.unique(f"{kind}_over_space"),
+                dtype=layer.compute_dtype,
+                data_format="channels_last",
+            )(net)
+            for kind in layer.pooling.split("_")
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        name = self.names.unique("avg_max_over_space")
+        return keras.layers.Concatenate(name=name, dtype=layer.compute_dtype)(parts)
 
     def _as_input(self, network: Network, net: Any) -> Any:
         """What ``network_function.as_input`` does."""
