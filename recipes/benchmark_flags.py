@@ -21,6 +21,11 @@ class BenchmarkConfig(FinetuneConfig):
     middle pooling layers, none and scratch]"""
     seeds: int = 3
     """Runs per cut, with consecutive seeds starting at --seed."""
+    grid: str | None = None
+    """A study instead of cuts: options with several values each, all combinations of which are run
+    in this process, e.g. 'shots_per_class=5,20 tap=fc7,pool5 freeze_until=tap,none'. Values that
+    contain commas are separated by |. Without an axis seed, --seeds applies. Started again with
+    the same --out, finished runs are not repeated."""
     baseline: tuple[Literal["keras", "keras-onednn"], ...] = ()
     """Also run keras.Model.fit on the same network, images and number of epochs: once with a
     frozen backbone (trainable=False), once with all of it trained. keras-onednn: with oneDNN

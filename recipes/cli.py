@@ -31,6 +31,7 @@ from recipes.finetune import finetune
 from recipes.flag_groups import GENERAL
 from recipes.inspect import inspect
 from recipes.lr_find import lr_find
+from recipes.plan import plan
 from recipes.predict import predict
 from recipes.predict_beam import predict_beam
 from recipes.pretrain import pretrain
@@ -56,6 +57,7 @@ _COMMANDS: tuple[Callable[..., int], ...] = (
     pull,
     convert,
     inspect,
+    plan,
     lr_find,
     finetune,
     evaluate,

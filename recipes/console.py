@@ -19,16 +19,14 @@ _FLAGS = {option.name: option.name for option in fields(FinetuneConfig)} | {
     "run_dir": "out",
     "feeds": "feed",
     "formats": "format",
-    # Arguments of export, convert and pretrain.
+    # Arguments of export, convert, pretrain, evaluate and serve.
     **{
         name: name
-        for name in ("num_images", "num_examples", "spatial_order", "pooling", "leave_out", "arch")
-    },
-    **{name: name for name in ("small_epochs", "small_size")},
-    # Arguments of serve.
-    **{
-        name: name
-        for name in ("max_mb", "max_megapixels", "max_queue", "max_rate", "abstain_below", "top_k")
+        for name in (
+            *("num_images", "num_examples", "spatial_order", "pooling", "leave_out", "arch"),
+            *("small_epochs", "small_size", "abstain_below", "coverage", "top_k"),
+            *("max_mb", "max_megapixels", "max_queue", "max_rate"),
+        )
     },
 }
 """Library argument name to flag name."""
@@ -165,6 +163,26 @@ class LogLines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         terminal.say(f"{prefix}{with_flags(record.getMessage())}")
+
+
+@contextlib.contextmanager
+def each_line_once() -> Iterator[None]:
+    """Show each log message only once: those of many runs on the same images are the same."""
+    seen: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        before = len(seen)
+        seen.add(record.getMessage())
+        return len(seen) > before
+
+    handlers = logging.getLogger("transfer").handlers
+    for handler in handlers:
+        handler.addFilter(is_new)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_new)
 
 
 def log_to_stderr() -> None:

@@ -45,6 +45,10 @@ class EvaluateConfig(ImageFlags):
     against: Path | None = None
     """Another run with the same classes to compare with on the same images: McNemar's test, and
     changes.csv lists the images with different predictions."""
+    coverage: float | None = None
+    """Also measure prediction sets, which contain the label of this share of images, such as 0.9:
+    conformal prediction, calibrated on one half of the images and measured on the other, both
+    ways."""
     skip_unreadable: int = 0
     """Skip and list up to this many images that cannot be decoded. By default, one such image
     stops the evaluation."""
@@ -85,6 +89,12 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
         print(
             f"correct where {other['run']} is wrong: {other['only_first']} images; vice versa: "
             f"{other['only_second']}; p {other['p_value']:.3g} ({_test(other)})"
+        )
+    if sets := metrics.get("conformal"):
+        print(
+            f"prediction sets for a coverage of {sets['coverage']:g}: {sets['mean_size']:.2f} "
+            f"classes on average, {sets['single']:.0%} with one; they contain the label of "
+            f"{sets['measured_coverage']:.4f} of the images"
         )
     print(run / "report.html")
     if threshold is not None and metrics["accuracy"] < threshold:

@@ -20,6 +20,9 @@ class PredictConfig:
     """csv: a row per image and class; jsonl: one JSON object per image and line."""
     batch_size: int = 32
     """Images per step."""
+    abstain_below: float | None = None
+    """Mark predictions whose probability is below this value, 0 to 1, as not sure; csv and jsonl
+    have a column sure. The report of evaluate shows what a value gains."""
     probabilities: Path | None = None
     """File for the probabilities of all classes: a NumPy array (.npy, float32) with a row per image
     of the results and a column per line of labels.txt."""

@@ -20,15 +20,17 @@ from transfer.core.csv_files import write_row
 from transfer.core.escapes import printable
 from transfer.evaluation.explain import Explainer
 from transfer.evaluation.file_predictions import (
+    Prediction,
     as_json,
     check_counts,
+    check_threshold,
     predict_files,
     reason,
 )
 from transfer.images import image_files
 from transfer.images.image_files import PassedOver
 
-Top = list[tuple[str, float]]
+Writer = Callable[[Prediction], None]
 
 
 def run(model: Path, images: Sequence[str], config: PredictConfig, results: TextIO) -> int:
@@ -40,13 +42,14 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
         FileNotFoundError, ValueError: if the model does not exist, or there are no images.
     """
     check_counts(top_k=config.top_k, batch_size=config.batch_size)
+    check_threshold(config.abstain_below)
     if config.probabilities is not None:
         npy_files.check_path(config.probabilities, "probabilities")
     if not images:
         raise ValueError("no images are named; give files, folders, patterns, or - for a list")
     classifier = Classifier.load(model)
     explainer = None if config.explain is None else Explainer(classifier, config.explain)
-    write = _WRITERS[config.format](results)
+    write = _WRITERS[config.format](results, config.abstain_below is not None)
     passed_over = PassedOver()
     done = num_failed = 0
     start = time.perf_counter()
@@ -64,11 +67,12 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
             find_images(images, passed_over),
             top_k=config.top_k,
             batch_size=config.batch_size,
+            abstain_below=config.abstain_below,
             explainer=explainer,
             probabilities=config.probabilities,
             on_unreadable=report,
         ):
-            write(printable(prediction.path), prediction.top)
+            write(prediction)
             done += 1
             bar.update()
     if not done + num_failed:
@@ -107,27 +111,35 @@ def _in_folder(folder: Path, passed_over: PassedOver) -> Iterator[Path]:
     return image_files.find(folder, passed_over, in_order=True)
 
 
-def _table(file: TextIO) -> Callable[[str, Top], None]:
-    def write(name: str, top: Top) -> None:
-        cells = "  ".join(f"{label} {probability:.4f}" for label, probability in top)
-        print(terminal.escaped(f"{name}  {cells}"), file=file, flush=True)
+def _table(file: TextIO, may_abstain: bool) -> Writer:
+    del may_abstain
+
+    def write(prediction: Prediction) -> None:
+        cells = [] if prediction.is_sure else ["not sure:"]
+        cells += [f"{label} {probability:.4f}" for label, probability in prediction.top]
+        line = "  ".join([printable(prediction.path), *cells])
+        print(terminal.escaped(line), file=file, flush=True)
 
     return write
 
 
-def _csv(file: TextIO) -> Callable[[str, Top], None]:
-    write_row(file, ["image", "rank", "label", "probability"])
+def _csv(file: TextIO, may_abstain: bool) -> Writer:
+    write_row(file, ["image", "rank", "label", "probability", *(["sure"] * may_abstain)])
 
-    def write(name: str, top: Top) -> None:
-        for rank, (label, probability) in enumerate(top, 1):
-            write_row(file, [name, rank, label, f"{probability:.6g}"])
+    def write(prediction: Prediction) -> None:
+        sure = ["yes" if prediction.is_sure else "no"] * may_abstain
+        for rank, (label, probability) in enumerate(prediction.top, 1):
+            name = printable(prediction.path)
+            write_row(file, [name, rank, label, f"{probability:.6g}", *sure])
 
     return write
 
 
-def _jsonl(file: TextIO) -> Callable[[str, Top], None]:
-    def write(name: str, top: Top) -> None:
-        print(as_json(name, top), file=file, flush=True)
+def _jsonl(file: TextIO, may_abstain: bool) -> Writer:
+    def write(prediction: Prediction) -> None:
+        is_sure = prediction.is_sure if may_abstain else None
+        line = as_json(printable(prediction.path), prediction.top, is_sure)
+        print(line, file=file, flush=True)
 
     return write
 

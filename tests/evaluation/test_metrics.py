@@ -184,6 +184,8 @@ def test_calibration_counts_every_image():
     weighted = sum(row["count"] * abs(row["accuracy"] - row["confidence"]) for row in bins)
     found = metrics.measure(logits, labels, list("abcdef"), resamples=5)
     assert found["calibration_error"] == pytest.approx(weighted / len(labels))
+    error = metrics.expected_calibration_error(p.max(-1), p.argmax(-1) == labels)
+    assert error == pytest.approx(found["calibration_error"])
 
 
 def test_mcnemar_equals_binomial_test():

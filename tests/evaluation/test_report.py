@@ -191,7 +191,13 @@ def test_names_in_report_are_escaped(run):
 
 def test_plots_are_also_files(run):
     plots = {path.stem: path for path in (run / "plots").iterdir()}
-    assert plots.keys() == {"learning_curves", "confusion", "calibration", "classes"}
+    assert plots.keys() == {
+        "learning_curves",
+        "confusion",
+        "calibration",
+        "risk_coverage",
+        "classes",
+    }
     for path in plots.values():
         with Image.open(path) as image:
             assert image.width > 300
@@ -220,7 +226,7 @@ def test_report_of_many_classes_is_small_and_reads_only_its_images(many_classes)
     assert page.count("<tr data-label=") == 1000  # classes
     assert "All 1,000 classes" in page
     plots = {path.stem for path in (folder / "plots").iterdir()}
-    assert plots == {"confusion", "calibration", "f1", "classes"}
+    assert plots == {"confusion", "calibration", "risk_coverage", "f1", "classes"}
 
 
 @pytest.mark.slow

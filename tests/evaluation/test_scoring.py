@@ -54,6 +54,18 @@ def test_evaluate_run_returns_what_it_writes(run, tmp_path):
         evaluate_run(run, probabilities=tmp_path / "p.csv")
 
 
+def test_coverage_adds_prediction_sets(run, capsys):
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--coverage", "0.5"]) == 0
+    found = json.loads((run / "metrics.json").read_text())["evaluation"]
+    sets, curve = found["conformal"], found["risk_coverage"]
+    assert sum(sets["calibrated_on"]) == found["num_examples"]
+    assert f"label of {sets['measured_coverage']:.4f} of the images" in capsys.readouterr().out
+    assert curve["points"][-1]["accuracy"] == pytest.approx(found["accuracy"])
+    with pytest.raises(ValueError, match="more than 0 and less than 1, got 1"):
+        evaluate_run(run, coverage=1.0)
+
+
 def test_metrics_file_stays_small_with_many_classes(run, monkeypatch):
     """The metrics per class are then in ``evaluation.json`` only."""
     monkeypatch.setattr(evaluation, "MAX_CLASSES_IN_METRICS", 1)

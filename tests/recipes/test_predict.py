@@ -59,6 +59,28 @@ def test_table_and_csv_formats(run, image_folder, capsys):
     assert [row["rank"] for row in rows[:2]] == ["1", "2"]
 
 
+def test_predictions_below_the_threshold_are_marked(run, image_folder, capsys):
+    capsys.readouterr()
+    assert predict(run, image_folder, "--format", "jsonl") == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert not any("sure" in line for line in found)
+    p = sorted(line["predictions"][0]["probability"] for line in found)
+    threshold = ["--abstain-below", (p[11] + p[12]) / 2]
+    assert predict(run, image_folder, "--format", "jsonl", *threshold) == 0
+    marked = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for line in marked:
+        assert line["sure"] == (line["predictions"][0]["probability"] > threshold[1])
+    assert sum(line["sure"] for line in marked) == 12
+    assert predict(run, image_folder, "--format", "csv", "--top-k", 1, *threshold) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["sure"] == "yes" for row in rows] == [line["sure"] for line in marked]
+    assert predict(run, image_folder, *threshold) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert ["  not sure:  " not in line for line in lines] == [line["sure"] for line in marked]
+    assert predict(run, image_folder, "--abstain-below", 2) == 1
+    assert "--abstain-below must be 0 to 1, got 2" in capsys.readouterr().err
+
+
 def test_predict_accepts_files_folders_patterns_and_lists(run, image_folder, monkeypatch, capsys):
     pattern = str(image_folder / "*" / "0*.jpg")
     first, second = image_folder / "red" / "00.jpg", image_folder / "blue" / "01.png"
@@ -199,9 +221,7 @@ def test_only_a_few_batches_are_read_ahead(run, image_folder, monkeypatch, capsy
 
     written = []
     monkeypatch.setattr(predict_job, "find_images", endless)
-    monkeypatch.setitem(
-        predict_job._WRITERS, "table", lambda file: lambda *_: written.append(asked)
-    )
+    monkeypatch.setitem(predict_job._WRITERS, "table", lambda *_: lambda *_: written.append(asked))
     assert predict(run, "-", "--batch-size", 8) == 0
     assert len(written) == 200
     assert all(ahead - number <= 16 for number, ahead in enumerate(written))

@@ -78,6 +78,20 @@ def peak_rss_mb() -> float:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
 
 
+def reset_peak_rss() -> bool:
+    """Start to measure ``peak_rss_mb`` anew, from the memory in use now.
+
+    Returns:
+        Whether the system can: Linux does (proc(5), ``clear_refs``).
+    """
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True
+
+
 def available_memory_mb() -> float:
     """Available memory, in MB of 1e6 bytes."""
     return psutil.virtual_memory().available / 1e6

@@ -38,6 +38,7 @@ class Prediction:
 
     ``label`` is the most probable class and ``probability`` (0..1) its predicted probability.
     ``top`` are the most probable classes with their probabilities, in descending order.
+    ``is_sure`` is false if the probability is below ``abstain_below`` of ``predict``.
 
     Example:
         >>> from pathlib import Path
@@ -53,6 +54,7 @@ class Prediction:
     label: str
     probability: float
     top: list[tuple[str, float]]
+    is_sure: bool = True
 
 
 def predict(
@@ -61,6 +63,7 @@ def predict(
     *,
     top_k: int = 3,
     batch_size: int = 32,
+    abstain_below: float | None = None,
     explain: str | Path | None = None,
     probabilities: str | Path | None = None,
     on_unreadable: OnUnreadable | None = None,
@@ -77,6 +80,8 @@ def predict(
             their names.
         top_k: number of classes in ``Prediction.top``.
         batch_size: images per step.
+        abstain_below: predictions whose probability is below this value, 0 to 1, are marked as not
+            sure. The risk-coverage curve of ``evaluate`` tells what a value gains.
         explain: folder for a Grad-CAM heat map per image, over the photo at its own resolution, as
             a JPEG named by its number in the results: red marks the region that explains the
             predicted class.
@@ -92,7 +97,8 @@ def predict(
     Raises:
         FileNotFoundError: if the model or the folder of ``probabilities`` does not exist; during
             iteration, if an image does not.
-        ValueError: if ``top_k`` or ``batch_size`` is less than 1, ``probabilities`` does not end in
+        ValueError: if ``top_k`` or ``batch_size`` is less than 1, ``abstain_below`` is not 0 to 1,
+            ``probabilities`` does not end in
             ``.npy``, or ``explain`` is given and the network has no feature maps.
         UnreadableImageError: during iteration, if an image cannot be decoded.
 
@@ -109,6 +115,7 @@ def predict(
         black.png 3
     """
     check_counts(top_k=top_k, batch_size=batch_size)
+    check_threshold(abstain_below)
     if probabilities is not None:
         npy_files.check_path(Path(probabilities), "probabilities")
     classifier = model if isinstance(model, Classifier) else Classifier.load(model)
@@ -120,6 +127,7 @@ def predict(
         _files(paths),
         top_k=top_k,
         batch_size=batch_size,
+        abstain_below=abstain_below,
         explainer=explainer,
         probabilities=None if probabilities is None else Path(probabilities),
         on_unreadable=on_unreadable or _refuse,
@@ -132,6 +140,7 @@ def predict_files(
     *,
     top_k: int,
     batch_size: int,
+    abstain_below: float | None,
     explainer: Explainer | None,
     probabilities: Path | None,
     on_unreadable: OnUnreadable,
@@ -155,7 +164,8 @@ def predict_files(
                 explainer(paths, tf.stack(pixels), p.argmax(-1))
             for path, row in zip(paths, p, strict=True):
                 top = most_probable(row, classifier.labels, top_k)
-                yield Prediction(path, *top[0], top)
+                is_sure = abstain_below is None or top[0][1] >= abstain_below
+                yield Prediction(path, *top[0], top, is_sure)
 
 
 def check_counts(**counts: int) -> None:
@@ -167,6 +177,16 @@ def check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
             raise ValueError(f"{name.replace('_', ' ')} must be at least 1, got {count}")
+
+
+def check_threshold(abstain_below: float | None) -> None:
+    """Validate ``abstain_below``.
+
+    Raises:
+        ValueError: if it is not 0 to 1.
+    """
+    if abstain_below is not None and not 0 <= abstain_below <= 1:
+        raise ValueError(f"abstain_below must be 0 to 1, got {abstain_below}")
 
 
 def most_probable(
@@ -196,12 +216,13 @@ def reason(error: Exception) -> str:
     return f"it cannot be read ({type(error).__name__}: {str(error)[:200]})"
 
 
-def as_json(name: str, top: Sequence[tuple[str, float]]) -> str:
+def as_json(name: str, top: Sequence[tuple[str, float]], is_sure: bool | None = None) -> str:
     """A prediction as one line of JSON: ``{"image": ..., "predictions": [{"label": ...,
-    "probability": ...}, ...]}``."""
+    "probability": ...}, ...]}``, with ``"sure"`` unless ``is_sure`` is ``None``."""
     predictions = [{"label": label, "probability": probability} for label, probability in top]
-    line = json.dumps({"image": name, "predictions": predictions}, ensure_ascii=False)
-    return escaped_json(line)
+    sure = {} if is_sure is None else {"sure": is_sure}
+    values = {"image": name, "predictions": predictions} | sure
+    return escaped_json(json.dumps(values, ensure_ascii=False))
 
 
 def _files(paths: Iterable[str | Path]) -> Iterator[Path]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from transfer.evaluation import by_group
+from transfer.evaluation.abstention import risk_coverage
 from transfer.evaluation.image_scores import ImageScores, score_images
 from transfer.evaluation.prediction import by_class, probabilities
 
@@ -56,7 +57,8 @@ def measure(
         ``average_precision`` (one-vs-rest, averaged over the classes with both positive and
         negative examples); ``calibration_error`` (0 to 1, ``BINS`` bins of equal width);
         ``most_confused``: up to ``MAX_CONFUSED`` pairs of ``label`` and ``prediction`` with the
-        ``count`` of their images and its ``share`` of the images of the label;
+        ``count`` of their images and its ``share`` of the images of the label; ``risk_coverage``:
+        the accuracy if images of low confidence are not predicted (``abstention.risk_coverage``);
         ``classes``: for each its ``label``, ``precision``, ``recall``, ``f1``, ``support``,
         ``roc_auc`` and ``average_precision`` (``None`` where undefined) and ``ci95`` of these; and
         ``ci95``, which maps the names of the metrics over all classes to their intervals.
@@ -120,6 +122,7 @@ def measure(
         overall_metrics
         | {name: _none_if_nan(value) for name, value in overall.items()}
         | {"most_confused": _most_confused(scores.predictions, labels, class_names)}
+        | {"risk_coverage": risk_coverage(scores.confidences, scores.predictions == labels)}
         | {"classes": classes, "ci95": intervals}
     )
 

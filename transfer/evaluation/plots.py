@@ -172,6 +172,26 @@ def calibration(confidence: np.ndarray, right: np.ndarray) -> Plot:
     return "Calibration", f"Accuracy by confidence. {text}", figure
 
 
+def risk_coverage(points: Sequence[dict[str, float]]) -> Plot | None:
+    """Accuracy among the kept images by the fraction kept; see ``abstention.risk_coverage``."""
+    if len(points) < 2:
+        return None
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([row["coverage"] for row in points], [row["accuracy"] for row in points], color=_BLUE)
+    axes.set(
+        xlim=(0, 1.02), xlabel="fraction of images kept (coverage)", ylabel="accuracy among them"
+    )
+    axes.grid(alpha=0.3)
+    half = min(points, key=lambda row: abs(row["coverage"] - 0.5))
+    text = (
+        "If images of lower confidence are not predicted. The "
+        f"{half['coverage']:.0%} with a confidence of at least {half['threshold']:.3f} have an "
+        f"accuracy of {half['accuracy']:.3f}, all images {points[-1]['accuracy']:.3f}."
+    )
+    return "Accuracy if the classifier may abstain", text, figure
+
+
 def classes(rows: Sequence[dict[str, Any]]) -> Plot:
     """Precision and recall per class; with many classes, those with the lowest F1."""
     chosen = sorted(rows, key=lambda row: row["f1"])[:_MAX_NAMES]

@@ -102,6 +102,7 @@ def write(folder: Path, evaluated: Evaluated, run: RunSummary) -> Path:
         "calibration": plots.calibration(
             scores.confidences, scores.predictions == evaluated.labels
         ),
+        "risk_coverage": plots.risk_coverage(evaluated.metrics["risk_coverage"]["points"]),
         "f1": plots.f1_of_classes(by_class),
         "classes": plots.classes(by_class),
     }

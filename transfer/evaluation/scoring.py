@@ -11,7 +11,7 @@ import numpy as np
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
 from transfer.core.npy_files import check_path
 from transfer.data.dataset import Source, Split
-from transfer.evaluation import metrics
+from transfer.evaluation import abstention, metrics
 from transfer.evaluation.prediction import predict_logits, summarize
 from transfer.evaluation.tables import write_probabilities
 from transfer.layers.classifier import Classifier
@@ -23,6 +23,7 @@ def evaluate(
     *,
     cut: str | None = None,
     batch_size: int = EXTRACTION_BATCH,
+    coverage: float | None = None,
     probabilities: str | Path | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> dict[str, Any]:
@@ -40,6 +41,8 @@ def evaluate(
             only. Default: ``classifier.cut``, which ``fine_tune`` sets.
         batch_size: images per step. A different size than in training changes the logits at float
             precision.
+        coverage: also measure prediction sets with this coverage, such as 0.9; see
+            ``transfer.evaluation.abstention.prediction_sets``.
         probabilities: file for the probabilities of all classes, ``.npy``, float32
             ``[num_examples, num_classes]``, in the order of the split and of
             ``Classifier.labels``.
@@ -50,11 +53,13 @@ def evaluate(
         ``accuracy_ci95`` (Wilson score interval; with groups, also ``num_groups`` and
         ``effective_examples``, see ``summarize``); ``dataset`` and ``splits``, the images used; and
         the metrics per class and over all classes, with bootstrap intervals, of
-        ``transfer.evaluation.metrics.measure``. All values are JSON types.
+        ``transfer.evaluation.metrics.measure``; with ``coverage``, also ``conformal``. All values
+        are JSON types.
 
     Raises:
         ValueError: if the split is empty or has different classes, ``cut`` does not separate the
-            input from the tap, the batch size is less than 1, ``probabilities`` does not end in
+            input from the tap, the batch size is less than 1, ``coverage`` is not between 0 and 1
+            or there are too few images for it, ``probabilities`` does not end in
             ``.npy``, or logits are not finite.
         FileNotFoundError: if the folder of ``probabilities`` does not exist.
         UnreadableImageError: if images cannot be decoded; ``split.readable`` leaves them out.
@@ -76,7 +81,7 @@ def evaluate(
     )
     if path is not None:
         write_probabilities(path, logits)
-    return measure(classifier, split, logits, labels)
+    return measure(classifier, split, logits, labels, coverage)
 
 
 def compute_logits(
@@ -104,13 +109,21 @@ def compute_logits(
 
 
 def measure(
-    classifier: Classifier, split: Split, logits: np.ndarray, labels: np.ndarray
+    classifier: Classifier,
+    split: Split,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    coverage: float | None = None,
 ) -> dict[str, Any]:
     """The result of ``evaluate``, from the logits and labels of ``compute_logits``."""
+    sets = {}
+    if coverage is not None:
+        sets["conformal"] = abstention.prediction_sets(logits, labels, coverage, split.groups)
     return (
         {"dataset": split.source.name, "splits": [name for name, _ in split.parts]}
         | metrics.measure(logits, labels, classifier.labels, groups=split.groups)
         | summarize(logits, labels, split.groups)
+        | sets
     )
 
 

@@ -143,15 +143,20 @@ class Inputs:
 
     def evaluator(self, model: keras.Model) -> Callable[[], dict[str, Any]]:
         """A function that evaluates a model, with its current weights, on the held-out images."""
-        context, mine = self._context, self._mine_held_out
-        forward = Compiled(model, context.replicas)
+        predict = self.predictor(model)
+        return lambda: self.summary(predict())
 
-        def evaluate() -> dict[str, Any]:
-            width = len(context.classifier.labels)
-            logits = self._joined(forward, self._evaluation_batches(), mine, width)
-            return summarize(logits, context.held_out.labels, context.held_out.groups)
+    def predictor(self, model: keras.Model) -> Callable[[], np.ndarray]:
+        """A function that computes the logits of the held-out images with the current weights of a
+        model, float32 ``[num_held_out, num_classes]``."""
+        mine, width = self._mine_held_out, len(self._context.classifier.labels)
+        forward = Compiled(model, self._context.replicas)
+        return lambda: self._joined(forward, self._evaluation_batches(), mine, width)
 
-        return evaluate
+    def summary(self, logits: np.ndarray) -> dict[str, Any]:
+        """The ``eval`` part of ``metrics.json`` for logits of the held-out images."""
+        held_out = self._context.held_out
+        return summarize(logits, held_out.labels, held_out.groups)
 
     def _joined(
         self, layer: Callable[[Any], Any], batches: Iterable[Any], mine: np.ndarray, width: int

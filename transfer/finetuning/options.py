@@ -38,7 +38,8 @@ class FineTuneOptions:
     tap: str | None = None
     """Tensor with the features; a short name works. Several, separated by commas, are averaged
     over height and width and concatenated: pool4,pool5,fc7. all: average and maximum of every
-    activation after a nonlinearity, up to the default tap. [default: the card's, else fc7]"""
+    activation after a nonlinearity, up to the default tap. auto: the tap with the highest
+    cross-validated accuracy of a head on the training images. [default: the card's, else fc7]"""
     input: str | None = None
     """Tensor that takes the images. [default: the card's, else the only candidate]"""
     keep_dropout: bool = False

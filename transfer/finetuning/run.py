@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 
 from transfer.core import measurement
 from transfer.core.distribution import Replicas
@@ -49,7 +50,8 @@ class FineTuneResult:
 
     ``classifier`` is the fine-tuned model, loaded from ``run_dir``; ``metrics`` is the content of
     ``metrics.json`` (empty on a worker that is not the chief); ``history`` maps the name of a
-    metric to its value after each epoch.
+    metric to its value after each epoch; ``logits`` are those of the held-out images, in their
+    order, float32 ``[num_held_out, num_classes]``.
 
     Example:
         >>> from transfer import FineTuneResult, fine_tune, open_source
@@ -67,6 +69,7 @@ class FineTuneResult:
     metrics: dict[str, Any]
     history: dict[str, list[float]]
     run_dir: Path
+    logits: np.ndarray
 
 
 def fine_tune(
@@ -155,7 +158,7 @@ def run(request: RunRequest) -> FineTuneResult:
         ):
             callbacks = [*request.callbacks, *tracker.callbacks]
             context = replace(context, request=replace(request, callbacks=callbacks))
-            classifier, metrics = _train_and_evaluate(context, clock, signals)
+            classifier, metrics, logits = _train_and_evaluate(context, clock, signals)
             if replicas.is_chief:
                 run_folder.write_json(context.run_dir / run_folder.METRICS, metrics)
                 tracker.finish(metrics)
@@ -164,7 +167,7 @@ def run(request: RunRequest) -> FineTuneResult:
     if replicas.is_chief:
         for line in _advice(context, history):
             logger.warning(line)
-    return FineTuneResult(classifier, metrics, history, context.run_dir)
+    return FineTuneResult(classifier, metrics, history, context.run_dir, logits)
 
 
 def _advice(context: RunContext, history: dict[str, list[float]]) -> list[str]:
@@ -207,9 +210,9 @@ def _opened(context: RunContext) -> Iterator[None]:
 
 def _train_and_evaluate(
     context: RunContext, clock: measurement.Clock, signals: Signals
-) -> tuple[Classifier, dict[str, Any]]:
-    """Run all stages; returns the saved classifier and, on the chief, the content of
-    ``metrics.json``."""
+) -> tuple[Classifier, dict[str, Any], np.ndarray]:
+    """Run all stages; returns the saved classifier, on the chief the content of ``metrics.json``,
+    and the logits of the held-out images."""
     num_extracted = num_found = 0
     progress = Progress()
     for number, stage in enumerate(context.stages):
@@ -229,11 +232,11 @@ def _train_and_evaluate(
             num_found += inputs.num_found
         progress = trainer.progress
     with clock("eval_s"):
-        classifier, evaluation = _save_and_evaluate(context, inputs, progress)
+        classifier, evaluation, logits = _save_and_evaluate(context, inputs, progress)
     replicas = context.replicas
     num_extracted, num_found = replicas.total(num_extracted), replicas.total(num_found)
     if not replicas.is_chief:
-        return classifier, {}
+        return classifier, {}, logits
     metrics = _metrics(context, progress, evaluation)
     metrics["time"] = seconds = clock.seconds
     num_trained = progress.steps_now / context.steps_per_epoch * len(context.train)
@@ -243,7 +246,7 @@ def _train_and_evaluate(
     }
     metrics["activations"] = {"computed": num_extracted, "found": num_found}
     metrics["unreadable"] = run_data.unreadable(context.train, context.held_out)
-    return classifier, metrics
+    return classifier, metrics, logits
 
 
 def _save(context: RunContext, epochs: int, **options: Any) -> None:
@@ -263,7 +266,7 @@ def _save(context: RunContext, epochs: int, **options: Any) -> None:
 
 def _save_and_evaluate(
     context: RunContext, inputs: Inputs, progress: Progress
-) -> tuple[Classifier, dict[str, Any]]:
+) -> tuple[Classifier, dict[str, Any], np.ndarray]:
     """Write the model, load it and evaluate the loaded model: metrics are those of the files."""
     replicas = context.replicas
     with replicas.chief_first():
@@ -273,11 +276,12 @@ def _save_and_evaluate(
     classifier = Classifier.load(prefix)
     classifier.cut = context.last_cut
     _, saved = classifier.split(context.last_cut)
-    evaluation = inputs.evaluator(saved)()
+    logits = inputs.predictor(saved)()
+    evaluation = inputs.summary(logits)
     if replicas.is_chief:
         card_path = prefix.with_name(f"{prefix.name}.json")
         write_card(card_path, replace(read_card(card_path), eval=evaluation))
-    return classifier, evaluation
+    return classifier, evaluation, logits
 
 
 def _metrics(context: RunContext, progress: Progress, evaluation: dict[str, Any]) -> dict[str, Any]:

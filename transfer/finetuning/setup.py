@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,7 @@ from transfer.finetuning.hyperparameters import (
     trains_cached_head,
 )
 from transfer.finetuning.options import FineTuneOptions, ResolvedOptions
+from transfer.finetuning.tap_choice import AUTO, choose_tap
 from transfer.graph import Network, graph_preprocessing, is_seeded
 from transfer.graph import cut as graph_cut
 from transfer.graph.cuts import stopped
@@ -102,8 +104,9 @@ class RunContext:
     """A run that has been set up: classifier, stages and images.
 
     ``fingerprint`` identifies the training and held-out images; ``num_leaks`` is the number of
-    held-out images that are also among the training images, as far as they were compared. ``taps``
-    are the tensors of several taps.
+    held-out images that are also among the training images, as far as they were compared;
+    ``inspect_s`` are the seconds that this took, mostly for decoding images whose fingerprints were
+    not on disk. ``taps`` are the tensors of several taps.
     """
 
     request: RunRequest
@@ -116,6 +119,7 @@ class RunContext:
     fingerprint: dict[str, Any]
     num_leaks: int = 0
     taps: list[str] = field(default_factory=list)
+    inspect_s: float = 0.0
 
     @property
     def replicas(self) -> Replicas:
@@ -177,8 +181,16 @@ def prepare(request: RunRequest) -> RunContext:
             f"batch_size={options.batch_size} does not fit {len(train)} training images; "
             f"choose 1 to {len(train)}"
         )
+    start = time.perf_counter()
     with _remembered(options, train, request.held_out):
         fingerprint, num_leaks = _inspect_images(train, request.held_out, request.verbose)
+    inspect_s = time.perf_counter() - start
+    if options.tap == AUTO:
+        tap = ""
+        if replicas.is_chief:
+            tap = choose_tap(request.graph, train, options, request.feeds).best.tap
+        options = dataclasses.replace(options, tap=replicas.from_chief(tap))
+        request = dataclasses.replace(request, options=options)
     classifier, features, resolved, taps = _classifier(request, train)
     replicas.check_same("choice of images", fingerprint)
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
@@ -196,6 +208,7 @@ def prepare(request: RunRequest) -> RunContext:
         fingerprint,
         num_leaks,
         taps,
+        inspect_s,
     )
 
 

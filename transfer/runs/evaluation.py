@@ -50,6 +50,7 @@ def evaluate_run(
     eval_split: str = "auto",
     batch_size: int = EXTRACTION_BATCH,
     against: Path | None = None,
+    coverage: float | None = None,
     skip_unreadable: int = 0,
     probabilities: Path | None = None,
     command: Sequence[str] = (),
@@ -72,6 +73,7 @@ def evaluate_run(
             data, the validation or test split, else all images.
         batch_size: images per step; see ``evaluate``.
         against: folder of another run with the same classes to compare with on the same images.
+        coverage: also measure prediction sets with this coverage; see ``evaluate``.
         skip_unreadable: leave out up to this number of images that cannot be decoded.
         probabilities: write the probabilities of all classes to this file, ``.npy``, float32
             ``[num_examples, num_classes]``, with a row per row of ``predictions.csv`` and a column
@@ -86,8 +88,8 @@ def evaluate_run(
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
-        ValueError: if the classes of the images differ from the run's, some cannot be decoded, or
-            ``probabilities`` does not end in ``.npy``.
+        ValueError: if the classes of the images differ from the run's, some cannot be decoded,
+            ``coverage`` does not fit them, or ``probabilities`` does not end in ``.npy``.
 
     Example:
         >>> from transfer import fine_tune, load_meta_graph, open_source
@@ -120,7 +122,7 @@ def evaluate_run(
         batch_size=batch_size,
         progress=lambda batches: progress(batches, "evaluation", "batch"),
     )
-    results = scoring.measure(classifier, split, logits, labels)
+    results = scoring.measure(classifier, split, logits, labels, coverage)
     if skip_unreadable:
         heading = {name: results[name] for name in ("dataset", "splits")}
         results = heading | {"unreadable": run_data.unreadable(split)} | results

@@ -1,0 +1,31 @@
+"""Estimate what a fine-tuning run would give and cost, before anything is trained.
+
+    vgg-transfer plan photos --model vgg16 --preprocess caffe
+
+Takes the flags of ``finetune``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from recipes.finetune_flags import DEFAULTS, FinetuneConfig
+from recipes.images_argument import Images, with_images
+from recipes.startup import job
+
+
+def plan(images: Images = None, /, config: FinetuneConfig = DEFAULTS) -> int:
+    """Estimate accuracy, time, memory and disk space of a run before it is started."""
+    config = with_images(config, images)
+    with job():
+        from recipes.data_errors import skip_suggested
+        from recipes.finetune_request import request
+        from recipes.plan_job import describe
+        from transfer.finetuning.forecast import forecast
+
+        if config.strategy not in ("auto", "none"):
+            raise ValueError("plan is for one device; leave out --strategy")
+        with skip_suggested():
+            lines = describe(forecast(request(replace(config, out=None))), config)
+    print("\n".join(lines))
+    return 0

@@ -1,0 +1,45 @@
+"""A forecast agrees with the run that follows it."""
+
+import numpy as np
+import pytest
+
+from transfer import fine_tune, load_meta_graph, open_source
+from transfer.finetuning.cost import CutCost
+from transfer.finetuning.forecast import forecast
+from transfer.finetuning.options import FineTuneOptions
+from transfer.finetuning.setup import RunRequest
+
+
+@pytest.mark.slow
+def test_forecast_agrees_with_the_runs(model, image_folder, tmp_path):
+    splits = open_source(image_folder=str(image_folder)).train_and_eval_splits()
+    options = FineTuneOptions(cache_dir=tmp_path / "cache", tap="auto", epochs=1)
+    graph = load_meta_graph(model)
+    result = forecast(RunRequest(graph, *splits, options))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "model", "photos"]
+    costs = {cost.cut: cost for cost in result.costs}
+    assert list(costs)[-1] == "none"
+    assert all(isinstance(cost, CutCost) and cost.epochs == 1 for cost in costs.values())
+    times = np.array([[c.extract_s, c.train_s, c.total_s] for c in costs.values()])
+    assert (times >= 0).all() and (times[:, 2] > times[:, 0] + times[:, 1]).all()
+    assert costs["none"].extract_s == 0
+
+    head, *_, whole = costs.values()
+    for cost, cut in ((head, "tap"), (whole, "none")):
+        run = fine_tune(
+            graph, *splits, run_dir=tmp_path / cut, **vars(options) | {"freeze_until": cut}
+        )
+        assert run.metrics["params"]["trainable"] == cost.trained
+        assert run.metrics["cut"] == cost.cut
+        found = run.metrics["activations"]["found"]
+        assert found == (result.choice.num_images if cut == "tap" else 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"schedule": "fc7:1"}, "leave out schedule"), ({"solver": "lbfgs"}, "solver=lbfgs")],
+)
+def test_what_a_forecast_does_not_cover_is_refused(model, image_folder, options, message):
+    splits = open_source(image_folder=str(image_folder)).train_and_eval_splits()
+    with pytest.raises(ValueError, match=message):
+        forecast(RunRequest(load_meta_graph(model), *splits, FineTuneOptions(**options)))

@@ -1,0 +1,46 @@
+"""The output of `vgg-transfer plan`."""
+
+import shlex
+
+import pytest
+
+from recipes.cli import main
+from recipes.finetune_flags import FinetuneConfig
+from recipes.plan_job import describe
+from transfer.finetuning.cost import CutCost
+from transfer.finetuning.forecast import Forecast
+from transfer.finetuning.tap_choice import TapChoice, TapScore
+
+
+def forecast(tap="pool5"):
+    scores = [TapScore(name, 512, 0.8, (0.7, 0.9)) for name in ("fc7", "pool5")]
+    best = next(score for score in scores if score.tap == tap)
+    costs = [CutCost(cut, 20, 3.0, 60.0, 7300.0, 900.0, 30.0, 1000) for cut in (tap, "none")]
+    return Forecast(TapChoice(scores, best, 0.79, (0.69, 0.89), 100), costs, 100, 40)
+
+
+def test_recommended_command_has_the_given_flags():
+    config = FinetuneConfig(
+        image_folder="my photos", freeze_until="none", feed=("a=1", "b=2"), augment=True
+    )
+    (line,) = [line for line in describe(forecast(), config) if line.startswith("recommended: ")]
+    assert shlex.split(line.removeprefix("recommended: ")) == [
+        *("vgg-transfer", "finetune", "--tap", "pool5", "--augment"),
+        *("--feed", "a=1", "--feed", "b=2", "--image-folder", "my photos"),
+    ]
+
+
+def test_tables_have_a_row_per_tap_and_per_cut():
+    lines = "\n".join(describe(forecast("fc7"), FinetuneConfig())).splitlines()
+    assert sum(line.startswith("| ") for line in lines) == 2 + 2 + 2  # with the headers
+    (head,) = [line for line in lines if line.startswith("| none")]
+    cells = [cell.strip() for cell in head.strip("|").split("|")]
+    assert cells == ["none", "20", "1,000", "3 s", "60 s", "2.0 h", "900", "30"]
+    assert any("accuracy 0.790 (0.690 to 0.890)" in line for line in lines)
+
+
+@pytest.mark.parametrize("flags", [["--schedule", "fc7:1"], ["--strategy", "mirrored"]])
+def test_plan_refuses_what_it_does_not_estimate(model, image_folder, flags, capsys):
+    words = ["plan", str(image_folder), "--model", str(model), *flags]
+    assert main(words) == 1
+    assert f"leave out {flags[0]}" in capsys.readouterr().err

@@ -1,0 +1,93 @@
+"""What a fine-tuning run would give and cost, before anything is trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import keras
+
+from transfer.finetuning.cost import CutCost, measure_costs
+from transfer.finetuning.hyperparameters import choose_solver
+from transfer.finetuning.setup import RunRequest, prepare
+from transfer.finetuning.tap_choice import AUTO, TapChoice, choose_tap
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """``choice`` has the accuracy of a head on each tap, ``costs`` the time, memory and disk space
+    of a run at each cut of the network up to the best tap, from the tap to ``none``."""
+
+    choice: TapChoice
+    costs: Sequence[CutCost]
+    num_train: int
+    num_held_out: int
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The recommended options of ``fine_tune``: a head on the best tap."""
+        return {"tap": self.choice.best.tap, "freeze_until": "tap"}
+
+
+def forecast(request: RunRequest) -> Forecast:
+    """Estimate accuracy and cost of the runs that a request could become; writes only features, to
+    the activation cache.
+
+    Args:
+        request: as for ``fine_tune``. ``tap`` is compared with others, ``freeze_until`` is not
+            used.
+
+    Raises:
+        ValueError, OSError: as for ``fine_tune``; also for several stages or replicas, and if a
+            class has fewer than two training images.
+
+    Example:
+        >>> from transfer import load_meta_graph, open_source
+        >>> from transfer.finetuning.forecast import forecast
+        >>> from transfer.finetuning.options import FineTuneOptions
+        >>> from transfer.finetuning.setup import RunRequest
+        >>> splits = open_source("digits").train_and_eval_splits()
+        >>> few = FineTuneOptions(shots_per_class=5)
+        >>> result = forecast(RunRequest(load_meta_graph("embedded"), *splits, few))
+        >>> result.costs[-1].cut
+        'none'
+    """
+    options = request.options
+    if request.replicas.count > 1:
+        raise ValueError("a forecast is for one device")
+    if options.schedule is not None or options.solver == "lbfgs" or request.resume:
+        raise ValueError(
+            "a forecast is for a new run with one cut; leave out schedule=STAGES, "
+            "solver=lbfgs and resume=True"
+        )
+    keras.utils.set_random_seed(options.seed)
+    own = None if options.tap == AUTO else options.tap
+    # More than a head is trained by gradient descent, whatever solves for the head.
+    options = replace(options, freeze_until="tap", solver="gradient")
+    start = time.perf_counter()
+    context = prepare(replace(request, options=replace(options, tap=own)))
+    # A later run finds the fingerprints of the images on disk.
+    setup_s = time.perf_counter() - start - context.inspect_s
+    choice = choose_tap(
+        request.graph,
+        context.train,
+        options,
+        request.feeds,
+        lambda taps: context.progress(taps, "features of each tap"),
+    )
+    best = choice.best.tap
+    output = context.classifier.feature_extractor.network.output
+    if best == "all" or "," in best or request.graph.tensor(best) != output:
+        context = prepare(replace(request, options=replace(options, tap=best)))
+        output = context.classifier.feature_extractor.network.output
+    is_found = options.cache == "disk" and options.cache_dtype == "float32"
+    is_found = is_found and not (options.augment or options.views)
+    cached = {output.removesuffix(":0"): choice.num_images} if is_found else {}
+    as_given = replace(request.options, freeze_until="tap", tap=best)
+    solver = choose_solver(
+        as_given, context.classifier.backbone, len(context.train), choice.best.width
+    )
+    ridge_s = choice.best.fit_s * len(context.train) / choice.num_images
+    costs = measure_costs(context, setup_s, cached, ridge_s if solver == "ridge" else None)
+    return Forecast(choice, costs, len(context.train), len(context.held_out))

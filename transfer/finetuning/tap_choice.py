@@ -1,0 +1,274 @@
+"""Choose the tap for a head by the cross-validated accuracy of a head on each of several taps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from transfer.activations.extraction import EXTRACTION_BATCH
+from transfer.activations.features import extract_features
+from transfer.data.dataset import Split
+from transfer.evaluation import by_group
+from transfer.finetuning.options import FineTuneOptions
+from transfer.graph import infer
+from transfer.graph.cuts import list_cuts
+from transfer.graph.policy import ForbiddenOpError
+from transfer.images.preprocess import parse_size
+from transfer.layers.backbone import Backbone
+from transfer.models.meta_graph import MetaGraph
+from transfer.models.plan import ModelPlan, plan
+from transfer.training.folds import stratified_folds
+from transfer.training.ridge import GRID, fit_ridge
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+"""Value of the option ``tap`` that chooses the tap by the training images."""
+MAX_TAPS = 4
+# Images to compare taps on, and the multiply-adds that they may take if they are more than a few.
+MAX_IMAGES, _MIN_IMAGES, _MAX_WORK = 2000, 500, 10**13
+_FOLDS = 5
+_PENALTIES = GRID[::3]  # coarser, as many heads are fitted
+
+
+@dataclass(frozen=True)
+class TapScore:
+    """Accuracy (0 to 1) of a head on a tap, with its 95 % interval; ``width`` is the number of
+    features, ``fit_s`` the seconds that it would take to solve for a head on all images."""
+
+    tap: str
+    width: int
+    accuracy: float
+    interval: tuple[float, float]
+    fit_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class TapChoice:
+    """The scores of several taps, and the one with the highest accuracy.
+
+    The accuracy of the best of several is too high by the choice. ``nested`` is the accuracy of the
+    whole procedure, choice included: for each fold, the tap is chosen on the other folds by the
+    leave-one-out accuracy of their heads.
+    """
+
+    scores: list[TapScore]
+    best: TapScore
+    nested: float
+    nested_interval: tuple[float, float]
+    num_images: int
+
+
+def choose_tap(
+    graph: MetaGraph,
+    train: Split,
+    options: FineTuneOptions,
+    feeds: Mapping[str, float | bool] | None = None,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> TapChoice:
+    """Score the taps of a network on training images; no held-out image is looked at.
+
+    The features are cached, where a run with the chosen tap finds them.
+
+    Args:
+        graph: the network.
+        train: training images. Of more than ``MAX_IMAGES``, as many are drawn; fewer for a large
+            network.
+        options: of the run; ``tap`` may be ``auto``.
+        feeds: values of placeholders, see ``Backbone``.
+        progress: wraps the taps, for a progress bar.
+
+    Raises:
+        ValueError: if no tap works, or a class has fewer than two images, or groups.
+
+    Example:
+        >>> from transfer import load_meta_graph, open_source
+        >>> from transfer.finetuning.options import FineTuneOptions
+        >>> from transfer.finetuning.tap_choice import choose_tap
+        >>> train, _ = open_source("digits").train_and_eval_splits()
+        >>> choice = choose_tap(load_meta_graph("embedded"), train, FineTuneOptions())
+        >>> choice.best.accuracy > 0.8
+        True
+    """
+    size = None if options.image_size is None else parse_size(options.image_size)
+    candidates = candidate_taps(graph, options, feeds)
+    work = sum(_multiply_adds(planned) for planned in candidates.values())
+    few = _drawn(train, max(_MIN_IMAGES, min(MAX_IMAGES, _MAX_WORK // max(1, work))), options.seed)
+    features = {}
+    for tap in progress(list(candidates)):
+        backbone = Backbone(
+            graph,
+            tap if "," not in tap else tap.split(","),
+            input=options.input,
+            feeds=feeds,
+            keep_dropout=options.keep_dropout,
+            use_ema=options.use_ema,
+            name="backbone",
+        )
+        if options.random_weights:
+            backbone.randomize(options.seed)
+        preprocess = graph.preprocess(backbone.network.input, options.preprocess, size)
+        features[tap] = extract_features(
+            backbone,
+            few,
+            preprocess,
+            cache="disk" if options.cache == "disk" else "memory",
+            cache_dir=options.cache_dir,
+            cache_limit=options.cache_limit,
+        ).values
+    choice = score_taps(features, few.labels, few.groups, seed=options.seed)
+    logger.info(
+        f"tap: {choice.best.tap}, cross-validated accuracy {choice.nested:.3f} on "
+        f"{choice.num_images} training images"
+    )
+    return choice
+
+
+def candidate_taps(
+    graph: MetaGraph, options: FineTuneOptions, feeds: Mapping[str, float | bool] | None = None
+) -> dict[str, ModelPlan]:
+    """The taps to compare, with how each is used: that of the options or the default, ``all``, and
+    the most promising others that work with the input and the images, at most ``MAX_TAPS``.
+
+    Raises:
+        ValueError: if none of them works; the reason of the first.
+    """
+    given = options.tap if options.tap not in (None, AUTO) else None
+    names = [given or graph.card.tap or "fc7", "all", *(tap.name for tap in graph.taps())]
+    size = None if options.image_size is None else parse_size(options.image_size)
+    taps: dict[str, ModelPlan] = {}
+    seen = set()
+    problem: Exception | None = None
+    for name in names:
+        try:
+            planned = plan(
+                graph,
+                name if "," not in name else name.split(","),
+                input=options.input,
+                feeds=feeds,
+                keep_dropout=options.keep_dropout,
+                use_ema=options.use_ema,
+                preprocess=options.preprocess,
+                image_size=size,
+            )
+            shape = infer(planned.network).get(planned.network.output)
+        except (ValueError, OSError, ForbiddenOpError) as error:
+            problem = problem or error
+            continue
+        # The same layers and shape: the output of a dropout, for example, is that of its input.
+        layers = frozenset(variable.name for variable in planned.network.variables)
+        if (layers, shape) not in seen and planned.network.output != planned.network.input:
+            seen.add((layers, shape))
+            taps[name.removesuffix(":0")] = planned
+        if len(taps) == MAX_TAPS:
+            break
+    if not taps:
+        raise problem or ValueError(f"{str(graph.prefix)!r} has no tap")
+    return taps
+
+
+def _multiply_adds(planned: ModelPlan) -> int:
+    cuts = list_cuts(planned.network, planned.preprocess.size)
+    return (cuts[-1].multiply_adds or 0) if cuts else 0
+
+
+def score_taps(
+    features: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    groups: np.ndarray | None = None,
+    *,
+    seed: int = 0,
+) -> TapChoice:
+    """Cross-validated accuracy of a head on the features of each tap, solved by ridge regression.
+
+    Intervals are Wilson score intervals for the images; they do not cover the choice of the
+    training images.
+
+    Args:
+        features: maps taps to float ``[num_examples, width]``.
+        labels: int ``[num_examples]``.
+        groups: group number of each image, int ``[num_examples]``: groups are kept together in the
+            folds.
+        seed: seed of the folds.
+
+    Raises:
+        ValueError: if a class has fewer than two images, or groups.
+    """
+    folds = stratified_folds(labels, _FOLDS, seed=seed, groups=groups)
+    if not folds:
+        raise ValueError(
+            "taps are compared by cross-validation, for which each class needs at least two "
+            "training images, of two groups if they have groups; name a tap"
+        )
+    predicted = {tap: np.empty_like(labels) for tap in features}
+    nested = np.empty_like(labels)
+    seconds = dict.fromkeys(features, 0.0)
+    for train, test in folds:
+        others = None if groups is None else groups[train]
+        inner = {}
+        for tap, values in features.items():
+            start = time.perf_counter()
+            inner[tap], predicted[tap][test] = _fit(values, labels, train, test, others)
+            seconds[tap] += time.perf_counter() - start
+        nested[test] = predicted[max(inner, key=inner.__getitem__)][test]
+    # A run tries all penalties, and fits to the images of all folds.
+    once = len(GRID) / len(_PENALTIES) / (len(folds) - 1)
+    scores = [
+        TapScore(
+            tap,
+            values.shape[1],
+            *_accuracy(predicted[tap] == labels, groups),
+            fit_s=once * seconds[tap],
+        )
+        for tap, values in features.items()
+    ]
+    best = max(scores, key=lambda score: score.accuracy)  # of equal ones the first
+    return TapChoice(scores, best, *_accuracy(nested == labels, groups), len(labels))
+
+
+def _fit(
+    values: np.ndarray,
+    labels: np.ndarray,
+    train: np.ndarray,
+    test: np.ndarray,
+    groups: np.ndarray | None,
+) -> tuple[float, np.ndarray]:
+    """The leave-one-out accuracy of a head on the training images of a fold, and its predictions
+    for the others, int ``[len(test)]``."""
+    num_classes = int(labels.max()) + 1
+    x, y = values[train], labels[train]
+    head = fit_ridge(x, y, num_classes, groups=groups, penalties=_PENALTIES)
+    left_out = head.out_of_sample
+    accuracy = 0.0 if left_out is None else float((left_out.argmax(-1) == y).mean())
+    return accuracy, (values[test] @ head.kernel + head.bias).argmax(-1)
+
+
+def _accuracy(right: np.ndarray, groups: np.ndarray | None) -> tuple[float, tuple[float, float]]:
+    accuracy = float(right.mean())
+    size = len(right) if groups is None else by_group.effective_size(right, groups)
+    return accuracy, by_group.wilson_interval(accuracy, size)
+
+
+def _drawn(train: Split, most: int, seed: int) -> Split:
+    """At most this number of the images.
+
+    Whole batches if they have enough images of each class, since a run computes batches as a whole,
+    and finds only whole ones in the cache; else images that are drawn by class.
+    """
+    if len(train) <= most:
+        return train
+    batches = np.arange(len(train)) // EXTRACTION_BATCH
+    chosen = np.linspace(0, batches[-1], max(1, most // EXTRACTION_BATCH)).astype(int)
+    keep = np.isin(batches, chosen)
+    counts = np.bincount(train.labels[keep], minlength=int(train.labels.max()) + 1)
+    if counts[np.unique(train.labels)].min() < _FOLDS:
+        order = np.random.default_rng(seed).permutation(len(train))
+        order = order[np.argsort(train.labels[order], kind="stable")]
+        keep = np.zeros(len(train), bool)
+        keep[order[np.linspace(0, len(train) - 1, most).astype(int)]] = True
+    return train.where(keep)
