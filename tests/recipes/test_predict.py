@@ -46,6 +46,14 @@ def test_predictions_equal_those_of_evaluate(run, image_folder, tmp_path, capsys
     assert f"{len(rows)} images, " in err and "images/s" in err
 
 
+def test_quiet_prints_results_only(run, image_folder, capsys, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "")  # the flag sets it; it is unset at the end of the test
+    capsys.readouterr()
+    assert predict(run, image_folder / "red", "--quiet") == 0
+    out, err = capsys.readouterr()
+    assert (len(out.splitlines()), err) == (12, "")
+
+
 def test_table_and_csv_formats(run, image_folder, capsys):
     capsys.readouterr()
     assert predict(run, image_folder / "red", "--top-k", 1) == 0

@@ -465,6 +465,22 @@ def test_quiet_shows_results_and_warnings_only(tmp_path, model, image_folder, ca
     assert [line for line in printed.err.splitlines() if not line.startswith("warning: ")] == []
 
 
+@pytest.mark.parametrize(
+    ("words", "suggestion"),
+    [
+        (["finetun"], '"finetune"'),
+        (["finetune", "--epoch", "2"], "--epochs"),
+        (["predict", "run", "a.jpg", "--topk", "3"], "--top-k"),
+        (["--verson"], "--version"),
+        (["--quite", "finetune"], "--quiet"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_similar_verbs_and_flags_are_suggested(words, suggestion, capsys):
+    assert main(words) == 2
+    assert f"Did you mean {suggestion}?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_prints_a_script_with_verbs_and_flags(shell, capsys):
     assert main(["completion", shell]) == 0

@@ -124,7 +124,8 @@ class RunTracking:
         self._name = context.options.track
         self._tracker: Tracker | None = None
         if self._name is not None and context.replicas.is_chief:
-            self._safely(self._begin)
+            with self._reported():
+                self._begin(self._name)
 
     @property
     def callbacks(self) -> list[keras.callbacks.Callback]:
@@ -150,17 +151,17 @@ class RunTracking:
         self._log(scalars, metrics["train"]["epochs"])
         if context.options.track_files:
             files = run_folder.files_of(context.run_dir)
-            self._safely(lambda tracker: tracker.upload(files))
+            self._tell(lambda tracker: tracker.upload(files))
 
     def end(self, *, failed: bool) -> None:
         """Close the tracker's run."""
-        self._safely(lambda tracker: tracker.end(failed=failed))
+        self._tell(lambda tracker: tracker.end(failed=failed))
 
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
-        self._safely(lambda tracker: tracker.log(metrics, step))
+        self._tell(lambda tracker: tracker.log(metrics, step))
 
-    def _begin(self, _: None) -> None:
-        context, name = self._context, str(self._name)
+    def _begin(self, name: str) -> None:
+        context = self._context
         path = context.run_dir / run_folder.TRACKING
         ids = run_folder.read_json(path) if context.request.resume and path.is_file() else {}
         params = hyperparameters(context.config)
@@ -168,12 +169,16 @@ class RunTracking:
         self._tracker = tracker
         run_folder.write_json(path, ids | {name: tracker.run_id})
 
-    def _safely(self, action: Callable[[Any], None]) -> None:
-        """Call an action with the tracker, if it works; the first error is its last call."""
-        if self._tracker is None and action != self._begin:
-            return
+    def _tell(self, action: Callable[[Tracker], None]) -> None:
+        if self._tracker is not None:
+            with self._reported():
+                action(self._tracker)
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Report an error of the tracker, which is not called again."""
         try:
-            action(self._tracker)
+            yield
         except Exception as error:  # of any kind: the packages raise their own, and the network's
             self._tracker = None
             logger.warning(
