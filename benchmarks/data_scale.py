@@ -7,8 +7,8 @@ a CSV manifest of the same files, and as a tfds dataset in TFRecord files; so th
 is the work per image. Each layout is opened by two processes, one after the other: the second finds
 the index of the first. Seconds are those of the processor, of all threads; memory is the peak of
 the process, beyond what it took after importing TensorFlow. Bytes are those that the process read
-by any system call (``rchar`` in ``/proc``): Linux only. Cached features are memory-mapped and not
-counted.
+by any system call (``rchar`` in ``/proc``): Linux only. Cached features are read once, to verify
+them; later they are memory-mapped, which is not counted.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LAYOUTS = ("folder", "csv", "tfrecord")
 PER_SHARD = 100_000
 BATCH = 256
 WIDTH = 64  # of cached features
-MAX_IMAGES = 20_000  # that are read in an epoch or an evaluation
+MAX_IMAGES = 2_000  # that are read in an epoch or an evaluation
 
 
 def main() -> None:
