@@ -8,6 +8,7 @@ import base64
 import csv
 import io
 import json
+import time
 
 import httpx
 import numpy as np
@@ -217,6 +218,13 @@ def test_full_queue_says_when_to_come_back(ask):
     refused = next(answer for answer in answers if answer.status_code == 503)
     assert refused.headers["retry-after"] == "1"
     assert ask(predict(*[encoded()] * 9), max_waiting=8).status_code == 413
+
+
+def test_too_many_overlays_are_told_to_come_back(ask, model, monkeypatch):
+    monkeypatch.setattr(model, "overlay", lambda *_: time.sleep(0.002) or b"")
+    answers = ask(*[("POST", "/overlay/1", {"content": encoded()})] * 100)
+    assert [answer.status_code for answer in answers].count(200) == 64
+    assert {a.headers["retry-after"] for a in answers if a.status_code == 503} == {"1"}
 
 
 def test_rate_of_a_client_is_limited(ask):

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 PAGE = "page.html"
 Result = TypeVar("Result")
 _THREADS = 2
-_MAX_WAITING_TASKS = 64
+_MAX_TASKS = 64  # that are done or wait
 _HEADERS = {
     "cache-control": "no-store",
     "x-content-type-options": "nosniff",
@@ -123,6 +123,7 @@ class _Service:
         self.bodies = Bodies(settings.max_bytes)
         self.rate = RateLimit(settings.max_rate)
         self.metrics = Metrics()
+        self._num_tasks = 0
         self._on_ready = on_ready
         self._page = (files("transfer.serving") / PAGE).read_text(encoding="utf-8")
         self._batcher = Batcher[Image, "np.ndarray | BadImageError"](
@@ -236,9 +237,13 @@ class _Service:
     async def _in_thread(self, function: Callable[..., Result], *args: Any) -> Result:
         """The result of slow work on single images, of which little is done at a time: large images
         take much memory."""
-        if self._work.statistics().tasks_waiting >= _MAX_WAITING_TASKS:
+        if self._num_tasks >= _MAX_TASKS:
             raise RequestError(503, "the server is busy with other requests", retry_after=1)
-        return await anyio.to_thread.run_sync(function, *args, limiter=self._work)
+        self._num_tasks += 1
+        try:
+            return await anyio.to_thread.run_sync(function, *args, limiter=self._work)
+        finally:
+            self._num_tasks -= 1
 
     def _check_model(self, request: Request) -> None:
         name, version = request.path_params["name"], request.path_params.get("version")
