@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import keras
 
+from transfer.core import measurement
 from transfer.finetuning.cost import CutCost, measure_costs
 from transfer.finetuning.hyperparameters import choose_solver
 from transfer.finetuning.setup import RunRequest, prepare
@@ -74,7 +75,7 @@ def forecast(request: RunRequest) -> Forecast:
         context.train,
         options,
         request.feeds,
-        lambda taps: context.progress(taps, "features of each tap"),
+        lambda taps: measurement.progress(taps, "features", "tap") if request.verbose else taps,
     )
     best = choice.best.tap
     output = context.classifier.feature_extractor.network.output

@@ -191,6 +191,7 @@ def prepare(request: RunRequest) -> RunContext:
             tap = choose_tap(request.graph, train, options, request.feeds).best.tap
         options = dataclasses.replace(options, tap=replicas.from_chief(tap))
         request = dataclasses.replace(request, options=options)
+        keras.utils.set_random_seed(options.seed)  # the run is that with this tap, named
     classifier, features, resolved, taps = _classifier(request, train)
     replicas.check_same("choice of images", fingerprint)
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
