@@ -100,6 +100,12 @@ class FineTuneOptions:
     """Largest size of that folder in GB; the least recently used entries are evicted."""
     cache_dtype: Literal["float32", "float16"] = "float32"
     """float16 halves the size and keeps about three significant digits."""
+    precision: Literal["float32", "int8", "auto"] = "float32"
+    """Arithmetic of the frozen part. int8 quantizes it, and is refused where the features differ
+    too much from those of float32; the classifier that is written is that of float32. auto: int8
+    if it is faster on this machine."""
+    int8_engine: Literal["auto", "litert", "openvino"] = "auto"
+    """Library that computes in int8. auto: OpenVINO if it is installed, else LiteRT."""
     max_to_keep: int = 0
     """Also write the model after each epoch, as model-STEP, and keep this many of the latest; 0
     writes none."""

@@ -36,6 +36,7 @@ from transfer.finetuning.hyperparameters import (
     trains_cached_head,
 )
 from transfer.finetuning.options import FineTuneOptions, ResolvedOptions
+from transfer.finetuning.precision import choose
 from transfer.graph import Network, graph_preprocessing, is_seeded
 from transfer.graph import cut as graph_cut
 from transfer.graph.cuts import stopped
@@ -45,6 +46,8 @@ from transfer.layers.classifier import Classifier
 from transfer.layers.head import Head, average_over_space
 from transfer.models.meta_graph import MetaGraph
 from transfer.models.plan import plan
+from transfer.quantization.calibration import CalibrationImages
+from transfer.quantization.prefix import QuantizedPrefix
 from transfer.runs import run_folder
 
 logger = logging.getLogger(__name__)
@@ -100,7 +103,8 @@ class RunRequest:
 class RunContext:
     """A run that has been set up: classifier, stages and images.
 
-    ``fingerprint`` identifies the training and held-out images.
+    ``fingerprint`` identifies the training and held-out images; ``measured`` is the frozen part in
+    int8, if it was measured to resolve ``precision="auto"``.
     """
 
     request: RunRequest
@@ -111,6 +115,7 @@ class RunContext:
     train: Split
     held_out: Split
     fingerprint: dict[str, Any]
+    measured: QuantizedPrefix | None = None
 
     @property
     def replicas(self) -> Replicas:
@@ -178,10 +183,28 @@ def prepare(request: RunRequest) -> RunContext:
     replicas.check_same("choice of images", fingerprint)
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
     stages = _stages(resolved, classifier, features, train)
+    num_images = len(train) * max(1, resolved.views) + len(request.held_out)
+    precision = choose(
+        resolved,
+        classifier.backbone,
+        [stage.cut for stage in stages],
+        CalibrationImages(train, classifier.preprocess, options.seed),
+        num_images=num_images,
+        replicas=replicas,
+    )
+    resolved = precision.applied(resolved)
     run_dir = request.run_dir or run_folder.default_out(train.source.name, options.freeze_until)
     run_dir = Path(replicas.from_chief(str(run_dir.resolve())))
     return RunContext(
-        request, resolved, run_dir, classifier, stages, train, request.held_out, fingerprint
+        request,
+        resolved,
+        run_dir,
+        classifier,
+        stages,
+        train,
+        request.held_out,
+        fingerprint,
+        precision.measured,
     )
 
 
@@ -346,13 +369,17 @@ def _classifier(
         classifier.build_from_size()
     check_savable(classifier)
     size = preprocess.size
-    resolved = vars(options) | {
-        "tap": tap,
-        "input": network.input,
-        "preprocess": preprocess.mode,
-        "image_size": size if isinstance(size, int) else show_size(size),
-        "batch_size": _batch_size(request, train, backbone),
-    }
+    resolved = (
+        vars(options)
+        | _precision(request)
+        | {
+            "tap": tap,
+            "input": network.input,
+            "preprocess": preprocess.mode,
+            "image_size": size if isinstance(size, int) else show_size(size),
+            "batch_size": _batch_size(request, train, backbone),
+        }
+    )
     return classifier, features, ResolvedOptions(**resolved)
 
 
@@ -374,6 +401,19 @@ def _batch_size(request: RunRequest, train: Split, backbone: Backbone) -> int:
             "images"
         )
     return default
+
+
+def _precision(request: RunRequest) -> dict[str, str]:
+    """Where they are ``auto``, the precision and its engine are those of the resumed run."""
+    options = {name: getattr(request.options, name) for name in ("precision", "int8_engine")}
+    if request.resume and request.run_dir is not None and options["precision"] != "float32":
+        with contextlib.suppress(FileNotFoundError):  # it has not begun
+            recorded = run_folder.read_config(request.run_dir)
+            options = {
+                name: recorded.get(name, value) if value == "auto" else value
+                for name, value in options.items()
+            }
+    return options
 
 
 def _stages(
