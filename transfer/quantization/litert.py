@@ -32,7 +32,9 @@ def quantize(layer: GraphLayer[Any], images: np.ndarray) -> Callable[[Any], np.n
     Raises:
         ValueError: if LiteRT cannot convert the network.
     """
-    converter = tf.lite.TFLiteConverter.from_concrete_functions([frozen(layer, images.shape[1:])])
+    function = frozen(layer, images.shape[1:])
+    # The module, which holds nothing, selects the conversion that is not deprecated.
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([function], tf.Module())
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
     converter.representative_dataset = lambda: ([image[None]] for image in images)
     converter.target_spec.supported_ops = [
