@@ -11,9 +11,9 @@ import numpy as np
 
 from transfer.layers.head import average_over_space
 
-MAX_ERROR = 0.25
+MAX_ERROR = 0.2
 """Largest accepted ``feature_error``. Noise of this size costs a linear probe less than half a
-point of accuracy; see docs/performance.md."""
+point of accuracy, half as much again more than a point; see docs/performance.md."""
 _PASSES = 2  # of which the faster counts: other programs may slow one down
 
 

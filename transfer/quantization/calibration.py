@@ -12,8 +12,8 @@ from transfer.data.dataset import Split
 from transfer.images.preprocess import Preprocess
 
 NUM_CALIBRATION = 32
-"""Images that determine the ranges. More make no difference (docs/performance.md), and each costs
-LiteRT several forward passes."""
+"""Images that determine the ranges. More take time, but make no difference to the features
+(docs/performance.md)."""
 NUM_COMPARED = 16
 """Further images, on which int8 is compared with float32."""
 
