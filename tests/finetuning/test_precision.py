@@ -112,13 +112,15 @@ def test_uncached_activations_are_computed_in_int8(run):
     [
         ({"freeze_until": "none"}, "nothing is frozen"),
         ({"int8_engine": "openvino"}, r"pip install 'vgg-transfer\[openvino\]'"),
+        ({"precision": "int4"}, "precision must be float32, int8 or auto, got 'int4'"),
     ],
-    ids=["nothing frozen", "not installed"],
+    ids=["nothing frozen", "not installed", "unknown"],
 )
 def test_impossible_int8_is_refused(model, image_folder, tmp_path, options, message):
     splits = open_source(image_folder=image_folder).train_and_eval_splits()
+    options = {"precision": "int8", "epochs": 1, "run_dir": tmp_path / "out"} | options
     with pytest.raises(ValueError, match=message):
-        fine_tune(model, *splits, run_dir=tmp_path / "out", precision="int8", epochs=1, **options)
+        fine_tune(model, *splits, **options)
     assert not (tmp_path / "out").exists()
 
 

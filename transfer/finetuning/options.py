@@ -151,6 +151,16 @@ class FineTuneOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be more than 0, got {value}")
+        choices = {
+            "precision": ("float32", "int8", "auto"),
+            "int8_engine": ("auto", "litert", "openvino"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got "
+                    f"{getattr(self, name)!r}"
+                )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be 0 to 1, got {self.label_smoothing}")
         if self.views and self.cache == "off":
