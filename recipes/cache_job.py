@@ -40,6 +40,8 @@ def show(directory: Path, *, as_json: bool) -> None:
         )
         if key.get("view_seed") is not None:
             description += f", view {key['view_seed']}"
+        if "precision" in key:
+            description += f", {key['precision']}"
         print(
             f"{entry.digest[:12]}  {used}  {entry.num_bytes / 1e6:10,.1f} MB  "
             f"{entry.num_rows:8,} images  {terminal.escaped(description)}"

@@ -48,6 +48,7 @@ _GROUPS = {
     ),
     "Head": ("solver", "lbfgs_c", "hidden", "dropout"),
     "Activation cache": ("cache", "cache_dir", "cache_limit", "cache_dtype"),
+    "Precision": ("precision", "int8_engine"),
     "Run": (
         "seed",
         "deterministic",

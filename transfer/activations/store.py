@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -84,7 +84,9 @@ class ActivationStore:
         cut: name of the output tensor of the layer.
         model: name of the model.
         policy: where to cache activations.
-        compiled: the layer as a ``Compiled``, called for each batch.
+        compiled: the layer as a function, called for each batch; a ``Compiled`` by default.
+        precision: what the results of ``compiled`` depend on beside the layer, if they are not
+            those of float32; part of the key of the cache.
         replicas: devices and processes that share the work.
         progress: wraps the batches, given a description.
 
@@ -99,7 +101,8 @@ class ActivationStore:
         cut: str,
         model: str,
         policy: CachePolicy,
-        compiled: Compiled | None = None,
+        compiled: Callable[[Any], Any] | None = None,
+        precision: Mapping[str, Any] | None = None,
         replicas: Replicas | None = None,
         progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda batches, _: batches,
     ):
@@ -110,6 +113,7 @@ class ActivationStore:
         self._policy = policy
         self._replicas = replicas or Replicas()
         self._compiled = compiled or Compiled(layer, self._replicas)
+        self._precision = precision or {}
         self._progress = progress
         self.num_extracted = self.num_found = 0
 
@@ -236,7 +240,7 @@ class ActivationStore:
     def _key(self, request: ExtractionRequest, digest: str) -> dict[str, Any]:
         """Cache key: everything that a row depends on except the image, and display names."""
         split = request.split
-        key = {
+        key: dict[str, Any] = {
             "model": self._model,
             "cut": self._cut,
             "sha256": digest,
@@ -248,6 +252,7 @@ class ActivationStore:
             "view_seed": request.view_seed,
             "versions": {package: version(package) for package in ("vgg-transfer", "tensorflow")},
         }
+        key |= self._precision
         if request.role == "held-out":
             # Activations depend on the batch they are computed in, at float precision. An
             # evaluation must be bit-identical whatever was cached before. Workers compute whole

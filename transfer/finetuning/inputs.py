@@ -17,6 +17,8 @@ from transfer.evaluation.prediction import predict_logits, summarize
 from transfer.finetuning.setup import RunContext
 from transfer.graph import is_seeded
 from transfer.layers.backbone import GraphLayer
+from transfer.quantization.calibration import CalibrationImages
+from transfer.quantization.prefix import QuantizedPrefix
 from transfer.training.trainer import epoch_seed
 
 
@@ -35,7 +37,7 @@ class Inputs:
     def __init__(self, context: RunContext, cut: str, frozen: GraphLayer | None):
         self._context = context
         self._layer = frozen
-        self._frozen: Compiled | None = None
+        self._frozen: Compiled | QuantizedPrefix | None = None
         assigned = context.replicas.examples_of_worker
         self._mine_held_out = assigned(len(context.held_out), EXTRACTION_BATCH)
         self._mine_train = assigned(len(context.train), EXTRACTION_BATCH)
@@ -45,7 +47,9 @@ class Inputs:
         self._is_recomputed = False
         if frozen is None:
             return
-        self._frozen = compiled = Compiled(frozen, context.replicas)
+        self._frozen = compiled = _in_precision_of_run(context, frozen)
+        # TensorFlow cannot compute in int8 within a training step.
+        self._is_recomputed = is_int8 = isinstance(compiled, QuantizedPrefix)
         if is_seeded(frozen.network.graph_def):
             return
         views: list[int | None] = [
@@ -68,6 +72,7 @@ class Inputs:
             model=context.request.origin["model"],
             policy=context.cache_policy,
             compiled=compiled,
+            precision=compiled.key() if isinstance(compiled, QuantizedPrefix) else None,
             replicas=context.replicas,
             progress=context.progress,
         )
@@ -77,7 +82,7 @@ class Inputs:
         # miss some images.
         if context.replicas.total(int(rows is None)) or rows is None:
             num_parts, rest = divmod(options.batch_size, EXTRACTION_BATCH)
-            self._is_recomputed = bool(views) and num_parts > 1 and not rest
+            self._is_recomputed = is_int8 or (bool(views) and num_parts > 1 and not rest)
             return
         self._held_out = Activations(rows[:1], held_out.needed.labels)
         if views:
@@ -101,7 +106,9 @@ class Inputs:
             return self._train.batches(options.batch_size, seed, epoch, first_batch)
         if options.views:  # they did not fit in the cache
             view = epoch_seed(options.seed, epoch % options.views)
-        num_parts = options.batch_size // EXTRACTION_BATCH if self._is_recomputed else 1
+        num_parts = 1
+        if self._is_recomputed and options.batch_size % EXTRACTION_BATCH == 0:
+            num_parts = options.batch_size // EXTRACTION_BATCH
         images = self._images(
             self._context.train,
             options.batch_size // num_parts,
@@ -182,3 +189,16 @@ class Inputs:
 
 def _shard(split: Split, mine: np.ndarray) -> Split:
     return split if mine.all() else split.where(mine)
+
+
+def _in_precision_of_run(context: RunContext, layer: GraphLayer) -> Compiled | QuantizedPrefix:
+    """The frozen part of a stage as a function of preprocessed images."""
+    float32, options = Compiled(layer, context.replicas), context.options
+    if options.precision == "float32":
+        return float32
+    measured = context.measured
+    if measured is not None and measured.digest == layer.digest():
+        return measured
+    images = CalibrationImages(context.train, context.classifier.preprocess, options.seed)
+    assert options.int8_engine != "auto"  # it is resolved
+    return QuantizedPrefix(layer, float32, options.int8_engine, images)

@@ -126,6 +126,12 @@ class FineTuneOptions:
     """Largest size of that folder in GB; the least recently used entries are evicted."""
     cache_dtype: Literal["float32", "float16"] = "float32"
     """float16 halves the size and keeps about three significant digits."""
+    precision: Literal["float32", "int8", "auto"] = "float32"
+    """Arithmetic of the frozen part. int8 quantizes it, and is refused where the features differ
+    too much from those of float32; the classifier that is written is that of float32. auto: int8
+    if it is faster on this machine."""
+    int8_engine: Literal["auto", "litert", "openvino"] = "auto"
+    """Library that computes in int8. auto: OpenVINO if it is installed, else LiteRT."""
     max_to_keep: int = 0
     """Also write the model after each epoch, as model-STEP, and keep this many of the latest; 0
     writes none."""
@@ -176,6 +182,16 @@ class FineTuneOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be more than 0, got {value}")
+        choices = {
+            "precision": ("float32", "int8", "auto"),
+            "int8_engine": ("auto", "litert", "openvino"),
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got "
+                    f"{getattr(self, name)!r}"
+                )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be 0 to 1, got {self.label_smoothing}")
         if self.track_files and self.track is None:

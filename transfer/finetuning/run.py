@@ -278,6 +278,9 @@ def _save_and_evaluate(
     _, saved = classifier.split(context.last_cut)
     logits = inputs.predictor(saved)()
     evaluation = inputs.summary(logits)
+    if context.options.precision == "int8":
+        # Of the head on int8 features: the classifier in the files computes in float32.
+        evaluation["precision"] = "int8"
     if replicas.is_chief:
         card_path = prefix.with_name(f"{prefix.name}.json")
         write_card(card_path, replace(read_card(card_path), eval=evaluation))
@@ -288,16 +291,27 @@ def _metrics(context: RunContext, progress: Progress, evaluation: dict[str, Any]
     """Content of ``metrics.json``, except for times."""
     final_loss = run_folder.read_history(context.run_dir)["loss"][-1]
     taps = context.taps
-    return {
-        "eval": evaluation,
-        "train": {"epochs": progress.epoch, "steps": progress.step, "final_loss": final_loss}
-        | {"epoch_s": progress.epoch_s},
-        "time": {},
-        "throughput": {},
-        "memory": {"peak_rss_mb": measurement.peak_rss_mb()},
-        "params": {"total": context.classifier.count_params(), "trainable": progress.trainable},
-        "cut": context.last_cut,
-        "seed": context.options.seed,
-        "versions": measurement.versions(),
-        "solver": {"name": context.options.solver, **progress.solution},
-    } | ({"taps": taps} if len(taps) > 1 else {})
+    return (
+        {
+            "eval": evaluation,
+            "train": {"epochs": progress.epoch, "steps": progress.step, "final_loss": final_loss}
+            | {"epoch_s": progress.epoch_s},
+            "time": {},
+            "throughput": {},
+            "memory": {"peak_rss_mb": measurement.peak_rss_mb()},
+            "params": {"total": context.classifier.count_params(), "trainable": progress.trainable},
+            "cut": context.last_cut,
+            "seed": context.options.seed,
+            "precision": context.options.precision,
+            "versions": measurement.versions(),
+            "solver": {"name": context.options.solver, **progress.solution},
+        }
+        | ({"taps": taps} if len(taps) > 1 else {})
+        | _engine(context)
+    )
+
+
+def _engine(context: RunContext) -> dict[str, str]:
+    """The library that computed in int8, for ``metrics.json``."""
+    options = context.options
+    return {"int8_engine": options.int8_engine} if options.precision == "int8" else {}

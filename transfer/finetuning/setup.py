@@ -38,6 +38,7 @@ from transfer.finetuning.hyperparameters import (
     trains_cached_head,
 )
 from transfer.finetuning.options import FineTuneOptions, ResolvedOptions
+from transfer.finetuning.precision import choose
 from transfer.finetuning.tap_choice import AUTO, choose_tap
 from transfer.graph import Network, graph_preprocessing, is_seeded
 from transfer.graph import cut as graph_cut
@@ -48,6 +49,8 @@ from transfer.layers.classifier import Classifier
 from transfer.layers.head import Head, average_over_space
 from transfer.models.meta_graph import MetaGraph
 from transfer.models.plan import plan
+from transfer.quantization.calibration import CalibrationImages
+from transfer.quantization.prefix import QuantizedPrefix
 from transfer.runs import run_folder
 
 logger = logging.getLogger(__name__)
@@ -106,7 +109,8 @@ class RunContext:
     ``fingerprint`` identifies the training and held-out images; ``num_leaks`` is the number of
     held-out images that are also among the training images, as far as they were compared;
     ``inspect_s`` are the seconds that this took, mostly for decoding images whose fingerprints were
-    not on disk. ``taps`` are the tensors of several taps.
+    not on disk. ``taps`` are the tensors of several taps, ``measured`` is
+    the frozen part in int8, if it was measured to resolve ``precision="auto"``.
     """
 
     request: RunRequest
@@ -120,6 +124,7 @@ class RunContext:
     num_leaks: int = 0
     taps: list[str] = field(default_factory=list)
     inspect_s: float = 0.0
+    measured: QuantizedPrefix | None = None
 
     @property
     def replicas(self) -> Replicas:
@@ -196,6 +201,16 @@ def prepare(request: RunRequest) -> RunContext:
     replicas.check_same("choice of images", fingerprint)
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
     stages = _stages(resolved, classifier, features, train)
+    num_images = len(train) * max(1, resolved.views) + len(request.held_out)
+    precision = choose(
+        resolved,
+        classifier.backbone,
+        [stage.cut for stage in stages],
+        CalibrationImages(train, classifier.preprocess, options.seed),
+        num_images=num_images,
+        replicas=replicas,
+    )
+    resolved = precision.applied(resolved)
     run_dir = request.run_dir or run_folder.default_out(train.source.name, options.freeze_until)
     run_dir = Path(replicas.from_chief(str(run_dir.resolve())))
     return RunContext(
@@ -210,6 +225,7 @@ def prepare(request: RunRequest) -> RunContext:
         num_leaks,
         taps,
         inspect_s,
+        precision.measured,
     )
 
 
@@ -380,14 +396,18 @@ def _classifier(
     size = preprocess.size
     solver = _solver(request, backbone, len(train), features.shape[1])
     request = dataclasses.replace(request, options=dataclasses.replace(options, solver=solver))
-    resolved = vars(options) | {
-        "solver": solver,
-        "tap": tap,
-        "input": network.input,
-        "preprocess": preprocess.mode,
-        "image_size": size if isinstance(size, int) else show_size(size),
-        "batch_size": _batch_size(request, train, backbone),
-    }
+    resolved = (
+        vars(options)
+        | _precision(request)
+        | {
+            "solver": solver,
+            "tap": tap,
+            "input": network.input,
+            "preprocess": preprocess.mode,
+            "image_size": size if isinstance(size, int) else show_size(size),
+            "batch_size": _batch_size(request, train, backbone),
+        }
+    )
     return classifier, features, ResolvedOptions(**resolved), planned.tensors
 
 
@@ -424,6 +444,19 @@ def _batch_size(request: RunRequest, train: Split, backbone: Backbone) -> int:
             "images"
         )
     return default
+
+
+def _precision(request: RunRequest) -> dict[str, str]:
+    """Where they are ``auto``, the precision and its engine are those of the resumed run."""
+    options = {name: getattr(request.options, name) for name in ("precision", "int8_engine")}
+    if request.resume and request.run_dir is not None and options["precision"] != "float32":
+        with contextlib.suppress(FileNotFoundError):  # it has not begun
+            recorded = run_folder.read_config(request.run_dir)
+            options = {
+                name: recorded.get(name, value) if value == "auto" else value
+                for name, value in options.items()
+            }
+    return options
 
 
 def _stages(

@@ -1,0 +1,130 @@
+"""The precision in which the frozen part of a network is computed: float32 or int8."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transfer.activations.extraction import Compiled
+from transfer.core.distribution import Replicas
+from transfer.finetuning.options import ResolvedOptions
+from transfer.graph import cut as graph_cut
+from transfer.graph import is_seeded
+from transfer.layers.backbone import GraphLayer
+from transfer.quantization import engines
+from transfer.quantization.agreement import DisagreementError
+from transfer.quantization.calibration import CalibrationImages
+from transfer.quantization.engines import Engine
+from transfer.quantization.prefix import QuantizedPrefix
+
+logger = logging.getLogger(__name__)
+
+MIN_IMAGES = 500
+"""With fewer images, ``auto`` keeps float32: calibration would take longer than int8 saves."""
+MAX_TIME_RATIO = 0.8
+"""Largest time of int8, relative to float32, for which ``auto`` takes it: the calibration must pay
+off as well."""
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """Resolved precision. ``measured`` is what ``auto`` quantized to decide, on the chief."""
+
+    precision: Literal["float32", "int8"]
+    engine: Literal["auto", "litert", "openvino"] = "auto"
+    measured: QuantizedPrefix | None = None
+
+    def applied(self, options: ResolvedOptions) -> ResolvedOptions:
+        """The options with this precision."""
+        return dataclasses.replace(options, precision=self.precision, int8_engine=self.engine)
+
+
+def choose(
+    options: ResolvedOptions,
+    backbone: GraphLayer[Any],
+    cuts: list[str],
+    images: CalibrationImages,
+    *,
+    num_images: int,
+    replicas: Replicas,
+) -> PrecisionChoice:
+    """Resolve the options ``precision`` and ``int8_engine``.
+
+    Args:
+        options: the options of the run, those of the run to resume applied.
+        backbone: the network.
+        cuts: the cut of each stage, ``none`` if nothing is frozen.
+        images: images to calibrate and compare on.
+        num_images: number of images, or views of images, to compute.
+        replicas: devices and processes that train together; all take the choice of the chief.
+
+    Raises:
+        ValueError: if int8 was asked for and is impossible.
+    """
+    if options.precision == "float32":
+        return PrecisionChoice("float32")
+    prefixes = [_prefix(backbone, name) for name in dict.fromkeys(cuts) if name != "none"]
+    engine = engines.default_engine() if options.int8_engine == "auto" else options.int8_engine
+    problem = _problem(prefixes)
+    if options.precision == "int8":
+        if problem:
+            raise ValueError(f"precision=int8 computes the frozen part, and {problem}")
+        engines.check_installed(engine)
+        return PrecisionChoice("int8", engine)
+    if not problem and num_images < MIN_IMAGES:
+        problem = f"{num_images} images are too few to pay off the calibration"
+    if problem:
+        logger.info(f"precision: float32, as {problem}")
+        return PrecisionChoice("float32")
+    engines.check_installed(engine)
+    choice = PrecisionChoice("float32")
+    if replicas.is_chief:
+        choice = _measured(prefixes, engine, images)
+    precision, engine = json.loads(replicas.from_chief(json.dumps([choice.precision, engine])))
+    if precision == "float32":
+        return PrecisionChoice("float32")
+    return PrecisionChoice("int8", engine, choice.measured)
+
+
+def _prefix(backbone: GraphLayer[Any], at: str) -> GraphLayer[Any]:
+    """The part up to a cut, for inference only: a layer with dropout in training would draw a seed,
+    which changes the random numbers of the run."""
+    first, _ = graph_cut(backbone.network, backbone.tensor(at))
+    variables = dict(zip(backbone.variable_names, backbone.graph_variables, strict=True))
+    network = dataclasses.replace(first, training=None)
+    return GraphLayer(network, variables, shared=backbone.shared, name=f"{backbone.name}_frozen")
+
+
+def _problem(prefixes: list[GraphLayer[Any]]) -> str | None:
+    """Why int8 is impossible, if it is."""
+    if not prefixes:
+        return "nothing is frozen"
+    if any(is_seeded(prefix.network.graph_def) for prefix in prefixes):
+        return "it draws random numbers"
+    return None
+
+
+def _measured(
+    prefixes: list[GraphLayer[Any]], engine: Engine, images: CalibrationImages
+) -> PrecisionChoice:
+    """int8 if it agrees with float32 and is faster, for each frozen part."""
+    quantized = None
+    for prefix in prefixes:
+        quantized = QuantizedPrefix(prefix, Compiled(prefix), engine, images)
+        try:
+            agreement = quantized.measure()
+            agreement.check()
+        except (DisagreementError, ValueError) as error:
+            logger.info(f"precision: float32; {error}")
+            return PrecisionChoice("float32")
+        ratio = agreement.time_ratio
+        assert ratio is not None
+        facts = f"int8 by {engine} takes {ratio:.2f} of the time of float32"
+        if ratio > MAX_TIME_RATIO:
+            logger.info(f"precision: float32, as {facts} (limit {MAX_TIME_RATIO})")
+            return PrecisionChoice("float32")
+        logger.info(f"precision: int8, as {facts}; error of the features {agreement.error:.3f}")
+    return PrecisionChoice("int8", engine, quantized)
