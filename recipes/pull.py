@@ -67,7 +67,9 @@ def pull(
 
 def _table(entries: list[Entry]) -> list[str]:
     """The catalogue as aligned text."""
-    rows = [("name", "published by", "top-1", "top-5", "preprocess", "verified by", "licence")]
+    rows: list[tuple[str, ...]] = [
+        ("name", "published by", "top-1", "top-5", "preprocess", "verified by", "licence")
+    ]
     for entry in entries:
         accuracy = [f"{value:.3f}" for value in entry.accuracy or ()] or ["-", "-"]
         mode = entry.preprocess if isinstance(entry.preprocess, str) else "means"

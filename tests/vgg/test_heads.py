@@ -87,6 +87,7 @@ def test_plain_head_has_relu_between_layers():
     ([Activation("a", "tanh"), dense(4, 3)], r"a \(tanh\) does not follow a dense layer"),
     ([norm(4), Activation("a", "relu"), dense(4, 3)], "does not follow a dense layer"),
     ([dense(2, 2)] * 21, "over 20 dense layers"),
+    ([dense(2, 2), *[norm(2)] * 100], "has 101 steps; expected at most 100"),
 ])  # fmt: skip
 def test_other_heads_are_left_out_with_the_reason(steps, message):
     with pytest.raises(UnsupportedHeadError, match=message):

@@ -146,6 +146,46 @@ def test_external_data_are_refused(tmp_path):
         containers.read(writer.save(tmp_path / "m.onnx"))
 
 
+def test_array_of_several_nodes_is_refused(tmp_path):
+    """Each use might copy it."""
+    writer = Writer()
+    writer.base()
+    name = writer.constant(np.zeros((WIDTH, WIDTH), "f4"))
+    writer.add("GlobalAveragePool")
+    writer.add("Flatten")
+    for _ in range(3):
+        writer.add("MatMul", name)
+    with pytest.raises(ValueError, match="is used by several nodes"):
+        containers.read(writer.save(tmp_path / "m.onnx"))
+
+
+def test_split_batch_norm_and_sliced_channels_as_tf2onnx_writes_them(tmp_path):
+    writer = Writer(channels_last=True)
+    parts = []
+    for channel in (2, 1, 0):
+        writer.last = "images"
+        writer.add("Slice", *(np.array([n]) for n in (channel, channel + 1, 3)))
+        parts.append(writer.last)
+    writer.last = parts[0]
+    writer.add("Concat", *parts[1:], axis=3)
+    writer.add("Transpose", perm=[0, 3, 1, 2])
+    writer.base()
+    writer.add("GlobalAveragePool")
+    writer.add("Squeeze", np.array([2, 3]))
+    writer.dense(WIDTH, 16, "matmul")
+    writer.add("Relu")
+    for kind in ("Mul", "Sub"):
+        writer.add(kind, GENERATOR.uniform(0.5, 2, 16).astype("f4"))
+    writer.dense(16, 3, "matmul")
+    path = writer.save(tmp_path / "m.onnx")
+    pixels = GENERATOR.normal(size=(2, SIZE, SIZE, 3)).astype("f4")
+    expected = onnxruntime.InferenceSession(path).run(None, {"images": pixels})[0]
+    conversion = convert(path, tmp_path / "vgg")
+    assert conversion.card.preprocess["order"] == "BGR"
+    found = np.asarray(Backbone(conversion.prefix, "fc7")(pixels[..., ::-1]))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_damaged_files_raise_value_error_only(tmp_path):
     writer = Writer()
     writer.base()

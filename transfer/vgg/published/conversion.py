@@ -223,7 +223,8 @@ def _save(
     if names:
         write_names(labels, names)
     architecture = published.architecture
-    tap, outputs = f"pool{len(architecture.blocks)}:0", {}
+    tap = f"pool{len(architecture.blocks)}:0"
+    outputs: dict[str, str] = {}
     if published.num_classes is not None:
         *hidden, (logits, *_) = architecture.connected
         outputs = {"logits": f"{logits}:0", "probabilities": "prob:0"}

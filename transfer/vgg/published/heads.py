@@ -24,7 +24,7 @@ from transfer.vgg.published.batch_norm import BatchNorm
 Pooling: TypeAlias = Literal["flatten", "average", "max"]
 """The layer between the last convolution and the first dense layer: flattening in the order height,
 width, channel, or the average or the maximum over height and width."""
-MAX_LAYERS = 20
+MAX_LAYERS, MAX_STEPS = 20, 100
 
 
 class UnsupportedHeadError(ValueError):
@@ -107,6 +107,8 @@ def build(steps: Sequence[Step], pooling: Pooling, class_names: Sequence[str] = 
         >>> head.num_classes, head.connected[0].kernel[0].tolist()
         (2, [0.0, 1.0])
     """
+    if len(steps) > MAX_STEPS:
+        raise UnsupportedHeadError(f"it has {len(steps)} steps; expected at most {MAX_STEPS}")
     layers: list[Connected] = []
     pending: list[Normalization] = []  # not yet folded into the next dense layer
     activation = ""  # of the last layer; empty if it has none yet

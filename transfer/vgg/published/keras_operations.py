@@ -135,14 +135,14 @@ def _constant(value: Any) -> np.ndarray | None:
 def _with_reversals(layers: Sequence[Any]) -> list[Any]:
     """Replace ``stack([images[..., 2], images[..., 1], images[..., 0]], -1)``, by which Keras 3
     reverses channels, by one layer."""
-    items = {}
+    items: dict[str, tuple[str, Any, Any]] = {}
     for entry in layers:
         if isinstance(entry, dict) and entry.get("class_name") == "GetItem":
             positional, _ = _arguments(entry.get("inbound_nodes")) or ([], {})
             index = positional[1] if len(positional) == 2 else None
             if isinstance(index, list) and len(index) == 2 and _slice(index[0]) == "...":
                 items[str(entry.get("name"))] = _source(positional[0]), index[1], positional[0]
-    result, gone = list(layers), set()
+    result, gone = list(layers), set[str]()
     for number, entry in enumerate(layers):
         if not items or not isinstance(entry, dict) or entry.get("class_name") != "Stack":
             continue

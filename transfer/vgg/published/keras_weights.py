@@ -50,7 +50,7 @@ def pop_head_norms(
     root = "/".join([*bases[0][:depth], ""]) if bases else ""
     if root.strip("/") in ("", "layers", "model_weights"):
         return []
-    groups = defaultdict(list)
+    groups: dict[str, list[str]] = defaultdict(list)
     for path in others:
         groups[path.rpartition("/")[0].removesuffix("/vars")].append(path)
     is_norm = re.compile(r"moving_(mean|variance)")

@@ -21,7 +21,7 @@ import numpy as np
 from transfer.vgg.published import wire
 from transfer.vgg.published.keras_model import Layer, Model
 
-_MAX_NODES = 5000
+_MAX_NODES, _MAX_SHARED = 5000, 10_000
 _TYPES = {1: "<f4", 6: "<i4", 7: "<i8", 10: "<f2", 11: "<f8"}  # TensorProto.DataType
 _DATA = {1: 4, 6: 5, 7: 7, 11: 10}  # type: field of TensorProto with its numbers
 _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
@@ -67,7 +67,8 @@ def read(data: memoryview) -> Model | None:
     if len(nodes) > _MAX_NODES:
         raise ValueError(f"its graph has {len(nodes):,} nodes; expected at most {_MAX_NODES:,}")
     inputs = [_value_info(value) for number, value in messages if number == 11]
-    images = [(name, shape) for name, shape in inputs if name not in values]
+    used = {name for node in nodes for name in node.inputs}
+    images = [(name, shape) for name, shape in inputs if name in used - values.keys()]
     if len(images) != 1:
         raise ValueError(f"its graph has {len(images)} inputs; a VGG has one")
     return _Chain(nodes, values).layers(*images[0])
@@ -90,12 +91,20 @@ class _Chain:
             self._fold(node)
             for name in set(node.inputs):
                 users.setdefault(name, []).append(node)
+        for name, value in self.values.items():
+            # Each use may make a copy; so memory is bounded by the size of the file.
+            if value.size > _MAX_SHARED and len(users.get(name, [])) > 1:
+                raise ValueError(f"its array {name!r} {value.shape} is used by several nodes")
         self.is_channels_first = len(shape) != 4 or shape[3] != 3 or shape[1] == 3
         size = (shape[2:4] if self.is_channels_first else shape[1:3]) if len(shape) == 4 else ()
         self._add("InputLayer", image, {"batch_shape": [None, *size, 3] if size else None})
-        tensor, branches = image, []
+        tensor, branches = image, list[Layer]()
         for _ in range(len(self.nodes)):
             following = [node for node in users.get(tensor, []) if node.kind != "Shape"]
+            if reversal := self._reversal_of_slices(following, users):
+                self._add("ReverseChannels", reversal.name, {})
+                tensor = reversal.outputs[0]
+                continue
             if len(following) != 1 or len(self._data(following[0])) != 1:
                 branches = [Layer(node.name, node.kind, {}) for node in following]
                 break
@@ -264,10 +273,13 @@ class _Chain:
         )
         axis = 1 if self.is_channels_first else 3
         shape = (1,) * (4 - value.ndim) + value.shape
-        is_per_channel = value.size == 1 or (
-            value.size == 3 and value.ndim <= 4 and shape[axis] == 3
+        is_per_channel = is_preprocessing and (
+            value.size == 1 or (value.size == 3 and value.ndim <= 4 and shape[axis] == 3)
         )
-        if not is_preprocessing or not is_per_channel or (is_first and node.kind == "Div"):
+        if not is_preprocessing and (width := self._width(shape)):
+            is_per_channel = True
+            value = np.broadcast_to(value.ravel(), (width,))
+        if not is_per_channel or (is_first and node.kind == "Div"):
             self._add(node.kind, node.name, {})
             return
         numbers = value.astype(np.float64).ravel()
@@ -279,8 +291,24 @@ class _Chain:
             offset = numbers
         else:
             scale, offset = (-scale, numbers) if is_first else (scale, -numbers)
-        config = {"scale": scale.tolist(), "offset": offset.tolist()}
-        self._add("Rescaling", node.name, config)
+        if is_preprocessing:
+            config = {"scale": scale.tolist(), "offset": offset.tolist()}
+            self._add("Rescaling", node.name, config)
+            return
+        norm = {"gamma": scale, "beta": offset, "moving_mean": 0 * scale}
+        norm["moving_variance"] = np.ones_like(scale)
+        self._add("BatchNormalization", node.name, {"epsilon": 0.0}, **norm)
+
+    def _width(self, shape: Sequence[int]) -> int:
+        """The number of features that arithmetic with an array of this shape is along, as in a
+        batch norm that an exporter has split; 0 if it is along other axes."""
+        with_kernel = [layer for layer in self.found if "kernel" in layer.arrays]
+        width = int(with_kernel[-1].arrays["kernel"].shape[-1]) if with_kernel else 0
+        axis = 3 if self.is_flat or not self.is_channels_first else 1
+        is_along = math.prod(shape) == 1 or (
+            math.prod(shape) == width and len(shape) == 4 and shape[axis] == width
+        )
+        return width if is_along and not self.channels else 0
 
     def _is_reversal(self, node: _Node) -> bool:
         """Whether a node reverses the order of the channels."""
@@ -293,6 +321,28 @@ class _Chain:
             return False
         (start,), (end,), (axis,), (step,) = constants
         return axis % 4 == channels and step == -1 and start in (-1, 2) and end < -3
+
+    def _reversal_of_slices(
+        self, nodes: Sequence[_Node], users: Mapping[str, Sequence[_Node]]
+    ) -> _Node | None:
+        """The concatenation of the channels in reverse order, if these nodes are its slices."""
+        channels = 1 if self.is_channels_first else 3
+        following = [users.get(node.outputs[0], []) for node in nodes if node.outputs]
+        if len(nodes) != 3 or [len(one) for one in following] != [1] * 3:
+            return None
+        joined = following[0][0]
+        order = []
+        for name in joined.inputs:
+            node = next((one for one in nodes if one.outputs[0] == name), None)
+            values = [v.ravel().tolist() for v in self._constants(node)] if node else []
+            if node is None or node.kind != "Slice" or len(values) not in (3, 4):
+                return None
+            start, end, axis, *step = values
+            if (len(start), len(end), axis, step) != (1, 1, [channels], [[1]] * len(step)):
+                return None
+            order.append((start[0], end[0]))
+        is_joined = joined.kind == "Concat" and joined.attributes.get("axis") == channels
+        return joined if is_joined and order == [(2, 3), (1, 2), (0, 1)] else None
 
     def _last_channels(self) -> int:
         kernels = [layer for layer in self.found if layer.kind == "Conv2D"]
@@ -338,7 +388,9 @@ def _node(message: memoryview) -> _Node:
 
 def _attribute(message: memoryview) -> tuple[str, Any]:
     """Name and value of an attribute; ``None`` for graphs and other kinds."""
-    name, value, integers = "", None, []
+    name = ""
+    value: Any = None
+    integers: list[wire.Value] = []
     for number, content in wire.fields(message):
         if number == 1:
             name = wire.text(content)
@@ -407,7 +459,7 @@ def _tensor(message: memoryview) -> tuple[str, np.ndarray]:
 
 def _value_info(message: memoryview) -> tuple[str, list[int]]:
     """Name and shape of an input; 0 for an unknown extent."""
-    name, shape = "", []
+    name, shape = "", list[int]()
     for number, value in wire.fields(message):
         if number == 1:
             name = wire.text(value)
