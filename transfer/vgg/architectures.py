@@ -116,12 +116,12 @@ def kernel_shapes(
     if num_classes is None:
         return shapes
     window = (architecture.pooled_size if architecture.pooling == "flatten" else 1,) * 2
-    for name, width, _ in architecture.connected:
-        width = num_classes if width is None else width
+    for name, units, _ in architecture.connected:
+        outputs = num_classes if units is None else units
         shapes[name] = (
-            (*window, channels, width) if convolutional else (window[0] ** 2 * channels, width)
+            (*window, channels, outputs) if convolutional else (window[0] ** 2 * channels, outputs)
         )
-        window, channels = (1, 1), width
+        window, channels = (1, 1), outputs
     return shapes
 
 

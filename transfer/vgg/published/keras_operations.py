@@ -83,8 +83,9 @@ def _arguments(nodes: Any) -> tuple[list[Any], dict[str, Any]] | None:
     node = nodes[0]
     if isinstance(node, dict):  # Keras 3
         positional, named = node.get("args"), node.get("kwargs")
-        is_call = isinstance(positional, list) and positional and isinstance(named, dict)
-        return (positional, named) if is_call and _source(positional[0]) else None
+        if isinstance(positional, list) and positional and isinstance(named, dict):
+            return (positional, named) if _source(positional[0]) else None
+        return None
     if isinstance(node, list) and len(node) == 1 and isinstance(node[0], list):
         node = node[0]
     if isinstance(node, list) and len(node) == 4 and isinstance(node[3], dict):
@@ -148,8 +149,8 @@ def _with_reversals(layers: Sequence[Any]) -> list[Any]:
             continue
         nodes, config = entry.get("inbound_nodes"), entry.get("config")
         node = nodes[0] if isinstance(nodes, list) and len(nodes) == 1 else None
-        positional = node.get("args") if isinstance(node, dict) else None
-        tensors = positional[0] if isinstance(positional, list) and positional else None
+        arguments = node.get("args") if isinstance(node, dict) else None
+        tensors = arguments[0] if isinstance(arguments, list) and arguments else None
         if not isinstance(tensors, list) or not isinstance(config, dict):
             continue
         names = [_source(tensor) for tensor in tensors]

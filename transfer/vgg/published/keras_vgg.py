@@ -233,9 +233,12 @@ def _preprocessed(before: dict[str, Any] | None, layer: Layer) -> dict[str, Any]
         mean, std = mean[::-1], std[::-1]
     else:
         then = _rescaling(layer)
-        mean = mean + np.asarray(then["mean"]) * std
-        std = std * np.asarray(then["std"])
+        with np.errstate(all="ignore"):
+            mean = mean + np.asarray(then["mean"]) * std
+            std = std * np.asarray(then["std"])
         mean, std = np.broadcast_arrays(mean, std)
+    if not (np.abs([mean, std]) < 1e30).all() or not (std > 1e-30).all():
+        raise ValueError(f"its layer {layer.name} scales images by extreme numbers")
     # Files have numbers of float32, such as 103.939 as 103.93900299.
     return {
         "mean": [float(np.float32(v).astype(str)) for v in mean],

@@ -23,7 +23,7 @@ from transfer.vgg.published.keras_model import Layer, Model
 
 _MAX_NODES, _MAX_SHARED = 5000, 10_000
 _TYPES = {1: "<f4", 6: "<i4", 7: "<i8", 10: "<f2", 11: "<f8"}  # TensorProto.DataType
-_DATA = {1: 4, 6: 5, 7: 7, 11: 10}  # type: field of TensorProto with its numbers
+_DATA = {1: 4, 6: 5, 7: 7, 11: 10}  # field of TensorProto with the numbers of a type
 _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
 _ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "Softplus": "softplus", "Elu": "elu"}
 _INERT = frozenset({"Identity", "Dropout", "Cast"})
@@ -282,7 +282,7 @@ class _Chain:
         if not is_per_channel or (is_first and node.kind == "Div"):
             self._add(node.kind, node.name, {})
             return
-        numbers = value.astype(np.float64).ravel()
+        numbers: np.ndarray = value.astype(np.float64).ravel()
         scale, offset = np.ones_like(numbers), np.zeros_like(numbers)
         if node.kind in ("Mul", "Div"):
             with np.errstate(divide="ignore"):
