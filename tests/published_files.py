@@ -78,6 +78,31 @@ def write_deepface(path):
             file[f"{name}/{name}/bias:0"] = biases(layer)
 
 
+def flipped(layer):
+    """A kernel as Keras 1 has it with Theano."""
+    if layer in CONVOLUTIONS:
+        return outputs_first(layer)[:, :, ::-1, ::-1]
+    return outputs_first(layer).T
+
+
+def write_theano(path):
+    """A file of fchollet/deep-learning-models with th_kernels."""
+    renamed = {"fc6": "fc1", "fc7": "fc2", "fc8": "predictions"}
+    with h5py.File(path, "w") as file:
+        for layer in CONVOLUTIONS + CONNECTED:
+            name = renamed.get(layer) or f"block{layer[4]}_conv{layer[6]}"
+            file[f"{name}/{name}_W"], file[f"{name}/{name}_b"] = flipped(layer), biases(layer)
+
+
+def write_theano_numbered(path):
+    """The same without names; layers without weights are numbered as well."""
+    with h5py.File(path, "w") as file:
+        for number, layer in enumerate(CONVOLUTIONS + CONNECTED):
+            file.create_group(f"layer_{2 * number}")
+            file[f"layer_{2 * number + 1}/param_0"] = flipped(layer)
+            file[f"layer_{2 * number + 1}/param_1"] = biases(layer)
+
+
 def write_flaxmodels(path):
     """Kernels as in Keras, but the inputs of fc6 in PyTorch's order."""
     with h5py.File(path, "w") as file:
@@ -227,6 +252,8 @@ WRITERS = {
         {"mean": [93.5940, 104.7624, 129.1863], "order": "BGR"},
     ),
     "deepface": (write_deepface, "keras", "caffe"),
+    "theano": (write_theano, "keras", "caffe"),
+    "theano, numbered": (write_theano_numbered, "keras 1, Theano", "caffe"),
     "flaxmodels": (write_flaxmodels, "flaxmodels", "torch"),
     "frossard": (write_frossard, "frossard", "slim"),
     "machrisaa": (write_machrisaa, "machrisaa", "caffe"),

@@ -14,6 +14,8 @@ The layouts and their sources:
 =================  =========================================================================
 keras              keras.applications.vgg16, vgg19: github.com/keras-team/keras-applications
 tf-slim            github.com/tensorflow/models, research/slim: vgg_16.ckpt, vgg_19.ckpt
+keras 1, Theano    github.com/fchollet/deep-learning-models, ..._th_dim_ordering_th_kernels.h5; and
+                   gist.github.com/baraldilorenzo/07d7802847aaad0a35d3: vgg16_weights.h5
 frossard           cs.toronto.edu/~frossard/post/vgg16: vgg16_weights.npz
 machrisaa          github.com/machrisaa/tensorflow-vgg: vgg16.npy, vgg19.npy
 torchvision, timm  pytorch.org/vision, github.com/huggingface/pytorch-image-models
@@ -99,6 +101,7 @@ LAYOUTS = (
         rf"(?:.*/)?{_LAYER}/(?:\w+_\d_|fc\d_)?(?:kernel|bias|W|b)(?:_\d)?(?::0)?$",
         {"mean": [93.5940, 104.7624, 129.1863], "order": "BGR"},
     ),
+    Layout("keras 1, Theano", "HDF5", r"(?P<layer>layer_\d+)/param_[01]$", "caffe"),
     Layout("keras", "TF2 checkpoint", r"(?:.*/)?(?P<layer>(?:conv2d|dense)_\d+)/.*", "caffe"),
     Layout("tf-slim", "checkpoint", rf"vgg_\w+/(?:conv\d/|fc/)?{_LAYER}/{_SLIM}$", "slim"),
     Layout("frossard", "npz", rf"{_LAYER}_[Wb]$", "slim"),
@@ -211,18 +214,22 @@ def identify(
     convolutions: list[tuple[np.ndarray, np.ndarray]] = []
     connected: list[tuple[np.ndarray, np.ndarray]] = []
     names: list[str] = []  # of the connected layers
+    is_theano = layout.container == "HDF5" and _is_theano(ordered[0].kernel)
     for layer in ordered:
         kernel, biases = layer.folded(0 if layout.outputs_first else -1)
         if layout.outputs_first:
             is_first = convolutions and not connected and kernel.ndim == 2
             kernel = _outputs_last(kernel, convolutions[-1][0].shape[-1] if is_first else None)
+        if is_theano and kernel.ndim == 4:
+            kernel = kernel[:, :, ::-1, ::-1].transpose(2, 3, 1, 0)
         if columns_first and kernel.ndim == 4:
             kernel = kernel.transpose(1, 0, 2, 3)
         # Some networks have their fully connected layers as convolutions, without another name.
-        is_convolution = _position(layer.name)[0] < _KINDS.index("fc") and not (
-            convolutions and (connected or kernel.shape[:2] != (3, 3))
-        )
-        if layout.channels_first and not is_convolution and not connected:
+        is_named = _position(layer.name)[0] < _KINDS.index("fc") or layer.name.startswith("layer_")
+        is_convolution = is_named and kernel.ndim == 4
+        is_convolution &= not convolutions or (not connected and kernel.shape[:2] == (3, 3))
+        is_first = convolutions and not connected and not is_convolution
+        if is_first and (layout.channels_first or is_theano):
             kernel = _channels_last(kernel, convolutions[-1][0].shape[-1])
         names += [] if is_convolution else [layer.name]
         (convolutions if is_convolution else connected).append((kernel, biases))
@@ -573,6 +580,13 @@ def _outputs_last(kernel: np.ndarray, channels: int | None) -> np.ndarray:
             raise ValueError(f"its first fully connected layer takes {kernel.shape[1]} inputs")
         kernel = kernel.reshape(kernel.shape[0], inputs, window, window)
     return kernel.transpose(2, 3, 1, 0)
+
+
+def _is_theano(kernel: np.ndarray) -> bool:
+    """Whether a first convolution is that of a model for Theano, whose convolutions are flipped and
+    whose kernels are ``[outputs, inputs, height, width]``. ``convert_all_kernels_in_model`` of
+    Keras 1 flips them for TensorFlow."""
+    return kernel.shape[1:] == (3, 3, 3) and kernel.shape[0] != 3
 
 
 def _channels_last(kernel: np.ndarray, channels: int) -> np.ndarray:
