@@ -21,7 +21,10 @@ _FLAGS = {option.name: option.name for option in fields(FinetuneConfig)} | {
     # Arguments of export, convert and pretrain.
     **{
         name: name
-        for name in ("num_images", "num_examples", "spatial_order", "pooling", "leave_out", "arch")
+        for name in (
+            *("num_images", "num_examples", "arch"),
+            *("spatial_order", "pooling", "leave_out", "labels"),
+        )
     },
     **{name: name for name in ("small_epochs", "small_size")},
 }

@@ -100,7 +100,10 @@ def test_unknown_file_has_no_origin_or_licence(tmp_path, capsys):
     assert "origin and licence: unknown by the file's hash" in printed
     assert "warning: the file is not one that is known by its hash; preprocess caffe is" in printed
     card = json.loads((tmp_path / "vgg.json").read_text())
-    assert "licence" not in card and "trained_on" not in card and "labels" not in card
+    assert "licence" not in card and "trained_on" not in card
+    assert "the file has no class names; give them with --labels FILE" in printed
+    names = [f"class {number}" for number in range(NUM_CLASSES)]
+    assert (tmp_path / card["labels"]).read_text().splitlines() == names
 
 
 @pytest.mark.parametrize("known_by", ["md5", "sha256"])

@@ -79,7 +79,7 @@ def test_odd_feature_maps_are_rounded_down_as_in_keras(tmp_path):
 def test_weight_file_says_the_pooling_by_its_layers(tmp_path):
     head = [L.GlobalMaxPooling2D(), L.Dense(8, "relu"), L.Dense(3, "softmax")]
     found = assert_same(model_of(head), tmp_path / "m.weights.h5")
-    assert found.notes == ["a ReLU after each layer of its head but the last is assumed"]
+    assert found.notes[0] == "a ReLU after each layer of its head but the last is assumed"
 
 
 def test_labels_and_no_top(tmp_path):

@@ -150,11 +150,13 @@ def convert(
     sha256 = file_digest(file)
     origin = origins.of_file(file_md5(file), sha256) if file.is_file() else None
     preprocessing = preprocessing_of(published, preprocess, origin)
-    names, name_warning = _class_names(published, labels, origin)
+    names, name_note = _class_names(published, labels)
     is_known = f" ({origin.name})" if origin else ""
     source = f"{file.name}{is_known}, layout of {published.layout.name}, sha256 {sha256}"
     card = _save(published, out, names, source, preprocessing.mode, origin, convolutional)
-    warnings = [warning for warning in (preprocessing.warning, name_warning) if warning]
+    warnings = [preprocessing.warning] if preprocessing.warning else []
+    if not origin and not labels and not published.labels and names and not name_note:
+        warnings.append("the names of its 1000 classes are assumed to be ImageNet's")
     return Conversion(
         prefix=out,
         card=card,
@@ -165,7 +167,7 @@ def convert(
         why_preprocess=preprocessing.why,
         origin=origin.name if origin else None,
         left_out=[*published.left_out],
-        notes=[*published.notes, *([preprocessing.note] if preprocessing.note else [])],
+        notes=[note for note in (*published.notes, preprocessing.note, name_note) if note],
         warnings=warnings,
     )
 
@@ -289,10 +291,8 @@ def file_md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _class_names(
-    published: Published, labels: str | Path | None, origin: Origin | None
-) -> tuple[list[str], str]:
-    """Class names, and a warning if they are assumed."""
+def _class_names(published: Published, labels: str | Path | None) -> tuple[list[str], str]:
+    """Class names, and a note if there are none."""
     num_classes = published.num_classes
     if labels is not None:
         names = read_names(Path(labels))
@@ -310,5 +310,4 @@ def _class_names(
         names = [f"class {number}" for number in range(num_classes)]
         return names, "the file has no class names; give them with labels=FILE"
     text = (files("transfer.vgg.published") / "imagenet_labels.txt").read_text(encoding="utf-8")
-    warning = "" if origin else "the names of its 1000 classes are assumed to be ImageNet's"
-    return text.splitlines(), warning
+    return text.splitlines(), ""
