@@ -5,7 +5,7 @@ import pytest
 from published_files import NUM_CLASSES, SMALL, VALUES
 
 from transfer import Backbone, convert
-from transfer.vgg.published import containers
+from transfer.vgg.published import containers, layouts
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -123,6 +123,22 @@ def test_channels_last_graph_with_preprocessing(tmp_path):
     inputs = pixels[..., ::-1] - np.array([103.939, 116.779, 123.68], "f4")
     found = np.asarray(Backbone(conversion.prefix, "prob")(inputs))
     np.testing.assert_allclose(found, session.run(None, {"images": pixels})[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("slices", [
+    ([-1], [-(2**31)], [3], [-1]),
+    ([0, 0, 0, 2**31 - 1], [2**31 - 1] * 3 + [-(2**31)], [0, 1, 2, 3], [1, 1, 1, -1]),
+])  # fmt: skip
+def test_slice_that_reverses_channels_is_read(tmp_path, slices):
+    writer = Writer(channels_last=True)
+    writer.add("Slice", *map(np.array, slices))
+    writer.add("Transpose", perm=[0, 3, 1, 2])
+    writer.base()
+    found = layouts.identify(containers.read(writer.save(tmp_path / "m.onnx")))
+    assert found.preprocess == {"mean": [0.0], "std": [1.0], "order": "BGR"}
+    writer.nodes[0].input[4] = writer.constant(np.array([-2] * len(slices[0])))
+    with pytest.raises(ValueError, match=r"\(Slice\) stands before its first convolution"):
+        layouts.identify(containers.read(writer.save(tmp_path / "m.onnx")))
 
 
 def test_base_is_taken_without_head(tmp_path):

@@ -144,6 +144,11 @@ class _Chain:
     def _constants(self, node: _Node) -> list[np.ndarray]:
         return [self.values[name] for name in node.inputs if name in self.values]
 
+    def _indices(self, node: _Node) -> list[list[Any]]:
+        """The constants of a node that selects channels; empty lists for those that are too long
+        for that."""
+        return [v.ravel().tolist() if v.size <= 8 else [] for v in self._constants(node)]
+
     def _append(self, node: _Node) -> None:
         attributes, name = node.attributes, node.name
         if node.kind in _INERT or (node.kind == "AveragePool" and _is_identity(attributes)):
@@ -313,14 +318,19 @@ class _Chain:
     def _is_reversal(self, node: _Node) -> bool:
         """Whether a node reverses the order of the channels."""
         channels = 1 if self.is_channels_first else 3
-        constants = [value.ravel().tolist() for value in self._constants(node)]
+        constants = self._indices(node)
         if node.kind == "Gather":
             axis = node.attributes.get("axis", 0) % 4
             return axis == channels and constants == [[2, 1, 0]]
-        if len(constants) != 4 or any(len(values) != 1 for values in constants):
+        if len(constants) != 4 or len({len(values) for values in constants}) != 1:
             return False
-        (start,), (end,), (axis,), (step,) = constants
-        return axis % 4 == channels and step == -1 and start in (-1, 2) and end < -3
+        slices = {
+            axis % 4: part
+            for *part, axis in zip(*(constants[n] for n in (0, 1, 3, 2)), strict=True)
+        }
+        start, end, step = slices.pop(channels, (0, 0, 0))
+        is_whole = all(s == 0 and e >= 2**31 - 1 and t == 1 for s, e, t in slices.values())
+        return is_whole and step == -1 and (start >= 2 or start == -1) and end < -3
 
     def _reversal_of_slices(
         self, nodes: Sequence[_Node], users: Mapping[str, Sequence[_Node]]
@@ -334,7 +344,7 @@ class _Chain:
         order = []
         for name in joined.inputs:
             node = next((one for one in nodes if one.outputs[0] == name), None)
-            values = [v.ravel().tolist() for v in self._constants(node)] if node else []
+            values = self._indices(node) if node else []
             if node is None or node.kind != "Slice" or len(values) not in (3, 4):
                 return None
             start, end, axis, *step = values
