@@ -23,7 +23,15 @@ _FLAGS = {option.name: option.name for option in fields(FinetuneConfig)} | {
     **{
         name: name
         for name in (
-            *("num_images", "num_examples", "spatial_order", "pooling", "leave_out", "arch"),
+            *(
+                "num_images",
+                "num_examples",
+                "spatial_order",
+                "pooling",
+                "leave_out",
+                "arch",
+                "labels",
+            ),
             *("small_epochs", "small_size", "abstain_below", "coverage", "top_k"),
             *("max_mb", "max_megapixels", "max_queue", "max_rate"),
         )

@@ -60,6 +60,58 @@ def write_keras_legacy(path):
         file.create_group("flatten")
 
 
+def write_vgg_face(path):
+    """A file of rcmalli/keras-vggface, as Keras 2 writes it."""
+    with h5py.File(path, "w") as file:
+        for layer in CONVOLUTIONS + CONNECTED:
+            file[f"{layer}/{layer}/kernel:0"] = kernel(layer)
+            file[f"{layer}/{layer}/bias:0"] = biases(layer)
+
+
+def write_deepface(path):
+    """Unnamed convolutions, also for the fully connected layers."""
+    with h5py.File(path, "w") as file:
+        for number, layer in enumerate(CONVOLUTIONS + CONNECTED, 1):
+            name = f"conv2d_{number}"
+            values = kernel(layer) if layer in CONVOLUTIONS else windowed(layer)
+            file[f"{name}/{name}/kernel:0"] = values
+            file[f"{name}/{name}/bias:0"] = biases(layer)
+
+
+def flipped(layer):
+    """A kernel as Keras 1 has it with Theano."""
+    if layer in CONVOLUTIONS:
+        return outputs_first(layer)[:, :, ::-1, ::-1]
+    return outputs_first(layer).T
+
+
+def write_theano(path):
+    """A file of fchollet/deep-learning-models with th_kernels."""
+    renamed = {"fc6": "fc1", "fc7": "fc2", "fc8": "predictions"}
+    with h5py.File(path, "w") as file:
+        for layer in CONVOLUTIONS + CONNECTED:
+            name = renamed.get(layer) or f"block{layer[4]}_conv{layer[6]}"
+            file[f"{name}/{name}_W"], file[f"{name}/{name}_b"] = flipped(layer), biases(layer)
+
+
+def write_theano_numbered(path):
+    """The same without names; layers without weights are numbered as well."""
+    with h5py.File(path, "w") as file:
+        for number, layer in enumerate(CONVOLUTIONS + CONNECTED):
+            file.create_group(f"layer_{2 * number}")
+            file[f"layer_{2 * number + 1}/param_0"] = flipped(layer)
+            file[f"layer_{2 * number + 1}/param_1"] = biases(layer)
+
+
+def write_flaxmodels(path):
+    """Kernels as in Keras, but the inputs of fc6 in PyTorch's order."""
+    with h5py.File(path, "w") as file:
+        for layer in CONVOLUTIONS + CONNECTED:
+            values = kernel(layer) if layer in CONVOLUTIONS else outputs_first(layer).T
+            file[f"{layer}/weight"] = values
+            file[f"{layer}/bias"] = biases(layer)
+
+
 def write_frossard(path):
     arrays = {}
     for layer in CONVOLUTIONS + CONNECTED:
@@ -194,6 +246,15 @@ def write_slim(path):
 
 WRITERS = {
     "keras": (write_keras_legacy, "keras", "caffe"),
+    "vgg-face": (
+        write_vgg_face,
+        "vgg-face",
+        {"mean": [93.5940, 104.7624, 129.1863], "order": "BGR"},
+    ),
+    "deepface": (write_deepface, "keras", "caffe"),
+    "theano": (write_theano, "keras", "caffe"),
+    "theano, numbered": (write_theano_numbered, "keras 1, Theano", "caffe"),
+    "flaxmodels": (write_flaxmodels, "flaxmodels", "torch"),
     "frossard": (write_frossard, "frossard", "slim"),
     "machrisaa": (write_machrisaa, "machrisaa", "caffe"),
     "machrisaa, Python 2": (write_machrisaa_of_python_2, "machrisaa", "caffe"),

@@ -1,6 +1,7 @@
 """Open graphs in all formats that TensorFlow has written."""
 
 import os
+import re
 import shutil
 
 import keras
@@ -119,6 +120,15 @@ def test_checkpoint_without_meta_graph_is_reported(tmp_path):
     for path in ("m", "m.index", "m.data-00000-of-00001"):
         with pytest.raises(FileNotFoundError, match="no network, put its .meta beside it"):
             open_model(tmp_path / path)
+
+
+@pytest.mark.parametrize("name", ["my vgg.h5", "vgg.weights.h5", "vgg.onnx", "vgg.pth", "vgg.npz"])
+def test_file_of_weights_names_the_command_that_converts_it(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"weights")
+    command = f"vgg-transfer convert '?{re.escape(str(path))}'? --out models/"
+    with pytest.raises(FileNotFoundError, match=command):
+        open_model(path)
 
 
 def test_missing_model_is_reported(tmp_path):

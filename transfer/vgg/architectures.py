@@ -4,7 +4,8 @@ The graph takes ``images:0`` float32 ``[batch, size, size, 3]``, preprocessed, a
 every layer: ``conv1_1:0`` ... ``pool5:0``, ``fc6:0``, ``fc7:0``, ``fc8:0`` (the logits) and
 ``prob:0``. ``keep_prob:0`` is the keep probability of dropout after fc6 and fc7, 1.0 unless it is
 fed. The tensors of all layers but fc8 are after the ReLU. Variables are named ``<layer>/weights``
-and ``<layer>/biases``.
+and ``<layer>/biases``. A head with another number of fully connected layers continues or ends the
+row of names: ``fc6`` ... ``fc9``, or ``fc6`` alone; the last one gives the logits.
 
 Source of the architectures: table 1 of arXiv 1409.1556 (A = vgg11, B = vgg13, D = vgg16, E =
 vgg19).
@@ -12,6 +13,7 @@ vgg19).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,17 +21,35 @@ import tensorflow as tf
 
 tf1 = tf.compat.v1
 
+ACTIVATIONS: dict[str, Callable[..., tf.Tensor]] = {
+    "linear": tf.identity,
+    "relu": tf.nn.relu,
+    "relu6": tf.nn.relu6,
+    "elu": tf.nn.elu,
+    "selu": tf.nn.selu,
+    "tanh": tf.nn.tanh,
+    "sigmoid": tf.nn.sigmoid,
+    "softplus": tf.nn.softplus,
+    "silu": lambda x: x * tf.nn.sigmoid(x),
+    "gelu": tf.nn.gelu,
+}
+"""Activations of fully connected layers other than the last."""
+
 
 @dataclass(frozen=True)
 class Architecture:
     """``blocks``: the widths of each block's 3x3 convolutions; a 2x2 max-pooling ends each block.
-    ``pooling``: the layer before fc6, ``flatten`` or ``average``; ``average`` is global average
-    pooling, for images of any size."""
+    ``pooling``: the layer before fc6: ``flatten``, or the global ``average`` or ``max``, for images
+    of any size. ``hidden``: width and activation of each fully connected layer before the last, if
+    they are not two ReLU layers of width ``fc``. ``padding``: of the poolings; with ``VALID`` they
+    round odd sizes down, as Keras and PyTorch do, and with ``SAME`` up, as Caffe does."""
 
     blocks: tuple[tuple[int, ...], ...]
     fc: int = 4096
     image_size: int = 224
     pooling: str = "flatten"
+    hidden: tuple[tuple[int, str], ...] | None = None
+    padding: str = "SAME"
 
     def __post_init__(self) -> None:
         if self.image_size < 2 ** len(self.blocks):
@@ -38,16 +58,26 @@ class Architecture:
                 f"expected at least {2 ** len(self.blocks)} pixels"
             )
 
-        if self.pooling not in ("flatten", "average"):
-            raise ValueError(f"pooling is {self.pooling!r}; expected flatten or average")
+        if self.pooling not in ("flatten", "average", "max"):
+            raise ValueError(f"pooling is {self.pooling!r}; expected flatten, average or max")
+        if self.padding not in ("SAME", "VALID"):
+            raise ValueError(f"padding is {self.padding!r}; expected SAME or VALID")
 
     @property
     def pooled_size(self) -> int:
-        """Height and width after the last pooling, in pixels ("SAME" pooling rounds up)."""
+        """Height and width after the last pooling, in pixels."""
         size = self.image_size
         for _ in self.blocks:
-            size = -(-size // 2)
+            size = -(-size // 2) if self.padding == "SAME" else size // 2
         return size
+
+    @property
+    def connected(self) -> list[tuple[str, int | None, str]]:
+        """Name, width and activation of each fully connected layer; the width of the last one is
+        the number of classes, ``None`` here."""
+        hidden = ((self.fc, "relu"),) * 2 if self.hidden is None else self.hidden
+        layers = [(f"fc{number}", *layer) for number, layer in enumerate(hidden, 6)]
+        return [*layers, (f"fc{6 + len(hidden)}", None, "linear")]
 
     @property
     def convolutions(self) -> list[list[tuple[str, int]]]:
@@ -86,14 +116,12 @@ def kernel_shapes(
     if num_classes is None:
         return shapes
     window = (architecture.pooled_size if architecture.pooling == "flatten" else 1,) * 2
-    for name, inputs, outputs, size in (
-        ("fc6", channels, architecture.fc, window),
-        ("fc7", architecture.fc, architecture.fc, (1, 1)),
-        ("fc8", architecture.fc, num_classes, (1, 1)),
-    ):
+    for name, units, _ in architecture.connected:
+        outputs = num_classes if units is None else units
         shapes[name] = (
-            (*size, inputs, outputs) if convolutional else (size[0] ** 2 * inputs, outputs)
+            (*window, channels, outputs) if convolutional else (window[0] ** 2 * channels, outputs)
         )
+        window, channels = (1, 1), outputs
     return shapes
 
 
@@ -142,8 +170,8 @@ def build_graph(
         use_resource: resource variables, as in TensorFlow 2, instead of reference variables.
     """
     shapes = kernel_shapes(architecture, num_classes, convolutional=convolutional)
-    is_average = architecture.pooling == "average"
-    is_any = convolutional or is_average or num_classes is None
+    is_global = architecture.pooling != "flatten"
+    is_any = convolutional or is_global or num_classes is None
     size = None if is_any else architecture.image_size
     graph = tf.Graph()
     with graph.as_default():
@@ -151,7 +179,7 @@ def build_graph(
         if num_classes is not None:
             keep_prob = tf1.placeholder_with_default(1.0, [], name="keep_prob")
 
-        def layer(name: str, inputs: tf.Tensor, *, relu: bool = True) -> tf.Tensor:
+        def layer(name: str, inputs: tf.Tensor, activation: str = "relu") -> tf.Tensor:
             shape = shapes[name]
             with tf1.variable_scope(name):
                 weights = tf1.get_variable("weights", shape, use_resource=use_resource)
@@ -167,25 +195,29 @@ def build_graph(
                 else:
                     outputs = tf.matmul(inputs, weights)
                 outputs = tf.nn.bias_add(outputs, biases)
-                outputs = tf.nn.relu(outputs) if relu else outputs
+                if activation != "linear":
+                    outputs = ACTIVATIONS[activation](outputs)
             # The trailing slash makes the name exact; the variable scope has already used it.
             return tf.identity(outputs, name=f"{name}/")
 
         for number, block in enumerate(architecture.convolutions, 1):
             for name, _ in block:
                 net = layer(name, net)
-            net = tf.nn.max_pool2d(net, 2, 2, "SAME", name=f"pool{number}")
+            net = tf.nn.max_pool2d(net, 2, 2, architecture.padding, name=f"pool{number}")
         if num_classes is None:
             return graph
-        if is_average:
-            net = tf.reduce_mean(net, [1, 2], keepdims=convolutional, name="average_pool")
+        if is_global:
+            reduce = tf.reduce_max if architecture.pooling == "max" else tf.reduce_mean
+            net = reduce(net, [1, 2], keepdims=convolutional, name=f"{architecture.pooling}_pool")
         elif convolutional:
             net = _padded(net, architecture.pooled_size)
         else:
             net = tf.reshape(net, [-1, shapes["fc6"][0]], name="flatten")
-        for name in ("fc6", "fc7"):
-            net = tf1.nn.dropout(layer(name, net), rate=1 - keep_prob, name=f"{name}_dropout")
-        tf.nn.softmax(layer("fc8", net, relu=False), name="prob")
+        *hidden, (logits, _, _) = architecture.connected
+        for name, _, activation in hidden:
+            net = layer(name, net, activation)
+            net = tf1.nn.dropout(net, rate=1 - keep_prob, name=f"{name}_dropout")
+        tf.nn.softmax(layer(logits, net, "linear"), name="prob")
     return graph
 
 
