@@ -32,7 +32,7 @@ _FLAGS = {option.name: option.name for option in fields(FinetuneConfig)} | {
                 "arch",
                 "labels",
             ),
-            *("small_epochs", "small_size", "abstain_below", "coverage", "top_k"),
+            *("small_epochs", "small_size", "abstain_below", "coverage", "top_k", "labels"),
             *("max_mb", "max_megapixels", "max_queue", "max_rate"),
         )
     },
