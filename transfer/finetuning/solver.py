@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -82,7 +82,8 @@ class StageSolver:
         if groups is None and num_views > 1:
             groups = np.arange(num_images)  # the views of an image belong together
         groups = None if groups is None else np.tile(groups, num_views)
-        class_weight = "balanced" if options.class_weights == "balanced" else None
+        is_balanced = options.class_weights == "balanced"
+        class_weight: Literal["balanced"] | None = "balanced" if is_balanced else None
         if options.solver == "ridge":
             return fit_ridge(
                 features, labels, num_classes, groups=groups, class_weight=class_weight
