@@ -35,12 +35,14 @@ def describe(forecast: Forecast, config: FinetuneConfig) -> Iterator[str]:
         f"  accuracy {choice.nested:.3f} ({_interval(choice.nested_interval)}), with the choice of "
         f"the tap cross-validated as well, in {_time(costs[0].total_s)}"
     )
-    partial = costs[len(costs) // 2]
-    yield (
-        f"  more training is estimated in time only: --freeze-until {partial.cut} takes "
-        f"{_time(partial.total_s)}, none {_time(costs[-1].total_s)}; both gain most with many "
-        "images, or images unlike those of the pretraining"
-    )
+    if len(costs) > 1:
+        others = dict.fromkeys((costs[len(costs) // 2].cut, costs[-1].cut))
+        total = {cost.cut: _time(cost.total_s) for cost in costs}
+        shown = ", ".join(f"--freeze-until {cut} in {total[cut]}" for cut in others)
+        yield (
+            f"  more training is estimated in time only: {shown}; it gains most with many images, "
+            "or images unlike those of the pretraining"
+        )
 
 
 def _table(header: list[str], rows: Sequence[tuple[object, ...]]) -> str:
