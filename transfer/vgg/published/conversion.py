@@ -214,17 +214,23 @@ def _save(
 ) -> Card:
     """Write meta graph, checkpoint, labels and card; returns the card."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    has_top = published.num_classes is not None
     labels = prefix.with_name(f"{prefix.name}.labels.txt")
     if names:
         write_names(labels, names)
+    architecture = published.architecture
+    tap, outputs = f"pool{len(architecture.blocks)}:0", {}
+    if published.num_classes is not None:
+        *hidden, (logits, *_) = architecture.connected
+        outputs = {"logits": f"{logits}:0", "probabilities": "prob:0"}
+        if hidden:
+            tap = f"{hidden[-1][0]}:0"
     card = Card(
         input="images:0",
-        tap="fc7:0" if has_top else f"pool{len(published.architecture.blocks)}:0",
-        image_size=published.architecture.image_size,
+        tap=tap,
+        image_size=architecture.image_size,
         preprocess=preprocess,
         labels=labels.name if names else None,
-        outputs={"logits": "fc8:0", "probabilities": "prob:0"} if has_top else {},
+        outputs=outputs,
         source=source,
         licence=origin.licence if origin else None,
         trained_on=origin.trained_on if origin else None,

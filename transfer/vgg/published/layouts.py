@@ -36,12 +36,12 @@ from typing import Any
 import numpy as np
 
 from transfer.vgg.architectures import ARCHITECTURES, Architecture
-from transfer.vgg.published import keras_vgg
+from transfer.vgg.published import keras_vgg, torch_vgg
 from transfer.vgg.published.batch_norm import BatchNorm
 from transfer.vgg.published.containers import Container
 
 # Default epsilons of the original layers; weight files do not contain them.
-_TORCH_EPSILON, _KERAS_EPSILON, _SLIM_EPSILON = 1e-5, 1e-3, 1e-3
+_KERAS_EPSILON, _SLIM_EPSILON = 1e-3, 1e-3
 _HARMLESS = re.compile(
     r"num_batches_tracked$|global_step|mean_rgb$|save_counter|learning_rate|iterations?\b|seed_gen"
     r"|optimizer|Adam|Momentum|RMSProp|Adagrad|ExponentialMovingAverage|beta\d_power|loss_scale"
@@ -77,18 +77,14 @@ class Layout:
 _KINDS = ("block", "conv", "features", "fc", "dense", "pre_logits", "classifier")
 _LAYER = r"(?P<layer>conv\d_\d|fc[678])"
 _SLIM = r"(?:weights|biases|BatchNorm/(?:beta|gamma|moving_mean|moving_variance))"
-_TORCH = (
-    r"(?:.*/)?(?:module\.|model\.)?(?P<layer>(?:features|classifier)\.\d+|pre_logits\.fc[12]|head\.fc)"
-    r"\.(?:weight|bias|running_mean|running_var)$"
-)
 LAYOUTS = (
     Layout("keras", "HDF5", r"(?:.*/)?(?P<layer>block\d_conv\d|fc[12]|predictions)/.*", "caffe"),
     Layout("keras", "HDF5", r"(?:.*/)?(?P<layer>(?:conv2d|dense)(?:_\d+)?)/(?:.*/)?[^/]*", "caffe"),
     Layout("tf-slim", "checkpoint", rf"vgg_\w+/(?:conv\d/|fc/)?{_LAYER}/{_SLIM}$", "slim"),
     Layout("frossard", "npz", rf"{_LAYER}_[Wb]$", "slim"),
     Layout("machrisaa", "npy", rf"(?:.*/)?{_LAYER}/[01]$", "caffe"),
-    Layout("torchvision", "PyTorch", _TORCH, "torch", outputs_first=True),
-    Layout("timm", "safetensors", _TORCH, "torch", outputs_first=True),
+    Layout("torchvision", "PyTorch", "", "torch"),  # by torch_vgg
+    Layout("timm", "safetensors", "", "torch"),
     Layout("matconvnet", "MatConvNet", rf"{_LAYER}/[01]$", "slim"),
     Layout(
         "matconvnet, before 1.0-beta9",
@@ -168,6 +164,8 @@ def identify(
         for name, values in container.arrays.items()
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in leave_out)
     }
+    if container.kind in ("PyTorch", "safetensors"):
+        return _of_torch(container, arrays, pooling)
     layout, layers = _layout(container.kind, arrays)
     if columns_first is not None and layout.container != "MatConvNet":
         raise ValueError(
@@ -296,42 +294,12 @@ def _layers(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, dict[
 def _in_order(layers: Mapping[str, dict[str, np.ndarray]]) -> list[_Layer]:
     """The layers in order, each with the batch norm that directly follows it."""
     ordered: list[_Layer] = []
-    last = ""
     for name in sorted(layers, key=_position):
         arrays = layers[name]
-        if any(key.endswith("running_mean") for key in arrays):
-            _add_torch_norm(ordered, last, name, arrays)
-        else:
-            norm = _slim_norm(name, arrays)
-            parts = [v for key, v in arrays.items() if "/BatchNorm/" not in key]
-            ordered.append(_Layer(name, *_kernel_and_biases(name, parts), norm))
-        last = name
+        norm = _slim_norm(name, arrays)
+        parts = [v for key, v in arrays.items() if "/BatchNorm/" not in key]
+        ordered.append(_Layer(name, *_kernel_and_biases(name, parts), norm))
     return ordered
-
-
-def _add_torch_norm(
-    ordered: list[_Layer], last: str, name: str, arrays: Mapping[str, np.ndarray]
-) -> None:
-    """Add a ``torch.nn.BatchNorm`` to its layer, whose number it follows directly. With a gap of
-    one in the numbers there is a ReLU between them."""
-    if not ordered:
-        raise ValueError(f"its layer {name} normalises the images; no VGG does")
-    (kind, before), (same, number) = _position(last), _position(name)
-    if kind != same or number != [before[-1] + 1] or last != ordered[-1].name:
-        raise ValueError(
-            f"its batch norm {name} does not directly follow its layer {ordered[-1].name}: there "
-            "is a ReLU or a pooling between them, and it cannot be folded"
-        )
-    parts = {key.rsplit(".", 1)[1]: values for key, values in arrays.items()}
-    if not {"running_mean", "running_var"} <= parts.keys():
-        raise ValueError(f"its batch norm {name} has {', '.join(parts)} only")
-    ordered[-1].norm = BatchNorm(
-        parts["running_mean"],
-        parts["running_var"],
-        _TORCH_EPSILON,
-        parts.get("weight"),
-        parts.get("bias"),
-    )
 
 
 def _slim_norm(name: str, arrays: Mapping[str, np.ndarray]) -> BatchNorm | None:
@@ -523,3 +491,24 @@ def _check_finite(values: Mapping[str, np.ndarray]) -> None:
     broken = [name for name, array in values.items() if not np.isfinite(array).all()]
     if broken:
         raise ValueError(f"its {', '.join(broken)} have values that are not finite; get it again")
+
+
+def _of_torch(
+    container: Container, arrays: Mapping[str, np.ndarray], pooling: str | None
+) -> Published:
+    """Identify the state dict of a PyTorch model."""
+    vgg = torch_vgg.interpret(arrays, pooling)
+    architecture, name, values = torch_vgg.network(vgg)
+    _check_finite(values)
+    head = vgg.head
+    return Published(
+        next(one for one in LAYOUTS if one.container == container.kind),
+        architecture,
+        name,
+        head.num_classes if head else None,
+        values,
+        sorted({*vgg.left_out, *(set(container.arrays) - set(arrays))}),
+        [*vgg.notes, *([head.note] if head and head.note else [])],
+        vgg.preprocess or container.preprocess,
+        container.labels if head and len(container.labels) == head.num_classes else (),
+    )
