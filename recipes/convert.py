@@ -44,13 +44,15 @@ class ConvertConfig:
     for a file with a known hash, as published; else as usual for its layout, with a warning]"""
     labels: Path | None = None
     """File with one class name per line. [default: the names in the weights file, or the ImageNet
-    names for 1000 classes]"""
+    names for 1000 classes, else class 0, class 1, ...]"""
     spatial_order: Literal["auto", "rows", "columns"] = "auto"
     """Spatial axis of the kernels that comes first; old MatConvNet files are columns-first. auto:
     decided by the age of the file."""
-    pooling: Literal["flatten", "average"] | None = None
+    pooling: Literal["flatten", "average", "max"] | None = None
     """Operation before the first fully connected layer; needed if that layer has as many inputs as
     the last convolution has output channels and the file does not say which one it is."""
+    top: bool = True
+    """Convert the head with the classes, if there is one; --no-top leaves it out."""
     leave_out: tuple[str, ...] = ()
     """Arrays in the file to ignore, because the features do not depend on them, e.g. 'extras.*'.
     Repeatable."""
@@ -83,7 +85,10 @@ def _convert(file: Path, out: Path, tap: str | None, image_size: str | None, **o
         from transfer.vgg.native import convert_to_keras
 
         size = None if image_size is None else parse_size(image_size)
+        is_top = options.pop("top")
         options = {name: value for name, value in options.items() if value not in (None, (), False)}
+        if not is_top:
+            options["top"] = False
         if options.get("spatial_order") == "auto":
             del options["spatial_order"]
         return convert_to_keras(file, out, tap=tap, image_size=size, **options)

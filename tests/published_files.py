@@ -60,6 +60,33 @@ def write_keras_legacy(path):
         file.create_group("flatten")
 
 
+def write_vgg_face(path):
+    """A file of rcmalli/keras-vggface, as Keras 2 writes it."""
+    with h5py.File(path, "w") as file:
+        for layer in CONVOLUTIONS + CONNECTED:
+            file[f"{layer}/{layer}/kernel:0"] = kernel(layer)
+            file[f"{layer}/{layer}/bias:0"] = biases(layer)
+
+
+def write_deepface(path):
+    """Unnamed convolutions, also for the fully connected layers."""
+    with h5py.File(path, "w") as file:
+        for number, layer in enumerate(CONVOLUTIONS + CONNECTED, 1):
+            name = f"conv2d_{number}"
+            values = kernel(layer) if layer in CONVOLUTIONS else windowed(layer)
+            file[f"{name}/{name}/kernel:0"] = values
+            file[f"{name}/{name}/bias:0"] = biases(layer)
+
+
+def write_flaxmodels(path):
+    """Kernels as in Keras, but the inputs of fc6 in PyTorch's order."""
+    with h5py.File(path, "w") as file:
+        for layer in CONVOLUTIONS + CONNECTED:
+            values = kernel(layer) if layer in CONVOLUTIONS else outputs_first(layer).T
+            file[f"{layer}/weight"] = values
+            file[f"{layer}/bias"] = biases(layer)
+
+
 def write_frossard(path):
     arrays = {}
     for layer in CONVOLUTIONS + CONNECTED:
@@ -194,6 +221,13 @@ def write_slim(path):
 
 WRITERS = {
     "keras": (write_keras_legacy, "keras", "caffe"),
+    "vgg-face": (
+        write_vgg_face,
+        "vgg-face",
+        {"mean": [93.5940, 104.7624, 129.1863], "order": "BGR"},
+    ),
+    "deepface": (write_deepface, "keras", "caffe"),
+    "flaxmodels": (write_flaxmodels, "flaxmodels", "torch"),
     "frossard": (write_frossard, "frossard", "slim"),
     "machrisaa": (write_machrisaa, "machrisaa", "caffe"),
     "machrisaa, Python 2": (write_machrisaa_of_python_2, "machrisaa", "caffe"),

@@ -50,8 +50,42 @@ def weights_bases(root: Path) -> Iterator[Base]:
         layers += [keras.layers.BatchNormalization(), keras.layers.ReLU()]
         layers += [keras.layers.MaxPooling2D()]
     model = keras.Sequential([*layers, keras.layers.Flatten(), keras.layers.Dense(3)])
-    for suffix in (".h5", ".keras"):
+    for suffix in (".h5", ".keras", ".weights.h5"):
         found = base(f"saved{suffix}", f"weights{suffix}")
         found.folder.mkdir()
-        model.save(found.folder / found.path)
+        write = model.save_weights if suffix == ".weights.h5" else model.save
+        write(found.folder / found.path)
         yield found
+    found = base("onnx", "weights")
+    found.folder.mkdir()
+    write_onnx(found.folder / found.path, tiny)
+    yield found
+
+
+def write_onnx(path: Path, tiny: Any) -> None:
+    """A tiny VGG as torch.onnx writes it."""
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    nodes, weights, last, channels = [], [], "images", 3
+
+    def add(kind: str, *arrays: Any, **attributes: Any) -> None:
+        nonlocal last
+        names = [f"w{len(weights) + number}" for number in range(len(arrays))]
+        weights.extend(numpy_helper.from_array(a, n) for a, n in zip(arrays, names, strict=True))
+        nodes.append(helper.make_node(kind, [last, *names], [f"t{len(nodes)}"], **attributes))
+        last = f"t{len(nodes) - 1}"
+
+    for (width,) in tiny.blocks:
+        kernel, ones = np.ones((width, channels, 3, 3), np.float32), np.ones(width, np.float32)
+        add("Conv", kernel, ones, kernel_shape=[3, 3], pads=[1] * 4)
+        add("BatchNormalization", ones, ones, ones, ones)
+        add("Relu")
+        add("MaxPool", kernel_shape=[2, 2], strides=[2, 2])
+        channels = width
+    add("Flatten")
+    add("Gemm", np.ones((3, 4 * channels), np.float32), np.ones(3, np.float32), transB=1)
+    image = helper.make_tensor_value_info("images", 1, ["n", 3, 64, 64])
+    output = helper.make_tensor_value_info(last, 1, None)
+    graph = helper.make_graph(nodes, "vgg", [image], [output], weights)
+    path.write_bytes(helper.make_model(graph).SerializeToString())

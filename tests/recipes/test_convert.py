@@ -125,8 +125,8 @@ def test_hashes_of_published_files_are_known():
     caffe = origins.of_file("", "00b39a1b" + 56 * "0")
     assert (caffe.preprocess, caffe.trained_on) == ("caffe", "ImageNet")
     assert origins.of_file("", "397923af" + 56 * "0").preprocess == "torch"
-    assert origins.of_file(download.PUBLISHED["vgg16"].md5, "").preprocess == "caffe"
-    assert origins.of_file(download.PUBLISHED["vgg19"].md5, "").preprocess == "caffe"
+    assert origins.of_file(download.PUBLISHED["vgg16"].entry.md5, "").preprocess == "caffe"
+    assert origins.of_file(download.PUBLISHED["vgg19"].entry.md5, "").preprocess == "caffe"
     assert origins.of_file("", 64 * "0") is None
 
 
@@ -298,12 +298,13 @@ def server(tmp_path, monkeypatch, keras_vgg):
     Handler.cut_after = None
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=running.serve_forever, daemon=True).start()
-    weights = replace(
-        download.PUBLISHED["vgg16"],
+    entry = replace(
+        download.PUBLISHED["vgg16"].entry,
         url=f"http://127.0.0.1:{running.server_port}/vgg16_weights.h5",
         md5=download.file_md5(tmp_path / "published.h5"),
-        model=keras_vgg,
+        num_classes=NUM_CLASSES,
     )
+    weights = download.Weights(entry, keras_vgg)
     monkeypatch.setitem(download.PUBLISHED, "vgg16", weights)
     yield weights
     running.shutdown()
@@ -319,6 +320,28 @@ def test_pull_downloads_converts_and_verifies(tmp_path, server, capsys):
     assert len(Handler.requests) == 1  # the second time it was there
     state = tf.train.get_checkpoint_state(str(tmp_path))
     assert [Path(p).name for p in state.all_model_checkpoint_paths] == ["vgg16", "again"]
+
+
+@pytest.mark.parametrize("digits, message", [(8, ""), (0, "unverified"), (None, "its SHA-256")])
+def test_pull_verifies_by_digits_of_sha256(tmp_path, server, monkeypatch, capsys, digits, message):
+    found = download.file_sha256(tmp_path / "published.h5")
+    sha256 = "0" * 8 if digits is None else found[:digits]
+    entry = replace(server.entry, md5="", sha256=sha256, licence="BSD", preprocess="torch")
+    monkeypatch.setitem(download.PUBLISHED, "vgg16", download.Weights(entry))
+    status = main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")])
+    printed = capsys.readouterr()
+    assert status == (digits is None) and message in printed.out + printed.err
+    if status == 0:
+        card = load_meta_graph(tmp_path / "vgg16").card
+        assert (card.preprocess, card.licence) == ("torch", "BSD" if digits else None)
+
+
+def test_pull_list_shows_what_is_known(capsys):
+    assert main(["pull", "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if line.startswith("vgg19_bn-torchvision ")]
+    assert "74.218" in line and "first 8 digits" in line and "BSD-3-Clause" in line
+    assert any("unverified" in line for line in lines)
 
 
 def test_download_does_not_follow_link(tmp_path, server):

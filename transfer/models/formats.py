@@ -7,6 +7,7 @@ A model is identified by its prefix: ``vgg`` for ``vgg.meta``, ``vgg.index``, ``
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,11 @@ from transfer.models import checkpoint
 _SUFFIX = re.compile(r"(\.(meta|index|json|data-\d{5}-of-\d{5})|-\d{5}-of-\d{5})$")
 _STEP = re.compile(r"-\d+$")
 _GRAPHS = (".pb", ".pbtxt")
+_WEIGHTS = (
+    *(".h5", ".hdf5", ".keras", ".onnx", ".npz", ".npy", ".pth", ".pt", ".ckpt", ".bin"),
+    *(".safetensors", ".mat", ".caffemodel", ".tfmodel", ".pkl", ".params", ".pdparams"),
+)
+"""Files of weights, for ``convert``."""
 _SAVED_MODELS = ("saved_model.pb", "saved_model.pbtxt")
 MAX_BYTES = 2**31 - 1
 """Maximum size of a file; protobuf's own limit."""
@@ -190,6 +196,11 @@ def _no_graph(path: Path, meta_path: Path) -> str:
     if meta_path.parent.is_dir():
         siblings = sorted(
             p.name for p in meta_path.parent.iterdir() if p.suffix in (".meta", *_GRAPHS)
+        )
+    if path.is_file() and path.suffix.lower() in _WEIGHTS:
+        return (
+            f"{str(path)!r} is a file of weights, not a graph; convert it first: vgg-transfer "
+            f"convert {shlex.quote(str(path))} --out models/{shlex.quote(path.name.split('.')[0])}"
         )
     message = f"no meta graph {str(meta_path)!r}"
     if path.is_file() or checkpoint.exists(_prefix_of(path)):

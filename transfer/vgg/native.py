@@ -49,7 +49,7 @@ def convert_to_keras(
     if out.exists():
         raise ValueError(f"{str(out)!r} is there already; choose another out=FILE")
     if is_graph(file):
-        given = [name for name, value in options.items() if value]
+        given = [name for name, value in options.items() if value or name == "top"]
         if given:
             raise ValueError(
                 f"{given[0]}={options[given[0]]} is for files of published weights, and "

@@ -13,7 +13,7 @@ import mmap
 import re
 import struct
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +22,15 @@ import h5py
 import numpy as np
 
 from transfer.models import checkpoint
-from transfer.vgg.published import caffe, keras_model, matlab, torch_file, wire
+from transfer.vgg.published import (
+    caffe,
+    keras_model,
+    keras_weights,
+    matlab,
+    onnx_model,
+    torch_file,
+    wire,
+)
 from transfer.vgg.published.unpickle import numpy_arrays
 
 MAX_BYTES = 5 * 2**28
@@ -62,6 +70,11 @@ def read(path: Path) -> Container:
         ValueError: if the format is unknown, or the file is damaged or contains more than data.
     """
     if path.is_dir():
+        if any((path / name).is_file() for name in ("saved_model.pb", "saved_model.pbtxt")):
+            raise ValueError(
+                f"{str(path)!r} is a SavedModel, which is used without conversion: give the folder "
+                "itself as the model"
+            )
         raise ValueError(f"{str(path)!r} is a folder; expected a file of weights")
     if not path.is_file():
         if path.name and checkpoint.exists(path):
@@ -105,13 +118,17 @@ def _read(path: Path) -> Container:
     if size > MAX_BYTES:
         raise ValueError(f"it has {size:,} bytes; expected at most {MAX_BYTES:,}")
     data = _mapped(path)
+    if (model := onnx_model.read(data)) is not None:
+        layers = (*model.layers, *model.branches)
+        arrays = {f"{one.name}/{role}": v for one in layers for role, v in one.arrays.items()}
+        return Container("ONNX", arrays, model)
     if arrays := _frozen_graph(data):
         return Container("frozen graph", arrays)
     if arrays := caffe.arrays(data):
         return Container("Caffe", arrays)
     raise ValueError(
         "it is none of: Keras (.h5, .keras), NumPy (.npz, .npy), PyTorch (.pth), safetensors, "
-        "MatConvNet (.mat), Caffe (.caffemodel), a TensorFlow checkpoint or frozen graph; "
+        "MatConvNet (.mat), Caffe (.caffemodel), ONNX, a TensorFlow checkpoint or frozen graph; "
         f"it begins with {head[:8]!r} and has {size:,} bytes"
     )
 
@@ -145,7 +162,7 @@ def _hdf5(
         is_legacy = config is None
         config = config or _attribute(root, "model_config")
         weights = root.get("model_weights", root) if is_legacy else root
-        order = _names(weights, "layer_names")
+        order = _names(weights, "layer_names") or _group_names(root)
     model = keras_model.read(config, arrays, is_legacy=is_legacy) if config else None
     return Container("HDF5", arrays, model, order, preprocess)
 
@@ -225,6 +242,13 @@ def _names(group: h5py.Group, name: str) -> list[str]:
         values = np.ravel(group.attrs[part])[:_MAX_ENTRIES]
         names += [v.decode("utf-8", "replace") if isinstance(v, bytes) else str(v) for v in values]
     return names
+
+
+def _group_names(root: h5py.Group) -> list[str]:
+    """The names of the layers of a file of Keras 3, which has a group for each: those outside of
+    nested models, in no order that means anything."""
+    layers = root.get("layers")
+    return list(layers)[:_MAX_ENTRIES] if isinstance(layers, h5py.Group) else []
 
 
 def _keras_hub(weights: Path) -> dict[str, Any] | None:
@@ -493,7 +517,14 @@ def _checkpoint(path: Path) -> Container:
     names = [n for n, shape in opened.shapes.items() if shape and not _is_slot(n)]
     _check_total(4 * sum(math.prod(opened.shapes[name]) for name in names))
     values = opened.read({name: checkpoint.Entry(name) for name in names})
-    return Container("checkpoint", {name: value.numpy() for name, value in values.items()})
+    arrays = {name: value.numpy() for name, value in values.items()}
+    if named := keras_weights.of_object_graph(arrays):
+        return Container("TF2 checkpoint", named, order=_layer_names(named))
+    return Container("checkpoint", arrays)
+
+
+def _layer_names(arrays: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(name.split("/")[-2] for name in arrays))
 
 
 def _is_slot(name: str) -> bool:

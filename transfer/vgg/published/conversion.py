@@ -17,6 +17,7 @@ from transfer.models.card import Card
 from transfer.models.saver import file_sha256, save_meta_graph
 from transfer.vgg import architectures
 from transfer.vgg.published import containers, layouts, origins
+from transfer.vgg.published.heads import Pooling
 from transfer.vgg.published.layouts import Published
 from transfer.vgg.published.origins import Origin
 
@@ -74,8 +75,9 @@ def convert(
     preprocess: str | Mapping[str, Any] | None = None,
     labels: str | Path | None = None,
     spatial_order: SpatialOrder = "auto",
-    pooling: Literal["flatten", "average"] | None = None,
+    pooling: Pooling | None = None,
     leave_out: Collection[str] = (),
+    top: bool = True,
 ) -> Conversion:
     """Convert published weights of a VGG to a meta graph with its checkpoint and card.
 
@@ -94,12 +96,13 @@ def convert(
             "BGR"}``. Default: that in the file; else that of the published file, if its hash is
             known; else the usual one of its layout, with a warning.
         labels: file with one class name per line. Default: the names in the file, or those of
-            ImageNet if there are 1000 classes.
+            ImageNet if there are 1000 classes, else ``class 0``, ``class 1``, ...
         spatial_order: which spatial axis of MatConvNet's kernels comes first; in old files it is
             the columns. ``auto``: by the age of the file.
         pooling: the layer before the first fully connected layer; needed if that layer has as many
             inputs as the last convolution has outputs and the file does not say.
         leave_out: patterns of arrays that do not matter for the features, such as ``extras.*``.
+        top: convert the head with the classes, if there is one; ``False`` leaves it out.
 
     Returns:
         The model that was written, and what was assumed.
@@ -142,16 +145,16 @@ def convert(
         pooling=pooling,
         leave_out=tuple(leave_out),
     )
+    if not top:
+        published = layouts.without_head(published)
     sha256 = file_digest(file)
     origin = origins.of_file(file_md5(file), sha256) if file.is_file() else None
     preprocessing = preprocessing_of(published, preprocess, origin)
-    names = _class_names(published, labels)
+    names, name_warning = _class_names(published, labels, origin)
     is_known = f" ({origin.name})" if origin else ""
     source = f"{file.name}{is_known}, layout of {published.layout.name}, sha256 {sha256}"
     card = _save(published, out, names, source, preprocessing.mode, origin, convolutional)
-    warnings = [preprocessing.warning] if preprocessing.warning else []
-    if not origin and not labels and not published.labels and names:
-        warnings.append("the names of its 1000 classes are assumed to be ImageNet's")
+    warnings = [warning for warning in (preprocessing.warning, name_warning) if warning]
     return Conversion(
         prefix=out,
         card=card,
@@ -195,6 +198,8 @@ def preprocessing_of(
         )
         return Preprocessing(None, "unknown", warning)
     mode = published.layout.preprocess
+    if published.num_classes == _VGG_FACE_CLASSES:
+        mode = _VGG_FACE
     return Preprocessing(
         mode,
         "assumed",
@@ -227,7 +232,7 @@ def _save(
     card = Card(
         input="images:0",
         tap=tap,
-        image_size=architecture.image_size,
+        image_size=published.image_size or architecture.image_size,
         preprocess=preprocess,
         labels=labels.name if names else None,
         outputs=outputs,
@@ -283,18 +288,26 @@ def file_md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _class_names(published: Published, labels: str | Path | None) -> list[str]:
+def _class_names(
+    published: Published, labels: str | Path | None, origin: Origin | None
+) -> tuple[list[str], str]:
+    """Class names, and a warning if they are assumed."""
+    num_classes = published.num_classes
     if labels is not None:
         names = read_names(Path(labels))
-        if len(names) != published.num_classes:
+        if len(names) != num_classes:
             raise ValueError(
-                f"{str(labels)!r} has {len(names)} names; the model has {published.num_classes} "
+                f"{str(labels)!r} has {len(names)} names; the model has {num_classes or 'no'} "
                 "classes"
             )
-        return names
+        return names, ""
+    if num_classes is None:
+        return [], ""
     if published.labels:
-        return [" ".join(name.split()) for name in published.labels]
-    if published.num_classes != NUM_IMAGENET_CLASSES:
-        return []
+        return [" ".join(name.split()) for name in published.labels], ""
+    if num_classes != NUM_IMAGENET_CLASSES:
+        names = [f"class {number}" for number in range(num_classes)]
+        return names, "the file has no class names; give them with labels=FILE"
     text = (files("transfer.vgg.published") / "imagenet_labels.txt").read_text(encoding="utf-8")
-    return text.splitlines()
+    warning = "" if origin else "the names of its 1000 classes are assumed to be ImageNet's"
+    return text.splitlines(), warning

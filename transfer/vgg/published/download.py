@@ -1,10 +1,13 @@
-"""Download the weights of VGG16 and VGG19 from Keras Applications and convert them."""
+"""Download published weights of the catalogue, verify and convert them."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
 import os
+import shutil
+import tarfile
+import tempfile
 import threading
 import urllib.error
 import urllib.request
@@ -20,8 +23,12 @@ import numpy as np
 from transfer.core.files import draft_folder, unshare, write_text
 from transfer.layers.backbone import Backbone
 from transfer.models import retention
+from transfer.models.card import read_card, write_card
 from transfer.models.meta_graph import load_meta_graph
+from transfer.models.saver import file_sha256
 from transfer.vgg.published import conversion
+from transfer.vgg.published.catalogue import CATALOGUE, Entry
+from transfer.vgg.published.containers import MAX_BYTES
 from transfer.vgg.published.conversion import Conversion, file_md5
 
 TIMEOUT_S = 8.0
@@ -31,33 +38,28 @@ _TOLERANCE = 1e-4  # of probabilities
 
 @dataclass(frozen=True)
 class Weights:
-    """URL, MD5 and Keras model of published weights; source: keras.applications.vgg16 and vgg19."""
+    """A file to download: its entry in the catalogue, and the Keras model that it is compared with,
+    if Keras has it."""
 
-    url: str
-    md5: str
-    model: Any
+    entry: Entry
+    model: Any = None
 
     @property
     def path(self) -> Path:
         """The file in Keras' cache."""
         home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
-        return home / "models" / self.url.rsplit("/", 1)[1]
+        return home / "models" / self.entry.file_name
+
+    def difference(self, path: Path) -> str:
+        """The hash of a file that differs from the published one; empty if none does."""
+        if self.entry.md5 and file_md5(path) != self.entry.md5:
+            return "MD5"
+        digits = self.entry.sha256
+        return "SHA-256" if digits and not file_sha256(path).startswith(digits) else ""
 
 
-_BASE = "https://storage.googleapis.com/tensorflow/keras-applications"
-_FILE = "weights_tf_dim_ordering_tf_kernels.h5"
-PUBLISHED = {
-    "vgg16": Weights(
-        f"{_BASE}/vgg16/vgg16_{_FILE}",
-        "64373286793e3c8b2b4e3219cbf3544b",
-        keras.applications.VGG16,
-    ),
-    "vgg19": Weights(
-        f"{_BASE}/vgg19/vgg19_{_FILE}",
-        "cbe5617147190e668d6c5d5026f83318",
-        keras.applications.VGG19,
-    ),
-}
+_MODELS = {"vgg16": keras.applications.VGG16, "vgg19": keras.applications.VGG19}
+PUBLISHED = {name: Weights(entry, _MODELS.get(name)) for name, entry in CATALOGUE.items()}
 
 
 class Bar(Protocol):
@@ -72,10 +74,12 @@ Progress = Callable[[str, int, int], AbstractContextManager[Bar]]
 
 @dataclass(frozen=True)
 class Pulled:
-    """``max_difference`` is the largest difference of a probability from Keras' model."""
+    """``max_difference`` is the largest difference of a probability from Keras' model; ``None`` if
+    Keras has none. ``verified_by`` is the hash that was compared, or ``unverified``."""
 
     conversion: Conversion
-    max_difference: float
+    max_difference: float | None
+    verified_by: str
 
 
 def pull(
@@ -85,10 +89,11 @@ def pull(
     convolutional: bool = False,
     progress: Progress | None = None,
 ) -> Pulled:
-    """Download published weights of a VGG, convert them, and compare the result with Keras' model.
+    """Download published weights of a VGG, verify and convert them, and compare the result with
+    Keras' model, if Keras has it.
 
     Args:
-        name: ``vgg16`` or ``vgg19``.
+        name: a key of ``catalogue.CATALOGUE``, such as ``vgg16`` or ``vgg19_bn-torchvision``.
         out: prefix of the model to write.
         convolutional: write fc6 to fc8 as convolutions, for images of any size from 32 pixels.
         progress: makes a progress bar of the download.
@@ -96,7 +101,8 @@ def pull(
     Raises:
         ConnectionError: if the download fails.
         ValueError: if the name is unknown, the downloaded file has another hash than the published
-            one, or the probabilities differ from those of Keras' model.
+            one, is another network than the catalogue says, or its probabilities differ from those
+            of Keras' model.
     """
     if name not in PUBLISHED:
         raise ValueError(f"no weights of {name!r} are known; choose from {', '.join(PUBLISHED)}")
@@ -106,19 +112,65 @@ def pull(
     out.parent.mkdir(parents=True, exist_ok=True)
     with draft_folder(out.parent) as folder:
         draft = folder / out.name
-        converted = conversion.convert(weights.path, draft, convolutional=convolutional)
-        difference = compare(draft, weights)
-        if not difference <= _TOLERANCE:
+        options: dict[str, Any] = {}
+        if weights.model is None:
+            options["preprocess"] = weights.entry.preprocess
+        with unpacked(weights) as file:
+            converted = conversion.convert(file, draft, convolutional=convolutional, **options)
+        _check_entry(converted, weights.entry)
+        difference = compare(draft, weights) if weights.model else None
+        if difference is not None and not difference <= _TOLERANCE:
             raise ValueError(
                 f"the converted model and Keras' {name} differ by {difference:.2g} in a "
                 f"probability; expected at most {_TOLERANCE:g}; nothing was written, report this"
             )
+        converted = _with_origin(converted, weights.entry)
         for path in sorted(draft.parent.iterdir()):
             if path.name != retention.STATE:  # an existing one may list other checkpoints
                 os.replace(path, out.parent / path.name)
         state, _ = retention.plan(out, out.name, None, None)
         write_text(out.with_name(retention.STATE), state)
-    return Pulled(replace(converted, prefix=out), difference)
+    return Pulled(replace(converted, prefix=out), difference, weights.entry.verified_by)
+
+
+def _check_entry(converted: Conversion, entry: Entry) -> None:
+    """Check that the file has as many classes as the catalogue says."""
+    if converted.num_classes != entry.num_classes:
+        raise ValueError(
+            f"{entry.url} has {converted.network} with {converted.num_classes or 'no'} classes; "
+            f"expected {entry.network} with {entry.num_classes}; nothing was written"
+        )
+
+
+def _with_origin(converted: Conversion, entry: Entry) -> Conversion:
+    """The card with licence and training set of the catalogue, if the file was verified."""
+    if converted.card.licence or not (entry.md5 or entry.sha256):
+        return converted
+    path = converted.prefix.with_name(f"{converted.prefix.name}.json")
+    card = replace(read_card(path), licence=entry.licence, trained_on=entry.trained_on)
+    write_card(path, card)
+    return replace(converted, card=card, origin=converted.origin or entry.name)
+
+
+@contextlib.contextmanager
+def unpacked(weights: Weights) -> Iterator[Path]:
+    """The file of weights: the download itself, or the only checkpoint in an archive.
+
+    Raises:
+        ValueError: if the archive does not have one checkpoint of a reasonable size.
+    """
+    if not weights.path.name.endswith(".tar.gz"):
+        yield weights.path
+        return
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(weights.path) as archive:
+        members = [m for m in archive if m.isfile() and m.name.endswith(".ckpt")]
+        if len(members) != 1 or members[0].size > MAX_BYTES:
+            raise ValueError(f"{str(weights.path)!r} has {len(members)} checkpoints; expected one")
+        source, target = archive.extractfile(members[0]), Path(folder) / "weights.ckpt"
+        assert source is not None
+        with source, target.open("wb") as file:
+            shutil.copyfileobj(source, file)
+        yield target
 
 
 def download(weights: Weights, progress: Progress | None = None) -> None:
@@ -128,13 +180,13 @@ def download(weights: Weights, progress: Progress | None = None) -> None:
         ConnectionError, ValueError: see ``pull``; a partial download is kept and resumed next time.
     """
     path = weights.path
-    if path.is_file() and file_md5(path) == weights.md5:
+    if path.is_file() and not weights.difference(path):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     unshare(part)
     done = part.stat().st_size if part.is_file() else 0
-    request = urllib.request.Request(weights.url, headers={"Range": f"bytes={done}-"})
+    request = urllib.request.Request(weights.entry.url, headers={"Range": f"bytes={done}-"})
     try:
         with _opened(request) as response:
             if response.status != 206:  # the server ignores the range
@@ -146,11 +198,11 @@ def download(weights: Weights, progress: Progress | None = None) -> None:
     except (OSError, http.client.HTTPException) as error:
         reason = str(error) or type(error).__name__
         raise ConnectionError(_manual(weights, reason)) from error
-    if file_md5(part) != weights.md5:
+    if differing := weights.difference(part):
         part.unlink()
         raise ValueError(
-            f"the download from {weights.url} is not the published file (its MD5 differs); it was "
-            "deleted, try again"
+            f"the download from {weights.entry.url} is not the published file (its {differing} "
+            "differs); it was deleted, try again"
         )
     part.replace(path)
 
@@ -224,6 +276,6 @@ class _Silent:
 
 def _manual(weights: Weights, reason: str) -> str:
     return (
-        f"cannot download {weights.url} ({reason}); download it elsewhere and put it at "
+        f"cannot download {weights.entry.url} ({reason}); download it elsewhere and put it at "
         f"{str(weights.path)!r}, or convert any copy of published weights"
     )

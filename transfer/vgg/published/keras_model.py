@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from transfer.vgg.published import keras_operations
+
 _MAX_LAYERS, _MAX_DEPTH = 2000, 8
 _ROLE = re.compile(
     r"(?:^|.*[_/])(kernel|bias|gamma|beta|moving_mean|moving_variance|W|b)(?:_\d+)?(?::\d+)?"
@@ -64,6 +66,7 @@ def read(config: str | bytes, arrays: Mapping[str, np.ndarray], *, is_legacy: bo
         raise ValueError(f"its configuration is damaged: {error}") from error
     if not _is_model(model):
         return None
+    model = keras_operations.simplified(model)
     owned = _by_layer(model, arrays) if is_legacy else _by_class(model, arrays)
     layers, branches = _chain(model, owned, 0)
     taken = {id(values) for layer in (*layers, *branches) for values in layer.arrays.values()}

@@ -1,8 +1,8 @@
-"""Convert the layers of a Keras model to those of a VGG, exactly or not at all.
+"""Convert the layers of a model to those of a VGG, exactly or not at all.
 
-A batch norm between a layer and its ReLU is folded into the layer. Any other layer between the
-images and the last pooling that a VGG does not have is refused by name. A head that is not a VGG's
-is left out and reported.
+A batch norm between a convolution and its ReLU is folded into the convolution. Any other layer
+between the images and the last pooling that a VGG does not have is refused by name. A head is
+taken by the rule of ``heads``, or left out and reported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from transfer.vgg.architectures import ARCHITECTURES
+from transfer.vgg.published import heads
 from transfer.vgg.published.batch_norm import BatchNorm
+from transfer.vgg.published.heads import Head, Step, UnsupportedHeadError
 from transfer.vgg.published.keras_model import Layer, Model
 
 _INERT = frozenset(
@@ -36,15 +38,16 @@ class Weights(NamedTuple):
 
 @dataclass
 class KerasVGG:
-    """``blocks``: widths of the convolutions between poolings. ``pooling``: the layer before the
-    first of the ``connected`` layers: flatten or average. ``preprocess``: mean and std of a
-    ``Rescaling`` layer, for images in 0..255. ``left_out``: layers of a head that is left out;
-    ``why``: the reason."""
+    """``blocks``: widths of the convolutions between poolings. ``image_size``: height and width, if
+    the model states them. ``paddings``: of its poolings. ``preprocess``: mean and std of the layers
+    before the first convolution, for images in 0..255. ``left_out``: layers of a head that is left
+    out; ``why``: the reason."""
 
     convolutions: list[Weights] = field(default_factory=list)
     blocks: list[list[int]] = field(default_factory=lambda: [[]])
-    connected: list[Weights] = field(default_factory=list)
-    pooling: str = "flatten"
+    head: Head | None = None
+    image_size: tuple[int, int] | None = None
+    paddings: set[str] = field(default_factory=set)
     preprocess: dict[str, Any] | None = None
     left_out: list[str] = field(default_factory=list)
     why: str = ""
@@ -56,7 +59,7 @@ def interpret(model: Model) -> KerasVGG:
     Raises:
         ValueError: names a layer that no VGG has.
     """
-    vgg = KerasVGG()
+    vgg = KerasVGG(image_size=_image_size(model.layers))
     rest = _base(list(model.layers), vgg)
     if not vgg.convolutions:
         raise ValueError("its model has no convolutions")
@@ -105,9 +108,10 @@ def _base(layers: list[Layer], vgg: KerasVGG) -> list[Layer]:
             continue  # ReLU is idempotent
         elif kind == "MaxPooling2D" and pending is None and vgg.blocks[-1]:
             _check_pooling(layer)
+            vgg.paddings.add(str(layer.config.get("padding", "valid")).upper())
             vgg.blocks.append([])
-        elif kind == "Rescaling" and not vgg.convolutions and vgg.preprocess is None:
-            vgg.preprocess = _rescaling(layer)
+        elif kind in ("Rescaling", "ReverseChannels") and not vgg.convolutions:
+            vgg.preprocess = _preprocessed(vgg.preprocess, layer)
         else:
             raise ValueError(_refusal(layer, vgg, pending))
     if pending is not None:
@@ -218,6 +222,28 @@ def _weights(layer: Layer, norm: BatchNorm | None) -> Weights:
     return Weights(layer.name, kernel, biases)
 
 
+def _preprocessed(before: dict[str, Any] | None, layer: Layer) -> dict[str, Any]:
+    """The preprocessing of the layers so far, followed by another: a change of scale, or of the
+    order of the channels."""
+    before = before or {"mean": [0.0], "std": [1.0]}
+    mean, std = np.asarray(before["mean"]), np.asarray(before["std"])
+    order = before.get("order", "RGB")
+    if layer.kind == "ReverseChannels":
+        order = "RGB" if order == "BGR" else "BGR"
+        mean, std = mean[::-1], std[::-1]
+    else:
+        then = _rescaling(layer)
+        mean = mean + np.asarray(then["mean"]) * std
+        std = std * np.asarray(then["std"])
+        mean, std = np.broadcast_arrays(mean, std)
+    # Files have numbers of float32, such as 103.939 as 103.93900299.
+    return {
+        "mean": [float(np.float32(v).astype(str)) for v in mean],
+        "std": [float(np.float32(v).astype(str)) for v in std],
+        "order": order,
+    }
+
+
 def _rescaling(layer: Layer) -> dict[str, Any]:
     """``image * scale + offset`` of a ``Rescaling`` layer as mean and standard deviation."""
     try:
@@ -231,66 +257,93 @@ def _rescaling(layer: Layer) -> dict[str, Any]:
     return {"mean": (-offset / scale + 0.0).tolist(), "std": (1 / scale).tolist()}
 
 
-class _NoVGG(Exception):
-    """The reason why a head is left out."""
+def _image_size(layers: Sequence[Layer]) -> tuple[int, int] | None:
+    """Height and width that the first layer states: ``batch_shape``, and in Keras 2
+    ``batch_input_shape``."""
+    for layer in layers[:2]:
+        shape = layer.config.get("batch_shape") or layer.config.get("batch_input_shape")
+        if isinstance(shape, list) and len(shape) == 4:
+            height, width = shape[1:3]
+            if all(type(size) is int and 0 < size < 2**16 for size in (height, width)):
+                return height, width
+    return None
+
+
+_POOLINGS: dict[str, heads.Pooling] = {
+    "Flatten": "flatten",
+    "GlobalAveragePooling2D": "average",
+    "GlobalMaxPooling2D": "max",
+}
+_ACTIVATION_LAYERS = {"Softmax": "softmax", "ELU": "elu"}
 
 
 def _head(rest: list[Layer], branches: list[Layer], vgg: KerasVGG) -> None:
+    """Add the head to the result, or the reason why it is left out."""
     layers = [layer for layer in rest if not _is_inert(layer)]
     if not layers and not branches:
         return
     try:
         if branches:
-            raise _NoVGG(f"it has branches, from {branches[0].name} on")
-        vgg.pooling = _pooling(layers[0])
-        vgg.connected = _connected(layers[1:])
-        if len(vgg.connected) != 3:
-            raise _NoVGG(f"it has {len(vgg.connected)} fully connected layers; expected 3")
-        first, second, _ = (weights.kernel.shape for weights in vgg.connected)
-        if first[-1] != second[-1]:
-            raise _NoVGG(f"its layers have {first[-1]} and {second[-1]} outputs; expected as many")
-    except (_NoVGG, ValueError) as reason:
-        vgg.connected, vgg.pooling = [], "flatten"
+            raise UnsupportedHeadError(f"it has branches, from {branches[0].name} on")
+        steps, pooling = _steps(layers)
+        vgg.head = heads.build(steps, pooling)
+    except ValueError as reason:
         vgg.left_out = [layer.name for layer in (*layers, *branches) if layer.arrays]
         vgg.why = str(reason)
 
 
-def _pooling(layer: Layer) -> str:
-    kinds = {"Flatten": "flatten", "GlobalAveragePooling2D": "average"}
-    if layer.kind not in kinds:
-        raise _NoVGG(f"it begins with {layer.name} ({layer.kind})")
-    _check_config(layer, {"data_format": "channels_last"})
-    return kinds[layer.kind]
-
-
-def _connected(layers: Sequence[Layer]) -> list[Weights]:
-    connected: list[Weights] = []
-    pending: tuple[Layer, BatchNorm | None] | None = None
+def _steps(layers: Sequence[Layer]) -> tuple[list[Step], heads.Pooling]:
+    """The steps of a head and its pooling, for ``heads.build``."""
+    steps: list[Step] = []
+    pooling: heads.Pooling | None = None
     for layer in layers:
-        if layer.kind == "Dense" and pending is None:
-            pending = layer, None
-            if layer is not layers[-1] and _activation(layer) == "relu":
-                connected.append(_weights(*pending))
-                pending = None
-            elif _activation(layer) not in ("linear", "softmax"):
-                raise _NoVGG(f"its layer {layer.name} has activation {_activation(layer)}")
-        elif layer.kind == "BatchNormalization" and pending is not None and pending[1] is None:
-            if _activation(pending[0]) != "linear":
-                raise _NoVGG(f"its batch norm {layer.name} comes after an activation")
-            pending = pending[0], _batch_norm(layer, axis=1)
-        elif _is_relu(layer) and pending is not None and layer is not layers[-1]:
-            connected.append(_weights(*pending))
-            pending = None
-        elif layer is layers[-1] and pending is not None and _is_softmax(layer):
-            continue
+        kind = layer.kind
+        if pooling is None and kind in _POOLINGS:
+            _check_config(layer, {"data_format": "channels_last"})
+            pooling = _POOLINGS[kind]
+            if pooling == "max" and steps:
+                raise UnsupportedHeadError(f"its {steps[0].name} comes before {layer.name}")
+        elif pooling is not None and kind == "Flatten":
+            continue  # after a global pooling
+        elif kind == "BatchNormalization":
+            axis = 3 if pooling is None else 1
+            steps.append(heads.Normalization(layer.name, _batch_norm(layer, axis)))
+        elif kind == "Rescaling" and pooling is not None:
+            steps.append(heads.Normalization(layer.name, _as_norm(layer, steps)))
+        elif kind == "Dense" and pooling is not None:
+            steps.append(heads.Dense(layer.name, *_weights(layer, None)[1:]))
+            steps.append(heads.Activation(layer.name, _activation(layer)))
+        elif pooling is not None and (activation := _activation_of(layer)):
+            steps.append(heads.Activation(layer.name, activation))
+        elif pooling is None and not steps:
+            raise UnsupportedHeadError(f"it begins with {layer.name} ({layer.kind})")
         else:
-            raise _NoVGG(f"it has the unexpected layer {layer.name} ({layer.kind})")
-    if pending is not None:
-        connected.append(_weights(*pending))
-    return connected
+            raise UnsupportedHeadError(f"it has the unexpected layer {layer.name} ({layer.kind})")
+    return steps, pooling or "flatten"
 
 
-def _is_softmax(layer: Layer) -> bool:
-    return layer.kind == "Softmax" or (
-        layer.kind == "Activation" and _activation(layer) == "softmax"
-    )
+def _activation_of(layer: Layer) -> str:
+    """The activation that a layer applies; empty if it is another layer."""
+    if _is_relu(layer):
+        return "relu"
+    if layer.kind == "Activation":
+        return _activation(layer)
+    if layer.kind == "ELU" and layer.config.get("alpha", 1.0) != 1.0:
+        return ""
+    if (
+        layer.kind == "ReLU"
+        and layer.config.get("max_value") == 6.0
+        and not (layer.config.get("negative_slope") or layer.config.get("threshold"))
+    ):
+        return "relu6"
+    return _ACTIVATION_LAYERS.get(layer.kind, "")
+
+
+def _as_norm(layer: Layer, steps: Sequence[Step]) -> BatchNorm:
+    """A ``Rescaling`` of features as a batch norm."""
+    values = _rescaling(layer)
+    mean, std = np.asarray(values["mean"]), np.asarray(values["std"])
+    before = [step for step in steps if isinstance(step, heads.Dense)]
+    width = before[-1].kernel.shape[-1] if before else 1  # of any number of features
+    mean, std = np.broadcast_to(mean, (width,)), np.broadcast_to(std, (width,))
+    return BatchNorm(mean, std**2, 0.0)

@@ -20,6 +20,9 @@ torchvision, timm  pytorch.org/vision, github.com/huggingface/pytorch-image-mode
 matconvnet         vlfeat.org/matconvnet/pretrained: imagenet-vgg-verydeep-16.mat, -19
 caffe              robots.ox.ac.uk/~vgg/research/very_deep: VGG_ILSVRC_16_layers.caffemodel
 tfmodel            github.com/ry/tensorflow-vgg16: vgg16.tfmodel
+vgg-face           github.com/rcmalli/keras-vggface: rcmalli_vggface_tf_vgg16.h5
+flaxmodels         github.com/matthias-wright/flaxmodels: vgg16_weights.h5, vgg19_weights.h5
+onnx               github.com/onnx/models, torch.onnx, tf2onnx: see ``onnx_model``
 =================  =========================================================================
 """
 
@@ -31,14 +34,16 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from transfer.images.preprocess import Size, as_size
 from transfer.vgg.architectures import ARCHITECTURES, Architecture
-from transfer.vgg.published import keras_vgg, torch_vgg
+from transfer.vgg.published import heads, keras_vgg, keras_weights, torch_vgg
 from transfer.vgg.published.batch_norm import BatchNorm
 from transfer.vgg.published.containers import Container
+from transfer.vgg.published.heads import Dense, Head, UnsupportedHeadError
 
 # Default epsilons of the original layers; weight files do not contain them.
 _KERAS_EPSILON, _SLIM_EPSILON = 1e-3, 1e-3
@@ -63,14 +68,17 @@ class Layout:
         outputs_first: kernels are ``[outputs, inputs, height, width]`` and ``[outputs, inputs]``,
             and the inputs of fc6 are in the order channel, height, width.
         columns_first: the two spatial axes are swapped.
+        channels_first: the inputs of fc6 are in the order channel, height, width, in kernels
+            ``[inputs, outputs]``.
     """
 
     name: str
     container: str
     pattern: str
-    preprocess: str
+    preprocess: str | dict[str, Any]
     outputs_first: bool = False
     columns_first: bool = False
+    channels_first: bool = False
 
 
 # Prefixes of layer names in the order of the layers; other names come last.
@@ -80,6 +88,14 @@ _SLIM = r"(?:weights|biases|BatchNorm/(?:beta|gamma|moving_mean|moving_variance)
 LAYOUTS = (
     Layout("keras", "HDF5", r"(?:.*/)?(?P<layer>block\d_conv\d|fc[12]|predictions)/.*", "caffe"),
     Layout("keras", "HDF5", r"(?:.*/)?(?P<layer>(?:conv2d|dense)(?:_\d+)?)/(?:.*/)?[^/]*", "caffe"),
+    Layout("flaxmodels", "HDF5", rf"{_LAYER}/(?:weight|bias)$", "torch", channels_first=True),
+    Layout(
+        "vgg-face",
+        "HDF5",
+        rf"(?:.*/)?{_LAYER}/(?:\w+_\d_|fc\d_)?(?:kernel|bias|W|b)(?:_\d)?(?::0)?$",
+        {"mean": [93.5940, 104.7624, 129.1863], "order": "BGR"},
+    ),
+    Layout("keras", "TF2 checkpoint", r"(?:.*/)?(?P<layer>(?:conv2d|dense)_\d+)/.*", "caffe"),
     Layout("tf-slim", "checkpoint", rf"vgg_\w+/(?:conv\d/|fc/)?{_LAYER}/{_SLIM}$", "slim"),
     Layout("frossard", "npz", rf"{_LAYER}_[Wb]$", "slim"),
     Layout("machrisaa", "npy", rf"(?:.*/)?{_LAYER}/[01]$", "caffe"),
@@ -93,6 +109,7 @@ LAYOUTS = (
         "slim",
         columns_first=True,
     ),
+    Layout("onnx", "ONNX", r"(?P<layer>.*)/.*", "torch"),
     Layout("caffe", "Caffe", rf"{_LAYER}/[01]$", "caffe", outputs_first=True),
     Layout("tfmodel", "frozen graph", rf"(?:import/)?{_LAYER}/[a-z]+$", "caffe"),
 )
@@ -103,8 +120,9 @@ class Published:
     """The weights of a VGG under the names of ``architectures.build_graph``, and their properties.
 
     ``num_classes`` is ``None`` if there are no fully connected layers. ``left_out`` are layers and
-    arrays that are not part of the network, ``notes`` are assumptions. ``preprocess`` and
-    ``labels`` are those stored in the file, if any.
+    arrays that are not part of the network, ``notes`` are assumptions. ``preprocess``, ``labels``
+    and ``image_size`` are those stored in the file, if any; ``head_layers`` are the names of the
+    fully connected layers in the file.
     """
 
     layout: Layout
@@ -116,6 +134,8 @@ class Published:
     notes: list[str] = field(default_factory=list)
     preprocess: dict[str, Any] | None = None
     labels: Sequence[str] = ()
+    image_size: Size | None = None
+    head_layers: Sequence[str] = ()
 
 
 @dataclass
@@ -150,8 +170,8 @@ def identify(
     Args:
         container: from ``containers.read``.
         columns_first: overrides that of the layout; only MatConvNet files exist in both orders.
-        pooling: the layer before the first fully connected layer, ``flatten`` or ``average``, if
-            the file does not say and the number of inputs fits both.
+        pooling: the layer before the first fully connected layer, ``flatten``, ``average``
+            or ``max``, if the file does not say and the number of inputs fits all.
         leave_out: name patterns of arrays to ignore.
 
     Raises:
@@ -177,7 +197,9 @@ def identify(
     taken = {name for layer in layers.values() for name in layer}
     others = {name: values for name, values in arrays.items() if name not in taken}
     ordered = _in_order(layers)
-    if layout.container == "HDF5":
+    head_norms: list[str] = []
+    if layout.container in ("HDF5", "TF2 checkpoint"):
+        head_norms = keras_weights.pop_head_norms(layers, others)
         _add_keras_norms(ordered, others, container.order)
     notes = [
         f"batch norm folded with epsilon {layer.norm.epsilon:g}, the original default"
@@ -186,6 +208,7 @@ def identify(
     ][:1]
     convolutions: list[tuple[np.ndarray, np.ndarray]] = []
     connected: list[tuple[np.ndarray, np.ndarray]] = []
+    names: list[str] = []  # of the connected layers
     for layer in ordered:
         kernel, biases = layer.folded(0 if layout.outputs_first else -1)
         if layout.outputs_first:
@@ -193,66 +216,142 @@ def identify(
             kernel = _outputs_last(kernel, convolutions[-1][0].shape[-1] if is_first else None)
         if columns_first and kernel.ndim == 4:
             kernel = kernel.transpose(1, 0, 2, 3)
-        is_convolution = _position(layer.name)[0] < _KINDS.index("fc")
+        # Some networks have their fully connected layers as convolutions, without another name.
+        is_convolution = _position(layer.name)[0] < _KINDS.index("fc") and not (
+            convolutions and (connected or kernel.shape[:2] != (3, 3))
+        )
+        if layout.channels_first and not is_convolution and not connected:
+            kernel = _channels_last(kernel, convolutions[-1][0].shape[-1])
+        names += [] if is_convolution else [layer.name]
         (convolutions if is_convolution else connected).append((kernel, biases))
     left_out = sorted(set(container.arrays) - set(arrays)) + _left_out(others)
-    if connected and pooling is None and _is_ambiguous(convolutions, connected):
-        heads = [layer for layer in ordered if _position(layer.name)[0] >= _KINDS.index("fc")]
-        left_out += [layer.name for layer in heads]
-        notes.append(
-            f"the head is left out: its first layer takes {connected[0][0].shape[-2]} inputs, "
-            "which are those of a flattening where images have 32 pixels, or an average over "
-            "space, and the file does not say; pooling=flatten or pooling=average keeps it"
+    head = None
+    if connected:
+        try:
+            if head_norms:
+                raise UnsupportedHeadError(
+                    f"weights alone do not say whether its batch norm {head_norms[0]} comes before "
+                    "or after an activation; convert the whole model (model.save('model.keras'))"
+                )
+            head = _plain_head(container, convolutions, connected, names, pooling)
+            _architecture(convolutions, head)
+        except ValueError as error:
+            head, left_out = None, [*left_out, *names]
+            notes.append(f"the head is left out: {error}")
+    return _published(container, layout, convolutions, head, left_out, notes)
+
+
+def _plain_head(
+    container: Container,
+    convolutions: Sequence[tuple[np.ndarray, np.ndarray]],
+    connected: Sequence[tuple[np.ndarray, np.ndarray]],
+    names: Sequence[str],
+    pooling: str | None,
+) -> Head:
+    """The head of a file that has no more than weights.
+
+    Raises:
+        UnsupportedHeadError: the reason why it cannot be determined.
+    """
+    if pooling is None:
+        pooling = keras_weights.pooling_of(container.order)
+    if pooling is None and _is_ambiguous(convolutions, connected):
+        raise UnsupportedHeadError(
+            f"its first layer takes {connected[0][0].shape[-2]} inputs, which are those of a "
+            "flattening where images have 32 pixels, or an average or a maximum over space, and "
+            "the file does not say; pooling=flatten, pooling=average or pooling=max keeps it"
         )
-        connected = []
-    return _published(container, layout, convolutions, connected, left_out, notes, pooling)
+    steps = [
+        Dense(name, kernel.reshape(-1, kernel.shape[-1]), biases)
+        for name, (kernel, biases) in zip(names, connected, strict=True)
+    ]
+    head = heads.plain(steps, cast(heads.Pooling, pooling or "flatten"))
+    widths = [layer.kernel.shape[1] for layer in head.connected[:-1]]
+    if len(set(widths)) == 1 and len(widths) == 2:
+        return head  # that of a VGG
+    assumed = "a ReLU after each layer of its head but the last is assumed" if widths else ""
+    return replace(head, note="; ".join(filter(None, (assumed, head.note))))
+
+
+def without_head(published: Published) -> Published:
+    """The network up to its last pooling."""
+    if published.num_classes is None:
+        return published
+    names = [name for name, *_ in published.architecture.connected]
+    table = ARCHITECTURES[published.name]
+    size = published.architecture.image_size
+    return replace(
+        published,
+        architecture=Architecture(
+            table.blocks, image_size=size, padding=published.architecture.padding
+        ),
+        num_classes=None,
+        values={k: v for k, v in published.values.items() if k.split("/")[0] not in names},
+        left_out=[*published.left_out, *published.head_layers],
+        labels=(),
+        head_layers=(),
+    )
 
 
 def _of_keras(container: Container, pooling: str | None) -> Published:
     """Identify a file that contains the configuration of a Keras model."""
     assert container.model is not None
     if pooling is not None:
-        raise ValueError("its configuration says what stands before its fully connected layers")
+        raise ValueError("the file says what stands before its fully connected layers")
     vgg = keras_vgg.interpret(container.model)
     convolutions = [(weights.kernel, weights.biases) for weights in vgg.convolutions]
-    connected = [(weights.kernel, weights.biases) for weights in vgg.connected]
-    architecture, name = _architecture(convolutions, [], "flatten")
+    architecture, name = _architecture(convolutions, None)
     blocks = tuple(tuple(block) for block in vgg.blocks if block)
     if blocks != architecture.blocks:
         raise ValueError(f"its convolutions between poolings are {blocks}; those of {name} differ")
-    if connected:
+    size, padding = vgg.image_size, _padding(vgg)
+    left_out, why, head = vgg.left_out, vgg.why, vgg.head
+    if head is not None:
         try:
-            _architecture(convolutions, connected, vgg.pooling)
+            _architecture(convolutions, head, size, padding)
         except ValueError as error:
-            vgg.left_out, vgg.why = [weights.name for weights in vgg.connected], str(error)
-            connected = []
-    left_out = vgg.left_out
-    notes = [f"the head is left out: {vgg.why}"] if vgg.why else []
+            left_out, why = [layer.name for layer in head.connected], str(error)
+            head = None
+    notes = [f"the head is left out: {why}"] if why else []
     container = replace(container, preprocess=vgg.preprocess or container.preprocess)
-    return _published(container, LAYOUTS[0], convolutions, connected, left_out, notes, vgg.pooling)
+    layout = next(one for one in LAYOUTS if one.container == container.kind)
+    return _published(container, layout, convolutions, head, left_out, notes, size, padding)
+
+
+def _padding(vgg: keras_vgg.KerasVGG) -> str:
+    """The padding of a model's poolings, which only matters where they halve odd sizes."""
+    if len(vgg.paddings) < 2:
+        return next(iter(vgg.paddings), "SAME")
+    if vgg.image_size is None or any(size % 2 ** len(vgg.blocks) for size in vgg.image_size):
+        raise ValueError("some of its poolings round odd sizes up, and others down")
+    return "SAME"
 
 
 def _published(
     container: Container,
     layout: Layout,
     convolutions: Sequence[tuple[np.ndarray, np.ndarray]],
-    connected: Sequence[tuple[np.ndarray, np.ndarray]],
+    head: Head | None,
     left_out: list[str],
     notes: list[str],
-    pooling: str | None,
+    size: tuple[int, int] | None = None,
+    padding: str = "SAME",
 ) -> Published:
-    architecture, name = _architecture(convolutions, connected, pooling or "flatten")
+    """The network of these layers; ``size`` and ``padding`` are those of the file, if it has
+    them."""
+    architecture, name = _architecture(convolutions, head, size, padding)
     values = {}
     layer_names = [n for block in architecture.convolutions for n, _ in block]
     for layer_name, (kernel, biases) in zip(layer_names, convolutions, strict=True):
         values[f"{layer_name}/weights"], values[f"{layer_name}/biases"] = kernel, biases
-    for layer_name, (kernel, biases) in zip(("fc6", "fc7", "fc8"), connected, strict=False):
-        flat = kernel.reshape(-1, kernel.shape[-1])
-        values[f"{layer_name}/weights"], values[f"{layer_name}/biases"] = flat, biases
+    if head is not None:
+        for (layer_name, *_), layer in zip(architecture.connected, head.connected, strict=True):
+            values[f"{layer_name}/weights"] = layer.kernel
+            values[f"{layer_name}/biases"] = layer.biases
     values = {key: np.ascontiguousarray(value, np.float32) for key, value in values.items()}
     _check_finite(values)
-    num_classes = len(connected[-1][1]) if connected else None
-    labels = container.labels if len(container.labels) == num_classes else ()
+    num_classes = head.num_classes if head else None
+    labels = (head.class_names if head else ()) or container.labels
     return Published(
         layout,
         architecture,
@@ -260,9 +359,11 @@ def _published(
         num_classes,
         values,
         left_out,
-        notes,
+        [*notes, *([head.note] if head and head.note else [])],
         container.preprocess,
-        labels,
+        labels if len(labels) == num_classes else (),
+        None if size is None else as_size(size),
+        tuple(layer.name for layer in head.connected) if head else (),
     )
 
 
@@ -442,10 +543,20 @@ def _outputs_last(kernel: np.ndarray, channels: int | None) -> np.ndarray:
     return kernel.transpose(2, 3, 1, 0)
 
 
+def _channels_last(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """``[inputs, outputs]`` with inputs in the order channel, height, width to height, width,
+    channel."""
+    inputs, outputs = kernel.shape
+    if inputs % channels:
+        raise ValueError(f"its first fully connected layer takes {inputs} inputs")
+    return kernel.reshape(channels, -1, outputs).swapaxes(0, 1).reshape(inputs, outputs)
+
+
 def _architecture(
     convolutions: Sequence[tuple[np.ndarray, np.ndarray]],
-    connected: Sequence[tuple[np.ndarray, np.ndarray]],
-    pooling: str,
+    head: Head | None,
+    size: tuple[int, int] | None = None,
+    padding: str = "SAME",
 ) -> tuple[Architecture, str]:
     """The architecture with these layers, and its name in ``architectures.ARCHITECTURES``."""
     widths = tuple(kernel.shape[-1] for kernel, _ in convolutions)
@@ -462,29 +573,43 @@ def _architecture(
             f"{', '.join(known.values())}"
         )
     name = known[widths]
-    blocks = ARCHITECTURES[name].blocks
-    for kernel, biases in [*convolutions, *connected]:
+    table = ARCHITECTURES[name]
+    for kernel, biases in convolutions:
         if biases.shape != kernel.shape[-1:]:
             raise ValueError(f"it has {len(biases)} biases for a kernel of shape {kernel.shape}")
-    if not connected:
-        return Architecture(blocks, image_size=ARCHITECTURES[name].image_size), name
-    sizes = [(math.prod(kernel.shape[:-1]), kernel.shape[-1]) for kernel, _ in connected]
-    is_average = pooling == "average"
-    window = 1 if is_average else math.isqrt(sizes[0][0] // widths[-1])
-    chain = [sizes[0][1], sizes[0][1]]
-    if (
-        len(sizes) != 3
-        or window < 1
-        or sizes[0][0] != window**2 * widths[-1]
-        or [size[0] for size in sizes[1:]] != chain
-        or sizes[1][1] != sizes[0][1]
-    ):
+    pixels = size[0] if size and size[0] == size[1] else table.image_size
+    if head is None:
+        return Architecture(table.blocks, image_size=pixels, padding=padding), name
+    inputs_of_head = head.connected[0].kernel.shape[0]
+    window = 1
+    if head.pooling == "flatten":
+        window = math.isqrt(inputs_of_head // widths[-1])
+        pixels = pixels if size else window * 2 ** len(table.blocks)
+    if window < 1 or inputs_of_head != window**2 * widths[-1]:
         raise ValueError(
-            f"it has fully connected layers of {sizes} inputs and outputs; expected three, the "
-            f"first with a square times {widths[-1]} inputs, the first two of one width"
+            f"its first layer takes {inputs_of_head} inputs; expected a square times the "
+            f"{widths[-1]} outputs of the last convolution"
+            + ("" if head.pooling == "flatten" else f", which the {head.pooling} makes one")
         )
-    size = ARCHITECTURES[name].image_size if is_average else window * 2 ** len(blocks)
-    return Architecture(blocks, sizes[0][1], size, pooling), name
+    hidden = tuple((layer.kernel.shape[1], layer.activation) for layer in head.connected[:-1])
+    is_plain = len(hidden) == 2 and hidden[0] == hidden[1] and hidden[0][1] == "relu"
+    architecture = Architecture(
+        table.blocks,
+        hidden[0][0] if hidden else table.fc,
+        pixels,
+        head.pooling,
+        None if is_plain else hidden,
+        padding,
+    )
+    if head.pooling == "flatten" and (
+        architecture.pooled_size != window or (size and size[0] != size[1])
+    ):
+        shape = f"{size[0]} x {size[1]}" if size else f"{pixels} x {pixels}"
+        raise ValueError(
+            f"its first layer takes {inputs_of_head} inputs, {window} x {window} pixels; its "
+            f"images have {shape}"
+        )
+    return architecture, name
 
 
 def _check_finite(values: Mapping[str, np.ndarray]) -> None:
@@ -498,17 +623,14 @@ def _of_torch(
 ) -> Published:
     """Identify the state dict of a PyTorch model."""
     vgg = torch_vgg.interpret(arrays, pooling)
-    architecture, name, values = torch_vgg.network(vgg)
-    _check_finite(values)
-    head = vgg.head
-    return Published(
+    # Poolings of PyTorch round odd sizes down. A flattening fixes the size, so that none is odd.
+    is_fixed = vgg.head is not None and vgg.head.pooling == "flatten"
+    return _published(
+        replace(container, preprocess=vgg.preprocess or container.preprocess),
         next(one for one in LAYOUTS if one.container == container.kind),
-        architecture,
-        name,
-        head.num_classes if head else None,
-        values,
+        vgg.convolutions,
+        vgg.head,
         sorted({*vgg.left_out, *(set(container.arrays) - set(arrays))}),
-        [*vgg.notes, *([head.note] if head and head.note else [])],
-        vgg.preprocess or container.preprocess,
-        container.labels if head and len(container.labels) == head.num_classes else (),
+        vgg.notes,
+        padding="SAME" if vgg.rounds_up or is_fixed else "VALID",
     )

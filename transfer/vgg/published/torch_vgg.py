@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from transfer.vgg.architectures import ARCHITECTURES, Architecture
+from transfer.vgg.architectures import ARCHITECTURES
 from transfer.vgg.published import heads
 from transfer.vgg.published.batch_norm import BatchNorm
 from transfer.vgg.published.heads import (
@@ -483,41 +483,3 @@ def _rows_first(norm: BatchNorm, channels: int) -> BatchNorm:
 
     gamma, beta = (v if v is None else reordered(v) for v in (norm.gamma, norm.beta))
     return BatchNorm(reordered(norm.mean), reordered(norm.variance), norm.epsilon, gamma, beta)
-
-
-def network(vgg: TorchVGG) -> tuple[Architecture, str, dict[str, np.ndarray]]:
-    """The architecture, its name, and the float32 values by the names of its variables."""
-    widths = [len(biases) for _, biases in vgg.convolutions]
-    name, table = next(
-        (name, table)
-        for name, table in ARCHITECTURES.items()
-        if [width for block in table.blocks for width in block] == widths
-    )
-    # Poolings of PyTorch round odd sizes down. A flattening fixes the size, so that it is even.
-    padding, head = "SAME" if vgg.rounds_up else "VALID", vgg.head
-    if head is None:
-        architecture = replace(table, fc=4096, padding=padding)
-        layers = list(vgg.convolutions)
-    else:
-        size = table.image_size
-        if head.pooling == "flatten":
-            window = math.isqrt(len(head.connected[0].kernel) // widths[-1])
-            size, padding = window * 2 ** len(table.blocks), "SAME"
-        hidden = tuple((layer.kernel.shape[1], layer.activation) for layer in head.connected[:-1])
-        is_plain = len(hidden) == 2 and hidden[0] == hidden[1] and hidden[0][1] == "relu"
-        architecture = Architecture(
-            table.blocks,
-            hidden[0][0] if hidden else table.fc,
-            size,
-            head.pooling,
-            None if is_plain else hidden,
-            padding,
-        )
-        layers = [*vgg.convolutions, *((one.kernel, one.biases) for one in head.connected)]
-    names = [layer for block in architecture.convolutions for layer, _ in block]
-    names += [layer for layer, *_ in architecture.connected]
-    values = {}
-    for layer, (kernel, biases) in zip(names, layers, strict=False):
-        values[f"{layer}/weights"] = np.ascontiguousarray(kernel, np.float32)
-        values[f"{layer}/biases"] = np.ascontiguousarray(biases, np.float32)
-    return architecture, name, values

@@ -1,0 +1,428 @@
+"""Read an ONNX file: its graph as a chain of layers, with their arrays.
+
+The layers are those of ``keras_model``, in channels-last layout, so that the same rules decide what
+is a VGG. The file is read field by field, and no operation is run: the only operations on weights
+are transpositions. Arrays in other files are refused.
+
+Field numbers from onnx.proto (github.com/onnx/onnx), meaning of the attributes from its
+docs/Operators.md. Written by: torch.onnx, tf2onnx, the ONNX model zoo (vgg16-12, vgg19-7,
+vgg16-bn-7, converted from MXNet).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from transfer.vgg.published import wire
+from transfer.vgg.published.keras_model import Layer, Model
+
+_MAX_NODES = 5000
+_TYPES = {1: "<f4", 6: "<i4", 7: "<i8", 10: "<f2", 11: "<f8"}  # TensorProto.DataType
+_DATA = {1: 4, 6: 5, 7: 7, 11: 10}  # type: field of TensorProto with its numbers
+_TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
+_ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "Softplus": "softplus", "Elu": "elu"}
+_INERT = frozenset({"Identity", "Dropout", "Cast"})
+_GLOBAL = {
+    "GlobalAveragePool": "GlobalAveragePooling2D",
+    "ReduceMean": "GlobalAveragePooling2D",
+    "GlobalMaxPool": "GlobalMaxPooling2D",
+    "ReduceMax": "GlobalMaxPooling2D",
+}
+
+
+@dataclass(frozen=True)
+class _Node:
+    kind: str
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+    attributes: dict[str, Any]
+
+
+def read(data: memoryview) -> Model | None:
+    """The layers of an ONNX file; ``None`` if the data are not one.
+
+    Raises:
+        ValueError: if the graph is damaged, or not a chain of layers.
+    """
+    try:
+        fields = {number: value for number, value in wire.fields(data) if number in (1, 7, 8)}
+        graph = fields.get(7)
+        if not isinstance(graph, memoryview) or not isinstance(fields.get(1), int):
+            return None
+        parts = list(wire.fields(graph))
+    except ValueError:
+        return None
+    messages = [(number, value) for number, value in parts if isinstance(value, memoryview)]
+    tensors = [value for number, value in messages if number == 5]
+    if not tensors and not any(number == 1 for number, _ in messages):
+        return None
+    values = dict(_tensor(tensor) for tensor in tensors)
+    nodes = [_node(value) for number, value in messages if number == 1]
+    if len(nodes) > _MAX_NODES:
+        raise ValueError(f"its graph has {len(nodes):,} nodes; expected at most {_MAX_NODES:,}")
+    inputs = [_value_info(value) for number, value in messages if number == 11]
+    images = [(name, shape) for name, shape in inputs if name not in values]
+    if len(images) != 1:
+        raise ValueError(f"its graph has {len(images)} inputs; a VGG has one")
+    return _Chain(nodes, values).layers(*images[0])
+
+
+@dataclass
+class _Chain:
+    """The nodes between the images and the classes, each with one input that is not constant."""
+
+    nodes: Sequence[_Node]
+    values: dict[str, np.ndarray]
+    found: list[Layer] = field(default_factory=list)
+    is_channels_first: bool = True
+    is_flat: bool = False
+    channels: int = 0  # of a feature map that was flattened channels first
+
+    def layers(self, image: str, shape: Sequence[int]) -> Model:
+        users: dict[str, list[_Node]] = {}
+        for node in self.nodes:
+            self._fold(node)
+            for name in set(node.inputs):
+                users.setdefault(name, []).append(node)
+        self.is_channels_first = len(shape) != 4 or shape[3] != 3 or shape[1] == 3
+        size = (shape[2:4] if self.is_channels_first else shape[1:3]) if len(shape) == 4 else ()
+        self._add("InputLayer", image, {"batch_shape": [None, *size, 3] if size else None})
+        tensor, branches = image, []
+        for _ in range(len(self.nodes)):
+            following = [node for node in users.get(tensor, []) if node.kind != "Shape"]
+            if len(following) != 1 or len(self._data(following[0])) != 1:
+                branches = [Layer(node.name, node.kind, {}) for node in following]
+                break
+            self._append(following[0])
+            tensor = following[0].outputs[0]
+        return Model(self.found, branches, [])
+
+    def _fold(self, node: _Node) -> None:
+        """Evaluate constants, and weights that are transposed or passed on."""
+        if not node.outputs:
+            return
+        if node.kind == "Constant" and isinstance(node.attributes.get("value"), np.ndarray):
+            self.values[node.outputs[0]] = node.attributes["value"]
+        elif (
+            node.kind in ("Identity", "Transpose")
+            and node.inputs[:1]
+            and (value := self.values.get(node.inputs[0])) is not None
+        ):
+            if node.kind == "Transpose":
+                axes = node.attributes.get("perm", tuple(range(value.ndim))[::-1])
+                if sorted(axes) != list(range(value.ndim)):
+                    raise ValueError(f"its {node.name} transposes {value.shape} by {axes}")
+                value = value.transpose(axes)
+            self.values[node.outputs[0]] = value
+
+    def _data(self, node: _Node) -> list[str]:
+        """The inputs that depend on the images. The shape of a ``Reshape`` may be computed."""
+        names = node.inputs[:1] if node.kind == "Reshape" else node.inputs
+        return [name for name in names if name and name not in self.values]
+
+    def _add(
+        self, kind: str, name: str, config: Mapping[str, Any], **arrays: np.ndarray | None
+    ) -> None:
+        kept = {role: value for role, value in arrays.items() if value is not None}
+        self.found.append(Layer(name, kind, config, kept))
+
+    def _constants(self, node: _Node) -> list[np.ndarray]:
+        return [self.values[name] for name in node.inputs if name in self.values]
+
+    def _append(self, node: _Node) -> None:
+        attributes, name = node.attributes, node.name
+        if node.kind in _INERT or (node.kind == "AveragePool" and _is_identity(attributes)):
+            return
+        if node.kind == "Transpose":
+            self._transpose(node)
+        elif node.kind == "Conv":
+            self._convolution(node)
+        elif node.kind == "MaxPool":
+            self._add("MaxPooling2D", name, _pooling(node))
+        elif node.kind == "BatchNormalization":
+            self._batch_norm(node)
+        elif node.kind == "Relu":
+            self._add("ReLU", name, {})
+        elif node.kind in _ACTIVATIONS and attributes.get("alpha", 1.0) == 1.0:
+            self._add("Activation", name, {"activation": _ACTIVATIONS[node.kind]})
+        elif node.kind == "Softmax":
+            self._add("Softmax", name, {})
+        elif node.kind in _GLOBAL:
+            self._global_pooling(node)
+        elif node.kind in ("Flatten", "Reshape", "Squeeze"):
+            if not self.is_flat:
+                self.channels = self._last_channels() if self.is_channels_first else 0
+                self._add("Flatten", name, {})
+            self.is_flat = True
+        elif node.kind in ("Gemm", "MatMul"):
+            self._dense(node)
+        elif node.kind in ("Add", "Sub", "Mul", "Div"):
+            self._arithmetic(node)
+        elif node.kind in ("Gather", "Slice") and self._is_reversal(node):
+            self._add("ReverseChannels", name, {})
+        else:
+            self._add(node.kind, name, {})
+
+    def _transpose(self, node: _Node) -> None:
+        axes = tuple(node.attributes.get("perm", ()))
+        expected = _TO_CHANNELS_LAST if self.is_channels_first else _TO_CHANNELS_FIRST
+        if axes != expected or self.is_flat:
+            raise ValueError(f"its {node.name} transposes by {axes}; expected {expected}")
+        self.is_channels_first = not self.is_channels_first
+
+    def _convolution(self, node: _Node) -> None:
+        arrays = self._constants(node)
+        if not arrays or arrays[0].ndim != 4 or not self.is_channels_first:
+            raise ValueError(f"its convolution {node.name} has no constant kernel of 2 dimensions")
+        attributes = node.attributes
+        kernel = arrays[0].transpose(2, 3, 1, 0)
+        pads = tuple(attributes.get("pads", (0, 0, 0, 0)))
+        half = tuple(extent // 2 for extent in kernel.shape[:2])
+        is_same = attributes.get("auto_pad") in (b"SAME_UPPER", b"SAME_LOWER") or pads == half * 2
+        config = {
+            "kernel_size": list(kernel.shape[:2]),
+            "strides": attributes.get("strides"),
+            "dilation_rate": attributes.get("dilations"),
+            "groups": attributes.get("group"),
+            "padding": "same" if is_same else f"pads {pads}",
+            "use_bias": len(arrays) > 1,
+        }
+        config = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
+        self._add("Conv2D", node.name, config, kernel=kernel, bias=_second(arrays))
+
+    def _batch_norm(self, node: _Node) -> None:
+        arrays = self._constants(node)
+        if len(arrays) != 4:
+            raise ValueError(f"its batch norm {node.name} has {len(arrays)} arrays; expected 4")
+        config = {"epsilon": node.attributes.get("epsilon", 1e-5)}
+        gamma, beta, mean, variance = arrays
+        norm = {"gamma": gamma, "beta": beta, "moving_mean": mean, "moving_variance": variance}
+        if not self.is_channels_first and not self.is_flat:
+            raise ValueError(f"its batch norm {node.name} is along the width")
+        if self.is_flat and self.channels and len(mean) > self.channels:
+            norm = {role: self._reordered(value) for role, value in norm.items()}
+        self._add("BatchNormalization", node.name, config, **norm)
+
+    def _global_pooling(self, node: _Node) -> None:
+        spatial = {2, 3} if self.is_channels_first else {1, 2}
+        if node.kind.startswith("Reduce"):
+            axes = node.attributes.get("axes") or [
+                int(axis) for value in self._constants(node) for axis in value.ravel()[:4]
+            ]
+            if {axis % 4 for axis in axes} != spatial:
+                raise ValueError(f"its {node.name} reduces the axes {list(axes)}")
+        elif not self.is_channels_first:
+            raise ValueError(f"its {node.name} pools over the channels")
+        self._add(_GLOBAL[node.kind], node.name, {})
+        self.is_flat, self.channels = True, 0
+
+    def _dense(self, node: _Node) -> None:
+        arrays, attributes = self._constants(node), node.attributes
+        if not arrays or arrays[0].ndim != 2 or node.inputs[1:2] == self._data(node):
+            raise ValueError(f"its {node.name} ({node.kind}) has no constant matrix")
+        if attributes.get("transA") or {attributes.get(k, 1.0) for k in ("alpha", "beta")} != {1.0}:
+            raise ValueError(f"its {node.name} is a Gemm with transA, alpha or beta")
+        kernel = arrays[0].T if attributes.get("transB") else arrays[0]
+        if self.channels:
+            kernel = self._reordered(kernel)
+        self.is_flat, self.channels = True, 0
+        bias = _second(arrays)
+        bias = None if bias is None else np.broadcast_to(bias, (kernel.shape[1],))
+        config = {"activation": "linear", "use_bias": bias is not None}
+        self._add("Dense", node.name, config, kernel=kernel, bias=bias)
+
+    def _reordered(self, values: np.ndarray) -> np.ndarray:
+        """Rows in the order channel, height, width to height, width, channel."""
+        rows = len(values)
+        window = math.isqrt(rows // self.channels)
+        if window**2 * self.channels != rows:
+            raise ValueError(f"its first dense layer takes {rows} inputs; expected squares")
+        shaped = values.reshape(self.channels, window**2, *values.shape[1:])
+        return shaped.swapaxes(0, 1).reshape(values.shape)
+
+    def _arithmetic(self, node: _Node) -> None:
+        """The biases of a matrix product, or arithmetic on the images."""
+        value = self._constants(node)[0]
+        last = self.found[-1]
+        is_first = node.inputs[0] in self.values
+        if node.kind == "Add" and last.kind == "Dense" and "bias" not in last.arrays:
+            width = last.arrays["kernel"].shape[1]
+            if value.size not in (1, width):
+                raise ValueError(f"its {node.name} adds {value.shape} to {width} outputs")
+            bias = np.broadcast_to(value.ravel(), (width,))
+            arrays = {**last.arrays, "bias": bias}
+            self.found[-1] = Layer(last.name, "Dense", {**last.config, "use_bias": True}, arrays)
+            return
+        is_preprocessing = all(
+            layer.kind in ("InputLayer", "Rescaling", "ReverseChannels") for layer in self.found
+        )
+        axis = 1 if self.is_channels_first else 3
+        shape = (1,) * (4 - value.ndim) + value.shape
+        is_per_channel = value.size == 1 or (
+            value.size == 3 and value.ndim <= 4 and shape[axis] == 3
+        )
+        if not is_preprocessing or not is_per_channel or (is_first and node.kind == "Div"):
+            self._add(node.kind, node.name, {})
+            return
+        numbers = value.astype(np.float64).ravel()
+        scale, offset = np.ones_like(numbers), np.zeros_like(numbers)
+        if node.kind in ("Mul", "Div"):
+            with np.errstate(divide="ignore"):
+                scale = numbers if node.kind == "Mul" else 1 / numbers
+        elif node.kind == "Add":
+            offset = numbers
+        else:
+            scale, offset = (-scale, numbers) if is_first else (scale, -numbers)
+        config = {"scale": scale.tolist(), "offset": offset.tolist()}
+        self._add("Rescaling", node.name, config)
+
+    def _is_reversal(self, node: _Node) -> bool:
+        """Whether a node reverses the order of the channels."""
+        channels = 1 if self.is_channels_first else 3
+        constants = [value.ravel().tolist() for value in self._constants(node)]
+        if node.kind == "Gather":
+            axis = node.attributes.get("axis", 0) % 4
+            return axis == channels and constants == [[2, 1, 0]]
+        if len(constants) != 4 or any(len(values) != 1 for values in constants):
+            return False
+        (start,), (end,), (axis,), (step,) = constants
+        return axis % 4 == channels and step == -1 and start in (-1, 2) and end < -3
+
+    def _last_channels(self) -> int:
+        kernels = [layer for layer in self.found if layer.kind == "Conv2D"]
+        return int(kernels[-1].arrays["kernel"].shape[-1]) if kernels else 0
+
+
+def _second(arrays: Sequence[np.ndarray]) -> np.ndarray | None:
+    return arrays[1] if len(arrays) > 1 else None
+
+
+def _is_identity(attributes: Mapping[str, Any]) -> bool:
+    """Whether a pooling has windows of one pixel, as an adaptive pooling to the size at hand."""
+    strides = attributes.get("strides", (1, 1))
+    return tuple(attributes.get("kernel_shape", ())) == tuple(strides) == (1, 1)
+
+
+def _pooling(node: _Node) -> dict[str, Any]:
+    attributes = node.attributes
+    pads = tuple(attributes.get("pads", (0, 0, 0, 0)))
+    if any(pads):
+        raise ValueError(f"its pooling {node.name} has pads {pads}; expected none")
+    is_up = attributes.get("ceil_mode") == 1 or attributes.get("auto_pad") == b"SAME_UPPER"
+    return {
+        "pool_size": list(attributes.get("kernel_shape", ())),
+        "strides": list(attributes.get("strides", (1, 1))),
+        "padding": "same" if is_up else "valid",
+    }
+
+
+def _node(message: memoryview) -> _Node:
+    texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: []}
+    attributes: dict[str, Any] = {}
+    for number, value in wire.fields(message):
+        if number in texts:
+            texts[number].append(wire.text(value))
+        elif number == 5 and isinstance(value, memoryview):
+            name, found = _attribute(value)
+            attributes[name] = found
+    kind = (texts[4] or [""])[0]
+    name = (texts[3] or [""])[0] or (texts[2] or [kind])[0]
+    return _Node(kind, name, texts[1], texts[2], attributes)
+
+
+def _attribute(message: memoryview) -> tuple[str, Any]:
+    """Name and value of an attribute; ``None`` for graphs and other kinds."""
+    name, value, integers = "", None, []
+    for number, content in wire.fields(message):
+        if number == 1:
+            name = wire.text(content)
+        elif number == 2 and isinstance(content, memoryview) and len(content) == 4:
+            value = float(np.frombuffer(content, "<f4")[0])
+        elif number == 3 and isinstance(content, int):
+            value = _signed(content)
+        elif number == 4 and isinstance(content, memoryview):
+            value = bytes(content[:1000])
+        elif number == 5 and isinstance(content, memoryview):
+            value = _tensor(content)[1]
+        elif number == 8:
+            integers.append(content)
+    if integers:
+        value = tuple(_signed(number) for number in wire.integers(integers))
+    return name, value
+
+
+def _signed(number: int) -> int:
+    return number - 2**64 if number >= 2**63 else number
+
+
+def _tensor(message: memoryview) -> tuple[str, np.ndarray]:
+    """Name and values of a tensor: a view of the file where possible."""
+    name, kind, content, is_external = "", 0, memoryview(b""), False
+    dims: list[wire.Value] = []
+    numbers: dict[int, list[wire.Value]] = {}
+    for number, value in wire.fields(message):
+        if number == 1:
+            dims.append(value)
+        elif number == 2 and isinstance(value, int):
+            kind = value
+        elif number == 8:
+            name = wire.text(value)
+        elif number == 9 and isinstance(value, memoryview):
+            content = value
+        elif number in (13, 14) and value:
+            is_external = True
+        elif number in _DATA.values():
+            numbers.setdefault(number, []).append(value)
+    if is_external:
+        raise ValueError(
+            f"its array {name!r} lies in another file; save the model in one file "
+            "(onnx.save_model with save_as_external_data=False)"
+        )
+    if kind not in _TYPES:
+        return name, np.zeros(0, np.float32)
+    shape = wire.integers(dims)
+    dtype = np.dtype(_TYPES[kind])
+    count = math.prod(shape)
+    packed = numbers.get(_DATA.get(kind, 0), [])
+    if len(content) or not packed:
+        pass
+    elif kind in (6, 7):
+        values = [_signed(number) for number in wire.integers(packed, 1000)]
+        content = memoryview(np.array(values, dtype).tobytes())
+    elif len(packed) == 1 and isinstance(packed[0], memoryview):
+        content = packed[0]
+    else:
+        content = memoryview(b"".join(bytes(v) for v in packed if isinstance(v, memoryview)))
+    if max((0, *shape)) > 2**31 or count * dtype.itemsize != len(content):
+        raise ValueError(f"its array {name!r} has {len(content):,} bytes for shape {shape}")
+    values_of = np.frombuffer(content, dtype).reshape(shape)
+    return name, values_of if kind in (1, 6, 7) else values_of.astype(np.float32)
+
+
+def _value_info(message: memoryview) -> tuple[str, list[int]]:
+    """Name and shape of an input; 0 for an unknown extent."""
+    name, shape = "", []
+    for number, value in wire.fields(message):
+        if number == 1:
+            name = wire.text(value)
+        elif number == 2:
+            kind = _child(_child(value, 1), 2)  # TypeProto.tensor_type.shape
+            for dim_number, dim in wire.fields(kind):
+                if dim_number == 1 and isinstance(dim, memoryview) and len(shape) < 8:
+                    extent = dict(wire.fields(dim)).get(1, 0)
+                    shape.append(extent if isinstance(extent, int) and extent < 2**31 else 0)
+    return name, shape
+
+
+def _child(message: wire.Value, number: int) -> memoryview:
+    if isinstance(message, memoryview):
+        for found, value in wire.fields(message):
+            if found == number and isinstance(value, memoryview):
+                return value
+    return memoryview(b"")
