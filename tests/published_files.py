@@ -95,6 +95,22 @@ def write_frossard(path):
         np.savez(file, **arrays)
 
 
+def write_chainer(path):
+    arrays = {}
+    for layer in CONVOLUTIONS + CONNECTED:
+        arrays |= {f"{layer}/W": outputs_first(layer), f"{layer}/b": biases(layer)}
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def write_tensorpack(path):
+    arrays = {}
+    for layer in CONVOLUTIONS + CONNECTED:
+        arrays |= {f"{layer}/W": kernel(layer), f"{layer}/b": biases(layer)}
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
 def machrisaa():
     return {layer: [kernel(layer), biases(layer)] for layer in CONVOLUTIONS + CONNECTED}
 
@@ -229,6 +245,8 @@ WRITERS = {
     "deepface": (write_deepface, "keras", "caffe"),
     "flaxmodels": (write_flaxmodels, "flaxmodels", "torch"),
     "frossard": (write_frossard, "frossard", "slim"),
+    "chainer": (write_chainer, "chainer", "caffe"),
+    "tensorpack": (write_tensorpack, "tensorpack", "slim"),
     "machrisaa": (write_machrisaa, "machrisaa", "caffe"),
     "machrisaa, Python 2": (write_machrisaa_of_python_2, "machrisaa", "caffe"),
     "timm": (write_timm, "timm", "torch"),

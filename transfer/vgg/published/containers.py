@@ -24,6 +24,7 @@ import numpy as np
 from transfer.models import checkpoint
 from transfer.vgg.published import (
     caffe,
+    foreign,
     keras_model,
     keras_weights,
     matlab,
@@ -113,6 +114,8 @@ def _read(path: Path) -> Container:
             return _matconvnet(_mapped(path))
         if 2 <= int.from_bytes(head[:8], "little") <= size and head[8:9] == b"{":
             return Container("safetensors", _safetensors(path))
+    if kind := foreign.kind_of(head, size):
+        raise ValueError(kind)
     if _is_checkpoint(path):
         return _checkpoint(path)
     if size > MAX_BYTES:

@@ -15,6 +15,8 @@ The layouts and their sources:
 keras              keras.applications.vgg16, vgg19: github.com/keras-team/keras-applications
 tf-slim            github.com/tensorflow/models, research/slim: vgg_16.ckpt, vgg_19.ckpt
 frossard           cs.toronto.edu/~frossard/post/vgg16: vgg16_weights.npz
+chainer            github.com/chainer/chainer, links/model/vision/vgg.py: VGG16Layers, VGG19Layers
+tensorpack         github.com/tensorpack/tensorpack, examples/CaffeModels: vgg16.npz
 machrisaa          github.com/machrisaa/tensorflow-vgg: vgg16.npy, vgg19.npy
 torchvision, timm  pytorch.org/vision, github.com/huggingface/pytorch-image-models
 matconvnet         vlfeat.org/matconvnet/pretrained: imagenet-vgg-verydeep-16.mat, -19
@@ -84,6 +86,8 @@ class Layout:
 # Prefixes of layer names in the order of the layers; other names come last.
 _KINDS = ("block", "conv", "features", "fc", "dense", "pre_logits", "classifier")
 _LAYER = r"(?P<layer>conv\d_\d|fc[678])"
+# Places365 and others call their own last layer fc8a, fc8_flickr, ...
+_CAFFE = r"(?P<layer>conv\d_\d|fc[67]|fc8)(?:(?<=fc8)[a-z_]\w*)?"
 _SLIM = r"(?:weights|biases|BatchNorm/(?:beta|gamma|moving_mean|moving_variance))"
 LAYOUTS = (
     Layout("keras", "HDF5", r"(?:.*/)?(?P<layer>block\d_conv\d|fc[12]|predictions)/.*", "caffe"),
@@ -98,6 +102,8 @@ LAYOUTS = (
     Layout("keras", "TF2 checkpoint", r"(?:.*/)?(?P<layer>(?:conv2d|dense)_\d+)/.*", "caffe"),
     Layout("tf-slim", "checkpoint", rf"vgg_\w+/(?:conv\d/|fc/)?{_LAYER}/{_SLIM}$", "slim"),
     Layout("frossard", "npz", rf"{_LAYER}_[Wb]$", "slim"),
+    Layout("chainer", "npz", rf"{_LAYER}/[Wb]$", "caffe", outputs_first=True),
+    Layout("tensorpack", "npz", rf"{_LAYER}/[Wb]$", "slim"),
     Layout("machrisaa", "npy", rf"(?:.*/)?{_LAYER}/[01]$", "caffe"),
     Layout("torchvision", "PyTorch", "", "torch"),  # by torch_vgg
     Layout("timm", "safetensors", "", "torch"),
@@ -110,7 +116,7 @@ LAYOUTS = (
         columns_first=True,
     ),
     Layout("onnx", "ONNX", r"(?P<layer>.*)/.*", "torch"),
-    Layout("caffe", "Caffe", rf"{_LAYER}/[01]$", "caffe", outputs_first=True),
+    Layout("caffe", "Caffe", rf"{_CAFFE}/[01]$", "caffe", outputs_first=True),
     Layout("tfmodel", "frozen graph", rf"(?:import/)?{_LAYER}/[a-z]+$", "caffe"),
 )
 
@@ -228,6 +234,11 @@ def identify(
     head = None
     if connected:
         try:
+            if names[0] == "fc6" and "fc8" not in names:
+                raise UnsupportedHeadError(
+                    f"it ends with {names[-1]}, features and not classes; a layer of the classes "
+                    "would be fc8"
+                )
             if head_norms:
                 raise UnsupportedHeadError(
                     f"weights alone do not say whether its batch norm {head_norms[0]} comes before "
@@ -373,6 +384,8 @@ def _layout(
     """The layout that matches the most layers, and the arrays of these layers."""
     candidates = [layout for layout in LAYOUTS if layout.container == kind]
     matches = [(layout, _layers(layout, arrays)) for layout in candidates]
+    # Chainer and tensorpack have the same names, and other orders of axes.
+    matches = [(layout, layers) for layout, layers in matches if _has_axes_of(layout, layers)]
     layout, layers = max(matches, key=lambda pair: len(pair[1]), default=(None, {}))
     if layout is None or not layers:
         names = ", ".join(list(arrays)[:6]) or "none"
@@ -381,6 +394,13 @@ def _layout(
             "VGG has such names"
         )
     return layout, layers
+
+
+def _has_axes_of(layout: Layout, layers: Mapping[str, dict[str, np.ndarray]]) -> bool:
+    """Whether the first convolution takes the three channels of an image where the layout has its
+    inputs."""
+    parts = [values for values in layers.get("conv1_1", {}).values() if values.ndim == 4]
+    return not parts or parts[0].shape[1 if layout.outputs_first else 2] == 3
 
 
 def _layers(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:

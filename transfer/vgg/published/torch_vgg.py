@@ -40,6 +40,7 @@ _PARTS = ("weight", "bias", "running_mean", "running_var")
 # normalization: images in 0..1, minus this mean, divided by 1/255. Source: torchvision,
 # models/vgg.py, VGG16_Weights.IMAGENET1K_FEATURES.
 _FEATURES_MEAN = {"mean": [0.48235 * 255, 0.45882 * 255, 0.40784 * 255], "order": "RGB"}
+_FEATURES = 4096  # outputs of fc6 and fc7
 _STANDARD_HEAD = ((0, 3, 6), ())
 
 
@@ -347,6 +348,11 @@ def _add_head(
             raise UnsupportedHeadError(
                 "its weights are NaN, as in torchvision's IMAGENET1K_FEATURES, whose preprocessing "
                 "is taken"
+            )
+        if len(chain[-1].kernel) == _FEATURES:
+            raise UnsupportedHeadError(
+                f"its last layer {chain[-1].name} has {_FEATURES} outputs, those of fc7: the layer "
+                "of the classes was cut off"
             )
         steps, inside = _steps(chain, modules, channels)
         window = math.prod(chain[0].kernel.shape[1:]) // channels
