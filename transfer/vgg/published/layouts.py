@@ -385,7 +385,8 @@ def _layout(
     candidates = [layout for layout in LAYOUTS if layout.container == kind]
     matches = [(layout, _layers(layout, arrays)) for layout in candidates]
     # Chainer and tensorpack have the same names, and other orders of axes.
-    matches = [(layout, layers) for layout, layers in matches if _has_axes_of(layout, layers)]
+    if kind == "npz":
+        matches = [(layout, layers) for layout, layers in matches if _has_axes_of(layout, layers)]
     layout, layers = max(matches, key=lambda pair: len(pair[1]), default=(None, {}))
     if layout is None or not layers:
         names = ", ".join(list(arrays)[:6]) or "none"
@@ -397,10 +398,10 @@ def _layout(
 
 
 def _has_axes_of(layout: Layout, layers: Mapping[str, dict[str, np.ndarray]]) -> bool:
-    """Whether the first convolution takes the three channels of an image where the layout has its
-    inputs."""
+    """Whether the first convolution has its outputs where the layout has them."""
     parts = [values for values in layers.get("conv1_1", {}).values() if values.ndim == 4]
-    return not parts or parts[0].shape[1 if layout.outputs_first else 2] == 3
+    kernel = parts[0].shape if parts else ()
+    return not parts or (kernel[1:] if layout.outputs_first else kernel[:3]) == (3, 3, 3)
 
 
 def _layers(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:

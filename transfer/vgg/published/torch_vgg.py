@@ -388,7 +388,7 @@ def _chain(dense: Sequence[_Module], channels: int) -> list[_Module]:
     """
     windows = [module for module in dense if module.kernel.ndim == 4]
     for module in windows:
-        if module.kernel.shape[2:] not in ((7, 7), (1, 1)):
+        if module.kernel.shape[2:] == (3, 3):  # dilated fc6 of SSD and DeepLab
             raise UnsupportedHeadError(
                 f"its layer {module.name} {module.kernel.shape} is a convolution, whose stride and "
                 "dilation the file does not tell"
