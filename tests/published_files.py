@@ -111,6 +111,35 @@ def write_tensorpack(path):
         np.savez_compressed(file, **arrays)
 
 
+def write_lasagne(path):
+    values = []
+    for layer in CONVOLUTIONS + CONNECTED:
+        values += [outputs_first(layer) if layer in CONVOLUTIONS else outputs_first(layer).T]
+        values += [biases(layer)]
+    mean = np.array([103.939, 116.779, 123.68], np.float32)
+    with path.open("wb") as file:
+        pickle.dump({"param values": values, "mean value": mean}, file, protocol=2)
+
+
+class PaddleTensor:
+    """Is pickled as the pair of its name and array."""
+
+    def __init__(self, name, values):
+        self.name, self.values = name, values
+
+    def __reduce__(self):
+        return tuple, ((self.name, self.values),)
+
+
+def write_paddle(path):
+    state = {}
+    for name, values in torch_state().items():
+        state[name] = PaddleTensor(f"p_{len(state)}", values.T if values.ndim == 2 else values)
+    table = {name: tensor.name for name, tensor in state.items()}
+    with path.open("wb") as file:
+        pickle.dump(state | {"StructuredToParameterName@@": table}, file, protocol=4)
+
+
 def machrisaa():
     return {layer: [kernel(layer), biases(layer)] for layer in CONVOLUTIONS + CONNECTED}
 
@@ -247,6 +276,8 @@ WRITERS = {
     "frossard": (write_frossard, "frossard", "slim"),
     "chainer": (write_chainer, "chainer", "caffe"),
     "tensorpack": (write_tensorpack, "tensorpack", "slim"),
+    "lasagne": (write_lasagne, "lasagne", "caffe"),
+    "paddle": (write_paddle, "paddle", "torch"),
     "machrisaa": (write_machrisaa, "machrisaa", "caffe"),
     "machrisaa, Python 2": (write_machrisaa_of_python_2, "machrisaa", "caffe"),
     "timm": (write_timm, "timm", "torch"),

@@ -29,6 +29,7 @@ from transfer.vgg.published import (
     keras_weights,
     matlab,
     onnx_model,
+    pickles,
     torch_file,
     wire,
 )
@@ -109,6 +110,11 @@ def _read(path: Path) -> Container:
             return Container("npy", _npy(file))
         if head.startswith(b"\x80") and _LEGACY_TORCH in head[:16]:
             return _torch(torch_file.read_legacy(file, MAX_BYTES))
+        if re.match(rb"\x80[\x02-\x05]", head):
+            found = pickles.read(file)
+            return Container(
+                found.kind, found.arrays, preprocess=found.preprocess, labels=found.labels
+            )
         if head.startswith(b"MATLAB 5.0 MAT-file"):
             _check_total(size)
             return _matconvnet(_mapped(path))

@@ -17,6 +17,8 @@ tf-slim            github.com/tensorflow/models, research/slim: vgg_16.ckpt, vgg
 frossard           cs.toronto.edu/~frossard/post/vgg16: vgg16_weights.npz
 chainer            github.com/chainer/chainer, links/model/vision/vgg.py: VGG16Layers, VGG19Layers
 tensorpack         github.com/tensorpack/tensorpack, examples/CaffeModels: vgg16.npz
+lasagne            github.com/Lasagne/Recipes, modelzoo: vgg16.pkl, vgg19.pkl
+paddle             github.com/PaddlePaddle/Paddle, python/paddle/vision/models/vgg.py
 machrisaa          github.com/machrisaa/tensorflow-vgg: vgg16.npy, vgg19.npy
 torchvision, timm  pytorch.org/vision, github.com/huggingface/pytorch-image-models
 matconvnet         vlfeat.org/matconvnet/pretrained: imagenet-vgg-verydeep-16.mat, -19
@@ -107,6 +109,8 @@ LAYOUTS = (
     Layout("machrisaa", "npy", rf"(?:.*/)?{_LAYER}/[01]$", "caffe"),
     Layout("torchvision", "PyTorch", "", "torch"),  # by torch_vgg
     Layout("timm", "safetensors", "", "torch"),
+    Layout("lasagne", "Lasagne", "", "caffe"),
+    Layout("paddle", "Paddle", "", "torch"),
     Layout("matconvnet", "MatConvNet", rf"{_LAYER}/[01]$", "slim"),
     Layout(
         "matconvnet, before 1.0-beta9",
@@ -190,7 +194,7 @@ def identify(
         for name, values in container.arrays.items()
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in leave_out)
     }
-    if container.kind in ("PyTorch", "safetensors"):
+    if container.kind in ("PyTorch", "safetensors", "Lasagne", "Paddle"):
         return _of_torch(container, arrays, pooling)
     layout, layers = _layout(container.kind, arrays)
     if columns_first is not None and layout.container != "MatConvNet":
