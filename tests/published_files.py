@@ -121,6 +121,27 @@ def write_lasagne(path):
         pickle.dump({"param values": values, "mean value": mean}, file, protocol=2)
 
 
+def write_mxnet(path, names=None):
+    """Names of a symbolic model, or others by layer."""
+    arrays, labels = b"", b""
+    for layer in CONVOLUTIONS + CONNECTED:
+        name = names[layer] + "." if names else f"arg:{layer}_"
+        for part, values in (("weight", outputs_first(layer)), ("bias", biases(layer))):
+            arrays += struct.pack("<IiI", 0xF993FAC9, 0, values.ndim)
+            arrays += struct.pack(f"<{values.ndim}q3i", *values.shape, 1, 0, 0) + values.tobytes()
+            text = (name + part).encode()
+            labels += struct.pack("<Q", len(text)) + text
+    count = struct.pack("<Q", 2 * len(CONVOLUTIONS + CONNECTED))
+    path.write_bytes(struct.pack("<QQ", 0x112, 0) + count + arrays + count + labels)
+
+
+def write_gluon(path):
+    names = torch_names()
+    last = int(names[CONVOLUTIONS[-1]].partition(".")[2])
+    connected = {"fc6": f"features.{last + 3}", "fc7": f"features.{last + 5}", "fc8": "output"}
+    write_mxnet(path, names | connected)
+
+
 class PaddleTensor:
     """Is pickled as the pair of its name and array."""
 
@@ -278,6 +299,8 @@ WRITERS = {
     "tensorpack": (write_tensorpack, "tensorpack", "slim"),
     "lasagne": (write_lasagne, "lasagne", "caffe"),
     "paddle": (write_paddle, "paddle", "torch"),
+    "mxnet": (write_mxnet, "mxnet", "torch"),
+    "gluon": (write_gluon, "mxnet", "torch"),
     "machrisaa": (write_machrisaa, "machrisaa", "caffe"),
     "machrisaa, Python 2": (write_machrisaa_of_python_2, "machrisaa", "caffe"),
     "timm": (write_timm, "timm", "torch"),

@@ -28,6 +28,7 @@ from transfer.vgg.published import (
     keras_model,
     keras_weights,
     matlab,
+    mxnet,
     onnx_model,
     pickles,
     torch_file,
@@ -110,6 +111,9 @@ def _read(path: Path) -> Container:
             return Container("npy", _npy(file))
         if head.startswith(b"\x80") and _LEGACY_TORCH in head[:16]:
             return _torch(torch_file.read_legacy(file, MAX_BYTES))
+        if head.startswith(mxnet.MAGIC):
+            _check_total(size)
+            return Container("MXNet", mxnet.arrays(_mapped(path)))
         if re.match(rb"\x80[\x02-\x05]", head):
             found = pickles.read(file)
             return Container(

@@ -19,6 +19,7 @@ chainer            github.com/chainer/chainer, links/model/vision/vgg.py: VGG16L
 tensorpack         github.com/tensorpack/tensorpack, examples/CaffeModels: vgg16.npz
 lasagne            github.com/Lasagne/Recipes, modelzoo: vgg16.pkl, vgg19.pkl
 paddle             github.com/PaddlePaddle/Paddle, python/paddle/vision/models/vgg.py
+mxnet              github.com/apache/mxnet, python/mxnet/gluon/model_zoo/vision/vgg.py
 machrisaa          github.com/machrisaa/tensorflow-vgg: vgg16.npy, vgg19.npy
 torchvision, timm  pytorch.org/vision, github.com/huggingface/pytorch-image-models
 matconvnet         vlfeat.org/matconvnet/pretrained: imagenet-vgg-verydeep-16.mat, -19
@@ -111,6 +112,7 @@ LAYOUTS = (
     Layout("timm", "safetensors", "", "torch"),
     Layout("lasagne", "Lasagne", "", "caffe"),
     Layout("paddle", "Paddle", "", "torch"),
+    Layout("mxnet", "MXNet", "", "torch"),
     Layout("matconvnet", "MatConvNet", rf"{_LAYER}/[01]$", "slim"),
     Layout(
         "matconvnet, before 1.0-beta9",
@@ -194,7 +196,7 @@ def identify(
         for name, values in container.arrays.items()
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in leave_out)
     }
-    if container.kind in ("PyTorch", "safetensors", "Lasagne", "Paddle"):
+    if container.kind in ("PyTorch", "safetensors", "Lasagne", "Paddle", "MXNet"):
         return _of_torch(container, arrays, pooling)
     layout, layers = _layout(container.kind, arrays)
     if columns_first is not None and layout.container != "MatConvNet":
