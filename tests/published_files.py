@@ -120,6 +120,72 @@ def write_frossard(path):
         np.savez(file, **arrays)
 
 
+def write_chainer(path):
+    arrays = {}
+    for layer in CONVOLUTIONS + CONNECTED:
+        arrays |= {f"{layer}/W": outputs_first(layer), f"{layer}/b": biases(layer)}
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def write_tensorpack(path):
+    arrays = {}
+    for layer in CONVOLUTIONS + CONNECTED:
+        arrays |= {f"{layer}/W": kernel(layer), f"{layer}/b": biases(layer)}
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def write_lasagne(path):
+    values = []
+    for layer in CONVOLUTIONS + CONNECTED:
+        values += [outputs_first(layer) if layer in CONVOLUTIONS else outputs_first(layer).T]
+        values += [biases(layer)]
+    mean = np.array([103.939, 116.779, 123.68], np.float32)
+    with path.open("wb") as file:
+        pickle.dump({"param values": values, "mean value": mean}, file, protocol=2)
+
+
+def write_mxnet(path, names=None):
+    """Names of a symbolic model, or others by layer."""
+    arrays, labels = b"", b""
+    for layer in CONVOLUTIONS + CONNECTED:
+        name = names[layer] + "." if names else f"arg:{layer}_"
+        for part, values in (("weight", outputs_first(layer)), ("bias", biases(layer))):
+            arrays += struct.pack("<IiI", 0xF993FAC9, 0, values.ndim)
+            arrays += struct.pack(f"<{values.ndim}q3i", *values.shape, 1, 0, 0) + values.tobytes()
+            text = (name + part).encode()
+            labels += struct.pack("<Q", len(text)) + text
+    count = struct.pack("<Q", 2 * len(CONVOLUTIONS + CONNECTED))
+    path.write_bytes(struct.pack("<QQ", 0x112, 0) + count + arrays + count + labels)
+
+
+def write_gluon(path):
+    names = torch_names()
+    last = int(names[CONVOLUTIONS[-1]].partition(".")[2])
+    connected = {"fc6": f"features.{last + 3}", "fc7": f"features.{last + 5}", "fc8": "output"}
+    write_mxnet(path, names | connected)
+
+
+class PaddleTensor:
+    """Is pickled as the pair of its name and array."""
+
+    def __init__(self, name, values):
+        self.name, self.values = name, values
+
+    def __reduce__(self):
+        return tuple, ((self.name, self.values),)
+
+
+def write_paddle(path):
+    state = {}
+    for name, values in torch_state().items():
+        state[name] = PaddleTensor(f"p_{len(state)}", values.T if values.ndim == 2 else values)
+    table = {name: tensor.name for name, tensor in state.items()}
+    with path.open("wb") as file:
+        pickle.dump(state | {"StructuredToParameterName@@": table}, file, protocol=4)
+
+
 def machrisaa():
     return {layer: [kernel(layer), biases(layer)] for layer in CONVOLUTIONS + CONNECTED}
 
@@ -256,6 +322,12 @@ WRITERS = {
     "theano, numbered": (write_theano_numbered, "keras 1, Theano", "caffe"),
     "flaxmodels": (write_flaxmodels, "flaxmodels", "torch"),
     "frossard": (write_frossard, "frossard", "slim"),
+    "chainer": (write_chainer, "chainer", "caffe"),
+    "tensorpack": (write_tensorpack, "tensorpack", "slim"),
+    "lasagne": (write_lasagne, "lasagne", "caffe"),
+    "paddle": (write_paddle, "paddle", "torch"),
+    "mxnet": (write_mxnet, "mxnet", "torch"),
+    "gluon": (write_gluon, "mxnet", "torch"),
     "machrisaa": (write_machrisaa, "machrisaa", "caffe"),
     "machrisaa, Python 2": (write_machrisaa_of_python_2, "machrisaa", "caffe"),
     "timm": (write_timm, "timm", "torch"),

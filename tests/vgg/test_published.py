@@ -403,7 +403,7 @@ def test_pickle_list_in_place_of_string_is_refused(tmp_path):
 def test_compressed_pytorch_bomb_is_not_decompressed(tmp_path, monkeypatch):
     monkeypatch.setattr(containers, "MAX_BYTES", 2**20)
     storages = {}
-    data = torch_pickle({"features.0.weight": np.zeros(2**20, np.float32)}, storages)
+    data = torch_pickle({"features.0.weight": np.zeros((2**20, 1, 1, 1), np.float32)}, storages)
     archive = io.BytesIO()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("a/data.pkl", data)

@@ -22,8 +22,19 @@ import h5py
 import numpy as np
 
 from transfer.models import checkpoint
-from transfer.vgg.published import caffe, keras_model, keras_weights, matlab, onnx_model, wire
-from transfer.vgg.published.unpickle import TORCH_MAGIC, numpy_arrays, torch_archive, torch_arrays
+from transfer.vgg.published import (
+    caffe,
+    foreign,
+    keras_model,
+    keras_weights,
+    matlab,
+    mxnet,
+    onnx_model,
+    pickles,
+    torch_file,
+    wire,
+)
+from transfer.vgg.published.unpickle import numpy_arrays
 
 MAX_BYTES = 5 * 2**28
 """Limit for all arrays of a file, without those of optimizers. VGG19 with its three fully connected
@@ -33,7 +44,7 @@ _MAX_CHUNKS, _MAX_ATTRIBUTE_BYTES = 100_000, 2**26
 _MAX_COMPRESSION = 1100  # deflate expands a byte to at most 1032
 _SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
 _MAX_DIRECTORY_BYTES = 2**22  # of a zip archive
-_LEGACY_TORCH = b"\x8a\x0a" + TORCH_MAGIC.to_bytes(10, "little")
+_LEGACY_TORCH = b"\x8a\x0a" + torch_file.MAGIC.to_bytes(10, "little")
 _TABLE_MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")  # ends a LevelDB table
 
 
@@ -99,12 +110,22 @@ def _read(path: Path) -> Container:
         if head.startswith(b"\x93NUMPY"):
             return Container("npy", _npy(file))
         if head.startswith(b"\x80") and _LEGACY_TORCH in head[:16]:
-            return Container("PyTorch", torch_arrays(file, MAX_BYTES))
+            return _torch(torch_file.read_legacy(file, MAX_BYTES))
+        if head.startswith(mxnet.MAGIC):
+            _check_total(size)
+            return Container("MXNet", mxnet.arrays(_mapped(path)))
+        if re.match(rb"\x80[\x02-\x05]", head):
+            found = pickles.read(file)
+            return Container(
+                found.kind, found.arrays, preprocess=found.preprocess, labels=found.labels
+            )
         if head.startswith(b"MATLAB 5.0 MAT-file"):
             _check_total(size)
             return _matconvnet(_mapped(path))
         if 2 <= int.from_bytes(head[:8], "little") <= size and head[8:9] == b"{":
             return Container("safetensors", _safetensors(path))
+    if kind := foreign.kind_of(head, size):
+        raise ValueError(kind)
     if _is_checkpoint(path):
         return _checkpoint(path)
     if size > MAX_BYTES:
@@ -123,6 +144,10 @@ def _read(path: Path) -> Container:
         "MatConvNet (.mat), Caffe (.caffemodel), ONNX, a TensorFlow checkpoint or frozen graph; "
         f"it begins with {head[:8]!r} and has {size:,} bytes"
     )
+
+
+def _torch(contents: torch_file.TorchFile) -> Container:
+    return Container("PyTorch", contents.arrays, labels=contents.labels)
 
 
 def _mapped(path: Path) -> memoryview:
@@ -284,7 +309,7 @@ def _zip(file: IO[bytes]) -> Container:
         if "model.weights.h5" in sizes:
             return _keras(archive, sizes)
         if any(name.endswith("data.pkl") for name in sizes):
-            return Container("PyTorch", torch_archive(archive, MAX_BYTES))
+            return _torch(torch_file.read_archive(archive, MAX_BYTES))
         _check_total(sum(sizes.values()))
         arrays = {}
         for name, size in sizes.items():
@@ -381,9 +406,14 @@ def _safetensors(path: Path) -> dict[str, np.ndarray]:
     data = _mapped(path)[8 + size :]
     arrays = {}
     for name, entry in entries.items():
-        if name == "__metadata__" or entry["dtype"] not in _SAFETENSORS_TYPES:
+        if name == "__metadata__":
             continue
         begin, end = entry["data_offsets"]
+        if entry["dtype"] == "BF16":
+            arrays[name] = torch_file.from_bfloat16(data[begin:end]).reshape(entry["shape"])
+            continue
+        if entry["dtype"] not in _SAFETENSORS_TYPES:
+            continue
         values = np.frombuffer(data[begin:end], _SAFETENSORS_TYPES[entry["dtype"]])
         arrays[name] = values.reshape(entry["shape"])
     return arrays

@@ -192,11 +192,16 @@ def preprocessing_of(
         note = "" if is_imagenet else "if the head was trained with another: preprocess=MODE"
         return Preprocessing(known, why, note=note)
     if not is_imagenet and published.layout.container in ("Caffe", "MatConvNet"):
-        hint = f"; VGG-Face expects {canonical(_VGG_FACE)}"
+        if published.num_classes == _VGG_FACE_CLASSES:
+            return Preprocessing(
+                for_card(_VGG_FACE),
+                "assumed",
+                f"its {_VGG_FACE_CLASSES} classes are as many as VGG-Face has, whose mean is "
+                "taken. If it was trained otherwise, convert it with preprocess=MODE",
+            )
         warning = (
             f"nothing tells which mean the images of its {published.num_classes} classes had; give "
             "it with preprocess=MEAN, here or when the model is fine-tuned"
-            + (hint if published.num_classes == _VGG_FACE_CLASSES else "")
         )
         return Preprocessing(None, "unknown", warning)
     mode = published.layout.preprocess

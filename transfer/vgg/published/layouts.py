@@ -17,6 +17,11 @@ tf-slim            github.com/tensorflow/models, research/slim: vgg_16.ckpt, vgg
 keras 1, Theano    github.com/fchollet/deep-learning-models, ..._th_dim_ordering_th_kernels.h5; and
                    gist.github.com/baraldilorenzo/07d7802847aaad0a35d3: vgg16_weights.h5
 frossard           cs.toronto.edu/~frossard/post/vgg16: vgg16_weights.npz
+chainer            github.com/chainer/chainer, links/model/vision/vgg.py: VGG16Layers, VGG19Layers
+tensorpack         github.com/tensorpack/tensorpack, examples/CaffeModels: vgg16.npz
+lasagne            github.com/Lasagne/Recipes, modelzoo: vgg16.pkl, vgg19.pkl
+paddle             github.com/PaddlePaddle/Paddle, python/paddle/vision/models/vgg.py
+mxnet              github.com/apache/mxnet, python/mxnet/gluon/model_zoo/vision/vgg.py
 machrisaa          github.com/machrisaa/tensorflow-vgg: vgg16.npy, vgg19.npy
 torchvision, timm  pytorch.org/vision, github.com/huggingface/pytorch-image-models
 matconvnet         vlfeat.org/matconvnet/pretrained: imagenet-vgg-verydeep-16.mat, -19
@@ -42,13 +47,13 @@ import numpy as np
 
 from transfer.images.preprocess import Size, as_size
 from transfer.vgg.architectures import ARCHITECTURES, Architecture
-from transfer.vgg.published import heads, keras_vgg, keras_weights
+from transfer.vgg.published import heads, keras_vgg, keras_weights, torch_vgg
 from transfer.vgg.published.batch_norm import BatchNorm
 from transfer.vgg.published.containers import Container
 from transfer.vgg.published.heads import Dense, Head, UnsupportedHeadError
 
 # Default epsilons of the original layers; weight files do not contain them.
-_TORCH_EPSILON, _KERAS_EPSILON, _SLIM_EPSILON = 1e-5, 1e-3, 1e-3
+_KERAS_EPSILON, _SLIM_EPSILON = 1e-3, 1e-3
 _HARMLESS = re.compile(
     r"num_batches_tracked$|global_step|mean_rgb$|save_counter|learning_rate|iterations?\b|seed_gen"
     r"|optimizer|Adam|Momentum|RMSProp|Adagrad|ExponentialMovingAverage|beta\d_power|loss_scale"
@@ -86,11 +91,9 @@ class Layout:
 # Prefixes of layer names in the order of the layers; other names come last.
 _KINDS = ("block", "conv", "features", "fc", "dense", "pre_logits", "classifier")
 _LAYER = r"(?P<layer>conv\d_\d|fc[678])"
+# Places365 and others call their own last layer fc8a, fc8_flickr, ...
+_CAFFE = r"(?P<layer>conv\d_\d|fc[67]|fc8)(?:(?<=fc8)[a-z_]\w*)?"
 _SLIM = r"(?:weights|biases|BatchNorm/(?:beta|gamma|moving_mean|moving_variance))"
-_TORCH = (
-    r"(?:.*/)?(?:module\.|model\.)?(?P<layer>(?:features|classifier)\.\d+|pre_logits\.fc[12]|head\.fc)"
-    r"\.(?:weight|bias|running_mean|running_var)$"
-)
 LAYOUTS = (
     Layout("keras", "HDF5", r"(?:.*/)?(?P<layer>block\d_conv\d|fc[12]|predictions)/.*", "caffe"),
     Layout("keras", "HDF5", r"(?:.*/)?(?P<layer>(?:conv2d|dense)(?:_\d+)?)/(?:.*/)?[^/]*", "caffe"),
@@ -105,9 +108,14 @@ LAYOUTS = (
     Layout("keras", "TF2 checkpoint", r"(?:.*/)?(?P<layer>(?:conv2d|dense)_\d+)/.*", "caffe"),
     Layout("tf-slim", "checkpoint", rf"vgg_\w+/(?:conv\d/|fc/)?{_LAYER}/{_SLIM}$", "slim"),
     Layout("frossard", "npz", rf"{_LAYER}_[Wb]$", "slim"),
+    Layout("chainer", "npz", rf"{_LAYER}/[Wb]$", "caffe", outputs_first=True),
+    Layout("tensorpack", "npz", rf"{_LAYER}/[Wb]$", "slim"),
     Layout("machrisaa", "npy", rf"(?:.*/)?{_LAYER}/[01]$", "caffe"),
-    Layout("torchvision", "PyTorch", _TORCH, "torch", outputs_first=True),
-    Layout("timm", "safetensors", _TORCH, "torch", outputs_first=True),
+    Layout("torchvision", "PyTorch", "", "torch"),  # by torch_vgg
+    Layout("timm", "safetensors", "", "torch"),
+    Layout("lasagne", "Lasagne", "", "caffe"),
+    Layout("paddle", "Paddle", "", "torch"),
+    Layout("mxnet", "MXNet", "", "torch"),
     Layout("matconvnet", "MatConvNet", rf"{_LAYER}/[01]$", "slim"),
     Layout(
         "matconvnet, before 1.0-beta9",
@@ -117,7 +125,7 @@ LAYOUTS = (
         columns_first=True,
     ),
     Layout("onnx", "ONNX", r"(?P<layer>.*)/.*", "torch"),
-    Layout("caffe", "Caffe", rf"{_LAYER}/[01]$", "caffe", outputs_first=True),
+    Layout("caffe", "Caffe", rf"{_CAFFE}/[01]$", "caffe", outputs_first=True),
     Layout("tfmodel", "frozen graph", rf"(?:import/)?{_LAYER}/[a-z]+$", "caffe"),
 )
 
@@ -191,6 +199,8 @@ def identify(
         for name, values in container.arrays.items()
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in leave_out)
     }
+    if container.kind in ("PyTorch", "safetensors", "Lasagne", "Paddle", "MXNet"):
+        return _of_torch(container, arrays, pooling)
     layout, layers = _layout(container.kind, arrays)
     if columns_first is not None and layout.container != "MatConvNet":
         raise ValueError(
@@ -237,6 +247,11 @@ def identify(
     head = None
     if connected:
         try:
+            if names[0] == "fc6" and "fc8" not in names:
+                raise UnsupportedHeadError(
+                    f"it ends with {names[-1]}, features and not classes; a layer of the classes "
+                    "would be fc8"
+                )
             if head_norms:
                 raise UnsupportedHeadError(
                     f"weights alone do not say whether its batch norm {head_norms[0]} comes before "
@@ -382,6 +397,9 @@ def _layout(
     """The layout that matches the most layers, and the arrays of these layers."""
     candidates = [layout for layout in LAYOUTS if layout.container == kind]
     matches = [(layout, _layers(layout, arrays)) for layout in candidates]
+    # Chainer and tensorpack have the same names, and other orders of axes.
+    if kind == "npz":
+        matches = [(layout, layers) for layout, layers in matches if _has_axes_of(layout, layers)]
     layout, layers = max(matches, key=lambda pair: len(pair[1]), default=(None, {}))
     if layout is None or not layers:
         names = ", ".join(list(arrays)[:6]) or "none"
@@ -390,6 +408,13 @@ def _layout(
             "VGG has such names"
         )
     return layout, layers
+
+
+def _has_axes_of(layout: Layout, layers: Mapping[str, dict[str, np.ndarray]]) -> bool:
+    """Whether the first convolution has its outputs where the layout has them."""
+    parts = [values for values in layers.get("conv1_1", {}).values() if values.ndim == 4]
+    kernel = parts[0].shape if parts else ()
+    return not parts or (kernel[1:] if layout.outputs_first else kernel[:3]) == (3, 3, 3)
 
 
 def _layers(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
@@ -404,42 +429,12 @@ def _layers(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, dict[
 def _in_order(layers: Mapping[str, dict[str, np.ndarray]]) -> list[_Layer]:
     """The layers in order, each with the batch norm that directly follows it."""
     ordered: list[_Layer] = []
-    last = ""
     for name in sorted(layers, key=_position):
         arrays = layers[name]
-        if any(key.endswith("running_mean") for key in arrays):
-            _add_torch_norm(ordered, last, name, arrays)
-        else:
-            norm = _slim_norm(name, arrays)
-            parts = [v for key, v in arrays.items() if "/BatchNorm/" not in key]
-            ordered.append(_Layer(name, *_kernel_and_biases(name, parts), norm))
-        last = name
+        norm = _slim_norm(name, arrays)
+        parts = [v for key, v in arrays.items() if "/BatchNorm/" not in key]
+        ordered.append(_Layer(name, *_kernel_and_biases(name, parts), norm))
     return ordered
-
-
-def _add_torch_norm(
-    ordered: list[_Layer], last: str, name: str, arrays: Mapping[str, np.ndarray]
-) -> None:
-    """Add a ``torch.nn.BatchNorm`` to its layer, whose number it follows directly. With a gap of
-    one in the numbers there is a ReLU between them."""
-    if not ordered:
-        raise ValueError(f"its layer {name} normalises the images; no VGG does")
-    (kind, before), (same, number) = _position(last), _position(name)
-    if kind != same or number != [before[-1] + 1] or last != ordered[-1].name:
-        raise ValueError(
-            f"its batch norm {name} does not directly follow its layer {ordered[-1].name}: there "
-            "is a ReLU or a pooling between them, and it cannot be folded"
-        )
-    parts = {key.rsplit(".", 1)[1]: values for key, values in arrays.items()}
-    if not {"running_mean", "running_var"} <= parts.keys():
-        raise ValueError(f"its batch norm {name} has {', '.join(parts)} only")
-    ordered[-1].norm = BatchNorm(
-        parts["running_mean"],
-        parts["running_var"],
-        _TORCH_EPSILON,
-        parts.get("weight"),
-        parts.get("bias"),
-    )
 
 
 def _slim_norm(name: str, arrays: Mapping[str, np.ndarray]) -> BatchNorm | None:
@@ -662,3 +657,21 @@ def _check_finite(values: Mapping[str, np.ndarray]) -> None:
     broken = [name for name, array in values.items() if not np.isfinite(array).all()]
     if broken:
         raise ValueError(f"its {', '.join(broken)} have values that are not finite; get it again")
+
+
+def _of_torch(
+    container: Container, arrays: Mapping[str, np.ndarray], pooling: str | None
+) -> Published:
+    """Identify the state dict of a PyTorch model."""
+    vgg = torch_vgg.interpret(arrays, pooling)
+    # Poolings of PyTorch round odd sizes down. A flattening fixes the size, so that none is odd.
+    is_fixed = vgg.head is not None and vgg.head.pooling == "flatten"
+    return _published(
+        replace(container, preprocess=vgg.preprocess or container.preprocess),
+        next(one for one in LAYOUTS if one.container == container.kind),
+        vgg.convolutions,
+        vgg.head,
+        sorted({*vgg.left_out, *(set(container.arrays) - set(arrays))}),
+        vgg.notes,
+        padding="SAME" if vgg.rounds_up or is_fixed else "VALID",
+    )

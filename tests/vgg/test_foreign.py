@@ -1,0 +1,24 @@
+"""Files of other kinds are named by what they are."""
+
+import struct
+
+import pytest
+
+from transfer.vgg.published import containers
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x1c\0\0\0TFL3" + bytes(200), "TFLite model.*convert the Keras file"),
+        (b"MATLAB 7.3 MAT-file, Platform: GLNXA64" + bytes(600), "save it as version 5"),
+        (b'{"format": "layers-model", "modelTopology": {}}', "tensorflowjs_converter"),
+        (struct.pack("<4i", 4, 1, 3, 0)[:12] + b"V 1" + bytes(99), "Torch7"),
+        (struct.pack("<3iq", 0, 2, 0, 32013312) + bytes(400), "Darknet"),
+    ],
+    ids=["tflite", "matlab 7.3", "tf.js", "t7", "darknet"],
+)
+def test_files_of_other_kinds_are_named(tmp_path, data, message):
+    (tmp_path / "weights").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        containers.read(tmp_path / "weights")

@@ -1,0 +1,89 @@
+"""Weights in plain pickles: Lasagne's ``.pkl`` and Paddle's ``.pdparams``, without executing them.
+
+Both are returned as the state dict of a PyTorch model, whose order of axes they have: kernels of
+convolutions ``[outputs, inputs, height, width]``, not flipped, and inputs of the first fully
+connected layer in the order channel, height, width. Their matrices are ``[inputs, outputs]``.
+
+Sources: Lasagne/Recipes, modelzoo/vgg16.py (layers of cuDNN, which do not flip their filters);
+paddle/framework/io.py (a tensor is pickled as the pair of its name and array).
+"""
+
+from __future__ import annotations
+
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from transfer.vgg.published.unpickle import NUMPY, LazyArray, load
+
+_STAND_INS = NUMPY | {(module, "tuple"): tuple for module in ("builtins", "__builtin__")}
+_MAX_NAMES = 20_000
+_PADDLE_NORM = {"_mean": "running_mean", "_variance": "running_var"}
+
+
+class Pickled(NamedTuple):
+    """``kind``: Lasagne or Paddle. ``arrays``: by the names of a PyTorch model."""
+
+    kind: str
+    arrays: dict[str, np.ndarray]
+    preprocess: dict[str, Any] | None = None
+    labels: tuple[str, ...] = ()
+
+
+def read(file: IO[bytes]) -> Pickled:
+    """Read a pickle of Lasagne or Paddle.
+
+    Raises:
+        UnsafePickleError: if it contains more than arrays, numbers and containers of them.
+        ValueError: if it is damaged, or neither.
+    """
+    root = load(file, _STAND_INS)
+    if isinstance(root, dict) and isinstance(root.get("param values"), list):
+        return _lasagne(root)
+    arrays = _paddle(root) if isinstance(root, dict) else {}
+    if not any(values.ndim == 4 for values in arrays.values()):
+        raise ValueError(
+            "it is a pickle without the weights of a network; expected those of Lasagne "
+            "(param values) or Paddle (.pdparams), or a file of PyTorch"
+        )
+    return Pickled("Paddle", arrays)
+
+
+def _lasagne(root: dict[str, Any]) -> Pickled:
+    arrays: dict[str, np.ndarray] = {}
+    counts = {4: 0, 2: 0}
+    name = ""
+    for value in root["param values"][:_MAX_NAMES]:
+        values = value.resolve() if isinstance(value, LazyArray) else None
+        if not isinstance(values, np.ndarray) or values.ndim not in (1, 2, 4):
+            raise ValueError("its parameters are not those of convolutions and dense layers")
+        if values.ndim == 1:
+            if not name or f"{name}.bias" in arrays:
+                raise ValueError("its parameters are not pairs of kernels and biases")
+            arrays[f"{name}.bias"] = values
+            continue
+        number = counts[values.ndim]
+        counts[values.ndim] += 1
+        # Numbers that leave places for activations and dropout.
+        name = f"features.{2 * number}" if values.ndim == 4 else f"classifier.{3 * number}"
+        arrays[f"{name}.weight"] = values if values.ndim == 4 else values.T
+    mean, words = root.get("mean value"), root.get("synset words")
+    values = mean.resolve() if isinstance(mean, LazyArray) else None
+    preprocess = None
+    if isinstance(values, np.ndarray) and values.size == 3 and np.isfinite(values).all():
+        preprocess = {"mean": [round(float(v), 6) for v in values.ravel()], "order": "BGR"}
+    is_list = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    return Pickled("Lasagne", arrays, preprocess, tuple(words) if is_list and words else ())
+
+
+def _paddle(root: dict[str, Any]) -> dict[str, np.ndarray]:
+    arrays = {}
+    for key, value in list(root.items())[:_MAX_NAMES]:
+        if isinstance(value, tuple) and len(value) == 2:
+            value = value[1]  # the name, and the array
+        values = value.resolve() if isinstance(value, LazyArray) else None
+        if isinstance(key, str) and isinstance(values, np.ndarray):
+            owner, separator, part = key.rpartition(".")
+            name = f"{owner}{separator}{_PADDLE_NORM.get(part, part)}"
+            arrays[name] = values.T if values.ndim == 2 else values
+    return arrays
