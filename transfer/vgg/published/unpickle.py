@@ -119,7 +119,8 @@ class _Unpickler(pickle._Unpickler):
         if isinstance(kind, Inert):
             self.stack[-1] = kind()
         elif isinstance(kind, type) and issubclass(kind, _DType | LazyArray | OrderedDict):
-            self.stack[-1] = kind.__new__(kind, *arguments)
+            new: Any = kind.__new__
+            self.stack[-1] = new(kind, *arguments)
         else:
             raise UnsafePickleError(f"it makes an object of a {type(kind).__name__}")
 
