@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from recipes.finetune_flags import DEFAULTS, FinetuneConfig
-from recipes.images_argument import Images, with_images
+from recipes.image_flags import Images
 from recipes.startup import job
 
 
 def plan(images: Images = None, /, config: FinetuneConfig = DEFAULTS) -> int:
     """Estimate accuracy, time, memory and disk space of a run before it is started."""
-    config = with_images(config, images)
+    config = config.with_images(images)
     with job():
         from recipes.data_errors import skip_suggested
         from recipes.finetune_request import request

@@ -47,8 +47,11 @@ class Batches:
     def dataset(self) -> tf.data.Dataset:
         """The batches as a ``tf.data.Dataset``; unreadable images raise TensorFlow errors."""
         examples, rows = self._examples()
+        # Converting Keras' and this project's functions would take most of the time before the
+        # first batch, and they need no conversion.
+        to_pair = tf.autograph.experimental.do_not_convert(self._to_pair)
         return (
-            examples.map(self._to_pair, num_parallel_calls=tf.data.AUTOTUNE)
+            examples.map(to_pair, num_parallel_calls=tf.data.AUTOTUNE)
             .batch(rows)
             .apply(tf.data.experimental.assert_cardinality(len(self)))
             .prefetch(tf.data.AUTOTUNE)
