@@ -132,9 +132,9 @@ def fine_tune(
             train,
             held_out,
             options_from(options),
-            feeds or {},
-            None if run_dir is None else Path(run_dir),
-            resume,
+            feeds=feeds or {},
+            run_dir=None if run_dir is None else Path(run_dir),
+            resume=resume,
             callbacks=callbacks,
             verbose=verbose,
             replicas=replicas or Replicas(),
@@ -157,7 +157,7 @@ def run(request: RunRequest) -> FineTuneResult:
             interruption.resumable(context.run_dir) as signals,
         ):
             callbacks = [*request.callbacks, *tracker.callbacks]
-            context = replace(context, request=replace(request, callbacks=callbacks))
+            context = replace(context, request=replace(context.request, callbacks=callbacks))
             classifier, metrics, logits = _train_and_evaluate(context, clock, signals)
             if replicas.is_chief:
                 run_folder.write_json(context.run_dir / run_folder.METRICS, metrics)

@@ -102,15 +102,15 @@ class RunRequest:
         return {"model": self.graph.name, **self.train.source.origin, **self.recorded}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RunContext:
     """A run that has been set up: classifier, stages and images.
 
     ``fingerprint`` identifies the training and held-out images; ``num_leaks`` is the number of
     held-out images that are also among the training images, as far as they were compared;
     ``inspect_s`` are the seconds that this took, mostly for decoding images whose fingerprints were
-    not on disk. ``taps`` are the tensors of several taps, ``measured`` is
-    the frozen part in int8, if it was measured to resolve ``precision="auto"``.
+    not on disk. ``taps`` are the tensors of several taps, ``measured`` is the frozen part in int8, if
+    it was measured to resolve ``precision="auto"``.
     """
 
     request: RunRequest
@@ -214,18 +214,18 @@ def prepare(request: RunRequest) -> RunContext:
     run_dir = request.run_dir or run_folder.default_out(train.source.name, options.freeze_until)
     run_dir = Path(replicas.from_chief(str(run_dir.resolve())))
     return RunContext(
-        request,
-        resolved,
-        run_dir,
-        classifier,
-        stages,
-        train,
-        request.held_out,
-        fingerprint,
-        num_leaks,
-        taps,
-        inspect_s,
-        precision.measured,
+        request=request,
+        options=resolved,
+        run_dir=run_dir,
+        classifier=classifier,
+        stages=stages,
+        train=train,
+        held_out=request.held_out,
+        fingerprint=fingerprint,
+        num_leaks=num_leaks,
+        taps=taps,
+        inspect_s=inspect_s,
+        measured=precision.measured,
     )
 
 
