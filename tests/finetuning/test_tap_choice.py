@@ -76,6 +76,16 @@ def test_images_are_drawn_from_all_classes(smooth_folder):
     assert tap_choice._drawn(split, 60, seed=0) is split
 
 
+def test_rare_class_is_not_missed(smooth_folder):
+    from transfer import open_source
+
+    split = open_source(image_folder=str(smooth_folder)).split("train")
+    is_second = np.cumsum(split.labels == 1)
+    split = split.where((split.labels == 0) | (is_second <= 2))  # 30 images and 2
+    drawn = tap_choice._drawn(split, 6, seed=0)
+    assert np.bincount(drawn.labels).tolist() == [5, 2]
+
+
 def test_whole_batches_are_drawn_where_they_have_all_classes(smooth_folder, monkeypatch):
     from transfer import open_source
 

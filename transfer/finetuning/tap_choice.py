@@ -255,20 +255,26 @@ def _accuracy(right: np.ndarray, groups: np.ndarray | None) -> tuple[float, tupl
 
 
 def _drawn(train: Split, most: int, seed: int) -> Split:
-    """At most this number of the images.
+    """About this number of the images.
 
     Whole batches if they have enough images of each class, since a run computes batches as a whole,
-    and finds only whole ones in the cache; else images that are drawn by class.
+    and finds only whole ones in the cache; else images that are drawn by class, of rare classes a
+    few more, without which there would be no cross-validation.
     """
     if len(train) <= most:
         return train
     batches = np.arange(len(train)) // EXTRACTION_BATCH
     chosen = np.linspace(0, batches[-1], max(1, most // EXTRACTION_BATCH)).astype(int)
     keep = np.isin(batches, chosen)
-    counts = np.bincount(train.labels[keep], minlength=int(train.labels.max()) + 1)
-    if counts[np.unique(train.labels)].min() < _FOLDS:
+    available = np.bincount(train.labels)
+    counts = np.bincount(train.labels[keep], minlength=len(available))
+    if counts[available > 0].min() < _FOLDS:
         order = np.random.default_rng(seed).permutation(len(train))
         order = order[np.argsort(train.labels[order], kind="stable")]
         keep = np.zeros(len(train), bool)
         keep[order[np.linspace(0, len(train) - 1, most).astype(int)]] = True
+        drawn = np.bincount(train.labels[keep], minlength=len(available))
+        wanted = max(2, min(_FOLDS, most // np.count_nonzero(available)))
+        for label in np.flatnonzero(drawn < np.minimum(available, wanted)):
+            keep[order[train.labels[order] == label][:wanted]] = True
     return train.where(keep)
