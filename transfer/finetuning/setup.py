@@ -109,8 +109,8 @@ class RunContext:
     ``fingerprint`` identifies the training and held-out images; ``num_leaks`` is the number of
     held-out images that are also among the training images, as far as they were compared;
     ``inspect_s`` are the seconds that this took, mostly for decoding images whose fingerprints were
-    not on disk. ``taps`` are the tensors of several taps, ``measured`` is the frozen part in int8, if
-    it was measured to resolve ``precision="auto"``.
+    not on disk. ``taps`` are the tensors of several taps, ``measured`` is the frozen part in int8,
+    if it was measured to resolve ``precision="auto"``.
     """
 
     request: RunRequest
@@ -191,9 +191,7 @@ def prepare(request: RunRequest) -> RunContext:
         fingerprint, num_leaks = _inspect_images(train, request.held_out, request.verbose)
     inspect_s = time.perf_counter() - start
     if options.tap == AUTO:
-        tap = ""
-        if replicas.is_chief:
-            tap = choose_tap(request.graph, train, options, request.feeds).best.tap
+        tap = _best_tap(request, train) if replicas.is_chief else ""
         options = dataclasses.replace(options, tap=replicas.from_chief(tap))
         request = dataclasses.replace(request, options=options)
         keras.utils.set_random_seed(options.seed)  # the run is that with this tap, named
@@ -411,6 +409,21 @@ def _classifier(
     return classifier, features, ResolvedOptions(**resolved), planned.tensors
 
 
+def _recorded(request: RunRequest) -> dict[str, Any]:
+    """The configuration of the resumed run; empty if there is none, or it has not begun."""
+    if request.resume and request.run_dir is not None:
+        with contextlib.suppress(FileNotFoundError):
+            return run_folder.read_config(request.run_dir)
+    return {}
+
+
+def _best_tap(request: RunRequest, train: Split) -> str:
+    """The tap of the resumed run, else the one that is best on the training images."""
+    if isinstance(recorded := _recorded(request).get("tap"), str):
+        return recorded
+    return choose_tap(request.graph, train, request.options, request.feeds).best.tap
+
+
 def _solver(
     request: RunRequest, backbone: Backbone, num_images: int, width: int
 ) -> Literal["gradient", "ridge", "lbfgs"]:
@@ -418,11 +431,10 @@ def _solver(
     options = request.options
     if options.solver == "auto" and request.callbacks:
         return "gradient"  # only its epochs call them
-    if options.solver == "auto" and request.resume and request.run_dir is not None:
-        with contextlib.suppress(FileNotFoundError):  # it has not begun
-            recorded = run_folder.read_config(request.run_dir).get("solver", "gradient")
-            if recorded in ("gradient", "lbfgs"):
-                return cast("Literal['gradient', 'lbfgs']", recorded)
+    if options.solver == "auto" and (config := _recorded(request)):
+        recorded = config.get("solver", "gradient")
+        if recorded in ("gradient", "lbfgs"):
+            return cast("Literal['gradient', 'lbfgs']", recorded)
     return choose_solver(options, backbone, num_images, width)
 
 
@@ -431,11 +443,9 @@ def _batch_size(request: RunRequest, train: Split, backbone: Backbone) -> int:
     options = request.options
     if options.batch_size is not None:
         return options.batch_size
-    if request.resume and request.run_dir is not None:
-        with contextlib.suppress(FileNotFoundError):  # it has not begun
-            recorded = run_folder.read_config(request.run_dir).get("batch_size")
-            if isinstance(recorded, int) and 1 <= recorded <= len(train):
-                return recorded
+    recorded = _recorded(request).get("batch_size")
+    if isinstance(recorded, int) and 1 <= recorded <= len(train):
+        return recorded
     is_cached_head = trains_cached_head(options, backbone, request.replicas.num_workers)
     default = default_batch_size(len(train), is_cached_head=is_cached_head)
     if default > BATCH:
@@ -449,14 +459,11 @@ def _batch_size(request: RunRequest, train: Split, backbone: Backbone) -> int:
 def _precision(request: RunRequest) -> dict[str, str]:
     """Where they are ``auto``, the precision and its engine are those of the resumed run."""
     options = {name: getattr(request.options, name) for name in ("precision", "int8_engine")}
-    if request.resume and request.run_dir is not None and options["precision"] != "float32":
-        with contextlib.suppress(FileNotFoundError):  # it has not begun
-            recorded = run_folder.read_config(request.run_dir)
-            options = {
-                name: recorded.get(name, value) if value == "auto" else value
-                for name, value in options.items()
-            }
-    return options
+    recorded = _recorded(request) if options["precision"] != "float32" else {}
+    return {
+        name: recorded.get(name, value) if value == "auto" else value
+        for name, value in options.items()
+    }
 
 
 def _stages(
