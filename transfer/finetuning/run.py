@@ -278,7 +278,7 @@ def _save_and_evaluate(
     _, saved = classifier.split(context.last_cut)
     logits = inputs.predictor(saved)()
     evaluation = inputs.summary(logits)
-    if context.options.precision == "int8":
+    if context.options.precision == "int8" and context.last_cut != "none":
         # Of the head on int8 features: the classifier in the files computes in float32.
         evaluation["precision"] = "int8"
     if replicas.is_chief:

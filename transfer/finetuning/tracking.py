@@ -141,7 +141,7 @@ class RunTracking:
         """Log the final evaluation, and upload the files of the run folder if that was asked."""
         context = self._context
         history = run_folder.read_history(context.run_dir)
-        if context.options.solver == "lbfgs":  # has no epochs, so no callbacks
+        if context.options.solver != "gradient":  # has no epochs, so no callbacks
             self._log({name: values[-1] for name, values in history.items()}, 1)
         scalars = {
             f"eval_{name}": value
