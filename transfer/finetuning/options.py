@@ -200,8 +200,9 @@ class FineTuneOptions:
             raise ValueError(
                 "views=N caches activations and cache=off caches none; use augment=True instead"
             )
-        if self.solver in ("ridge", "lbfgs"):
-            self._check_solver()
+        solver = "lbfgs" if self.solver == "auto" and self.lbfgs_c is not None else self.solver
+        if solver in ("ridge", "lbfgs"):
+            self._check_ignored(solver)
 
     @property
     def of_gradient_descent(self) -> list[str]:
@@ -209,7 +210,7 @@ class FineTuneOptions:
         defaults = FineTuneOptions()
         return [name for name in _GRADIENT if getattr(self, name) != getattr(defaults, name)]
 
-    def _check_solver(self) -> None:
+    def _check_ignored(self, solver: str) -> None:
         """Refuse options that ridge and lbfgs would ignore."""
         ignored = {
             "schedule": self.schedule,
@@ -224,7 +225,7 @@ class FineTuneOptions:
         conflicts = [name for name, value in ignored.items() if value]
         if conflicts:
             raise ValueError(
-                f"solver={self.solver} does not use {', '.join(conflicts)}; leave out one of them"
+                f"solver={solver} does not use {', '.join(conflicts)}; leave out one of them"
             )
 
 
