@@ -52,9 +52,7 @@ class Inputs:
         self._is_recomputed = is_int8 = isinstance(compiled, QuantizedPrefix)
         if is_seeded(frozen.network.graph_def):
             return
-        views: list[int | None] = [
-            epoch_seed(options.seed, view) for view in range(options.views)
-        ] or [None]
+        views = self._view_seeds
         if options.augment and not options.views:
             views = []  # new ones in each epoch
         if options.mixup and context.replicas.num_workers > 1:
@@ -87,6 +85,12 @@ class Inputs:
         self._held_out = Activations(rows[:1], held_out.needed.labels)
         if views:
             self._train = Activations(rows[1:], context.train.labels, here)
+
+    @property
+    def _view_seeds(self) -> list[int | None]:
+        """The seed of each view of the training images; ``None`` without random views."""
+        options = self._context.options
+        return [epoch_seed(options.seed, view) for view in range(options.views)] or [None]
 
     @property
     def frozen(self) -> GraphLayer | None:
@@ -138,7 +142,8 @@ class Inputs:
         context, mine = self._context, self._mine_train
         width = context.classifier.head.classifier.kernel.shape[0]
         if self._train is None:
-            views = [self._computed(_shard(context.train, mine))]
+            shard = _shard(context.train, mine)
+            views = [self._computed(shard, view_seed=seed) for seed in self._view_seeds]
         else:
             # One ``Activations`` per view, with the rows of this worker.
             labels = context.train.labels[mine]
@@ -179,8 +184,8 @@ class Inputs:
             return self._held_out.batches(EXTRACTION_BATCH)
         return self._computed(_shard(self._context.held_out, self._mine_held_out))
 
-    def _computed(self, split: Split) -> Iterable[Any]:
-        images = self._images(split, EXTRACTION_BATCH)
+    def _computed(self, split: Split, **options: Any) -> Iterable[Any]:
+        images = self._images(split, EXTRACTION_BATCH, **options)
         return images if self._frozen is None else stream(self._frozen, images)
 
     def _images(self, split: Split, batch_size: int, **options: Any) -> Iterable[Any]:
