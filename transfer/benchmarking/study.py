@@ -30,6 +30,7 @@ from transfer.finetuning.run import run
 from transfer.finetuning.setup import RunRequest
 from transfer.finetuning.tap_choice import AUTO
 from transfer.graph import cut
+from transfer.images.preprocess import parse_size
 from transfer.models import retention
 from transfer.models.plan import plan
 from transfer.runs import run_folder
@@ -42,7 +43,7 @@ PREDICTIONS = "predictions.npy"
 RUNS = "runs"
 _MEASURED = "study"  # entry of metrics.json
 # Options that say where and how often files are written. Results do not depend on them.
-_PLACES = ("cache_dir", "cache_limit", "checkpoint_minutes", "max_to_keep")
+_PLACES = ("cache_dir", "cache_limit", "checkpoint_minutes")
 _MAX_NAME = 100  # characters
 
 
@@ -156,7 +157,8 @@ def _check(request: RunRequest, points: Sequence[Mapping[str, Any]]) -> None:
     for point in points:
         options = dataclasses.replace(request.options, **point)
         options.check()
-        used = (options.tap, options.input, options.keep_dropout, options.freeze_until)
+        size = None if options.image_size is None else parse_size(options.image_size)
+        used = (options.tap, options.input, options.keep_dropout, options.freeze_until, size)
         if used in seen or options.schedule is not None or options.tap == AUTO:
             continue
         seen.add(used)
@@ -169,6 +171,7 @@ def _check(request: RunRequest, points: Sequence[Mapping[str, Any]]) -> None:
             keep_dropout=options.keep_dropout,
             use_ema=options.use_ema,
             preprocess=options.preprocess,
+            image_size=size,
         )
         if options.freeze_until not in ("tap", "none"):
             own = {node.name for node in planned.network.graph_def.node}
