@@ -20,6 +20,7 @@ from transfer.activations.cache import Cache
 from transfer.benchmarking import report
 from transfer.benchmarking.limits import LIMITS
 from transfer.core import child_process, files, measurement
+from transfer.finetuning.tap_choice import AUTO
 from transfer.graph import Network, concatenated, cut, operation_of
 from transfer.graph.cuts import Cut, default_cuts, list_cuts
 from transfer.images.preprocess import parse_size
@@ -113,6 +114,11 @@ def _check(config: BenchmarkConfig) -> None:
         raise ValueError(
             f"benchmark chooses {', '.join(conflicting)} itself; --cuts says what to compare"
         )
+    if config.tap == AUTO:
+        raise ValueError(
+            "benchmark compares the cuts of one tap; name it instead of tap=auto, or use --grid, "
+            "with which each run chooses its tap"
+        )
     if config.seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {config.seeds}")
     if config.out is not None or config.resume:
@@ -125,7 +131,7 @@ def _open(config: BenchmarkConfig) -> tuple[MetaGraph, Network]:
     feeds = dict(parse_feed(assignment) for assignment in config.feed)
     taps = config.taps if len(config.taps) > 1 else config.tap
     network = graph.network(taps, config.input, feeds, config.keep_dropout)
-    return graph, concatenated(network)
+    return graph, concatenated(network, "avg_max" if config.tap == "all" else "avg")
 
 
 def _check_cuts(labels: Sequence[str], graph: MetaGraph, network: Network) -> None:
