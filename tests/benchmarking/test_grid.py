@@ -33,7 +33,7 @@ def test_values_have_the_types_of_their_options():
         ("seed=0,0", "lists a value twice"),
         ("seed=one", "seed='one'; expected an integer"),
         ("augment=yes", "expected true or false"),
-        ("solver=newton", "expected one of gradient, lbfgs"),
+        ("solver=newton", "expected one of auto, gradient, ridge, lbfgs"),
     ],
 )
 def test_invalid_grid_is_refused_with_what_was_expected(text, message):

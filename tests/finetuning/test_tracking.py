@@ -109,7 +109,7 @@ def test_a_missing_tracker_is_refused_before_the_run(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("solver", ["gradient", "lbfgs"])
+@pytest.mark.parametrize("solver", ["gradient", "ridge"])
 def test_mlflow_has_the_run_in_its_store(tmp_path, model, image_folder, monkeypatch, solver):
     mlflow = pytest.importorskip("mlflow", reason="needs vgg-transfer[mlflow]")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # needs no database
