@@ -73,8 +73,9 @@ class FineTuneOptions:
     solver: Literal["auto", "gradient", "ridge", "lbfgs"] = "auto"
     """ridge solves for the head in closed form: ridge regression, its penalty and a temperature
     chosen by leave-one-out log loss. lbfgs fits scikit-learn's logistic regression. Both need a
-    frozen backbone and a head without hidden layers. auto: ridge for such a run, if it has no
-    option of gradient descent such as epochs, and at most 2 GB of features; else gradient."""
+    frozen backbone and a head without hidden layers. auto: lbfgs if lbfgs_c is given; ridge for
+    such a run, if it has no option of gradient descent such as epochs, and at most 2 GB of
+    features, of which the images or the width are at most 5000; else gradient."""
     lbfgs_c: float | None = None
     """Inverse strength of the L2 penalty of lbfgs. [default: chosen by cross-validation]"""
     optimizer: Literal["adam", "sgd"] = "adam"
