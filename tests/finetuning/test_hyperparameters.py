@@ -110,6 +110,13 @@ def test_frozen_run_is_solved_unless_an_option_needs_gradient_descent(model, opt
         assert choose_solver(FineTuneOptions(**options), backbone, 9000, 9000) == "gradient"
 
 
+def test_unknown_choice_is_refused():
+    with pytest.raises(ValueError, match="solver must be auto, gradient, ridge or lbfgs, got 'x'"):
+        FineTuneOptions(solver="x").check()
+    with pytest.raises(ValueError, match="solver=lbfgs does not use hidden"):
+        FineTuneOptions(lbfgs_c=1.0, hidden=(8,)).check()
+
+
 @pytest.fixture
 def small_defaults(monkeypatch):
     """Defaults with which the batch grows from 4 to 8 on 20 images."""

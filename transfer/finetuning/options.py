@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 _GRADIENT = (
     "schedule",
@@ -183,15 +183,12 @@ class FineTuneOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be more than 0, got {value}")
-        choices = {
-            "precision": ("float32", "int8", "auto"),
-            "int8_engine": ("auto", "litert", "openvino"),
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
+        for option in fields(FineTuneOptions):
+            known = get_args(option.type) if get_origin(option.type) is Literal else ()
+            value = getattr(self, option.name)
+            if known and value not in known:
                 raise ValueError(
-                    f"{name} must be {', '.join(known[:-1])} or {known[-1]}, got "
-                    f"{getattr(self, name)!r}"
+                    f"{option.name} must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}"
                 )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be 0 to 1, got {self.label_smoothing}")
