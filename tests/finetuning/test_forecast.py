@@ -37,7 +37,11 @@ def test_forecast_agrees_with_the_runs(model, image_folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"schedule": "fc7:1"}, "leave out schedule"), ({"solver": "lbfgs"}, "solver=lbfgs")],
+    [
+        ({"schedule": "fc7:1"}, "leave out schedule"),
+        ({"solver": "lbfgs"}, "solver=lbfgs"),
+        ({"lbfgs_c": 1.0}, "lbfgs_c=C"),
+    ],
 )
 def test_what_a_forecast_does_not_cover_is_refused(model, image_folder, options, message):
     splits = open_source(image_folder=str(image_folder)).train_and_eval_splits()

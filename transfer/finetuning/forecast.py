@@ -37,7 +37,7 @@ def forecast(request: RunRequest) -> Forecast:
 
     Args:
         request: as for ``fine_tune``. ``tap`` is compared with others, ``freeze_until`` is not
-            used.
+            used. Times are those of float32, whatever the ``precision``.
 
     Raises:
         ValueError, OSError: as for ``fine_tune``; also for several stages or replicas, and if a
@@ -57,15 +57,16 @@ def forecast(request: RunRequest) -> Forecast:
     options = request.options
     if request.replicas.count > 1:
         raise ValueError("a forecast is for one device")
-    if options.schedule is not None or options.solver == "lbfgs" or request.resume:
+    is_lbfgs = options.solver == "lbfgs" or options.lbfgs_c is not None
+    if options.schedule is not None or is_lbfgs or request.resume:
         raise ValueError(
             "a forecast is for a new run with one cut; leave out schedule=STAGES, "
-            "solver=lbfgs and resume=True"
+            "solver=lbfgs, lbfgs_c=C and resume=True"
         )
     keras.utils.set_random_seed(options.seed)
     own = None if options.tap == AUTO else options.tap
     # More than a head is trained by gradient descent, whatever solves for the head.
-    options = replace(options, freeze_until="tap", solver="gradient")
+    options = replace(options, freeze_until="tap", solver="gradient", precision="float32")
     start = time.perf_counter()
     context = prepare(replace(request, options=replace(options, tap=own)))
     # A later run finds the fingerprints of the images on disk.
@@ -83,6 +84,7 @@ def forecast(request: RunRequest) -> Forecast:
         context = prepare(replace(request, options=replace(options, tap=best)))
         output = context.classifier.feature_extractor.network.output
     is_found = options.cache == "disk" and options.cache_dtype == "float32"
+    is_found = is_found and request.options.precision == "float32"
     is_found = is_found and not (options.augment or options.views)
     cached = {output.removesuffix(":0"): choice.num_images} if is_found else {}
     as_given = replace(request.options, freeze_until="tap", tap=best)
