@@ -93,6 +93,7 @@ def test_failed_run_is_reported_and_others_continue(
     "flags, message",
     [
         (["--schedule", "fc7:2"], "benchmark chooses --schedule itself"),
+        (["--tap", "auto"], "name it instead of --tap auto"),
         (["--freeze-until", "none"], "--cuts says what to compare"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--cuts", "fc7,absent"], "absent"),
