@@ -1,0 +1,54 @@
+"""The solver of a run, and which images it leaves out together."""
+
+import types
+
+import numpy as np
+import pytest
+
+from transfer.finetuning import setup, solver
+from transfer.finetuning.options import FineTuneOptions
+
+
+class FourImages:
+    def __init__(self, groups):
+        self.groups = None if groups is None else np.array(groups)
+
+    def __len__(self):
+        return 4
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "num_views", "expected"),
+    [
+        ("ridge", None, 1, None),
+        ("ridge", None, 2, [0, 1, 2, 3, 0, 1, 2, 3]),
+        ("ridge", [5, 5, 6, 7], 2, [5, 5, 6, 7, 5, 5, 6, 7]),
+        ("lbfgs", [5, 5, 6, 7], 1, [5, 5, 6, 7]),
+    ],
+)
+def test_views_of_an_image_and_images_of_a_group_belong_together(
+    monkeypatch, name, groups, num_views, expected
+):
+    for function in ("fit_ridge", "fit_logistic_regression"):
+        monkeypatch.setattr(solver, function, lambda *arguments, **options: options["groups"])
+    context = types.SimpleNamespace(
+        options=FineTuneOptions(solver=name),
+        train=FourImages(groups),
+        classifier=types.SimpleNamespace(head=types.SimpleNamespace(num_classes=2)),
+    )
+    labels = np.tile([0, 1, 0, 1], num_views)
+    found = solver.StageSolver(context, None)._solve(np.zeros((len(labels), 3)), labels)
+    assert (None if found is None else found.tolist()) == expected
+
+
+@pytest.mark.parametrize(
+    ("recorded", "expected"),
+    [("solver: lbfgs\n", "lbfgs"), ("solver: gradient\n", "gradient"), ("seed: 0\n", "gradient")],
+    ids=["lbfgs", "gradient", "before there was a choice"],
+)
+def test_resumed_run_keeps_its_solver(tmp_path, recorded, expected):
+    (tmp_path / "config.yaml").write_text(recorded)
+    request = types.SimpleNamespace(
+        options=FineTuneOptions(), callbacks=(), resume=True, run_dir=tmp_path
+    )
+    assert setup._solver(request, None, 100, 32) == expected
