@@ -98,8 +98,8 @@ def predict(
         FileNotFoundError: if the model or the folder of ``probabilities`` does not exist; during
             iteration, if an image does not.
         ValueError: if ``top_k`` or ``batch_size`` is less than 1, ``abstain_below`` is not 0 to 1,
-            ``probabilities`` does not end in
-            ``.npy``, or ``explain`` is given and the network has no feature maps.
+            ``probabilities`` does not end in ``.npy``, or ``explain`` is given and the network has
+            no feature maps.
         UnreadableImageError: during iteration, if an image cannot be decoded.
 
     Example:

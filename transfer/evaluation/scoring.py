@@ -61,8 +61,8 @@ def evaluate(
     Raises:
         ValueError: if the split is empty or has different classes, ``cut`` does not separate the
             input from the tap, the batch size is less than 1, ``coverage`` is not between 0 and 1
-            or there are too few images for it, ``probabilities`` does not end in
-            ``.npy``, or logits are not finite.
+            or there are too few images for it, ``probabilities`` does not end in ``.npy``, or
+            logits are not finite.
         FileNotFoundError: if the folder of ``probabilities`` does not exist.
         UnreadableImageError: if images cannot be decoded; ``split.readable`` leaves them out.
 

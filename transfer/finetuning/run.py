@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +191,7 @@ def _opened(context: RunContext) -> Iterator[None]:
         run_dir,
         context.config,
         resume=context.request.resume,
-        defaults=dataclasses.asdict(FineTuneOptions(solver="gradient")),
+        defaults=asdict(FineTuneOptions(solver="gradient")),
         may_differ=SOURCES,
     )
     with folder if is_chief else contextlib.nullcontext():
@@ -289,29 +288,27 @@ def _save_and_evaluate(
 
 def _metrics(context: RunContext, progress: Progress, evaluation: dict[str, Any]) -> dict[str, Any]:
     """Content of ``metrics.json``, except for times."""
-    final_loss = run_folder.read_history(context.run_dir)["loss"][-1]
-    taps = context.taps
-    return (
-        {
-            "eval": evaluation,
-            "train": {"epochs": progress.epoch, "steps": progress.step, "final_loss": final_loss}
-            | {"epoch_s": progress.epoch_s},
-            "time": {},
-            "throughput": {},
-            "memory": {"peak_rss_mb": measurement.peak_rss_mb()},
-            "params": {"total": context.classifier.count_params(), "trainable": progress.trainable},
-            "cut": context.last_cut,
-            "seed": context.options.seed,
-            "precision": context.options.precision,
-            "versions": measurement.versions(),
-            "solver": {"name": context.options.solver, **progress.solution},
-        }
-        | ({"taps": taps} if len(taps) > 1 else {})
-        | _engine(context)
-    )
-
-
-def _engine(context: RunContext) -> dict[str, str]:
-    """The library that computed in int8, for ``metrics.json``."""
     options = context.options
-    return {"int8_engine": options.int8_engine} if options.precision == "int8" else {}
+    metrics: dict[str, Any] = {
+        "eval": evaluation,
+        "train": {
+            "epochs": progress.epoch,
+            "steps": progress.step,
+            "final_loss": run_folder.read_history(context.run_dir)["loss"][-1],
+            "epoch_s": progress.epoch_s,
+        },
+        "time": {},
+        "throughput": {},
+        "memory": {"peak_rss_mb": measurement.peak_rss_mb()},
+        "params": {"total": context.classifier.count_params(), "trainable": progress.trainable},
+        "cut": context.last_cut,
+        "seed": options.seed,
+        "precision": options.precision,
+        "versions": measurement.versions(),
+        "solver": {"name": options.solver, **progress.solution},
+    }
+    if len(context.taps) > 1:
+        metrics["taps"] = context.taps
+    if options.precision == "int8":
+        metrics["int8_engine"] = options.int8_engine
+    return metrics

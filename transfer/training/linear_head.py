@@ -21,9 +21,9 @@ class Solution:
     ``kernel`` float32 ``[width, num_classes]`` and ``bias`` float32 ``[num_classes]``: logits are
     ``features @ kernel + bias``; they include the standardisation of the features, and
     ``temperature``, by which the scores of ridge regression were multiplied. ``penalty`` is the
-    strength of the L2 penalty; ``scores`` maps each candidate to its mean
-    log loss (nats) in cross-validation, and is empty if the penalty was given or there were too few
-    examples. ``converged`` is false if the maximum number of iterations was reached.
+    strength of the L2 penalty; ``scores`` maps each candidate to its mean log loss (nats) in
+    cross-validation, and is empty if the penalty was given or there were too few examples.
+    ``converged`` is false if the maximum number of iterations was reached.
 
     ``out_of_sample`` are logits float32 ``[num_examples, num_classes]``, those of each example
     predicted from the others with the same penalty and temperature, and ``None`` where there are
