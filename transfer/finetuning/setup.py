@@ -52,6 +52,7 @@ from transfer.models.plan import plan
 from transfer.quantization.calibration import CalibrationImages
 from transfer.quantization.prefix import QuantizedPrefix
 from transfer.runs import run_folder
+from transfer.training.ridge import is_solvable
 
 logger = logging.getLogger(__name__)
 
@@ -435,6 +436,12 @@ def _solver(
         recorded = config.get("solver", "gradient")
         if recorded in ("gradient", "lbfgs"):
             return cast("Literal['gradient', 'lbfgs']", recorded)
+    num_examples = num_images * max(1, options.views)
+    if options.solver == "ridge" and not is_solvable(num_examples, width):
+        logger.warning(
+            f"solver=ridge decomposes {num_examples:,} x {width:,} features, which takes long and "
+            "much memory; solver=gradient does not"
+        )
     return choose_solver(options, backbone, num_images, width)
 
 
