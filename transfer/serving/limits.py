@@ -76,7 +76,8 @@ class Bodies:
             RequestError: if the body is too large, or others take the memory.
         """
         length = request.headers.get("content-length", "")
-        size = int(length) if length.isdecimal() else self.max_bytes
+        is_chunked = "transfer-encoding" in request.headers  # the length then does not count
+        size = int(length) if length.isdecimal() and not is_chunked else self.max_bytes
         if size > self.max_bytes:
             raise self._too_large()
         if size > self._free:
