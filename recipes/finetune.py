@@ -32,5 +32,10 @@ def finetune(images: Images = None, /, config: FinetuneConfig = DEFAULTS) -> int
     print(console.describe_accuracy(result.metrics["eval"], "held-out images"))
     print(result.run_dir)
     run_dir = shlex.quote(str(result.run_dir))
-    console.suggest(f"evaluate {run_dir}", f"predict {run_dir} IMAGE ...", f"export {run_dir}")
+    console.suggest(
+        f"evaluate {run_dir}",
+        f"predict {run_dir} IMAGE ...",
+        f"serve {run_dir}",
+        f"export {run_dir}",
+    )
     return 0
