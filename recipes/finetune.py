@@ -21,11 +21,10 @@ def finetune(images: Images = None, /, config: FinetuneConfig = DEFAULTS) -> int
     """Fine-tune a pretrained network on labelled images, and evaluate it."""
     config = config.with_images(images)
     with job(config.strategy) as replicas:
-        from recipes.data_errors import skip_suggested
         from recipes.finetune_request import request
         from transfer.finetuning.run import run
 
-        with console.resumable("finetune"), skip_suggested():
+        with console.resumable("finetune"), console.skip_suggested():
             result = run(request(config, replicas))
     if not result.metrics:
         return 0  # only the chief prints the results
