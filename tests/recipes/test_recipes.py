@@ -436,7 +436,7 @@ def test_every_flag_of_finetune_is_in_a_group(capsys):
     titles = re.findall("^╭─ (.+?) ─+╮", capsys.readouterr().out, re.M)
     assert titles == [
         "Arguments", "Usual flags", "Model", "Data", "What is trained", "Optimization", "Head",
-        "Activation cache", "Run", "General",
+        "Activation cache", "Precision", "Run", "General",
     ]  # fmt: skip
 
 
