@@ -8,9 +8,11 @@ from typing import Literal
 from cyclopts import Parameter
 
 from recipes.finetune_flags import FinetuneConfig
+from recipes.flag_groups import grouped
 
 
 @Parameter(name="*")
+@grouped
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(FinetuneConfig):
     """Flags of ``vgg-transfer benchmark``, with their defaults."""

@@ -148,6 +148,17 @@ def resumable(verb: str) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def skip_suggested() -> Iterator[None]:
+    """Mention --skip-unreadable in errors about images that cannot be decoded."""
+    from transfer.data.unreadable import UnreadableImageError
+
+    try:
+        yield
+    except UnreadableImageError as error:
+        raise ValueError(f"{error}, or leave them out with --skip-unreadable N") from error
+
+
 class Stopped(KeyboardInterrupt):
     """A run was interrupted; ``status`` is the exit status of the process."""
 

@@ -70,7 +70,6 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"--assert-accuracy-at-least must be 0 to 1, got {threshold}")
     with job():
-        from recipes.data_errors import skip_suggested
         from transfer.core import measurement
         from transfer.runs import evaluation
 
@@ -78,7 +77,7 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
         del flags["assert_accuracy_at_least"]
         if flags["batch_size"] is None:
             del flags["batch_size"]
-        with skip_suggested():
+        with console.skip_suggested():
             metrics = evaluation.evaluate_run(
                 run, **flags, command=_command(run, flags), progress=measurement.progress
             )

@@ -3,8 +3,9 @@ them."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import fields
-from typing import Annotated, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 from cyclopts import Group, Parameter
 
@@ -77,4 +78,9 @@ def grouped(config: Config) -> Config:
         for name in members:
             if name in names:
                 config.__annotations__[name] = Annotated[hints[name], Parameter(group=group)]
+    # --help shows the flags of a group in the order of the fields, which have keywords only.
+    places = {name: place for place, name in enumerate(itertools.chain(*_GROUPS.values()))}
+    known: dict[str, Any] = vars(config)["__dataclass_fields__"]
+    for name in sorted(known, key=lambda name: places.get(name, len(places))):
+        known[name] = known.pop(name)
     return config

@@ -12,6 +12,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from recipes import console
 from recipes.finetune_flags import DEFAULTS, FinetuneConfig
 from recipes.image_flags import Images
 from recipes.startup import job
@@ -29,7 +30,6 @@ def lr_find(
     """Suggest a learning rate for a fine-tuning run (learning-rate range test), with a plot."""
     config = config.with_images(images)
     with job():
-        from recipes.data_errors import skip_suggested
         from recipes.finetune_request import request
         from transfer.finetuning.lr_find import find_learning_rate
         from transfer.runs import run_folder
@@ -39,7 +39,7 @@ def lr_find(
         if config.schedule is not None or config.solver in ("ridge", "lbfgs") or config.resume:
             raise ValueError("lr-find tries one cut; leave out --schedule, --solver and --resume")
         out = (config.out or run_folder.default_out("lr-find")).resolve()
-        with skip_suggested():
+        with console.skip_suggested():
             run_request = request(replace(config, out=out))
             test = find_learning_rate(run_request, lowest=lowest, highest=highest, steps=steps)
     print(f"--learning-rate {test.suggestion:g}")

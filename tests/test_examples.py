@@ -67,9 +67,7 @@ def test_notebook_has_no_outputs_and_installs_the_package_first(path):
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
     assert code[0]["source"] == cells(NOTEBOOKS[0], "code")[0]["source"]
     assert 'find_spec("transfer") is None' in "".join(code[0]["source"])
-    (title,) = ["".join(cell["source"]) for cell in cells(path, "markdown")[:1]]
-    (address,) = re.findall(r"\]\((https://colab\.research\.google\.com/github/\S+)\)", title)
-    assert address.endswith(f"/vgg-transfer/blob/main/examples/{path.name}")
+    assert "colab.research.google.com/github" not in path.read_text()  # no public address is known
 
 
 def test_notebooks_are_checked_and_listed():

@@ -78,6 +78,14 @@ def test_wandb_gets_options_epochs_evaluation_and_files(tmp_path, model, image_f
     assert run.exit_code == 0
 
 
+def test_a_head_that_is_solved_for_is_logged_without_epochs(tmp_path, model, image_folder, wandb):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder, "--track", "wandb", "--solver", "ridge") == 0
+    (run,) = wandb
+    assert [step for step, _ in run.logged] == [1, 1]
+    assert [run.logged[0][1]["val_loss"]] == run_folder.read_history(out)["val_loss"]
+
+
 def test_a_resumed_run_continues_the_run_of_the_tracker(tmp_path, model, image_folder, wandb):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--track", "wandb") == 0
@@ -98,6 +106,7 @@ def test_a_tracker_that_fails_is_reported_once_and_the_run_continues(
     assert "wandb failed and is off for the rest of the run: ConnectionError: no network" in warning
     assert metrics(tmp_path / "run")["train"]["epochs"] == 3
     assert [step for step, _ in wandb[0].logged] == [1]
+    assert wandb[0].exit_code == 1
 
 
 def test_a_missing_tracker_is_refused_before_the_run(

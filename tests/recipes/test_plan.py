@@ -25,8 +25,8 @@ def test_recommended_command_has_the_given_flags():
     )
     (line,) = [line for line in describe(forecast(), config) if line.startswith("recommended: ")]
     assert shlex.split(line.removeprefix("recommended: ")) == [
-        *("vgg-transfer", "finetune", "--tap", "pool5", "--augment"),
-        *("--feed", "a=1", "--feed", "b=2", "--image-folder", "my photos"),
+        *("vgg-transfer", "finetune", "--image-folder", "my photos", "--augment"),
+        *("--tap", "pool5", "--feed", "a=1", "--feed", "b=2"),
     ]
 
 

@@ -436,7 +436,7 @@ def test_every_flag_of_finetune_is_in_a_group(capsys):
     titles = re.findall("^╭─ (.+?) ─+╮", capsys.readouterr().out, re.M)
     assert titles == [
         "Arguments", "Usual flags", "Model", "Data", "What is trained", "Optimization", "Head",
-        "Activation cache", "Run", "General",
+        "Activation cache", "Precision", "Run", "General",
     ]  # fmt: skip
 
 
@@ -446,7 +446,8 @@ def test_the_image_folder_may_be_the_only_argument(tmp_path, model, image_folder
     printed = capsys.readouterr()
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["image_folder"] == str(image_folder)
-    assert f"next: vgg-transfer evaluate {tmp_path / 'run'}" in printed.err
+    for verb in ("evaluate", "predict", "serve", "export"):
+        assert f" vgg-transfer {verb} {tmp_path / 'run'}" in printed.err
     assert main(["finetune", "absent"]) == 1
     assert (
         "'absent' is neither a folder of images nor a manifest; a tfds dataset"

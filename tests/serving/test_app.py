@@ -21,7 +21,7 @@ from recipes.cli import main
 from transfer import Classifier, open_source
 from transfer.images.decoding import read_image
 from transfer.serving.app import Settings, build_app
-from transfer.serving.confident_errors import ConfidentErrors
+from transfer.serving.confident_errors import ConfidentError, ConfidentErrors
 from transfer.serving.limits import loopback_hosts
 from transfer.serving.served_model import ServedModel
 
@@ -320,8 +320,8 @@ def test_file_of_user_is_not_overwritten(ask, run):
 def test_images_of_datasets_without_files_are_copied(run, tmp_path, errors, monkeypatch):
     source = open_source("digits")
     monkeypatch.setattr("transfer.runs.run_data.open_data", lambda _: source)
-    names = [source.names(source.split_names[0])[n] for n in (3, 8)]
-    errors.all = [type(errors.all[0])(name, "0", "1", 0.9) for name in names]
+    names, labels = source.names(source.split_names[0]), source.labels(source.split_names[0])
+    errors.all = [ConfidentError(names[n], source.class_names[labels[n]], "1", 0.9) for n in (3, 8)]
     errors._run = tmp_path
     for number, label in enumerate(("4", "7")):
         errors.correct(number, label)
@@ -332,3 +332,11 @@ def test_images_of_datasets_without_files_are_copied(run, tmp_path, errors, monk
             read_image(example["image"].numpy()), read_image(errors.image(number))
         )
     assert json.dumps(errors.corrected()) == '["4", "7"]'
+
+
+def test_an_image_of_the_same_name_with_another_label_is_of_other_data(run, errors):
+    name, label = errors.all[0].name, errors.all[0].label
+    errors.all[0] = ConfidentError(name, {"red": "blue", "blue": "red"}[label], label, 0.9)
+    with pytest.raises(ValueError, match="was evaluated on other images"):
+        errors.correct(0, label)
+    assert not (run / "corrections.csv").exists()

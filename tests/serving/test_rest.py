@@ -1,6 +1,7 @@
 """Bodies of requests and answers, as TensorFlow Serving documents them."""
 
 import base64
+import functools
 import json
 
 import numpy as np
@@ -38,6 +39,8 @@ def test_pixels_are_rgb():
     assert {image.dtype for image in images} == {np.dtype(np.uint8)}
 
 
+DEEP = functools.reduce(lambda inner, _: [inner], range(100), 1)
+
 BAD_IMAGES = {
     "text": ("/etc/passwd", "of type str; expected"),
     "path": ({"path": "/etc/passwd"}, "of type dict; expected"),
@@ -50,6 +53,8 @@ BAD_IMAGES = {
     "too bright": ([[[1, 2, 256]]], "from 1 to 256"),
     "huge integer": ([[[1, 2, 10**30]]], "object"),
     "null": (None, "NoneType"),
+    "long text": (["a" * 100_000] + ["b"] * 100_000, "text among the pixels"),  # not 40 GB
+    "deep": (DEEP, "different lengths"),
     "empty": ([], "shape"),
 }
 

@@ -133,8 +133,9 @@ def locked(lock: FileLock, waiting: Callable[[], None] | None = None) -> Iterato
         if waiting is not None:
             waiting()
         lock.acquire()
-    except OSError as error:
-        logger.info(f"{lock.lock_file} cannot be locked: {error.strerror or error}")
+    except (OSError, NotImplementedError) as error:  # the second: filelock, without flock
+        reason = getattr(error, "strerror", None) or error
+        logger.info(f"{lock.lock_file} cannot be locked: {reason}")
     try:
         yield
     finally:

@@ -115,13 +115,17 @@ def _split_folders(folder: Path, search: _Search) -> dict[Path, dict[str, list[s
         with os.scandir(parent) as entries:  # a link to nothing may become one to a class folder
             search.has_links |= any(e.is_symlink() and not e.is_dir() for e in entries)
     if splits != [folder]:
+        ignored = PassedOver()
         beside = (
             path
             for child in children
             if child not in splits
-            for path in image_files.find_names(child, PassedOver(), listed=search.folders.append)
+            for path in image_files.find_names(child, ignored, listed=search.folders.append)
         )
         search.passed_over.files += [(path, "outside the split folders") for path in beside]
+        # A folder of another split may be a link to a class whose images are still to come.
+        links = (reason == image_files.LINK_TO_FOLDER for _, reason in ignored.files)
+        search.has_links |= any(links)
     return by_class
 
 

@@ -53,7 +53,11 @@ class MlflowTracker:
         run = mlflow.start_run(run_id, run_name=None if run_id else name, nested=nested)
         self.run_id = run.info.run_id
         if run_id is None:
-            mlflow.log_params(dict(params))
+            try:
+                mlflow.log_params(dict(params))
+            except BaseException:
+                mlflow.end_run("FAILED")
+                raise
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         self._mlflow.log_metrics(dict(metrics), step=step, run_id=self.run_id)
@@ -155,7 +159,10 @@ class RunTracking:
 
     def end(self, *, failed: bool) -> None:
         """Close the tracker's run."""
-        self._tell(lambda tracker: tracker.end(failed=failed))
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            with self._reported():
+                tracker.end(failed=failed)
 
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         self._tell(lambda tracker: tracker.log(metrics, step))
@@ -176,15 +183,19 @@ class RunTracking:
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
-        """Report an error of the tracker, which is not called again."""
+        """Report an error of the tracker, whose run is then closed."""
         try:
             yield
         except Exception as error:  # of any kind: the packages raise their own, and the network's
-            self._tracker = None
             logger.warning(
                 f"track={self._name} failed and is off for the rest of the run: "
                 f"{type(error).__name__}: {' '.join(str(error).split())}"
             )
+            tracker, self._tracker = self._tracker, None
+            if tracker is not None:
+                # MLflow would take a run that stays open for the parent of the next one.
+                with contextlib.suppress(Exception):
+                    tracker.end(failed=True)
 
 
 @contextlib.contextmanager

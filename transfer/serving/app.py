@@ -135,6 +135,8 @@ class _Service:
         self._work, self._parsing = (anyio.CapacityLimiter(_THREADS) for _ in range(2))
         async with self._batcher.running():
             await self._batcher([np.zeros((9, 9, 3), np.uint8)])  # traces the network
+            # Splits the network; in the first request, all others would wait for it.
+            await anyio.to_thread.run_sync(lambda: self.model.can_explain)
             self._on_ready()
             yield
 

@@ -137,14 +137,19 @@ class ConfidentErrors:
         }
 
     def _position(self, number: int) -> tuple[str, int]:
+        error = self.all[number]
         with self._lock:
-            position = self._positions.get(self.all[number].name)
-        if position is None:
+            position = self._positions.get(error.name)
+        # Other data may have images of the same name: they must not be shown, or corrected.
+        if position is None or self._label(*position) != error.label:
             raise ValueError(
-                f"{self.all[number].name!r} is not an image of the run's data; the run was "
-                "evaluated on other images"
+                f"{error.name!r} of the class {error.label!r} is not an image of the run's data; "
+                "the run was evaluated on other images"
             )
         return position
+
+    def _label(self, split: str, position: int) -> str:
+        return printable(self._source.class_names[int(self._source.labels(split)[position])])
 
     def _path(self, number: int) -> str:
         """The path of an error's image in the manifest."""

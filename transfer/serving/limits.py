@@ -7,7 +7,6 @@ import ipaddress
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from urllib.parse import urlsplit
 
 import anyio
 from starlette.requests import Request
@@ -53,8 +52,13 @@ def check_origin(request: Request, hosts: frozenset[str] | None) -> None:
             403, f"the Host header is {host!r}; this server is {', '.join(sorted(hosts))}"
         )
     origin = request.headers.get("origin")
-    if request.method == "POST" and origin is not None and urlsplit(origin).netloc.lower() != host:
+    if request.method == "POST" and origin is not None and _host_of(origin) != host:
         raise RequestError(403, f"the request comes from the page of another site, {origin!r}")
+
+
+def _host_of(origin: str) -> str:
+    """Host and port of an Origin header, which is no URL if it does not come from a browser."""
+    return origin.lower().partition("://")[2]
 
 
 class Bodies:
@@ -76,7 +80,8 @@ class Bodies:
             RequestError: if the body is too large, or others take the memory.
         """
         length = request.headers.get("content-length", "")
-        size = int(length) if length.isdecimal() else self.max_bytes
+        is_chunked = "transfer-encoding" in request.headers  # the length then does not count
+        size = int(length) if length.isdecimal() and not is_chunked else self.max_bytes
         if size > self.max_bytes:
             raise self._too_large()
         if size > self._free:

@@ -136,10 +136,12 @@ def _image(value: Any) -> Image | BadImageError:
             return BadImageError(f"it is not base64: {error}")
     if not isinstance(value, list):
         return BadImageError(f"it is of type {type(value).__name__}; {_EXPECTED}")
-    try:
-        pixels = np.array(value)
-    except ValueError:
+    kinds = set(map(type, np.array(value, dtype=object).ravel().tolist()))
+    if list in kinds:
         return BadImageError(f"its rows have different lengths; {_EXPECTED}")
+    if str in kinds:  # NumPy would allocate the size of the longest text for every element
+        return BadImageError(f"it has text among the pixels; {_EXPECTED}")
+    pixels = np.array(value)
     if pixels.dtype.kind != "i" or pixels.ndim != 3 or not pixels.size:
         return BadImageError(f"it has the shape {pixels.shape} of {pixels.dtype}; {_EXPECTED}")
     if pixels.shape[-1] not in (1, 3, 4):

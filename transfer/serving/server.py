@@ -90,6 +90,8 @@ def serve(
         raise ValueError(f"max_rate={max_rate}: expected more than 0")
     if abstain_below is not None and not 0 <= abstain_below <= 1:
         raise ValueError(f"abstain_below={abstain_below}: expected a probability, 0 to 1")
+    if name is not None and "/" in name:
+        raise ValueError(f"name={name!r}: expected a name without /, as a part of a URL")
     is_local = is_loopback(host)
     model = ServedModel(Classifier.load(run), int(max_megapixels * 1e6))
     with _bound(host, port) as bound:
