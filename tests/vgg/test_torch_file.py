@@ -80,6 +80,23 @@ def test_sequence_of_features_alone_is_taken(tmp_path, prefix):
     assert_same(read(tmp_path / "b.pth"))
 
 
+def test_preprocessing_follows_names_and_kind_of_head(tmp_path):
+    named = {f"{layer}.weight": torch_state()[f"{n}.weight"] for layer, n in torch_names().items()}
+    named |= {f"{layer}.bias": biases(layer) for layer in CONVOLUTIONS + CONNECTED}
+    base = {name: values for name, values in named.items() if name.startswith("conv")}
+    ssd = {k[9:]: v for k, v in torch_state().items() if k.startswith("features.")}
+    channels = VALUES[f"{CONVOLUTIONS[-1]}/biases"].size
+    ssd |= {"31.weight": np.zeros((16, channels, 3, 3), "f4"), "31.bias": np.zeros(16, "f4")}
+    for name, state, preprocess in (
+        ("gatys", base, "caffe"),
+        ("pytorch-mcn", named, "slim"),
+        ("ssd", ssd, torch_vgg.FEATURES_MEAN),
+    ):
+        write_torch_zip(tmp_path / name, state)
+        layout = read(tmp_path / name).layout
+        assert (layout.name, layout.preprocess) == (name, preprocess)
+
+
 def test_nan_classifier_is_left_out_and_mean_is_that_of_its_features():
     state = torch_state()
     state = {k: v * np.float32("nan") if "classifier" in k else v for k, v in state.items()}

@@ -17,17 +17,29 @@ tf-slim            github.com/tensorflow/models, research/slim: vgg_16.ckpt, vgg
 keras 1, Theano    github.com/fchollet/deep-learning-models, ..._th_dim_ordering_th_kernels.h5; and
                    gist.github.com/baraldilorenzo/07d7802847aaad0a35d3: vgg16_weights.h5
 frossard           cs.toronto.edu/~frossard/post/vgg16: vgg16_weights.npz
-chainer            github.com/chainer/chainer, links/model/vision/vgg.py: VGG16Layers, VGG19Layers
-tensorpack         github.com/tensorpack/tensorpack, examples/CaffeModels: vgg16.npz
-lasagne            github.com/Lasagne/Recipes, modelzoo: vgg16.pkl, vgg19.pkl
-paddle             github.com/PaddlePaddle/Paddle, python/paddle/vision/models/vgg.py
-mxnet              github.com/apache/mxnet, python/mxnet/gluon/model_zoo/vision/vgg.py
+chainer            github.com/chainer/chainer, links/model/vision/vgg.py: VGG16Layers, VGG19Layers;
+                   prepare() takes BGR
+tensorpack         github.com/tensorpack/tensorpack, tensorpack/utils/loadcaffe.py: vgg16.npz; the
+                   channel order stays Caffe's
+lasagne            github.com/Lasagne/Recipes, modelzoo/vgg16.py: vgg16.pkl, vgg19.pkl
+paddle             github.com/PaddlePaddle/Paddle, python/paddle/vision/models/vgg.py; matrices
+                   [inputs, outputs]: paddlepaddle.org.cn, paddle.nn.Linear
+mxnet              github.com/apache/mxnet, python/mxnet/gluon/model_zoo/vision/vgg.py; symbolic
+                   vgg16-0000.params, from Caffe with the channels swapped to RGB:
+                   tools/caffe_converter/convert_model.py, github.com/dmlc/mxnet-model-gallery
 machrisaa          github.com/machrisaa/tensorflow-vgg: vgg16.npy, vgg19.npy
 torchvision, timm  pytorch.org/vision, github.com/huggingface/pytorch-image-models
+gatys              github.com/leongatys/PytorchNeuralStyleTransfer: vgg_conv.pth, BGR
+pytorch-mcn        robots.ox.ac.uk/~albanie/pytorch-models.html: vgg_face_dag.pth, whose meta has
+                   the mean in the order RGB
+ssd                github.com/amdegroot/ssd.pytorch: vgg16_reducedfc.pth; normalization:
+                   torchvision/models/detection/ssd.py, which ported these weights
 matconvnet         vlfeat.org/matconvnet/pretrained: imagenet-vgg-verydeep-16.mat, -19
 caffe              robots.ox.ac.uk/~vgg/research/very_deep: VGG_ILSVRC_16_layers.caffemodel
 tfmodel            github.com/ry/tensorflow-vgg16: vgg16.tfmodel
-vgg-face           github.com/rcmalli/keras-vggface: rcmalli_vggface_tf_vgg16.h5
+vgg-face           github.com/rcmalli/keras-vggface: rcmalli_vggface_tf_vgg16.h5. Unnamed layers:
+                   github.com/serengil/deepface, models/facial_recognition/VGGFace.py; BGR minus
+                   the mean is normalization="VGGFace" in its modules/preprocessing.py
 flaxmodels         github.com/matthias-wright/flaxmodels: vgg16_weights.h5, vgg19_weights.h5
 onnx               github.com/onnx/models, torch.onnx, tf2onnx: see ``onnx_model``
 =================  =========================================================================
@@ -93,6 +105,7 @@ _KINDS = ("block", "conv", "features", "fc", "dense", "pre_logits", "classifier"
 _LAYER = r"(?P<layer>conv\d_\d|fc[678])"
 # Places365 and others call their own last layer fc8a, fc8_flickr, ...
 _CAFFE = r"(?P<layer>conv\d_\d|fc[67]|fc8)(?:(?<=fc8)[a-z_]\w*)?"
+_CAFFE_NAME = r"(?:.*\.)?conv1_1"
 _SLIM = r"(?:weights|biases|BatchNorm/(?:beta|gamma|moving_mean|moving_variance))"
 LAYOUTS = (
     Layout("keras", "HDF5", r"(?:.*/)?(?P<layer>block\d_conv\d|fc[12]|predictions)/.*", "caffe"),
@@ -109,13 +122,16 @@ LAYOUTS = (
     Layout("tf-slim", "checkpoint", rf"vgg_\w+/(?:conv\d/|fc/)?{_LAYER}/{_SLIM}$", "slim"),
     Layout("frossard", "npz", rf"{_LAYER}_[Wb]$", "slim"),
     Layout("chainer", "npz", rf"{_LAYER}/[Wb]$", "caffe", outputs_first=True),
-    Layout("tensorpack", "npz", rf"{_LAYER}/[Wb]$", "slim"),
+    Layout("tensorpack", "npz", rf"{_LAYER}/[Wb]$", "caffe"),
     Layout("machrisaa", "npy", rf"(?:.*/)?{_LAYER}/[01]$", "caffe"),
-    Layout("torchvision", "PyTorch", "", "torch"),  # by torch_vgg
-    Layout("timm", "safetensors", "", "torch"),
-    Layout("lasagne", "Lasagne", "", "caffe"),
-    Layout("paddle", "Paddle", "", "torch"),
-    Layout("mxnet", "MXNet", "", "torch"),
+    # Those that torch_vgg reads: by the name of their first convolution.
+    Layout("gatys", "PyTorch", _CAFFE_NAME, "caffe"),
+    Layout("torchvision", "PyTorch", ".*", "torch"),
+    Layout("timm", "safetensors", ".*", "torch"),
+    Layout("lasagne", "Lasagne", ".*", "caffe"),
+    Layout("paddle", "Paddle", ".*", "torch"),
+    Layout("mxnet", "MXNet", _CAFFE_NAME, "slim"),
+    Layout("mxnet", "MXNet", ".*", "torch"),
     Layout("matconvnet", "MatConvNet", rf"{_LAYER}/[01]$", "slim"),
     Layout(
         "matconvnet, before 1.0-beta9",
@@ -128,6 +144,10 @@ LAYOUTS = (
     Layout("caffe", "Caffe", rf"{_CAFFE}/[01]$", "caffe", outputs_first=True),
     Layout("tfmodel", "frozen graph", rf"(?:import/)?{_LAYER}/[a-z]+$", "caffe"),
 )
+# As gatys, with fully connected layers: MatConvNet's networks, which take RGB.
+_PYTORCH_MCN = Layout("pytorch-mcn", "PyTorch", _CAFFE_NAME, "slim")
+# As torchvision, with the dilated fc6 of SSD.
+_SSD = Layout("ssd", "PyTorch", ".*", torch_vgg.FEATURES_MEAN)
 
 
 @dataclass(frozen=True)
@@ -668,10 +688,20 @@ def _of_torch(
     is_fixed = vgg.head is not None and vgg.head.pooling == "flatten"
     return _published(
         replace(container, preprocess=vgg.preprocess or container.preprocess),
-        next(one for one in LAYOUTS if one.container == container.kind),
+        _torch_layout(container.kind, vgg),
         vgg.convolutions,
         vgg.head,
         sorted({*vgg.left_out, *(set(container.arrays) - set(arrays))}),
         vgg.notes,
         padding="SAME" if vgg.rounds_up or is_fixed else "VALID",
     )
+
+
+def _torch_layout(kind: str, vgg: torch_vgg.TorchVGG) -> Layout:
+    first = vgg.names[0]
+    layout = next(
+        one for one in LAYOUTS if one.container == kind and re.fullmatch(one.pattern, first)
+    )
+    if layout.name == "gatys" and vgg.head is not None:
+        return _PYTORCH_MCN
+    return _SSD if layout.name == "torchvision" and vgg.rounds_up else layout

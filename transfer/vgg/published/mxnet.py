@@ -1,7 +1,7 @@
 """Read the arrays of MXNet's ``.params`` files.
 
-Source: github.com/apache/mxnet, src/ndarray/ndarray.cc: NDArray::Save and NDArray::LegacyLoad. MXNet
-1 writes version 2; the model zoo has files of version 1 and of the time before versions.
+Source: github.com/apache/mxnet, src/ndarray/ndarray.cc: NDArray::Save and NDArray::LegacyLoad.
+MXNet 1 writes version 2; older files have arrays of version 1, or without a version.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ _PARTS = ("weight", "bias", "running_mean", "running_var")
 # torchvision publishes weights of VGG16 for feature extraction whose classifier is NaN, and their
 # normalization: images in 0..1, minus this mean, divided by 1/255. Source: torchvision,
 # models/vgg.py, VGG16_Weights.IMAGENET1K_FEATURES.
-_FEATURES_MEAN = {"mean": [0.48235 * 255, 0.45882 * 255, 0.40784 * 255], "order": "RGB"}
+FEATURES_MEAN = {"mean": [0.48235 * 255, 0.45882 * 255, 0.40784 * 255], "order": "RGB"}
 _FEATURES = 4096  # outputs of fc6 and fc7
 _STANDARD_HEAD = ((0, 3, 6), ())
 
@@ -344,7 +344,7 @@ def _add_head(
         chain = _chain(dense, channels)
         if all(np.isnan(module.kernel).all() for module in chain):
             if len(convolutions) == 13:
-                vgg.preprocess = dict(_FEATURES_MEAN)
+                vgg.preprocess = dict(FEATURES_MEAN)
             raise UnsupportedHeadError(
                 "its weights are NaN, as in torchvision's IMAGENET1K_FEATURES, whose preprocessing "
                 "is taken"
