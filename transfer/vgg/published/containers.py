@@ -115,6 +115,7 @@ def _read(path: Path) -> Container:
             _check_total(size)
             return Container("MXNet", mxnet.arrays(_mapped(path)))
         if re.match(rb"\x80[\x02-\x05]", head):
+            _check_total(size)
             found = pickles.read(file)
             return Container(
                 found.kind, found.arrays, preprocess=found.preprocess, labels=found.labels
