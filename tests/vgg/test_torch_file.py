@@ -97,6 +97,30 @@ def test_preprocessing_follows_names_and_kind_of_head(tmp_path):
         assert (layout.name, layout.preprocess) == (name, preprocess)
 
 
+def test_classifier_beside_its_features_is_their_head(tmp_path):
+    state = torch_state()
+    parts = {
+        part: {k[len(part) + 1 :]: v for k, v in state.items() if k.startswith(part)}
+        for part in ("features", "classifier")
+    }
+    arrays = {f"{part}/{key}": v for part, one in parts.items() for key, v in one.items()}
+    vgg = torch_vgg.interpret(arrays)
+    assert vgg.head is not None and vgg.left_out == []
+    np.testing.assert_array_equal(vgg.head.connected[-1].kernel, state["classifier.6.weight"].T)
+    # Of two, none is the head for certain.
+    arrays |= {f"critic/{key}": v for key, v in parts["classifier"].items()}
+    vgg = torch_vgg.interpret(arrays)
+    assert vgg.head is None and vgg.left_out == ["classifier/*", "critic/*"]
+
+
+def test_unknown_arrays_of_a_layer_are_refused():
+    scale = {"features.0.gamma": np.ones(64, "f4")}
+    with pytest.raises(ValueError, match=r"its array features.0.gamma .*kind is not known"):
+        torch_vgg.interpret(torch_state() | scale)
+    vgg = torch_vgg.interpret(torch_state() | {"queue": np.ones(64, "f4")})
+    assert vgg.left_out == ["queue"]
+
+
 def test_nan_classifier_is_left_out_and_mean_is_that_of_its_features():
     state = torch_state()
     state = {k: v * np.float32("nan") if "classifier" in k else v for k, v in state.items()}
