@@ -136,6 +136,8 @@ def _read(path: Path) -> Container:
         layers = (*model.layers, *model.branches)
         arrays = {f"{one.name}/{role}": v for one in layers for role, v in one.arrays.items()}
         return Container("ONNX", arrays, model)
+    if kind := foreign.kind_of_message(data):
+        raise ValueError(kind)
     if arrays := _frozen_graph(data):
         return Container("frozen graph", arrays)
     if arrays := caffe.arrays(data):
