@@ -374,6 +374,10 @@ def _pooling(node: _Node) -> dict[str, Any]:
     pads = tuple(attributes.get("pads", (0, 0, 0, 0)))
     if any(pads):
         raise ValueError(f"its pooling {node.name} has pads {pads}; expected none")
+    if any(step != 1 for step in attributes.get("dilations", ())):
+        raise ValueError(f"its pooling {node.name} is dilated; no VGG's is")
+    if attributes.get("auto_pad") == b"SAME_LOWER":
+        raise ValueError(f"its pooling {node.name} pads odd sizes at the top; expected the bottom")
     is_up = attributes.get("ceil_mode") == 1 or attributes.get("auto_pad") == b"SAME_UPPER"
     return {
         "pool_size": list(attributes.get("kernel_shape", ())),
