@@ -148,16 +148,12 @@ def _chosen(
     chosen = (averages or fitting)[0]
     state = dict(states.get(chosen, {}))
     origins = {key: f"{chosen}{key}" for key in state}
-    heads_of = [
-        path
-        for path in states
-        if path not in fitting and any(values.ndim == 2 for values in states[path].values())
+    with_matrices = [
+        path for path in states if any(values.ndim == 2 for values in states[path].values())
     ]
     joined = ""
-    if len(heads_of) == len(fitting) == 1 and not any(
-        values.ndim == 2 for values in state.values()
-    ):
-        (joined,) = heads_of
+    if len(fitting) == len(with_matrices) == 1 and chosen not in with_matrices:
+        (joined,) = with_matrices
         name = joined.rstrip("/").rpartition("/")[2] or "head"
         for key, values in states[joined].items():
             state[f"{name}.{key}"] = values
