@@ -212,7 +212,16 @@ def identify(
     Raises:
         ValueError: states what was found and what was expected.
     """
+    if columns_first is not None and container.kind != "MatConvNet":
+        raise ValueError(
+            f"it is a {container.kind} file, whose spatial order is known; only MatConvNet's files "
+            "come in two orders"
+        )
     if container.model is not None:
+        if leave_out:
+            raise ValueError(
+                "the file says what its layers are; leave_out is for files that have arrays alone"
+            )
         return _of_keras(container, pooling)
     arrays = {
         name: values
@@ -222,11 +231,6 @@ def identify(
     if container.kind in ("PyTorch", "safetensors", "Lasagne", "Paddle", "MXNet"):
         return _of_torch(container, arrays, pooling)
     layout, layers = _layout(container.kind, arrays)
-    if columns_first is not None and layout.container != "MatConvNet":
-        raise ValueError(
-            f"its layout is {layout.name}, whose spatial order is known; only MatConvNet's files "
-            "come in two orders"
-        )
     if columns_first is None:
         columns_first = layout.columns_first
     taken = {name for layer in layers.values() for name in layer}
