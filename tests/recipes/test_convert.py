@@ -306,6 +306,7 @@ def server(tmp_path, monkeypatch, keras_vgg):
         url=f"http://127.0.0.1:{running.server_port}/vgg16_weights.h5",
         md5=download.file_md5(tmp_path / "published.h5"),
         num_classes=NUM_CLASSES,
+        network="vgg_small",
     )
     weights = download.Weights(entry, keras_vgg)
     monkeypatch.setitem(download.PUBLISHED, "vgg16", weights)

@@ -15,8 +15,10 @@ from transfer.vgg.published import containers
         (b'{"format": "layers-model", "modelTopology": {}}', "tensorflowjs_converter"),
         (struct.pack("<4i", 4, 1, 3, 0)[:12] + b"V 1" + bytes(99), "Torch7"),
         (struct.pack("<3iq", 0, 2, 0, 32013312) + bytes(400), "Darknet"),
+        # specificationVersion 4, description of 2 bytes, neuralNetwork (500) of 3 bytes
+        (b"\x08\x04\x12\x02\x0a\x00\xa2\x1f\x03abc", "CoreML.*file from which it was made"),
     ],
-    ids=["tflite", "matlab 7.3", "tf.js", "t7", "darknet"],
+    ids=["tflite", "matlab 7.3", "tf.js", "t7", "darknet", "coreml"],
 )
 def test_files_of_other_kinds_are_named(tmp_path, data, message):
     (tmp_path / "weights").write_bytes(data)

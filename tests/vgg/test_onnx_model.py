@@ -1,5 +1,8 @@
 """Converted ONNX models give onnxruntime's outputs; files that are not a chain are refused."""
 
+import pathlib
+import re
+
 import numpy as np
 import pytest
 from published_files import NUM_CLASSES, SMALL, VALUES
@@ -141,6 +144,16 @@ def test_slice_that_reverses_channels_is_read(tmp_path, slices):
         layouts.identify(containers.read(writer.save(tmp_path / "m.onnx")))
 
 
+def test_patterns_of_arrays_are_for_files_of_arrays(tmp_path):
+    writer = Writer()
+    writer.base()
+    container = containers.read(pathlib.Path(writer.save(tmp_path / "m.onnx")))
+    with pytest.raises(ValueError, match="leave_out is for files that have arrays alone"):
+        layouts.identify(container, leave_out=["*"])
+    with pytest.raises(ValueError, match="only MatConvNet's files come in two orders"):
+        layouts.identify(container, columns_first=True)
+
+
 def test_base_is_taken_without_head(tmp_path):
     writer = Writer()
     writer.base()
@@ -214,3 +227,22 @@ def test_damaged_files_raise_value_error_only(tmp_path):
             containers.read(tmp_path / "m.onnx")
         except ValueError:
             continue
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "attributes", "reason"),
+    [
+        ("Reshape", [np.array([-1, WIDTH, 4, 1])], {}, "begins with .*Reshape to other axes"),
+        ("Flatten", [], {"axis": 2}, "begins with .*Flatten to other axes"),
+        ("Cast", [], {"to": 6}, "Cast"),
+    ],
+    ids=["reshape", "flatten", "cast to integers"],
+)
+def test_head_that_changes_axes_or_types_is_left_out(tmp_path, kind, inputs, attributes, reason):
+    writer = Writer()
+    writer.base()
+    writer.add(kind, *inputs, **attributes)
+    writer.add("Flatten")
+    writer.dense(WIDTH * 16, 2, "gemm")
+    found = layouts.identify(containers.read(pathlib.Path(writer.save(tmp_path / "m.onnx"))))
+    assert found.num_classes is None and re.search(reason, found.notes[0])

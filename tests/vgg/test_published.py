@@ -248,8 +248,20 @@ def test_pickle_cannot_change_stand_in_classes(tmp_path, name):
             "encodes more bytes than the file has",
         ),
         (b"\x80\x02(" + b"N0" * 2 * 10**6 + b"t.", "operations"),
+        (
+            b"\x80\x02(" + b"K\x01N\x86" * 10**4 + b"lq\x000ccollections\nOrderedDict\nq\x010"
+            b"(" + b"h\x01h\x00\x85R" * 1000 + b"t.",
+            "operations",
+        ),
+        (
+            b"\x80\x02(T" + struct.pack("<I", 10**5) + b"a" * 10**5 + b"q\x000"
+            b"cnumpy\ndtype\nS'u1'\n\x85Rq\x010"
+            + b"cnumpy\nndarray\n)\x81(NJ\xa0\x86\x01\x00\x85h\x01Nh\x00tb" * 100
+            + b"t.",
+            "more bytes than the file",
+        ),
     ],
-    ids=["bytearray", "bytes", "frame", "encode", "operations"],
+    ids=["bytearray", "bytes", "frame", "encode", "operations", "copies of lists", "of arrays"],
 )
 def test_pickle_memory_is_bounded_by_file_size(tmp_path, pickled, message):
     write_pickle(tmp_path / "a.npy", pickled)

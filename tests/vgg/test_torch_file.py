@@ -80,6 +80,47 @@ def test_sequence_of_features_alone_is_taken(tmp_path, prefix):
     assert_same(read(tmp_path / "b.pth"))
 
 
+def test_preprocessing_follows_names_and_kind_of_head(tmp_path):
+    named = {f"{layer}.weight": torch_state()[f"{n}.weight"] for layer, n in torch_names().items()}
+    named |= {f"{layer}.bias": biases(layer) for layer in CONVOLUTIONS + CONNECTED}
+    base = {name: values for name, values in named.items() if name.startswith("conv")}
+    ssd = {k[9:]: v for k, v in torch_state().items() if k.startswith("features.")}
+    channels = VALUES[f"{CONVOLUTIONS[-1]}/biases"].size
+    ssd |= {"31.weight": np.zeros((16, channels, 3, 3), "f4"), "31.bias": np.zeros(16, "f4")}
+    for name, state, preprocess in (
+        ("gatys", base, "caffe"),
+        ("pytorch-mcn", named, "slim"),
+        ("ssd", ssd, torch_vgg.FEATURES_MEAN),
+    ):
+        write_torch_zip(tmp_path / name, state)
+        layout = read(tmp_path / name).layout
+        assert (layout.name, layout.preprocess) == (name, preprocess)
+
+
+def test_classifier_beside_its_features_is_their_head(tmp_path):
+    state = torch_state()
+    parts = {
+        part: {k[len(part) + 1 :]: v for k, v in state.items() if k.startswith(part)}
+        for part in ("features", "classifier")
+    }
+    arrays = {f"{part}/{key}": v for part, one in parts.items() for key, v in one.items()}
+    vgg = torch_vgg.interpret(arrays)
+    assert vgg.head is not None and vgg.left_out == []
+    np.testing.assert_array_equal(vgg.head.connected[-1].kernel, state["classifier.6.weight"].T)
+    # Of two, none is the head for certain.
+    arrays |= {f"critic/{key}": v for key, v in parts["classifier"].items()}
+    vgg = torch_vgg.interpret(arrays)
+    assert vgg.head is None and vgg.left_out == ["classifier/*", "critic/*"]
+
+
+def test_unknown_arrays_of_a_layer_are_refused():
+    scale = {"features.0.gamma": np.ones(64, "f4")}
+    with pytest.raises(ValueError, match=r"its array features.0.gamma .*kind is not known"):
+        torch_vgg.interpret(torch_state() | scale)
+    vgg = torch_vgg.interpret(torch_state() | {"queue": np.ones(64, "f4")})
+    assert vgg.left_out == ["queue"]
+
+
 def test_nan_classifier_is_left_out_and_mean_is_that_of_its_features():
     state = torch_state()
     state = {k: v * np.float32("nan") if "classifier" in k else v for k, v in state.items()}

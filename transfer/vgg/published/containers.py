@@ -115,6 +115,7 @@ def _read(path: Path) -> Container:
             _check_total(size)
             return Container("MXNet", mxnet.arrays(_mapped(path)))
         if re.match(rb"\x80[\x02-\x05]", head):
+            _check_total(size)
             found = pickles.read(file)
             return Container(
                 found.kind, found.arrays, preprocess=found.preprocess, labels=found.labels
@@ -135,6 +136,8 @@ def _read(path: Path) -> Container:
         layers = (*model.layers, *model.branches)
         arrays = {f"{one.name}/{role}": v for one in layers for role, v in one.arrays.items()}
         return Container("ONNX", arrays, model)
+    if kind := foreign.kind_of_message(data):
+        raise ValueError(kind)
     if arrays := _frozen_graph(data):
         return Container("frozen graph", arrays)
     if arrays := caffe.arrays(data):

@@ -23,7 +23,8 @@ from transfer.vgg.published.origins import Origin
 
 NUM_IMAGENET_CLASSES = 1000
 _VGG_FACE_CLASSES = 2622
-# Source: robots.ox.ac.uk/~vgg/software/vgg_face; the same numbers in RGB are in its .mat.
+# Source: robots.ox.ac.uk/~vgg/software/vgg_face; its Caffe model takes BGR, its .mat RGB.
+_VGG_FACE_RGB = {"mean": [129.1863, 104.7624, 93.5940], "order": "RGB"}
 _VGG_FACE = {"mean": [93.5940, 104.7624, 129.1863], "order": "BGR"}
 
 SpatialOrder = Literal["auto", "rows", "columns"]
@@ -206,7 +207,7 @@ def preprocessing_of(
         return Preprocessing(None, "unknown", warning)
     mode = published.layout.preprocess
     if published.num_classes == _VGG_FACE_CLASSES:
-        mode = _VGG_FACE
+        mode = _VGG_FACE_RGB if mode in ("slim", "torch") else _VGG_FACE
     return Preprocessing(
         mode,
         "assumed",

@@ -134,8 +134,8 @@ def pull(
 
 
 def _check_entry(converted: Conversion, entry: Entry) -> None:
-    """Check that the file has as many classes as the catalogue says."""
-    if converted.num_classes != entry.num_classes:
+    """Check that the file has the network and as many classes as the catalogue says."""
+    if (converted.network, converted.num_classes) != (entry.network, entry.num_classes):
         raise ValueError(
             f"{entry.url} has {converted.network} with {converted.num_classes or 'no'} classes; "
             f"expected {entry.network} with {entry.num_classes}; nothing was written"
@@ -165,7 +165,11 @@ def unpacked(weights: Weights) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder, tarfile.open(weights.path) as archive:
         members = [m for m in archive if m.isfile() and m.name.endswith(".ckpt")]
         if len(members) != 1 or members[0].size > MAX_BYTES:
-            raise ValueError(f"{str(weights.path)!r} has {len(members)} checkpoints; expected one")
+            sizes = ", ".join(f"{member.size:,}" for member in members[:5]) or "none"
+            raise ValueError(
+                f"{str(weights.path)!r} has checkpoints of {sizes} bytes; expected one of at most "
+                f"{MAX_BYTES:,}. It is not the published file: delete it, and pull again"
+            )
         source, target = archive.extractfile(members[0]), Path(folder) / "weights.ckpt"
         assert source is not None
         with source, target.open("wb") as file:

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import re
 
+from transfer.vgg.published import wire
+
 _TORCH7 = b"\x04\x00\x00\x00\x01\x00\x00\x00\x03\x00\x00\x00V 1"
-"""Of a Torch7 file in binary: an object (4) with index 1, and the version "V 1" of its class."""
+"""Of a Torch7 file in binary: an object (4) with index 1, and the version "V 1" of its class.
+Source: github.com/torch/torch7, File.lua."""
+_FIRST_COREML_TYPE = 200
+"""In CoreML's Model, the kinds of models have field numbers from here. Source:
+github.com/apple/coremltools, mlmodel/format/Model.proto."""
 
 
 def kind_of(head: bytes, size: int) -> str | None:
@@ -15,7 +21,7 @@ def kind_of(head: bytes, size: int) -> str | None:
         head: at least the first 128 bytes, if the file has as many.
         size: of the file in bytes.
     """
-    if head[4:8] == b"TFL3":
+    if head[4:8] == b"TFL3":  # source: tensorflow/lite/schema/schema.fbs, file_identifier
         return (
             "it is a TFLite model, whose weights are often quantized and renamed; convert the "
             "Keras file or SavedModel from which it was made"
@@ -38,9 +44,25 @@ def kind_of(head: bytes, size: int) -> str | None:
             "save its weights with NumPy: np.savez with names conv1_1_W, conv1_1_b, ..., fc8_b"
         )
     # major, minor and revision as int32, then the images seen: int64, before version 0.2 int32.
+    # Source: github.com/pjreddie/darknet, src/parser.c: load_weights_upto.
     if size > 20 and re.match(rb"\0\0\0\0[\x01\x02]\0\0\0[\0-\x09]\0\0\0", head):
         return (
             "it looks like weights of Darknet (.weights), which do not say what their layers are; "
             "save them with NumPy: np.savez with names conv1_1_W, conv1_1_b, ..., fc8_b"
+        )
+    return None
+
+
+def kind_of_message(data: memoryview) -> str | None:
+    """What a protocol buffer is and what to do instead; ``None`` if it is unknown."""
+    try:
+        found = dict(wire.fields(data))
+    except ValueError:
+        return None
+    is_versioned = isinstance(found.get(1), int) and isinstance(found.get(2), memoryview)
+    if is_versioned and any(number >= _FIRST_COREML_TYPE for number in found):
+        return (
+            "it is a CoreML model, whose weights are often quantized and renamed; convert the "
+            "file from which it was made"
         )
     return None

@@ -8,29 +8,6 @@ channel. The channel order of the images and the preprocessing stay those of the
 Every array of a file is either used, or known to have no effect, or part of a layer with its own
 kernel that is left out and reported: a head. Any other array ends the conversion with an error,
 since without it the network would compute a different function.
-
-The layouts and their sources:
-
-=================  =========================================================================
-keras              keras.applications.vgg16, vgg19: github.com/keras-team/keras-applications
-tf-slim            github.com/tensorflow/models, research/slim: vgg_16.ckpt, vgg_19.ckpt
-keras 1, Theano    github.com/fchollet/deep-learning-models, ..._th_dim_ordering_th_kernels.h5; and
-                   gist.github.com/baraldilorenzo/07d7802847aaad0a35d3: vgg16_weights.h5
-frossard           cs.toronto.edu/~frossard/post/vgg16: vgg16_weights.npz
-chainer            github.com/chainer/chainer, links/model/vision/vgg.py: VGG16Layers, VGG19Layers
-tensorpack         github.com/tensorpack/tensorpack, examples/CaffeModels: vgg16.npz
-lasagne            github.com/Lasagne/Recipes, modelzoo: vgg16.pkl, vgg19.pkl
-paddle             github.com/PaddlePaddle/Paddle, python/paddle/vision/models/vgg.py
-mxnet              github.com/apache/mxnet, python/mxnet/gluon/model_zoo/vision/vgg.py
-machrisaa          github.com/machrisaa/tensorflow-vgg: vgg16.npy, vgg19.npy
-torchvision, timm  pytorch.org/vision, github.com/huggingface/pytorch-image-models
-matconvnet         vlfeat.org/matconvnet/pretrained: imagenet-vgg-verydeep-16.mat, -19
-caffe              robots.ox.ac.uk/~vgg/research/very_deep: VGG_ILSVRC_16_layers.caffemodel
-tfmodel            github.com/ry/tensorflow-vgg16: vgg16.tfmodel
-vgg-face           github.com/rcmalli/keras-vggface: rcmalli_vggface_tf_vgg16.h5
-flaxmodels         github.com/matthias-wright/flaxmodels: vgg16_weights.h5, vgg19_weights.h5
-onnx               github.com/onnx/models, torch.onnx, tf2onnx: see ``onnx_model``
-=================  =========================================================================
 """
 
 from __future__ import annotations
@@ -47,10 +24,11 @@ import numpy as np
 
 from transfer.images.preprocess import Size, as_size
 from transfer.vgg.architectures import ARCHITECTURES, Architecture
-from transfer.vgg.published import heads, keras_vgg, keras_weights, torch_vgg
+from transfer.vgg.published import heads, keras_vgg, keras_weights, known_layouts, torch_vgg
 from transfer.vgg.published.batch_norm import BatchNorm
 from transfer.vgg.published.containers import Container
 from transfer.vgg.published.heads import Dense, Head, UnsupportedHeadError
+from transfer.vgg.published.known_layouts import LAYOUTS, Layout
 
 # Default epsilons of the original layers; weight files do not contain them.
 _KERAS_EPSILON, _SLIM_EPSILON = 1e-3, 1e-3
@@ -60,74 +38,8 @@ _HARMLESS = re.compile(
     r"|/(biased|local_step)$"
 )
 _MAX_HARMLESS = 4  # elements: a channel mean, a step, a learning rate
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Names, shapes and preprocessing of one kind of published weights.
-
-    Args:
-        name: name for messages.
-        container: ``Container.kind`` of its files.
-        pattern: regular expression for array names, with a group ``layer``.
-        preprocess: preprocessing of the published weights: a key of
-            ``transfer.images.preprocess.CONVENTIONS``.
-        outputs_first: kernels are ``[outputs, inputs, height, width]`` and ``[outputs, inputs]``,
-            and the inputs of fc6 are in the order channel, height, width.
-        columns_first: the two spatial axes are swapped.
-        channels_first: the inputs of fc6 are in the order channel, height, width, in kernels
-            ``[inputs, outputs]``.
-    """
-
-    name: str
-    container: str
-    pattern: str
-    preprocess: str | dict[str, Any]
-    outputs_first: bool = False
-    columns_first: bool = False
-    channels_first: bool = False
-
-
 # Prefixes of layer names in the order of the layers; other names come last.
 _KINDS = ("block", "conv", "features", "fc", "dense", "pre_logits", "classifier")
-_LAYER = r"(?P<layer>conv\d_\d|fc[678])"
-# Places365 and others call their own last layer fc8a, fc8_flickr, ...
-_CAFFE = r"(?P<layer>conv\d_\d|fc[67]|fc8)(?:(?<=fc8)[a-z_]\w*)?"
-_SLIM = r"(?:weights|biases|BatchNorm/(?:beta|gamma|moving_mean|moving_variance))"
-LAYOUTS = (
-    Layout("keras", "HDF5", r"(?:.*/)?(?P<layer>block\d_conv\d|fc[12]|predictions)/.*", "caffe"),
-    Layout("keras", "HDF5", r"(?:.*/)?(?P<layer>(?:conv2d|dense)(?:_\d+)?)/(?:.*/)?[^/]*", "caffe"),
-    Layout("flaxmodels", "HDF5", rf"{_LAYER}/(?:weight|bias)$", "torch", channels_first=True),
-    Layout(
-        "vgg-face",
-        "HDF5",
-        rf"(?:.*/)?{_LAYER}/(?:\w+_\d_|fc\d_)?(?:kernel|bias|W|b)(?:_\d)?(?::0)?$",
-        {"mean": [93.5940, 104.7624, 129.1863], "order": "BGR"},
-    ),
-    Layout("keras 1, Theano", "HDF5", r"(?P<layer>layer_\d+)/param_[01]$", "caffe"),
-    Layout("keras", "TF2 checkpoint", r"(?:.*/)?(?P<layer>(?:conv2d|dense)_\d+)/.*", "caffe"),
-    Layout("tf-slim", "checkpoint", rf"vgg_\w+/(?:conv\d/|fc/)?{_LAYER}/{_SLIM}$", "slim"),
-    Layout("frossard", "npz", rf"{_LAYER}_[Wb]$", "slim"),
-    Layout("chainer", "npz", rf"{_LAYER}/[Wb]$", "caffe", outputs_first=True),
-    Layout("tensorpack", "npz", rf"{_LAYER}/[Wb]$", "slim"),
-    Layout("machrisaa", "npy", rf"(?:.*/)?{_LAYER}/[01]$", "caffe"),
-    Layout("torchvision", "PyTorch", "", "torch"),  # by torch_vgg
-    Layout("timm", "safetensors", "", "torch"),
-    Layout("lasagne", "Lasagne", "", "caffe"),
-    Layout("paddle", "Paddle", "", "torch"),
-    Layout("mxnet", "MXNet", "", "torch"),
-    Layout("matconvnet", "MatConvNet", rf"{_LAYER}/[01]$", "slim"),
-    Layout(
-        "matconvnet, before 1.0-beta9",
-        "MatConvNet",
-        rf"{_LAYER}/(?:filters|biases)$",
-        "slim",
-        columns_first=True,
-    ),
-    Layout("onnx", "ONNX", r"(?P<layer>.*)/.*", "torch"),
-    Layout("caffe", "Caffe", rf"{_CAFFE}/[01]$", "caffe", outputs_first=True),
-    Layout("tfmodel", "frozen graph", rf"(?:import/)?{_LAYER}/[a-z]+$", "caffe"),
-)
 
 
 @dataclass(frozen=True)
@@ -192,7 +104,16 @@ def identify(
     Raises:
         ValueError: states what was found and what was expected.
     """
+    if columns_first is not None and container.kind != "MatConvNet":
+        raise ValueError(
+            f"it is a {container.kind} file, whose spatial order is known; only MatConvNet's files "
+            "come in two orders"
+        )
     if container.model is not None:
+        if leave_out:
+            raise ValueError(
+                "the file says what its layers are; leave_out is for files that have arrays alone"
+            )
         return _of_keras(container, pooling)
     arrays = {
         name: values
@@ -202,11 +123,6 @@ def identify(
     if container.kind in ("PyTorch", "safetensors", "Lasagne", "Paddle", "MXNet"):
         return _of_torch(container, arrays, pooling)
     layout, layers = _layout(container.kind, arrays)
-    if columns_first is not None and layout.container != "MatConvNet":
-        raise ValueError(
-            f"its layout is {layout.name}, whose spatial order is known; only MatConvNet's files "
-            "come in two orders"
-        )
     if columns_first is None:
         columns_first = layout.columns_first
     taken = {name for layer in layers.values() for name in layer}
@@ -668,7 +584,7 @@ def _of_torch(
     is_fixed = vgg.head is not None and vgg.head.pooling == "flatten"
     return _published(
         replace(container, preprocess=vgg.preprocess or container.preprocess),
-        next(one for one in LAYOUTS if one.container == container.kind),
+        known_layouts.of_torch(container.kind, vgg),
         vgg.convolutions,
         vgg.head,
         sorted({*vgg.left_out, *(set(container.arrays) - set(arrays))}),

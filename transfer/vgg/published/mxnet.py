@@ -1,7 +1,7 @@
 """Read the arrays of MXNet's ``.params`` files.
 
-Source: github.com/apache/mxnet, src/ndarray/ndarray.cc: NDArray::Save of version 2, which MXNet 1
-writes. Other versions are refused by name.
+Source: github.com/apache/mxnet, src/ndarray/ndarray.cc: NDArray::Save and NDArray::LegacyLoad.
+MXNet 1 writes version 2; older files have arrays of version 1, or without a version.
 """
 
 from __future__ import annotations
@@ -13,9 +13,20 @@ import numpy as np
 
 MAGIC = struct.pack("<QQ", 0x112, 0)
 """Begins a list of arrays."""
-_ARRAY = 0xF993FAC9
+_VERSION_1, _VERSION_2 = 0xF993FAC8, 0xF993FAC9
 _TYPES = {0: "<f4", 1: "<f8", 2: "<f2", 3: "u1", 4: "<i4", 5: "i1", 6: "<i8"}
 _MAX_ARRAYS, _MAX_DIMENSIONS, _MAX_NAME = 20_000, 8, 1000
+_PARTS = {
+    "weight": "weight",
+    "bias": "bias",
+    "gamma": "weight",
+    "beta": "bias",
+    "running_mean": "running_mean",
+    "running_var": "running_var",
+    "moving_mean": "running_mean",
+    "moving_var": "running_var",
+}
+"""Names of parameters, and those of PyTorch."""
 
 
 def arrays(data: memoryview) -> dict[str, np.ndarray]:
@@ -43,15 +54,17 @@ def arrays(data: memoryview) -> dict[str, np.ndarray]:
 
     values = []
     for _ in range(count()):
-        magic, kind, dimensions = take("<IiI")
-        if magic != _ARRAY or kind != 0:
+        (magic,) = take("<I")
+        is_versioned = magic in (_VERSION_1, _VERSION_2)
+        (kind,) = take("<i") if magic == _VERSION_2 else (0,)
+        (dimensions,) = take("<I") if is_versioned else (magic,)
+        if kind != 0 or not 1 <= dimensions <= _MAX_DIMENSIONS:
             raise ValueError(
-                f"it has an array of version {magic:#x} and storage {kind}; expected {_ARRAY:#x} "
-                "and dense storage, as mx.nd.save of MXNet 1 writes"
+                f"it has an array of version {magic:#x}, storage {kind} and {dimensions:,} "
+                f"dimensions; expected at most version {_VERSION_2:#x}, dense storage and 1 to "
+                f"{_MAX_DIMENSIONS} dimensions, as mx.nd.save of MXNet 1 writes"
             )
-        if not 1 <= dimensions <= _MAX_DIMENSIONS:
-            raise ValueError(f"it has an array of {dimensions:,} dimensions")
-        shape = take(f"<{dimensions}q")
+        shape = take(f"<{dimensions}{'q' if is_versioned else 'I'}")
         _, _, code = take("<iii")  # device, its number, type
         if code not in _TYPES or min(shape) < 0:
             raise ValueError(f"it has an array {shape} of type {code}")
@@ -75,7 +88,7 @@ def arrays(data: memoryview) -> dict[str, np.ndarray]:
 
 def _torch_name(name: str) -> str:
     name = name.removeprefix("arg:").removeprefix("aux:")
-    for part in ("weight", "bias", "running_mean", "running_var"):
-        if name.endswith(f"_{part}"):
-            return f"{name[: -len(part) - 1]}.{part}"
+    for part, torch_part in _PARTS.items():
+        if name.endswith((f"_{part}", f".{part}")):
+            return f"{name[: -len(part) - 1]}.{torch_part}"
     return name

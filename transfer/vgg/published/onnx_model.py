@@ -26,7 +26,8 @@ _TYPES = {1: "<f4", 6: "<i4", 7: "<i8", 10: "<f2", 11: "<f8"}  # TensorProto.Dat
 _DATA = {1: 4, 6: 5, 7: 7, 11: 10}  # field of TensorProto with the numbers of a type
 _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
 _ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "Softplus": "softplus", "Elu": "elu"}
-_INERT = frozenset({"Identity", "Dropout", "Cast"})
+_INERT = frozenset({"Identity", "Dropout"})
+_FLOATS = (1, 10, 11)  # TensorProto.DataType
 _GLOBAL = {
     "GlobalAveragePool": "GlobalAveragePooling2D",
     "ReduceMean": "GlobalAveragePooling2D",
@@ -151,7 +152,11 @@ class _Chain:
 
     def _append(self, node: _Node) -> None:
         attributes, name = node.attributes, node.name
-        if node.kind in _INERT or (node.kind == "AveragePool" and _is_identity(attributes)):
+        if (
+            node.kind in _INERT
+            or (node.kind == "AveragePool" and _is_identity(attributes))
+            or (node.kind == "Cast" and attributes.get("to") in _FLOATS)
+        ):
             return
         if node.kind == "Transpose":
             self._transpose(node)
@@ -170,6 +175,9 @@ class _Chain:
         elif node.kind in _GLOBAL:
             self._global_pooling(node)
         elif node.kind in ("Flatten", "Reshape", "Squeeze"):
+            if not self.is_flat and not self._flattens(node):
+                self._add(f"{node.kind} to other axes", name, {})
+                return
             if not self.is_flat:
                 self.channels = self._last_channels() if self.is_channels_first else 0
                 self._add("Flatten", name, {})
@@ -183,10 +191,18 @@ class _Chain:
         else:
             self._add(node.kind, name, {})
 
+    def _flattens(self, node: _Node) -> bool:
+        """Whether a node keeps one axis of features besides the images; the shape of a ``Reshape``
+        may be unknown."""
+        if node.kind == "Flatten":
+            return node.attributes.get("axis", 1) in (1, -3)
+        shapes = self._constants(node) if node.kind == "Reshape" else []
+        return not shapes or shapes[0].size == 2
+
     def _transpose(self, node: _Node) -> None:
         axes = tuple(node.attributes.get("perm", ()))
         expected = _TO_CHANNELS_LAST if self.is_channels_first else _TO_CHANNELS_FIRST
-        if axes != expected or self.is_flat:
+        if axes != expected or self.channels:  # 0 after a global pooling, whose map is one pixel
             raise ValueError(f"its {node.name} transposes by {axes}; expected {expected}")
         self.is_channels_first = not self.is_channels_first
 
@@ -374,6 +390,10 @@ def _pooling(node: _Node) -> dict[str, Any]:
     pads = tuple(attributes.get("pads", (0, 0, 0, 0)))
     if any(pads):
         raise ValueError(f"its pooling {node.name} has pads {pads}; expected none")
+    if any(step != 1 for step in attributes.get("dilations", ())):
+        raise ValueError(f"its pooling {node.name} is dilated; no VGG's is")
+    if attributes.get("auto_pad") == b"SAME_LOWER":
+        raise ValueError(f"its pooling {node.name} pads odd sizes at the top; expected the bottom")
     is_up = attributes.get("ceil_mode") == 1 or attributes.get("auto_pad") == b"SAME_UPPER"
     return {
         "pool_size": list(attributes.get("kernel_shape", ())),

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from transfer.vgg.published.torch_vgg import FEATURES_MEAN
+
 _OXFORD = "CC BY 4.0 (weights: Visual Geometry Group, University of Oxford)"
 _TORCHVISION = "BSD-3-Clause (weights: torchvision)"
 
@@ -69,6 +71,8 @@ _BY_SHA256 = {
     "abd245e5": _torchvision("torchvision vgg13_bn"),
     "6c64b313": _torchvision("torchvision vgg16_bn"),
     "c79401a0": _torchvision("torchvision vgg19_bn"),
+    # Its normalization: images in 0..1 minus a mean, divided by 1/255.
+    "88682ab5": Origin("torchvision vgg16, IMAGENET1K_FEATURES", None, FEATURES_MEAN),
     "00b39a1b": _oxford("jcjohnson/pytorch-vgg vgg16"),
     "d01eb7cb": _oxford("jcjohnson/pytorch-vgg vgg19"),
 }

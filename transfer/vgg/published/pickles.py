@@ -14,11 +14,20 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from transfer.vgg.published.unpickle import NUMPY, LazyArray, load
+from transfer.vgg.published.unpickle import NUMPY, LazyArray, Resolver, load, size_of
 
-_STAND_INS = NUMPY | {(module, "tuple"): tuple for module in ("builtins", "__builtin__")}
 _MAX_NAMES = 20_000
 _PADDLE_NORM = {"_mean": "running_mean", "_variance": "running_var"}
+
+
+def _pair(values: Any = ()) -> tuple[Any, ...]:
+    """Stand-in for ``tuple``, which would make eight bytes of each byte of a string."""
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"it makes a tuple of a {type(values).__name__}")
+    return tuple(values)
+
+
+_STAND_INS = NUMPY | {(module, "tuple"): _pair for module in ("builtins", "__builtin__")}
 
 
 class Pickled(NamedTuple):
@@ -37,10 +46,11 @@ def read(file: IO[bytes]) -> Pickled:
         UnsafePickleError: if it contains more than arrays, numbers and containers of them.
         ValueError: if it is damaged, or neither.
     """
+    resolve = Resolver(size_of(file))
     root = load(file, _STAND_INS)
     if isinstance(root, dict) and isinstance(root.get("param values"), list):
-        return _lasagne(root)
-    arrays = _paddle(root) if isinstance(root, dict) else {}
+        return _lasagne(root, resolve)
+    arrays = _paddle(root, resolve) if isinstance(root, dict) else {}
     if not any(values.ndim == 4 for values in arrays.values()):
         raise ValueError(
             "it is a pickle without the weights of a network; expected those of Lasagne "
@@ -49,12 +59,12 @@ def read(file: IO[bytes]) -> Pickled:
     return Pickled("Paddle", arrays)
 
 
-def _lasagne(root: dict[str, Any]) -> Pickled:
+def _lasagne(root: dict[str, Any], resolve: Resolver) -> Pickled:
     arrays: dict[str, np.ndarray] = {}
     counts = {4: 0, 2: 0}
     name = ""
     for value in root["param values"][:_MAX_NAMES]:
-        values = value.resolve() if isinstance(value, LazyArray) else None
+        values = resolve(value) if isinstance(value, LazyArray) else None
         if not isinstance(values, np.ndarray) or values.ndim not in (1, 2, 4):
             raise ValueError("its parameters are not those of convolutions and dense layers")
         if values.ndim == 1:
@@ -68,7 +78,7 @@ def _lasagne(root: dict[str, Any]) -> Pickled:
         name = f"features.{2 * number}" if values.ndim == 4 else f"classifier.{3 * number}"
         arrays[f"{name}.weight"] = values if values.ndim == 4 else values.T
     mean, words = root.get("mean value"), root.get("synset words")
-    values = mean.resolve() if isinstance(mean, LazyArray) else None
+    values = resolve(mean) if isinstance(mean, LazyArray) else None
     preprocess = None
     if isinstance(values, np.ndarray) and values.size == 3 and np.isfinite(values).all():
         preprocess = {"mean": [round(float(v), 6) for v in values.ravel()], "order": "BGR"}
@@ -76,12 +86,12 @@ def _lasagne(root: dict[str, Any]) -> Pickled:
     return Pickled("Lasagne", arrays, preprocess, tuple(words) if is_list and words else ())
 
 
-def _paddle(root: dict[str, Any]) -> dict[str, np.ndarray]:
+def _paddle(root: dict[str, Any], resolve: Resolver) -> dict[str, np.ndarray]:
     arrays = {}
     for key, value in list(root.items())[:_MAX_NAMES]:
         if isinstance(value, tuple) and len(value) == 2:
             value = value[1]  # the name, and the array
-        values = value.resolve() if isinstance(value, LazyArray) else None
+        values = resolve(value) if isinstance(value, LazyArray) else None
         if isinstance(key, str) and isinstance(values, np.ndarray):
             owner, separator, part = key.rpartition(".")
             name = f"{owner}{separator}{_PADDLE_NORM.get(part, part)}"

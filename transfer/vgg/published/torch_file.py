@@ -33,6 +33,7 @@ from transfer.vgg.published.unpickle import (
 MAGIC = 0x1950A86A20F9469CFC6C
 """First object in files of PyTorch before 1.6; source: torch/serialization.py, MAGIC_NUMBER."""
 _MAX_PICKLE_BYTES, _MAX_DICTIONARIES, _MAX_NAMES = 2**28, 200_000, 20_000
+_MAX_HEAD = 100  # tensors of a classifier
 _BFLOAT16 = "bfloat16"
 _TYPES = {
     "DoubleStorage": "<f8",
@@ -145,7 +146,7 @@ def _contents(root: Any) -> TorchFile:
     module = root if _is_module(root) else None
     for path, values in _dictionaries(root):
         tensors = {key: found for key, value in values.items() if (found := _tensor(value))}
-        if not any(tensor.has_window for tensor in tensors.values()):
+        if not any(tensor.has_window for tensor in tensors.values()) and not _is_head(tensors):
             tensors = {}  # class weights, metrics; the state of a network has convolutions
         if len(arrays) + len(tensors) > _MAX_NAMES:
             raise ValueError(f"it holds over {_MAX_NAMES:,} tensors")
@@ -163,7 +164,7 @@ def _contents(root: Any) -> TorchFile:
                     "16, 32 or 64 bits on a CPU or GPU, not quantized or sparse"
                 )
             labels = labels or _class_names(key, value)
-    if not arrays:
+    if not any(values.ndim == 4 for values in arrays.values()):
         raise UnsafePickleError(_no_weights(root, module))
     return TorchFile(arrays, labels)
 
@@ -193,6 +194,13 @@ def _tensor(value: Any) -> _Tensor | None:
     """The tensor of a tensor or parameter, ``None`` for other values."""
     value = value.data if isinstance(value, _Parameter) else value
     return value if isinstance(value, _Tensor) else None
+
+
+def _is_head(tensors: dict[Any, _Tensor]) -> bool:
+    """Whether a dictionary may be the state of a classifier that was saved beside its features."""
+    return len(tensors) <= _MAX_HEAD and any(
+        str(key).endswith(".weight") and tensor.is_matrix for key, tensor in tensors.items()
+    )
 
 
 def _is_module(value: Any) -> bool:
@@ -284,6 +292,11 @@ class _Tensor(LazyArray):
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.storage, self.offset, self.size, self.stride = state[:4]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it has the dimensions of the kernel of a fully connected layer."""
+        return isinstance(self.size, tuple | list) and len(self.size) == 2
 
     @property
     def has_window(self) -> bool:

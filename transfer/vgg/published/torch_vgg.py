@@ -39,7 +39,7 @@ _PARTS = ("weight", "bias", "running_mean", "running_var")
 # torchvision publishes weights of VGG16 for feature extraction whose classifier is NaN, and their
 # normalization: images in 0..1, minus this mean, divided by 1/255. Source: torchvision,
 # models/vgg.py, VGG16_Weights.IMAGENET1K_FEATURES.
-_FEATURES_MEAN = {"mean": [0.48235 * 255, 0.45882 * 255, 0.40784 * 255], "order": "RGB"}
+FEATURES_MEAN = {"mean": [0.48235 * 255, 0.45882 * 255, 0.40784 * 255], "order": "RGB"}
 _FEATURES = 4096  # outputs of fc6 and fc7
 _STANDARD_HEAD = ((0, 3, 6), ())
 
@@ -108,13 +108,14 @@ def interpret(arrays: Mapping[str, np.ndarray], pooling: str | None = None) -> T
     Raises:
         ValueError: if there is none, or it has other layers between its convolutions.
     """
-    path, state, others, notes = _chosen(arrays)
+    state, origins, others, notes = _chosen(arrays)
     modules, rest = _modules(state)
     convolutions = _convolutions(modules)
     if convolutions is None:
         raise ValueError(_no_vgg(modules))
     used = {id(module) for module in convolutions}
     norms = _norms(modules, convolutions, used)
+    _check_unknown(rest, [module for module in modules if id(module) in used], convolutions)
     vgg = TorchVGG(_folded(convolutions, norms), [module.name for module in convolutions])
     vgg.notes += notes
     if norms:
@@ -122,17 +123,19 @@ def interpret(arrays: Mapping[str, np.ndarray], pooling: str | None = None) -> T
     behind = [module for module in modules if id(module) not in used]
     vgg.left_out = [*others, *rest]
     _add_head(vgg, behind, convolutions, pooling)
-    vgg.left_out = [f"{path}{name}" if name in state else name for name in vgg.left_out]
+    vgg.left_out = [origins.get(name, name) for name in vgg.left_out]
     return vgg
 
 
 def _chosen(
     arrays: Mapping[str, np.ndarray],
-) -> tuple[str, dict[str, np.ndarray], list[str], list[str]]:
-    """The state dict with a VGG: its path, its arrays, the names of other arrays, and notes.
+) -> tuple[dict[str, np.ndarray], dict[str, str], list[str], list[str]]:
+    """The state dict with a VGG: its arrays, their names in the file, the names of other arrays,
+    and notes.
 
     Of weights and their exponential moving average, the average is taken: it is what such
-    trainings evaluate.
+    trainings evaluate. A classifier that was saved beside its features belongs to them, if there is
+    one of each.
     """
     states: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     for name, values in arrays.items():
@@ -143,7 +146,19 @@ def _chosen(
         fitting = [max(states, key=lambda path: len(states[path]), default="")]
     averages = [path for path in fitting if re.search(r"(^|[/_.])ema([/_.]|$)", path, re.I)]
     chosen = (averages or fitting)[0]
-    others = [f"{path}*" for path in states if path != chosen]
+    state = dict(states.get(chosen, {}))
+    origins = {key: f"{chosen}{key}" for key in state}
+    with_matrices = [
+        path for path in states if any(values.ndim == 2 for values in states[path].values())
+    ]
+    joined = ""
+    if len(fitting) == len(with_matrices) == 1 and chosen not in with_matrices:
+        (joined,) = with_matrices
+        name = joined.rstrip("/").rpartition("/")[2] or "head"
+        for key, values in states[joined].items():
+            state[f"{name}.{key}"] = values
+            origins[f"{name}.{key}"] = f"{joined}{key}"
+    others = [f"{path}*" for path in states if path not in (chosen, joined or chosen)]
     notes = []
     if len(fitting) > 1:
         among = ", ".join(path.rstrip("/") or "the file itself" for path in fitting)
@@ -151,7 +166,7 @@ def _chosen(
             f"the weights of {chosen.rstrip('/') or 'the file itself'} are taken, of {among}; "
             f"leave_out={chosen + '*'!r} takes another"
         )
-    return chosen, dict(states.get(chosen, {})), others, notes
+    return state, origins, others, notes
 
 
 def _modules(state: Mapping[str, np.ndarray]) -> tuple[list[_Module], list[str]]:
@@ -166,10 +181,34 @@ def _modules(state: Mapping[str, np.ndarray]) -> tuple[list[_Module], list[str]]
             if values.size > 4:  # not a mean of the channels, a temperature
                 rest.append(key)
             continue
-        words = [word for word in owner.split(".") if word not in _WRAPPERS]
-        name = ".".join(words)
+        name = _unwrapped(owner)
         modules.setdefault(name, _Module(name)).parts[part] = values
     return list(modules.values()), rest
+
+
+def _unwrapped(name: str) -> str:
+    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
+
+
+def _check_unknown(
+    rest: Sequence[str], used: Sequence[_Module], convolutions: Sequence[_Module]
+) -> None:
+    """Check that no array of an unknown kind belongs to a layer of the network or stands between
+    them.
+
+    Raises:
+        ValueError: names the array.
+    """
+    names = {module.name for module in used}
+    for key in rest:
+        owner = _Module(_unwrapped(key.rpartition(".")[0]))
+        is_between = owner.stem == convolutions[0].stem and owner.numbers < convolutions[-1].numbers
+        if owner.name in names or is_between:
+            raise ValueError(
+                f"its array {key} belongs to a layer of the network, and its kind is not known; a "
+                f"VGG without it would compute something else. If it has no effect: "
+                f"leave_out={'*' + key!r}"
+            )
 
 
 def _convolutions(modules: Sequence[_Module]) -> list[_Module] | None:
@@ -344,7 +383,7 @@ def _add_head(
         chain = _chain(dense, channels)
         if all(np.isnan(module.kernel).all() for module in chain):
             if len(convolutions) == 13:
-                vgg.preprocess = dict(_FEATURES_MEAN)
+                vgg.preprocess = dict(FEATURES_MEAN)
             raise UnsupportedHeadError(
                 "its weights are NaN, as in torchvision's IMAGENET1K_FEATURES, whose preprocessing "
                 "is taken"

@@ -33,6 +33,30 @@ class LazyArray:
         raise NotImplementedError
 
 
+class Resolver:
+    """Makes the arrays of a pickle. Together they may be as large as the file: otherwise many
+    arrays could be made of the same text.
+
+    Args:
+        max_bytes: size of the file.
+    """
+
+    def __init__(self, max_bytes: int):
+        self._left = max_bytes
+
+    def __call__(self, value: LazyArray) -> Any:
+        """The array.
+
+        Raises:
+            ValueError: if it is damaged, or the arrays are larger than the file.
+        """
+        array = value.resolve()
+        self._left -= array.nbytes if isinstance(array, np.ndarray) else 0
+        if self._left < 0:
+            raise ValueError("its arrays have more bytes than the file")
+        return array
+
+
 class Inert:
     """Stand-in for a class, a function or an object that is not data: whatever a pickle does with
     it is recorded nowhere, except its state, which ``torch_file`` needs to describe it.
@@ -65,7 +89,8 @@ def numpy_arrays(file: IO[bytes]) -> dict[str, np.ndarray]:
         UnsafePickleError: if it contains more than arrays, numbers and containers of them.
         ValueError: if it is damaged.
     """
-    return _arrays(load(file, NUMPY))
+    resolve = Resolver(size_of(file))
+    return _arrays(load(file, NUMPY), resolve)
 
 
 class _Unpickler(pickle._Unpickler):
@@ -105,6 +130,19 @@ class _Unpickler(pickle._Unpickler):
         if (module, name) == ("_codecs", "encode"):
             return self._encode
         return self._stand_ins[module, name]
+
+    def _load_reduce(self) -> None:
+        arguments, called = self.stack.pop(), self.stack[-1]
+        self.stack[-1] = self._called(called, arguments)
+
+    def _instantiate(self, klass: Any, args: Any) -> None:
+        self.append(self._called(klass, args))
+
+    def _called(self, called: Any, arguments: Any) -> Any:
+        """Call a stand-in. The elements of its arguments count as operations: a list that is in
+        the pickle once could be copied any number of times."""
+        self._file.count(sum(len(one) for one in arguments if isinstance(one, list | tuple)))
+        return called(*arguments)
 
     def _load_newobj(self) -> None:
         self._make(self.stack.pop())
@@ -213,6 +251,7 @@ for _operation, _replacement in (
     (pickle.FROZENSET, _Unpickler._load_frozenset),
     (pickle.ADDITEMS, _Unpickler._load_additems),
     (pickle.BUILD, _Unpickler._load_build),
+    (pickle.REDUCE, _Unpickler._load_reduce),
     (pickle.NEWOBJ, _Unpickler._load_newobj),
     (pickle.NEWOBJ_EX, _Unpickler._load_newobj_ex),
 ):
@@ -238,11 +277,15 @@ class _Operations:
         if self._extra < 0:
             raise ValueError("it encodes more bytes than the file has")
 
-    def _counted(self, data: bytes) -> bytes:
-        self._left -= len(data)
-        self._operations -= 1
+    def count(self, operations: int) -> None:
+        """Account for operations."""
+        self._operations -= operations
         if self._operations < 0:
             raise ValueError(f"it has over {_MAX_OPERATIONS:,} operations")
+
+    def _counted(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        self.count(1)
         return data
 
 
@@ -269,14 +312,20 @@ def load(
     """
     try:
         if size is None:
-            start = file.tell()
-            size = file.seek(0, io.SEEK_END) - start
-            file.seek(start)
+            size = size_of(file)
         return _Unpickler(_Operations(file, size), stand_ins, persistent, is_lenient).load()
     except UnsafePickleError:
         raise
     except Exception as error:  # damaged pickles raise arbitrary exceptions
         raise ValueError(f"it is damaged ({type(error).__name__}: {error})") from error
+
+
+def size_of(file: IO[bytes]) -> int:
+    """Remaining bytes of a file."""
+    start = file.tell()
+    size = file.seek(0, io.SEEK_END) - start
+    file.seek(start)
+    return size
 
 
 def _key(value: Any) -> Any:
@@ -390,7 +439,7 @@ for _module in ("numpy.core", "numpy._core"):
     NUMPY[f"{_module}.numeric", "_frombuffer"] = _Buffer
 
 
-def _arrays(root: Any) -> dict[str, np.ndarray]:
+def _arrays(root: Any, resolve: Resolver) -> dict[str, np.ndarray]:
     """All arrays in an object by their path, without those of optimizers.
 
     The depth and the number of objects are limited: a pickle of a few bytes can contain itself.
@@ -404,7 +453,7 @@ def _arrays(root: Any) -> dict[str, np.ndarray]:
         path, value = pending.pop()
         if isinstance(value, LazyArray):
             if id(value) not in resolved:
-                resolved[id(value)] = value.resolve()
+                resolved[id(value)] = resolve(value)
             pending.append((path, resolved[id(value)]))
         elif isinstance(value, np.ndarray):
             arrays["/".join(path)] = value
