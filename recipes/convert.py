@@ -63,8 +63,9 @@ def convert(
         Path,
         Parameter(
             help="Keras .h5 or .keras, tf-slim checkpoint, .npz, .npy, PyTorch .pth, .safetensors, "
-            "MatConvNet .mat, .caffemodel, or a frozen .tfmodel. For --out FILE.keras also a meta "
-            "graph, a frozen graph or a SavedModel."
+            "ONNX, MatConvNet .mat, .caffemodel, MXNet .params, Paddle .pdparams, Lasagne .pkl, or "
+            "a frozen .tfmodel. For --out FILE.keras also a meta graph, a frozen graph or a "
+            "SavedModel."
         ),
     ],
     *,

@@ -117,6 +117,9 @@ def test_unknown_arrays_of_a_layer_are_refused():
     scale = {"features.0.gamma": np.ones(64, "f4")}
     with pytest.raises(ValueError, match=r"its array features.0.gamma .*kind is not known"):
         torch_vgg.interpret(torch_state() | scale)
+    lora = {"features.0.lora_A.default.weight": np.ones((8, 3, 3, 3), "f4")}
+    with pytest.raises(ValueError, match="an adapter .LoRA.*merge_and_unload"):
+        torch_vgg.interpret(torch_state() | lora)
     vgg = torch_vgg.interpret(torch_state() | {"queue": np.ones(64, "f4")})
     assert vgg.left_out == ["queue"]
 

@@ -144,7 +144,8 @@ def _read(path: Path) -> Container:
         return Container("Caffe", arrays)
     raise ValueError(
         "it is none of: Keras (.h5, .keras), NumPy (.npz, .npy), PyTorch (.pth), safetensors, "
-        "MatConvNet (.mat), Caffe (.caffemodel), ONNX, a TensorFlow checkpoint or frozen graph; "
+        "MatConvNet (.mat), Caffe (.caffemodel), ONNX, MXNet (.params), Paddle (.pdparams), "
+        "Lasagne (.pkl), a TensorFlow checkpoint or frozen graph; "
         f"it begins with {head[:8]!r} and has {size:,} bytes"
     )
 

@@ -88,8 +88,8 @@ def convert(
 
     Args:
         file: Keras ``.h5`` or ``.keras``, tf-slim checkpoint, ``.npz``, ``.npy``, PyTorch
-            ``.pth``, ``.safetensors``, MatConvNet ``.mat``, ``.caffemodel``, or a frozen
-            ``.tfmodel``.
+            ``.pth``, ``.safetensors``, ONNX, MatConvNet ``.mat``, ``.caffemodel``,
+            MXNet ``.params``, Paddle ``.pdparams``, Lasagne ``.pkl``, or a frozen ``.tfmodel``.
         out: prefix of the model to write, such as ``models/vgg16``.
         convolutional: write fc6 to fc8 as convolutions, for images of any size from 32 pixels.
         preprocess: preprocessing of the weights: ``caffe``, ``slim``, ``torch``, ``tf``, ``unit``
@@ -102,7 +102,8 @@ def convert(
             the columns. ``auto``: by the age of the file.
         pooling: the layer before the first fully connected layer; needed if that layer has as many
             inputs as the last convolution has outputs and the file does not say.
-        leave_out: patterns of arrays that do not matter for the features, such as ``extras.*``.
+        leave_out: patterns of arrays that do not matter for the features, such as ``extras.*``,
+            in files that have no more than arrays.
         top: convert the head with the classes, if there is one; ``False`` leaves it out.
 
     Returns:

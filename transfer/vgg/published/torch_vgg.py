@@ -110,6 +110,11 @@ def interpret(arrays: Mapping[str, np.ndarray], pooling: str | None = None) -> T
     """
     state, origins, others, notes = _chosen(arrays)
     modules, rest = _modules(state)
+    if adapter := next((key for key in state if re.search(r"(^|\.)lora_[AB]\.", key)), None):
+        raise ValueError(
+            f"its array {adapter} is that of an adapter (LoRA), which changes the layers; save "
+            "model.merge_and_unload().state_dict()"
+        )
     convolutions = _convolutions(modules)
     if convolutions is None:
         raise ValueError(_no_vgg(modules))
