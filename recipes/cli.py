@@ -112,7 +112,9 @@ def _launch(
         debug: Show the traceback of an error.
     """
     del debug  # read in main, where errors are caught
-    console.set_quiet(quiet)
+    # cyclopts leaves these to predict, whose arguments may start with a hyphen.
+    words = [token for token in tokens if token not in ("--quiet", "--debug")]
+    console.set_quiet(quiet or "--quiet" in tokens)
     if config is not None:
         flags = yaml_files.read_flags(config.expanduser())
         for name, value in flags.items():  # cyclopts before 5.4 takes the first of a list
@@ -121,7 +123,7 @@ def _launch(
         # Keyed by verb: in a flat file, cyclopts ignores flags named like a verb (cache).
         by_verb = dict.fromkeys((*VERBS, *map(_verb, _CHILDREN)), flags)
         app.config = (cyclopts.config.Dict(by_verb, source=str(config)),)
-    return app(tokens, exit_on_error=False, print_error=False)
+    return app(words, exit_on_error=False, print_error=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

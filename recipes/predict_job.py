@@ -53,7 +53,13 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
     passed_over = PassedOver()
     done = num_failed = 0
     start = time.perf_counter()
-    with tqdm(unit="image", file=sys.stderr, mininterval=1.0, leave=False) as bar:
+    with tqdm(
+        unit="image",
+        file=sys.stderr,
+        mininterval=1.0,
+        leave=False,
+        disable=not console.verbosity(),
+    ) as bar:
 
         def report(path: Path, error: Exception) -> None:
             nonlocal num_failed

@@ -46,7 +46,7 @@ def test_fine_tuning_example_equals_command_bit_for_bit(tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("_a_clone")
-@pytest.mark.parametrize("example", EXAMPLES[1:], ids=["tf1", "keras", "eager"])
+@pytest.mark.parametrize("example", EXAMPLES[1:], ids=["tf1", "keras"])
 def test_example_prints_documented_output(example, capsys):
     run(example, capsys)
 

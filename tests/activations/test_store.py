@@ -109,6 +109,7 @@ def test_changed_image_is_recomputed(run, folder):
     assert found == 80 - computed
 
 
+@pytest.mark.slow
 def test_interrupted_extraction_is_resumed(run, tmp_path, model, folder, monkeypatch, capsys):
     whole, _ = run("whole", "--cache", "memory")
     append = Entry.append

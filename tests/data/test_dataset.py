@@ -478,6 +478,7 @@ def test_prefetch_reads_few_images(undecoded):
     assert len(numbered.reads) < 4_000
 
 
+@pytest.mark.slow
 def test_resumed_epoch_needs_no_files_of_earlier_batches(image_folder):
     split = open_source(image_folder=str(image_folder)).split("train")
     options = {"shuffle_seed": 2, "view_seed": 2}

@@ -267,6 +267,7 @@ def test_names_that_are_not_utf_8_are_kept(tmp_path: Path) -> None:
     assert images == [b"1", b"2"]
 
 
+@pytest.mark.slow
 def test_equals_an_image_folder_with_the_same_images(image_folder: Path) -> None:
     expected = open_source(image_folder=str(image_folder))
     names = [*expected.names("train")]

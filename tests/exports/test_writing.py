@@ -62,6 +62,7 @@ def test_keras_file_outputs_logits(classifier, tmp_path):
     assert "np.repeat" not in text
 
 
+@pytest.mark.slow
 def test_saved_model_outputs_probabilities(classifier, tmp_path):
     export(classifier, tmp_path, formats=["saved_model"])
     model = tf.saved_model.load(str(tmp_path / "saved_model" / "1"))
@@ -93,6 +94,7 @@ def test_meta_graph_has_current_weights(loaded, tmp_path, stock_session):
     assert not np.allclose(found, before, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_int8_needs_images(classifier, tmp_path, image_folder):
     export(classifier, tmp_path / "out", formats=["tflite"])
     models = sorted(path.name for path in (tmp_path / "out" / "tflite").glob("*.tflite"))
@@ -121,6 +123,7 @@ def test_loaded_classifier_is_native_too(loaded, tmp_path):
     assert metrics["exports"]["keras"]["max_difference"] < 1e-5
 
 
+@pytest.mark.slow
 def test_network_that_keras_cannot_express_is_refused_with_its_node(tmp_path):
     """The other formats are written."""
     with tf.Graph().as_default() as graph:

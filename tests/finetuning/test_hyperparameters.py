@@ -139,6 +139,7 @@ def test_grown_batch_is_logged_and_recorded(tmp_path, model, image_folder, small
     assert finetune_with_defaults(tmp_path / "grown", model, image_folder, *flags) == 0
 
 
+@pytest.mark.slow
 def test_resumed_run_keeps_its_batch_size(tmp_path, model, image_folder, small_defaults):
     """A run of an earlier version, whose default batch was smaller."""
     out, flags = tmp_path / "run", ["--epochs", "1"]

@@ -16,6 +16,7 @@ def splits(image_folder):
     return open_source(image_folder=str(image_folder)).train_and_eval_splits()
 
 
+@pytest.mark.slow
 def test_find_learning_rate_equals_command_line(tmp_path, model, image_folder, splits, capsys):
     request = RunRequest(load_meta_graph(model), *splits, FineTuneOptions(cache="memory"))
     found = find_learning_rate(request, steps=20)

@@ -43,6 +43,7 @@ def config(out):
     return yaml.safe_load((out / "config.yaml").read_text())
 
 
+@pytest.mark.slow
 def test_int8_run_is_recorded_and_has_its_own_activations(tmp_path, run, image_folder, capsys):
     float32 = run("float32")
     assert float32["precision"] == config(tmp_path / "float32")["precision"] == "float32"
@@ -67,6 +68,7 @@ def test_int8_run_is_recorded_and_has_its_own_activations(tmp_path, run, image_f
     assert evaluated["loss"] == pytest.approx(int8["eval"]["loss"], abs=0.1)
 
 
+@pytest.mark.slow
 def test_interrupted_auto_run_resumes_in_its_precision(tmp_path, run, monkeypatch):
     """Even where a new measurement would decide otherwise."""
     monkeypatch.setattr(precision, "MIN_IMAGES", 1)
@@ -100,6 +102,7 @@ def test_int8_is_refused_where_it_disagrees(tmp_path, model, image_folder, monke
     assert "of their standard deviation; expected at most 1e-06" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_uncached_activations_are_computed_in_int8(run):
     flags = ["--precision", "int8", "--freeze-until", "pool2", "--epochs", 1]
     cached, off = run("cached", *flags), run("off", *flags, "--cache", "off")
@@ -124,6 +127,7 @@ def test_impossible_int8_is_refused(model, image_folder, tmp_path, options, mess
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_run_from_before_int8_is_resumed(tmp_path, run):
     run("old", "--epochs", 1)
     path = tmp_path / "old" / "config.yaml"

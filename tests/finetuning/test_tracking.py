@@ -61,6 +61,7 @@ def wandb(monkeypatch):
     return runs
 
 
+@pytest.mark.slow
 def test_wandb_gets_options_epochs_evaluation_and_files(tmp_path, model, image_folder, wandb):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--track", "wandb", "--track-files") == 0
@@ -86,6 +87,7 @@ def test_a_head_that_is_solved_for_is_logged_without_epochs(tmp_path, model, ima
     assert [run.logged[0][1]["val_loss"]] == run_folder.read_history(out)["val_loss"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_the_run_of_the_tracker(tmp_path, model, image_folder, wandb):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--track", "wandb") == 0

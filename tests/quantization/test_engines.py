@@ -58,7 +58,7 @@ def lossy_network() -> GraphLayer:
     shares a range with one that is a hundred thousand times larger."""
 
     values = {
-        "mix": np.array([[[[1, 1e5], [1, 1e5], [1, 0]]]], np.float32),
+        "mix": np.array([[[[1, 1e3], [1, 1e3], [1, 0]]]], np.float32),
         "select": np.array([[[[1], [0]]]], np.float32),
     }
 

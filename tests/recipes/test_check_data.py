@@ -53,6 +53,7 @@ def test_findings_are_listed(image_folder, capsys):
     assert "labels to review" not in out
 
 
+@pytest.mark.slow
 def test_rare_classes_and_ignored_files_are_listed(image_folder, capsys):
     (image_folder / "001").mkdir()
     (image_folder / "red" / "00.jpg").rename(image_folder / "001" / "00.jpg")

@@ -33,6 +33,7 @@ def patients(manifest: Path, names: list[str]) -> set[str]:
     return {patient for path, _, patient in rows if path in names}
 
 
+@pytest.mark.slow
 def test_run_records_the_manifest_and_evaluate_opens_it_again(grouped, capsys):
     _, manifest, run = grouped
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -54,6 +55,7 @@ def test_run_records_the_manifest_and_evaluate_opens_it_again(grouped, capsys):
     assert "groups drawn independently" in " ".join((run / "report.html").read_text().split())
 
 
+@pytest.mark.slow
 def test_evaluation_on_trained_groups_warns(grouped, capsys):
     _, _, run = grouped
     assert main(["evaluate", str(run), "--eval-split", "train"]) == 0

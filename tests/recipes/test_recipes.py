@@ -498,6 +498,7 @@ def test_the_package_is_a_command():
     assert "Usage: vgg-transfer inspect" in done.stdout
 
 
+@pytest.mark.slow
 def test_pretrained_model_can_be_fine_tuned(tmp_path, image_folder, capsys):
     out = tmp_path / "pretrained"
     flags = ["--image-folder", image_folder, "--epochs", 1, "--batch-size", 10, "--out", out]

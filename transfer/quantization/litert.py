@@ -43,6 +43,7 @@ def quantize(layer: GraphLayer[Any], images: np.ndarray) -> Callable[[Any], np.n
     ]
     try:
         interpreter = Interpreter(model_content=converter.convert(), num_threads=_num_cpus())
+        interpreter.allocate_tensors()  # where XNNPACK refuses scales that it cannot represent
     except Exception as error:  # LiteRT has no specific exception type
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"LiteRT cannot compute this network in int8: {reason}") from error
