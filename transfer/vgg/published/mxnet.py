@@ -62,7 +62,7 @@ def arrays(data: memoryview) -> dict[str, np.ndarray]:
             raise ValueError(
                 f"it has an array of version {magic:#x}, storage {kind} and {dimensions:,} "
                 f"dimensions; expected at most version {_VERSION_2:#x}, dense storage and 1 to "
-                f"{_MAX_DIMENSIONS} dimensions, as mx.nd.save of MXNet 1 writes"
+                f"{_MAX_DIMENSIONS} dimensions, as MXNet 1 saves them"
             )
         shape = take(f"<{dimensions}{'q' if is_versioned else 'I'}")
         _, _, code = take("<iii")  # device, its number, type
