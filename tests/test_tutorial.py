@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_BLOCKS = {"tutorial": 14, "features": 8, "scikit-learn": 2}
+NUM_BLOCKS = {"tutorial": 14, "features": 9, "scikit-learn": 2}
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in NUM_BLOCKS}
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 

@@ -24,7 +24,7 @@ def test_benchmark_resumes_and_writes_report(tmp_path, model, image_folder, capf
     for name in ("transfer", "recipes", "numpy", "random"):
         (tmp_path / "work" / f"{name}.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path / "work")
-    flags = ["--cuts", "fc7,scratch", "--seeds", 1, "--epochs", 2]
+    flags = ["--cuts", "fc7,scratch", "--seeds", 2, "--epochs", 2]
     assert benchmark(out, model, image_folder, *flags) == 0
     printed = capfd.readouterr()
     labels = ["fc7", "scratch"]
@@ -34,7 +34,7 @@ def test_benchmark_resumes_and_writes_report(tmp_path, model, image_folder, capf
     summary = json.loads((out / "benchmark.json").read_text())
     rows = {row["label"]: row for row in summary["rows"]}
     assert list(rows) == labels
-    assert all(row["seeds"] == 1 and row["failed"] == 0 for row in rows.values())
+    assert all(row["seeds"] == 2 and row["failed"] == 0 for row in rows.values())
     assert rows["fc7"]["warm_extract_s"] < rows["fc7"]["extract_s"]
     assert rows["fc7"]["disk_mb"] > 0
     assert rows["scratch"]["extract_s"] == rows["scratch"]["disk_mb"] == 0
@@ -50,7 +50,7 @@ def test_benchmark_resumes_and_writes_report(tmp_path, model, image_folder, capf
     assert not list(out.glob("*/seed-*/model.*"))
 
     # Interrupted runs are repeated, finished ones are not.
-    (out / "fc7" / "seed-0" / "metrics.json").unlink()
+    (out / "fc7" / "seed-1" / "metrics.json").unlink()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*/seed-*/metrics.json")}
     assert benchmark(out, model, image_folder, *flags, "--resume") == 0
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
