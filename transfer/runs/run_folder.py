@@ -101,7 +101,9 @@ def opened(
         ) from None
     with lock:
         for name in (EVENTS, CHECKPOINTS):
-            for folder in (out / name, *(out / name).glob("*")):
+            # Files of events are never written again: each process begins its own.
+            inside = (path for path in (out / name).glob("*") if not path.is_file())
+            for folder in (out / name, *inside):
                 files.refuse_link(folder)
         files.remove_drafts(out)  # left by a run that was killed while saving its model
         if resume and _has_begun(out):
