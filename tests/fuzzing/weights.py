@@ -50,6 +50,9 @@ def weights_bases(root: Path) -> Iterator[Base]:
         layers += [keras.layers.BatchNormalization(), keras.layers.ReLU()]
         layers += [keras.layers.MaxPooling2D()]
     model = keras.Sequential([*layers, keras.layers.Flatten(), keras.layers.Dense(3)])
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):  # before a ReLU
+            layer.moving_mean.assign(-layer.moving_variance)
     for suffix in (".h5", ".keras", ".weights.h5"):
         found = base(f"saved{suffix}", f"weights{suffix}")
         found.folder.mkdir()
