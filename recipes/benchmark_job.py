@@ -20,6 +20,7 @@ from transfer.activations.cache import Cache
 from transfer.benchmarking import report
 from transfer.benchmarking.limits import LIMITS
 from transfer.core import child_process, files, measurement
+from transfer.finetuning.options import parse_tap
 from transfer.finetuning.tap_choice import AUTO
 from transfer.graph import Network, concatenated, cut, operation_of
 from transfer.graph.cuts import Cut, default_cuts, list_cuts
@@ -129,8 +130,7 @@ def _open(config: BenchmarkConfig) -> tuple[MetaGraph, Network]:
     """The graph and network of the runs, to list the cuts."""
     graph = load_meta_graph(config.model, rename=parse_renames(config.rename))
     feeds = dict(parse_feed(assignment) for assignment in config.feed)
-    taps = config.taps if len(config.taps) > 1 else config.tap
-    network = graph.network(taps, config.input, feeds, config.keep_dropout)
+    network = graph.network(parse_tap(config.tap), config.input, feeds, config.keep_dropout)
     return graph, concatenated(network, "avg_max" if config.tap == "all" else "avg")
 
 

@@ -46,12 +46,12 @@ def features(images: Images = None, /, *, config: FeaturesConfig) -> int:
     with job():
         from transfer import Backbone, extract_features, load_meta_graph
         from transfer.activations.feature_files import check_path, save_features
+        from transfer.finetuning.options import parse_tap
         from transfer.images.preprocess import parse_size
 
         check_path(config.out.expanduser())
         graph = load_meta_graph(config.model)
-        taps = [name.strip() for name in (config.tap or "").split(",") if name.strip()]
-        backbone = Backbone(graph, taps if len(taps) > 1 else config.tap)
+        backbone = Backbone(graph, parse_tap(config.tap))
         size = None if config.image_size is None else parse_size(config.image_size)
         preprocess = graph.preprocess(backbone.network.input, config.preprocess, size)
         source = config.open()

@@ -25,6 +25,7 @@ from transfer.core import measurement
 from transfer.core.files import replacing
 from transfer.evaluation.image_scores import score_images
 from transfer.evaluation.metrics import expected_calibration_error
+from transfer.finetuning.model_plan import plan_model
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.run import run
 from transfer.finetuning.setup import RunRequest
@@ -32,7 +33,6 @@ from transfer.finetuning.tap_choice import AUTO
 from transfer.graph import cut
 from transfer.images.preprocess import parse_size
 from transfer.models import retention
-from transfer.models.plan import plan
 from transfer.runs import run_folder
 from transfer.runs.interruption import Interrupted
 
@@ -162,17 +162,7 @@ def _check(request: RunRequest, points: Sequence[Mapping[str, Any]]) -> None:
         if used in seen or options.schedule is not None or options.tap == AUTO:
             continue
         seen.add(used)
-        taps = options.taps if len(options.taps) > 1 else options.tap
-        planned = plan(
-            request.graph,
-            taps,
-            input=options.input,
-            feeds=request.feeds,
-            keep_dropout=options.keep_dropout,
-            use_ema=options.use_ema,
-            preprocess=options.preprocess,
-            image_size=size,
-        )
+        planned = plan_model(request.graph, options, request.feeds)
         if options.freeze_until not in ("tap", "none"):
             own = {node.name for node in planned.network.graph_def.node}
             name = options.freeze_until

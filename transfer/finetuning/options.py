@@ -148,11 +148,6 @@ class FineTuneOptions:
     seed: int = 0
     """Seed of the head initialization, shuffling, shots_per_class sampling and augmentation."""
 
-    @property
-    def taps(self) -> list[str]:
-        """The names in ``tap``."""
-        return [name.strip() for name in (self.tap or "").split(",") if name.strip()]
-
     def check(self) -> None:
         """Validate what can be checked without the model and the images.
 
@@ -236,6 +231,12 @@ class ResolvedOptions(FineTuneOptions):
     preprocess: str = field()
     image_size: int | str = field()
     batch_size: int = field()
+
+
+def parse_tap(tap: str | None) -> str | list[str] | None:
+    """The option ``tap`` as ``Backbone`` takes it: one name as it is, several as a list."""
+    names = [name.strip() for name in (tap or "").split(",") if name.strip()]
+    return names if len(names) > 1 else tap
 
 
 def options_from(arguments: Mapping[str, Any]) -> FineTuneOptions:

@@ -37,6 +37,7 @@ from transfer.finetuning.hyperparameters import (
     rms,
     trains_cached_head,
 )
+from transfer.finetuning.model_plan import plan_model
 from transfer.finetuning.options import FineTuneOptions, ResolvedOptions
 from transfer.finetuning.precision import choose
 from transfer.finetuning.tap_choice import AUTO, choose_tap
@@ -48,7 +49,6 @@ from transfer.layers.backbone import Backbone, GraphLayer
 from transfer.layers.classifier import Classifier
 from transfer.layers.head import Head, average_over_space
 from transfer.models.meta_graph import MetaGraph
-from transfer.models.plan import plan
 from transfer.quantization.calibration import CalibrationImages
 from transfer.quantization.prefix import QuantizedPrefix
 from transfer.runs import run_folder
@@ -349,16 +349,7 @@ def _classifier(
     """The classifier before training, the features of a few images, the resolved options, and the
     tensors of several taps."""
     graph, options, replicas = request.graph, request.options, request.replicas
-    planned = plan(
-        graph,
-        options.taps if len(options.taps) > 1 else options.tap,
-        input=options.input,
-        feeds=request.feeds,
-        keep_dropout=options.keep_dropout,
-        use_ema=options.use_ema,
-        preprocess=options.preprocess,
-        image_size=None if options.image_size is None else parse_size(options.image_size),
-    )
+    planned = plan_model(graph, options, request.feeds)
     tap = planned.tap if isinstance(planned.tap, str) else ",".join(planned.tap)
     network, preprocess = planned.network, planned.preprocess
     _report(options, tap, planned.tensors, network)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,14 +14,14 @@ from transfer.activations.extraction import EXTRACTION_BATCH
 from transfer.activations.features import extract_features
 from transfer.data.dataset import Split
 from transfer.evaluation import by_group
-from transfer.finetuning.options import FineTuneOptions
+from transfer.finetuning.model_plan import plan_model
+from transfer.finetuning.options import FineTuneOptions, parse_tap
 from transfer.graph import infer
 from transfer.graph.cuts import list_cuts
 from transfer.graph.policy import ForbiddenOpError
-from transfer.images.preprocess import parse_size
 from transfer.layers.backbone import Backbone
 from transfer.models.meta_graph import MetaGraph
-from transfer.models.plan import ModelPlan, plan
+from transfer.models.plan import ModelPlan
 from transfer.training.folds import stratified_folds
 from transfer.training.ridge import GRID, fit_ridge
 
@@ -95,15 +95,14 @@ def choose_tap(
         >>> choice.best.accuracy > 0.8
         True
     """
-    size = None if options.image_size is None else parse_size(options.image_size)
     candidates = candidate_taps(graph, options, feeds)
     work = sum(_multiply_adds(planned) for planned in candidates.values())
     few = _drawn(train, max(_MIN_IMAGES, min(MAX_IMAGES, _MAX_WORK // max(1, work))), options.seed)
     features = {}
-    for tap in progress(list(candidates)):
+    for tap, planned in progress(list(candidates.items())):
         backbone = Backbone(
             graph,
-            tap if "," not in tap else tap.split(","),
+            parse_tap(tap),
             input=options.input,
             feeds=feeds,
             keep_dropout=options.keep_dropout,
@@ -112,11 +111,10 @@ def choose_tap(
         )
         if options.random_weights:
             backbone.randomize(options.seed)
-        preprocess = graph.preprocess(backbone.network.input, options.preprocess, size)
         features[tap] = extract_features(
             backbone,
             few,
-            preprocess,
+            planned.preprocess,
             cache="disk" if options.cache == "disk" else "memory",
             cache_dir=options.cache_dir,
             cache_limit=options.cache_limit,
@@ -140,22 +138,12 @@ def candidate_taps(
     """
     given = options.tap if options.tap not in (None, AUTO) else None
     names = [given or graph.card.tap or "fc7", "all", *(tap.name for tap in graph.taps())]
-    size = None if options.image_size is None else parse_size(options.image_size)
     taps: dict[str, ModelPlan] = {}
     seen = set()
     problem: Exception | None = None
     for name in names:
         try:
-            planned = plan(
-                graph,
-                name if "," not in name else name.split(","),
-                input=options.input,
-                feeds=feeds,
-                keep_dropout=options.keep_dropout,
-                use_ema=options.use_ema,
-                preprocess=options.preprocess,
-                image_size=size,
-            )
+            planned = plan_model(graph, replace(options, tap=name), feeds)
             shape = infer(planned.network).get(planned.network.output)
         except (ValueError, OSError, ForbiddenOpError) as error:
             problem = problem or error
