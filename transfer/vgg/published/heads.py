@@ -27,6 +27,17 @@ width, channel, or the average or the maximum over height and width."""
 MAX_LAYERS, MAX_STEPS = 20, 100
 
 
+def channels_last(values: np.ndarray, channels: int) -> np.ndarray:
+    """Rows ``[inputs, ...]`` of a flattened feature map in the order channel, height, width to the
+    order height, width, channel.
+
+    Raises:
+        ValueError: if the number of rows is not a multiple of ``channels``.
+    """
+    shaped = values.reshape(channels, -1, *values.shape[1:])
+    return shaped.swapaxes(0, 1).reshape(values.shape)
+
+
 class UnsupportedHeadError(ValueError):
     """The reason why a head is left out; it continues the sentence "the head is left out: "."""
 

@@ -27,7 +27,7 @@ from transfer.vgg.architectures import ARCHITECTURES, Architecture
 from transfer.vgg.published import heads, keras_vgg, keras_weights, known_layouts, torch_vgg
 from transfer.vgg.published.batch_norm import BatchNorm
 from transfer.vgg.published.containers import Container
-from transfer.vgg.published.heads import Dense, Head, UnsupportedHeadError
+from transfer.vgg.published.heads import Dense, Head, UnsupportedHeadError, channels_last
 from transfer.vgg.published.known_layouts import LAYOUTS, Layout
 
 # Default epsilons of the original layers; weight files do not contain them.
@@ -503,10 +503,9 @@ def _is_theano(kernel: np.ndarray) -> bool:
 def _channels_last(kernel: np.ndarray, channels: int) -> np.ndarray:
     """``[inputs, outputs]`` with inputs in the order channel, height, width to height, width,
     channel."""
-    inputs, outputs = kernel.shape
-    if inputs % channels:
-        raise ValueError(f"its first fully connected layer takes {inputs} inputs")
-    return kernel.reshape(channels, -1, outputs).swapaxes(0, 1).reshape(inputs, outputs)
+    if len(kernel) % channels:
+        raise ValueError(f"its first fully connected layer takes {len(kernel)} inputs")
+    return channels_last(kernel, channels)
 
 
 def _architecture(

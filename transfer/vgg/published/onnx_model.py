@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from transfer.vgg.published import wire
+from transfer.vgg.published.heads import channels_last
 from transfer.vgg.published.keras_model import Layer, Model
 
 _MAX_NODES, _MAX_SHARED = 5000, 10_000
@@ -273,8 +274,7 @@ class _Chain:
         window = math.isqrt(rows // self.channels)
         if window**2 * self.channels != rows:
             raise ValueError(f"its first dense layer takes {rows} inputs; expected squares")
-        shaped = values.reshape(self.channels, window**2, *values.shape[1:])
-        return shaped.swapaxes(0, 1).reshape(values.shape)
+        return channels_last(values, self.channels)
 
     def _arithmetic(self, node: _Node) -> None:
         """The biases of a matrix product, or arithmetic on the images."""

@@ -512,14 +512,8 @@ def _has_room(before: _Module, module: _Module) -> bool:
 def _matrix(kernel: np.ndarray, channels: int | None) -> np.ndarray:
     """``[outputs, inputs]`` or ``[outputs, inputs, height, width]`` to ``[inputs, outputs]``, with
     the inputs of the first layer in the order height, width, channel instead of channel first."""
-    if channels is None:
-        return kernel.reshape(len(kernel), -1).T
-    window = math.isqrt(math.prod(kernel.shape[1:]) // channels)
-    return (
-        kernel.reshape(len(kernel), channels, window, window)
-        .transpose(2, 3, 1, 0)
-        .reshape(-1, len(kernel))
-    )
+    matrix = kernel.reshape(len(kernel), -1).T
+    return matrix if channels is None else heads.channels_last(matrix, channels)
 
 
 def _rows_first(norm: BatchNorm, channels: int) -> BatchNorm:
@@ -529,7 +523,7 @@ def _rows_first(norm: BatchNorm, channels: int) -> BatchNorm:
     def reordered(values: np.ndarray) -> np.ndarray:
         if values.size != channels * window**2:
             return values
-        return values.reshape(channels, window, window).transpose(1, 2, 0).ravel()
+        return heads.channels_last(values, channels)
 
     gamma, beta = (v if v is None else reordered(v) for v in (norm.gamma, norm.beta))
     return BatchNorm(reordered(norm.mean), reordered(norm.variance), norm.epsilon, gamma, beta)
