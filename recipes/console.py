@@ -80,7 +80,7 @@ def _as_flag(match: re.Match[str]) -> str:
     name, value = match.groups()
     if not value and "_" not in name:
         return name  # may be an ordinary word
-    return f"--{_FLAGS[name].replace('_', '-')}{' ' if value == '=' else ''}"
+    return f"{flag_of(_FLAGS[name])}{' ' if value == '=' else ''}"
 
 
 def decoding(images: Iterable[Any]) -> Iterable[Any]:
@@ -111,6 +111,11 @@ def suggest(*commands: str) -> None:
     """Show what can be done next, unless quiet."""
     for title, command in zip(("next: ", *["      "] * len(commands)), commands, strict=False):
         say_unless_quiet(f"{title}vgg-transfer {command}")
+
+
+def flag_of(option: str) -> str:
+    """The flag of an option."""
+    return f"--{option.replace('_', '-')}"
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

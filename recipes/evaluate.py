@@ -112,5 +112,5 @@ def _command(run: Path, flags: dict[str, Any]) -> list[str]:
     words = ["vgg-transfer", "evaluate", str(run)]
     for name, value in flags.items():
         if value not in (None, "auto", 0):
-            words += [f"--{name.replace('_', '-')}", str(value)]
+            words += [console.flag_of(name), str(value)]
     return words

@@ -8,6 +8,7 @@ from dataclasses import fields
 
 from tabulate import tabulate
 
+from recipes.console import flag_of
 from recipes.finetune_flags import DEFAULTS, FinetuneConfig
 from transfer.finetuning.cost import CutCost
 from transfer.finetuning.forecast import Forecast
@@ -75,7 +76,7 @@ def _command(forecast: Forecast, config: FinetuneConfig) -> str:
         value = recommended.get(option.name, getattr(config, option.name))
         if value == getattr(DEFAULTS, option.name):
             continue
-        flag = f"--{option.name.replace('_', '-')}"
+        flag = flag_of(option.name)
         for one in value if isinstance(value, tuple) else (value,):
             words += [flag] if one is True else [flag, str(one)]
     return shlex.join(words)

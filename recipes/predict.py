@@ -26,7 +26,7 @@ def _no_option(_: type, words: str | Sequence[str]) -> None:
     """Refuse arguments that look like options; cyclopts passes one argument or all."""
     words = [words] if isinstance(words, str) else words
     if unknown := [word for word in words if word.startswith("--")]:
-        known = [f"--{option.name.replace('_', '-')}" for option in fields(PredictConfig)]
+        known = [console.flag_of(option.name) for option in fields(PredictConfig)]
         hint = console.did_you_mean(unknown[0], known)
         raise CycloptsError(msg=f"Unknown option: {unknown[0]}.{hint}")
 

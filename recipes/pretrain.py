@@ -83,11 +83,10 @@ def _command(config: PretrainConfig) -> str:
     words = ["vgg-transfer", "pretrain"]
     for name in dict.fromkeys(["arch", *_IMAGES, *vars(config)]):
         value = getattr(config, name)
-        flag = name.replace("_", "-")
         if name in places or value is None:
             continue
         if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+            words.append(console.flag_of(name if value else f"no_{name}"))
         else:
-            words += [f"--{flag}", str(value)]
+            words += [console.flag_of(name), str(value)]
     return " ".join(words)
