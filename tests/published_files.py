@@ -112,28 +112,24 @@ def write_flaxmodels(path):
             file[f"{layer}/bias"] = biases(layer)
 
 
-def write_frossard(path):
+def write_npz(path, separator, kernel_of, save=np.savez_compressed):
     arrays = {}
     for layer in CONVOLUTIONS + CONNECTED:
-        arrays |= {f"{layer}_W": kernel(layer), f"{layer}_b": biases(layer)}
+        arrays |= {f"{layer}{separator}W": kernel_of(layer), f"{layer}{separator}b": biases(layer)}
     with path.open("wb") as file:
-        np.savez(file, **arrays)
+        save(file, **arrays)
+
+
+def write_frossard(path):
+    write_npz(path, "_", kernel, np.savez)
 
 
 def write_chainer(path):
-    arrays = {}
-    for layer in CONVOLUTIONS + CONNECTED:
-        arrays |= {f"{layer}/W": outputs_first(layer), f"{layer}/b": biases(layer)}
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+    write_npz(path, "/", outputs_first)
 
 
 def write_tensorpack(path):
-    arrays = {}
-    for layer in CONVOLUTIONS + CONNECTED:
-        arrays |= {f"{layer}/W": kernel(layer), f"{layer}/b": biases(layer)}
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+    write_npz(path, "/", kernel)
 
 
 def write_lasagne(path):

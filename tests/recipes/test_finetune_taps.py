@@ -126,15 +126,9 @@ def test_run_on_all_taps_is_solved_and_recorded(run_on_all):
 
 
 @pytest.mark.slow
-def test_exports_of_a_run_on_all_taps_agree_with_the_model(run_on_all):
-    assert main(["export", str(run_on_all)]) == 0
-    exports = json.loads((run_on_all / "export" / "export.json").read_text())["exports"]
-    assert {name.split()[0] for name in exports} >= {"meta_graph", "saved_model", "tflite", "keras"}
-    assert all(row["same_label"] == 1.0 for row in exports.values())
-
-
-@pytest.mark.slow
-def test_all_exports_agree_with_the_model(run):
+@pytest.mark.parametrize("fixture", ["run", "run_on_all"])
+def test_all_exports_agree_with_the_model(fixture, request):
+    run = request.getfixturevalue(fixture)
     assert main(["export", str(run)]) == 0
     exports = json.loads((run / "export" / "export.json").read_text())["exports"]
     assert {name.split()[0] for name in exports} >= {"meta_graph", "saved_model", "tflite", "keras"}

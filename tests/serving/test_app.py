@@ -13,11 +13,9 @@ import time
 import httpx
 import numpy as np
 import pytest
-from commands import finetune
-from conftest import make_image_folder
 from PIL import Image
+from served_runs import evaluated_run
 
-from recipes.cli import main
 from transfer import Classifier, open_source
 from transfer.images.decoding import read_image
 from transfer.serving.app import Settings, build_app
@@ -34,14 +32,7 @@ def run(tmp_path_factory, tiny_card, saved_vgg):
     """An evaluated run with errors: some labels of its photos are wrong."""
     folder = tmp_path_factory.mktemp("served")
     model = saved_vgg(folder / "model" / "tiny", card=tiny_card)
-    photos = make_image_folder(folder / "photos", 30)
-    for number in range(0, 30, 6):
-        (photos / "red" / f"{number:02d}.jpg").rename(photos / "blue" / f"wrong-{number}.jpg")
-    assert finetune(folder / "run", model, photos, "--epochs", 1) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transfer.evaluation.report.write", lambda *_: None)  # slow
-        assert main(["evaluate", str(folder / "run")]) == 0
-    return folder / "run"
+    return evaluated_run(folder / "run", model, 30, 6, "--epochs", 1)
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,8 @@ import httpx
 import numpy as np
 import pytest
 from chromium import browser
-from commands import finetune
-from conftest import make_image_folder
 from PIL import Image
+from served_runs import evaluated_run
 
 from recipes.cli import main
 from transfer import Classifier
@@ -32,14 +31,7 @@ NUM_REQUESTS = 1000
 def run(tmp_path_factory, tiny_card, saved_vgg):
     folder = tmp_path_factory.mktemp("serve")
     model = saved_vgg(folder / "model" / "tiny", card=tiny_card)
-    photos = make_image_folder(folder / "photos", 24)
-    for number in range(0, 24, 4):
-        (photos / "red" / f"{number:02d}.jpg").rename(photos / "blue" / f"wrong-{number}.jpg")
-    assert finetune(folder / "tiny", model, photos) == 0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transfer.evaluation.report.write", lambda *_: None)  # slow
-        assert main(["evaluate", str(folder / "tiny")]) == 0
-    return folder / "tiny"
+    return evaluated_run(folder / "tiny", model, 24, 4)
 
 
 @contextlib.contextmanager
