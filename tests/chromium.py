@@ -91,7 +91,7 @@ class Page:
 
 @contextlib.contextmanager
 def browser(profile: Path) -> Iterator[Page]:
-    """A page of a browser; skips the test where there is none."""
+    """A page of a browser; skips the test if no browser is installed."""
     if CHROMIUM is None:
         pytest.skip("needs Chromium")
     read_commands, to_browser = os.pipe()

@@ -402,7 +402,7 @@ def _classifier(
 
 
 def _recorded(request: RunRequest) -> dict[str, Any]:
-    """The configuration of the resumed run; empty if there is none, or it has not begun."""
+    """The configuration of the resumed run; empty for a new run, and for one that has not begun."""
     if request.resume and request.run_dir is not None:
         with contextlib.suppress(FileNotFoundError):
             return run_folder.read_config(request.run_dir)

@@ -78,7 +78,7 @@ class ConfidentErrors:
         return bytes(example["image"].numpy())
 
     def corrected(self) -> list[str | None]:
-        """The corrected label of each error, ``None`` if there is none.
+        """The corrected label of each error, ``None`` if it was not corrected.
 
         Raises:
             FileNotFoundError, ValueError: see ``image`` and ``correct``.

@@ -35,8 +35,8 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """The images of a request, or the error of each that is none. In columnar format, one error
-    fails the request."""
+    """The images of a request, with an error in the place of each that cannot be used. In columnar
+    format, one error fails the request."""
 
     images: list[Image | BadImageError]
     is_columnar: bool
@@ -128,7 +128,7 @@ def _named(value: Any) -> Any:
 
 
 def _image(value: Any) -> Image | BadImageError:
-    """An image; the error, if it is none."""
+    """The image in an instance of a request, or an error if it holds no image."""
     if isinstance(value, dict) and value.keys() == {"b64"} and isinstance(value["b64"], str):
         try:
             return base64.b64decode(value["b64"], validate=True)

@@ -106,7 +106,7 @@ def interpret(arrays: Mapping[str, np.ndarray], pooling: str | None = None) -> T
         pooling: the layer before the first fully connected layer, if the file does not say.
 
     Raises:
-        ValueError: if there is none, or it has other layers between its convolutions.
+        ValueError: if the arrays hold no VGG, or one with other layers between its convolutions.
     """
     state, origins, others, notes = _chosen(arrays)
     modules, rest = _modules(state)
