@@ -4,7 +4,6 @@ The faults are real: the run is on its own small file system, which needs root t
 """
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -106,7 +105,11 @@ def test_read_only_disk_is_an_error_and_run_resumes(disk, setting, monkeypatch, 
 
 def test_removed_run_folder_is_an_error(tmp_path, setting, monkeypatch, capsys):
     out = tmp_path / "run"
-    status = finetune_with_a_fault(monkeypatch, out, setting, lambda: shutil.rmtree(out))
+
+    def remove():
+        out.rename(tmp_path / "trash")  # at once: rmtree would race with the checkpoint's writer
+
+    status = finetune_with_a_fault(monkeypatch, out, setting, remove)
     assert status == 1
     assert "was removed while the run went on" in error_of(capsys)
     assert not (out / "checkpoints").exists()
