@@ -120,6 +120,21 @@ def test_changed_folder_is_listed_again(photos, listings, change):
     assert len(listings) == 2
 
 
+def test_file_added_while_folder_is_listed_is_found_later(photos, listings, monkeypatch):
+    # The clock of the fixture is ahead, as that of a client whose file server's clock is behind.
+    images = image_folder._images
+
+    def then_add(folder, search):
+        found = images(folder, search)
+        if folder.name == "b" and len(listings) == 1:
+            Image.new("L", (1, 1)).save(folder / "deep" / "new.png")
+        return found
+
+    monkeypatch.setattr(image_folder, "_images", then_add)
+    assert "b/deep/new.png" not in opened(photos)[1]["train"]
+    assert "b/deep/new.png" in opened(photos)[1]["train"]
+
+
 def test_file_changed_in_place_has_another_id(photos, listings):
     ids = open_source(image_folder=str(photos)).split("train").ids
     path = photos / "a" / "deep" / "2.png"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,7 +50,7 @@ class Listing:
             ``[num_classes]``.
         passed_over: the other files.
         refused: maps names of files that must not be read to the reasons.
-        folders: all folders that were listed.
+        folders: all folders that were listed, with their states before.
         is_lasting: whether the folders determine the rest: no links, no files with problems.
     """
 
@@ -59,7 +59,7 @@ class Listing:
     counts: Mapping[str, np.ndarray]
     passed_over: PassedOver
     refused: Mapping[str, str] = field(default_factory=dict)
-    folders: Sequence[str] = ()
+    folders: Mapping[str, os.stat_result] = field(default_factory=dict)
     is_lasting: bool = False
 
 
@@ -88,10 +88,7 @@ def _index(listing: Listing, start_ns: int) -> Index | None:
     num_images = sum(map(len, listing.files.values()))
     if num_images < _MIN_IMAGES or not listing.is_lasting or listing.refused:
         return None
-    try:
-        statuses = [os.stat(name) for name in listing.folders]
-    except OSError:
-        return None
+    statuses = listing.folders.values()
     settled_s = _settled_s({status.st_dev for status in statuses})
     latest_ns = max(max(status.st_mtime_ns, status.st_ctime_ns) for status in statuses)
     if settled_s is None or latest_ns > start_ns - settled_s * 10**9:
@@ -100,7 +97,7 @@ def _index(listing: Listing, start_ns: int) -> Index | None:
     text = {
         "class_names": listing.class_names,
         "splits": [*listing.files],
-        "folders": listing.folders,
+        "folders": [*listing.folders],
         "skipped": skipped.files,
         "num_images": skipped.num_images,
         "empty_classes": skipped.empty_classes,
@@ -133,7 +130,7 @@ def _listing(index: Index) -> Listing | None:
                 return None
         skipped = [(name, reason) for name, reason in text["skipped"]]
         passed_over = PassedOver(skipped, text["num_images"], text["empty_classes"])
-        return Listing(text["class_names"], files, counts, passed_over, folders=text["folders"])
+        return Listing(text["class_names"], files, counts, passed_over)
     except (OSError, KeyError, ValueError):  # folders that are gone, another layout
         return None
 

@@ -52,14 +52,23 @@ def open_image_folder(folder: Path) -> Source:
 class _Search:
     """What is found beside the images while a folder is listed.
 
-    ``refused`` maps files that must not be read to the reasons, ``folders`` are those that were
-    searched, and ``has_links`` tells whether what is found depends on links.
+    ``refused`` maps files that must not be read to the reasons, ``folders`` the folders that were
+    searched to their states before, and ``is_lasting`` tells whether these determine what is found:
+    they do not if there are links.
     """
 
     passed_over: PassedOver = field(default_factory=PassedOver)
     refused: dict[str, str] = field(default_factory=dict)
-    folders: list[str] = field(default_factory=list)
-    has_links: bool = False
+    folders: dict[str, os.stat_result] = field(default_factory=dict)
+    is_lasting: bool = True
+
+    def begin(self, folder: str) -> None:
+        """Note the state of a folder that is about to be searched."""
+        if folder not in self.folders:
+            try:
+                self.folders[folder] = os.stat(folder)
+            except OSError:
+                self.is_lasting = False
 
 
 def _list(folder: Path) -> Listing:
@@ -91,14 +100,17 @@ def _list(folder: Path) -> Listing:
         passed_over,
         {path[start:]: reason for path, reason in search.refused.items()},
         search.folders,
-        is_lasting=not search.has_links
+        is_lasting=search.is_lasting
         and uncertain.isdisjoint(reason for _, reason in passed_over.files),
     )
 
 
 def _split_folders(folder: Path, search: _Search) -> dict[Path, dict[str, list[str]]]:
     """The split folders, or the folder itself if it has none: for each, the images by class."""
+    search.begin(os.fspath(folder))
     children = class_folders(folder)
+    for child in children:
+        search.begin(os.fspath(child))
     splits = [child for child in children if child.name in TRAIN_SPLITS + EVAL_SPLITS]
     splits = [child for child in splits if any(map(_has_images, class_folders(child)))] or [folder]
     by_class = {
@@ -111,21 +123,21 @@ def _split_folders(folder: Path, search: _Search) -> dict[Path, dict[str, list[s
     }
     for parent in {*splits, folder}:
         image_files.outside_classes(parent, search.passed_over)
-        search.folders.append(os.fspath(parent))
         with os.scandir(parent) as entries:  # a link to nothing may become one to a class folder
-            search.has_links |= any(e.is_symlink() and not e.is_dir() for e in entries)
+            if any(e.is_symlink() and not e.is_dir() for e in entries):
+                search.is_lasting = False
     if splits != [folder]:
         ignored = PassedOver()
         beside = (
             path
             for child in children
             if child not in splits
-            for path in image_files.find_names(child, ignored, listed=search.folders.append)
+            for path in image_files.find_names(child, ignored, listed=search.begin)
         )
         search.passed_over.files += [(path, "outside the split folders") for path in beside]
         # A folder of another split may be a link to a class whose images are still to come.
-        links = (reason == image_files.LINK_TO_FOLDER for _, reason in ignored.files)
-        search.has_links |= any(links)
+        if any(reason == image_files.LINK_TO_FOLDER for _, reason in ignored.files):
+            search.is_lasting = False
     return by_class
 
 
@@ -141,11 +153,11 @@ def _images(folder: Path, search: _Search) -> list[str]:
     added to ``search.refused`` with the reasons. Takes one ``stat`` per file.
     """
     images, passed_over = [], search.passed_over
-    for path in image_files.find_names(folder, passed_over, listed=search.folders.append):
+    for path in image_files.find_names(folder, passed_over, listed=search.begin):
         try:
             status = os.lstat(path)
             if stat.S_ISLNK(status.st_mode):
-                search.has_links = True
+                search.is_lasting = False
                 status = os.stat(path)
             image_files.checked(status)
         except (OSError, ValueError) as error:

@@ -84,12 +84,12 @@ def find_names(
         folder: root of the search; the names begin with it.
         passed_over: updated in place.
         in_order: sort by name; otherwise the order is that of the file system.
-        listed: called with each folder that is searched.
+        listed: called with each folder before it is searched.
     """
     known = suffixes()
     unlisted: list[str] = []
+    listed(os.fspath(folder))
     for root, folders, files in os.walk(folder, onerror=lambda e: unlisted.append(e.filename)):
-        listed(root)
         folders[:] = [name for name in folders if _is_shown(name)]
         if in_order:
             folders.sort()
@@ -97,6 +97,8 @@ def find_names(
         for name in folders:
             if os.path.islink(path := os.path.join(root, name)):
                 passed_over.files.append((path, LINK_TO_FOLDER))
+            else:
+                listed(path)
         for name in filter(_is_shown, files):
             path = os.path.join(root, name)
             if _suffix(name) in known:
