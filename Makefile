@@ -65,7 +65,7 @@ backends: .venv-jax/installed .venv-torch/installed
 
 # NO_MKDOCS_2_WARNING silences a notice of the theme about MkDocs 2.
 docs: $(VENV)/installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Needs a section of the changelog with the version and its date. The wheel is installed into an
 # environment of its own, and used outside the clone, where Python does not find the sources.
