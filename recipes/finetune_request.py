@@ -37,9 +37,6 @@ def request(config: FinetuneConfig, replicas: Replicas | None = None) -> RunRequ
     Raises:
         ValueError, OSError: see the library functions.
     """
-    options = FineTuneOptions(
-        **{option.name: getattr(config, option.name) for option in fields(FineTuneOptions)}
-    )
     config.check()
     replicas = replicas or Replicas()
     if replicas.is_chief and (config.out is not None or config.resume):
@@ -63,7 +60,7 @@ def request(config: FinetuneConfig, replicas: Replicas | None = None) -> RunRequ
         graph,
         train,
         held_out,
-        options,
+        options_of(config),
         feeds=dict(parse_feed(assignment) for assignment in config.feed),
         run_dir=config.out,
         resume=config.resume,
@@ -71,6 +68,13 @@ def request(config: FinetuneConfig, replicas: Replicas | None = None) -> RunRequ
         command=["vgg-transfer", *sys.argv[1:]],
         verbose=console.verbosity(),
         replicas=replicas,
+    )
+
+
+def options_of(config: FinetuneConfig) -> FineTuneOptions:
+    """The flags that are options of ``fine_tune``."""
+    return FineTuneOptions(
+        **{option.name: getattr(config, option.name) for option in fields(FineTuneOptions)}
     )
 
 

@@ -54,6 +54,7 @@ def keras_baseline(request: RunRequest) -> dict[str, Any]:
         history = model.fit(
             train.dataset(),
             epochs=stage.epochs,
+            shuffle=False,  # the dataset is shuffled
             validation_data=held_out.dataset(),
             callbacks=[times],
             verbose=2,
