@@ -15,7 +15,7 @@ from transfer.benchmarking.limits import LIMITS
 from transfer.core import measurement
 from transfer.finetuning.options import FineTuneOptions
 from transfer.graph import Network, cut, operation_of
-from transfer.graph.cuts import Cut, default_cuts, list_cuts
+from transfer.graph.cuts import Cut, Size, default_cuts, list_cuts
 from transfer.models import retention
 from transfer.models.meta_graph import MetaGraph
 from transfer.runs import run_folder
@@ -110,14 +110,14 @@ class Comparison:
 
 
 def labels_of(
-    graph: MetaGraph, network: Network, size: tuple[int, int] | None, cuts: str | None
+    graph: MetaGraph, network: Network, size: Size | None, cuts: str | None
 ) -> tuple[list[str], list[Cut]]:
     """The rows to compare, and all cuts of the network.
 
     Args:
         graph: the model.
         network: of the runs.
-        size: height and width of the images.
+        size: of the images in pixels, one number or height and width.
         cuts: names separated by commas. Default: the tap, the middle poolings, ``none`` and
             ``scratch``.
 
