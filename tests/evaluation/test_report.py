@@ -177,6 +177,7 @@ def test_pictures_have_a_bounded_size():
         assert read_image(jpeg).shape[1] <= width
 
 
+@pytest.mark.slow
 def test_report_prints(run, tmp_path):
     chromium(run / "report.html", f"--print-to-pdf={tmp_path / 'report.pdf'}")
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
@@ -213,6 +214,7 @@ def test_report_has_config_and_commands(run, tmp_path):
     assert again["eval"] == json.loads((run / "metrics.json").read_text())["eval"]
 
 
+@pytest.mark.slow
 def test_report_of_many_classes_is_small_and_reads_only_its_images(many_classes):
     folder, read = many_classes
     page = (folder / "report.html").read_text()

@@ -83,6 +83,7 @@ def test_interrupted_auto_run_resumes_in_its_precision(tmp_path, run, monkeypatc
     assert run("new", *flags)["precision"] == "float32"
 
 
+@pytest.mark.slow
 def test_auto_keeps_float32_for_few_images(run, capsys):
     assert run("few", "--precision", "auto")["precision"] == "float32"
     assert "precision: float32, as 24 images are too few" in capsys.readouterr().err

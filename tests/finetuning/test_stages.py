@@ -113,6 +113,7 @@ def test_cut_equals_full_training_with_zero_rate_before_it(tmp_path, model, imag
     assert largest_difference(tmp_path / "cut" / "model", tmp_path / "full" / "model") < 1e-5
 
 
+@pytest.mark.slow
 def test_inner_cut_equals_full_training_with_zero_rate_before_it(model):
     """Training on cached activations of pool1 equals training on images with zero rates before."""
     images = np.random.default_rng(0).random((24, 16, 16, 3), np.float32)

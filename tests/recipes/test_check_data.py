@@ -27,6 +27,7 @@ def check(root, capsys, *flags):
     return status, capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_valid_image_folder_has_no_findings(image_folder, capsys):
     status, out = check(image_folder, capsys, "--strict")
     assert status == 0
@@ -74,6 +75,7 @@ def test_rare_classes_and_ignored_files_are_listed(image_folder, capsys):
     assert "unreadable: 24" in out
 
 
+@pytest.mark.slow
 def test_finetune_warns_about_data_problems(tmp_path, model, image_folder, capsys):
     for name in ("held_out", "train"):
         folder = image_folder.parent / "splits" / name / "red"

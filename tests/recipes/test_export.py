@@ -94,6 +94,7 @@ def test_readme_code_predicts_as_model(run, tmp_path, name):
     assert f"| {next(k for k in KINDS if k.startswith(name))} |" in text
 
 
+@pytest.mark.slow
 def test_saved_model_accepts_files_and_pixels(run, photo):
     path, expected = photo
     model = tf.saved_model.load(str(run / "export" / "saved_model" / "1"))

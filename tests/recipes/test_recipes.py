@@ -190,6 +190,7 @@ def test_evaluate_warns_about_images_not_held_out(tmp_path, model, image_folder,
     assert not (out / "changes.csv").exists()
 
 
+@pytest.mark.slow
 def test_saved_model_opens_in_tf1_session(tmp_path, model, image_folder, stock_session):
     assert finetune(tmp_path / "run", model, image_folder, "--hidden", 5, "--dropout", 0.1) == 0
     loaded = Classifier.load(tmp_path / "run")
@@ -440,6 +441,7 @@ def test_every_flag_of_finetune_is_in_a_group(capsys):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_image_folder_may_be_the_only_argument(tmp_path, model, image_folder, capsys):
     flags = ["--model", model, "--out", tmp_path / "run", "--epochs", 1, "--cache", "off"]
     assert main(["finetune", str(image_folder), *map(str, flags)]) == 0
@@ -457,6 +459,7 @@ def test_the_image_folder_may_be_the_only_argument(tmp_path, model, image_folder
     assert "images are given twice" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_quiet_shows_results_and_warnings_only(tmp_path, model, image_folder, capfd, monkeypatch):
     monkeypatch.setenv("TQDM_DISABLE", "")  # the flag sets it; it is unset at the end of the test
     flags = ["--model", model, "--out", tmp_path / "run", "--epochs", 2, "--cache", "off"]

@@ -200,6 +200,7 @@ sys.exit(main(sys.argv[1:]))
     assert "--resume" in provenance["command"]
 
 
+@pytest.mark.slow
 def test_second_run_in_same_folder_is_refused(tmp_path, setting, capsys):
     import filelock
 

@@ -84,6 +84,7 @@ def test_broken_links_create_no_files(setting, tmp_path) -> None:
     assert list(elsewhere.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plots", "events", "events/train", "checkpoints", "export"])
 def test_linked_subfolder_of_a_run_is_refused(setting, tmp_path, capfd, name) -> None:
     model, photos, run = setting
@@ -111,6 +112,7 @@ def test_folder_in_place_of_a_file_is_named(setting, tmp_path, capfd) -> None:
     assert "Is a directory: " in line and "plots/confusion.png" in line
 
 
+@pytest.mark.slow
 def test_run_folder_may_be_a_link(setting, tmp_path) -> None:
     model, photos, _ = setting
     (tmp_path / "disk").mkdir()

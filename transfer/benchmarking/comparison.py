@@ -15,7 +15,8 @@ from transfer.benchmarking.limits import LIMITS
 from transfer.core import measurement
 from transfer.finetuning.options import FineTuneOptions
 from transfer.graph import Network, cut, operation_of
-from transfer.graph.cuts import Cut, Size, default_cuts, list_cuts
+from transfer.graph.cuts import Cut, default_cuts, list_cuts
+from transfer.images.preprocess import Size
 from transfer.models import retention
 from transfer.models.meta_graph import MetaGraph
 from transfer.runs import run_folder
