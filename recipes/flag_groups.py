@@ -47,7 +47,7 @@ _GROUPS = {
         "mixup",
         "class_weights",
     ),
-    "Head": ("solver", "lbfgs_c", "hidden", "dropout"),
+    "Head": ("solver", "lbfgs_c", "head_start", "hidden", "dropout"),
     "Activation cache": ("cache", "cache_dir", "cache_limit", "cache_dtype"),
     "Precision": ("precision", "int8_engine"),
     "Run": (

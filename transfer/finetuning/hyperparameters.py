@@ -29,13 +29,15 @@ BATCH, MAX_HEAD_BATCH = 32, 4096
 class StageRequest:
     """A stage as given by the options; ``resolve`` replaces each ``None``.
 
-    ``cut`` is a tensor name, a short name of a tensor, ``tap`` or ``none``.
+    ``cut`` is a tensor name, a short name of a tensor, ``tap`` or ``none``. ``is_head_solved``: the
+    stage starts from a head that was solved for, not from a random one.
     """
 
     cut: str
     epochs: int | None
     learning_rate: float | None
     backbone_lr_scale: float | None = None
+    is_head_solved: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,16 @@ def requested_stages(options: FineTuneOptions) -> list[StageRequest]:
     Raises:
         ValueError: if the schedule is not of the form ``CUT:EPOCHS[:RATE],...``.
     """
+    is_solved = options.head_start == "ridge"
     if options.schedule is None:
-        scale = options.backbone_lr_scale
-        return [StageRequest(options.freeze_until, options.epochs, options.learning_rate, scale)]
+        scale, rate = options.backbone_lr_scale, options.learning_rate
+        return [StageRequest(options.freeze_until, options.epochs, rate, scale, is_solved)]
     if options.epochs is not None:
         raise ValueError("schedule has its own epochs; leave epochs=N out")
     # In later stages the head is already trained: it needs no separate learning rate.
     scale = 1.0 if options.backbone_lr_scale is None else options.backbone_lr_scale
-    return [_parse(part, options.learning_rate, scale) for part in options.schedule.split(",")]
+    stages = [_parse(part, options.learning_rate, scale) for part in options.schedule.split(",")]
+    return [replace(stages[0], is_head_solved=is_solved), *stages[1:]]
 
 
 def _parse(part: str, default_rate: float | None, scale: float) -> StageRequest:
@@ -181,7 +185,7 @@ def resolve(
         )
     rate, scale = request.learning_rate, request.backbone_lr_scale
     if rate is None and (only_head or scale is None):
-        rate = head_learning_rate(features)
+        rate = head_learning_rate(features, is_solved=request.is_head_solved)
         scale = BACKBONE_LEARNING_RATE / rate if scale is None else scale
     elif rate is None:
         rate = BACKBONE_LEARNING_RATE
@@ -194,8 +198,9 @@ def resolve(
     return Stage(cut, epochs, rate, 1.0 if scale is None else scale)
 
 
-def head_learning_rate(features: np.ndarray) -> float:
-    """Adam's learning rate for a head: 0.006 for up to 512 features with RMS 1.
+def head_learning_rate(features: np.ndarray, *, is_solved: bool = False) -> float:
+    """Adam's learning rate for a head: 0.006 for up to 512 features with RMS 1; for a head that was
+    solved for, which the first steps would undo, 0.0001.
 
     Adam moves each weight by the learning rate, so a logit moves by the rate times the sum of the
     features: small features need a higher rate, many features a lower one (arXiv 2203.03466,
@@ -203,8 +208,10 @@ def head_learning_rate(features: np.ndarray) -> float:
 
     Args:
         features: float ``[images, width]``.
+        is_solved: the head is not random.
     """
-    rate = HEAD_LEARNING_RATE / rms(features) * min(1, HEAD_WIDTH / features.shape[1])
+    at_unit_scale = BACKBONE_LEARNING_RATE if is_solved else HEAD_LEARNING_RATE
+    rate = at_unit_scale / rms(features) * min(1, HEAD_WIDTH / features.shape[1])
     return float(f"{rate:.2g}")
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 
 _GRADIENT = (
     "schedule",
+    "head_start",
     "epochs",
     "batch_size",
     "optimizer",
@@ -76,6 +77,9 @@ class FineTuneOptions:
     frozen backbone and a head without hidden layers. auto: lbfgs if lbfgs_c is given; ridge for
     such a run, if it has no option of gradient descent such as epochs, and at most 2 GB of
     features, of which the images or the width are at most 5000; else gradient."""
+    head_start: Literal["random", "ridge"] = "random"
+    """The head before the first step of gradient descent. ridge solves for it in closed form, on
+    the features of the pretrained network."""
     lbfgs_c: float | None = None
     """Inverse strength of the L2 penalty of lbfgs. [default: chosen by cross-validation]"""
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -193,6 +197,11 @@ class FineTuneOptions:
             raise ValueError(
                 "views=N caches activations and cache=off caches none; use augment=True instead"
             )
+        if self.head_start == "ridge" and self.hidden:
+            raise ValueError(
+                "head_start=ridge solves for a linear head, and hidden="
+                f"{','.join(map(str, self.hidden))} puts layers before it; use head_start=random"
+            )
         solver = "lbfgs" if self.solver == "auto" and self.lbfgs_c is not None else self.solver
         if solver in ("ridge", "lbfgs"):
             self._check_ignored(solver)
@@ -207,6 +216,7 @@ class FineTuneOptions:
         """Refuse options that ridge and lbfgs would ignore."""
         ignored = {
             "schedule": self.schedule,
+            "head_start=ridge": self.head_start == "ridge",
             "hidden": self.hidden,
             "dropout": self.dropout,
             "mixup": self.mixup,
