@@ -45,7 +45,7 @@ def test_training_starts_from_the_head_of_a_frozen_run(
 
 @pytest.mark.slow
 def test_resumed_run_does_not_solve_again(tmp_path, model, image_folder, monkeypatch):
-    flags = ["--head-start", "ridge", "--freeze-until", "pool2"]
+    flags = ["--head-start", "ridge", "--freeze-until", "pool2", "--ema", 0.5, "--l2-sp", 0.1]
     assert finetune(tmp_path / "whole", model, image_folder, *flags) == 0
     train_epoch, solve, solutions = Trainer.train_epoch, head_start.solve, []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -31,7 +32,8 @@ def training_features(inputs: Inputs, model: keras.Model) -> tuple[np.ndarray, n
     Returns:
         float32 ``[num_examples, width]`` and labels int64 ``[num_examples]``.
     """
-    to_features = Compiled(model.layers[0])  # averages over space if the tap has 4 axes
+    *layers, _ = model.layers  # the last but one averages over space if the tap has 4 axes
+    to_features = Compiled(lambda values: functools.reduce(lambda x, f: f(x), layers, values))
     return inputs.train_in_order(to_features)
 
 

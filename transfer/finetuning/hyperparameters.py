@@ -11,7 +11,7 @@ import numpy as np
 
 from transfer.finetuning.options import FineTuneOptions
 from transfer.graph import is_seeded
-from transfer.graph.cuts import blocks, stopped
+from transfer.graph.cuts import blocks, list_cuts, stopped
 from transfer.layers.backbone import Backbone, GraphLayer
 from transfer.layers.classifier import Classifier
 from transfer.training.optimizers import cosine, make_optimizer
@@ -30,7 +30,8 @@ class StageRequest:
     """A stage as given by the options; ``resolve`` replaces each ``None``.
 
     ``cut`` is a tensor name, a short name of a tensor, ``tap`` or ``none``. ``is_head_solved``: the
-    stage starts from a head that was solved for, not from a random one.
+    stage starts from a head that was solved for, not from a random one. ``freeze_from`` is a tensor
+    after the cut, whose name may be short.
     """
 
     cut: str
@@ -38,6 +39,7 @@ class StageRequest:
     learning_rate: float | None
     backbone_lr_scale: float | None = None
     is_head_solved: bool = False
+    freeze_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,15 @@ class Stage:
     """A number of epochs with everything up to a tensor frozen.
 
     ``cut`` is the name of the tensor without ``:0``, or ``none``. ``learning_rate`` is the
-    head's; the backbone's is ``backbone_lr_scale`` times that.
+    head's; the backbone's is ``backbone_lr_scale`` times that. What follows ``freeze_from``, up to
+    the head, is frozen too.
     """
 
     cut: str
     epochs: int
     learning_rate: float
     backbone_lr_scale: float
+    freeze_from: str | None = None
 
     def __str__(self) -> str:
         return f"{self.cut}:{self.epochs}:{self.learning_rate}"
@@ -65,8 +69,17 @@ def requested_stages(options: FineTuneOptions) -> list[StageRequest]:
     """
     is_solved = options.head_start == "ridge"
     if options.schedule is None:
-        scale, rate = options.backbone_lr_scale, options.learning_rate
-        return [StageRequest(options.freeze_until, options.epochs, rate, scale, is_solved)]
+        stage = StageRequest(
+            options.freeze_until,
+            options.epochs,
+            options.learning_rate,
+            options.backbone_lr_scale,
+            is_head_solved=is_solved,
+            freeze_from=options.freeze_from,
+        )
+        if stage.freeze_from is not None and stage.cut == "tap":  # the default
+            stage = replace(stage, cut="none")
+        return [stage]
     if options.epochs is not None:
         raise ValueError("schedule has its own epochs; leave epochs=N out")
     # In later stages the head is already trained: it needs no separate learning rate.
@@ -168,8 +181,9 @@ def resolve(
         steps_per_epoch: training steps per epoch.
 
     Raises:
-        ValueError: if the cut is not a tensor, or does not separate the input from the tap; or if
-            the whole network is to be trained and the backbone has no trainable variables.
+        ValueError: if the cut or ``freeze_from`` is not a tensor, or does not separate the input
+            from the tap; or if the whole network, or a part up to ``freeze_from``, is to be trained
+            and has no trainable variables.
     """
     backbone, cut = classifier.backbone, request.cut
     if cut == "tap":
@@ -177,7 +191,15 @@ def resolve(
     elif cut != "none":
         cut = backbone.tensor(cut).removesuffix(":0")
     trained = backbone if cut == "none" else backbone.split(cut)[1]
+    freeze_from = request.freeze_from
+    if freeze_from is not None:
+        trained, freeze_from = _before(trained, freeze_from, cut)
     only_head = not any(variable.trainable for variable in trained.graph_variables)
+    if only_head and freeze_from is not None:
+        raise ValueError(
+            f"freeze_from={freeze_from} leaves nothing to train: there are no weights between "
+            f"{'the input' if cut == 'none' else cut} and this tensor"
+        )
     if only_head and cut == "none":
         raise ValueError(
             "nothing in the backbone can be trained: its weights are constants of the graph; "
@@ -195,7 +217,20 @@ def resolve(
             (HEAD_STEPS, HEAD_EPOCHS) if only_head else (BACKBONE_STEPS, BACKBONE_EPOCHS)
         )
         epochs = min(max(-(-steps // steps_per_epoch), min_epochs), max_epochs)
-    return Stage(cut, epochs, rate, 1.0 if scale is None else scale)
+    return Stage(cut, epochs, rate, 1.0 if scale is None else scale, freeze_from)
+
+
+def _before(trained: GraphLayer, freeze_from: str, cut: str) -> tuple[GraphLayer, str]:
+    """The part of the trained layers up to a tensor, and the tensor's name without ``:0``."""
+    try:
+        tensor = trained.tensor(freeze_from)
+        return trained.split(tensor)[0], tensor.removesuffix(":0")
+    except ValueError as error:
+        names = [item.tensor.removesuffix(":0") for item in list_cuts(trained.network)[:-1]]
+        after = "" if cut == "none" else f" after freeze_until={cut}"
+        raise ValueError(
+            f"freeze_from={freeze_from}: {error}; the cuts{after} are {', '.join(names) or 'none'}"
+        ) from error
 
 
 def head_learning_rate(features: np.ndarray, *, is_solved: bool = False) -> float:
@@ -224,7 +259,7 @@ def parameter_groups(
     options: FineTuneOptions, classifier: Classifier, stage: Stage, steps_per_epoch: int
 ) -> list[ParameterGroup]:
     """Optimizers and the variables they update: the head's, then those of the backbone's blocks."""
-    _, trained = classifier.split(stage.cut)
+    _, trained = classifier.split(stage.cut, stage.freeze_from)
     head = classifier.head.trainable_variables
     rates = [(stage.learning_rate, head)]
     suffix = trained.layers[0]
@@ -243,6 +278,7 @@ def parameter_groups(
                 cosine(rate, total, warmup) if is_cosine else rate,
                 weight_decay=options.weight_decay,
                 accumulate=options.accumulate,
+                ema=options.ema,
             ),
             variables,
         )

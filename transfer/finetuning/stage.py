@@ -96,6 +96,8 @@ class StageTrainer:
         elif self._context.options.early_stopping is not None:
             # Keras does the same at the end of training, after the last checkpoint.
             trainer.model.set_weights(self._checkpoint.best_weights(trainer))
+        else:
+            trainer.take_averages()  # the same holds for the trainer
 
     def _remove_stages(self, first: int) -> None:
         """Remove the checkpoints of later stages, which started from weights that this stage has
@@ -247,6 +249,7 @@ def new_trainer(context: RunContext, model: keras.Model, groups: list[ParameterG
         class_weights=_class_weights(context),
         mixup=options.mixup,
         clip_norm=options.clip_norm,
+        l2_sp=context.l2_sp,
         seed=options.seed,
         replicas=context.replicas,
     )
