@@ -31,6 +31,7 @@ def test_layers_after_the_range_are_in_inference_mode(classifier):
     np.testing.assert_allclose(ranged(activations, training=True), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, trained",
     [

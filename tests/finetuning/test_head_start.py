@@ -18,29 +18,17 @@ def _own_session():
     keras.backend.clear_session()
 
 
-@pytest.fixture
-def solved(tmp_path, model, image_folder):
-    """The head of a frozen run that solves for it."""
-    out = tmp_path / "solved"
-    assert finetune(out, model, image_folder, "--solver", "ridge") == 0
-    return saved_values(out / "model", HEAD)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags",
-    [["--freeze-until", "pool2"], ["--freeze-until", "none", "--augment"]],
-    ids=["partial", "full"],
-)
-def test_training_starts_from_the_head_of_a_frozen_run(
-    tmp_path, model, image_folder, solved, flags
-):
-    out = tmp_path / "run"
-    flags = ["--head-start", "ridge", "--learning-rate", 0, "--epochs", 1, *flags]
-    assert finetune(out, model, image_folder, *flags) == 0
-    for name, value in saved_values(out / "model", HEAD).items():
-        # The features may have been computed in other batches.
-        np.testing.assert_allclose(value, solved[name], rtol=1e-3, atol=1e-4, err_msg=name)
+def test_training_starts_from_the_head_of_a_frozen_run(tmp_path, model, image_folder):
+    assert finetune(tmp_path / "frozen", model, image_folder, "--solver", "ridge") == 0
+    solved = saved_values(tmp_path / "frozen" / "model", HEAD)
+    for flags in (["--freeze-until", "pool2"], ["--freeze-until", "none", "--augment"]):
+        out = tmp_path / flags[1]
+        flags = ["--head-start", "ridge", "--learning-rate", 0, "--epochs", 1, *flags]
+        assert finetune(out, model, image_folder, *flags) == 0
+        for name, value in saved_values(out / "model", HEAD).items():
+            # The features may have been computed in other batches.
+            np.testing.assert_allclose(value, solved[name], rtol=1e-3, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.slow
