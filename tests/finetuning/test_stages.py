@@ -248,6 +248,7 @@ def test_early_stopping_restores_best_epoch(tmp_path, model, image_folder):
         ["--dropout", 0.5],
         ["--lr-schedule", "cosine"],
         ["--optimizer", "sgd"],
+        ["--ema", 0.9],
     ],
     ids=lambda flags: flags[0],
 )

@@ -55,6 +55,24 @@ def test_run_interrupted_anywhere_is_bit_identical(tmp_path, steps):
     assert rest.history["accuracy"] == history.history["accuracy"][steps // 4 :]
 
 
+def test_interrupted_validation_of_averages_restores_the_weights(tmp_path):
+    """The checkpoint that is then written has the weights, and the run ends as if uninterrupted."""
+
+    def new():
+        return new_trainer(optimizer=FusedAdam(0.05, use_ema=True, ema_momentum=0.7))
+
+    def stop():
+        raise KeyboardInterrupt
+
+    whole = fit(new(), epochs=2, validate=dict)
+    with pytest.raises(KeyboardInterrupt):
+        fit(new(), epochs=2, validate=stop, checkpoint=RunCheckpoint(tmp_path))
+    resumed, checkpoint = new(), RunCheckpoint(tmp_path)
+    assert checkpoint.restore(resumed)
+    fit(resumed, epochs=2, validate=dict, checkpoint=checkpoint)
+    assert_same(weights(whole.model), weights(resumed.model))
+
+
 def test_no_checkpoint_is_saved_within_uninterrupted_code(tmp_path):
     class Stop(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):

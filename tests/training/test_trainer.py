@@ -78,6 +78,36 @@ def test_class_weights_equal_those_of_keras_fit():
     assert_same(weights(ours.model), weights(theirs), rtol=1e-4, atol=1e-5)
 
 
+def test_averaged_weights_equal_those_of_keras_fit():
+    """They are evaluated after each epoch and remain at the end, but training goes on without
+    them."""
+    evaluated = []
+    ours = new_trainer(optimizer=keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.8))
+    fit(
+        ours,
+        epochs=2,
+        validate=lambda: evaluated.append(weights(ours.model)) or {},
+        callbacks=[
+            keras.callbacks.LambdaCallback(
+                on_epoch_end=lambda epoch, logs: evaluated.append(weights(ours.model))
+            )
+        ],
+    )
+    theirs = new_model()
+    theirs.compile(
+        keras.optimizers.SGD(0.5, use_ema=True, ema_momentum=0.8),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    for epoch in range(2):
+        for inputs, labels in batches(epoch):
+            theirs.train_on_batch(inputs, labels)
+    theirs.optimizer.finalize_variable_values(theirs.trainable_variables)
+    assert_same(weights(ours.model), weights(theirs), rtol=1e-4, atol=1e-5)
+    assert len(evaluated) == 4
+    assert_same(evaluated[0], evaluated[1])
+    assert_same(evaluated[2], weights(ours.model))
+
+
 def test_gradients_are_clipped_by_global_norm():
     ours = fit(new_trainer(clip_norm=0.01, optimizer=keras.optimizers.SGD(1.0)), epochs=1)
     theirs = new_model()

@@ -56,6 +56,16 @@ def momentum(optimizer: Any, variable: tf.Variable) -> tf.Variable:
     return optimizer.momentums[optimizer._get_variable_index(variable)].value
 
 
+def averages(optimizer: Any) -> list[Any]:
+    """The moving averages that an optimizer with ``use_ema`` keeps, in the order of the variables
+    with which it was built.
+
+    ``finalize_variable_values`` assigns them to the variables for good; a trainer needs both after
+    each epoch.
+    """
+    return list(optimizer._model_variables_moving_average) if optimizer.use_ema else []
+
+
 class OptimizerOverrides:
     """Mixin that overrides Keras optimizer behaviour for ``training.Trainer``; first base class.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import keras
 
@@ -66,7 +67,8 @@ def forecast(request: RunRequest) -> Forecast:
     keras.utils.set_random_seed(options.seed)
     own = None if options.tap == AUTO else options.tap
     # More than a head is trained by gradient descent, whatever solves for the head.
-    options = replace(options, freeze_until="tap", solver="gradient", precision="float32")
+    head_only: dict[str, Any] = {"freeze_until": "tap", "freeze_from": None, "l2_sp": 0.0}
+    options = replace(options, **head_only, solver="gradient", precision="float32")
     start = time.perf_counter()
     context = prepare(replace(request, options=replace(options, tap=own)))
     # A later run finds the fingerprints of the images on disk.
@@ -87,7 +89,7 @@ def forecast(request: RunRequest) -> Forecast:
     is_found = is_found and request.options.precision == "float32"
     is_found = is_found and not (options.augment or options.views)
     cached = {output.removesuffix(":0"): choice.num_images} if is_found else {}
-    as_given = replace(request.options, freeze_until="tap", tap=best)
+    as_given = replace(request.options, **head_only, tap=best)
     solver = choose_solver(
         as_given, context.classifier.backbone, len(context.train), choice.best.width
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from transfer.finetuning.options import FineTuneOptions
 from transfer.graph import is_seeded
-from transfer.graph.cuts import blocks, stopped
+from transfer.graph.cuts import blocks, list_cuts, stopped
 from transfer.layers.backbone import Backbone, GraphLayer
 from transfer.layers.classifier import Classifier
 from transfer.training.optimizers import cosine, make_optimizer
@@ -29,13 +29,17 @@ BATCH, MAX_HEAD_BATCH = 32, 4096
 class StageRequest:
     """A stage as given by the options; ``resolve`` replaces each ``None``.
 
-    ``cut`` is a tensor name, a short name of a tensor, ``tap`` or ``none``.
+    ``cut`` is a tensor name, a short name of a tensor, ``tap`` or ``none``. ``is_head_solved``: the
+    stage starts from a head that was solved for, not from a random one. ``freeze_from`` is a tensor
+    after the cut, whose name may be short.
     """
 
     cut: str
     epochs: int | None
     learning_rate: float | None
     backbone_lr_scale: float | None = None
+    is_head_solved: bool = False
+    freeze_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,15 @@ class Stage:
     """A number of epochs with everything up to a tensor frozen.
 
     ``cut`` is the name of the tensor without ``:0``, or ``none``. ``learning_rate`` is the
-    head's; the backbone's is ``backbone_lr_scale`` times that.
+    head's; the backbone's is ``backbone_lr_scale`` times that. What follows ``freeze_from``, up to
+    the head, is frozen too.
     """
 
     cut: str
     epochs: int
     learning_rate: float
     backbone_lr_scale: float
+    freeze_from: str | None = None
 
     def __str__(self) -> str:
         return f"{self.cut}:{self.epochs}:{self.learning_rate}"
@@ -61,14 +67,25 @@ def requested_stages(options: FineTuneOptions) -> list[StageRequest]:
     Raises:
         ValueError: if the schedule is not of the form ``CUT:EPOCHS[:RATE],...``.
     """
+    is_solved = options.head_start == "ridge"
     if options.schedule is None:
-        scale = options.backbone_lr_scale
-        return [StageRequest(options.freeze_until, options.epochs, options.learning_rate, scale)]
+        stage = StageRequest(
+            options.freeze_until,
+            options.epochs,
+            options.learning_rate,
+            options.backbone_lr_scale,
+            is_head_solved=is_solved,
+            freeze_from=options.freeze_from,
+        )
+        if stage.freeze_from is not None and stage.cut == "tap":  # the default
+            stage = replace(stage, cut="none")
+        return [stage]
     if options.epochs is not None:
         raise ValueError("schedule has its own epochs; leave epochs=N out")
     # In later stages the head is already trained: it needs no separate learning rate.
     scale = 1.0 if options.backbone_lr_scale is None else options.backbone_lr_scale
-    return [_parse(part, options.learning_rate, scale) for part in options.schedule.split(",")]
+    stages = [_parse(part, options.learning_rate, scale) for part in options.schedule.split(",")]
+    return [replace(stages[0], is_head_solved=is_solved), *stages[1:]]
 
 
 def _parse(part: str, default_rate: float | None, scale: float) -> StageRequest:
@@ -164,8 +181,9 @@ def resolve(
         steps_per_epoch: training steps per epoch.
 
     Raises:
-        ValueError: if the cut is not a tensor, or does not separate the input from the tap; or if
-            the whole network is to be trained and the backbone has no trainable variables.
+        ValueError: if the cut or ``freeze_from`` is not a tensor, or does not separate the input
+            from the tap; or if the whole network, or a part up to ``freeze_from``, is to be trained
+            and has no trainable variables.
     """
     backbone, cut = classifier.backbone, request.cut
     if cut == "tap":
@@ -173,7 +191,15 @@ def resolve(
     elif cut != "none":
         cut = backbone.tensor(cut).removesuffix(":0")
     trained = backbone if cut == "none" else backbone.split(cut)[1]
+    freeze_from = request.freeze_from
+    if freeze_from is not None:
+        trained, freeze_from = _before(trained, freeze_from, cut)
     only_head = not any(variable.trainable for variable in trained.graph_variables)
+    if only_head and freeze_from is not None:
+        raise ValueError(
+            f"freeze_from={freeze_from} leaves nothing to train: there are no weights between "
+            f"{'the input' if cut == 'none' else cut} and this tensor"
+        )
     if only_head and cut == "none":
         raise ValueError(
             "nothing in the backbone can be trained: its weights are constants of the graph; "
@@ -181,7 +207,7 @@ def resolve(
         )
     rate, scale = request.learning_rate, request.backbone_lr_scale
     if rate is None and (only_head or scale is None):
-        rate = head_learning_rate(features)
+        rate = head_learning_rate(features, is_solved=request.is_head_solved)
         scale = BACKBONE_LEARNING_RATE / rate if scale is None else scale
     elif rate is None:
         rate = BACKBONE_LEARNING_RATE
@@ -191,11 +217,25 @@ def resolve(
             (HEAD_STEPS, HEAD_EPOCHS) if only_head else (BACKBONE_STEPS, BACKBONE_EPOCHS)
         )
         epochs = min(max(-(-steps // steps_per_epoch), min_epochs), max_epochs)
-    return Stage(cut, epochs, rate, 1.0 if scale is None else scale)
+    return Stage(cut, epochs, rate, 1.0 if scale is None else scale, freeze_from)
 
 
-def head_learning_rate(features: np.ndarray) -> float:
-    """Adam's learning rate for a head: 0.006 for up to 512 features with RMS 1.
+def _before(trained: GraphLayer, freeze_from: str, cut: str) -> tuple[GraphLayer, str]:
+    """The part of the trained layers up to a tensor, and the tensor's name without ``:0``."""
+    try:
+        tensor = trained.tensor(freeze_from)
+        return trained.split(tensor)[0], tensor.removesuffix(":0")
+    except ValueError as error:
+        names = [item.tensor.removesuffix(":0") for item in list_cuts(trained.network)[:-1]]
+        after = "" if cut == "none" else f" after freeze_until={cut}"
+        raise ValueError(
+            f"freeze_from={freeze_from}: {error}; the cuts{after} are {', '.join(names) or 'none'}"
+        ) from error
+
+
+def head_learning_rate(features: np.ndarray, *, is_solved: bool = False) -> float:
+    """Adam's learning rate for a head: 0.006 for up to 512 features with RMS 1; for a head that was
+    solved for, which the first steps would undo, 0.0001.
 
     Adam moves each weight by the learning rate, so a logit moves by the rate times the sum of the
     features: small features need a higher rate, many features a lower one (arXiv 2203.03466,
@@ -203,8 +243,10 @@ def head_learning_rate(features: np.ndarray) -> float:
 
     Args:
         features: float ``[images, width]``.
+        is_solved: the head is not random.
     """
-    rate = HEAD_LEARNING_RATE / rms(features) * min(1, HEAD_WIDTH / features.shape[1])
+    at_unit_scale = BACKBONE_LEARNING_RATE if is_solved else HEAD_LEARNING_RATE
+    rate = at_unit_scale / rms(features) * min(1, HEAD_WIDTH / features.shape[1])
     return float(f"{rate:.2g}")
 
 
@@ -217,7 +259,7 @@ def parameter_groups(
     options: FineTuneOptions, classifier: Classifier, stage: Stage, steps_per_epoch: int
 ) -> list[ParameterGroup]:
     """Optimizers and the variables they update: the head's, then those of the backbone's blocks."""
-    _, trained = classifier.split(stage.cut)
+    _, trained = classifier.split(stage.cut, stage.freeze_from)
     head = classifier.head.trainable_variables
     rates = [(stage.learning_rate, head)]
     suffix = trained.layers[0]
@@ -236,6 +278,7 @@ def parameter_groups(
                 cosine(rate, total, warmup) if is_cosine else rate,
                 weight_decay=options.weight_decay,
                 accumulate=options.accumulate,
+                ema=options.ema,
             ),
             variables,
         )

@@ -97,6 +97,11 @@ class Inputs:
         """The frozen layer to apply to the training inputs; ``None`` if they are activations."""
         return self._layer if self._train is None and not self._is_recomputed else None
 
+    @property
+    def is_images(self) -> bool:
+        """Whether nothing is frozen, so that these are images and no activations."""
+        return self._layer is None
+
     def epochs(self, last_epoch: int) -> Epochs:
         """``train`` without a pause between epochs, up to and without ``last_epoch``."""
         return Epochs(self.train, self._context.steps_per_epoch, last_epoch)

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from transfer.core.files import replacing
+from transfer.finetuning.head_start import solve_head
 from transfer.finetuning.hyperparameters import parameter_groups
 from transfer.finetuning.inputs import Inputs
 from transfer.finetuning.setup import RunContext, RunRequest, prepare
@@ -79,10 +80,12 @@ def find_learning_rate(
 
 def _trial(context: RunContext, *, lowest: float, highest: float, steps: int) -> RangeTest:
     (stage,) = context.stages
-    frozen, model = context.classifier.split(stage.cut)
+    frozen, model = context.classifier.split(stage.cut, stage.freeze_from)
     groups = parameter_groups(context.options, context.classifier, stage, context.steps_per_epoch)
     trainer = new_trainer(context, model, groups)
     inputs = Inputs(context, stage.cut, frozen)
+    if context.options.head_start == "ridge":
+        solve_head(context, inputs, model)
     trainer.frozen = inputs.frozen
     batches = itertools.islice(_endless(inputs), steps)
     return range_test(

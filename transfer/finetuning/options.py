@@ -10,6 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 
 _GRADIENT = (
     "schedule",
+    "freeze_from",
+    "head_start",
     "epochs",
     "batch_size",
     "optimizer",
@@ -19,6 +21,8 @@ _GRADIENT = (
     "backbone_lr_scale",
     "block_lr_decay",
     "weight_decay",
+    "l2_sp",
+    "ema",
     "clip_norm",
     "accumulate",
     "early_stopping",
@@ -55,6 +59,9 @@ class FineTuneOptions:
     """The cut: everything up to this tensor is frozen. 'tap' trains a new head on frozen features,
     any tensor between input and tap such as pool4 trains what follows it, 'none' trains
     everything."""
+    freeze_from: str | None = None
+    """Freeze everything from this tensor to the head, too: with freeze_until, a range of layers is
+    trained; without it, the layers from the input to this tensor. [default: off]"""
     schedule: str | None = None
     """Several cuts in one run, each with its epochs and an optional learning rate:
     'fc7:20,pool4:5:0.0002,none:3'. Replaces freeze_until and epochs."""
@@ -76,6 +83,9 @@ class FineTuneOptions:
     frozen backbone and a head without hidden layers. auto: lbfgs if lbfgs_c is given; ridge for
     such a run, if it has no option of gradient descent such as epochs, and at most 2 GB of
     features, of which the images or the width are at most 5000; else gradient."""
+    head_start: Literal["random", "ridge"] = "random"
+    """The head before the first step of gradient descent. ridge solves for it in closed form, on
+    the features of the pretrained network."""
     lbfgs_c: float | None = None
     """Inverse strength of the L2 penalty of lbfgs. [default: chosen by cross-validation]"""
     optimizer: Literal["adam", "sgd"] = "adam"
@@ -96,6 +106,12 @@ class FineTuneOptions:
     """Factor of the learning rate for each block further from the head."""
     weight_decay: float = 0.0
     """Decay of the kernels, times the learning rate per step; biases are not decayed."""
+    l2_sp: float = 0.0
+    """Strength of an L2 penalty on the distance of the backbone's trained weights from the
+    pretrained ones (L2-SP); 0 turns it off. The losses that are logged do not include it."""
+    ema: float = 0.0
+    """Decay per step of a moving average of the trained weights, e.g. 0.99, which is what is
+    evaluated and written; 0 turns it off."""
     clip_norm: float | None = None
     """Clip the global norm of a step's gradients to this value. [default: off]"""
     accumulate: int = 1
@@ -166,6 +182,7 @@ class FineTuneOptions:
             "block_lr_decay": 0,
             "warmup_epochs": 0,
             "weight_decay": 0,
+            "l2_sp": 0,
             "mixup": 0,
             "views": 0,
             "checkpoint_minutes": 0,
@@ -187,11 +204,24 @@ class FineTuneOptions:
                 )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be 0 to 1, got {self.label_smoothing}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be at least 0 and less than 1, got {self.ema}")
+        if self.l2_sp and self.random_weights:
+            raise ValueError("l2_sp pulls weights to pretrained ones; random_weights has none")
+        if self.freeze_from is not None and self.schedule is not None:
+            raise ValueError(
+                "freeze_from is for runs with one cut; use freeze_until instead of schedule"
+            )
         if self.track_files and self.track is None:
             raise ValueError("track_files=True needs a tracker: track=mlflow or track=wandb")
         if self.views and self.cache == "off":
             raise ValueError(
                 "views=N caches activations and cache=off caches none; use augment=True instead"
+            )
+        if self.head_start == "ridge" and self.hidden:
+            raise ValueError(
+                "head_start=ridge solves for a linear head, and hidden="
+                f"{','.join(map(str, self.hidden))} puts layers before it; use head_start=random"
             )
         solver = "lbfgs" if self.solver == "auto" and self.lbfgs_c is not None else self.solver
         if solver in ("ridge", "lbfgs"):
@@ -207,6 +237,10 @@ class FineTuneOptions:
         """Refuse options that ridge and lbfgs would ignore."""
         ignored = {
             "schedule": self.schedule,
+            "freeze_from": self.freeze_from,
+            "l2_sp": self.l2_sp,
+            "ema": self.ema,
+            "head_start=ridge": self.head_start == "ridge",
             "hidden": self.hidden,
             "dropout": self.dropout,
             "mixup": self.mixup,

@@ -216,7 +216,7 @@ def _train_and_evaluate(
     progress = Progress()
     for number, stage in enumerate(context.stages):
         with clock("load_s"):
-            frozen, model = context.classifier.split(stage.cut)
+            frozen, model = context.classifier.split(stage.cut, stage.freeze_from)
             trainer: StageTrainer | StageSolver
             if context.options.solver == "gradient":
                 trainer = StageTrainer(context, number, frozen, model, progress)
@@ -252,10 +252,12 @@ def _save(context: RunContext, epochs: int, **options: Any) -> None:
     prefix = context.run_dir / run_folder.MODEL
     graph, train = context.request.graph, context.train
     cuts = ", then ".join(stage.cut for stage in context.stages)
+    freeze_from = context.stages[-1].freeze_from
+    frozen_after = f" and from {freeze_from}" if freeze_from else ""
     taps, solver = context.taps, context.options.solver
     card = Card(
         taps=taps if len(taps) > 1 else [],
-        source=f"fine-tuned from {graph.prefix.name}, frozen until {cuts}",
+        source=f"fine-tuned from {graph.prefix.name}, frozen until {cuts}{frozen_after}",
         licence=graph.card.licence,
         trained_on=f"{train.source.name}, {len(train)} images, "
         + (f"{epochs} epochs" if solver == "gradient" else f"head fitted by {solver}"),

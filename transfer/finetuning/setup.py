@@ -52,6 +52,7 @@ from transfer.models.meta_graph import MetaGraph
 from transfer.quantization.calibration import CalibrationImages
 from transfer.quantization.prefix import QuantizedPrefix
 from transfer.runs import run_folder
+from transfer.training.l2_sp import L2SP
 from transfer.training.ridge import is_solvable
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,8 @@ class RunContext:
     held-out images that are also among the training images, as far as they were compared;
     ``inspect_s`` are the seconds that this took, mostly for decoding images whose fingerprints were
     not on disk. ``taps`` are the tensors of several taps, ``measured`` is the frozen part in int8,
-    if it was measured to resolve ``precision="auto"``.
+    if it was measured to resolve ``precision="auto"``; ``l2_sp`` holds the pretrained weights, if
+    the option is set.
     """
 
     request: RunRequest
@@ -126,6 +128,7 @@ class RunContext:
     taps: list[str] = field(default_factory=list)
     inspect_s: float = 0.0
     measured: QuantizedPrefix | None = None
+    l2_sp: L2SP | None = None
 
     @property
     def replicas(self) -> Replicas:
@@ -225,6 +228,7 @@ def prepare(request: RunRequest) -> RunContext:
         taps=taps,
         inspect_s=inspect_s,
         measured=precision.measured,
+        l2_sp=_l2_sp(resolved, classifier.backbone, stages) if resolved.l2_sp else None,
     )
 
 
@@ -482,6 +486,20 @@ def _stages(
             "trains more than that"
         )
     return stages
+
+
+def _l2_sp(options: FineTuneOptions, backbone: GraphLayer, stages: Sequence[Stage]) -> L2SP:
+    """The penalty of the weights that any stage trains. They still have their pretrained values,
+    also if the run is resumed."""
+    trained = {known.name for stage in stages for known in _after(backbone, stage.cut).variables}
+    named = zip(backbone.variable_names, backbone.graph_variables, strict=True)
+    variables = [variable for name, variable in named if variable.trainable and name in trained]
+    if not variables:
+        raise ValueError(
+            f"l2_sp={options.l2_sp} is a penalty on weights of the backbone, and the run trains "
+            "none of them; leave it out, or train more than the head with freeze_until"
+        )
+    return L2SP(options.l2_sp, variables)
 
 
 def _after(backbone: GraphLayer, at: str) -> Network:

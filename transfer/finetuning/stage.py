@@ -13,6 +13,7 @@ import numpy as np
 from sklearn.utils.class_weight import compute_class_weight
 
 from transfer.core import files, measurement
+from transfer.finetuning.head_start import solve_head
 from transfer.finetuning.hyperparameters import parameter_groups
 from transfer.finetuning.inputs import Inputs
 from transfer.finetuning.setup import RunContext
@@ -69,6 +70,7 @@ class StageTrainer:
         self.trainer.step, self.trainer.epoch = before.step, before.epoch
         if frozen is not None:
             self.trainer.random_states = random_states(frozen)
+        self._solves_head = number == 0 and options.head_start == "ridge"
         self._checkpoint = RunCheckpoint(
             context.run_dir / run_folder.CHECKPOINTS / f"stage-{number}",
             every_s=60 * options.checkpoint_minutes,
@@ -84,7 +86,8 @@ class StageTrainer:
 
     def _resume(self, number: int) -> None:
         trainer = self.trainer
-        self._checkpoint.restore(trainer)
+        if self._checkpoint.restore(trainer):
+            self._solves_head = False
         for line in self._checkpoint.damaged:
             logger.warning(f"{line}; continuing from the previous one")
         if not self.is_done:
@@ -93,6 +96,8 @@ class StageTrainer:
         elif self._context.options.early_stopping is not None:
             # Keras does the same at the end of training, after the last checkpoint.
             trainer.model.set_weights(self._checkpoint.best_weights(trainer))
+        else:
+            trainer.take_averages()  # the same holds for the trainer
 
     def _remove_stages(self, first: int) -> None:
         """Remove the checkpoints of later stages, which started from weights that this stage has
@@ -117,6 +122,8 @@ class StageTrainer:
                 if replicas.is_chief:
                     run_folder.keep_history(context.run_dir, trainer.epoch)
         early_stopping = self._early_stopping()
+        if self._solves_head:
+            solve_head(context, inputs, trainer.model)
         trainer.frozen = inputs.frozen
         validate = inputs.evaluator(trainer.model)
         alone = replicas.num_workers == 1
@@ -242,6 +249,7 @@ def new_trainer(context: RunContext, model: keras.Model, groups: list[ParameterG
         class_weights=_class_weights(context),
         mixup=options.mixup,
         clip_norm=options.clip_norm,
+        l2_sp=context.l2_sp,
         seed=options.seed,
         replicas=context.replicas,
     )

@@ -255,6 +255,15 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
         network = concatenated(self.network, self.pooling or "avg")
         return GraphLayer(network, variables, shared=self.shared, name=self.name)
 
+    def in_inference_mode(self) -> GraphLayer[Output]:
+        """The same layer, with the same weights, which ignores ``training=True``: dropout of the
+        graph stays off, and gradients pass through."""
+        variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
+        network = replace(self.network, training=None)
+        return GraphLayer(
+            network, variables, pooling=self.pooling, shared=self.shared, name=self.name
+        )
+
     def tensor(self, name: str) -> str:
         """The full name of a tensor of the network, from a full or short name.
 

@@ -150,23 +150,30 @@ class Classifier(keras.Model):
             )
         return backbone.concatenated()
 
-    def split(self, at: str | None) -> tuple[keras.layers.Layer | None, keras.Sequential]:
+    def split(
+        self, at: str | None, freeze_from: str | None = None
+    ) -> tuple[keras.layers.Layer | None, keras.Sequential]:
         """Split into a frozen and a trained part.
 
         Args:
             at: tensor of the backbone up to which it is frozen; ``None`` or ``"none"`` freezes
                 nothing.
+            freeze_from: tensor after it, from which on the backbone is frozen, too.
 
         Returns:
             The frozen layer, from preprocessed images to the activations at the tensor (``None``
             if nothing is frozen), and a model from there to the logits. Both share the
-            classifier's weights.
+            classifier's weights. The layers of the model are the trained part of the backbone,
+            the part from ``freeze_from`` on, if given, and the head.
         """
-        backbone = self.feature_extractor
-        if at in (None, "none"):
-            return None, keras.Sequential([backbone, self.head])
-        prefix, suffix = backbone.split(at)
-        return prefix, keras.Sequential([suffix, self.head])
+        prefix, suffix = None, self.feature_extractor
+        if at not in (None, "none"):
+            prefix, suffix = suffix.split(at)
+        parts = [suffix]
+        if freeze_from is not None:
+            trained, frozen = suffix.split(freeze_from)
+            parts = [trained, frozen.in_inference_mode()]
+        return prefix, keras.Sequential([*parts, self.head])
 
     @classmethod
     def from_model(

@@ -65,6 +65,7 @@ def make_optimizer(
     *,
     weight_decay: float = 0.0,
     accumulate: int = 1,
+    ema: float = 0.0,
 ) -> keras.optimizers.Optimizer:
     """An optimizer for fine-tuning.
 
@@ -73,6 +74,8 @@ def make_optimizer(
         learning_rate: a number, or a schedule over calls of ``apply``.
         weight_decay: decoupled weight decay of kernels, multiplied by the learning rate per step.
         accumulate: number of calls of ``apply`` whose gradients are averaged for one update.
+        ema: decay per call of ``apply`` of a moving average of the weights, which ``Trainer``
+            evaluates and ends with; 0 keeps none.
 
     Raises:
         ValueError: if the kind is unknown.
@@ -82,6 +85,8 @@ def make_optimizer(
     options: dict[str, Any] = {"weight_decay": weight_decay or None}
     if accumulate > 1:
         options["gradient_accumulation_steps"] = accumulate
+    if ema:
+        options |= {"use_ema": True, "ema_momentum": ema}
     if kind == "sgd":
         return FusedSGD(learning_rate, momentum=0.9, **options)
     return FusedAdam(learning_rate, **options)

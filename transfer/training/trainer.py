@@ -21,7 +21,9 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.core.distribution import Replicas, sum_over_replicas
+from transfer.core.private_api import averages
 from transfer.training.epoch_lines import EpochLines
+from transfer.training.l2_sp import L2SP
 from transfer.training.optimizers import is_for_replicas
 
 Batch = tuple[Any, Any]
@@ -94,6 +96,8 @@ class Trainer:
         mixup: parameter of the Beta distribution of mixup (arXiv 1710.09412); 0 turns it off. The
             inputs of ``model`` are mixed: images, or activations.
         clip_norm: clip the global norm of a step's gradients to this value; ``None`` does not clip.
+        l2_sp: penalty on the distance of weights from their pretrained values. The losses that are
+            reported do not include it.
         frozen: applied to the inputs first, in inference mode and without gradients.
         seed: seed of mixup; each step draws new random numbers.
         random_states: variables of ``frozen`` that change in each step: states of random layers.
@@ -103,6 +107,10 @@ class Trainer:
     ``step`` and ``epoch`` count completed steps and epochs, ``sums`` are the sums over the current
     epoch so far, and ``best_loss`` is the lowest validation loss after an epoch. ``epoch_seconds``
     are the wall times of the epochs of this session, without validation.
+
+    If optimizers keep moving averages of the weights (``use_ema``), the model has these averages
+    during validation, at the end of each epoch for the best weights and for callbacks, and after
+    the last epoch. Checkpoints have both, so that training continues from the weights themselves.
     """
 
     model: keras.Model
@@ -111,6 +119,7 @@ class Trainer:
     class_weights: np.ndarray | None = None
     mixup: float = 0.0
     clip_norm: float | None = None
+    l2_sp: L2SP | None = None
     frozen: Callable[[Any], Any] | None = None
     seed: int = 0
     random_states: Sequence[keras.Variable] = ()
@@ -166,6 +175,10 @@ class Trainer:
         )
         for n, gradient in zip(reached, reduced, strict=True):
             gradients[n] = gradient
+        if self.l2_sp is not None:
+            for n in reached:
+                pull = self.l2_sp.gradient(variables[n])
+                gradients[n] = gradients[n] if pull is None else gradients[n] + pull
         if self.clip_norm is not None:
             gradients, _ = tf.clip_by_global_norm(gradients, self.clip_norm)
         remaining = iter(gradients)
@@ -314,7 +327,8 @@ class Trainer:
                 )
                 self.epoch_seconds.append(time.perf_counter() - start)
                 if validate is not None:
-                    logs |= self._validated(validate)
+                    with self._averaged(uninterrupted):
+                        logs |= self._validated(validate)
                     # The last update may have made the weights non-finite after its loss was taken.
                     self._check_finite(logs.get("val_loss", 0.0))
                 with uninterrupted(), self._changing():
@@ -323,6 +337,9 @@ class Trainer:
             if checkpoint is not None and not self._is_changing:
                 checkpoint.save(self)
             raise
+        else:
+            with uninterrupted():
+                self.take_averages()
         finally:
             callback_list.on_train_end()  # callbacks close their files
             if checkpoint is not None:
@@ -343,15 +360,47 @@ class Trainer:
     def _end_epoch(
         self, logs: dict[str, float], callbacks: Any, checkpoint: Checkpoint | None
     ) -> None:
-        if logs.get("val_loss", math.inf) < self.best_loss:
-            self.best_loss = logs["val_loss"]
-            if checkpoint is not None:
-                checkpoint.save_best(self)
-        callbacks.on_epoch_end(self.epoch, logs)
+        with self._averaged():
+            if logs.get("val_loss", math.inf) < self.best_loss:
+                self.best_loss = logs["val_loss"]
+                if checkpoint is not None:
+                    checkpoint.save_best(self)
+            callbacks.on_epoch_end(self.epoch, logs)
         self.epoch += 1
         self.sums = EpochSums()
         if checkpoint is not None:
             checkpoint.save(self)
+
+    @property
+    def _averages(self) -> list[tuple[keras.Variable, keras.Variable]]:
+        """Trained variables with their moving averages; empty if no optimizer keeps them."""
+        return [
+            pair
+            for group in self.groups
+            for pair in zip(group.variables, averages(group.optimizer), strict=False)
+        ]
+
+    def take_averages(self) -> None:
+        """Set the weights to their moving averages, if optimizers keep them."""
+        for variable, average in self._averages:
+            variable.assign(average)
+
+    @contextlib.contextmanager
+    def _averaged(
+        self,
+        uninterrupted: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> Iterator[None]:
+        """The moving averages, if there are some, in place of the weights."""
+        weights: list[np.ndarray] = []
+        try:
+            with uninterrupted():
+                weights = [variable.numpy() for variable, _ in self._averages]
+                self.take_averages()
+            yield
+        finally:
+            with uninterrupted():
+                for (variable, _), value in zip(self._averages, weights, strict=False):
+                    variable.assign(value)
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:

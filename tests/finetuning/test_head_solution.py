@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from transfer.finetuning import setup, solver
+from transfer.finetuning import head_solution, setup
 from transfer.finetuning.options import FineTuneOptions
 
 
@@ -30,14 +30,16 @@ def test_views_of_an_image_and_images_of_a_group_belong_together(
     monkeypatch, name, groups, num_views, expected
 ):
     for function in ("fit_ridge", "fit_logistic_regression"):
-        monkeypatch.setattr(solver, function, lambda *arguments, **options: options["groups"])
+        monkeypatch.setattr(
+            head_solution, function, lambda *arguments, **options: options["groups"]
+        )
     context = types.SimpleNamespace(
         options=FineTuneOptions(solver=name),
         train=FourImages(groups),
         classifier=types.SimpleNamespace(head=types.SimpleNamespace(num_classes=2)),
     )
     labels = np.tile([0, 1, 0, 1], num_views)
-    found = solver.StageSolver(context, None)._solve(np.zeros((len(labels), 3)), labels)
+    found = head_solution.solve(context, name, np.zeros((len(labels), 3)), labels)
     assert (None if found is None else found.tolist()) == expected
 
 

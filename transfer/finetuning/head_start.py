@@ -1,0 +1,45 @@
+"""The head before the first step of gradient descent, solved for on frozen features.
+
+The gradients of a random head depend on its random values, and distort the pretrained features
+before they can be of use. Fitting the head first avoids this: linear probing, then fine-tuning
+(LP-FT, Kumar et al. 2022, arXiv 2202.10054).
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import keras
+
+from transfer.finetuning.head_solution import describe, report_ridge, solve, training_features
+from transfer.finetuning.inputs import Inputs
+from transfer.finetuning.setup import RunContext
+
+logger = logging.getLogger(__name__)
+
+
+def solve_head(context: RunContext, inputs: Inputs, model: keras.Model) -> None:
+    """Assign the solution of ridge regression to the head, and log how good it is.
+
+    Args:
+        context: the run; no weight was trained yet.
+        inputs: of its first stage.
+        model: the part that this stage trains.
+    """
+    if inputs.is_images:
+        # The features of frozen runs, so that they are found in the cache, and cached for others.
+        tap = context.classifier.feature_extractor.network.output.removesuffix(":0")
+        frozen, model = context.classifier.split(tap)
+        # Without augmentation, whose views differ in each epoch; of the weights that are trained.
+        options = replace(context.options, augment=False, precision="float32")
+        inputs = Inputs(replace(context, options=options), tap, frozen)
+    features, labels = training_features(inputs, model)
+    solution = solve(context, "ridge", features, labels)
+    solution.assign_to(context.classifier.head)
+    report_ridge(solution, describe(solution, labels))
+    held_out = inputs.evaluator(model)()
+    logger.info(
+        f"head_start: before the first step, held-out accuracy {held_out['accuracy']:.4f}, "
+        f"log loss {held_out['loss']:.4f}"
+    )
