@@ -26,6 +26,33 @@ class Rows(Protocol):
     def __getitem__(self, positions: Any) -> np.ndarray: ...
 
 
+class JoinedRows:
+    """Acts as the concatenation of arrays of rows, without reading them.
+
+    Args:
+        parts: arrays ``[length, *row_shape]`` with the same shape and dtype of a row.
+        lengths: their lengths.
+    """
+
+    def __init__(self, parts: Sequence[Rows], lengths: Sequence[int]):
+        self._parts = parts
+        self._ends = np.cumsum(lengths)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, positions: Any) -> np.ndarray:
+        chosen = np.arange(len(self))[positions]
+        part_of = np.searchsorted(self._ends, chosen, side="right")
+        nothing = self._parts[0][:0]
+        rows = np.empty((*chosen.shape, *nothing.shape[1:]), nothing.dtype)
+        for number in np.unique(part_of):
+            is_here = part_of == number
+            start = self._ends[number - 1] if number else 0
+            rows[is_here] = self._parts[number][chosen[is_here] - start]
+        return rows
+
+
 @dataclass(frozen=True)
 class Activations:
     """Activations of the frozen part of a network for every image of a split, in its order.
