@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-_GRADIENT = (
+OF_GRADIENT_DESCENT = (
     "schedule",
     "epochs",
     "batch_size",
@@ -29,6 +29,7 @@ _GRADIENT = (
     "max_to_keep",
     "keep_checkpoint_every_n_hours",
 )
+"""Options that only ``solver="gradient"`` uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +202,9 @@ class FineTuneOptions:
     def of_gradient_descent(self) -> list[str]:
         """The options that were given and that only ``solver="gradient"`` uses."""
         defaults = FineTuneOptions()
-        return [name for name in _GRADIENT if getattr(self, name) != getattr(defaults, name)]
+        return [
+            name for name in OF_GRADIENT_DESCENT if getattr(self, name) != getattr(defaults, name)
+        ]
 
     def _check_ignored(self, solver: str) -> None:
         """Refuse options that ridge and lbfgs would ignore."""

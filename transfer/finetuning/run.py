@@ -232,11 +232,12 @@ def _train_and_evaluate(
         progress = trainer.progress
     with clock("eval_s"):
         classifier, evaluation, logits = _save_and_evaluate(context, inputs, progress)
+    growth = _growth(context, inputs, logits)
     replicas = context.replicas
     num_extracted, num_found = replicas.total(num_extracted), replicas.total(num_found)
     if not replicas.is_chief:
         return classifier, {}, logits
-    metrics = _metrics(context, progress, evaluation)
+    metrics = _metrics(context, progress, evaluation) | growth
     metrics["time"] = seconds = clock.seconds
     num_trained = progress.steps_now / context.steps_per_epoch * len(context.train)
     metrics["throughput"] = {
@@ -284,6 +285,27 @@ def _save_and_evaluate(
         card_path = prefix.with_name(f"{prefix.name}.json")
         write_card(card_path, replace(read_card(card_path), eval=evaluation))
     return classifier, evaluation, logits
+
+
+def _growth(context: RunContext, inputs: Inputs, logits: np.ndarray) -> dict[str, Any]:
+    """Where images were added to a run, the entry ``growth`` of ``metrics.json``."""
+    growth = context.request.growth
+    if growth is None:
+        return {}
+    _, head = Classifier.load(growth.run / run_folder.MODEL).split(context.last_cut)
+    before = inputs.predictor(head, len(growth.class_names))()
+    class_names, labels = context.classifier.labels, context.held_out.labels
+    added, added_held_out = growth.num_added
+    images = {
+        "kept": len(context.train) - added,
+        "added": added,
+        "held_out_added": added_held_out,
+        "already_there": growth.num_known,
+    }
+    return {
+        "growth": {"run": str(growth.run), "images": images}
+        | growth.compare(class_names, labels, before, logits)
+    }
 
 
 def _metrics(context: RunContext, progress: Progress, evaluation: dict[str, Any]) -> dict[str, Any]:
