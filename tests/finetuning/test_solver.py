@@ -23,6 +23,8 @@ class FourImages:
         ("ridge", None, 1, None),
         ("ridge", None, 2, [0, 1, 2, 3, 0, 1, 2, 3]),
         ("ridge", [5, 5, 6, 7], 2, [5, 5, 6, 7, 5, 5, 6, 7]),
+        ("lbfgs", None, 1, None),
+        ("lbfgs", None, 2, [0, 1, 2, 3, 0, 1, 2, 3]),
         ("lbfgs", [5, 5, 6, 7], 1, [5, 5, 6, 7]),
     ],
 )

@@ -93,7 +93,7 @@ class StageSolver:
             labels,
             num_classes,
             C=options.lbfgs_c,
-            groups=groups if num_views == 1 or self._context.train.groups is not None else None,
+            groups=groups,
             seed=options.seed,
             class_weight=class_weight,
         )
