@@ -2,6 +2,7 @@
 
 import types
 
+import keras
 import numpy as np
 import pytest
 
@@ -54,3 +55,12 @@ def test_resumed_run_keeps_its_solver(tmp_path, recorded, expected):
         options=FineTuneOptions(), callbacks=(), resume=True, run_dir=tmp_path
     )
     assert setup._solver(request, None, 100, 32) == expected
+
+
+@pytest.mark.parametrize("options", [{"solver": "ridge"}, {"solver": "lbfgs"}, {"lbfgs_c": 1.0}])
+def test_callbacks_without_epochs_are_refused(options):
+    callbacks = [keras.callbacks.TerminateOnNaN()]
+    request = types.SimpleNamespace(options=FineTuneOptions(**options), callbacks=callbacks)
+    with pytest.raises(ValueError, match="has no epochs that would call them"):
+        setup._check_callbacks(request)
+    setup._check_callbacks(types.SimpleNamespace(options=FineTuneOptions(), callbacks=callbacks))

@@ -3,10 +3,12 @@
 # No `from __future__ import annotations`: command-line flags inherit from these options, and their
 # types are looked up in the module of the subclass.
 import difflib
+import itertools
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 OF_GRADIENT_DESCENT = (
     "schedule",
@@ -180,14 +182,20 @@ class FineTuneOptions:
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be more than 0, got {value}")
         for option in fields(FineTuneOptions):
-            known = get_args(option.type) if get_origin(option.type) is Literal else ()
+            known = _choices(option.type)
             value = getattr(self, option.name)
             if known and value not in known:
+                known = tuple(name for name in known if name is not None)
                 raise ValueError(
                     f"{option.name} must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}"
                 )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be 0 to 1, got {self.label_smoothing}")
+        if self.lbfgs_c is not None and self.solver in ("gradient", "ridge"):
+            raise ValueError(
+                f"lbfgs_c={self.lbfgs_c} is the penalty of solver=lbfgs, and solver={self.solver} "
+                "would not use it; leave out one of them"
+            )
         if self.track_files and self.track is None:
             raise ValueError("track_files=True needs a tracker: track=mlflow or track=wandb")
         if self.views and self.cache == "off":
@@ -223,6 +231,16 @@ class FineTuneOptions:
             raise ValueError(
                 f"solver={solver} does not use {', '.join(conflicts)}; leave out one of them"
             )
+
+
+def _choices(kind: Any) -> tuple[str | None, ...]:
+    """The values of a ``Literal``, perhaps with ``None``; empty for other types."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
+    if not any(get_origin(member) is Literal for member in members):
+        return ()
+    return (*itertools.chain(*map(get_args, members)), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -175,6 +175,7 @@ def prepare(request: RunRequest) -> RunContext:
     shared = {k: v for k, v in _requested_options(request).items() if k not in _PLACES}
     replicas.check_same("set of options", (shared, measurement.versions()))
     options.check()
+    _check_callbacks(request)
     request.train.source.check_classes()
     _check_replicas(options, replicas)
     if options.image_size is not None:
@@ -295,6 +296,17 @@ def _content(provenance: Mapping[str, Any], part: str) -> dict[str, Any]:
 
 def _requested_options(request: RunRequest) -> dict[str, Any]:
     return {**request.origin, **vars(request.options)}
+
+
+def _check_callbacks(request: RunRequest) -> None:
+    """Refuse callbacks where there are no epochs that would call them."""
+    options = request.options
+    if request.callbacks and (options.solver in ("ridge", "lbfgs") or options.lbfgs_c is not None):
+        given = f"lbfgs_c={options.lbfgs_c}" if options.lbfgs_c else f"solver={options.solver}"
+        raise ValueError(
+            f"{len(request.callbacks)} callbacks were given, and {given} has no epochs that would "
+            "call them; leave them out, or use solver=gradient"
+        )
 
 
 def _check_replicas(options: FineTuneOptions, replicas: Replicas) -> None:
