@@ -24,7 +24,7 @@ from transfer.finetuning.advice import (
     describe_rare_classes,
 )
 from transfer.finetuning.inputs import Inputs
-from transfer.finetuning.options import FineTuneOptions, options_from
+from transfer.finetuning.options import OF_GRADIENT_DESCENT, FineTuneOptions, options_from
 from transfer.finetuning.setup import (
     SOURCES,
     RunContext,
@@ -187,12 +187,15 @@ def _opened(context: RunContext) -> Iterator[None]:
     """Open the run folder: the chief writes it, all workers read it."""
     replicas, run_dir = context.replicas, context.run_dir
     is_chief = replicas.is_chief
+    # Earlier versions recorded options of gradient descent whatever the solver.
+    unused = OF_GRADIENT_DESCENT if context.options.solver != "gradient" else ()
+    may_differ = (*SOURCES, *unused)
     folder = run_folder.opened(
         run_dir,
         context.config,
         resume=context.request.resume,
         defaults=asdict(FineTuneOptions(solver="gradient")),
-        may_differ=SOURCES,
+        may_differ=may_differ,
     )
     with folder if is_chief else contextlib.nullcontext():
         with replicas.chief_first():

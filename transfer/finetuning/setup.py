@@ -36,7 +36,7 @@ from transfer.finetuning.hyperparameters import (
     trains_cached_head,
 )
 from transfer.finetuning.model_plan import plan_model
-from transfer.finetuning.options import FineTuneOptions, ResolvedOptions
+from transfer.finetuning.options import OF_GRADIENT_DESCENT, FineTuneOptions, ResolvedOptions
 from transfer.finetuning.precision import choose
 from transfer.finetuning.tap_choice import AUTO, choose_tap
 from transfer.graph import Network, graph_preprocessing, is_seeded
@@ -144,6 +144,9 @@ class RunContext:
     def config(self) -> dict[str, Any]:
         """Content of ``config.yaml``: the resolved options, and the sources of model and images."""
         options = dataclasses.asdict(self.options) | {"freeze_until": self.last_cut}
+        if self.options.solver != "gradient":
+            used = {name: v for name, v in options.items() if name not in OF_GRADIENT_DESCENT}
+            return {**self.request.origin, **used, "out": self.run_dir}
         if self.options.schedule is not None:
             options["schedule"] = ",".join(map(str, self.stages))
         else:
@@ -443,7 +446,14 @@ def _best_tap(request: RunRequest, train: Split) -> str:
     """The tap of the resumed run, else the one that is best on the training images."""
     if isinstance(recorded := _recorded(request).get("tap"), str):
         return recorded
-    return choose_tap(request.graph, train, request.options, request.feeds).best.tap
+    choice = choose_tap(
+        request.graph,
+        train,
+        request.options,
+        request.feeds,
+        lambda taps: measurement.progress(taps, "features", "tap") if request.verbose else taps,
+    )
+    return choice.best.tap
 
 
 def _solver(
@@ -509,7 +519,7 @@ def _stages(
     if options.solver != "gradient" and last.cut != tap.removesuffix(":0"):
         raise ValueError(
             f"solver={options.solver} fits a head on frozen features; freeze_until={last.cut} "
-            "trains more than that"
+            "trains more than that, for which there is solver=gradient"
         )
     return stages
 
