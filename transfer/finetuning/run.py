@@ -194,7 +194,7 @@ def _opened(context: RunContext) -> Iterator[None]:
         run_dir,
         context.config,
         resume=context.request.resume,
-        defaults=asdict(FineTuneOptions(solver="gradient")),
+        defaults=_defaults(context),
         may_differ=may_differ,
     )
     with folder if is_chief else contextlib.nullcontext():
@@ -208,6 +208,15 @@ def _opened(context: RunContext) -> Iterator[None]:
                     f"{str(run_dir)!r}; the run folder must be shared by all workers"
                 )
         yield
+
+
+def _defaults(context: RunContext) -> dict[str, Any]:
+    """What ``config.yaml`` of an earlier version did not record."""
+    defaults = asdict(FineTuneOptions(solver="gradient"))
+    origin = context.request.origin
+    if "train_split" not in origin:  # a run from Python; provenance.json covers its feeds
+        defaults["feed"] = origin.get("feed", ())
+    return defaults
 
 
 def _train_and_evaluate(

@@ -101,7 +101,9 @@ class RunRequest:
     @property
     def origin(self) -> dict[str, Any]:
         """Where model and images come from, and what else is recorded."""
-        return {"model": self.graph.name, **self.train.source.origin, **self.recorded}
+        feeds = [f"{name}={value}" for name, value in self.feeds.items()]
+        fed = {"feed": feeds} if feeds else {}
+        return {"model": self.graph.name, **self.train.source.origin, **fed, **self.recorded}
 
 
 @dataclass(frozen=True, kw_only=True)
