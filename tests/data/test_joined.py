@@ -101,7 +101,7 @@ def test_groups_of_different_sources_differ(members):
         )
         return Member(member.prefix, *source.train_and_eval_splits())
 
-    first, second = grouped(members[0], r"/(\d)"), grouped(members[1], r"(\d)\.")
+    first, second = (grouped(member, r"(\d)\.") for member in members)
     train, held_out = join([first, second], ["blue", "red", "green"])
     size = len(first.train)
     assert not {*train.groups[:size]} & {*train.groups[size:]}

@@ -104,6 +104,19 @@ class Activations:
             rows = chosen if self._rows is None else self._rows[chosen]
             yield self._gather(rows, (chosen + epoch) % len(self.views)), self.labels[chosen]
 
+    def in_order(
+        self, batch_size: int, lengths: Sequence[int]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """``batches`` in the order of the examples, of which the first ``lengths[0]``, the next
+        ``lengths[1]`` and so on are apart, as in ``Split.in_order``."""
+        start = 0
+        for length in lengths:
+            chosen = np.arange(start, start + length)
+            for first in range(0, length, batch_size):
+                rows = chosen[first : first + batch_size]
+                yield self._gather(rows, np.zeros_like(rows)), self.labels[rows]
+            start += length
+
     @functools.cached_property
     def _rows(self) -> np.ndarray | None:
         """Row number of each example; ``None`` if this process has all examples."""

@@ -181,9 +181,12 @@ class Inputs:
         return self._context.replicas.join(rows.reshape(len(rows), width), mine)
 
     def _evaluation_batches(self) -> Iterable[Any]:
+        held_out = _shard(self._context.held_out, self._mine_held_out)
         if self._held_out is not None:
-            return self._held_out.batches(EXTRACTION_BATCH)
-        return self._computed(_shard(self._context.held_out, self._mine_held_out))
+            # As evaluate does it, for bit-identical results.
+            lengths = [len(part) for part in held_out.of_members()]
+            return self._held_out.in_order(EXTRACTION_BATCH, lengths)
+        return self._computed(held_out)
 
     def _computed(self, split: Split, **options: Any) -> Iterable[Any]:
         images = split.in_order(self._context.classifier.preprocess, EXTRACTION_BATCH, **options)

@@ -144,6 +144,7 @@ def fine_tune(
 def run(request: RunRequest) -> FineTuneResult:
     """Perform the run of a request; see ``fine_tune``."""
     replicas = request.replicas
+    request.options.check()
     tracking.check_installed(request.options.track)
     keras.utils.set_random_seed(request.options.seed)
     clock = measurement.Clock()
