@@ -58,7 +58,7 @@ class ImageFlags:
             "named by --dataset"
         )
 
-    def open(self) -> "Source":
+    def open(self, min_classes: int = 2) -> "Source":
         """Open the images; see ``transfer.open_source``, which imports TensorFlow."""
         from transfer.data.sources import open_source
 
@@ -68,6 +68,7 @@ class ImageFlags:
             image_folder=self.image_folder,
             csv=self.csv,
             group_by=getattr(self, "group_by", None),
+            min_classes=min_classes,
         )
 
 

@@ -38,6 +38,12 @@ def _lines(inspection: Inspection) -> Iterable[str]:
     )
     yield from _section("inputs", _tensors(inspection.inputs))
     yield from _section("taps, best first", _tensors(inspection.taps))
+    if inspection.all_taps:
+        widths = ", ".join(
+            f"{name.removesuffix(':0')} {n}" for name, n in inspection.all_taps.items()
+        )
+        count, total = len(inspection.all_taps), sum(inspection.all_taps.values())
+        yield from _section("tap all", [f"{total:,} features of {count} activations: {widths}"])
     yield from _section(
         "variables",
         [f"{_amount(inspection.variables)}; {_amount(inspection.tap_variables)} for the first tap"],

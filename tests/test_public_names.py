@@ -26,6 +26,7 @@ def test_public_names_are_these():
         "export",
         "extract_features",
         "fine_tune",
+        "grow",
         "load_meta_graph",
         "open_source",
         "predict",

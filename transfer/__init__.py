@@ -5,8 +5,8 @@ Load a network, put a head on it, fine-tune it:
 * ``load_meta_graph`` parses a model without running it; ``MetaGraph`` and ``Card`` describe it.
 * ``Backbone`` is the network up to a tap, as a Keras layer; ``Preprocess``, ``Backbone`` and
   ``Head`` form a ``Classifier``. ``build_head`` adds a head to a tensor.
-* ``open_source`` opens labelled images; ``fine_tune`` trains a ``Classifier`` on them;
-  ``extract_features`` computes their features.
+* ``open_source`` opens labelled images; ``fine_tune`` trains a ``Classifier`` on them, and
+  ``grow`` adds images to a finished run; ``extract_features`` computes their features.
 * ``evaluate`` computes metrics on labelled images, ``predict`` classifies image files.
 * ``export`` writes a classifier for other programs: SavedModel, TFLite, ONNX, Keras, meta graph.
 * ``to_keras`` converts a network to a Keras model of stock layers, for any backend of Keras.
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transfer.evaluation.file_predictions import Prediction, predict
     from transfer.evaluation.scoring import evaluate
     from transfer.exports.writing import export
+    from transfer.finetuning.grow import grow
     from transfer.finetuning.run import FineTuneResult, fine_tune
     from transfer.graph.policy import ForbiddenOpError
     from transfer.images.preprocess import Preprocess
@@ -57,6 +58,7 @@ _MODULES = {
     "extract_features": "transfer.activations.features",
     "Features": "transfer.activations.features",
     "fine_tune": "transfer.finetuning.run",
+    "grow": "transfer.finetuning.grow",
     "FineTuneResult": "transfer.finetuning.run",
     "evaluate": "transfer.evaluation.scoring",
     "predict": "transfer.evaluation.file_predictions",
@@ -85,6 +87,7 @@ __all__ = [
     "export",
     "extract_features",
     "fine_tune",
+    "grow",
     "load_meta_graph",
     "open_source",
     "predict",

@@ -79,3 +79,32 @@ def test_invalid_combination_is_refused_before_the_first_run(tmp_path, request_f
         with pytest.raises(ValueError, match=message):
             study(request_for_runs, axes, tmp_path / "study")
     assert not (tmp_path / "study").exists()
+
+
+def test_study_with_another_model_or_other_images_is_not_continued(
+    tmp_path, request_for_runs, saved_vgg, tiny_card
+):
+    """Their results would stand in one table."""
+    axes = {"seed": [0]}
+
+    def begin(request):
+        with module._opened(tmp_path / "study", request, axes):
+            pass
+
+    begin(request_for_runs)
+    begin(request_for_runs)
+    train = request_for_runs.train
+    saved_vgg(request_for_runs.graph.prefix, card=tiny_card, num_classes=7)
+    others = {
+        "images_sha256": {"train": train.where(np.arange(len(train)) > 0)},
+        "model_sha256": {"graph": load_meta_graph(request_for_runs.graph.prefix)},
+        "feed": {"feeds": {"keep_prob:0": 0.5}},
+    }
+    for name, changed in others.items():
+        with pytest.raises(ValueError, match=f"{name}="):
+            begin(dataclasses.replace(request_for_runs, **changed))
+    # A study of an earlier version, which did not record them.
+    path = tmp_path / "study" / "config.yaml"
+    lines = [line for line in path.read_text().splitlines(True) if "_sha256" not in line]
+    path.write_text("".join(lines))
+    begin(request_for_runs)

@@ -2,10 +2,14 @@
 
 import types
 
+import keras
 import numpy as np
 import pytest
+import yaml
 
+from transfer import fine_tune, open_source
 from transfer.finetuning import head_solution, setup
+from transfer.finetuning.inputs import ActivationStore
 from transfer.finetuning.options import FineTuneOptions
 
 
@@ -23,6 +27,8 @@ class FourImages:
         ("ridge", None, 1, None),
         ("ridge", None, 2, [0, 1, 2, 3, 0, 1, 2, 3]),
         ("ridge", [5, 5, 6, 7], 2, [5, 5, 6, 7, 5, 5, 6, 7]),
+        ("lbfgs", None, 1, None),
+        ("lbfgs", None, 2, [0, 1, 2, 3, 0, 1, 2, 3]),
         ("lbfgs", [5, 5, 6, 7], 1, [5, 5, 6, 7]),
     ],
 )
@@ -54,3 +60,48 @@ def test_resumed_run_keeps_its_solver(tmp_path, recorded, expected):
         options=FineTuneOptions(), callbacks=(), resume=True, run_dir=tmp_path
     )
     assert setup._solver(request, None, 100, 32) == expected
+
+
+@pytest.mark.parametrize("options", [{"solver": "ridge"}, {"solver": "lbfgs"}, {"lbfgs_c": 1.0}])
+def test_callbacks_without_epochs_are_refused(options):
+    callbacks = [keras.callbacks.TerminateOnNaN()]
+    request = types.SimpleNamespace(options=FineTuneOptions(**options), callbacks=callbacks)
+    with pytest.raises(ValueError, match="has no epochs that would call them"):
+        setup._check_callbacks(request)
+    setup._check_callbacks(types.SimpleNamespace(options=FineTuneOptions(), callbacks=callbacks))
+
+
+def test_taps_are_compared_with_a_progress_bar(monkeypatch):
+    wrapped = []
+
+    def choose_tap(graph, train, options, feeds, progress):
+        wrapped.append(progress)
+        return types.SimpleNamespace(best=types.SimpleNamespace(tap="fc7"))
+
+    monkeypatch.setattr(setup, "choose_tap", choose_tap)
+    monkeypatch.setattr(setup.measurement, "progress", lambda items, title, unit: (title, unit))
+    for verbose in (0, 1):
+        request = types.SimpleNamespace(
+            graph=None, options=None, feeds={}, verbose=verbose, resume=False, run_dir=None
+        )
+        assert setup._best_tap(request, None) == "fc7"
+    assert [progress([]) for progress in wrapped] == [[], ("features", "tap")]
+
+
+def test_solved_run_records_no_options_of_gradient_descent(
+    tmp_path, model, image_folder, monkeypatch
+):
+    """Runs of earlier versions that recorded them are resumed; views that do not fit in the cache
+    are computed again, with the same result."""
+    splits = open_source(image_folder=str(image_folder)).train_and_eval_splits()
+    options = {"views": 2, "cache": "memory", "run_dir": tmp_path / "run"}
+    cached = fine_tune(model, *splits, **options)
+    path = tmp_path / "run" / "config.yaml"
+    recorded = yaml.safe_load(path.read_text())
+    assert recorded["solver"] == "ridge"
+    assert not {"epochs", "learning_rate", "batch_size", "optimizer", "dropout"} & {*recorded}
+    earlier = {"epochs": 45, "learning_rate": 0.01, "batch_size": 6, "dropout": 0.0}
+    path.write_text(yaml.safe_dump(recorded | earlier))
+    monkeypatch.setattr(ActivationStore, "rows", lambda *_: None)
+    again = fine_tune(model, *splits, **options, resume=True)
+    np.testing.assert_allclose(again.logits, cached.logits, rtol=1e-4, atol=1e-4)

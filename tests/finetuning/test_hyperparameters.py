@@ -115,6 +115,15 @@ def test_unknown_choice_is_refused():
         FineTuneOptions(solver="x").check()
     with pytest.raises(ValueError, match="solver=lbfgs does not use hidden"):
         FineTuneOptions(lbfgs_c=1.0, hidden=(8,)).check()
+    with pytest.raises(ValueError, match="track must be mlflow or wandb, got 'foo'"):
+        FineTuneOptions(track="foo").check()
+    FineTuneOptions(track="mlflow").check()
+
+
+@pytest.mark.parametrize("solver", ["ridge", "gradient"])
+def test_penalty_of_another_solver_is_refused(solver):
+    with pytest.raises(ValueError, match=f"lbfgs_c=0.5 is .* and solver={solver} would not use it"):
+        FineTuneOptions(lbfgs_c=0.5, solver=solver).check()
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from commands import finetune, metrics
 
+from recipes.cli import main
 from transfer import evaluate, fine_tune, open_source
 from transfer.finetuning import precision
 from transfer.layers.classifier import Classifier
@@ -101,6 +102,16 @@ def test_int8_is_refused_where_it_disagrees(tmp_path, model, image_folder, monke
     out = tmp_path / "out"
     assert finetune(out, model, image_folder, "--precision", "int8", "--cache", "memory") == 1
     assert "of their standard deviation; expected at most 1e-06" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_int8_run_may_end_in_training_everything(tmp_path, run):
+    """The last stage has no frozen part, so that its metrics are those of float32."""
+    found = run("all", "--precision", "int8", "--schedule", "fc7:2,pool2:1,none:1")
+    assert (found["precision"], found["cut"]) == ("int8", "none")
+    assert "precision" not in found["eval"]
+    assert main(["evaluate", str(tmp_path / "all")]) == 0
+    assert metrics(tmp_path / "all")["evaluation"]["loss"] == found["eval"]["loss"]
 
 
 @pytest.mark.slow

@@ -10,7 +10,9 @@ from commands import flags_of, planned
 from conftest import NUM_CLASSES, TINY, save_vgg
 
 from transfer import Card, load_meta_graph, save_meta_graph
+from transfer.graph import infer
 from transfer.models.inspection import inspect
+from transfer.models.plan import plan
 from transfer.vgg import architectures
 
 tf1 = tf.compat.v1
@@ -178,4 +180,6 @@ def test_meta_graph_gives_what_inspect_lists(model):
     assert graph.inputs() == found.inputs
     assert graph.cuts(found.taps[0].name) == found.cuts
     assert graph.inputs()[0].about == "takes the images"
+    network = plan(graph, "all").network
+    assert sum(found.all_taps.values()) == infer(network)[network.output][-1]
     assert [cut.tensor for cut in graph.cuts(["pool1", "fc7"])] == ["pool1:0", "features:0"]

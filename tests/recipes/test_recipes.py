@@ -36,7 +36,7 @@ def test_finetune_writes_the_run_folder(tmp_path, model, image_folder, capsys):
     assert {path.name for path in out.iterdir()} == {
         "config.yaml", "labels.txt", "held_out.txt", "metrics.json", "history.csv", "events",
         "checkpoints", "checkpoint", "model.meta", "model.index", "model.data-00000-of-00001",
-        "model.json", "provenance.json", ".lock",
+        "model.json", "provenance.json", "training.txt", ".lock",
     }  # fmt: skip
     assert (out / "labels.txt").read_text() == "blue\nred\n"
 

@@ -26,6 +26,33 @@ class Rows(Protocol):
     def __getitem__(self, positions: Any) -> np.ndarray: ...
 
 
+class JoinedRows:
+    """Acts as the concatenation of arrays of rows, without reading them.
+
+    Args:
+        parts: arrays ``[length, *row_shape]`` with the same shape and dtype of a row.
+        lengths: their lengths.
+    """
+
+    def __init__(self, parts: Sequence[Rows], lengths: Sequence[int]):
+        self._parts = parts
+        self._ends = np.cumsum(lengths)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, positions: Any) -> np.ndarray:
+        chosen = np.arange(len(self))[positions]
+        part_of = np.searchsorted(self._ends, chosen, side="right")
+        nothing = self._parts[0][:0]
+        rows = np.empty((*chosen.shape, *nothing.shape[1:]), nothing.dtype)
+        for number in np.unique(part_of):
+            is_here = part_of == number
+            start = self._ends[number - 1] if number else 0
+            rows[is_here] = self._parts[number][chosen[is_here] - start]
+        return rows
+
+
 @dataclass(frozen=True)
 class Activations:
     """Activations of the frozen part of a network for every image of a split, in its order.
@@ -76,6 +103,19 @@ class Activations:
                 continue
             rows = chosen if self._rows is None else self._rows[chosen]
             yield self._gather(rows, (chosen + epoch) % len(self.views)), self.labels[chosen]
+
+    def in_order(
+        self, batch_size: int, lengths: Sequence[int]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """``batches`` in the order of the examples, of which the first ``lengths[0]``, the next
+        ``lengths[1]`` and so on are apart, as in ``Split.in_order``."""
+        start = 0
+        for length in lengths:
+            chosen = np.arange(start, start + length)
+            for first in range(0, length, batch_size):
+                rows = chosen[first : first + batch_size]
+                yield self._gather(rows, np.zeros_like(rows)), self.labels[rows]
+            start += length
 
     @functools.cached_property
     def _rows(self) -> np.ndarray | None:

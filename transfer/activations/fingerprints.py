@@ -23,6 +23,13 @@ def remembered(source: Source, cache_dir: Path | None = None) -> Iterator[None]:
     """Within the context, fingerprints of a source's images come from the cache on disk if they are
     needed, and new ones are added to it while the images are decoded. If the disk cannot be read or
     written, the cache is not used."""
+    if source.members:
+        with contextlib.ExitStack() as stack:
+            members = (member.source for splits in source.members.values() for member in splits)
+            for member in {id(source): source for source in members}.values():
+                stack.enter_context(remembered(member, cache_dir))
+            yield
+        return
     prints = source.fingerprints
     cache = Cache((cache_dir or default_directory()) / FOLDER, _LIMIT_BYTES)
     key = {"kind": "fingerprints", "dataset": source.name, "tensorflow": version("tensorflow")}

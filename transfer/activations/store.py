@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -20,6 +21,7 @@ from transfer.activations.entry import Entry
 from transfer.activations.extraction import (
     EXTRACTION_BATCH,
     Compiled,
+    JoinedRows,
     Rows,
     extract,
     stream,
@@ -56,6 +58,21 @@ class ExtractionRequest:
     def needed(self) -> Split:
         """The images that this process needs."""
         return self.split if self.here is None else self.split.where(self.here)
+
+    def of_members(self) -> list[ExtractionRequest]:
+        """The same images in the same order as requests to the sources that they come from, which
+        are those that a run on this source alone would make."""
+        if not self.split.source.members or not len(self.split):
+            return [self]
+        splits = self.split.of_members()
+        ends = np.cumsum([len(split) for split in splits])[:-1]
+        here: list[np.ndarray | None] = [None] * len(splits)
+        if self.here is not None:
+            here = [*np.split(self.here, ends)]
+        return [
+            dataclasses.replace(self, split=split, here=mask)
+            for split, mask in zip(splits, here, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -120,6 +137,19 @@ class ActivationStore:
     def rows(self, requests: Sequence[ExtractionRequest]) -> list[Rows] | None:
         """The activations of each request, in the order of its needed images; ``None`` if they do
         not fit in memory, or the policy is ``off``."""
+        parts = [request.of_members() for request in requests]
+        rows = self._rows([part for members in parts for part in members])
+        if rows is None:
+            return None
+        remaining = iter(rows)
+        return [
+            next(remaining)
+            if len(members) == 1
+            else JoinedRows([next(remaining) for _ in members], [len(m.needed) for m in members])
+            for members in parts
+        ]
+
+    def _rows(self, requests: Sequence[ExtractionRequest]) -> list[Rows] | None:
         if self._policy.mode == "off":
             return None
         if self._policy.mode == "disk":

@@ -33,7 +33,7 @@ from transfer.finetuning.tap_choice import AUTO
 from transfer.graph import cut
 from transfer.images.preprocess import parse_size
 from transfer.models import retention
-from transfer.runs import run_folder
+from transfer.runs import run_data, run_folder
 from transfer.runs.interruption import Interrupted
 
 logger = logging.getLogger(__name__)
@@ -178,13 +178,33 @@ def _opened(out: Path, request: RunRequest, axes: Mapping[str, Sequence[Any]]) -
     if has_begun and "grid" not in run_folder.read_config(out):
         raise FileExistsError(f"{str(out)!r} holds a run; choose another run_dir for the study")
     options = {name: value for name, value in vars(request.options).items() if name not in axes}
-    config = {**request.origin, **options, "grid": show_grid(axes), "out": out}
+    content = _content(request)
+    config = {**request.origin, **options, **content, "grid": show_grid(axes), "out": out}
+    content["feed"] = config["feed"] = [*config.get("feed", ())]
     if not has_begun:
         run_folder.check(out, resume=False)
     names = [option.name for option in dataclasses.fields(FineTuneOptions)]
     free = ("grid", *(name for name in names if name in axes), *_PLACES)
-    with run_folder.opened(out, config, resume=has_begun, may_differ=free):
+    # Studies of earlier versions did not record the content.
+    with run_folder.opened(out, config, resume=has_begun, defaults=content, may_differ=free):
         yield
+
+
+def _content(request: RunRequest) -> dict[str, Any]:
+    """Hashes of the model and of the names and labels of the images: with other ones in the same
+    places, results would not be comparable."""
+    graph = request.graph
+    model = hashlib.sha256(graph.graph_def.SerializeToString(deterministic=True))
+    prefix = graph.checkpoint_prefix
+    # The index has checksums of all weights; a checkpoint of version 1 is a single file.
+    for path in () if prefix is None else (Path(f"{prefix}.index"), prefix):
+        if path.is_file():
+            model.update(path.read_bytes())
+            break
+    images = hashlib.sha256()
+    for split in (request.train, request.held_out):
+        images.update(run_data.digest(split, of_files=False)["sha256"].encode())
+    return {"model_sha256": model.hexdigest(), "images_sha256": images.hexdigest()}
 
 
 def _name(point: Mapping[str, Any], options: FineTuneOptions) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -116,6 +117,19 @@ class Batches:
             return {name: self.split.source.refused.get(name, why) for name, why in reasons.items()}
         except tf.errors.OpError as error:  # a missing file, a damaged shard
             raise ValueError(f"an image cannot be read ({reason(error)})") from error
+
+
+@dataclass(frozen=True)
+class Chained:
+    """The batches of several splits, one split after the other."""
+
+    parts: Sequence[Batches]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __iter__(self) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
+        return itertools.chain.from_iterable(self.parts)
 
 
 def shuffled(num_examples: int, seed: int) -> np.ndarray:

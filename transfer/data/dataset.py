@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from transfer.data.batches import Batches
-from transfer.data.fingerprints import Fingerprints
+from transfer.data.batches import Batches, Chained
+from transfer.data.fingerprints import FINGERPRINT, Fingerprints
 from transfer.data.groups import connected
 from transfer.data.holdout import stratified_holdout
 from transfer.data.names import Names
@@ -65,9 +65,8 @@ class Source:
             ``None`` if there are no groups.
         fingerprints: those of images decoded so far.
         unreadable: maps names of the images that ``Split.readable`` left out to the reasons.
-
-    Raises:
-        ValueError: if there are fewer than two classes.
+        members: for a source that joins others, maps the name of a split to the splits of these
+            that it consists of, in order; see ``transfer.data.joined``.
     """
 
     name: str
@@ -78,17 +77,23 @@ class Source:
     names: Callable[[str], Sequence[str]]
     ids: Callable[[str], np.ndarray]
     passed_over: PassedOver = field(default_factory=PassedOver)
-    origin: Mapping[str, str | None] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     groups: Callable[[str], np.ndarray] | None = None
     fingerprints: Fingerprints = field(default_factory=Fingerprints, repr=False)
     unreadable: dict[str, str] = field(default_factory=dict, repr=False)
+    members: Mapping[str, Sequence[Split]] = field(default_factory=dict, repr=False)
 
-    def __post_init__(self) -> None:
-        if len(self.class_names) < 2:
+    def check_classes(self, minimum: int = 2) -> None:
+        """Check the number of classes.
+
+        Raises:
+            ValueError: if there are fewer than ``minimum``.
+        """
+        if len(self.class_names) < minimum:
             raise ValueError(
                 f"dataset {self.name!r} has {len(self.class_names)} class {self.class_names}; "
-                "a classifier needs at least 2"
+                f"a classifier needs at least {minimum}"
             )
 
     @property
@@ -180,7 +185,27 @@ class Split:
     def fingerprints(self, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter) -> np.ndarray:
         """Fingerprints of the images, ``fingerprints.FINGERPRINT`` ``[len(self)]``. Decodes the
         images whose fingerprints are not yet in ``source.fingerprints``."""
-        return self.source.fingerprints.of(self, self.ids, progress)
+        parts = [
+            part.source.fingerprints.of(part, part.ids, progress) for part in self.of_members()
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, FINGERPRINT), *parts])
+
+    def of_members(self) -> list[Split]:
+        """The same examples, in the same order, as splits of the sources that the source joins,
+        with the labels and names that they have there; ``[self]`` if it joins none."""
+        if not self.source.members:
+            return [self]
+        found = []
+        for name, indices in self.parts:
+            start = 0
+            for member in self.source.members[name]:
+                keep = np.zeros(len(member), bool)
+                at = indices - start
+                keep[at[(at >= 0) & (at < len(member))]] = True
+                start += len(member)
+                if keep.any():
+                    found.append(member.where(keep))
+        return found
 
     def where(self, keep: np.ndarray) -> Split:
         """The examples at which the boolean array ``keep`` ``[len(self)]`` is true."""
@@ -192,6 +217,19 @@ class Split:
                 (name, indices[mask])
                 for (name, indices), mask in zip(self.parts, masks, strict=True)
             ),
+        )
+
+    def in_order(
+        self, preprocess: Preprocess, batch_size: int, *, view_seed: int | None = None
+    ) -> Chained:
+        """``batches`` in the order of the split, where those of each joined source are apart: as
+        if this source were computed alone, since activations depend on the batch that they are
+        computed in, at float precision."""
+        ends = np.cumsum([len(part) for part in self.of_members()])[:-1]
+        parts = np.split(np.arange(len(self)), ends)
+        splits = [self.where(np.isin(np.arange(len(self)), part)) for part in parts]
+        return Chained(
+            [part.batches(preprocess, batch_size, view_seed=view_seed) for part in splits]
         )
 
     def readable(

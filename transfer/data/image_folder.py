@@ -23,18 +23,18 @@ from transfer.images.image_files import PassedOver, class_folders
 _UNLISTED, _BROKEN = "a folder that cannot be listed", "a link to nothing"
 
 
-def open_image_folder(folder: Path) -> Source:
+def open_image_folder(folder: Path, min_classes: int = 2) -> Source:
     """The images of a folder, labelled by the names of their folders; see ``open_source``.
 
     Raises:
         FileNotFoundError: if it does not exist.
-        ValueError: if it has fewer than two classes.
+        ValueError: if it has fewer than ``min_classes`` classes.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder {str(folder)!r} does not exist")
     folder = folder.resolve()
     listing = folder_index.remembered(folder, functools.partial(_list, folder))
-    if len(listing.class_names) < 2:
+    if len(listing.class_names) < min_classes:
         raise ValueError(_too_few_classes(folder, listing.class_names, listing.passed_over))
     class_labels = np.arange(len(listing.class_names))
     return labelled_files(

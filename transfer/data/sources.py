@@ -28,6 +28,7 @@ def open_source(
     image_folder: str | None = None,
     csv: str | None = None,
     group_by: str | None = None,
+    min_classes: int = 2,
 ) -> Source:
     r"""Open a dataset, and prepare it with tfds if necessary. Logs which files of a folder are
     ignored.
@@ -48,6 +49,8 @@ def open_source(
             expression that is searched for in the paths, such as ``patient(\d+)``. The images of a
             group stay on one side of the automatic hold-out and in one fold of cross-validations,
             and confidence intervals take groups as the units that are independent.
+        min_classes: minimum number of classes; 1 opens the images of one class, which ``grow`` adds
+            to those of a run.
 
     Raises:
         ValueError, FileNotFoundError: if it cannot be found, is not an image classification
@@ -78,7 +81,7 @@ def open_source(
         given["csv"] = location
         source = open_manifest(location, group_by)
     elif image_folder is not None:
-        source = open_image_folder(Path(image_folder).expanduser())
+        source = open_image_folder(Path(image_folder).expanduser(), min_classes)
         if group_by:
             names = {split: source.names(split) for split in source.sizes}
             groups = groups_by_pattern(group_by, names)
@@ -91,6 +94,7 @@ def open_source(
         "image_folder": _absolute(image_folder),
         "group_by": group_by or source.origin.get("group_by"),
     }
+    source.check_classes(min_classes)
     for line in source.passed_over.describe():
         logger.warning(line)
     return replace(source, origin=origin)

@@ -102,7 +102,7 @@ def compute_logits(
         raise ValueError("the split holds no images to evaluate on")
     to_logit = _class_order(split.source, classifier.labels)
     frozen, trained = classifier.split(classifier.cut if cut is None else cut)
-    batches: Iterable[Any] = progress(split.batches(classifier.preprocess, batch_size))
+    batches: Iterable[Any] = progress(split.in_order(classifier.preprocess, batch_size))
     if frozen is not None:
         # In two steps, as in training, for bit-identical results.
         batches = stream(Compiled(frozen), batches)

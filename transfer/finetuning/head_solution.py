@@ -66,7 +66,7 @@ def solve(
         labels,
         num_classes,
         C=options.lbfgs_c,
-        groups=groups if num_views == 1 or context.train.groups is not None else None,
+        groups=groups,
         seed=options.seed,
         class_weight=class_weight,
     )

@@ -14,10 +14,9 @@ from transfer.activations.store import ActivationStore, ExtractionRequest
 from transfer.data.dataset import Split
 from transfer.data.epochs import Epochs
 from transfer.evaluation.prediction import predict_logits, summarize
-from transfer.finetuning.setup import RunContext
+from transfer.finetuning.setup import RunContext, calibration_images
 from transfer.graph import is_seeded
 from transfer.layers.backbone import GraphLayer
-from transfer.quantization.calibration import CalibrationImages
 from transfer.quantization.prefix import QuantizedPrefix
 from transfer.training.trainer import epoch_seed
 
@@ -118,8 +117,8 @@ class Inputs:
         num_parts = 1
         if self._is_recomputed and options.batch_size % EXTRACTION_BATCH == 0:
             num_parts = options.batch_size // EXTRACTION_BATCH
-        images = self._images(
-            self._context.train,
+        images = self._context.train.batches(
+            self._context.classifier.preprocess,
             options.batch_size // num_parts,
             shuffle_seed=seed,
             view_seed=view if options.augment or options.views else None,
@@ -163,10 +162,12 @@ class Inputs:
         predict = self.predictor(model)
         return lambda: self.summary(predict())
 
-    def predictor(self, model: keras.Model) -> Callable[[], np.ndarray]:
+    def predictor(
+        self, model: keras.Model, num_classes: int | None = None
+    ) -> Callable[[], np.ndarray]:
         """A function that computes the logits of the held-out images with the current weights of a
-        model, float32 ``[num_held_out, num_classes]``."""
-        mine, width = self._mine_held_out, len(self._context.classifier.labels)
+        model, float32 ``[num_held_out, num_classes]``; by default with the classes of the run."""
+        mine, width = self._mine_held_out, num_classes or len(self._context.classifier.labels)
         forward = Compiled(model, self._context.replicas)
         return lambda: self._joined(forward, self._evaluation_batches(), mine, width)
 
@@ -185,16 +186,16 @@ class Inputs:
         return self._context.replicas.join(rows.reshape(len(rows), width), mine)
 
     def _evaluation_batches(self) -> Iterable[Any]:
+        held_out = _shard(self._context.held_out, self._mine_held_out)
         if self._held_out is not None:
-            return self._held_out.batches(EXTRACTION_BATCH)
-        return self._computed(_shard(self._context.held_out, self._mine_held_out))
+            # As evaluate does it, for bit-identical results.
+            lengths = [len(part) for part in held_out.of_members()]
+            return self._held_out.in_order(EXTRACTION_BATCH, lengths)
+        return self._computed(held_out)
 
     def _computed(self, split: Split, **options: Any) -> Iterable[Any]:
-        images = self._images(split, EXTRACTION_BATCH, **options)
+        images = split.in_order(self._context.classifier.preprocess, EXTRACTION_BATCH, **options)
         return images if self._frozen is None else stream(self._frozen, images)
-
-    def _images(self, split: Split, batch_size: int, **options: Any) -> Iterable[Any]:
-        return split.batches(self._context.classifier.preprocess, batch_size, **options)
 
 
 def _shard(split: Split, mine: np.ndarray) -> Split:
@@ -209,6 +210,6 @@ def _in_precision_of_run(context: RunContext, layer: GraphLayer) -> Compiled | Q
     measured = context.measured
     if measured is not None and measured.digest == layer.digest():
         return measured
-    images = CalibrationImages(context.train, context.classifier.preprocess, options.seed)
+    images = calibration_images(context.train, context.classifier.preprocess, options.seed)
     assert options.int8_engine != "auto"  # it is resolved
     return QuantizedPrefix(layer, float32, options.int8_engine, images)

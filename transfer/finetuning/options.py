@@ -3,12 +3,14 @@
 # No `from __future__ import annotations`: command-line flags inherit from these options, and their
 # types are looked up in the module of the subclass.
 import difflib
+import itertools
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
-_GRADIENT = (
+OF_GRADIENT_DESCENT = (
     "schedule",
     "freeze_from",
     "head_start",
@@ -33,6 +35,7 @@ _GRADIENT = (
     "max_to_keep",
     "keep_checkpoint_every_n_hours",
 )
+"""Options that only ``solver="gradient"`` uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,9 +199,10 @@ class FineTuneOptions:
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be more than 0, got {value}")
         for option in fields(FineTuneOptions):
-            known = get_args(option.type) if get_origin(option.type) is Literal else ()
+            known = _choices(option.type)
             value = getattr(self, option.name)
             if known and value not in known:
+                known = tuple(name for name in known if name is not None)
                 raise ValueError(
                     f"{option.name} must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}"
                 )
@@ -211,6 +215,11 @@ class FineTuneOptions:
         if self.freeze_from is not None and self.schedule is not None:
             raise ValueError(
                 "freeze_from is for runs with one cut; use freeze_until instead of schedule"
+            )
+        if self.lbfgs_c is not None and self.solver in ("gradient", "ridge"):
+            raise ValueError(
+                f"lbfgs_c={self.lbfgs_c} is the penalty of solver=lbfgs, and solver={self.solver} "
+                "would not use it; leave out one of them"
             )
         if self.track_files and self.track is None:
             raise ValueError("track_files=True needs a tracker: track=mlflow or track=wandb")
@@ -231,7 +240,9 @@ class FineTuneOptions:
     def of_gradient_descent(self) -> list[str]:
         """The options that were given and that only ``solver="gradient"`` uses."""
         defaults = FineTuneOptions()
-        return [name for name in _GRADIENT if getattr(self, name) != getattr(defaults, name)]
+        return [
+            name for name in OF_GRADIENT_DESCENT if getattr(self, name) != getattr(defaults, name)
+        ]
 
     def _check_ignored(self, solver: str) -> None:
         """Refuse options that ridge and lbfgs would ignore."""
@@ -254,6 +265,16 @@ class FineTuneOptions:
             raise ValueError(
                 f"solver={solver} does not use {', '.join(conflicts)}; leave out one of them"
             )
+
+
+def _choices(kind: Any) -> tuple[str | None, ...]:
+    """The values of a ``Literal``, perhaps with ``None``; empty for other types."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
+    if not any(get_origin(member) is Literal for member in members):
+        return ()
+    return (*itertools.chain(*map(get_args, members)), None)
 
 
 @dataclass(frozen=True, kw_only=True)

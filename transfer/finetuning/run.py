@@ -24,7 +24,7 @@ from transfer.finetuning.advice import (
     describe_rare_classes,
 )
 from transfer.finetuning.inputs import Inputs
-from transfer.finetuning.options import FineTuneOptions, options_from
+from transfer.finetuning.options import OF_GRADIENT_DESCENT, FineTuneOptions, options_from
 from transfer.finetuning.setup import (
     SOURCES,
     RunContext,
@@ -144,6 +144,7 @@ def fine_tune(
 def run(request: RunRequest) -> FineTuneResult:
     """Perform the run of a request; see ``fine_tune``."""
     replicas = request.replicas
+    request.options.check()
     tracking.check_installed(request.options.track)
     keras.utils.set_random_seed(request.options.seed)
     clock = measurement.Clock()
@@ -187,12 +188,15 @@ def _opened(context: RunContext) -> Iterator[None]:
     """Open the run folder: the chief writes it, all workers read it."""
     replicas, run_dir = context.replicas, context.run_dir
     is_chief = replicas.is_chief
+    # Earlier versions recorded options of gradient descent whatever the solver.
+    unused = OF_GRADIENT_DESCENT if context.options.solver != "gradient" else ()
+    may_differ = (*SOURCES, *unused)
     folder = run_folder.opened(
         run_dir,
         context.config,
         resume=context.request.resume,
-        defaults=asdict(FineTuneOptions(solver="gradient")),
-        may_differ=SOURCES,
+        defaults=_defaults(context),
+        may_differ=may_differ,
     )
     with folder if is_chief else contextlib.nullcontext():
         with replicas.chief_first():
@@ -205,6 +209,15 @@ def _opened(context: RunContext) -> Iterator[None]:
                     f"{str(run_dir)!r}; the run folder must be shared by all workers"
                 )
         yield
+
+
+def _defaults(context: RunContext) -> dict[str, Any]:
+    """What ``config.yaml`` of an earlier version did not record."""
+    defaults = asdict(FineTuneOptions(solver="gradient"))
+    origin = context.request.origin
+    if "train_split" not in origin:  # a run from Python; provenance.json covers its feeds
+        defaults["feed"] = origin.get("feed", ())
+    return defaults
 
 
 def _train_and_evaluate(
@@ -232,11 +245,12 @@ def _train_and_evaluate(
         progress = trainer.progress
     with clock("eval_s"):
         classifier, evaluation, logits = _save_and_evaluate(context, inputs, progress)
+    growth = _growth(context, inputs, logits)
     replicas = context.replicas
     num_extracted, num_found = replicas.total(num_extracted), replicas.total(num_found)
     if not replicas.is_chief:
         return classifier, {}, logits
-    metrics = _metrics(context, progress, evaluation)
+    metrics = _metrics(context, progress, evaluation) | growth
     metrics["time"] = seconds = clock.seconds
     num_trained = progress.steps_now / context.steps_per_epoch * len(context.train)
     metrics["throughput"] = {
@@ -286,6 +300,27 @@ def _save_and_evaluate(
         card_path = prefix.with_name(f"{prefix.name}.json")
         write_card(card_path, replace(read_card(card_path), eval=evaluation))
     return classifier, evaluation, logits
+
+
+def _growth(context: RunContext, inputs: Inputs, logits: np.ndarray) -> dict[str, Any]:
+    """Where images were added to a run, the entry ``growth`` of ``metrics.json``."""
+    growth = context.request.growth
+    if growth is None:
+        return {}
+    _, head = Classifier.load(growth.run / run_folder.MODEL).split(context.last_cut)
+    before = inputs.predictor(head, len(growth.class_names))()
+    class_names, labels = context.classifier.labels, context.held_out.labels
+    added, added_held_out = growth.num_added
+    images = {
+        "kept": len(context.train) - added,
+        "added": added,
+        "held_out_added": added_held_out,
+        "already_there": growth.num_known,
+    }
+    return {
+        "growth": {"run": str(growth.run), "images": images}
+        | growth.compare(class_names, labels, before, logits)
+    }
 
 
 def _metrics(context: RunContext, progress: Progress, evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +36,7 @@ from transfer.finetuning.hyperparameters import (
     trains_cached_head,
 )
 from transfer.finetuning.model_plan import plan_model
-from transfer.finetuning.options import FineTuneOptions, ResolvedOptions
+from transfer.finetuning.options import OF_GRADIENT_DESCENT, FineTuneOptions, ResolvedOptions
 from transfer.finetuning.precision import choose
 from transfer.finetuning.tap_choice import AUTO, choose_tap
 from transfer.graph import Network, graph_preprocessing, is_seeded
@@ -51,7 +49,8 @@ from transfer.layers.head import Head, average_over_space
 from transfer.models.meta_graph import MetaGraph
 from transfer.quantization.calibration import CalibrationImages
 from transfer.quantization.prefix import QuantizedPrefix
-from transfer.runs import run_folder
+from transfer.runs import run_data, run_folder
+from transfer.runs.growth import Growth
 from transfer.training.l2_sp import L2SP
 from transfer.training.ridge import is_solvable
 
@@ -61,8 +60,8 @@ logger = logging.getLogger(__name__)
 # them, and their gradients meanwhile disturb the backbone's weights.
 FIRST_LOGITS = 0.1
 # Options that may differ between workers: locations of files.
-_PLACES = ("model", "data_dir", "image_folder", "csv", "out", "cache_dir", "cache_limit")
-SOURCES = ("model", "dataset", "data_dir", "image_folder", "csv")
+_PLACES = ("model", "data_dir", "image_folder", "csv", "add", "out", "cache_dir", "cache_limit")
+SOURCES = ("model", "dataset", "data_dir", "image_folder", "csv", "add")
 """Sources of model and images in ``config.yaml``; ``provenance.json`` identifies their content."""
 
 
@@ -83,6 +82,7 @@ class RunRequest:
         callbacks: Keras callbacks in addition to the run's own.
         verbose: 0 silent, 1 progress bars, 2 log lines.
         replicas: devices and processes that train together.
+        growth: what ``train`` and ``held_out`` have from a run that images are added to.
     """
 
     graph: MetaGraph
@@ -97,11 +97,14 @@ class RunRequest:
     callbacks: Sequence[keras.callbacks.Callback] = ()
     verbose: int = 0
     replicas: Replicas = field(default_factory=Replicas)
+    growth: Growth | None = None
 
     @property
     def origin(self) -> dict[str, Any]:
         """Where model and images come from, and what else is recorded."""
-        return {"model": self.graph.name, **self.train.source.origin, **self.recorded}
+        feeds = [f"{name}={value}" for name, value in self.feeds.items()]
+        fed = {"feed": feeds} if feeds else {}
+        return {"model": self.graph.name, **self.train.source.origin, **fed, **self.recorded}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +149,9 @@ class RunContext:
     def config(self) -> dict[str, Any]:
         """Content of ``config.yaml``: the resolved options, and the sources of model and images."""
         options = dataclasses.asdict(self.options) | {"freeze_until": self.last_cut}
+        if self.options.solver != "gradient":
+            used = {name: v for name, v in options.items() if name not in OF_GRADIENT_DESCENT}
+            return {**self.request.origin, **used, "out": self.run_dir}
         if self.options.schedule is not None:
             options["schedule"] = ",".join(map(str, self.stages))
         else:
@@ -177,6 +183,8 @@ def prepare(request: RunRequest) -> RunContext:
     shared = {k: v for k, v in _requested_options(request).items() if k not in _PLACES}
     replicas.check_same("set of options", (shared, measurement.versions()))
     options.check()
+    _check_callbacks(request)
+    request.train.source.check_classes()
     _check_replicas(options, replicas)
     if options.image_size is not None:
         parse_size(options.image_size)
@@ -200,6 +208,8 @@ def prepare(request: RunRequest) -> RunContext:
         request = dataclasses.replace(request, options=options)
         keras.utils.set_random_seed(options.seed)  # the run is that with this tap, named
     classifier, features, resolved, taps = _classifier(request, train)
+    if request.growth is not None:
+        _check_model(request.growth, classifier.backbone)
     replicas.check_same("choice of images", fingerprint)
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
     stages = _stages(resolved, classifier, features, train)
@@ -208,7 +218,7 @@ def prepare(request: RunRequest) -> RunContext:
         resolved,
         classifier.backbone,
         [stage.cut for stage in stages],
-        CalibrationImages(train, classifier.preprocess, options.seed),
+        calibration_images(train, classifier.preprocess, options.seed),
         num_images=num_images,
         replicas=replicas,
     )
@@ -232,9 +242,26 @@ def prepare(request: RunRequest) -> RunContext:
     )
 
 
+def calibration_images(train: Split, preprocess: Preprocess, seed: int) -> CalibrationImages:
+    """The images that determine the ranges of int8. Where images were added to a run, those of the
+    first run, so that its activations stay the same."""
+    return CalibrationImages(train.of_members()[0], preprocess, seed)
+
+
+def _check_model(growth: Growth, backbone: GraphLayer) -> None:
+    """Refuse to add images to a run with another network: the features would differ."""
+    recorded = run_folder.read_json(growth.run / run_folder.PROVENANCE)["model"]
+    if backbone.digest() != recorded["sha256"]:
+        raise ValueError(
+            f"the network is not that of the run in {str(growth.run)!r}, {recorded['name']!r}: its "
+            "weights, or the values fed to its placeholders, are others; give graph and feeds as "
+            "that run had them"
+        )
+
+
 def write_provenance(context: RunContext) -> None:
-    """Write the names of the held-out images, and ``provenance.json``: the command, versions, model
-    and images of the run.
+    """Write the names of the training and held-out images, and ``provenance.json``: the command,
+    versions, model and images of the run.
 
     Raises:
         ValueError: if a resumed run has a different model or different images.
@@ -264,7 +291,10 @@ def write_provenance(context: RunContext) -> None:
                 f"since it began (see {path.name}); start anew, with another run_dir"
             )
         return
+    write_names(run_dir / run_folder.TRAINING, context.train.names)
     write_names(run_dir / run_folder.HELD_OUT, context.held_out.names)
+    if request.growth is not None:
+        run_folder.write_json(run_dir / run_folder.SOURCES, {"sources": request.growth.sources})
     run_folder.write_json(path, provenance)
 
 
@@ -275,6 +305,17 @@ def _content(provenance: Mapping[str, Any], part: str) -> dict[str, Any]:
 
 def _requested_options(request: RunRequest) -> dict[str, Any]:
     return {**request.origin, **vars(request.options)}
+
+
+def _check_callbacks(request: RunRequest) -> None:
+    """Refuse callbacks where there are no epochs that would call them."""
+    options = request.options
+    if request.callbacks and (options.solver in ("ridge", "lbfgs") or options.lbfgs_c is not None):
+        given = f"lbfgs_c={options.lbfgs_c}" if options.lbfgs_c else f"solver={options.solver}"
+        raise ValueError(
+            f"{len(request.callbacks)} callbacks were given, and {given} has no epochs that would "
+            "call them; leave them out, or use solver=gradient"
+        )
 
 
 def _check_replicas(options: FineTuneOptions, replicas: Replicas) -> None:
@@ -324,8 +365,6 @@ def _inspect_images(train: Split, held_out: Split, verbose: int) -> tuple[dict[s
             leaks = data_checks.find_leaks(prints["training"], prints["held_out"])
         num_leaks = leaks.num_identical + leaks.num_near
         lines += [f"{line}; vgg-transfer check-data lists them" for line in leaks.describe()]
-        marks = {role: [*map(bytes, images["sha256"])] for role, images in prints.items()}
-        hashed = "files and labels"
     else:
         num_leaks = 0
         lines.append(
@@ -333,17 +372,13 @@ def _inspect_images(train: Split, held_out: Split, verbose: int) -> tuple[dict[s
             "training, so near-duplicates may be both trained and evaluated on; vgg-transfer "
             "check-data compares any number"
         )
-        marks = {
-            role: [os.fsencode(name) for name in split.names] for role, split in splits.items()
-        }
-        hashed = "names and labels"
     lines += describe_shared(train.groups, held_out.groups, held_out.names)
     for line in lines:
         logger.warning(line)
-    fingerprint: dict[str, Any] = {"sha256_of": hashed}
+    of_files = count <= MAX_COMPARED
+    fingerprint: dict[str, Any] = {"sha256_of": f"{'files' if of_files else 'names'} and labels"}
     for role, split in splits.items():
-        digest = hashlib.sha256(b"\0".join(marks[role]) + split.labels.tobytes())
-        fingerprint[role] = {"images": len(split), "sha256": digest.hexdigest()}
+        fingerprint[role] = run_data.digest(split, of_files=of_files)
     return fingerprint, num_leaks
 
 
@@ -417,7 +452,14 @@ def _best_tap(request: RunRequest, train: Split) -> str:
     """The tap of the resumed run, else the one that is best on the training images."""
     if isinstance(recorded := _recorded(request).get("tap"), str):
         return recorded
-    return choose_tap(request.graph, train, request.options, request.feeds).best.tap
+    choice = choose_tap(
+        request.graph,
+        train,
+        request.options,
+        request.feeds,
+        lambda taps: measurement.progress(taps, "features", "tap") if request.verbose else taps,
+    )
+    return choice.best.tap
 
 
 def _solver(
@@ -483,7 +525,7 @@ def _stages(
     if options.solver != "gradient" and last.cut != tap.removesuffix(":0"):
         raise ValueError(
             f"solver={options.solver} fits a head on frozen features; freeze_until={last.cut} "
-            "trains more than that"
+            "trains more than that, for which there is solver=gradient"
         )
     return stages
 

@@ -23,6 +23,7 @@ from transfer.graph import (
     find_dropout,
     find_modes,
     graph_preprocessing,
+    infer,
     operation_of,
 )
 from transfer.graph import variable as graph_variable
@@ -72,9 +73,10 @@ class Inspection:
     on (including constant weights), ``feeds`` the placeholders that switch between training and
     inference, ``unknown_feeds`` other placeholders that the first tap depends on and that need a
     value. ``tap_error`` is the reason why the first tap cannot be used as a layer; ``None`` if it
-    can. ``cuts`` are the cuts of its network, from input to output. ``command`` passed all checks
-    with which fine-tuning starts; if it is ``None``, ``command_problem`` gives the reason and an
-    alternative.
+    can. ``cuts`` are the cuts of its network, from input to output. ``all_taps`` maps each of the
+    activations that the tap ``all`` stands for to its number of features, the average and the
+    maximum of each channel; empty if there are none. ``command`` passed all checks with which
+    fine-tuning starts; if it is ``None``, ``command_problem`` gives the reason and an alternative.
     """
 
     model: str
@@ -91,6 +93,7 @@ class Inspection:
     feeds: list[Mode]
     unknown_feeds: list[str]
     cuts: list[Cut]
+    all_taps: dict[str, int]
     hazards: list[str]
     command: str | None
     command_problem: str | None
@@ -131,6 +134,7 @@ def inspect(graph: MetaGraph) -> Inspection:
         feeds=modes,
         unknown_feeds=[] if first is None or input is None else unknown_feeds(graph, first, input),
         cuts=[] if network is None else list_cuts(network, graph.card.image_size),
+        all_taps=_all_taps(graph, input),
         hazards=_hazards(graph, upstream, input, network, coverage, found)
         + (
             []
@@ -187,6 +191,22 @@ def _try(graph: MetaGraph, tap: str | None) -> tuple[str | None, Network | None,
         return input, graph.network(tap, input), None
     except (ValueError, OSError) as error:
         return input, None, str(error)
+
+
+def _all_taps(graph: MetaGraph, input: str | None) -> dict[str, int]:
+    """The number of features of each activation of the tap ``all``."""
+    try:
+        network = graph.network("all", input)
+    except (ValueError, OSError):
+        return {}
+    shapes = infer(network)
+    widths = {}
+    for name, tensor in network.taps.items():
+        shape = shapes.get(tensor)
+        if shape is None or len(shape) not in (2, 4) or shape[-1] is None:
+            return {}
+        widths[name] = shape[-1] * (2 if len(shape) == 4 else 1)
+    return widths
 
 
 def _sum(variables: Iterable[Variable]) -> Variables:

@@ -13,9 +13,9 @@ from transfer.activations.extraction import EXTRACTION_BATCH
 from transfer.activations.fingerprints import remembered
 from transfer.core.npy_files import check_path
 from transfer.data import data_checks
-from transfer.data.dataset import MAX_COMPARED, Split, whole_eval_split
+from transfer.data.dataset import MAX_COMPARED, Source, Split, whole_eval_split
 from transfer.data.groups import describe_shared
-from transfer.data.sources import manifest_location, open_source
+from transfer.data.sources import manifest_location
 from transfer.evaluation import metrics, report, scoring, tables
 from transfer.evaluation.report import Evaluated, RunSummary
 from transfer.layers.classifier import Classifier
@@ -113,7 +113,14 @@ def evaluate_run(
         csv=csv,
         group_by=group_by,
     )
-    split = _split(folder, settings, origin, eval_split, progress)
+    is_joined = run_data.is_grown(folder) and not (dataset or data_dir or image_folder or csv)
+    if is_joined and group_by:
+        raise ValueError(
+            f"group_by={group_by}: the images of the run come from several places, with the groups "
+            "that they had when it was trained; leave out group_by"
+        )
+    source = run_data.open_data(folder) if is_joined else run_data.open_place(origin)
+    split = _split(folder, settings, source, origin, eval_split, progress)
     if skip_unreadable:
         split = split.readable(skip_unreadable, lambda it: progress(it, "check", "image"))
     logits, labels = scoring.compute_logits(
@@ -203,13 +210,12 @@ def _origin(settings: Mapping[str, Any], **given: str | None) -> dict[str, str |
 def _split(
     folder: Path,
     settings: Mapping[str, Any],
+    source: Source,
     origin: Mapping[str, str | None],
     eval_split: str,
     progress: Progress,
 ) -> Split:
     """The images to evaluate on; by default, the held-out images of the run."""
-    others = {name: value for name, value in origin.items() if name != "dataset"}
-    source = open_source(origin["dataset"] or "", **others)
     if eval_split != "auto":
         split = source.split(eval_split)
         _warn_of_trained_images(folder, split)
@@ -217,6 +223,7 @@ def _split(
         return split
     # The data_dir of a dataset may change, but the path of a folder or manifest identifies it.
     same = all(origin[name] == settings.get(name) for name in ("dataset", *_PATHS))
+    same = same and not run_data.is_grown(folder)
     if same or run_data.is_of_run(folder, source):
         return run_data.held_out(folder, source)  # finetune already warned about near-duplicates
     split = whole_eval_split(source)
@@ -244,7 +251,13 @@ def _warn_of_copies(folder: Path, split: Split, progress: Progress) -> None:
     if train.source.origin == split.source.origin:
         for line in describe_shared(train.groups, split.groups, split.names):
             logger.warning(line)
-    others = split.where(~np.isin(split.ids, train.ids))
+    is_trained = np.isin(split.ids, train.ids)
+    if is_trained.any() and not run_data.is_of_run(folder, split.source):
+        logger.warning(
+            f"the run in {str(folder)!r} was trained on {is_trained.sum()} of these {len(split)} "
+            "images, so that the metrics are too high"
+        )
+    others = split.where(~is_trained)
     if not len(others) or len(train) + len(others) > MAX_COMPARED:
         return
     prints = []

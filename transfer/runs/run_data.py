@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import hashlib
+import os
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +15,115 @@ from transfer.data.dataset import (
     MAX_COMPARED,
     Source,
     Split,
+    few_shot,
     is_automatic,
     train_and_eval_splits,
     training_split,
 )
+from transfer.data.joined import Member, join
 from transfer.data.sources import open_source
 from transfer.runs import run_folder
 
+_PLACE = ("dataset", "data_dir", "image_folder", "csv", "group_by")
+"""The arguments of ``open_source`` in ``config.yaml``."""
+
 
 def open_data(folder: Path) -> Source:
-    """Open the dataset, image folder or manifest of a run.
+    """Open the dataset, image folder or manifest of a run; for one that ``grow`` made, all of them
+    as one source, whose splits are the training and the held-out images.
 
     Raises:
         FileNotFoundError, ValueError: if there is no run, or its data no longer exist.
     """
-    settings = run_folder.read_config(folder)
+    if is_grown(folder):
+        return joined_splits(folder)[0].source
+    return open_place(run_folder.read_config(folder))
+
+
+def is_grown(folder: Path) -> bool:
+    """Whether a run was made by ``grow``, so that its images come from several places."""
+    return (folder / run_folder.SOURCES).is_file()
+
+
+def open_place(origin: Mapping[str, Any], min_classes: int = 2) -> Source:
+    """``open_source`` for arguments that ``config.yaml`` or ``sources.json`` has."""
     return open_source(
-        settings.get("dataset") or "",
-        data_dir=settings.get("data_dir"),
-        image_folder=settings.get("image_folder"),
-        csv=settings.get("csv"),
-        group_by=settings.get("group_by"),
+        origin.get("dataset") or "",
+        data_dir=origin.get("data_dir"),
+        image_folder=origin.get("image_folder"),
+        csv=origin.get("csv"),
+        group_by=origin.get("group_by"),
+        min_classes=min_classes,
     )
+
+
+def sources(folder: Path) -> list[dict[str, Any]]:
+    """The places of the images of a run: arguments of ``open_source``, and the ``prefix`` of names
+    as in ``transfer.data.joined.Member``."""
+    if is_grown(folder):
+        return [*run_folder.read_json(folder / run_folder.SOURCES)["sources"]]
+    settings = run_folder.read_config(folder)
+    return [{"prefix": ""} | {name: settings.get(name) for name in _PLACE}]
+
+
+def joined_splits(folder: Path) -> tuple[Split, Split]:
+    """The images that a run was trained on and those that it held out, labelled as in the run,
+    whatever was added to their folders since.
+
+    Raises:
+        FileNotFoundError, ValueError: if some no longer exist; names the first of them.
+    """
+    origins = sources(folder)
+    prefixes = [origin["prefix"] for origin in origins]
+    trained = _by_prefix(folder / run_folder.TRAINING, prefixes)
+    held = _by_prefix(folder / run_folder.HELD_OUT, prefixes)
+    members = []
+    for origin in origins:
+        prefix = origin["prefix"]
+        source = open_place(origin, min_classes=1)
+        if trained is None:
+            train = _drawn(folder, source)
+        else:
+            train = _named(source, trained[prefix], "was trained on")
+        held_out = _named(source, (held or {}).get(prefix, []), "held out")
+        members.append(Member(prefix, train, held_out))
+    settings = run_folder.read_config(folder)
+    origin = {
+        name: settings.get(name) for name in (*_PLACE, *(["add"] if len(members) > 1 else []))
+    }
+    return join(members, read_names(folder / run_folder.LABELS), origin)
+
+
+def _by_prefix(path: Path, prefixes: Sequence[str]) -> dict[str, list[str]] | None:
+    """The names in a file, as the sources of their prefixes have them; ``None`` without a file."""
+    if not path.is_file():
+        return None
+    names: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+    for name in read_names(path):
+        first, _, rest = name.partition("/")
+        if first and first in names:
+            names[first].append(rest)
+        else:
+            names[""].append(name)
+    return names
+
+
+def _drawn(folder: Path, source: Source) -> Split:
+    """The training images of a run that did not list them."""
+    settings, split = run_folder.read_config(folder), trained_on(folder, source)
+    shots = settings.get("shots_per_class")
+    return split if shots is None else few_shot(split, shots, settings["seed"])
+
+
+def digest(split: Split, *, of_files: bool) -> dict[str, Any]:
+    """The number of images of a split, and a hash of their files, or else of their names, with
+    their labels, for ``provenance.json``."""
+    if of_files:
+        marks = [*map(bytes, split.fingerprints()["sha256"])]
+    else:
+        marks = [os.fsencode(name) for name in split.names]
+    sha256 = hashlib.sha256(b"\0".join(marks) + split.labels.tobytes())
+    return {"images": len(split), "sha256": sha256.hexdigest()}
 
 
 def held_out(folder: Path, source: Source) -> Split:
@@ -47,6 +136,12 @@ def held_out(folder: Path, source: Source) -> Split:
     names = set(read_names(path))
     if not names:
         raise ValueError(f"{str(path)!r} names no images; name a split or a dataset to evaluate on")
+    return _named(source, names, "held out", "; name a split or a dataset to evaluate on")
+
+
+def _named(source: Source, names: Collection[str], role: str, hint: str = "") -> Split:
+    """The images of these names."""
+    names = set(names)
     # Without a split expression, which would check all labels: a test split may have none.
     positions = {
         part: np.flatnonzero([name in names for name in source.names(part)])
@@ -56,8 +151,8 @@ def held_out(folder: Path, source: Source) -> Split:
     missing = sorted(names - set(split.names))
     if missing:
         raise ValueError(
-            f"{len(missing)} of the {len(names)} images that the run held out are gone from "
-            f"{source.name!r}, such as {missing[0]!r}; name a split or a dataset to evaluate on"
+            f"{len(missing)} of the {len(names)} images that the run {role} are gone from "
+            f"{source.name!r}, such as {', '.join(map(repr, missing[:3]))}{hint}"
         )
     return split
 
@@ -65,8 +160,10 @@ def held_out(folder: Path, source: Source) -> Split:
 def trained_on(folder: Path, source: Source) -> Split:
     """The images that a run took its training images from, without unreadable ones."""
     settings = run_folder.read_config(folder)
-    # A run of ``fine_tune`` in Python has splits that it was given, not expressions.
-    train = training_split(source, settings.get("train_split") or "auto")
+    # A run of ``fine_tune`` in Python has splits that it was given, not expressions; those of a run
+    # that images were added to are of these images.
+    expression = None if is_grown(folder) else settings.get("train_split")
+    train = training_split(source, expression or "auto")
     rest = train.without(held_out(folder, source))
     path = folder / run_folder.METRICS
     metrics = run_folder.read_json(path) if path.is_file() else {}
@@ -120,7 +217,8 @@ def splits(
 def is_of_run(folder: Path, source: Source) -> bool:
     """Whether a source has the images of the run, even if it was opened under another path."""
     settings = run_folder.read_config(folder)
-    if all(settings.get(name) == value for name, value in source.origin.items()):
+    is_same = all(settings.get(name) == value for name, value in source.origin.items())
+    if is_same and is_grown(folder) == ("add" in source.origin):
         return True
     try:
         own = open_data(folder)

@@ -22,6 +22,8 @@ CONFIG = "config.yaml"
 LABELS = "labels.txt"
 METRICS = "metrics.json"
 HELD_OUT = "held_out.txt"
+TRAINING = "training.txt"
+SOURCES = "sources.json"
 HISTORY = "history.csv"
 PROVENANCE = "provenance.json"
 TRACKING = "tracking.json"
@@ -40,7 +42,8 @@ _WORKING_FILES = (
     rf"|{EVENTS}/(.+/)?events\.out\.tfevents\.[^/]+"
 )
 _RUN_FILES = (
-    r"\.lock|(config\.yaml|labels\.txt|held_out\.txt|history\.csv|(metrics|provenance|limits|tracking)\.json)"
+    r"\.lock|(config\.yaml|(labels|held_out|training)\.txt|history\.csv)"
+    r"|(metrics|provenance|sources|limits|tracking)\.json"
     rf"|checkpoint|{MODEL}(-\d+)?\.(meta|json|index|data-\d{{5}}-of-\d{{5}})|{_WORKING_FILES}"
 )
 """Relative paths of the files that a run writes."""

@@ -161,6 +161,8 @@ class ConfidentErrors:
 def file_of(source: Source, name: str) -> str | None:
     """The absolute path or URL of an image; ``None`` if it is not a file, or cannot be in a
     manifest."""
+    if source.members:
+        return None  # their names begin with a prefix
     folder, manifest = source.origin.get("image_folder"), source.origin.get("csv")
     if folder is None and manifest is not None and not is_url(manifest):
         folder = os.path.dirname(manifest)

@@ -1,0 +1,258 @@
+"""Images are added to a finished run whose head was solved for."""
+
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import make_image_folder
+from PIL import Image
+
+from recipes.cli import main
+from transfer import evaluate, fine_tune, grow, open_source, predict
+from transfer.activations import store
+from transfer.runs import run_data
+from transfer.runs.growth import Growth
+
+
+def add_class(folder, name="green", count=8, start=0):
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for number in range(start, start + count):
+        pixels = np.random.default_rng(number).integers(0, 60, (20, 20, 3)).astype(np.uint8)
+        pixels[..., 1] += 150
+        Image.fromarray(pixels).save(folder / name / f"g{number:02d}.png")
+    return folder
+
+
+def splits_of(folder):
+    return open_source(image_folder=str(folder), min_classes=1).train_and_eval_splits()
+
+
+def files_of(run):
+    return {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tiny_card, saved_vgg):
+    """A run on photos of two classes, and a folder with a third one."""
+    folder = tmp_path_factory.mktemp("grow")
+    graph = saved_vgg(folder / "model" / "tiny", card=tiny_card)
+    photos = make_image_folder(folder / "photos")
+    add_class(folder / "more")
+    fine_tune(graph, *splits_of(photos), run_dir=folder / "run", cache_dir=folder / "cache")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grown(place):
+    before, counts = files_of(place / "run"), Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        compute = store.stream
+
+        def counting(prefix, batches):
+            for rows, labels in compute(prefix, batches):
+                counts["computed"] += len(rows)
+                yield rows, labels
+
+        patch.setattr(store, "stream", counting)
+        result = grow(
+            place / "run",
+            *splits_of(place / "more"),
+            run_dir=place / "grown",
+            cache_dir=place / "cache",
+        )
+    assert files_of(place / "run") == before  # the run is never changed
+    return result, counts
+
+
+def test_only_new_images_pass_through_the_network(grown):
+    result, counts = grown
+    assert counts["computed"] == 8
+    assert result.metrics["activations"] == {"computed": 8, "found": 24}
+
+
+def test_old_classes_come_first_and_their_held_out_images_stay(place, grown):
+    result, _ = grown
+    assert result.classifier.labels == ["blue", "red", "green"]
+    held_out = (place / "run" / "held_out.txt").read_text().splitlines()
+    assert (place / "grown" / "held_out.txt").read_text().splitlines()[: len(held_out)] == held_out
+    trained = (place / "grown" / "training.txt").read_text().splitlines()
+    assert trained[:20] == (place / "run" / "training.txt").read_text().splitlines()
+    assert not {*trained} & {*held_out}
+    assert {name.split("/")[0] for name in trained[20:]} == {"more"}
+
+
+def test_metrics_say_how_old_and_new_classes_fare(place, grown):
+    result, _ = grown
+    old = json.loads((place / "run" / "metrics.json").read_text())
+    growth = result.metrics["growth"]
+    assert growth["images"] == {
+        "kept": 20, "added": 6, "held_out_added": 2, "already_there": 0
+    }  # fmt: skip
+    assert growth["old_classes"]["num_examples"] == old["eval"]["num_examples"] == 4
+    assert growth["old_classes"]["accuracy_before"] == old["eval"]["accuracy"]
+    is_right = result.logits.argmax(-1) == run_data.joined_splits(result.run_dir)[1].labels
+    assert growth["old_classes"]["accuracy_after"] == is_right[:4].mean()
+    assert [entry["name"] for entry in growth["old_classes"]["classes"]] == ["blue", "red"]
+    assert growth["new_classes"]["num_examples"] == 2
+    assert growth["new_classes"]["accuracy"] == is_right[4:].mean()
+
+
+def test_grown_run_is_the_run_on_all_images(place, grown):
+    """The head is the one of a run on both folders from the beginning."""
+    result, _ = grown
+    train, held_out = run_data.joined_splits(result.run_dir)
+    anew = fine_tune(
+        place / "model" / "tiny", train, held_out, run_dir=place / "anew", cache="memory"
+    )
+    assert np.abs(anew.logits - result.logits).max() < 1e-4
+
+
+def test_grown_run_is_evaluated_predicted_and_exported(place, grown):
+    result, _ = grown
+    assert main(["evaluate", str(result.run_dir)]) == 0
+    metrics = json.loads((result.run_dir / "metrics.json").read_text())
+    assert metrics["evaluation"]["accuracy"] == metrics["eval"]["accuracy"]
+    assert metrics["evaluation"]["loss"] == metrics["eval"]["loss"]  # to the last bit
+    _, held_out = run_data.open_data(result.run_dir).train_and_eval_splits()
+    assert evaluate(result.classifier, held_out)["loss"] == metrics["eval"]["loss"]
+    (answer,) = predict(result.classifier, [place / "more" / "green" / "g00.png"])
+    assert answer.label == "green"
+    assert main(["export", str(result.run_dir), "--format", "meta_graph"]) == 0
+
+
+def test_images_are_added_again(place, grown):
+    result, _ = grown
+    add_class(place / "third", "dark", start=20)
+    again = grow(
+        result.run_dir,
+        *splits_of(place / "third"),
+        run_dir=place / "again",
+        cache_dir=place / "cache",
+    )
+    assert again.metrics["activations"] == {"computed": 8, "found": 32}
+    assert again.classifier.labels == ["blue", "red", "green", "dark"]
+    assert again.metrics["growth"]["old_classes"]["num_examples"] == 6
+    train, held_out = run_data.joined_splits(again.run_dir)
+    assert (len(train), len(held_out)) == (32, 8)
+
+
+def test_folder_that_grew_adds_only_what_is_new(place, tmp_path):
+    """The same folder with a new class and copies of old images under other names."""
+    shutil.copytree(place / "photos", tmp_path / "photos")
+    add_class(tmp_path / "photos")
+    shutil.copy(tmp_path / "photos" / "red" / "00.jpg", tmp_path / "photos" / "red" / "copy.jpg")
+    result = grow(
+        place / "run", *splits_of(tmp_path / "photos"), run_dir=tmp_path / "run", cache="memory"
+    )
+    images = result.metrics["growth"]["images"]
+    assert images["already_there"] == 25
+    assert images["added"] + images["held_out_added"] == 8
+    assert result.classifier.labels == ["blue", "red", "green"]
+    held_out = (place / "run" / "held_out.txt").read_text().splitlines()
+    trained = (tmp_path / "run" / "training.txt").read_text().splitlines()
+    assert not {name.removeprefix("photos/") for name in trained} & {*held_out}
+
+
+def test_manifest_is_added_through_the_command(place, tmp_path, capsys):
+    """``--config`` of the new run repeats it."""
+    lines = [f"{path},green" for path in sorted((place / "more" / "green").iterdir())]
+    (tmp_path / "more.csv").write_text("\n".join(["path,label", *lines, ""]))
+    flags = ["finetune", "--add", place / "run", "--csv", tmp_path / "more.csv"]
+    flags += ["--cache-dir", place / "cache", "--out"]
+    assert main([*map(str, flags), str(tmp_path / "run")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("added 6 images to 20 training images")
+    assert any(line.startswith("new classes: accuracy ") for line in lines)
+    again = ["finetune", "--config", tmp_path / "run" / "config.yaml", "--out", tmp_path / "again"]
+    assert main([*map(str, again)]) == 0
+    runs = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "again")]
+    assert runs[0]["eval"] == runs[1]["eval"]
+
+
+def refusal(place, folder, tmp_path, run="run", **options):
+    with pytest.raises((ValueError, OSError)) as error:
+        grow(place / run, *splits_of(folder), run_dir=tmp_path / "refused", **options)
+    assert not (tmp_path / "refused").exists()
+    return str(error.value)
+
+
+def test_conflicts_and_missing_images_are_refused(place, tmp_path):
+    more = place / "more"
+    assert "leave out preprocess=caffe (the run has unit)" in refusal(
+        place, more, tmp_path, preprocess="caffe"
+    )
+    assert "leave out epochs=3" in refusal(place, more, tmp_path, epochs=3)
+    assert "leave out solver=lbfgs (the run has ridge)" in refusal(
+        place, more, tmp_path, solver="lbfgs"
+    )
+    assert "24 are already in it" in refusal(place, place / "photos", tmp_path)
+    with pytest.raises(FileNotFoundError, match="is not a run folder"):
+        grow(tmp_path / "nothing", *splits_of(more))
+    for name in ("run", "photos", "model"):
+        shutil.copytree(place / name, tmp_path / name)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(place), str(tmp_path)))
+    (tmp_path / "photos" / "red" / "05.png").rename(tmp_path / "gone.png")
+    assert "are gone from 'photos', such as 'red/05.png'" in refusal(tmp_path, more, tmp_path)
+    shutil.copy(tmp_path / "photos" / "red" / "01.png", tmp_path / "photos" / "red" / "05.png")
+    assert "are not those that provenance.json has hashes of" in refusal(tmp_path, more, tmp_path)
+    shutil.rmtree(tmp_path / "photos")
+    assert f"{str(tmp_path / 'photos')!r} does not exist" in refusal(tmp_path, more, tmp_path)
+    config.write_text(config.read_text().replace("solver: ridge", "solver: gradient"))
+    assert "repeat it with solver=ridge" in refusal(tmp_path, more, tmp_path)
+
+
+def test_another_network_is_refused(place, tmp_path, tiny_card, saved_vgg):
+    other = saved_vgg(tmp_path / "other" / "tiny", card=tiny_card, convolutional=True)
+    assert "the network is not that of the run" in refusal(
+        place, place / "more", tmp_path, graph=other
+    )
+
+
+def test_runs_that_listed_no_training_images_are_added_to(place, tmp_path):
+    """Runs of earlier versions, also with ``shots_per_class``: the images are drawn again."""
+    fine_tune(
+        place / "model" / "tiny",
+        *splits_of(place / "photos"),
+        run_dir=tmp_path / "run",
+        shots_per_class=5,
+        solver="ridge",
+        cache_dir=place / "cache",
+    )
+    listed = (tmp_path / "run" / "training.txt").read_text().splitlines()
+    (tmp_path / "run" / "training.txt").unlink()
+    assert [*run_data.joined_splits(tmp_path / "run")[0].names] == listed
+    result = grow(
+        tmp_path / "run",
+        *splits_of(place / "more"),
+        run_dir=tmp_path / "grown",
+        cache_dir=place / "cache",
+    )
+    assert result.metrics["growth"]["images"]["kept"] == 10
+
+
+def test_comparison_counts_each_class_on_its_images(tmp_path):
+    growth = Growth(tmp_path, ["a", "b"], [], num_held_out=4, num_added=(9, 3), num_known=0)
+    labels = np.array([0, 0, 1, 1, 0, 2, 2])
+    before = np.eye(2)[[0, 1, 1, 1, 0, 0, 0]]
+    after = np.eye(4)[[0, 0, 2, 1, 1, 2, 0]]
+    found = growth.compare(["a", "b", "c", "d"], labels, before, after)
+    assert found["old_classes"] == {
+        "num_examples": 4,
+        "accuracy_before": 0.75,
+        "accuracy_after": 0.75,
+        "classes": [
+            {"name": "a", "num_examples": 2, "recall_before": 0.5, "recall_after": 1.0},
+            {"name": "b", "num_examples": 2, "recall_before": 1.0, "recall_after": 0.5},
+        ],
+    }
+    assert found["new_classes"] == {
+        "num_examples": 2,
+        "accuracy": 0.5,
+        "classes": [
+            {"name": "c", "num_examples": 2, "recall": 0.5},
+            {"name": "d", "num_examples": 0, "recall": None},
+        ],
+    }
