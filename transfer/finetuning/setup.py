@@ -45,7 +45,7 @@ from transfer.graph import Network, graph_preprocessing, is_seeded
 from transfer.graph import cut as graph_cut
 from transfer.graph.cuts import stopped
 from transfer.images.preprocess import Preprocess, parse_size, show_size
-from transfer.layers.backbone import Backbone, GraphLayer
+from transfer.layers.backbone import MIXED_PRECISIONS, Backbone, GraphLayer
 from transfer.layers.classifier import Classifier
 from transfer.layers.head import Head, average_over_space
 from transfer.models.meta_graph import MetaGraph
@@ -138,6 +138,16 @@ class RunContext:
     @property
     def last_cut(self) -> str:
         return self.stages[-1].cut
+
+    @property
+    def mixed_precision(self) -> str | None:
+        """The mixed precision of the run, as a Keras dtype policy, if it has one."""
+        precision = self.options.precision
+        return precision if precision in MIXED_PRECISIONS else None
+
+    def split(self, cut: str) -> tuple[GraphLayer | None, keras.Sequential]:
+        """The frozen and the trained part of the classifier, in the precision of the run."""
+        return self.classifier.split(cut, dtype=self.mixed_precision)
 
     @property
     def config(self) -> dict[str, Any]:

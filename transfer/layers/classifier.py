@@ -150,12 +150,16 @@ class Classifier(keras.Model):
             )
         return backbone.concatenated()
 
-    def split(self, at: str | None) -> tuple[keras.layers.Layer | None, keras.Sequential]:
+    def split(
+        self, at: str | None, *, dtype: str | None = None
+    ) -> tuple[keras.layers.Layer | None, keras.Sequential]:
         """Split into a frozen and a trained part.
 
         Args:
             at: tensor of the backbone up to which it is frozen; ``None`` or ``"none"`` freezes
                 nothing.
+            dtype: ``"mixed_bfloat16"`` or ``"mixed_float16"``: precision of both parts of the
+                backbone; the head stays in float32. ``None`` does not change it.
 
         Returns:
             The frozen layer, from preprocessed images to the activations at the tensor (``None``
@@ -163,6 +167,8 @@ class Classifier(keras.Model):
             classifier's weights.
         """
         backbone = self.feature_extractor
+        if dtype is not None:
+            backbone = backbone.in_mixed_precision(dtype)
         if at in (None, "none"):
             return None, keras.Sequential([backbone, self.head])
         prefix, suffix = backbone.split(at)
