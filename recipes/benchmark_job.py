@@ -195,7 +195,7 @@ def _record(item: Run, keep_models: bool) -> dict[str, Any]:
     return record | run_folder.read_json(path)
 
 
-def _limits(benchmark: Benchmark) -> dict[str, float]:
+def _limits(benchmark: Benchmark) -> dict[str, Any]:
     """Measure the machine's peak throughput; see ``transfer.benchmarking.limits``."""
     path = benchmark.out / LIMITS
     if not path.is_file():
