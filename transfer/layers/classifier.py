@@ -96,7 +96,10 @@ class Classifier(keras.Model):
         Returns:
             The number of logits.
         """
-        return int(self(keras.Input(self.preprocess.shape)).shape[-1])
+        # Without the preprocessing, whose resizing takes the longest to trace.
+        features = self.backbone(keras.Input(self.preprocess.shape))
+        self.built = True
+        return int(self.head(features).shape[-1])
 
     def get_config(self) -> dict[str, Any]:
         """All parts, for ``save`` and ``keras.models.load_model``."""
