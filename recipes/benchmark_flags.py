@@ -28,6 +28,11 @@ class BenchmarkConfig(FinetuneConfig):
     in this process, e.g. 'shots_per_class=5,20 tap=fc7,pool5 freeze_until=tap,none'. Values that
     contain commas are separated by |. Without an axis seed, --seeds applies. Started again with
     the same --out, finished runs are not repeated."""
+    precisions: str | None = None
+    """Precisions to compare instead of cuts, separated by commas, e.g.
+    'float32,int8,mixed_bfloat16': images per second of a forward pass, relative to float32 and to
+    the rate of matrix products in this precision, and the difference of the features. Nothing is
+    trained."""
     baseline: tuple[Literal["keras", "keras-onednn"], ...] = ()
     """Also run keras.Model.fit on the same network, images and number of epochs: once with a
     frozen backbone (trainable=False), once with all of it trained. keras-onednn: with oneDNN

@@ -11,8 +11,8 @@ from datetime import datetime
 from pathlib import Path
 
 from recipes import terminal
+from transfer.activations import fingerprints, samples
 from transfer.activations.cache import Cache, CacheEntryInfo
-from transfer.activations.fingerprints import FOLDER
 
 
 def show(directory: Path, *, as_json: bool) -> None:
@@ -33,8 +33,8 @@ def show(directory: Path, *, as_json: bool) -> None:
         key = entry.key
         splits = key.get("splits")
         description = (
-            f"fingerprints of {key.get('dataset')}"
-            if key.get("kind") == "fingerprints"
+            f"{key['kind']} of {key.get('dataset')}"
+            if key.get("kind") in ("fingerprints", "samples")
             else f"{key.get('cut')} of {Path(str(key.get('model'))).name}, {key.get('dataset')} "
             f"{'+'.join(map(str, splits)) if isinstance(splits, list) else splits}"
         )
@@ -83,7 +83,7 @@ def _is_old(entry: CacheEntryInfo, days: float | None) -> bool:
 
 
 def _caches(directory: Path) -> list[Cache]:
-    """Open the cache in a directory: activations, and fingerprints if there are any.
+    """Open the cache in a directory: activations; fingerprints and samples if there are any.
 
     Raises:
         NotADirectoryError: if it is a file.
@@ -91,6 +91,6 @@ def _caches(directory: Path) -> list[Cache]:
     cache = Cache(directory, limit_bytes=0)  # opened to list and delete only
     if cache.directory.exists() and not cache.directory.is_dir():
         raise NotADirectoryError(f"{str(directory)!r} is a file; expected the folder of a cache")
-    fingerprints = cache.directory / FOLDER
-    is_there = fingerprints.is_dir() and not fingerprints.is_symlink()
-    return [cache, Cache(fingerprints, limit_bytes=0)] if is_there else [cache]
+    parts = [cache.directory / name for name in (fingerprints.FOLDER, samples.FOLDER)]
+    present = [part for part in parts if part.is_dir() and not part.is_symlink()]
+    return [cache, *(Cache(part, limit_bytes=0) for part in present)]

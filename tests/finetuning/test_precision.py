@@ -1,9 +1,10 @@
-"""Runs whose frozen part is computed in int8. LiteRT, unless OpenVINO is installed."""
+"""Runs in int8, by LiteRT, and in mixed precision."""
 
 from __future__ import annotations
 
 import json
 
+import keras
 import numpy as np
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from transfer import evaluate, fine_tune, open_source
 from transfer.finetuning import precision
 from transfer.layers.classifier import Classifier
 from transfer.quantization import agreement, engines
+from transfer.runs.interruption import Interrupted
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +129,7 @@ def test_uncached_activations_are_computed_in_int8(run):
     [
         ({"freeze_until": "none"}, "nothing is frozen"),
         ({"int8_engine": "openvino"}, r"pip install 'vgg-transfer\[openvino\]'"),
-        ({"precision": "int4"}, "precision must be float32, int8 or auto, got 'int4'"),
+        ({"precision": "int4"}, "auto, got 'int4'"),
     ],
     ids=["nothing frozen", "not installed", "unknown"],
 )
@@ -146,3 +148,45 @@ def test_run_from_before_int8_is_resumed(tmp_path, run):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if not line.startswith(("precision", "int8"))))
     assert np.isfinite(run("old", "--resume")["eval"]["loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_run_in_mixed_precision_agrees_and_resumes_exactly(
+    tmp_path, model, image_folder, caplog, precision
+):
+    splits = open_source(image_folder=image_folder).train_and_eval_splits()
+    options = {"freeze_until": "pool1", "epochs": 2, "cache_dir": tmp_path / "cache"}
+
+    def run(name, **more):
+        return fine_tune(model, *splits, run_dir=tmp_path / name, **options, **more)
+
+    float32 = run("float32").metrics["eval"]
+    whole = run("whole", precision=precision)
+    assert f"precision={precision} without a GPU" in caplog.text
+    assert whole.metrics["precision"] == whole.metrics["eval"]["precision"] == precision
+    assert whole.metrics["activations"]["found"] == 0  # those of float32 are not taken
+    assert [key.get("precision") for key in keys(tmp_path)].count(precision) == 2
+    assert whole.metrics["eval"]["loss"] == pytest.approx(float32["loss"], rel=0.2)
+    assert whole.metrics["eval"]["loss"] != float32["loss"]
+
+    def stop(epoch, logs):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run(
+            "part",
+            precision=precision,
+            callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=stop)],
+        )
+    resumed = run("part", precision=precision, resume=True)
+    np.testing.assert_array_equal(resumed.logits, whole.logits)
+
+
+def test_mixed_precision_is_refused_for_a_network_without_products(tmp_path, model, image_folder):
+    """Anything else would silently be float32."""
+    splits = open_source(image_folder=image_folder).train_and_eval_splits()
+    with pytest.raises(ValueError, match="the network has none in float32"):
+        fine_tune(
+            model, *splits, tap="images", precision="mixed_bfloat16", run_dir=tmp_path / "out"
+        )

@@ -282,6 +282,8 @@ class ActivationStore:
             "view_seed": request.view_seed,
             "versions": {package: version(package) for package in ("vgg-transfer", "tensorflow")},
         }
+        if self._layer.mixed_precision is not None:
+            key["precision"] = self._layer.mixed_precision
         key |= self._precision
         if request.role == "held-out":
             # Activations depend on the batch they are computed in, at float precision. An

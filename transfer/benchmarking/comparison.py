@@ -185,7 +185,7 @@ def _record(run: Run, start: Start, keep_models: bool) -> dict[str, Any]:
     return record | run_folder.read_json(path)
 
 
-def _limits(run: Run, out: Path, start: Start) -> dict[str, float]:
+def _limits(run: Run, out: Path, start: Start) -> dict[str, Any]:
     """Measure the machine's peak throughput; see ``transfer.benchmarking.limits``."""
     path = out / LIMITS
     if not path.is_file():

@@ -11,8 +11,10 @@ from typing import Any
 import tensorflow as tf
 
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled
+from transfer.benchmarking.product_rates import product_gflops
 from transfer.core import measurement
 from transfer.finetuning.setup import RunRequest, prepare
+from transfer.quantization import engines
 from transfer.runs import run_folder
 
 LIMITS = "limits.json"
@@ -20,7 +22,7 @@ _PASSES = 10  # forward passes of one batch
 _MAX_IMAGES = 2000  # read by the input pipeline
 
 
-def measure(request: RunRequest) -> dict[str, float]:
+def measure(request: RunRequest) -> dict[str, Any]:
     """Measure what a run on this machine can reach at most, and write ``limits.json`` into the run
     folder.
 
@@ -28,9 +30,10 @@ def measure(request: RunRequest) -> dict[str, float]:
         request: as for ``fine_tune``; nothing is trained.
 
     Returns:
-        ``sgemm_gflops`` (matrix multiplication), ``forward_images_per_s`` (network only),
-        ``pipeline_images_per_s`` (read, decode, resize, preprocess), and the numbers of images,
-        ``images_training`` and ``images_held_out``.
+        ``sgemm_gflops`` (matrix multiplication), ``int8_gops`` (the same in int8, by the engine
+        ``int8_engine``), ``forward_images_per_s`` (network only), ``pipeline_images_per_s`` (read,
+        decode, resize, preprocess), and the numbers of images, ``images_training`` and
+        ``images_held_out``.
     """
     work = prepare(request)
     preprocess = work.classifier.preprocess
@@ -51,22 +54,20 @@ def measure(request: RunRequest) -> dict[str, float]:
         for _ in itertools.islice(batches, -(-num_images // EXTRACTION_BATCH)):
             pass
 
-    limits = {
+    engine = work.options.int8_engine
+    engine = engines.default_engine() if engine == "auto" else engine
+    limits: dict[str, Any] = {
         "sgemm_gflops": measurement.sgemm_gflops(),
+        "int8_gops": product_gflops("int8", engine),
+        "int8_engine": engine,
         "forward_images_per_s": round(EXTRACTION_BATCH / one_pass, 2),
-        "pipeline_images_per_s": round(num_images / _best(pipeline), 1),
+        "pipeline_images_per_s": round(num_images / measurement.best_seconds(pipeline), 1),
         "images_training": len(work.train),
         "images_held_out": len(work.held_out),
     }
     with run_folder.opened(work.run_dir, work.config):
         run_folder.write_json(work.run_dir / LIMITS, limits)
     return limits
-
-
-def _best(work: Callable[[], Any], repeat: int = 3) -> float:
-    """Shortest wall time in seconds: noise only adds time."""
-    work()
-    return min(_seconds(work) for _ in range(repeat))
 
 
 def _seconds(work: Callable[[], Any]) -> float:

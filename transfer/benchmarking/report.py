@@ -105,10 +105,17 @@ def describe_limits(limits: dict[str, Any]) -> list[str]:
     """Lines with the machine's peak throughput, from ``limits.json``."""
     forward, pipeline = limits["forward_images_per_s"], limits["pipeline_images_per_s"]
     images = limits["images_training"] + limits["images_held_out"]
+    int8 = []
+    if "int8_gops" in limits:  # not in benchmarks of earlier versions
+        int8.append(
+            f"products of int8 by {limits['int8_engine']}: {limits['int8_gops']:g} GOP/s, "
+            f"{limits['int8_gops'] / limits['sgemm_gflops']:.1f} times that"
+        )
     return [
         f"{limits['images_training']} images to train on, {limits['images_held_out']} held out; "
         f"{platform.processor() or platform.machine()}",
         f"sgemm (products of float32 matrices, 3072 x 3072): {limits['sgemm_gflops']:g} GFLOP/s",
+        *int8,
         f"forward pass alone: {forward:g} images/s; over all images {images / forward:.1f} s",
         f"input pipeline alone: {pipeline:g} images/s, {pipeline / forward:.1f} times that",
     ]

@@ -31,9 +31,9 @@ def evaluate(
 
     On the held-out images of a run, the metrics are those in its ``metrics.json``, and those that
     ``vgg-transfer evaluate`` writes to ``evaluation.json``. They are bit-identical if the cut and
-    the batch size are those of the run. Those in ``metrics.json`` of a run with
-    ``precision="int8"`` are of int8 features, and may differ slightly: a classifier computes in
-    float32.
+    the batch size are those of the run. Those in ``metrics.json`` of a run in another precision
+    than float32 are of features in this precision, and may differ slightly: a classifier computes
+    in float32.
 
     Args:
         classifier: a classifier from ``fine_tune`` or ``Classifier.load``.

@@ -204,12 +204,13 @@ def _shard(split: Split, mine: np.ndarray) -> Split:
 
 def _in_precision_of_run(context: RunContext, layer: GraphLayer) -> Compiled | QuantizedPrefix:
     """The frozen part of a stage as a function of preprocessed images."""
-    float32, options = Compiled(layer, context.replicas), context.options
-    if options.precision == "float32":
-        return float32
+    options = context.options
+    if options.precision != "int8":
+        return Compiled(layer, context.replicas)
     measured = context.measured
     if measured is not None and measured.digest == layer.digest():
         return measured
     images = calibration_images(context.train, context.classifier.preprocess, options.seed)
     assert options.int8_engine != "auto"  # it is resolved
+    float32 = Compiled(layer, context.replicas)
     return QuantizedPrefix(layer, float32, options.int8_engine, images)

@@ -80,7 +80,7 @@ def find_learning_rate(
 
 def _trial(context: RunContext, *, lowest: float, highest: float, steps: int) -> RangeTest:
     (stage,) = context.stages
-    frozen, model = context.classifier.split(stage.cut, stage.freeze_from)
+    frozen, model = context.split(stage)
     groups = parameter_groups(context.options, context.classifier, stage, context.steps_per_epoch)
     trainer = new_trainer(context, model, groups)
     inputs = Inputs(context, stage.cut, frozen)

@@ -146,10 +146,12 @@ class FineTuneOptions:
     """Largest size of that folder in GB; the least recently used entries are evicted."""
     cache_dtype: Literal["float32", "float16"] = "float32"
     """float16 halves the size and keeps about three significant digits."""
-    precision: Literal["float32", "int8", "auto"] = "float32"
-    """Arithmetic of the frozen part. int8 quantizes it, and is refused where the features differ
-    too much from those of float32; the classifier that is written is that of float32. auto: int8
-    if it is faster on this machine."""
+    precision: Literal["float32", "int8", "mixed_bfloat16", "mixed_float16", "auto"] = "float32"
+    """Arithmetic of the network; the classifier that is written computes in float32. int8 quantizes
+    the frozen part, and is refused where the features differ too much from those of float32. auto:
+    int8 if it is faster on this machine. mixed_bfloat16 and mixed_float16 compute convolutions and
+    matrix products in this type, also while training, for GPUs; weights, head and loss stay in
+    float32, and the loss is scaled for float16."""
     int8_engine: Literal["auto", "litert", "openvino"] = "auto"
     """Library that computes in int8. auto: OpenVINO if it is installed, else LiteRT."""
     max_to_keep: int = 0
@@ -202,9 +204,9 @@ class FineTuneOptions:
             known = _choices(option.type)
             value = getattr(self, option.name)
             if known and value not in known:
-                known = tuple(name for name in known if name is not None)
+                *first, last = (name for name in known if name is not None)
                 raise ValueError(
-                    f"{option.name} must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}"
+                    f"{option.name} must be {', '.join(first)} or {last}, got {value!r}"
                 )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be 0 to 1, got {self.label_smoothing}")

@@ -1,4 +1,4 @@
-"""The precision in which the frozen part of a network is computed: float32 or int8."""
+"""The precision in which the network of a run computes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import tensorflow as tf
+
 from transfer.activations.extraction import Compiled
 from transfer.core.distribution import Replicas
 from transfer.finetuning.options import ResolvedOptions
 from transfer.graph import cut as graph_cut
 from transfer.graph import is_seeded
+from transfer.graph.mixed_precision import num_products
 from transfer.layers.backbone import GraphLayer
 from transfer.quantization import engines
 from transfer.quantization.agreement import DisagreementError
@@ -33,7 +36,7 @@ off as well."""
 class PrecisionChoice:
     """Resolved precision. ``measured`` is what ``auto`` quantized to decide, on the chief."""
 
-    precision: Literal["float32", "int8"]
+    precision: Literal["float32", "int8", "mixed_bfloat16", "mixed_float16"]
     engine: Literal["auto", "litert", "openvino"] = "auto"
     measured: QuantizedPrefix | None = None
 
@@ -62,10 +65,13 @@ def choose(
         replicas: devices and processes that train together; all take the choice of the chief.
 
     Raises:
-        ValueError: if int8 was asked for and is impossible.
+        ValueError: if int8 or mixed precision was asked for and is impossible.
     """
     if options.precision == "float32":
         return PrecisionChoice("float32")
+    if options.precision in ("mixed_bfloat16", "mixed_float16"):
+        _check_mixed(options, backbone, cuts, replicas)
+        return PrecisionChoice(options.precision)
     prefixes = [_prefix(backbone, name) for name in dict.fromkeys(cuts) if name != "none"]
     engine = engines.default_engine() if options.int8_engine == "auto" else options.int8_engine
     problem = _problem(prefixes)
@@ -87,6 +93,29 @@ def choose(
     if precision == "float32":
         return PrecisionChoice("float32")
     return PrecisionChoice("int8", engine, choice.measured)
+
+
+def _check_mixed(
+    options: ResolvedOptions, backbone: GraphLayer[Any], cuts: list[str], replicas: Replicas
+) -> None:
+    """Refuse what mixed precision cannot do; warn where it is likely to be slower."""
+    precision = options.precision
+    if backbone.compute_dtype != "float32" or not num_products(backbone.network):
+        raise ValueError(
+            f"precision={precision} computes convolutions and matrix products in lower precision, "
+            "and the network has none in float32"
+        )
+    is_head_only = set(cuts) == {backbone.network.output.removesuffix(":0")}
+    if precision == "mixed_float16" and replicas.count > 1 and not is_head_only:
+        raise ValueError(
+            f"precision=mixed_float16 scales the loss on one replica, and there are "
+            f"{replicas.count}; mixed_bfloat16 needs no scaling"
+        )
+    if not tf.config.list_logical_devices("GPU"):
+        logger.warning(
+            f"precision={precision} without a GPU: most CPUs compute it more slowly than float32; "
+            f"vgg-transfer benchmark --precisions float32,{precision} measures it"
+        )
 
 
 def _prefix(backbone: GraphLayer[Any], at: str) -> GraphLayer[Any]:

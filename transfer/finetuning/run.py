@@ -229,7 +229,7 @@ def _train_and_evaluate(
     progress = Progress()
     for number, stage in enumerate(context.stages):
         with clock("load_s"):
-            frozen, model = context.classifier.split(stage.cut, stage.freeze_from)
+            frozen, model = context.split(stage)
             trainer: StageTrainer | StageSolver
             if context.options.solver == "gradient":
                 trainer = StageTrainer(context, number, frozen, model, progress)
@@ -293,9 +293,9 @@ def _save_and_evaluate(
     _, saved = classifier.split(context.last_cut)
     logits = inputs.predictor(saved)()
     evaluation = inputs.summary(logits)
-    if context.options.precision == "int8" and context.last_cut != "none":
-        # Of the head on int8 features: the classifier in the files computes in float32.
-        evaluation["precision"] = "int8"
+    if context.options.precision != "float32" and context.last_cut != "none":
+        # Of the frozen part in this precision: the classifier in the files computes in float32.
+        evaluation["precision"] = context.options.precision
     if replicas.is_chief:
         card_path = prefix.with_name(f"{prefix.name}.json")
         write_card(card_path, replace(read_card(card_path), eval=evaluation))

@@ -13,9 +13,9 @@ from typing import Any, Literal, cast
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from transfer.activations.fingerprints import remembered
+from transfer.activations.samples import sample_features
 from transfer.activations.store import CachePolicy
 from transfer.core import measurement
 from transfer.core.distribution import Replicas
@@ -43,9 +43,9 @@ from transfer.graph import Network, graph_preprocessing, is_seeded
 from transfer.graph import cut as graph_cut
 from transfer.graph.cuts import stopped
 from transfer.images.preprocess import Preprocess, parse_size, show_size
-from transfer.layers.backbone import Backbone, GraphLayer
+from transfer.layers.backbone import MIXED_PRECISIONS, Backbone, GraphLayer
 from transfer.layers.classifier import Classifier
-from transfer.layers.head import Head, average_over_space
+from transfer.layers.head import Head
 from transfer.models.meta_graph import MetaGraph
 from transfer.quantization.calibration import CalibrationImages
 from transfer.quantization.prefix import QuantizedPrefix
@@ -144,6 +144,16 @@ class RunContext:
     @property
     def last_cut(self) -> str:
         return self.stages[-1].cut
+
+    @property
+    def mixed_precision(self) -> str | None:
+        """The mixed precision of the run, as a Keras dtype policy, if it has one."""
+        precision = self.options.precision
+        return precision if precision in MIXED_PRECISIONS else None
+
+    def split(self, stage: Stage) -> tuple[GraphLayer | None, keras.Sequential]:
+        """The frozen and the trained part of the classifier, in the precision of the run."""
+        return self.classifier.split(stage.cut, stage.freeze_from, dtype=self.mixed_precision)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -408,7 +418,13 @@ def _classifier(
         ).concatenated()
     if options.random_weights:
         backbone.randomize(options.seed)
-    features = _features_of_a_few(backbone, train, preprocess)
+    features = sample_features(
+        backbone,
+        train,
+        preprocess,
+        on_disk=options.cache == "disk" and not is_seeded(backbone.network.graph_def),
+        cache_dir=options.cache_dir,
+    )
     with replicas.strategy.scope():
         head = Head(
             len(labels),
@@ -596,12 +612,6 @@ def _warn_if_stopped(network: Network, cut: str) -> None:
             graph_cut(network, tensor)
             line += f"; freeze_until={tensor.removesuffix(':0')} trains the same and computes less"
         logger.warning(line)
-
-
-def _features_of_a_few(backbone: Backbone, split: Split, preprocess: Preprocess) -> np.ndarray:
-    """Inputs of the head for a few images, float32 ``[images, width]``."""
-    images, _ = next(iter(split.batches(preprocess, 4)))
-    return np.asarray(average_over_space(tf.cast(backbone(images), tf.float32)))
 
 
 def _check_repeatable(classifier: Classifier, split: Split, keep_dropout: bool) -> None:

@@ -17,10 +17,12 @@ from transfer.finetuning.head_start import solve_head
 from transfer.finetuning.hyperparameters import parameter_groups
 from transfer.finetuning.inputs import Inputs
 from transfer.finetuning.setup import RunContext
+from transfer.graph.mixed_precision import num_products
 from transfer.layers.backbone import GraphLayer
 from transfer.runs import run_folder
 from transfer.runs.interruption import Signals
 from transfer.training.checkpoints import RunCheckpoint
+from transfer.training.loss_scale import LossScale
 from transfer.training.trainer import ParameterGroup, Trainer, random_states
 
 logger = logging.getLogger(__name__)
@@ -242,6 +244,8 @@ class EpochEvents(keras.callbacks.TensorBoard):
 def new_trainer(context: RunContext, model: keras.Model, groups: list[ParameterGroup]) -> Trainer:
     """A new trainer with the loss of the run."""
     options = context.options
+    suffix = model.layers[0]
+    is_scaled = suffix.mixed_precision == "mixed_float16" and num_products(suffix.network) > 0
     return Trainer(
         model,
         groups,
@@ -252,6 +256,7 @@ def new_trainer(context: RunContext, model: keras.Model, groups: list[ParameterG
         l2_sp=context.l2_sp,
         seed=options.seed,
         replicas=context.replicas,
+        loss_scale=LossScale() if is_scaled else None,
     )
 
 

@@ -34,6 +34,7 @@ from transfer.graph import (
     taps,
 )
 from transfer.graph.cuts import stages
+from transfer.graph.mixed_precision import in_mixed_precision, num_products
 from transfer.graph.network_function import as_function
 from transfer.graph.policy import RANDOM_OPS
 from transfer.layers.gradients import with_cpu_gradients
@@ -51,6 +52,8 @@ else:
 
 Pooling = Literal["avg", "max", "avg_max", None]
 POOLINGS: tuple[Pooling, ...] = ("avg", "max", "avg_max", None)
+MIXED_PRECISIONS = ("mixed_bfloat16", "mixed_float16")
+"""Keras dtype policies in which a network in float32 can compute; see ``GraphLayer``."""
 MAX_GRAPH_BYTES = 2**28
 """Maximum size of the graphs in a saved Keras model; large networks have a few million bytes."""
 
@@ -88,7 +91,10 @@ class SharedVariables:
 class GraphLayer(keras.layers.Layer, Generic[Output]):
     """A network as a Keras layer, differentiable with respect to its input and weights.
 
-    It computes in the dtype of the graph, regardless of the dtype policy.
+    It computes in the dtype of the graph, regardless of the global dtype policy. A graph in float32
+    can compute its convolutions and matrix products in a lower precision: with
+    ``dtype="mixed_bfloat16"``, or ``"mixed_float16"``, which needs loss scaling in training. Its
+    weights and outputs stay in float32.
 
     The output of a network with several taps is a dict, tap name to features.
 
@@ -101,7 +107,8 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
         shared: registry of the variables, common to all layers that share them.
 
     Raises:
-        ValueError: if ``pooling`` is unknown, or ``dtype`` differs from the graph's.
+        ValueError: if ``pooling`` is unknown, or ``dtype`` is neither the graph's nor a mixed
+            precision.
         RuntimeError: in a TF1 graph.
     """
 
@@ -128,10 +135,13 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
         self.graph_variables: list[keras.Variable] = []
         for variable in network.variables:
             self.graph_variables.append(self._variable(variable, values[variable.name]))
-        self._inference = as_function(network)
+        computed = network
+        if self.mixed_precision is not None:
+            computed = in_mixed_precision(network, tf.as_dtype(self.compute_dtype))
+        self._inference = as_function(computed)
         # In training only: a SavedModel cannot hold custom gradients.
-        for_training = with_cpu_gradients(network.training or network.graph_def)
-        self._training = as_function(replace(network, graph_def=for_training))
+        for_training = with_cpu_gradients(computed.training or computed.graph_def)
+        self._training = as_function(replace(computed, graph_def=for_training))
         # A seed is drawn only where one is needed: an evaluation must not change the random numbers
         # of the following training steps.
         self._draws = {False: is_seeded(network.graph_def), True: is_seeded(for_training)}
@@ -207,6 +217,48 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
         kernels = [v for v in self.graph_variables if len(v.shape) > 1]
         return tf.convert_to_tensor(kernels[0]) if kernels else None
 
+    @property
+    def mixed_precision(self) -> str | None:
+        """``"mixed_bfloat16"`` or ``"mixed_float16"``; ``None`` if it computes as the graph
+        says."""
+        name = self.dtype_policy.name
+        return name if name in MIXED_PRECISIONS else None
+
+    def in_mixed_precision(self, dtype: str) -> GraphLayer[Output]:
+        """The same layer in another precision. Weights are shared, not copied.
+
+        Args:
+            dtype: ``"mixed_bfloat16"`` or ``"mixed_float16"``.
+
+        Raises:
+            ValueError: if the graph does not compute in float32, or has neither convolutions nor
+                matrix products.
+
+        Example:
+            >>> import numpy as np
+            >>> from transfer import Backbone
+            >>> backbone = Backbone("pretrained/vgg_small")
+            >>> images = np.random.default_rng(0).normal(size=(2, 64, 64, 3)).astype(np.float32)
+            >>> lower = backbone.in_mixed_precision("mixed_bfloat16")(images)
+            >>> lower.dtype, float(abs(lower - backbone(images)).numpy().mean()) < 0.02
+            (tf.float32, True)
+        """
+        if not num_products(self.network):
+            raise ValueError(
+                f"dtype={dtype!r} computes convolutions and matrix products in lower precision, "
+                "and the network has none in float32"
+            )
+        variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
+        layer: GraphLayer[Output] = GraphLayer(
+            self.network,
+            variables,
+            pooling=self.pooling,
+            shared=self.shared,
+            dtype=dtype,
+            name=self.name,
+        )
+        return layer
+
     def split(self, at: str) -> tuple[GraphLayer[Tensor], GraphLayer[Output]]:
         """Split in two: ``suffix(prefix(x))`` equals ``self(x)``. Weights are shared, not copied.
 
@@ -228,7 +280,7 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
             second = replace(second, input_dtype=dtype_of(nodes[operation], index))
             with contextlib.suppress(ValueError):  # shapes cannot be inferred without a batch size
                 second = replace(second, input_shape=infer(self.network).get(second.input))
-        options: dict[str, Any] = {"shared": self.shared}
+        options: dict[str, Any] = {"shared": self.shared, "dtype": self.mixed_precision}
         prefix: GraphLayer[Tensor] = GraphLayer(
             first, variables, name=f"{self.name}_prefix", **options
         )
@@ -253,7 +305,9 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
             return cast("GraphLayer[Tensor]", self)
         variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
         network = concatenated(self.network, self.pooling or "avg")
-        return GraphLayer(network, variables, shared=self.shared, name=self.name)
+        return GraphLayer(
+            network, variables, shared=self.shared, dtype=self.mixed_precision, name=self.name
+        )
 
     def in_inference_mode(self) -> GraphLayer[Output]:
         """The same layer, with the same weights, which ignores ``training=True``: dropout of the
@@ -323,10 +377,12 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
         }
 
     def digest(self) -> str:
-        """Hexadecimal SHA-256 of everything that determines inference: graph, pooling, weights."""
+        """Hexadecimal SHA-256 of everything that determines inference: graph, pooling, precision,
+        weights."""
         network = self.network
         facts = [network.input, network.output, network.input_dtype, network.batch_size]
         facts += [[*network.taps.items()]] if network.taps else []
+        facts += [self.mixed_precision] if self.mixed_precision else []
         digest = hashlib.sha256(repr([*facts, self.pooling]).encode())
         digest.update(network.graph_def.SerializeToString(deterministic=True))
         for name, value in self.values().items():
@@ -392,7 +448,9 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
         """
         config = dict(config)
         config.pop("to_load_it", None)
-        config.pop("dtype", None)  # determined by the graph
+        policy = keras.dtype_policies.get(config.pop("dtype", None)).name
+        if policy in MIXED_PRECISIONS:  # others are determined by the graph
+            config["dtype"] = policy
         input_dtype = config.pop("input_dtype")
         graphs = _graphs(config)
         network = Network(
@@ -546,7 +604,8 @@ class Backbone(GraphLayer[Output]):
 
 
 def _dtype(network: Network, requested: Any) -> str:
-    """The dtype that a network computes in: that of its weights, else of its output."""
+    """The dtype policy of a network: the dtype of its weights, else of its output; or a mixed
+    precision, if requested."""
     nodes = {node.name: node for node in network.graph_def.node}
     operation, index = split_tensor_name(network.output)
     kinds = [v.dtype for v in network.variables if v.dtype.is_floating]
@@ -554,6 +613,8 @@ def _dtype(network: Network, requested: Any) -> str:
     dtype = next((kind.name for kind in kinds if kind is not None and kind.is_floating), "float32")
     if requested not in (None, dtype):
         requested = getattr(requested, "name", requested)
+        if requested in MIXED_PRECISIONS and dtype == "float32":
+            return str(requested)
         if requested != dtype:
             raise ValueError(f"dtype={requested!r}, but the graph computes in {dtype}")
     return dtype

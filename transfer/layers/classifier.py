@@ -96,7 +96,10 @@ class Classifier(keras.Model):
         Returns:
             The number of logits.
         """
-        return int(self(keras.Input(self.preprocess.shape)).shape[-1])
+        # Without the preprocessing, whose resizing takes the longest to trace.
+        features = self.backbone(keras.Input(self.preprocess.shape))
+        self.built = True
+        return int(self.head(features).shape[-1])
 
     def get_config(self) -> dict[str, Any]:
         """All parts, for ``save`` and ``keras.models.load_model``."""
@@ -151,7 +154,7 @@ class Classifier(keras.Model):
         return backbone.concatenated()
 
     def split(
-        self, at: str | None, freeze_from: str | None = None
+        self, at: str | None, freeze_from: str | None = None, *, dtype: str | None = None
     ) -> tuple[keras.layers.Layer | None, keras.Sequential]:
         """Split into a frozen and a trained part.
 
@@ -159,6 +162,8 @@ class Classifier(keras.Model):
             at: tensor of the backbone up to which it is frozen; ``None`` or ``"none"`` freezes
                 nothing.
             freeze_from: tensor after it, from which on the backbone is frozen, too.
+            dtype: ``"mixed_bfloat16"`` or ``"mixed_float16"``: precision of both parts of the
+                backbone; the head stays in float32. ``None`` does not change it.
 
         Returns:
             The frozen layer, from preprocessed images to the activations at the tensor (``None``
@@ -167,6 +172,8 @@ class Classifier(keras.Model):
             the part from ``freeze_from`` on, if given, and the head.
         """
         prefix, suffix = None, self.feature_extractor
+        if dtype is not None:
+            suffix = suffix.in_mixed_precision(dtype)
         if at not in (None, "none"):
             prefix, suffix = suffix.split(at)
         parts = [suffix]

@@ -38,9 +38,9 @@ _UNREADABLE = (tf.errors.OpError, AssertionError, IndexError, RuntimeError, Valu
 class RunCheckpoint:
     """The checkpoints of a run, or of one of its stages, in a folder.
 
-    They hold weights, the states of optimizers and of random layers, step and epoch, and the
-    progress within the epoch. They use TensorFlow's object-based format with variables by position,
-    because the names of Keras variables differ between sessions.
+    They hold weights, the states of optimizers, of random layers and of loss scaling, step and
+    epoch, and the progress within the epoch. They use TensorFlow's object-based format with
+    variables by position, because the names of Keras variables differ between sessions.
 
     Args:
         directory: folder of the checkpoints, created when needed.
@@ -279,6 +279,8 @@ def _state(trainer: Trainer) -> dict[str, Any]:
     variables = [*trainer.model.variables, *trainer.random_states]
     for group in trainer.groups:
         variables += group.optimizer.variables
+    if trainer.loss_scale is not None:
+        variables += trainer.loss_scale.variables
     sums = trainer.sums
     counts = [trainer.epoch, trainer.step, sums.num_batches, sums.num_examples, sums.num_right]
     return {

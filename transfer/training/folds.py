@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from sklearn.model_selection import GroupKFold, StratifiedGroupKFold, StratifiedKFold
 
 _LARGEST_TABLE = 10**8  # groups times classes, of which StratifiedGroupKFold makes a table
 
@@ -31,6 +30,9 @@ def stratified_folds(
         count = min(most, int(np.bincount(labels)[present].min()))
         if count < 2:
             return []
+        # Imported where it is used: most runs do without, and it takes a tenth of a second.
+        from sklearn.model_selection import StratifiedKFold
+
         folds = StratifiedKFold(count, shuffle=True, random_state=seed)
         return list(folds.split(labels, labels))
     of_class = np.unique(np.stack([labels, groups]), axis=1)[0]  # a label for each of its groups
@@ -48,6 +50,8 @@ def grouped_folds(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Positions to train on and positions of the fold, for each of ``count`` folds, in which groups
     are kept together and, unless they are very many, classes in equal parts."""
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+
     if len(np.unique(groups)) * (int(labels.max()) + 1) > _LARGEST_TABLE:
         return list(GroupKFold(count).split(labels, labels, groups))
     folds = StratifiedGroupKFold(count, shuffle=True, random_state=seed)

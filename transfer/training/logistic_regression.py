@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
 from transfer.training.folds import stratified_folds
 from transfer.training.linear_head import Solution, for_all_classes
+
+if TYPE_CHECKING:  # imported where it is used, as in ``folds``
+    from sklearn.linear_model import LogisticRegression
 
 GRID = tuple(10 ** (exponent / 2) for exponent in range(-10, -1))
 """Candidate inverse penalty strengths (C), per example: 1e-5 to 0.03. Standardised VGG features
@@ -67,6 +69,8 @@ def fit_logistic_regression(
         if folds := stratified_folds(labels, FOLDS, seed=seed, groups=groups):
             scores = _cross_validate(scaled, labels, candidates, folds, class_weight, max_iter)
             C = min(scores, key=scores.__getitem__)
+    from sklearn.linear_model import LogisticRegression
+
     model = LogisticRegression(C=C, class_weight=class_weight, max_iter=max_iter)
     converged = _fit(model, scaled, labels)
     kernel, bias = model.coef_.T.astype(np.float64), model.intercept_.astype(np.float64)
@@ -94,6 +98,8 @@ def _cross_validate(
     max_iter: int,
 ) -> dict[float, float]:
     """Mean log loss of each candidate ``C``; each fit is warm-started from the previous one."""
+    from sklearn.linear_model import LogisticRegression
+
     losses = np.zeros((len(candidates), len(folds)))
     for fold, (train, rest) in enumerate(folds):
         model = LogisticRegression(class_weight=class_weight, max_iter=max_iter, warm_start=True)

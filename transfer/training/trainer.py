@@ -24,6 +24,7 @@ from transfer.core.distribution import Replicas, sum_over_replicas
 from transfer.core.private_api import averages
 from transfer.training.epoch_lines import EpochLines
 from transfer.training.l2_sp import L2SP
+from transfer.training.loss_scale import LossScale
 from transfer.training.optimizers import is_for_replicas
 
 Batch = tuple[Any, Any]
@@ -103,6 +104,7 @@ class Trainer:
         random_states: variables of ``frozen`` that change in each step: states of random layers.
         replicas: devices and processes that train together. Each process gets its part of each
             batch.
+        loss_scale: scaling of the loss, for a model that computes in float16; for one replica.
 
     ``step`` and ``epoch`` count completed steps and epochs, ``sums`` are the sums over the current
     epoch so far, and ``best_loss`` is the lowest validation loss after an epoch. ``epoch_seconds``
@@ -124,6 +126,7 @@ class Trainer:
     seed: int = 0
     random_states: Sequence[keras.Variable] = ()
     replicas: Replicas = field(default_factory=Replicas)
+    loss_scale: LossScale | None = None
     step: int = 0
     epoch: int = 0
     sums: EpochSums = field(default_factory=EpochSums)
@@ -138,6 +141,8 @@ class Trainer:
                 "once more"
             )
         # Callbacks (EarlyStopping, ReduceLROnPlateau, TensorBoard) use these attributes of a model.
+        if self.replicas.count > 1 and self.loss_scale is not None:
+            raise ValueError(f"loss_scale is for one replica, and there are {self.replicas.count}")
         self.model.optimizer = self.groups[0].optimizer
         self.model.stop_training = False
         self._is_changing = self._is_asked_to_stop = False
@@ -167,7 +172,10 @@ class Trainer:
             logits = self.model(mix(inputs), training=True)
             losses = self._losses(labels, logits, mix) * weights
             loss = tf.reduce_sum(losses) / num_examples
-        gradients = tape.gradient(loss, [variable.value for variable in variables])
+            scaled = loss if self.loss_scale is None else self.loss_scale.scaled(loss)
+        gradients = tape.gradient(scaled, [variable.value for variable in variables])
+        if self.loss_scale is not None:
+            gradients = self.loss_scale.unscaled(gradients)
         is_right = tf.cast(tf.argmax(logits, -1, labels.dtype) == labels, tf.float32)
         reached = [n for n, gradient in enumerate(gradients) if gradient is not None]
         *reduced, loss, num_right = sum_over_replicas(
@@ -179,12 +187,18 @@ class Trainer:
             for n in reached:
                 pull = self.l2_sp.gradient(variables[n])
                 gradients[n] = gradients[n] if pull is None else gradients[n] + pull
+        if self.loss_scale is None:
+            self._update(gradients)
+        else:
+            self.loss_scale.update(gradients, self._update)
+        return tf.stack([loss, num_right, num_examples, num_stops])
+
+    def _update(self, gradients: Sequence[tf.Tensor | None]) -> None:
         if self.clip_norm is not None:
             gradients, _ = tf.clip_by_global_norm(gradients, self.clip_norm)
         remaining = iter(gradients)
         for group in self.groups:
             group.optimizer.apply([next(remaining) for _ in group.variables], group.variables)
-        return tf.stack([loss, num_right, num_examples, num_stops])
 
     def _mixing(self, step: tf.Tensor) -> Callable[[tf.Tensor], tf.Tensor]:
         """A function that applies mixup to the examples of a batch.
