@@ -31,7 +31,7 @@ from published_files import (
     write_torch_zip,
 )
 
-from transfer.vgg.published import containers, layouts
+from transfer.vgg.published import containers, layouts, limits
 from transfer.vgg.published.unpickle import UnsafePickleError
 
 tf1 = tf.compat.v1
@@ -413,7 +413,7 @@ def test_pickle_list_in_place_of_string_is_refused(tmp_path):
 
 
 def test_compressed_pytorch_bomb_is_not_decompressed(tmp_path, monkeypatch):
-    monkeypatch.setattr(containers, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(limits, "MAX_BYTES", 2**20)
     storages = {}
     data = torch_pickle({"features.0.weight": np.zeros((2**20, 1, 1, 1), np.float32)}, storages)
     archive = io.BytesIO()

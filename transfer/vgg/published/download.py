@@ -28,8 +28,8 @@ from transfer.models.meta_graph import load_meta_graph
 from transfer.models.saver import file_sha256
 from transfer.vgg.published import conversion
 from transfer.vgg.published.catalogue import CATALOGUE, Entry
-from transfer.vgg.published.containers import MAX_BYTES
 from transfer.vgg.published.conversion import Conversion, file_md5
+from transfer.vgg.published.limits import MAX_BYTES
 
 TIMEOUT_S = 8.0
 _CHUNK = 2**20
