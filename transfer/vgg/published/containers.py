@@ -29,6 +29,7 @@ from transfer.vgg.published import (
     keras_hub,
     keras_model,
     keras_weights,
+    kernel_flips,
     limits,
     matconvnet,
     mxnet,
@@ -51,7 +52,11 @@ class Container:
 
     Further contents of some files: ``model``, the layers of a Keras model; ``order``, the layer
     names of a Keras weight file, which has no more than these; ``preprocess``, the preprocessing of
-    the network; ``labels``, the class names.
+    the network; ``labels``, the class names; ``no_head``, why the layers after the convolutions are
+    not a VGG's.
+
+    ``backend`` is that of Keras or Lasagne where it matters for the kernels, and empty if the file
+    does not say; see ``kernel_flips``. Kernels of Theano are not flipped any more.
     """
 
     kind: str
@@ -60,6 +65,8 @@ class Container:
     order: Sequence[str] = ()
     preprocess: dict[str, Any] | None = None
     labels: Sequence[str] = field(default=())
+    no_head: str = ""
+    backend: str | None = None
 
 
 def read(path: Path) -> Container:
@@ -86,7 +93,9 @@ def read(path: Path) -> Container:
             )
         raise FileNotFoundError(f"there is no file {str(path)!r}, and no checkpoint of that prefix")
     try:
-        return _read(path)
+        container = _read(path)
+        check_total(4 * sum(values.size for values in container.arrays.values()))  # as float32
+        return container
     except ValueError as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     except Exception as error:  # readers raise arbitrary exceptions for damaged files
@@ -115,7 +124,11 @@ def _read(path: Path) -> Container:
             check_total(size)
             found = pickles.read(file)
             return Container(
-                found.kind, found.arrays, preprocess=found.preprocess, labels=found.labels
+                found.kind,
+                found.arrays,
+                preprocess=found.preprocess,
+                labels=found.labels,
+                backend=found.backend,
             )
         if head.startswith(b"MATLAB 5.0 MAT-file"):
             check_total(size)
@@ -138,8 +151,8 @@ def _read(path: Path) -> Container:
         raise ValueError(kind)
     if arrays := frozen.arrays(data):
         return Container("frozen graph", arrays)
-    if arrays := caffe.arrays(data):
-        return Container("Caffe", arrays)
+    if net := caffe.read(data):
+        return Container("Caffe", net.arrays, no_head=net.no_head)
     raise ValueError(
         "it is none of: Keras (.h5, .keras), NumPy (.npz, .npy), PyTorch (.pth), safetensors, "
         "MatConvNet (.mat), Caffe (.caffemodel), ONNX, MXNet (.params), Paddle (.pdparams), "
@@ -167,8 +180,10 @@ def _hdf5(
     is_legacy = config is None
     contents = hdf5.read(file, is_legacy=is_legacy)
     config, arrays = config or contents.config, contents.arrays
+    if contents.backend == "theano":
+        arrays = {name: kernel_flips.flipped(values) for name, values in arrays.items()}
     model = keras_model.read(config, arrays, is_legacy=is_legacy) if config else None
-    return Container("HDF5", arrays, model, contents.order, preprocess)
+    return Container("HDF5", arrays, model, contents.order, preprocess, backend=contents.backend)
 
 
 def _zip(file: IO[bytes]) -> Container:

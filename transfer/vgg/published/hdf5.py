@@ -21,11 +21,13 @@ _MAX_COMPRESSION = 1100  # deflate expands a byte to at most 1032
 
 class Contents(NamedTuple):
     """``arrays``: floating-point arrays by their path, without those of optimizers. ``config``: the
-    configuration of a Keras model, if it is in the file. ``order``: names of the layers."""
+    configuration of a Keras model, if it is in the file. ``order``: names of the layers.
+    ``backend``: that of Keras 2, such as ``theano``; empty if the file does not say."""
 
     arrays: dict[str, np.ndarray]
     config: bytes | None
     order: list[str]
+    backend: str
 
 
 def read(file: IO[bytes], *, is_legacy: bool) -> Contents:
@@ -52,7 +54,8 @@ def read(file: IO[bytes], *, is_legacy: bool) -> Contents:
         config = _attribute(root, "model_config") if is_legacy else None
         weights = root.get("model_weights", root) if is_legacy else root
         order = _names(weights, "layer_names") or _group_names(root)
-    return Contents(arrays, config, order)
+        backend = _attribute(weights, "backend") or _attribute(root, "backend") or b""
+    return Contents(arrays, config, order, backend.decode("utf-8", "replace").lower())
 
 
 def _datasets(root: h5py.Group) -> Iterator[tuple[str, h5py.Dataset]]:

@@ -26,6 +26,7 @@ from transfer.vgg.published import (
     heads,
     keras_vgg,
     keras_weights,
+    kernel_flips,
     known_layouts,
     network,
     torch_vgg,
@@ -33,6 +34,7 @@ from transfer.vgg.published import (
 from transfer.vgg.published.containers import Container
 from transfer.vgg.published.file_layers import KINDS, add_keras_norms, in_order, position
 from transfer.vgg.published.heads import Dense, Head, UnsupportedHeadError, channels_last
+from transfer.vgg.published.kernel_flips import Kernels
 from transfer.vgg.published.known_layouts import LAYOUTS, Layout
 from transfer.vgg.published.network import Published
 
@@ -50,6 +52,7 @@ def identify(
     columns_first: bool | None = None,
     pooling: str | None = None,
     leave_out: Sequence[str] = (),
+    kernels: Kernels = "auto",
 ) -> Published:
     """Identify the layout of a file and convert it to the common layout.
 
@@ -59,6 +62,7 @@ def identify(
         pooling: the layer before the first fully connected layer, ``flatten``, ``average``
             or ``max``, if the file does not say and the number of inputs fits all.
         leave_out: name patterns of arrays to ignore.
+        kernels: whether they are flipped, for files of Keras 1 and Lasagne.
 
     Raises:
         ValueError: states what was found and what was expected.
@@ -67,6 +71,12 @@ def identify(
         raise ValueError(
             f"it is a {container.kind} file, whose spatial order is known; only MatConvNet's files "
             "come in two orders"
+        )
+    if kernels != "auto" and container.backend != "":
+        known = f"those of {container.backend} are" if container.backend else "they are"
+        raise ValueError(
+            f"kernels={kernels} is for files that do not say whether their kernels are flipped; "
+            f"it is a {container.kind} file, and {known} known"
         )
     if container.model is not None:
         if leave_out:
@@ -80,7 +90,7 @@ def identify(
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in leave_out)
     }
     if container.kind in ("PyTorch", "safetensors", "Lasagne", "Paddle", "MXNet"):
-        return _of_torch(container, arrays, pooling)
+        return _of_torch(container, arrays, pooling, kernels)
     layout, layers = _layout(container.kind, arrays)
     if columns_first is None:
         columns_first = layout.columns_first
@@ -99,14 +109,25 @@ def identify(
     convolutions: list[tuple[np.ndarray, np.ndarray]] = []
     connected: list[tuple[np.ndarray, np.ndarray]] = []
     names: list[str] = []  # of the connected layers
-    is_theano = layout.container == "HDF5" and _is_theano(ordered[0].kernel)
+    is_outputs_first = layout.outputs_first or (
+        layout.container == "HDF5" and _is_outputs_first(ordered[0].kernel)
+    )
+    is_flipped = False
+    if container.backend == "":
+        first = ordered[0].kernel.transpose(2, 3, 1, 0) if is_outputs_first else ordered[0].kernel
+        is_flipped = kernel_flips.is_flipped(
+            first, kernels, default=None if is_outputs_first else False
+        )
     for layer in ordered:
-        kernel, biases = layer.folded(0 if layout.outputs_first else -1)
+        is_moved = is_outputs_first and (layout.outputs_first or layer.kernel.ndim == 4)
+        kernel, biases = layer.folded(0 if is_moved else -1)
         if layout.outputs_first:
             is_first = convolutions and not connected and kernel.ndim == 2
             kernel = _outputs_last(kernel, convolutions[-1][0].shape[-1] if is_first else None)
-        if is_theano and kernel.ndim == 4:
-            kernel = kernel[:, :, ::-1, ::-1].transpose(2, 3, 1, 0)
+        elif is_moved:
+            kernel = kernel.transpose(2, 3, 1, 0)
+        if is_flipped:
+            kernel = kernel_flips.flipped(kernel)
         if columns_first and kernel.ndim == 4:
             kernel = kernel.transpose(1, 0, 2, 3)
         # Some networks have their fully connected layers as convolutions, without another name.
@@ -114,7 +135,8 @@ def identify(
         is_convolution = is_named and kernel.ndim == 4
         is_convolution &= not convolutions or (not connected and kernel.shape[:2] == (3, 3))
         is_first = convolutions and not connected and not is_convolution
-        if is_first and (layout.channels_first or is_theano):
+        is_channels_first = layout.channels_first or (is_outputs_first and not layout.outputs_first)
+        if is_first and is_channels_first and kernel.ndim == 2:
             kernel = _channels_last(kernel, convolutions[-1][0].shape[-1])
         names += [] if is_convolution else [layer.name]
         (convolutions if is_convolution else connected).append((kernel, biases))
@@ -122,6 +144,7 @@ def identify(
     head = None
     if connected:
         try:
+            _check_window(container, convolutions, connected[0][0], names[0], is_outputs_first)
             if names[0] == "fc6" and "fc8" not in names:
                 raise UnsupportedHeadError(
                     f"it ends with {names[-1]}, features and not classes; a layer of the classes "
@@ -137,7 +160,37 @@ def identify(
         except ValueError as error:
             head, left_out = None, [*left_out, *names]
             notes.append(f"the head is left out: {error}")
+    elif container.no_head:
+        notes.append(container.no_head)
     return network.build(container, layout, convolutions, head, left_out, notes)
+
+
+def _check_window(
+    container: Container,
+    convolutions: Sequence[tuple[np.ndarray, np.ndarray]],
+    kernel: np.ndarray,
+    name: str,
+    is_outputs_first: bool,
+) -> None:
+    """Check that the first fully connected layer takes the feature map as that of a VGG does.
+
+    Raises:
+        UnsupportedHeadError: if not, or if it is not known.
+    """
+    if container.no_head:
+        raise UnsupportedHeadError(container.no_head)
+    if kernel.ndim == 4 and kernel.shape[:2] == (3, 3):  # dilated fc6 of SSD and DeepLab
+        raise UnsupportedHeadError(
+            f"its layer {name} {kernel.shape} is a convolution, whose stride and dilation the file "
+            "does not tell"
+        )
+    widths = {len(kernel), *(one.shape[-1] for one, _ in convolutions[-1:])}
+    is_flattened = kernel.ndim == 2 and len(widths) > 1
+    if container.backend == "theano" and is_flattened and not is_outputs_first:
+        raise UnsupportedHeadError(
+            "weights alone do not say whether a model for Theano is flattened channels first; "
+            "convert the whole model (model.save('model.h5'))"
+        )
 
 
 def _plain_head(
@@ -218,9 +271,10 @@ def _layout(
     layout, layers = max(matches, key=lambda pair: len(pair[1]), default=(None, {}))
     if layout is None or not layers:
         names = ", ".join(list(arrays)[:6]) or "none"
+        hint = ". Give the graph itself as the model" if kind == "frozen graph" else ""
         raise ValueError(
             f"it is a {kind} file with {len(arrays)} arrays ({names}, ...); no known layout of a "
-            "VGG has such names"
+            f"VGG has such names{hint}"
         )
     return layout, layers
 
@@ -292,10 +346,9 @@ def _outputs_last(kernel: np.ndarray, channels: int | None) -> np.ndarray:
     return kernel.transpose(2, 3, 1, 0)
 
 
-def _is_theano(kernel: np.ndarray) -> bool:
-    """Whether a first convolution is that of a model for Theano, whose convolutions are flipped and
-    whose kernels are ``[outputs, inputs, height, width]``. ``convert_all_kernels_in_model`` of
-    Keras 1 flips them for TensorFlow."""
+def _is_outputs_first(kernel: np.ndarray) -> bool:
+    """Whether a first convolution is ``[outputs, inputs, height, width]``, as in a file of Keras 1
+    with the dimension ordering ``th``."""
     return kernel.shape[1:] == (3, 3, 3) and kernel.shape[0] != 3
 
 
@@ -308,10 +361,21 @@ def _channels_last(kernel: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _of_torch(
-    container: Container, arrays: Mapping[str, np.ndarray], pooling: str | None
+    container: Container, arrays: Mapping[str, np.ndarray], pooling: str | None, kernels: Kernels
 ) -> Published:
     """Identify the state dict of a PyTorch model."""
     vgg = torch_vgg.interpret(arrays, pooling)
+    if container.backend == "":
+        # Files of Lasagne's model zoo come with their mean and the names of their classes.
+        is_zoo = container.preprocess is not None and len(container.labels) > 0
+        first, _ = vgg.convolutions[0]
+        if kernel_flips.is_flipped(first, kernels, default=False if is_zoo else None):
+            vgg.convolutions = [(kernel_flips.flipped(k), b) for k, b in vgg.convolutions]
+    if vgg.rounds_up:
+        vgg.notes.append(
+            "SSD's pool5 has windows of 3x3 pixels and stride 1; the pool5 of the converted "
+            "network is that of a VGG, and its features are those of SSD up to conv5"
+        )
     # Poolings of PyTorch round odd sizes down. A flattening fixes the size, so that none is odd.
     is_fixed = vgg.head is not None and vgg.head.pooling == "flatten"
     return network.build(
