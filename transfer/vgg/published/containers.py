@@ -143,7 +143,7 @@ def _read(path: Path) -> Container:
     if size > limits.MAX_BYTES:
         raise ValueError(f"it has {size:,} bytes; expected at most {limits.MAX_BYTES:,}")
     data = _mapped(path)
-    if (model := onnx_model.read(data)) is not None:
+    if (model := onnx_model.read(data, path.parent)) is not None:
         layers = (*model.layers, *model.branches)
         arrays = {f"{one.name}/{role}": v for one in layers for role, v in one.arrays.items()}
         return Container("ONNX", arrays, model)
@@ -151,8 +151,8 @@ def _read(path: Path) -> Container:
         raise ValueError(kind)
     if arrays := frozen.arrays(data):
         return Container("frozen graph", arrays)
-    if net := caffe.read(data):
-        return Container("Caffe", net.arrays, no_head=net.no_head)
+    if caffe_net := caffe.read(data):
+        return Container("Caffe", caffe_net.arrays, no_head=caffe_net.no_head)
     raise ValueError(
         "it is none of: Keras (.h5, .keras), NumPy (.npz, .npy), PyTorch (.pth), safetensors, "
         "MatConvNet (.mat), Caffe (.caffemodel), ONNX, MXNet (.params), Paddle (.pdparams), "
@@ -192,6 +192,11 @@ def _zip(file: IO[bytes]) -> Container:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
         if "model.weights.h5" in sizes:
             return _keras(archive, sizes)
+        if any(name.endswith("/models/model.json") for name in sizes):
+            raise ValueError(
+                "it is a program of torch.export (.pt2); save its weights where it was made: "
+                "torch.save(torch.export.load('FILE').state_dict, 'weights.pth')"
+            )
         if any(name.endswith("data.pkl") for name in sizes):
             return _torch(torch_file.read_archive(archive, limits.MAX_BYTES))
         check_total(sum(sizes.values()))

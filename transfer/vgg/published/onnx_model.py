@@ -2,7 +2,7 @@
 
 The layers are those of ``keras_model``, in channels-last layout, so that the same rules decide what
 is a VGG. The file is read field by field, and no operation is run: the only operations on weights
-are transpositions. Arrays in other files are refused.
+are transpositions.
 
 Field numbers from onnx.proto (github.com/onnx/onnx), meaning of the attributes from its
 docs/Operators.md. Written by: torch.onnx, tf2onnx, the ONNX model zoo (vgg16-12, vgg19-7,
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy as np
 from transfer.vgg.published import wire
 from transfer.vgg.published.heads import channels_last
 from transfer.vgg.published.keras_model import Layer, Model
-from transfer.vgg.published.onnx_file import Node, node_of, tensor_of, value_info
+from transfer.vgg.published.onnx_file import Node, SideFiles, node_of, tensor_of, value_info
 
 _MAX_NODES, _MAX_SHARED = 5000, 10_000
 _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
@@ -36,8 +37,12 @@ _GLOBAL = {
 }
 
 
-def read(data: memoryview) -> Model | None:
+def read(data: memoryview, folder: Path | None = None) -> Model | None:
     """The layers of an ONNX file; ``None`` if the data are not one.
+
+    Args:
+        data: contents of the file.
+        folder: of the file, for arrays in a file beside it; ``None`` refuses them.
 
     Raises:
         ValueError: if the graph is damaged, or not a chain of layers.
@@ -54,7 +59,8 @@ def read(data: memoryview) -> Model | None:
     tensors = [value for number, value in messages if number == 5]
     if not tensors and not any(number == 1 for number, _ in messages):
         return None
-    values = dict(tensor_of(tensor) for tensor in tensors)
+    beside = SideFiles(folder)
+    values = dict(tensor_of(tensor, beside) for tensor in tensors)
     nodes = [node_of(value) for number, value in messages if number == 1]
     if len(nodes) > _MAX_NODES:
         raise ValueError(f"its graph has {len(nodes):,} nodes; expected at most {_MAX_NODES:,}")
