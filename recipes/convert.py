@@ -34,8 +34,8 @@ class ConvertConfig:
     tap: str | None = None
     """Tensor with the output of a native Keras model. [default: the card's, else fc7]"""
     image_size: str | None = None
-    """Size of its images, if the graph does not state it: pixels, or HEIGHTxWIDTH. [default: the
-    card's]"""
+    """Size of its images, if the file does not state it: pixels, or HEIGHTxWIDTH. [default: that of
+    the file or its card; for weights alone, the one that the head needs, else 224]"""
     convolutional: bool = False
     """Write fc6 to fc8 as convolutions, to accept images of any size from 32 pixels up."""
     preprocess: str | None = None
@@ -51,6 +51,9 @@ class ConvertConfig:
     pooling: Literal["flatten", "average", "max"] | None = None
     """Operation before the first fully connected layer; needed if that layer has as many inputs as
     the last convolution has output channels and the file does not say which one it is."""
+    kernels: Literal["auto", "flipped", "unflipped"] = "auto"
+    """Whether kernels are flipped, as Theano's are; needed for files of Keras 1 and Lasagne that do
+    not say."""
     top: bool = True
     """Convert the head with the classes, if there is one; --no-top leaves it out."""
     leave_out: tuple[str, ...] = ()
@@ -81,21 +84,20 @@ def convert(
 
 
 def _convert(file: Path, out: Path, tap: str | None, image_size: str | None, **options: Any) -> Any:
+    from transfer.images.preprocess import parse_size
+
+    size = None if image_size is None else parse_size(image_size)
     if out.suffix == ".keras":
-        from transfer.images.preprocess import parse_size
         from transfer.vgg.native import convert_to_keras
 
-        size = None if image_size is None else parse_size(image_size)
         is_top = options.pop("top")
-        options = {name: value for name, value in options.items() if value not in (None, (), False)}
+        unset = (None, (), False, "auto")
+        options = {name: value for name, value in options.items() if value not in unset}
         if not is_top:
             options["top"] = False
-        if options.get("spatial_order") == "auto":
-            del options["spatial_order"]
         return convert_to_keras(file, out, tap=tap, image_size=size, **options)
     from transfer.vgg.published.conversion import convert
 
-    for name, value in (("tap", tap), ("image_size", image_size)):
-        if value is not None:
-            raise ValueError(f"{name}={value} is for a native Keras model: out=FILE.keras")
-    return convert(file, out, **options)
+    if tap is not None:
+        raise ValueError(f"tap={tap} is for a native Keras model: out=FILE.keras")
+    return convert(file, out, image_size=size, **options)

@@ -4,9 +4,11 @@
     vgg-transfer evaluate RUN --eval-split test --assert-accuracy-at-least 0.9
 
     vgg-transfer evaluate RUN --against OTHER_RUN
+    vgg-transfer evaluate models/mine --image-folder photos/
 
 Without flags it reproduces exactly the accuracy that training reported. Writes report.html, plots/,
-evaluation.json, predictions.csv and confusion.csv to the run's folder.
+evaluation.json, predictions.csv and confusion.csv to the run's folder; of a model without a run, it
+prints the metrics.
 """
 
 from __future__ import annotations
@@ -61,26 +63,35 @@ class EvaluateConfig(ImageFlags):
 
 
 def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
-    """Evaluate a run's classifier.
+    """Evaluate a classifier.
 
     Args:
-        run: run folder of finetune.
+        run: run folder of finetune; or prefix of a model with classes, such as one from convert, to
+            evaluate on the images given.
     """
     threshold = config.assert_accuracy_at_least
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"--assert-accuracy-at-least must be 0 to 1, got {threshold}")
     with job():
         from transfer.core import measurement
+        from transfer.models.formats import is_graph
         from transfer.runs import evaluation
 
         flags = vars(config).copy()
         del flags["assert_accuracy_at_least"]
         if flags["batch_size"] is None:
             del flags["batch_size"]
+        is_run = run.is_dir() or not is_graph(run)
         with console.skip_suggested():
-            metrics = evaluation.evaluate_run(
-                run, **flags, command=_command(run, flags), progress=measurement.progress
-            )
+            if is_run:
+                command = _command(run, flags)
+                metrics = evaluation.evaluate_run(
+                    run, **flags, command=command, progress=measurement.progress
+                )
+            else:
+                if flags.pop("against") is not None:
+                    raise ValueError(f"--against compares two runs, and {str(run)!r} is a model")
+                metrics = evaluation.evaluate_model(run, **flags, progress=measurement.progress)
     print(console.describe_accuracy(metrics, "images"))
     print(f"top-5    {metrics['top5']:.4f}")
     print(f"loss     {metrics['loss']:.4f}")
@@ -95,7 +106,8 @@ def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
             f"classes on average, {sets['single']:.0%} with one; they contain the label of "
             f"{sets['measured_coverage']:.4f} of the images"
         )
-    print(run / "report.html")
+    if is_run:
+        print(run / "report.html")
     if threshold is not None and metrics["accuracy"] < threshold:
         raise ValueError(f"accuracy {metrics['accuracy']:.4f} is below {threshold}")
     return 0

@@ -262,6 +262,14 @@ def shared_wild() -> Path:
     return SHARED / "wild"
 
 
+@pytest.fixture(scope="session")
+def shared_vgg16() -> Path:
+    path = SHARED / "weights" / "vgg16_imagenet_notop.h5"
+    if not path.is_file():
+        pytest.skip("needs the convolutions of VGG16 in ../shared/weights")
+    return path
+
+
 @pytest.fixture
 def compared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The differences that conversions to Keras layers found, in order."""

@@ -86,16 +86,17 @@ def flipped(layer):
 
 
 def write_theano(path):
-    """A file of fchollet/deep-learning-models with th_kernels."""
+    """A file of fchollet/deep-learning-models with th_kernels, with the backend as of Keras 2."""
     renamed = {"fc6": "fc1", "fc7": "fc2", "fc8": "predictions"}
     with h5py.File(path, "w") as file:
+        file.attrs["backend"] = b"theano"
         for layer in CONVOLUTIONS + CONNECTED:
             name = renamed.get(layer) or f"block{layer[4]}_conv{layer[6]}"
             file[f"{name}/{name}_W"], file[f"{name}/{name}_b"] = flipped(layer), biases(layer)
 
 
 def write_theano_numbered(path):
-    """The same without names; layers without weights are numbered as well."""
+    """The same without names and backend; layers without weights are numbered as well."""
     with h5py.File(path, "w") as file:
         for number, layer in enumerate(CONVOLUTIONS + CONNECTED):
             file.create_group(f"layer_{2 * number}")
@@ -132,14 +133,17 @@ def write_tensorpack(path):
     write_npz(path, "/", kernel)
 
 
-def write_lasagne(path):
+def write_lasagne(path, **others):
+    """A file of Lasagne's model zoo, or with other contents beside the weights."""
     values = []
     for layer in CONVOLUTIONS + CONNECTED:
         values += [outputs_first(layer) if layer in CONVOLUTIONS else outputs_first(layer).T]
         values += [biases(layer)]
     mean = np.array([103.939, 116.779, 123.68], np.float32)
+    words = [f"class {number}" for number in range(NUM_CLASSES)]
+    others = others or {"mean value": mean, "synset words": words, "model type": "vgg16"}
     with path.open("wb") as file:
-        pickle.dump({"param values": values, "mean value": mean}, file, protocol=2)
+        pickle.dump({"param values": values, **others}, file, protocol=2)
 
 
 def write_mxnet(path, names=None):
@@ -278,6 +282,9 @@ def write_caffe(path, v1=True):
                 blob = field(7, field(1, b"".join(map(varint, values.shape))))
             blob += field(5, values.astype("<f4").tobytes())
             blobs += field(6 if v1 else 7, blob)
+        if layer in CONVOLUTIONS:  # pad 1, kernel_size 3
+            blobs += field(10 if v1 else 106, b"\x18\x01\x20\x03")
+            blobs += b"\x28\x04" if v1 else field(2, b"Convolution")
         net += field(2 if v1 else 100, field(4 if v1 else 1, layer.encode()) + blobs)
     path.write_bytes(net)
 
@@ -306,6 +313,18 @@ def write_slim(path):
         tf1.train.Saver(variables).save(session, str(path), write_meta_graph=False)
 
 
+def write_tf2_checkpoint(path):
+    """A checkpoint with the variables of ``model.save_weights`` of Keras 2."""
+    names, values = [], []
+    for number, layer in enumerate(CONVOLUTIONS + CONNECTED):
+        for part, value in (("kernel", kernel(layer)), ("bias", biases(layer))):
+            names.append(f"layer_with_weights-{number}/{part}/.ATTRIBUTES/VARIABLE_VALUE")
+            values.append(value)
+    tf.raw_ops.SaveV2(
+        prefix=str(path), tensor_names=names, shape_and_slices=[""] * len(names), tensors=values
+    )
+
+
 WRITERS = {
     "keras": (write_keras_legacy, "keras", "caffe"),
     "vgg-face": (
@@ -332,6 +351,7 @@ WRITERS = {
     "caffe": (lambda path: write_caffe(path, v1=False), "caffe", "caffe"),
     "tfmodel": (write_tfmodel, "tfmodel", "caffe"),
     "slim": (write_slim, "tf-slim", "slim"),
+    "TF2 checkpoint": (write_tf2_checkpoint, "keras", "caffe"),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,24 @@ def weights_bases(root: Path) -> Iterator[Base]:
     published.CONVOLUTIONS = [name for block in tiny.convolutions for name, _ in block]
     published.WINDOW, published.CHANNELS = tiny.pooled_size, tiny.blocks[-1][-1]
 
-    def base(name: str, file: str) -> Base:
+    def base(name: str, file: str, write: Callable[[Path], object]) -> Base:
         folder = root / f"weights-{name}"
-        return Base("weights", name, folder, file, (file,), "fc7", None, ())
+        folder.mkdir()
+        write(folder / file)
+        files = tuple(sorted(path.name for path in folder.iterdir()))  # several of a checkpoint
+        return Base("weights", name, folder, file, files, "fc7", None, ())
 
-    writers = {name: writer for name, (writer, *_) in published.WRITERS.items() if name != "slim"}
-    writers |= {"torch": published.write_torch_zip, "old torch": published.write_torch_legacy}
+    def write_old_matconvnet(path: Path) -> None:
+        published.write_matconvnet(path, transposed=True, old=True)
+
+    writers = {name: writer for name, (writer, *_) in published.WRITERS.items()}
+    writers |= {
+        "torch": published.write_torch_zip,
+        "old torch": published.write_torch_legacy,
+        "old matconvnet": write_old_matconvnet,
+    }
     for name, writer in writers.items():
-        found = base(name, "weights")
-        found.folder.mkdir()
-        writer(found.folder / found.path)
-        yield found
+        yield base(name, "weights", writer)
 
     layers = [keras.Input((64, 64, 3))]
     for (width,) in tiny.blocks:
@@ -54,15 +61,9 @@ def weights_bases(root: Path) -> Iterator[Base]:
         if isinstance(layer, keras.layers.BatchNormalization):  # before a ReLU
             layer.moving_mean.assign(-layer.moving_variance)
     for suffix in (".h5", ".keras", ".weights.h5"):
-        found = base(f"saved{suffix}", f"weights{suffix}")
-        found.folder.mkdir()
         write = model.save_weights if suffix == ".weights.h5" else model.save
-        write(found.folder / found.path)
-        yield found
-    found = base("onnx", "weights")
-    found.folder.mkdir()
-    write_onnx(found.folder / found.path, tiny)
-    yield found
+        yield base(f"saved{suffix}", f"weights{suffix}", write)
+    yield base("onnx", "weights", lambda path: write_onnx(path, tiny))
 
 
 def write_onnx(path: Path, tiny: Any) -> None:

@@ -277,6 +277,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     data = b""
     requests = ()
     cut_after = None  # bytes, then the connection is closed
+    has_length = True
 
     def do_GET(self):
         start = int(re.search(r"bytes=(\d+)-", self.headers["Range"])[1])
@@ -285,7 +286,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error(416)
             return
         self.send_response(206)
-        self.send_header("Content-Length", str(len(self.data) - start))
+        if self.has_length:
+            self.send_header("Content-Length", str(len(self.data) - start))
         self.end_headers()
         self.wfile.write(self.data[start:][: Handler.cut_after])
 
@@ -324,6 +326,16 @@ def test_pull_downloads_converts_and_verifies(tmp_path, server, capsys):
     assert len(Handler.requests) == 1  # the second time it was there
     state = tf.train.get_checkpoint_state(str(tmp_path))
     assert [Path(p).name for p in state.all_model_checkpoint_paths] == ["vgg16", "again"]
+
+
+@pytest.mark.parametrize("has_length", [True, False])
+def test_pull_stops_at_size_of_weights(tmp_path, server, monkeypatch, capsys, has_length):
+    monkeypatch.setattr(type(server.entry), "max_bytes", len(Handler.data) - 1)
+    monkeypatch.setattr(Handler, "has_length", has_length)
+    assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 1
+    assert "so it is not the published file" in capsys.readouterr().err
+    part = server.path.with_name(f"{server.path.name}.part")
+    assert not part.exists() or part.stat().st_size < len(Handler.data)
 
 
 @pytest.mark.parametrize("digits, message", [(8, ""), (0, "unverified"), (None, "its SHA-256")])

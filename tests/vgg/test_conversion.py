@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from published_files import NUM_CLASSES, VALUES, write_caffe, write_frossard
+from published_files import NUM_CLASSES, SMALL, VALUES, write_caffe, write_frossard
 
 from transfer import Backbone, convert, load_meta_graph
 
@@ -47,3 +47,21 @@ def test_convert_never_overwrites_files(tmp_path):
     convert(tmp_path / "weights.npz", tmp_path / "vgg")
     with pytest.raises(ValueError, match="is there already; choose another out=PREFIX"):
         convert(tmp_path / "weights.npz", tmp_path / "vgg")
+
+
+def test_unknown_size_of_images_is_warned_of_or_given(tmp_path):
+    arrays = {k: v for k, v in VALUES.items() if k.startswith("conv")}
+    width = arrays["conv5_2/biases"].size
+    arrays |= {"fc8/weights": np.ones((width, 3), np.float32), "fc8/biases": np.ones(3, np.float32)}
+    names = {"weights": "W", "biases": "b"}
+    named = {f"{k.split('/')[0]}_{names[k.split('/')[1]]}": v for k, v in arrays.items()}
+    np.savez(tmp_path / "a.npz", **named)
+    options = {"pooling": "average", "preprocess": "caffe"}
+    conversion = convert(tmp_path / "a.npz", tmp_path / "a", **options)
+    assert conversion.card.image_size == SMALL.image_size
+    assert "does not say the size of its images" in conversion.warnings[0]
+    conversion = convert(tmp_path / "a.npz", tmp_path / "b", image_size=(96, 160), **options)
+    assert (conversion.card.image_size, conversion.warnings) == ((96, 160), [])
+    write_frossard(tmp_path / "weights.npz")
+    with pytest.raises(ValueError, match="image_size=96 does not fit its head"):
+        convert(tmp_path / "weights.npz", tmp_path / "c", image_size=96)

@@ -164,14 +164,47 @@ def test_base_is_taken_without_head(tmp_path):
     assert "(Conv2D)" in conversion.notes[0]
 
 
-def test_external_data_are_refused(tmp_path):
+def test_external_data_beside_the_file_are_read(tmp_path):
+    writer = Writer()
+    writer.base()
+    writer.save(tmp_path / "one.onnx")
+    model = onnx.load(tmp_path / "one.onnx")
+    options = {"save_as_external_data": True, "size_threshold": 0, "location": "m.onnx.data"}
+    onnx.save_model(model, tmp_path / "m.onnx", **options)
+    found, expected = (
+        layouts.identify(containers.read(tmp_path / name)).values for name in ("m.onnx", "one.onnx")
+    )
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    data = tmp_path / "m.onnx.data"
+    data.rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="lies in 'm.onnx.data'; put that file beside it"):
+        containers.read(tmp_path / "m.onnx")
+    data.symlink_to(tmp_path / "moved")
+    with pytest.raises(ValueError, match="lies in another file"):
+        containers.read(tmp_path / "m.onnx")
+    data.unlink()
+    data.write_bytes((tmp_path / "moved").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is outside of 'm.onnx.data', or overlaps another"):
+        containers.read(tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("place, message", [
+    ({"location": "../../etc/passwd"}, "'w0' lies in another file"),
+    ({"location": "/etc/passwd"}, "'w0' lies in another file"),
+    ({}, "'w0' lies in another file"),
+    ({"location": "m.onnx", "offset": "-1"}, "'w0' is at '-1' of 'm.onnx'"),
+    ({"location": "m.onnx", "length": str(2**60)}, "'w0' is outside of 'm.onnx'"),
+])  # fmt: skip
+def test_external_data_elsewhere_are_refused(tmp_path, place, message):
     writer = Writer()
     writer.base()
     weight = writer.weights[0]
     weight.ClearField("raw_data")
     weight.data_location = onnx.TensorProto.EXTERNAL
-    weight.external_data.add(key="location", value="../../etc/passwd")
-    with pytest.raises(ValueError, match="'w0' lies in another file"):
+    for key, value in place.items():
+        weight.external_data.add(key=key, value=value)
+    with pytest.raises(ValueError, match=message):
         containers.read(writer.save(tmp_path / "m.onnx"))
 
 

@@ -150,6 +150,68 @@ def evaluate_run(
     return results
 
 
+def evaluate_model(
+    model: Path,
+    *,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    image_folder: str | None = None,
+    csv: str | None = None,
+    group_by: str | None = None,
+    eval_split: str = "auto",
+    batch_size: int = EXTRACTION_BATCH,
+    coverage: float | None = None,
+    skip_unreadable: int = 0,
+    probabilities: Path | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Evaluate a classifier without a run, such as one from ``convert``; writes no files but
+    ``probabilities``.
+
+    Args:
+        model: its checkpoint prefix; see ``Classifier.load``.
+        dataset: the images; see ``open_source``.
+        data_dir: directory of tfds datasets; see ``open_source``.
+        image_folder: the images; see ``open_source``.
+        csv: the images; see ``open_source``.
+        group_by: what groups the images; see ``open_source``.
+        eval_split: a split expression. ``auto`` takes the validation or test split, else all
+            images.
+        batch_size: images per step; see ``evaluate``.
+        coverage: also measure prediction sets with this coverage; see ``evaluate``.
+        skip_unreadable: leave out up to this number of images that cannot be decoded.
+        probabilities: file for the probabilities of all classes; see ``evaluate_run``.
+        progress: wraps iterables, for progress bars.
+
+    Returns:
+        The metrics of ``transfer.evaluate``; with ``skip_unreadable``, also ``unreadable``.
+
+    Raises:
+        ValueError: if no images are given, or they have other classes than the model.
+    """
+    if not (dataset or image_folder or csv):
+        raise ValueError(
+            f"{str(model)!r} is a model without a run, so there are no held-out images; give the "
+            "images with image_folder=DIR, csv=FILE or dataset=NAME"
+        )
+    classifier = Classifier.load(model)
+    source = open_source(
+        dataset or "", data_dir=data_dir, image_folder=image_folder, csv=csv, group_by=group_by
+    )
+    split = whole_eval_split(source) if eval_split == "auto" else source.split(eval_split)
+    if skip_unreadable:
+        split = split.readable(skip_unreadable, lambda it: progress(it, "check", "image"))
+    results = scoring.evaluate(
+        classifier,
+        split,
+        batch_size=batch_size,
+        coverage=coverage,
+        probabilities=probabilities,
+        progress=lambda batches: progress(batches, "evaluation", "batch"),
+    )
+    return results | ({"unreadable": run_data.unreadable(split)} if skip_unreadable else {})
+
+
 def write(folder: Path, evaluated: Evaluated, command: Sequence[str] = ()) -> None:
     """Write the files of ``evaluate_run``, except for ``changes.csv``, to the folder of a run."""
     results, class_names = evaluated.metrics, evaluated.classifier.labels

@@ -59,7 +59,7 @@ def convert_to_keras(
         conversion = _write(graph, out, tap, image_size)
         return conversion
     with tempfile.TemporaryDirectory() as folder:
-        published = convert(file, Path(folder) / out.stem, **options)
+        published = convert(file, Path(folder) / out.stem, image_size=image_size, **options)
         written = _write(load_meta_graph(published.prefix), out, tap, image_size)
     return replace(
         published,

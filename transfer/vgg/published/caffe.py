@@ -6,43 +6,57 @@ Field numbers from caffe.proto (github.com/BVLC/caffe, src/caffe/proto).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from transfer.vgg.published import wire
+from transfer.vgg.published import caffe_layers, wire
+from transfer.vgg.published.caffe_layers import FIELDS
 
 _MAX_LAYERS, _MAX_BLOBS = 10_000, 16
-# NetParameter: field of layers, now and before 2015, to the fields of their name and blobs.
-_LAYERS = {100: (1, 7), 2: (4, 6)}
 _LEGACY_SHAPE, _DATA, _SHAPE, _DIM = (1, 2, 3, 4), 5, 7, 1  # BlobProto, BlobShape
 
 
-def arrays(data: memoryview) -> dict[str, np.ndarray]:
-    """``<layer>/0`` (weights, ``[outputs, inputs, height, width]`` or ``[outputs, inputs]``) and
-    ``<layer>/1`` (biases): views of the data; empty if the data are not a NetParameter.
+class Network(NamedTuple):
+    """``arrays``: ``<layer>/0`` (weights, ``[outputs, inputs, height, width]`` or ``[outputs,
+    inputs]``) and ``<layer>/1`` (biases), views of the file. ``no_head``: why the layers after the
+    convolutions are not those of a VGG; empty if they may be."""
+
+    arrays: dict[str, np.ndarray]
+    no_head: str = ""
+
+
+def read(data: memoryview) -> Network | None:
+    """Read a network; ``None`` if the data are not a NetParameter with weights.
 
     Raises:
-        ValueError: if the network is damaged.
+        ValueError: if the network is damaged, or computes its features in another way than a VGG.
     """
     try:
-        layers = [(number, value) for number, value in wire.fields(data) if number in _LAYERS]
+        messages = [(number, value) for number, value in wire.fields(data) if number in FIELDS]
     except ValueError:
-        return {}
-    if len(layers) > _MAX_LAYERS:
-        raise ValueError(f"it has {len(layers):,} layers; expected at most {_MAX_LAYERS:,}")
-    arrays_by_name = {}
-    for number, layer in layers:
-        name_field, blobs_field = _LAYERS[number]
-        if isinstance(layer, int):
-            return {}
-        parts = [part for part in wire.fields(layer) if part[0] in (name_field, blobs_field)]
-        name = next((wire.text(value) for field, value in parts if field == name_field), "")
-        blobs = [value for field, value in parts if field == blobs_field]
-        if len(blobs) > _MAX_BLOBS:
-            raise ValueError(f"its layer {name!r} has {len(blobs):,} arrays")
-        for index, blob in enumerate(blobs):
-            arrays_by_name[f"{name}/{index}"] = _array(name, index, blob)
-    return arrays_by_name
+        return None
+    if len(messages) > _MAX_LAYERS:
+        raise ValueError(f"it has {len(messages):,} layers; expected at most {_MAX_LAYERS:,}")
+    arrays: dict[str, np.ndarray] = {}
+    layers = []
+    for number, message in messages:
+        if isinstance(message, int):
+            return None
+        layer = caffe_layers.read(number, message)
+        layers.append(layer)
+        arrays |= _arrays(layer.name, layer.blobs)
+    if not arrays:
+        return None
+    caffe_layers.check(layers)
+    return Network(arrays, caffe_layers.no_head(layers))
+
+
+def _arrays(name: str, blobs: Sequence[wire.Value]) -> dict[str, np.ndarray]:
+    if len(blobs) > _MAX_BLOBS:
+        raise ValueError(f"its layer {name!r} has {len(blobs):,} arrays")
+    return {f"{name}/{index}": _array(name, index, blob) for index, blob in enumerate(blobs)}
 
 
 def _array(name: str, index: int, blob: wire.Value) -> np.ndarray:

@@ -8,17 +8,18 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from transfer.core.files import read_names, write_names
-from transfer.images.preprocess import canonical, for_card
+from transfer.images.preprocess import Size, as_size, canonical, for_card
 from transfer.models import checkpoint
 from transfer.models.card import Card
 from transfer.models.saver import file_sha256, save_meta_graph
 from transfer.vgg import architectures
-from transfer.vgg.published import containers, layouts, origins
+from transfer.vgg.published import containers, layouts, network, origins
 from transfer.vgg.published.heads import Pooling
-from transfer.vgg.published.layouts import Published
+from transfer.vgg.published.kernel_flips import Kernels
+from transfer.vgg.published.network import Published
 from transfer.vgg.published.origins import Origin
 
 NUM_IMAGENET_CLASSES = 1000
@@ -75,8 +76,10 @@ def convert(
     convolutional: bool = False,
     preprocess: str | Mapping[str, Any] | None = None,
     labels: str | Path | None = None,
+    image_size: Size | None = None,
     spatial_order: SpatialOrder = "auto",
     pooling: Pooling | None = None,
+    kernels: Kernels = "auto",
     leave_out: Collection[str] = (),
     top: bool = True,
 ) -> Conversion:
@@ -98,10 +101,15 @@ def convert(
             known; else the usual one of its layout, with a warning.
         labels: file with one class name per line. Default: the names in the file, or those of
             ImageNet if there are 1000 classes, else ``class 0``, ``class 1``, ...
+        image_size: size of the images that the weights were trained with, for files of weights
+            alone. Default: the one that the head needs, else 224 pixels, with a warning if there
+            is a head that does not say.
         spatial_order: which spatial axis of MatConvNet's kernels comes first; in old files it is
             the columns. ``auto``: by the age of the file.
         pooling: the layer before the first fully connected layer; needed if that layer has as many
             inputs as the last convolution has outputs and the file does not say.
+        kernels: whether kernels are ``flipped``, as those of Theano are, or ``unflipped``; needed
+            for files of Keras 1 and Lasagne that do not say.
         leave_out: patterns of arrays that do not matter for the features, such as ``extras.*``,
             in files that have no more than arrays.
         top: convert the head with the classes, if there is one; ``False`` leaves it out.
@@ -141,22 +149,28 @@ def convert(
         raise ValueError(
             f"spatial_order={spatial_order!r} is unknown; choose from {', '.join(_COLUMNS_FIRST)}"
         )
+    if kernels not in get_args(Kernels):
+        raise ValueError(
+            f"kernels={kernels!r} is unknown; choose from {', '.join(get_args(Kernels))}"
+        )
     published = layouts.identify(
         containers.read(file),
         columns_first=_COLUMNS_FIRST[spatial_order],
         pooling=pooling,
         leave_out=tuple(leave_out),
+        kernels=kernels,
     )
     if not top:
-        published = layouts.without_head(published)
+        published = network.without_head(published)
+    size, size_warning = _image_size(published, image_size, convolutional)
     sha256 = file_digest(file)
     origin = origins.of_file(file_md5(file), sha256) if file.is_file() else None
     preprocessing = preprocessing_of(published, preprocess, origin)
     names, name_note = _class_names(published, labels)
     is_known = f" ({origin.name})" if origin else ""
     source = f"{file.name}{is_known}, layout of {published.layout.name}, sha256 {sha256}"
-    card = _save(published, out, names, source, preprocessing.mode, origin, convolutional)
-    warnings = [preprocessing.warning] if preprocessing.warning else []
+    card = _save(published, out, names, source, preprocessing.mode, origin, size, convolutional)
+    warnings = [warning for warning in (preprocessing.warning, size_warning) if warning]
     if not origin and not labels and not published.labels and names and not name_note:
         warnings.append("the names of its 1000 classes are assumed to be ImageNet's")
     return Conversion(
@@ -217,6 +231,29 @@ def preprocessing_of(
     )
 
 
+def _image_size(
+    published: Published, requested: Size | None, convolutional: bool
+) -> tuple[Size, str]:
+    """The size of the images for the card, and a warning if it is assumed."""
+    architecture = published.architecture
+    known = published.image_size
+    has_head = published.num_classes is not None
+    if has_head and architecture.pooling == "flatten":
+        known = known or architecture.image_size
+    if requested is None:
+        is_assumed = has_head and known is None
+        return known or architecture.image_size, is_assumed * (
+            f"the file does not say the size of its images; {architecture.image_size} pixels are "
+            "assumed. If its head was trained with another, convert it with image_size=PIXELS"
+        )
+    is_fixed = has_head and architecture.pooling == "flatten" and not convolutional
+    if is_fixed and as_size(requested) != known:
+        raise ValueError(
+            f"image_size={requested} does not fit its head, which takes images of {known} pixels"
+        )
+    return as_size(requested), ""
+
+
 def _save(
     published: Published,
     prefix: Path,
@@ -224,6 +261,7 @@ def _save(
     source: str,
     preprocess: str | dict[str, Any] | None,
     origin: Origin | None,
+    image_size: Size,
     convolutional: bool,
 ) -> Card:
     """Write meta graph, checkpoint, labels and card; returns the card."""
@@ -242,7 +280,7 @@ def _save(
     card = Card(
         input="images:0",
         tap=tap,
-        image_size=published.image_size or architecture.image_size,
+        image_size=image_size,
         preprocess=preprocess,
         labels=labels.name if names else None,
         outputs=outputs,

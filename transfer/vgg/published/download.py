@@ -28,8 +28,8 @@ from transfer.models.meta_graph import load_meta_graph
 from transfer.models.saver import file_sha256
 from transfer.vgg.published import conversion
 from transfer.vgg.published.catalogue import CATALOGUE, Entry
-from transfer.vgg.published.containers import MAX_BYTES
 from transfer.vgg.published.conversion import Conversion, file_md5
+from transfer.vgg.published.limits import MAX_BYTES
 
 TIMEOUT_S = 8.0
 _CHUNK = 2**20
@@ -163,7 +163,14 @@ def unpacked(weights: Weights) -> Iterator[Path]:
         yield weights.path
         return
     with tempfile.TemporaryDirectory() as folder, tarfile.open(weights.path) as archive:
-        members = [m for m in archive if m.isfile() and m.name.endswith(".ckpt")]
+        members = []
+        for member in archive:  # decompresses what it skips
+            members += [member] if member.isfile() and member.name.endswith(".ckpt") else []
+            if archive.offset > 2 * MAX_BYTES:
+                raise ValueError(
+                    f"{str(weights.path)!r} unpacks to over {2 * MAX_BYTES:,} bytes; delete it, "
+                    "and pull again"
+                )
         if len(members) != 1 or members[0].size > MAX_BYTES:
             sizes = ", ".join(f"{member.size:,}" for member in members[:5]) or "none"
             raise ValueError(
@@ -190,12 +197,15 @@ def download(weights: Weights, progress: Progress | None = None) -> None:
     part = path.with_name(f"{path.name}.part")
     unshare(part)
     done = part.stat().st_size if part.is_file() else 0
+    if done > weights.entry.max_bytes:  # of another file
+        part.unlink()
+        done = 0
     request = urllib.request.Request(weights.entry.url, headers={"Range": f"bytes={done}-"})
     try:
         with _opened(request) as response:
             if response.status != 206:  # the server ignores the range
                 done = 0
-            _receive(response, part, done, progress or _no_progress)
+            _receive(response, part, done, weights.entry.max_bytes, progress or _no_progress)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not done:  # 416: the file is complete
             raise ConnectionError(_manual(weights, f"the server says {error.code}")) from error
@@ -247,24 +257,36 @@ def _opened(request: urllib.request.Request) -> Any:
     return result[0]
 
 
-def _receive(response: Any, part: Path, done: int, progress: Progress) -> None:
+def _receive(response: Any, part: Path, done: int, max_bytes: int, progress: Progress) -> None:
     """Append the response to ``part``, which already has ``done`` bytes.
 
     Raises:
         ConnectionError: if the response ends early.
+        ValueError: if the file has over ``max_bytes``.
     """
-    total = done + int(response.headers.get("Content-Length", 0))
+    length = response.headers.get("Content-Length") or "0"
+    total = done + (int(length) if length.isdecimal() else 0)
+    _check_size(total, max_bytes)
     with (
         part.open("r+b" if done else "wb") as file,
         progress(part.stem, done, total) as bar,
     ):
         file.seek(done)
         while chunk := response.read(_CHUNK):
+            done += len(chunk)
+            _check_size(done, max_bytes)
             file.write(chunk)
             bar.update(len(chunk))
-            done += len(chunk)
     if done < total:
         raise ConnectionError(f"it was cut after {done:,} of {total:,} bytes; pull again to resume")
+
+
+def _check_size(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise ValueError(
+            f"the server sends {num_bytes:,} bytes or more; these weights have at most "
+            f"{max_bytes:,}, so it is not the published file"
+        )
 
 
 @contextlib.contextmanager

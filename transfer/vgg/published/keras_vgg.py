@@ -120,6 +120,11 @@ def _base(layers: list[Layer], vgg: KerasVGG) -> list[Layer]:
 
 
 def _refusal(layer: Layer, vgg: KerasVGG, pending: Any) -> str:
+    if layer.kind == "Convolution2D":
+        return (
+            f"its layer {layer.name} (Convolution2D) is one of Keras 1, whose models are not read; "
+            "convert its weights alone: model.save_weights('weights.h5')"
+        )
     if pending is not None:
         where = f"after its convolution {pending[0].name}, before the ReLU"
     elif vgg.convolutions:

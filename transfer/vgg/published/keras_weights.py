@@ -17,6 +17,8 @@ _POOLINGS = {
     "flatten": "flatten",
     "global_average_pooling2d": "average",
     "global_max_pooling2d": "max",
+    "globalaveragepooling2d": "average",  # Keras 1
+    "globalmaxpooling2d": "max",
 }
 _VALUE = "/.ATTRIBUTES/VARIABLE_VALUE"
 _NUMBERED = re.compile(r"((?:layer_with_weights-\d+/)+)(\w+)")

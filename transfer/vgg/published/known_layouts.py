@@ -74,10 +74,11 @@ _LAYER = r"(?P<layer>conv\d_\d|fc[678])"
 # Places365 and others call their own last layer fc8a, fc8_flickr, ...
 _CAFFE = r"(?P<layer>conv\d_\d|fc[67]|fc8)(?:(?<=fc8)[a-z_]\w*)?"
 _CAFFE_NAME = r"(?:.*\.)?conv1_1"
+_UNNAMED = r"(?:conv2d|convolution2d|dense)"  # the second one: Keras 1
 _SLIM = r"(?:weights|biases|BatchNorm/(?:beta|gamma|moving_mean|moving_variance))"
 LAYOUTS = (
     Layout("keras", "HDF5", r"(?:.*/)?(?P<layer>block\d_conv\d|fc[12]|predictions)/.*", "caffe"),
-    Layout("keras", "HDF5", r"(?:.*/)?(?P<layer>(?:conv2d|dense)(?:_\d+)?)/(?:.*/)?[^/]*", "caffe"),
+    Layout("keras", "HDF5", rf"(?:.*/)?(?P<layer>{_UNNAMED}(?:_\d+)?)/(?:.*/)?[^/]*", "caffe"),
     Layout("flaxmodels", "HDF5", rf"{_LAYER}/(?:weight|bias)$", "torch", channels_first=True),
     Layout(
         "vgg-face",

@@ -17,72 +17,33 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
-from transfer.images.preprocess import Size, as_size
-from transfer.vgg.architectures import ARCHITECTURES, Architecture
-from transfer.vgg.published import heads, keras_vgg, keras_weights, known_layouts, torch_vgg
-from transfer.vgg.published.batch_norm import BatchNorm
+from transfer.vgg.published import (
+    heads,
+    keras_vgg,
+    keras_weights,
+    kernel_flips,
+    known_layouts,
+    network,
+    torch_vgg,
+)
 from transfer.vgg.published.containers import Container
+from transfer.vgg.published.file_layers import KINDS, add_keras_norms, in_order, position
 from transfer.vgg.published.heads import Dense, Head, UnsupportedHeadError, channels_last
+from transfer.vgg.published.kernel_flips import Kernels
 from transfer.vgg.published.known_layouts import LAYOUTS, Layout
+from transfer.vgg.published.network import Published
 
-# Default epsilons of the original layers; weight files do not contain them.
-_KERAS_EPSILON, _SLIM_EPSILON = 1e-3, 1e-3
 _HARMLESS = re.compile(
     r"num_batches_tracked$|global_step|mean_rgb$|save_counter|learning_rate|iterations?\b|seed_gen"
     r"|optimizer|Adam|Momentum|RMSProp|Adagrad|ExponentialMovingAverage|beta\d_power|loss_scale"
     r"|/(biased|local_step)$"
 )
 _MAX_HARMLESS = 4  # elements: a channel mean, a step, a learning rate
-# Prefixes of layer names in the order of the layers; other names come last.
-_KINDS = ("block", "conv", "features", "fc", "dense", "pre_logits", "classifier")
-
-
-@dataclass(frozen=True)
-class Published:
-    """The weights of a VGG under the names of ``architectures.build_graph``, and their properties.
-
-    ``num_classes`` is ``None`` if there are no fully connected layers. ``left_out`` are layers and
-    arrays that are not part of the network, ``notes`` are assumptions. ``preprocess``, ``labels``
-    and ``image_size`` are those stored in the file, if any; ``head_layers`` are the names of the
-    fully connected layers in the file.
-    """
-
-    layout: Layout
-    architecture: Architecture
-    name: str
-    num_classes: int | None
-    values: dict[str, np.ndarray]
-    left_out: list[str]
-    notes: list[str] = field(default_factory=list)
-    preprocess: dict[str, Any] | None = None
-    labels: Sequence[str] = ()
-    image_size: Size | None = None
-    head_layers: Sequence[str] = ()
-
-
-@dataclass
-class _Layer:
-    """Kernel and biases in the layout of the file, and the following batch norm."""
-
-    name: str
-    kernel: np.ndarray
-    biases: np.ndarray | None
-    norm: BatchNorm | None = None
-
-    def folded(self, axis: int) -> tuple[np.ndarray, np.ndarray]:
-        if self.norm is not None:
-            return self.norm.folded(f"after {self.name}", self.kernel, self.biases, axis)
-        if self.biases is None:
-            raise ValueError(
-                f"its layer {self.name} has arrays {self.kernel.shape}; expected a kernel and "
-                "biases"
-            )
-        return self.kernel, self.biases
 
 
 def identify(
@@ -91,6 +52,7 @@ def identify(
     columns_first: bool | None = None,
     pooling: str | None = None,
     leave_out: Sequence[str] = (),
+    kernels: Kernels = "auto",
 ) -> Published:
     """Identify the layout of a file and convert it to the common layout.
 
@@ -100,6 +62,7 @@ def identify(
         pooling: the layer before the first fully connected layer, ``flatten``, ``average``
             or ``max``, if the file does not say and the number of inputs fits all.
         leave_out: name patterns of arrays to ignore.
+        kernels: whether they are flipped, for files of Keras 1 and Lasagne.
 
     Raises:
         ValueError: states what was found and what was expected.
@@ -108,6 +71,12 @@ def identify(
         raise ValueError(
             f"it is a {container.kind} file, whose spatial order is known; only MatConvNet's files "
             "come in two orders"
+        )
+    if kernels != "auto" and container.backend != "":
+        known = f"those of {container.backend} are" if container.backend else "they are"
+        raise ValueError(
+            f"kernels={kernels} is for files that do not say whether their kernels are flipped; "
+            f"it is a {container.kind} file, and {known} known"
         )
     if container.model is not None:
         if leave_out:
@@ -121,17 +90,17 @@ def identify(
         if not any(fnmatch.fnmatchcase(name, pattern) for pattern in leave_out)
     }
     if container.kind in ("PyTorch", "safetensors", "Lasagne", "Paddle", "MXNet"):
-        return _of_torch(container, arrays, pooling)
+        return _of_torch(container, arrays, pooling, kernels)
     layout, layers = _layout(container.kind, arrays)
     if columns_first is None:
         columns_first = layout.columns_first
     taken = {name for layer in layers.values() for name in layer}
     others = {name: values for name, values in arrays.items() if name not in taken}
-    ordered = _in_order(layers)
+    ordered = in_order(layers)
     head_norms: list[str] = []
     if layout.container in ("HDF5", "TF2 checkpoint"):
         head_norms = keras_weights.pop_head_norms(layers, others)
-        _add_keras_norms(ordered, others, container.order)
+        add_keras_norms(ordered, others, container.order)
     notes = [
         f"batch norm folded with epsilon {layer.norm.epsilon:g}, the original default"
         for layer in ordered
@@ -140,22 +109,34 @@ def identify(
     convolutions: list[tuple[np.ndarray, np.ndarray]] = []
     connected: list[tuple[np.ndarray, np.ndarray]] = []
     names: list[str] = []  # of the connected layers
-    is_theano = layout.container == "HDF5" and _is_theano(ordered[0].kernel)
+    is_outputs_first = layout.outputs_first or (
+        layout.container == "HDF5" and _is_outputs_first(ordered[0].kernel)
+    )
+    is_flipped = False
+    if container.backend == "":
+        first = ordered[0].kernel.transpose(2, 3, 1, 0) if is_outputs_first else ordered[0].kernel
+        is_flipped = kernel_flips.is_flipped(
+            first, kernels, default=None if is_outputs_first else False
+        )
     for layer in ordered:
-        kernel, biases = layer.folded(0 if layout.outputs_first else -1)
+        is_moved = is_outputs_first and (layout.outputs_first or layer.kernel.ndim == 4)
+        kernel, biases = layer.folded(0 if is_moved else -1)
         if layout.outputs_first:
             is_first = convolutions and not connected and kernel.ndim == 2
             kernel = _outputs_last(kernel, convolutions[-1][0].shape[-1] if is_first else None)
-        if is_theano and kernel.ndim == 4:
-            kernel = kernel[:, :, ::-1, ::-1].transpose(2, 3, 1, 0)
+        elif is_moved:
+            kernel = kernel.transpose(2, 3, 1, 0)
+        if is_flipped:
+            kernel = kernel_flips.flipped(kernel)
         if columns_first and kernel.ndim == 4:
             kernel = kernel.transpose(1, 0, 2, 3)
         # Some networks have their fully connected layers as convolutions, without another name.
-        is_named = _position(layer.name)[0] < _KINDS.index("fc") or layer.name.startswith("layer_")
+        is_named = position(layer.name)[0] < KINDS.index("fc") or layer.name.startswith("layer_")
         is_convolution = is_named and kernel.ndim == 4
         is_convolution &= not convolutions or (not connected and kernel.shape[:2] == (3, 3))
         is_first = convolutions and not connected and not is_convolution
-        if is_first and (layout.channels_first or is_theano):
+        is_channels_first = layout.channels_first or (is_outputs_first and not layout.outputs_first)
+        if is_first and is_channels_first and kernel.ndim == 2:
             kernel = _channels_last(kernel, convolutions[-1][0].shape[-1])
         names += [] if is_convolution else [layer.name]
         (convolutions if is_convolution else connected).append((kernel, biases))
@@ -163,6 +144,7 @@ def identify(
     head = None
     if connected:
         try:
+            _check_window(container, convolutions, connected[0][0], names[0], is_outputs_first)
             if names[0] == "fc6" and "fc8" not in names:
                 raise UnsupportedHeadError(
                     f"it ends with {names[-1]}, features and not classes; a layer of the classes "
@@ -174,11 +156,41 @@ def identify(
                     "or after an activation; convert the whole model (model.save('model.keras'))"
                 )
             head = _plain_head(container, convolutions, connected, names, pooling)
-            _architecture(convolutions, head)
+            network.architecture_of(convolutions, head)
         except ValueError as error:
             head, left_out = None, [*left_out, *names]
             notes.append(f"the head is left out: {error}")
-    return _published(container, layout, convolutions, head, left_out, notes)
+    elif container.no_head:
+        notes.append(container.no_head)
+    return network.build(container, layout, convolutions, head, left_out, notes)
+
+
+def _check_window(
+    container: Container,
+    convolutions: Sequence[tuple[np.ndarray, np.ndarray]],
+    kernel: np.ndarray,
+    name: str,
+    is_outputs_first: bool,
+) -> None:
+    """Check that the first fully connected layer takes the feature map as that of a VGG does.
+
+    Raises:
+        UnsupportedHeadError: if not, or if it is not known.
+    """
+    if container.no_head:
+        raise UnsupportedHeadError(container.no_head)
+    if kernel.ndim == 4 and kernel.shape[:2] == (3, 3):  # dilated fc6 of SSD and DeepLab
+        raise UnsupportedHeadError(
+            f"its layer {name} {kernel.shape} is a convolution, whose stride and dilation the file "
+            "does not tell"
+        )
+    widths = {len(kernel), *(one.shape[-1] for one, _ in convolutions[-1:])}
+    is_flattened = kernel.ndim == 2 and len(widths) > 1
+    if container.backend == "theano" and is_flattened and not is_outputs_first:
+        raise UnsupportedHeadError(
+            "weights alone do not say whether a model for Theano is flattened channels first; "
+            "convert the whole model (model.save('model.h5'))"
+        )
 
 
 def _plain_head(
@@ -213,26 +225,6 @@ def _plain_head(
     return replace(head, note="; ".join(filter(None, (assumed, head.note))))
 
 
-def without_head(published: Published) -> Published:
-    """The network up to its last pooling."""
-    if published.num_classes is None:
-        return published
-    names = [name for name, *_ in published.architecture.connected]
-    table = ARCHITECTURES[published.name]
-    size = published.architecture.image_size
-    return replace(
-        published,
-        architecture=Architecture(
-            table.blocks, image_size=size, padding=published.architecture.padding
-        ),
-        num_classes=None,
-        values={k: v for k, v in published.values.items() if k.split("/")[0] not in names},
-        left_out=[*published.left_out, *published.head_layers],
-        labels=(),
-        head_layers=(),
-    )
-
-
 def _of_keras(container: Container, pooling: str | None) -> Published:
     """Identify a file that contains the configuration of a Keras model."""
     assert container.model is not None
@@ -240,7 +232,7 @@ def _of_keras(container: Container, pooling: str | None) -> Published:
         raise ValueError("the file says what stands before its fully connected layers")
     vgg = keras_vgg.interpret(container.model)
     convolutions = [(weights.kernel, weights.biases) for weights in vgg.convolutions]
-    architecture, name = _architecture(convolutions, None)
+    architecture, name = network.architecture_of(convolutions, None)
     blocks = tuple(tuple(block) for block in vgg.blocks if block)
     if blocks != architecture.blocks:
         raise ValueError(f"its convolutions between poolings are {blocks}; those of {name} differ")
@@ -248,14 +240,14 @@ def _of_keras(container: Container, pooling: str | None) -> Published:
     left_out, why, head = vgg.left_out, vgg.why, vgg.head
     if head is not None:
         try:
-            _architecture(convolutions, head, size, padding)
+            network.architecture_of(convolutions, head, size, padding)
         except ValueError as error:
             left_out, why = [layer.name for layer in head.connected], str(error)
             head = None
     notes = [f"the head is left out: {why}"] if why else []
     container = replace(container, preprocess=vgg.preprocess or container.preprocess)
     layout = next(one for one in LAYOUTS if one.container == container.kind)
-    return _published(container, layout, convolutions, head, left_out, notes, size, padding)
+    return network.build(container, layout, convolutions, head, left_out, notes, size, padding)
 
 
 def _padding(vgg: keras_vgg.KerasVGG) -> str:
@@ -265,46 +257,6 @@ def _padding(vgg: keras_vgg.KerasVGG) -> str:
     if vgg.image_size is None or any(size % 2 ** len(vgg.blocks) for size in vgg.image_size):
         raise ValueError("some of its poolings round odd sizes up, and others down")
     return "SAME"
-
-
-def _published(
-    container: Container,
-    layout: Layout,
-    convolutions: Sequence[tuple[np.ndarray, np.ndarray]],
-    head: Head | None,
-    left_out: list[str],
-    notes: list[str],
-    size: tuple[int, int] | None = None,
-    padding: str = "SAME",
-) -> Published:
-    """The network of these layers; ``size`` and ``padding`` are those of the file, if it has
-    them."""
-    architecture, name = _architecture(convolutions, head, size, padding)
-    values = {}
-    layer_names = [n for block in architecture.convolutions for n, _ in block]
-    for layer_name, (kernel, biases) in zip(layer_names, convolutions, strict=True):
-        values[f"{layer_name}/weights"], values[f"{layer_name}/biases"] = kernel, biases
-    if head is not None:
-        for (layer_name, *_), layer in zip(architecture.connected, head.connected, strict=True):
-            values[f"{layer_name}/weights"] = layer.kernel
-            values[f"{layer_name}/biases"] = layer.biases
-    values = {key: np.ascontiguousarray(value, np.float32) for key, value in values.items()}
-    _check_finite(values)
-    num_classes = head.num_classes if head else None
-    labels = (head.class_names if head else ()) or container.labels
-    return Published(
-        layout,
-        architecture,
-        name,
-        num_classes,
-        values,
-        left_out,
-        [*notes, *([head.note] if head and head.note else [])],
-        container.preprocess,
-        labels if len(labels) == num_classes else (),
-        None if size is None else as_size(size),
-        tuple(layer.name for layer in head.connected) if head else (),
-    )
 
 
 def _layout(
@@ -319,9 +271,10 @@ def _layout(
     layout, layers = max(matches, key=lambda pair: len(pair[1]), default=(None, {}))
     if layout is None or not layers:
         names = ", ".join(list(arrays)[:6]) or "none"
+        hint = ". Give the graph itself as the model" if kind == "frozen graph" else ""
         raise ValueError(
             f"it is a {kind} file with {len(arrays)} arrays ({names}, ...); no known layout of a "
-            "VGG has such names"
+            f"VGG has such names{hint}"
         )
     return layout, layers
 
@@ -340,90 +293,6 @@ def _layers(layout: Layout, arrays: Mapping[str, np.ndarray]) -> dict[str, dict[
         if match := re.fullmatch(layout.pattern, name):
             layers[match["layer"]][name] = values
     return dict(layers)
-
-
-def _in_order(layers: Mapping[str, dict[str, np.ndarray]]) -> list[_Layer]:
-    """The layers in order, each with the batch norm that directly follows it."""
-    ordered: list[_Layer] = []
-    for name in sorted(layers, key=_position):
-        arrays = layers[name]
-        norm = _slim_norm(name, arrays)
-        parts = [v for key, v in arrays.items() if "/BatchNorm/" not in key]
-        ordered.append(_Layer(name, *_kernel_and_biases(name, parts), norm))
-    return ordered
-
-
-def _slim_norm(name: str, arrays: Mapping[str, np.ndarray]) -> BatchNorm | None:
-    """Batch norm of ``slim.conv2d`` with ``normalizer_fn=slim.batch_norm``: always before the
-    activation, without biases, and by default without gamma. Source: tf_slim/layers/layers.py."""
-    parts = {
-        key.rsplit("/", 1)[1]: values for key, values in arrays.items() if "/BatchNorm/" in key
-    }
-    if not parts:
-        return None
-    if not {"moving_mean", "moving_variance"} <= parts.keys():
-        raise ValueError(f"the batch norm of its layer {name} has {', '.join(parts)} only")
-    return BatchNorm(
-        parts["moving_mean"],
-        parts["moving_variance"],
-        _SLIM_EPSILON,
-        parts.get("gamma"),
-        parts.get("beta"),
-    )
-
-
-def _add_keras_norms(
-    ordered: Sequence[_Layer], others: dict[str, np.ndarray], names: Sequence[str]
-) -> None:
-    """Move the batch norms of a Keras weight file from ``others`` to their layers. The layer
-    follows from their numbers or from the order of the layers. Moving means below zero show that
-    they are before the ReLU, since its output is never negative.
-
-    Raises:
-        ValueError: if the position of a batch norm cannot be determined.
-    """
-    groups: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    for path, values in others.items():
-        group, _, part = path.rpartition("/")
-        groups[group.removesuffix("/vars")][re.sub(r":\d+$", "", part)] = values
-    norms: dict[int, str] = {}
-    for group, parts in groups.items():
-        layer = group.rpartition("/")[2]
-        by_number = re.fullmatch(r"batch_normalization(?:_(\d+))?", layer)
-        if by_number and parts.keys() == {"0", "1", "2", "3"}:
-            norms[int(by_number[1] or 0)] = group
-        elif {"moving_mean", "moving_variance"} <= parts.keys():
-            at = list(names).index(layer) if layer in names else 0
-            before = names[at - 1] if at else ""
-            owner = [n for n, one in enumerate(ordered) if one.name == before]
-            if not owner:
-                raise ValueError(_untold(group, "follows no layer of a VGG by the file's order"))
-            norms[owner[0]] = group
-    if not norms:
-        return
-    if sorted(norms) != list(range(len(norms))) or len(norms) > len(ordered):
-        raise ValueError(
-            _untold(next(iter(norms.values())), f"is one of {len(norms)} for {len(ordered)} layers")
-        )
-    for index, group in norms.items():
-        parts = groups[group]
-        roles = ("gamma", "beta", "moving_mean", "moving_variance")
-        gamma, beta, mean, variance = (
-            parts.get(role, parts.get(str(number))) for number, role in enumerate(roles)
-        )
-        if mean is None or variance is None or not (mean < 0).any():
-            raise ValueError(_untold(group, "has no moving mean below zero, as behind a ReLU"))
-        ordered[index].norm = BatchNorm(mean, variance, _KERAS_EPSILON, gamma, beta)
-        for path in [path for path in others if path.startswith(f"{group}/")]:
-            del others[path]
-
-
-def _untold(group: str, why: str) -> str:
-    return (
-        f"its batch norm {group} {why}: weights alone do not say whether it stands before the "
-        "ReLU, where it can be folded, or after it; convert the whole model "
-        "(model.save('model.keras'))"
-    )
 
 
 def _left_out(others: Mapping[str, np.ndarray]) -> list[str]:
@@ -464,22 +333,6 @@ def _is_ambiguous(
     return bool(convolutions) and inputs == convolutions[-1][0].shape[-1]
 
 
-def _position(layer: str) -> tuple[int, list[int]]:
-    kind = next((i for i, kind in enumerate(_KINDS) if layer.startswith(kind)), len(_KINDS))
-    return kind, [int(number) for number in re.findall(r"\d+", layer.removeprefix("conv2d"))]
-
-
-def _kernel_and_biases(
-    name: str, arrays: Sequence[np.ndarray]
-) -> tuple[np.ndarray, np.ndarray | None]:
-    kernels = [values for values in arrays if values.ndim > 1]
-    biases = [values for values in arrays if values.ndim == 1]
-    if len(kernels) != 1 or len(biases) > 1:
-        shapes = ", ".join(str(values.shape) for values in arrays)
-        raise ValueError(f"its layer {name} has arrays {shapes}; expected a kernel and biases")
-    return kernels[0], biases[0] if biases else None
-
-
 def _outputs_last(kernel: np.ndarray, channels: int | None) -> np.ndarray:
     """``[outputs, inputs, height, width]`` or ``[outputs, inputs]`` to ``[height, width, inputs,
     outputs]``; with ``channels``, the inputs of a matrix are in the order channel, height,
@@ -493,10 +346,9 @@ def _outputs_last(kernel: np.ndarray, channels: int | None) -> np.ndarray:
     return kernel.transpose(2, 3, 1, 0)
 
 
-def _is_theano(kernel: np.ndarray) -> bool:
-    """Whether a first convolution is that of a model for Theano, whose convolutions are flipped and
-    whose kernels are ``[outputs, inputs, height, width]``. ``convert_all_kernels_in_model`` of
-    Keras 1 flips them for TensorFlow."""
+def _is_outputs_first(kernel: np.ndarray) -> bool:
+    """Whether a first convolution is ``[outputs, inputs, height, width]``, as in a file of Keras 1
+    with the dimension ordering ``th``."""
     return kernel.shape[1:] == (3, 3, 3) and kernel.shape[0] != 3
 
 
@@ -508,80 +360,25 @@ def _channels_last(kernel: np.ndarray, channels: int) -> np.ndarray:
     return channels_last(kernel, channels)
 
 
-def _architecture(
-    convolutions: Sequence[tuple[np.ndarray, np.ndarray]],
-    head: Head | None,
-    size: tuple[int, int] | None = None,
-    padding: str = "SAME",
-) -> tuple[Architecture, str]:
-    """The architecture with these layers, and its name in ``architectures.ARCHITECTURES``."""
-    widths = tuple(kernel.shape[-1] for kernel, _ in convolutions)
-    known = {
-        tuple(width for block in table.blocks for width in block): name
-        for name, table in ARCHITECTURES.items()
-    }
-    shapes = [kernel.shape for kernel, _ in convolutions]
-    inputs = (3, *widths[:-1])
-    expected = [(3, 3, before, after) for before, after in zip(inputs, widths, strict=False)]
-    if widths not in known or shapes != expected:
-        raise ValueError(
-            f"it has {len(widths)} 3x3 convolutions of widths {list(widths)}; expected those of "
-            f"{', '.join(known.values())}"
-        )
-    name = known[widths]
-    table = ARCHITECTURES[name]
-    for kernel, biases in convolutions:
-        if biases.shape != kernel.shape[-1:]:
-            raise ValueError(f"it has {len(biases)} biases for a kernel of shape {kernel.shape}")
-    pixels = size[0] if size and size[0] == size[1] else table.image_size
-    if head is None:
-        return Architecture(table.blocks, image_size=pixels, padding=padding), name
-    inputs_of_head = head.connected[0].kernel.shape[0]
-    window = 1
-    if head.pooling == "flatten":
-        window = math.isqrt(inputs_of_head // widths[-1])
-        pixels = pixels if size else window * 2 ** len(table.blocks)
-    if window < 1 or inputs_of_head != window**2 * widths[-1]:
-        raise ValueError(
-            f"its first layer takes {inputs_of_head} inputs; expected a square times the "
-            f"{widths[-1]} outputs of the last convolution"
-            + ("" if head.pooling == "flatten" else f", which the {head.pooling} makes one")
-        )
-    hidden = tuple((layer.kernel.shape[1], layer.activation) for layer in head.connected[:-1])
-    is_plain = len(hidden) == 2 and hidden[0] == hidden[1] and hidden[0][1] == "relu"
-    architecture = Architecture(
-        table.blocks,
-        hidden[0][0] if hidden else table.fc,
-        pixels,
-        head.pooling,
-        None if is_plain else hidden,
-        padding,
-    )
-    if head.pooling == "flatten" and (
-        architecture.pooled_size != window or (size and size[0] != size[1])
-    ):
-        shape = f"{size[0]} x {size[1]}" if size else f"{pixels} x {pixels}"
-        raise ValueError(
-            f"its first layer takes {inputs_of_head} inputs, {window} x {window} pixels; its "
-            f"images have {shape}"
-        )
-    return architecture, name
-
-
-def _check_finite(values: Mapping[str, np.ndarray]) -> None:
-    broken = [name for name, array in values.items() if not np.isfinite(array).all()]
-    if broken:
-        raise ValueError(f"its {', '.join(broken)} have values that are not finite; get it again")
-
-
 def _of_torch(
-    container: Container, arrays: Mapping[str, np.ndarray], pooling: str | None
+    container: Container, arrays: Mapping[str, np.ndarray], pooling: str | None, kernels: Kernels
 ) -> Published:
     """Identify the state dict of a PyTorch model."""
     vgg = torch_vgg.interpret(arrays, pooling)
+    if container.backend == "":
+        # Files of Lasagne's model zoo come with their mean and the names of their classes.
+        is_zoo = container.preprocess is not None and len(container.labels) > 0
+        first, _ = vgg.convolutions[0]
+        if kernel_flips.is_flipped(first, kernels, default=False if is_zoo else None):
+            vgg.convolutions = [(kernel_flips.flipped(k), b) for k, b in vgg.convolutions]
+    if vgg.rounds_up:
+        vgg.notes.append(
+            "SSD's pool5 has windows of 3x3 pixels and stride 1; the pool5 of the converted "
+            "network is that of a VGG, and its features are those of SSD up to conv5"
+        )
     # Poolings of PyTorch round odd sizes down. A flattening fixes the size, so that none is odd.
     is_fixed = vgg.head is not None and vgg.head.pooling == "flatten"
-    return _published(
+    return network.build(
         replace(container, preprocess=vgg.preprocess or container.preprocess),
         known_layouts.of_torch(container.kind, vgg),
         vgg.convolutions,

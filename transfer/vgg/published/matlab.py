@@ -19,7 +19,7 @@ _NUMBERS = {
     1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8",
 }  # fmt: skip
 _TEXT = {1: "utf-8", 2: "utf-8", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
-_CELL, _STRUCT, _OBJECT, _CHAR, _SINGLE = 1, 2, 3, 4, 7
+_CELL, _STRUCT, _OBJECT, _CHAR = 1, 2, 3, 4
 _IS_COMPLEX = 0x800
 _MAX_DEPTH, _MAX_ELEMENTS, _MAX_DIMENSIONS = 12, 200_000, 8
 _CHUNK = 2**20
@@ -128,7 +128,7 @@ class _Reader:
             value = bytes(content).decode(self._encoding(encoding), "replace")
         elif _CHAR < kind <= 15 and kind != 5 and not word & _IS_COMPLEX:
             encoding, content, _ = self.element(data, position)
-            value = self._numbers(encoding, content, shape, kind)
+            value = self._numbers(encoding, content, shape)
         return bytes(name).decode("latin1"), value
 
     def _shape(self, data: memoryview) -> tuple[int, ...]:
@@ -179,14 +179,12 @@ class _Reader:
         encoding = _TEXT[kind]
         return encoding if encoding == "utf-8" else encoding + "lb"[self._order == ">"] + "e"
 
-    def _numbers(
-        self, encoding: int, data: memoryview, shape: tuple[int, ...], kind: int
-    ) -> np.ndarray:
+    def _numbers(self, encoding: int, data: memoryview, shape: tuple[int, ...]) -> np.ndarray:
+        """A view of the data. MATLAB stores floating-point arrays of whole numbers as smaller
+        integers, which stay integers here: as float64 they would take up to eight times as much."""
         if encoding not in _NUMBERS:
             raise ValueError(f"it has numbers of type {encoding}")
         dtype = np.dtype(self._order + _NUMBERS[encoding])
         if math.prod(shape) * dtype.itemsize != len(data):
             raise ValueError(f"it has an array {shape} in {len(data):,} bytes")
-        values = np.frombuffer(data, dtype).reshape(shape, order="F")
-        # Floating-point arrays may be stored as smaller integers.
-        return values if kind > _SINGLE or dtype.kind == "f" else values.astype(np.float64)
+        return np.frombuffer(data, dtype).reshape(shape, order="F")

@@ -2,7 +2,7 @@
 
 The layers are those of ``keras_model``, in channels-last layout, so that the same rules decide what
 is a VGG. The file is read field by field, and no operation is run: the only operations on weights
-are transpositions. Arrays in other files are refused.
+are transpositions.
 
 Field numbers from onnx.proto (github.com/onnx/onnx), meaning of the attributes from its
 docs/Operators.md. Written by: torch.onnx, tf2onnx, the ONNX model zoo (vgg16-12, vgg19-7,
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,9 @@ import numpy as np
 from transfer.vgg.published import wire
 from transfer.vgg.published.heads import channels_last
 from transfer.vgg.published.keras_model import Layer, Model
+from transfer.vgg.published.onnx_file import Node, SideFiles, node_of, tensor_of, value_info
 
 _MAX_NODES, _MAX_SHARED = 5000, 10_000
-_TYPES = {1: "<f4", 6: "<i4", 7: "<i8", 10: "<f2", 11: "<f8"}  # TensorProto.DataType
-_DATA = {1: 4, 6: 5, 7: 7, 11: 10}  # field of TensorProto with the numbers of a type
 _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
 _ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "Softplus": "softplus", "Elu": "elu"}
 _INERT = frozenset({"Identity", "Dropout"})
@@ -37,17 +37,12 @@ _GLOBAL = {
 }
 
 
-@dataclass(frozen=True)
-class _Node:
-    kind: str
-    name: str
-    inputs: list[str]
-    outputs: list[str]
-    attributes: dict[str, Any]
-
-
-def read(data: memoryview) -> Model | None:
+def read(data: memoryview, folder: Path | None = None) -> Model | None:
     """The layers of an ONNX file; ``None`` if the data are not one.
+
+    Args:
+        data: contents of the file.
+        folder: of the file, for arrays in a file beside it; ``None`` refuses them.
 
     Raises:
         ValueError: if the graph is damaged, or not a chain of layers.
@@ -64,11 +59,12 @@ def read(data: memoryview) -> Model | None:
     tensors = [value for number, value in messages if number == 5]
     if not tensors and not any(number == 1 for number, _ in messages):
         return None
-    values = dict(_tensor(tensor) for tensor in tensors)
-    nodes = [_node(value) for number, value in messages if number == 1]
+    beside = SideFiles(folder)
+    values = dict(tensor_of(tensor, beside) for tensor in tensors)
+    nodes = [node_of(value) for number, value in messages if number == 1]
     if len(nodes) > _MAX_NODES:
         raise ValueError(f"its graph has {len(nodes):,} nodes; expected at most {_MAX_NODES:,}")
-    inputs = [_value_info(value) for number, value in messages if number == 11]
+    inputs = [value_info(value) for number, value in messages if number == 11]
     used = {name for node in nodes for name in node.inputs}
     images = [(name, shape) for name, shape in inputs if name in used - values.keys()]
     if len(images) != 1:
@@ -80,7 +76,7 @@ def read(data: memoryview) -> Model | None:
 class _Chain:
     """The nodes between the images and the classes, each with one input that is not constant."""
 
-    nodes: Sequence[_Node]
+    nodes: Sequence[Node]
     values: dict[str, np.ndarray]
     found: list[Layer] = field(default_factory=list)
     is_channels_first: bool = True
@@ -88,7 +84,7 @@ class _Chain:
     channels: int = 0  # of a feature map that was flattened channels first
 
     def layers(self, image: str, shape: Sequence[int]) -> Model:
-        users: dict[str, list[_Node]] = {}
+        users: dict[str, list[Node]] = {}
         for node in self.nodes:
             self._fold(node)
             for name in set(node.inputs):
@@ -114,7 +110,7 @@ class _Chain:
             tensor = following[0].outputs[0]
         return Model(self.found, branches, [])
 
-    def _fold(self, node: _Node) -> None:
+    def _fold(self, node: Node) -> None:
         """Evaluate constants, and weights that are transposed or passed on."""
         if not node.outputs:
             return
@@ -132,7 +128,7 @@ class _Chain:
                 value = value.transpose(axes)
             self.values[node.outputs[0]] = value
 
-    def _data(self, node: _Node) -> list[str]:
+    def _data(self, node: Node) -> list[str]:
         """The inputs that depend on the images. The shape of a ``Reshape`` may be computed."""
         names = node.inputs[:1] if node.kind == "Reshape" else node.inputs
         return [name for name in names if name and name not in self.values]
@@ -143,15 +139,15 @@ class _Chain:
         kept = {role: value for role, value in arrays.items() if value is not None}
         self.found.append(Layer(name, kind, config, kept))
 
-    def _constants(self, node: _Node) -> list[np.ndarray]:
+    def _constants(self, node: Node) -> list[np.ndarray]:
         return [self.values[name] for name in node.inputs if name in self.values]
 
-    def _indices(self, node: _Node) -> list[list[Any]]:
+    def _indices(self, node: Node) -> list[list[Any]]:
         """The constants of a node that selects channels; empty lists for those that are too long
         for that."""
         return [v.ravel().tolist() if v.size <= 8 else [] for v in self._constants(node)]
 
-    def _append(self, node: _Node) -> None:
+    def _append(self, node: Node) -> None:
         attributes, name = node.attributes, node.name
         if (
             node.kind in _INERT
@@ -192,7 +188,7 @@ class _Chain:
         else:
             self._add(node.kind, name, {})
 
-    def _flattens(self, node: _Node) -> bool:
+    def _flattens(self, node: Node) -> bool:
         """Whether a node keeps one axis of features besides the images; the shape of a ``Reshape``
         may be unknown."""
         if node.kind == "Flatten":
@@ -200,14 +196,14 @@ class _Chain:
         shapes = self._constants(node) if node.kind == "Reshape" else []
         return not shapes or shapes[0].size == 2
 
-    def _transpose(self, node: _Node) -> None:
+    def _transpose(self, node: Node) -> None:
         axes = tuple(node.attributes.get("perm", ()))
         expected = _TO_CHANNELS_LAST if self.is_channels_first else _TO_CHANNELS_FIRST
         if axes != expected or self.channels:  # 0 after a global pooling, whose map is one pixel
             raise ValueError(f"its {node.name} transposes by {axes}; expected {expected}")
         self.is_channels_first = not self.is_channels_first
 
-    def _convolution(self, node: _Node) -> None:
+    def _convolution(self, node: Node) -> None:
         arrays = self._constants(node)
         if not arrays or arrays[0].ndim != 4 or not self.is_channels_first:
             raise ValueError(f"its convolution {node.name} has no constant kernel of 2 dimensions")
@@ -227,7 +223,7 @@ class _Chain:
         config = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items()}
         self._add("Conv2D", node.name, config, kernel=kernel, bias=_second(arrays))
 
-    def _batch_norm(self, node: _Node) -> None:
+    def _batch_norm(self, node: Node) -> None:
         arrays = self._constants(node)
         if len(arrays) != 4:
             raise ValueError(f"its batch norm {node.name} has {len(arrays)} arrays; expected 4")
@@ -240,7 +236,7 @@ class _Chain:
             norm = {role: self._reordered(value) for role, value in norm.items()}
         self._add("BatchNormalization", node.name, config, **norm)
 
-    def _global_pooling(self, node: _Node) -> None:
+    def _global_pooling(self, node: Node) -> None:
         spatial = {2, 3} if self.is_channels_first else {1, 2}
         if node.kind.startswith("Reduce"):
             axes = node.attributes.get("axes") or [
@@ -253,7 +249,7 @@ class _Chain:
         self._add(_GLOBAL[node.kind], node.name, {})
         self.is_flat, self.channels = True, 0
 
-    def _dense(self, node: _Node) -> None:
+    def _dense(self, node: Node) -> None:
         arrays, attributes = self._constants(node), node.attributes
         if not arrays or arrays[0].ndim != 2 or node.inputs[1:2] == self._data(node):
             raise ValueError(f"its {node.name} ({node.kind}) has no constant matrix")
@@ -276,7 +272,7 @@ class _Chain:
             raise ValueError(f"its first dense layer takes {rows} inputs; expected squares")
         return channels_last(values, self.channels)
 
-    def _arithmetic(self, node: _Node) -> None:
+    def _arithmetic(self, node: Node) -> None:
         """The biases of a matrix product, or arithmetic on the images."""
         value = self._constants(node)[0]
         last = self.found[-1]
@@ -331,7 +327,7 @@ class _Chain:
         )
         return width if is_along and not self.channels else 0
 
-    def _is_reversal(self, node: _Node) -> bool:
+    def _is_reversal(self, node: Node) -> bool:
         """Whether a node reverses the order of the channels."""
         channels = 1 if self.is_channels_first else 3
         constants = self._indices(node)
@@ -349,8 +345,8 @@ class _Chain:
         return is_whole and step == -1 and (start >= 2 or start == -1) and end < -3
 
     def _reversal_of_slices(
-        self, nodes: Sequence[_Node], users: Mapping[str, Sequence[_Node]]
-    ) -> _Node | None:
+        self, nodes: Sequence[Node], users: Mapping[str, Sequence[Node]]
+    ) -> Node | None:
         """The concatenation of the channels in reverse order, if these nodes are its slices."""
         channels = 1 if self.is_channels_first else 3
         following = [users.get(node.outputs[0], []) for node in nodes if node.outputs]
@@ -385,7 +381,7 @@ def _is_identity(attributes: Mapping[str, Any]) -> bool:
     return tuple(attributes.get("kernel_shape", ())) == tuple(strides) == (1, 1)
 
 
-def _pooling(node: _Node) -> dict[str, Any]:
+def _pooling(node: Node) -> dict[str, Any]:
     attributes = node.attributes
     pads = tuple(attributes.get("pads", (0, 0, 0, 0)))
     if any(pads):
@@ -400,111 +396,3 @@ def _pooling(node: _Node) -> dict[str, Any]:
         "strides": list(attributes.get("strides", (1, 1))),
         "padding": "same" if is_up else "valid",
     }
-
-
-def _node(message: memoryview) -> _Node:
-    texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: []}
-    attributes: dict[str, Any] = {}
-    for number, value in wire.fields(message):
-        if number in texts:
-            texts[number].append(wire.text(value))
-        elif number == 5 and isinstance(value, memoryview):
-            name, found = _attribute(value)
-            attributes[name] = found
-    kind = (texts[4] or [""])[0]
-    name = (texts[3] or [""])[0] or (texts[2] or [kind])[0]
-    return _Node(kind, name, texts[1], texts[2], attributes)
-
-
-def _attribute(message: memoryview) -> tuple[str, Any]:
-    """Name and value of an attribute; ``None`` for graphs and other kinds."""
-    name = ""
-    value: Any = None
-    integers: list[wire.Value] = []
-    for number, content in wire.fields(message):
-        if number == 1:
-            name = wire.text(content)
-        elif number == 2 and isinstance(content, memoryview) and len(content) == 4:
-            value = float(np.frombuffer(content, "<f4")[0])
-        elif number == 3 and isinstance(content, int):
-            value = _signed(content)
-        elif number == 4 and isinstance(content, memoryview):
-            value = bytes(content[:1000])
-        elif number == 5 and isinstance(content, memoryview):
-            value = _tensor(content)[1]
-        elif number == 8:
-            integers.append(content)
-    if integers:
-        value = tuple(_signed(number) for number in wire.integers(integers))
-    return name, value
-
-
-def _signed(number: int) -> int:
-    return number - 2**64 if number >= 2**63 else number
-
-
-def _tensor(message: memoryview) -> tuple[str, np.ndarray]:
-    """Name and values of a tensor: a view of the file where possible."""
-    name, kind, content, is_external = "", 0, memoryview(b""), False
-    dims: list[wire.Value] = []
-    numbers: dict[int, list[wire.Value]] = {}
-    for number, value in wire.fields(message):
-        if number == 1:
-            dims.append(value)
-        elif number == 2 and isinstance(value, int):
-            kind = value
-        elif number == 8:
-            name = wire.text(value)
-        elif number == 9 and isinstance(value, memoryview):
-            content = value
-        elif number in (13, 14) and value:
-            is_external = True
-        elif number in _DATA.values():
-            numbers.setdefault(number, []).append(value)
-    if is_external:
-        raise ValueError(
-            f"its array {name!r} lies in another file; save the model in one file "
-            "(onnx.save_model with save_as_external_data=False)"
-        )
-    if kind not in _TYPES:
-        return name, np.zeros(0, np.float32)
-    shape = wire.integers(dims)
-    dtype = np.dtype(_TYPES[kind])
-    count = math.prod(shape)
-    packed = numbers.get(_DATA.get(kind, 0), [])
-    if len(content) or not packed:
-        pass
-    elif kind in (6, 7):
-        values = [_signed(number) for number in wire.integers(packed, 1000)]
-        content = memoryview(np.array(values, dtype).tobytes())
-    elif len(packed) == 1 and isinstance(packed[0], memoryview):
-        content = packed[0]
-    else:
-        content = memoryview(b"".join(bytes(v) for v in packed if isinstance(v, memoryview)))
-    if max((0, *shape)) > 2**31 or count * dtype.itemsize != len(content):
-        raise ValueError(f"its array {name!r} has {len(content):,} bytes for shape {shape}")
-    values_of = np.frombuffer(content, dtype).reshape(shape)
-    return name, values_of if kind in (1, 6, 7) else values_of.astype(np.float32)
-
-
-def _value_info(message: memoryview) -> tuple[str, list[int]]:
-    """Name and shape of an input; 0 for an unknown extent."""
-    name, shape = "", list[int]()
-    for number, value in wire.fields(message):
-        if number == 1:
-            name = wire.text(value)
-        elif number == 2:
-            kind = _child(_child(value, 1), 2)  # TypeProto.tensor_type.shape
-            for dim_number, dim in wire.fields(kind):
-                if dim_number == 1 and isinstance(dim, memoryview) and len(shape) < 8:
-                    extent = dict(wire.fields(dim)).get(1, 0)
-                    shape.append(extent if isinstance(extent, int) and extent < 2**31 else 0)
-    return name, shape
-
-
-def _child(message: wire.Value, number: int) -> memoryview:
-    if isinstance(message, memoryview):
-        for found, value in wire.fields(message):
-            if found == number and isinstance(value, memoryview):
-                return value
-    return memoryview(b"")

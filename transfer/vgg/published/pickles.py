@@ -1,8 +1,10 @@
 """Weights in plain pickles: Lasagne's ``.pkl`` and Paddle's ``.pdparams``, without executing them.
 
 Both are returned as the state dict of a PyTorch model, whose order of axes they have: kernels of
-convolutions ``[outputs, inputs, height, width]``, not flipped, and inputs of the first fully
-connected layer in the order channel, height, width. Their matrices are ``[inputs, outputs]``.
+convolutions ``[outputs, inputs, height, width]``, and inputs of the first fully connected
+layer in the order channel, height, width. Their matrices are ``[inputs, outputs]``. Kernels of
+Lasagne are flipped or not, depending on ``flip_filters`` of its layers; those of its model zoo are
+not.
 
 Sources: Lasagne/Recipes, modelzoo/vgg16.py (layers of cuDNN, which do not flip their filters);
 paddle/framework/io.py (a tensor is pickled as the pair of its name and array).
@@ -31,12 +33,14 @@ _STAND_INS = NUMPY | {(module, "tuple"): _pair for module in ("builtins", "__bui
 
 
 class Pickled(NamedTuple):
-    """``kind``: Lasagne or Paddle. ``arrays``: by the names of a PyTorch model."""
+    """``kind``: Lasagne or Paddle. ``arrays``: by the names of a PyTorch model. ``backend``: empty
+    if the kernels may be flipped; see ``kernel_flips``."""
 
     kind: str
     arrays: dict[str, np.ndarray]
     preprocess: dict[str, Any] | None = None
     labels: tuple[str, ...] = ()
+    backend: str | None = None
 
 
 def read(file: IO[bytes]) -> Pickled:
@@ -83,7 +87,8 @@ def _lasagne(root: dict[str, Any], resolve: Resolver) -> Pickled:
     if isinstance(values, np.ndarray) and values.size == 3 and np.isfinite(values).all():
         preprocess = {"mean": [round(float(v), 6) for v in values.ravel()], "order": "BGR"}
     is_list = isinstance(words, list) and all(isinstance(word, str) for word in words)
-    return Pickled("Lasagne", arrays, preprocess, tuple(words) if is_list and words else ())
+    labels = tuple(words) if is_list and words else ()
+    return Pickled("Lasagne", arrays, preprocess, labels, backend="")
 
 
 def _paddle(root: dict[str, Any], resolve: Resolver) -> dict[str, np.ndarray]:

@@ -23,65 +23,23 @@ import numpy as np
 from transfer.vgg.architectures import ARCHITECTURES
 from transfer.vgg.published import heads
 from transfer.vgg.published.batch_norm import BatchNorm
-from transfer.vgg.published.heads import (
-    Activation,
-    Dense,
-    Head,
-    Normalization,
-    Step,
-    UnsupportedHeadError,
+from transfer.vgg.published.heads import Head, UnsupportedHeadError
+from transfer.vgg.published.torch_head import chain_of, steps_of
+from transfer.vgg.published.torch_modules import (
+    EPSILON,
+    Module,
+    ends_with_number,
+    is_vector,
+    modules_of,
+    unwrapped,
 )
 
-_EPSILON = 1e-5  # PyTorch's default; state dicts do not contain it
-# Wrappers that add a name: DataParallel, torch.compile, FSDP.
-_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_module"})
-_PARTS = ("weight", "bias", "running_mean", "running_var")
 # torchvision publishes weights of VGG16 for feature extraction whose classifier is NaN, and their
 # normalization: images in 0..1, minus this mean, divided by 1/255. Source: torchvision,
 # models/vgg.py, VGG16_Weights.IMAGENET1K_FEATURES.
 FEATURES_MEAN = {"mean": [0.48235 * 255, 0.45882 * 255, 0.40784 * 255], "order": "RGB"}
 _FEATURES = 4096  # outputs of fc6 and fc7
 _STANDARD_HEAD = ((0, 3, 6), ())
-
-
-@dataclass(eq=False)
-class _Module:
-    """A module with its own arrays. ``stem`` is its name with ``#`` for each number."""
-
-    name: str
-    parts: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def stem(self) -> str:
-        return re.sub(r"\d+", "#", self.name)
-
-    @property
-    def numbers(self) -> tuple[int, ...]:
-        return tuple(int(number[:9]) for number in re.findall(r"\d+", self.name))
-
-    @property
-    def kernel(self) -> np.ndarray:
-        return self.parts["weight"]
-
-    @property
-    def is_norm(self) -> bool:
-        return "running_mean" in self.parts or "running_var" in self.parts
-
-    def has_kernel(self, *dimensions: int) -> bool:
-        """Whether it has a kernel, of as many dimensions, and at most biases besides."""
-        extra = self.parts.keys() - {"weight", "bias"}
-        return not extra and "weight" in self.parts and self.kernel.ndim in dimensions
-
-    def norm(self) -> BatchNorm:
-        if not {"running_mean", "running_var"} <= self.parts.keys():
-            raise ValueError(f"its batch norm {self.name} has {', '.join(self.parts)} only")
-        return BatchNorm(
-            self.parts["running_mean"],
-            self.parts["running_var"],
-            _EPSILON,
-            self.parts.get("weight"),
-            self.parts.get("bias"),
-        )
 
 
 @dataclass
@@ -109,7 +67,7 @@ def interpret(arrays: Mapping[str, np.ndarray], pooling: str | None = None) -> T
         ValueError: if the arrays hold no VGG, or one with other layers between its convolutions.
     """
     state, origins, others, notes = _chosen(arrays)
-    modules, rest = _modules(state)
+    modules, rest = modules_of(state)
     if adapter := next((key for key in state if re.search(r"(^|\.)lora_[AB]\.", key)), None):
         raise ValueError(
             f"its array {adapter} is that of an adapter (LoRA), which changes the layers; save "
@@ -124,7 +82,7 @@ def interpret(arrays: Mapping[str, np.ndarray], pooling: str | None = None) -> T
     vgg = TorchVGG(_folded(convolutions, norms), [module.name for module in convolutions])
     vgg.notes += notes
     if norms:
-        vgg.notes.append(f"batch norm folded with epsilon {_EPSILON:g}, PyTorch's default")
+        vgg.notes.append(f"batch norm folded with epsilon {EPSILON:g}, PyTorch's default")
     behind = [module for module in modules if id(module) not in used]
     vgg.left_out = [*others, *rest]
     _add_head(vgg, behind, convolutions, pooling)
@@ -146,7 +104,7 @@ def _chosen(
     for name, values in arrays.items():
         path, separator, key = name.rpartition("/")
         states[path + separator][key] = values
-    fitting = [path for path, state in states.items() if _convolutions(_modules(state)[0])]
+    fitting = [path for path, state in states.items() if _convolutions(modules_of(state)[0])]
     if not fitting:  # the largest one, for the message
         fitting = [max(states, key=lambda path: len(states[path]), default="")]
     averages = [path for path in fitting if re.search(r"(^|[/_.])ema([/_.]|$)", path, re.I)]
@@ -174,29 +132,8 @@ def _chosen(
     return state, origins, others, notes
 
 
-def _modules(state: Mapping[str, np.ndarray]) -> tuple[list[_Module], list[str]]:
-    """The modules of a state dict in its order, and the names of arrays without effect."""
-    modules: dict[str, _Module] = {}
-    rest = []
-    for key, values in state.items():
-        owner, _, part = key.rpartition(".")
-        if part == "num_batches_tracked":
-            continue
-        if part not in _PARTS:
-            if values.size > 4:  # not a mean of the channels, a temperature
-                rest.append(key)
-            continue
-        name = _unwrapped(owner)
-        modules.setdefault(name, _Module(name)).parts[part] = values
-    return list(modules.values()), rest
-
-
-def _unwrapped(name: str) -> str:
-    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
-
-
 def _check_unknown(
-    rest: Sequence[str], used: Sequence[_Module], convolutions: Sequence[_Module]
+    rest: Sequence[str], used: Sequence[Module], convolutions: Sequence[Module]
 ) -> None:
     """Check that no array of an unknown kind belongs to a layer of the network or stands between
     them.
@@ -206,7 +143,7 @@ def _check_unknown(
     """
     names = {module.name for module in used}
     for key in rest:
-        owner = _Module(_unwrapped(key.rpartition(".")[0]))
+        owner = Module(unwrapped(key.rpartition(".")[0]))
         is_between = owner.stem == convolutions[0].stem and owner.numbers < convolutions[-1].numbers
         if owner.name in names or is_between:
             raise ValueError(
@@ -216,10 +153,10 @@ def _check_unknown(
             )
 
 
-def _convolutions(modules: Sequence[_Module]) -> list[_Module] | None:
+def _convolutions(modules: Sequence[Module]) -> list[Module] | None:
     """The convolutions of a VGG, or ``None``. Of several the one with the most layers is taken.
     3x3 convolutions that follow the last one, as in SSD, do not belong to it."""
-    stems: dict[str, list[_Module]] = defaultdict(list)
+    stems: dict[str, list[Module]] = defaultdict(list)
     for module in modules:
         if module.has_kernel(4):
             stems[module.stem].append(module)
@@ -239,7 +176,7 @@ def _convolutions(modules: Sequence[_Module]) -> list[_Module] | None:
     return None
 
 
-def _no_vgg(modules: Sequence[_Module]) -> str:
+def _no_vgg(modules: Sequence[Module]) -> str:
     convolutions = [module for module in modules if module.has_kernel(4)]
     names = ", ".join(module.name for module in modules[:5]) or "none"
     widths = [module.kernel.shape[0] for module in convolutions]
@@ -258,7 +195,7 @@ def _no_vgg(modules: Sequence[_Module]) -> str:
     )
 
 
-def _kind(modules: Sequence[_Module]) -> str:
+def _kind(modules: Sequence[Module]) -> str:
     """A well-known architecture by the names of its modules."""
     names = {module.name for module in modules}
     for kind, pattern in (
@@ -276,7 +213,7 @@ def _kind(modules: Sequence[_Module]) -> str:
 
 
 def _norms(
-    modules: Sequence[_Module], convolutions: Sequence[_Module], used: set[int]
+    modules: Sequence[Module], convolutions: Sequence[Module], used: set[int]
 ) -> dict[int, BatchNorm]:
     """Batch norms by the number of their convolution; adds them to ``used``.
 
@@ -287,11 +224,11 @@ def _norms(
     stem = convolutions[0].stem
     places = {module.numbers: number for number, module in enumerate(convolutions)}
     first, last = convolutions[0].numbers, convolutions[-1].numbers
-    is_bare = _ends_with_number(stem)
+    is_bare = ends_with_number(stem)
     norms: dict[int, BatchNorm] = {}
     for module in modules:
         inside = module.stem == stem and first < module.numbers <= (*last[:-1], last[-1] + 2)
-        if id(module) in used or not (inside or module.is_norm or _is_vector(module)):
+        if id(module) in used or not (inside or module.is_norm or is_vector(module)):
             continue
         before = (*module.numbers[:-1], module.numbers[-1] - 1) if module.numbers else ()
         if module.stem == stem and is_bare and before in places and module.is_norm:
@@ -300,7 +237,7 @@ def _norms(
         elif module.stem == stem and module.numbers < first:
             raise ValueError(f"its layer {module.name} normalises the images; no VGG does")
         elif (inside and (module.is_norm or module.numbers < last)) or (
-            (module.is_norm or _is_vector(module)) and _accompanies(module, convolutions)
+            (module.is_norm or is_vector(module)) and _accompanies(module, convolutions)
         ):
             raise ValueError(_refusal(module, convolutions))
     if is_bare:
@@ -308,17 +245,7 @@ def _norms(
     return norms
 
 
-def _ends_with_number(stem: str) -> bool:
-    """Whether modules are numbered by their place in an ``nn.Sequential``."""
-    return stem.rpartition(".")[2] == "#"
-
-
-def _is_vector(module: _Module) -> bool:
-    """Whether it has a scale for each channel, as a group norm or a PReLU."""
-    return "weight" in module.parts and module.kernel.ndim == 1 and not module.is_norm
-
-
-def _accompanies(module: _Module, convolutions: Sequence[_Module]) -> bool:
+def _accompanies(module: Module, convolutions: Sequence[Module]) -> bool:
     """Whether a normalization stands in the same module as the convolutions, and has as many
     channels as one of them."""
     size = next(iter(module.parts.values())).size
@@ -327,7 +254,7 @@ def _accompanies(module: _Module, convolutions: Sequence[_Module]) -> bool:
     return is_beside and any(len(one.kernel) == size for one in convolutions)
 
 
-def _refusal(module: _Module, convolutions: Sequence[_Module]) -> str:
+def _refusal(module: Module, convolutions: Sequence[Module]) -> str:
     before = [one for one in convolutions if one.numbers < module.numbers]
     owner = (before or convolutions)[-1 if before else 0]
     kind = "batch norm" if module.is_norm else "layer"
@@ -339,7 +266,7 @@ def _refusal(module: _Module, convolutions: Sequence[_Module]) -> str:
     )
 
 
-def _check_room(convolutions: Sequence[_Module], norms: Mapping[int, BatchNorm]) -> None:
+def _check_room(convolutions: Sequence[Module], norms: Mapping[int, BatchNorm]) -> None:
     """Check that the numbers leave places for a ReLU after each convolution; lists of convolutions
     alone have none."""
     gaps = []
@@ -356,7 +283,7 @@ def _check_room(convolutions: Sequence[_Module], norms: Mapping[int, BatchNorm])
 
 
 def _folded(
-    convolutions: Sequence[_Module], norms: Mapping[int, BatchNorm]
+    convolutions: Sequence[Module], norms: Mapping[int, BatchNorm]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     layers = []
     has_biases = any("bias" in module.parts for module in convolutions)
@@ -375,7 +302,7 @@ def _folded(
 
 
 def _add_head(
-    vgg: TorchVGG, modules: list[_Module], convolutions: Sequence[_Module], pooling: str | None
+    vgg: TorchVGG, modules: list[Module], convolutions: Sequence[Module], pooling: str | None
 ) -> None:
     """Add the head, or the reason why it is left out."""
     dense = [module for module in modules if module.has_kernel(2, 4)]
@@ -385,7 +312,7 @@ def _add_head(
         return
     channels = len(convolutions[-1].kernel)
     try:
-        chain = _chain(dense, channels)
+        chain = chain_of(dense, channels)
         if all(np.isnan(module.kernel).all() for module in chain):
             if len(convolutions) == 13:
                 vgg.preprocess = dict(FEATURES_MEAN)
@@ -398,7 +325,7 @@ def _add_head(
                 f"its last layer {chain[-1].name} has {_FEATURES} outputs, those of fc7: the layer "
                 "of the classes was cut off"
             )
-        steps, inside = _steps(chain, modules, channels)
+        steps, inside = steps_of(chain, modules, channels)
         window = math.prod(chain[0].kernel.shape[1:]) // channels
         if pooling is None and window == 1:
             raise UnsupportedHeadError(
@@ -422,108 +349,3 @@ def _add_head(
         f"{module.name}.{part}" for module in modules if id(module) not in kept
         for part in module.parts
     ]  # fmt: skip
-
-
-def _chain(dense: Sequence[_Module], channels: int) -> list[_Module]:
-    """The fully connected layers in order: each takes the outputs of the one before.
-
-    Raises:
-        UnsupportedHeadError: if there is no such order, or more than one.
-    """
-    windows = [module for module in dense if module.kernel.ndim == 4]
-    for module in windows:
-        if module.kernel.shape[2:] == (3, 3):  # dilated fc6 of SSD and DeepLab
-            raise UnsupportedHeadError(
-                f"its layer {module.name} {module.kernel.shape} is a convolution, whose stride and "
-                "dilation the file does not tell"
-            )
-    by_stem: dict[str, list[_Module]] = defaultdict(list)
-    for module in dense:
-        by_stem[module.stem].append(module)
-    groups = [sorted(group, key=lambda module: module.numbers) for group in by_stem.values()]
-    orders = [groups, sorted(groups, key=lambda group: "head" in group[0].stem)]
-    for order in orders:
-        chain = [module for group in order for module in group]
-        sizes = [math.prod(module.kernel.shape[1:]) for module in chain]
-        window = math.isqrt(sizes[0] // channels)
-        follows = all(
-            len(module.kernel) == size for module, size in zip(chain[:-1], sizes[1:], strict=True)
-        )
-        if follows and window and window**2 * channels == sizes[0]:
-            return chain
-    shown = ", ".join(f"{module.name} {module.kernel.shape}" for module in dense[:4])
-    raise UnsupportedHeadError(
-        f"its layers {shown}{', ...' if len(dense) > 4 else ''} are not a chain that begins with a "
-        f"square times {channels} inputs"
-    )
-
-
-def _steps(
-    chain: Sequence[_Module], modules: Sequence[_Module], channels: int
-) -> tuple[list[Step], list[_Module]]:
-    """The steps of a head, and the batch norms among them.
-
-    In an ``nn.Sequential`` the numbers tell the order. A batch norm directly after a layer comes
-    before its ReLU, one further behind comes after it.
-    """
-    steps: list[Step] = []
-    inside: list[_Module] = []
-    others = [module for module in modules if module not in chain]
-    for module in others:
-        if not (module.is_norm or _is_vector(module)):
-            raise UnsupportedHeadError(f"its layer {module.name} is not known")
-    if others:
-        stem = chain[0].stem
-        together = all(module.stem == stem for module in (*chain, *others))
-        if not together or not _ends_with_number(stem) or any(_is_vector(m) for m in others):
-            raise UnsupportedHeadError(f"the names do not say where its {others[0].name} stands")
-    ordered = sorted([*chain, *others], key=lambda module: module.numbers) if others else chain
-    is_active = True
-    for index, module in enumerate(ordered):
-        if module in others:
-            inside.append(module)
-            place = module.numbers[-1]
-            if not is_active and place - ordered[index - 1].numbers[-1] > 1:
-                steps.append(Activation(module.name, "relu"))
-                is_active = True
-            norm = module.norm()
-            if not any(isinstance(step, Dense) for step in steps):
-                norm = _rows_first(norm, channels)
-            steps.append(Normalization(module.name, norm))
-            continue
-        if not is_active and _has_room(ordered[index - 1], module):
-            steps.append(Activation(module.name, "relu"))
-        kernel = _matrix(module.kernel, channels if module is chain[0] else None)
-        steps.append(Dense(module.name, kernel, module.parts.get("bias")))
-        is_active = False
-    return steps, inside
-
-
-def _has_room(before: _Module, module: _Module) -> bool:
-    """Whether there is a layer without weights between two modules of an ``nn.Sequential``; in
-    other places nothing tells, and there is one."""
-    if before.stem != module.stem or not _ends_with_number(module.stem):
-        return True
-    return module.numbers[:-1] != before.numbers[:-1] or (
-        module.numbers[-1] - before.numbers[-1] > 1
-    )
-
-
-def _matrix(kernel: np.ndarray, channels: int | None) -> np.ndarray:
-    """``[outputs, inputs]`` or ``[outputs, inputs, height, width]`` to ``[inputs, outputs]``, with
-    the inputs of the first layer in the order height, width, channel instead of channel first."""
-    matrix = kernel.reshape(len(kernel), -1).T
-    return matrix if channels is None else heads.channels_last(matrix, channels)
-
-
-def _rows_first(norm: BatchNorm, channels: int) -> BatchNorm:
-    """A batch norm of a flattened feature map in the order height, width, channel."""
-    window = math.isqrt(norm.mean.size // channels)
-
-    def reordered(values: np.ndarray) -> np.ndarray:
-        if values.size != channels * window**2:
-            return values
-        return heads.channels_last(values, channels)
-
-    gamma, beta = (v if v is None else reordered(v) for v in (norm.gamma, norm.beta))
-    return BatchNorm(reordered(norm.mean), reordered(norm.variance), norm.epsilon, gamma, beta)

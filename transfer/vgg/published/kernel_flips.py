@@ -1,0 +1,59 @@
+"""Whether the kernels of a file are flipped: Theano computes convolutions, and all others
+cross-correlations, whose kernels are those of Theano flipped along height and width.
+
+A flipped kernel has the shape of any other, and a network with the wrong ones gives features that
+are wrong without an error. So it is never guessed: Keras 2 writes its backend into its files, the
+first convolution of Oxford's VGG16 is recognised by its hash, and otherwise the caller has to say.
+
+Sources: theano, tensor/nnet/abstract_conv.py (``filter_flip``); keras 2, engine/saving.py
+(``original_backend``); lasagne, layers/conv.py and layers/dnn.py (``flip_filters``).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from transfer.vgg.published import origins
+
+Kernels: TypeAlias = Literal["auto", "flipped", "unflipped"]
+
+
+def flipped(values: np.ndarray) -> np.ndarray:
+    """A kernel of a convolution flipped along height and width; other arrays as they are.
+
+    Args:
+        values: with four axes ``[height, width, inputs, outputs]``, or ``[outputs, inputs, height,
+            width]``.
+    """
+    if values.ndim != 4:
+        return values
+    is_first = max(values.shape[:2]) <= max(values.shape[2:])
+    return values[::-1, ::-1] if is_first else values[:, :, ::-1, ::-1]
+
+
+def is_flipped(kernel: np.ndarray, kernels: Kernels, *, default: bool | None) -> bool:
+    """Whether the kernels of a file that does not name its backend are flipped.
+
+    Args:
+        kernel: the first convolution, ``[3, 3, 3, outputs]``.
+        kernels: what the caller says.
+        default: what files of this kind are, or ``None`` if there are both.
+
+    Raises:
+        ValueError: if it is not known.
+    """
+    if kernels != "auto":
+        return kernels == "flipped"
+    for is_theano, values in ((False, kernel), (True, flipped(kernel))):
+        if kernel.ndim == 4 and origins.convention_of(np.asarray(values, np.float32)) is not None:
+            return is_theano
+    if default is None:
+        raise ValueError(
+            "it does not say whether its kernels are flipped, as those of Theano are, and without "
+            "an error the wrong ones give wrong features. kernels=flipped: Keras 1 with Theano, "
+            "Lasagne's Conv2DLayer; kernels=unflipped: Keras 1 with TensorFlow, Lasagne's "
+            "Conv2DDNNLayer, layers with flip_filters=False"
+        )
+    return default
