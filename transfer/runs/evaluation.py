@@ -88,8 +88,9 @@ def evaluate_run(
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
-        ValueError: if the classes of the images differ from the run's, some cannot be decoded,
-            ``coverage`` does not fit them, or ``probabilities`` does not end in ``.npy``.
+        ValueError: if no images are named and those of the run came from a Python program, the
+            classes of the images differ from the run's, some cannot be decoded, ``coverage`` does
+            not fit them, or ``probabilities`` does not end in ``.npy``.
 
     Example:
         >>> from transfer import fine_tune, load_meta_graph, open_source
@@ -208,6 +209,7 @@ def _split(
     progress: Progress,
 ) -> Split:
     """The images to evaluate on; by default, the held-out images of the run."""
+    run_data.check_origin(folder, origin)
     others = {name: value for name, value in origin.items() if name != "dataset"}
     source = open_source(origin["dataset"] or "", **others)
     if eval_split != "auto":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,19 @@ from transfer.data.dataset import (
 from transfer.data.sources import open_source
 from transfer.runs import run_folder
 
+_PLACES = ("dataset", "data_dir", "image_folder", "csv")
+"""Arguments of ``open_source`` of which each opens data without the others."""
+
 
 def open_data(folder: Path) -> Source:
     """Open the dataset, image folder or manifest of a run.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no run, or its data no longer exist.
+        FileNotFoundError, ValueError: if there is no run, its data no longer exist, or they came
+            from a Python program.
     """
     settings = run_folder.read_config(folder)
+    check_origin(folder, settings)
     return open_source(
         settings.get("dataset") or "",
         data_dir=settings.get("data_dir"),
@@ -35,6 +40,21 @@ def open_data(folder: Path) -> Source:
         csv=settings.get("csv"),
         group_by=settings.get("group_by"),
     )
+
+
+def check_origin(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to open the images of a run whose configuration does not say where they are.
+
+    Raises:
+        ValueError: if the run was given a source that ``open_source`` did not open.
+    """
+    if not any(settings.get(name) for name in _PLACES):
+        raise ValueError(
+            f"the images of the run in {str(folder)!r} came from a Python program and cannot be "
+            f"opened again: its {run_folder.CONFIG} names no dataset, image folder or manifest; "
+            "evaluate or export its classifier in that program, or evaluate the run on other "
+            "images: image_folder=DIR, csv=FILE or dataset=NAME"
+        )
 
 
 def held_out(folder: Path, source: Source) -> Split:
