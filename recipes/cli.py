@@ -47,7 +47,9 @@ def completion(
     /,
 ) -> int:
     """Print a script that completes commands and flags: eval "$(vgg-transfer completion bash)"."""
-    print(app.generate_completion(shell=shell))
+    script = app.generate_completion(shell=shell)
+    # Bash: files where nothing else fits, such as after --model and --csv, whose values are text.
+    print(script.replace("\ncomplete -F ", "\ncomplete -o default -F "))
     return 0
 
 

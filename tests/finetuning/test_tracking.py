@@ -10,6 +10,7 @@ from commands import finetune, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from transfer.finetuning.tracking import MlflowTracker
 from transfer.runs import run_folder
 
 
@@ -120,11 +121,34 @@ def test_a_missing_tracker_is_refused_before_the_run(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("solver", ["gradient", "ridge"])
-def test_mlflow_has_the_run_in_its_store(tmp_path, model, image_folder, monkeypatch, solver):
-    mlflow = pytest.importorskip("mlflow", reason="needs vgg-transfer[mlflow]")
+@pytest.fixture
+def mlflow(tmp_path, monkeypatch):
+    """MLflow with a store in a folder."""
+    module = pytest.importorskip("mlflow", reason="needs vgg-transfer[mlflow]")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # needs no database
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/store")
+    return module
+
+
+def test_mlflow_has_each_epoch_and_the_end_of_a_run_that_is_continued(mlflow):
+    tracker, client = MlflowTracker(None, "photos", {"tap": "fc7:0"}), mlflow.MlflowClient()
+    for epoch in (1, 2):
+        tracker.log({"val_loss": 1 / epoch}, epoch)
+    tracker.end(failed=True)
+    run = client.get_run(tracker.run_id)
+    assert (run.info.run_name, run.info.status) == ("photos", "FAILED")
+    assert run.data.params == {"tap": "fc7:0"}
+    resumed = MlflowTracker(tracker.run_id, "photos", {"tap": "fc7:0", "epochs": 3})
+    resumed.log({"val_loss": 0.25}, 3)
+    resumed.end(failed=False)
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    points = client.get_metric_history(tracker.run_id, "val_loss")
+    assert [(point.step, point.value) for point in points] == [(1, 1), (2, 0.5), (3, 0.25)]
+    assert mlflow.active_run() is None
+
+
+@pytest.mark.parametrize("solver", [pytest.param("gradient", marks=pytest.mark.slow), "ridge"])
+def test_mlflow_has_the_run_in_its_store(tmp_path, model, image_folder, mlflow, solver):
     out = tmp_path / "run"
     flags = ["--track", "mlflow", "--track-files", "--solver", solver]
     assert finetune(out, model, image_folder, *flags) == 0
@@ -134,6 +158,7 @@ def test_mlflow_has_the_run_in_its_store(tmp_path, model, image_folder, monkeypa
     assert run.info.status == "FINISHED"
     assert run.data.params["tap"] == "fc7:0"
     assert run.data.metrics["eval_accuracy"] == metrics(out)["eval"]["accuracy"]
+    assert "epoch" not in run.data.metrics  # MLflow and the others have steps
     logged = [point.value for point in client.get_metric_history(run_id, "val_loss")]
     assert logged == pytest.approx(run_folder.read_history(out)["val_loss"])
     assert "model.meta" in {file.path for file in client.list_artifacts(run_id)}

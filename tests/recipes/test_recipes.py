@@ -493,6 +493,7 @@ def test_completion_prints_a_script_with_verbs_and_flags(shell, capsys):
         assert word in script
     if shell == "bash":
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        assert "\ncomplete -o default -F " in script  # files, where no word fits
 
 
 def test_the_package_is_a_command():

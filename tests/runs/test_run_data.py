@@ -73,6 +73,14 @@ def test_held_out_images_may_have_any_name(tmp_path, source):
     assert run_data.num_not_held_out(run, Split(source, (("validation", np.arange(4)),))) == 1
 
 
+def test_a_run_whose_images_came_from_a_program_is_not_opened_as_another_dataset(tmp_path):
+    run = run_of(tmp_path, ["train/0"])
+    with pytest.raises(ValueError, match="came from a Python program .* image_folder=DIR"):
+        run_data.open_data(run)
+    (run / run_folder.CONFIG).write_text("dataset: digits\n")
+    assert run_data.open_data(run).name == "digits"
+
+
 def test_empty_or_special_held_out_list_is_refused(tmp_path, source):
     run = run_of(tmp_path, [])
     with pytest.raises(ValueError, match=r"'.*held_out.txt' names no images"):

@@ -8,6 +8,7 @@ import base64
 import csv
 import io
 import json
+import os
 import time
 
 import httpx
@@ -313,7 +314,7 @@ def test_images_of_datasets_without_files_are_copied(run, tmp_path, errors, monk
     monkeypatch.setattr("transfer.runs.run_data.open_data", lambda _: source)
     names, labels = source.names(source.split_names[0]), source.labels(source.split_names[0])
     errors.all = [ConfidentError(names[n], source.class_names[labels[n]], "1", 0.9) for n in (3, 8)]
-    errors._run = tmp_path
+    errors._run, errors._evaluated = tmp_path, None
     for number, label in enumerate(("4", "7")):
         errors.correct(number, label)
     corrected = open_source(csv=str(tmp_path / "corrections.csv")).split("train")
@@ -331,3 +332,15 @@ def test_an_image_of_the_same_name_with_another_label_is_of_other_data(run, erro
     with pytest.raises(ValueError, match="was evaluated on other images"):
         errors.correct(0, label)
     assert not (run / "corrections.csv").exists()
+
+
+def test_images_that_changed_since_the_evaluation_are_not_corrected(run, errors):
+    photo = run.parent / "photos" / errors.all[0].name
+    status = photo.stat()
+    os.utime(photo, ns=(status.st_atime_ns, status.st_mtime_ns + 1))  # as another file there
+    with pytest.raises(ValueError, match="its images changed since then; evaluate it again"):
+        errors.correct(0, errors.all[0].label)
+    assert not (run / "corrections.csv").exists()
+    errors = ConfidentErrors(run)
+    errors._evaluated = None  # evaluated before the ids were recorded
+    assert errors.correct(0, errors.all[0].label).is_file()

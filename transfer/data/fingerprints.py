@@ -94,6 +94,11 @@ class Fingerprints:
         return prints
 
 
+def ids_digest(ids: np.ndarray) -> str:
+    """SHA-256 of the ids of images in an order, ``S16`` ``[n]``; reads no images."""
+    return hashlib.sha256(ids.tobytes()).hexdigest()
+
+
 def _found(ids: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which ids are among others, bool ``[len(ids)]``, and their positions there."""
     order = np.argsort(among, kind="stable")

@@ -11,6 +11,7 @@ import numpy as np
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
 from transfer.core.npy_files import check_path
 from transfer.data.dataset import Source, Split
+from transfer.data.fingerprints import ids_digest
 from transfer.evaluation import abstention, metrics
 from transfer.evaluation.prediction import predict_logits, summarize
 from transfer.evaluation.tables import write_probabilities
@@ -53,10 +54,10 @@ def evaluate(
     Returns:
         ``accuracy`` and ``top5`` (0..1), ``loss`` (mean cross-entropy, nats), ``num_examples``,
         ``accuracy_ci95`` (Wilson score interval; with groups, also ``num_groups`` and
-        ``effective_examples``, see ``summarize``); ``dataset`` and ``splits``, the images used; and
-        the metrics per class and over all classes, with bootstrap intervals, of
-        ``transfer.evaluation.metrics.measure``; with ``coverage``, also ``conformal``. All values
-        are JSON types.
+        ``effective_examples``, see ``summarize``); ``dataset`` and ``splits``, the images used, and
+        ``image_ids_sha256``, a hash of their ids (see ``Source``); and the metrics per class and
+        over all classes, with bootstrap intervals, of ``transfer.evaluation.metrics.measure``; with
+        ``coverage``, also ``conformal``. All values are JSON types.
 
     Raises:
         ValueError: if the split is empty or has different classes, ``cut`` does not separate the
@@ -121,8 +122,13 @@ def measure(
     sets = {}
     if coverage is not None:
         sets["conformal"] = abstention.prediction_sets(logits, labels, coverage, split.groups)
+    heading = {
+        "dataset": split.source.name,
+        "splits": [name for name, _ in split.parts],
+        "image_ids_sha256": ids_digest(split.ids),
+    }
     return (
-        {"dataset": split.source.name, "splits": [name for name, _ in split.parts]}
+        heading
         | metrics.measure(logits, labels, classifier.labels, groups=split.groups)
         | summarize(logits, labels, split.groups)
         | sets

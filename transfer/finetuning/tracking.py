@@ -146,7 +146,8 @@ class RunTracking:
         context = self._context
         history = run_folder.read_history(context.run_dir)
         if context.options.solver != "gradient":  # has no epochs, so no callbacks
-            self._log({name: values[-1] for name, values in history.items()}, 1)
+            rows = {name: values[-1] for name, values in history.items() if name != "epoch"}
+            self._log(rows, 1)
         scalars = {
             f"eval_{name}": value
             for name, value in metrics["eval"].items()

@@ -88,8 +88,9 @@ def evaluate_run(
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
-        ValueError: if the classes of the images differ from the run's, some cannot be decoded,
-            ``coverage`` does not fit them, or ``probabilities`` does not end in ``.npy``.
+        ValueError: if no images are named and those of the run came from a Python program, the
+            classes of the images differ from the run's, some cannot be decoded, ``coverage`` does
+            not fit them, or ``probabilities`` does not end in ``.npy``.
 
     Example:
         >>> from transfer import fine_tune, load_meta_graph, open_source
@@ -119,6 +120,8 @@ def evaluate_run(
             f"group_by={group_by}: the images of the run come from several places, with the groups "
             "that they had when it was trained; leave out group_by"
         )
+    if not is_joined:
+        run_data.check_origin(folder, origin)
     source = run_data.open_data(folder) if is_joined else run_data.open_place(origin)
     split = _split(folder, settings, source, origin, eval_split, progress)
     if skip_unreadable:

@@ -24,7 +24,9 @@ from transfer.data.joined import Member, join
 from transfer.data.sources import open_source
 from transfer.runs import run_folder
 
-_PLACE = ("dataset", "data_dir", "image_folder", "csv", "group_by")
+_PLACES = ("dataset", "data_dir", "image_folder", "csv")
+"""Arguments of ``open_source`` of which each opens data without the others."""
+_ORIGIN = (*_PLACES, "group_by")
 """The arguments of ``open_source`` in ``config.yaml``."""
 
 
@@ -33,11 +35,14 @@ def open_data(folder: Path) -> Source:
     as one source, whose splits are the training and the held-out images.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no run, or its data no longer exist.
+        FileNotFoundError, ValueError: if there is no run, its data no longer exist, or they came
+            from a Python program.
     """
     if is_grown(folder):
         return joined_splits(folder)[0].source
-    return open_place(run_folder.read_config(folder))
+    settings = run_folder.read_config(folder)
+    check_origin(folder, settings)
+    return open_place(settings)
 
 
 def is_grown(folder: Path) -> bool:
@@ -63,7 +68,8 @@ def sources(folder: Path) -> list[dict[str, Any]]:
     if is_grown(folder):
         return [*run_folder.read_json(folder / run_folder.SOURCES)["sources"]]
     settings = run_folder.read_config(folder)
-    return [{"prefix": ""} | {name: settings.get(name) for name in _PLACE}]
+    check_origin(folder, settings)
+    return [{"prefix": ""} | {name: settings.get(name) for name in _ORIGIN}]
 
 
 def joined_splits(folder: Path) -> tuple[Split, Split]:
@@ -89,7 +95,7 @@ def joined_splits(folder: Path) -> tuple[Split, Split]:
         members.append(Member(prefix, train, held_out))
     settings = run_folder.read_config(folder)
     origin = {
-        name: settings.get(name) for name in (*_PLACE, *(["add"] if len(members) > 1 else []))
+        name: settings.get(name) for name in (*_ORIGIN, *(["add"] if len(members) > 1 else []))
     }
     return join(members, read_names(folder / run_folder.LABELS), origin)
 
@@ -124,6 +130,21 @@ def digest(split: Split, *, of_files: bool) -> dict[str, Any]:
         marks = [os.fsencode(name) for name in split.names]
     sha256 = hashlib.sha256(b"\0".join(marks) + split.labels.tobytes())
     return {"images": len(split), "sha256": sha256.hexdigest()}
+
+
+def check_origin(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Refuse to open the images of a run whose configuration does not say where they are.
+
+    Raises:
+        ValueError: if the run was given a source that ``open_source`` did not open.
+    """
+    if not any(settings.get(name) for name in _PLACES):
+        raise ValueError(
+            f"the images of the run in {str(folder)!r} came from a Python program and cannot be "
+            f"opened again: its {run_folder.CONFIG} names no dataset, image folder or manifest; "
+            "evaluate or export its classifier in that program, or evaluate the run on other "
+            "images: image_folder=DIR, csv=FILE or dataset=NAME"
+        )
 
 
 def held_out(folder: Path, source: Source) -> Split:

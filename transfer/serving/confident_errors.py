@@ -21,6 +21,7 @@ from transfer.core.csv_files import original
 from transfer.core.escapes import printable
 from transfer.core.files import make_folder, read_text, write_bytes, write_text
 from transfer.data.dataset import Source
+from transfer.data.fingerprints import ids_digest
 from transfer.data.remote_files import is_url
 from transfer.images.decoding import read_image
 from transfer.runs import run_data, run_folder
@@ -61,11 +62,18 @@ class ConfidentErrors:
         path = run / run_folder.PREDICTIONS
         if not path.is_file():
             raise FileNotFoundError(f"the run has no {path.name}; evaluate it")
+        self._names: list[str] = []
+        self._evaluated = _evaluated_ids(run)
         try:
-            wrong = (row for row in _predictions(path) if row.label != row.prediction)
+            wrong = (row for row in self._read(path) if row.label != row.prediction)
             self.all = heapq.nlargest(_MAX_ERRORS, wrong, key=lambda row: row.probability)
         except (csv.Error, ValueError, IndexError) as error:
             raise ValueError(f"{str(path)!r} is not what evaluate writes: {error}") from error
+
+    def _read(self, path: Path) -> Iterator[ConfidentError]:
+        for row in _predictions(path):
+            self._names.append(row.name)
+            yield row
 
     def image(self, number: int) -> bytes:
         """The encoded image of an error.
@@ -126,6 +134,22 @@ class ConfidentErrors:
         return run_data.open_data(self._run)
 
     @functools.cached_property
+    def _is_unchanged(self) -> bool:
+        """Whether the run's data have, under the names of the evaluated images, the same images."""
+        if self._evaluated is None:
+            return True  # evaluated by a version that did not record them
+        ids = {
+            printable(name): identity
+            for split in self._source.split_names
+            for name, identity in zip(
+                self._source.names(split), self._source.ids(split), strict=True
+            )
+        }
+        return ids_digest(np.array([ids.get(name, b"") for name in self._names], "S16")) == (
+            self._evaluated
+        )
+
+    @functools.cached_property
     def _positions(self) -> dict[str, tuple[str, int]]:
         """Split and position of each error's image, by its name."""
         wanted = {error.name for error in self.all}
@@ -140,12 +164,17 @@ class ConfidentErrors:
         error = self.all[number]
         with self._lock:
             position = self._positions.get(error.name)
-        # Other data may have images of the same name: they must not be shown, or corrected.
-        if position is None or self._label(*position) != error.label:
-            raise ValueError(
-                f"{error.name!r} of the class {error.label!r} is not an image of the run's data; "
-                "the run was evaluated on other images"
-            )
+            # Other data may have images of the same name: they must not be shown, or corrected.
+            if position is None or self._label(*position) != error.label:
+                raise ValueError(
+                    f"{error.name!r} of the class {error.label!r} is not an image of the run's "
+                    "data; the run was evaluated on other images"
+                )
+            if not self._is_unchanged:
+                raise ValueError(
+                    "the run was evaluated on other images, or its images changed since then; "
+                    "evaluate it again, without naming images"
+                )
         return position
 
     def _label(self, split: str, position: int) -> str:
@@ -156,6 +185,12 @@ class ConfidentErrors:
         split, position = self._position(number)
         name = self._source.names(split)[position]
         return file_of(self._source, name) or f"{COPIES}/{_as_file_name(name)}.png"
+
+
+def _evaluated_ids(run: Path) -> str | None:
+    """Digest of the ids of the images of the last evaluation, if it was recorded."""
+    path = run / run_folder.EVALUATION
+    return run_folder.read_json(path).get("image_ids_sha256") if path.is_file() else None
 
 
 def file_of(source: Source, name: str) -> str | None:
