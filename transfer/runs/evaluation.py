@@ -15,7 +15,7 @@ from transfer.core.npy_files import check_path
 from transfer.data import data_checks
 from transfer.data.dataset import MAX_COMPARED, Source, Split, whole_eval_split
 from transfer.data.groups import describe_shared
-from transfer.data.sources import manifest_location
+from transfer.data.sources import manifest_location, open_source
 from transfer.evaluation import metrics, report, scoring, tables
 from transfer.evaluation.report import Evaluated, RunSummary
 from transfer.layers.classifier import Classifier
