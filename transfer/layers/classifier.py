@@ -166,7 +166,8 @@ class Classifier(keras.Model):
             classifier's weights. The layers of the model are the trained part of the backbone,
             the part from ``freeze_from`` on, if given, and the head.
         """
-        prefix, suffix = None, self.feature_extractor
+        prefix: keras.layers.Layer | None = None
+        suffix = self.feature_extractor
         if at not in (None, "none"):
             prefix, suffix = suffix.split(at)
         parts = [suffix]
