@@ -171,7 +171,8 @@ class Classifier(keras.Model):
             classifier's weights. The layers of the model are the trained part of the backbone,
             the part from ``freeze_from`` on, if given, and the head.
         """
-        prefix, suffix = None, self.feature_extractor
+        prefix: keras.layers.Layer | None = None
+        suffix = self.feature_extractor
         if dtype is not None:
             suffix = suffix.in_mixed_precision(dtype)
         if at not in (None, "none"):
