@@ -185,9 +185,9 @@ class FineTuneOptions:
             known = _choices(option.type)
             value = getattr(self, option.name)
             if known and value not in known:
-                known = tuple(name for name in known if name is not None)
+                names = [name for name in known if name is not None]
                 raise ValueError(
-                    f"{option.name} must be {', '.join(known[:-1])} or {known[-1]}, got {value!r}"
+                    f"{option.name} must be {', '.join(names[:-1])} or {names[-1]}, got {value!r}"
                 )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing must be 0 to 1, got {self.label_smoothing}")
