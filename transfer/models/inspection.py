@@ -203,9 +203,10 @@ def _all_taps(graph: MetaGraph, input: str | None) -> dict[str, int]:
     widths = {}
     for name, tensor in network.taps.items():
         shape = shapes.get(tensor)
-        if shape is None or len(shape) not in (2, 4) or shape[-1] is None:
+        width = shape[-1] if shape and len(shape) in (2, 4) else None
+        if shape is None or width is None:
             return {}
-        widths[name] = shape[-1] * (2 if len(shape) == 4 else 1)
+        widths[name] = width * (2 if len(shape) == 4 else 1)
     return widths
 
 
