@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,8 @@ from commands import finetune
 from conftest import make_image_folder
 
 from recipes.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def evaluated_run(run: Path, model: Path, images_per_class: int, every: int, *flags: Any) -> Path:
@@ -22,3 +28,15 @@ def evaluated_run(run: Path, model: Path, images_per_class: int, every: int, *fl
         patch.setattr("transfer.evaluation.report.write", lambda *_: None)  # slow
         assert main(["evaluate", str(run)]) == 0
     return run
+
+
+@contextlib.contextmanager
+def started(run: Path, *flags: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """URL and process of a server on a free port."""
+    command = [sys.executable, "-m", "recipes", "serve", str(run), "--port", "0", *flags]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip(), process
+        finally:
+            process.terminate()

@@ -5,12 +5,14 @@ import re
 import shlex
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import tensorflow as tf
 from commands import largest_difference, metrics
 from conftest import make_image_folder
 from PIL import Image
+from served_runs import started
 
 from recipes.cli import main
 
@@ -58,17 +60,24 @@ def test_the_first_five_commands_work_in_order(tmp_path, monkeypatch, capsys):
     assert first == ["make", "demo"]
     assert re.search(r"^demo:.*\n\t.*vgg-transfer finetune$", (ROOT / "Makefile").read_text(), re.M)
     assert len(commands) == 4
+    assert {program for program, *_ in commands} == {".venv/bin/vgg-transfer"}
     make_image_folder(tmp_path / "photos")
     (tmp_path / "new").mkdir()
     for number, path in enumerate(sorted((tmp_path / "photos").glob("*/*"))[::9]):
         Image.open(path).convert("RGB").save(tmp_path / "new" / f"{number}.jpg")
+    (predict,) = re.findall(r"`vgg-transfer (predict [^`]*)`", README)
     monkeypatch.chdir(tmp_path)
-    for program, *arguments in commands:
-        assert program == ".venv/bin/vgg-transfer"
+    *jobs, serve = [arguments for _, *arguments in commands]
+    for arguments in (*jobs, predict.split()):
         words = [path for word in arguments for path in sorted(glob.glob(word)) or [word]]
         assert main(words) == 0, words
     predicted = capsys.readouterr().out.splitlines()[-len([*tmp_path.glob("new/*")]) :]
     assert all(line.startswith("new/") for line in predicted)
+    assert serve == ["serve", "runs/photos"]
+    with started(tmp_path / serve[1]) as (url, _):
+        page = httpx.get(url, trust_env=False).text
+    assert "<title>vgg-transfer</title>" in page
+    assert '"labels": ["blue", "red"]' in page
 
 
 def test_readme_has_at_most_200_lines():

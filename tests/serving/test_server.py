@@ -1,15 +1,12 @@
 """``vgg-transfer serve`` as a process: the page in Chromium, many connections, the end."""
 
 import asyncio
-import contextlib
 import csv
 import io
 import json
 import re
 import resource
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -17,13 +14,12 @@ import numpy as np
 import pytest
 from chromium import browser
 from PIL import Image
-from served_runs import evaluated_run
+from served_runs import evaluated_run, started
 
 from recipes.cli import main
 from transfer import Classifier
 from transfer.serving import server
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_REQUESTS = 1000
 
 
@@ -32,17 +28,6 @@ def run(tmp_path_factory, tiny_card, saved_vgg):
     folder = tmp_path_factory.mktemp("serve")
     model = saved_vgg(folder / "model" / "tiny", card=tiny_card)
     return evaluated_run(folder / "tiny", model, 24, 4)
-
-
-@contextlib.contextmanager
-def started(run, *flags):
-    """URL and process of a server."""
-    command = [sys.executable, "-m", "recipes", "serve", str(run), "--port", "0", *flags]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process.stdout.readline().strip(), process
-        finally:
-            process.terminate()
 
 
 @pytest.fixture(scope="module")
