@@ -27,8 +27,9 @@ def solve_head(context: RunContext, inputs: Inputs, model: keras.Model) -> None:
         inputs: of its first stage.
         model: the part that this stage trains.
     """
-    networks = [getattr(layer, "network", None) for layer in model.layers]
-    if context.options.dropout or any(network and network.training for network in networks):
+    *layers, _ = model.layers
+    has_dropout = any(layer.network.training is not None for layer in layers)
+    if context.options.dropout or has_dropout:
         logger.warning(
             "head_start=ridge solves for a head without dropout, and there is dropout in what is "
             "trained: the first steps may undo the solution; turn it off, that of the graph with "
