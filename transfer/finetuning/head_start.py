@@ -27,6 +27,14 @@ def solve_head(context: RunContext, inputs: Inputs, model: keras.Model) -> None:
         inputs: of its first stage.
         model: the part that this stage trains.
     """
+    *layers, _ = model.layers
+    has_dropout = any(layer.network.training is not None for layer in layers)
+    if context.options.dropout or has_dropout:
+        logger.warning(
+            "head_start=ridge solves for a head without dropout, and there is dropout in what is "
+            "trained: the first steps may undo the solution; turn it off, that of the graph e.g. with "
+            "feeds={'keep_prob:0': 1.0}"
+        )
     if inputs.is_images:
         # The features of frozen runs, so that they are found in the cache, and cached for others.
         tap = context.classifier.feature_extractor.network.output.removesuffix(":0")
