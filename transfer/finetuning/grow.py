@@ -130,15 +130,14 @@ def grown_request(
     Raises:
         FileNotFoundError, ValueError: if the run cannot be added to, see ``grow``.
     """
-    settings = run_folder.read_config(folder)
-    options = _options(folder, settings, given)
+    options = options_of(folder, given)
     if not (folder / run_folder.METRICS).is_file():
         raise ValueError(
             f"the run in {str(folder)!r} is not finished: it has no {run_folder.METRICS}; finish "
             "it with resume=True first"
         )
     if graph is None:
-        graph = _model(folder, settings)
+        graph = _model(folder, run_folder.read_config(folder))
 
     def remember(source: Source) -> contextlib.AbstractContextManager[None]:
         is_kept = options.cache == "disk"
@@ -163,12 +162,14 @@ def grown_request(
     )
 
 
-def _options(folder: Path, settings: Mapping[str, Any], given: FineTuneOptions) -> FineTuneOptions:
-    """The options of the run, with those that were given for where files are kept.
+def options_of(folder: Path, given: FineTuneOptions) -> FineTuneOptions:
+    """The options of a run, with those that were given for where files are kept.
 
     Raises:
-        ValueError: if the run has no head that was solved for, or an option differs.
+        FileNotFoundError: if there is no run.
+        ValueError: if it has no head that was solved for, or an option differs.
     """
+    settings = run_folder.read_config(folder)
     solver = settings.get("solver", "gradient")
     if solver not in ("ridge", "lbfgs"):
         raise ValueError(
