@@ -42,7 +42,7 @@ def test_unknown_precision_is_refused(request_of):
         precisions.compare_precisions(request_of, ["int4"])
 
 
-@pytest.mark.parametrize("precision", ["int8", "mixed_bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "int8", "mixed_bfloat16"])
 def test_rate_of_products_is_measured_in_each_precision(precision, monkeypatch):
     monkeypatch.setattr(product_rates, "_SIDE", 8)
     monkeypatch.setattr(product_rates, "_CHANNELS", 32)

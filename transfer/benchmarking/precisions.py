@@ -25,7 +25,7 @@ from transfer.quantization.engines import Engine
 from transfer.runs import run_folder
 
 RESULTS = "precisions.json"
-_PASSES = 3  # of which the fastest counts: other programs may slow one down
+_PASSES = 5  # of which the fastest counts: other programs may slow one down
 
 _EXPLAINED = """\
 A forward pass of the network, without the input pipeline. Largest difference: of a feature from
