@@ -80,7 +80,8 @@ def read(path: Path) -> Container:
         if any((path / name).is_file() for name in ("saved_model.pb", "saved_model.pbtxt")):
             raise ValueError(
                 f"{str(path)!r} is a SavedModel, which is used without conversion: give the folder "
-                "itself as the model"
+                "itself as the model. Its own classes are not read; for a classifier, convert the "
+                "Keras model it was made from (model.save('model.keras'))"
             )
         raise ValueError(f"{str(path)!r} is a folder; expected a file of weights")
     if not path.is_file():
