@@ -330,7 +330,7 @@ def test_pull_downloads_converts_and_verifies(tmp_path, server, capsys):
 
 @pytest.mark.parametrize("has_length", [True, False])
 def test_pull_stops_at_size_of_weights(tmp_path, server, monkeypatch, capsys, has_length):
-    monkeypatch.setattr(type(server.entry), "max_bytes", len(Handler.data) - 1)
+    monkeypatch.setattr(download.Weights, "max_bytes", len(Handler.data) - 1)
     monkeypatch.setattr(Handler, "has_length", has_length)
     assert main(["pull", "vgg16", "--out", str(tmp_path / "vgg16")]) == 1
     assert "so it is not the published file" in capsys.readouterr().err
