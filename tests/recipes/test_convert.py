@@ -224,7 +224,7 @@ def test_spatial_order_is_for_matconvnet_only(tmp_path, capsys):
 def test_convert_rejects_other_networks_and_writes_nothing(tmp_path, capsys):
     (tmp_path / "page.h5").write_bytes(b"<html>404</html>")
     assert convert(tmp_path / "page.h5", tmp_path / "out" / "vgg") == 1
-    assert "cannot be read: it is none of: Keras" in capsys.readouterr().err
+    assert "cannot be read: it is a web page" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
