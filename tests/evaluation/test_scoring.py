@@ -8,8 +8,9 @@ from conftest import make_run
 
 from recipes.cli import main
 from transfer import Classifier, evaluate, fine_tune, open_source
-from transfer.runs import evaluation, run_data
-from transfer.runs.evaluation import evaluate_run
+from transfer.data.dataset import whole_eval_split
+from transfer.runs import evaluation, run_data, run_folder
+from transfer.runs.evaluation import evaluate_model, evaluate_run
 
 
 @pytest.mark.slow
@@ -52,6 +53,21 @@ def test_evaluate_run_returns_what_it_writes(run, tmp_path):
     assert np.load(path).shape == (len(held_out), 2)
     with pytest.raises(ValueError, match=r"ends in \.npy"):
         evaluate_run(run, probabilities=tmp_path / "p.csv")
+
+
+def test_model_without_a_run_is_evaluated_on_the_images_given(run, capsys):
+    model = run / run_folder.MODEL
+    folder = run_folder.read_config(run)["image_folder"]
+    capsys.readouterr()
+    assert main(["evaluate", str(model), "--image-folder", folder]) == 0
+    everything = whole_eval_split(open_source(image_folder=folder))
+    found = evaluate(Classifier.load(run), everything)
+    shown = capsys.readouterr().out
+    assert f"accuracy {found['accuracy']:.4f} on {len(everything)} images" in shown
+    assert "report.html" not in shown
+    assert evaluate_model(model, image_folder=folder) == found
+    with pytest.raises(ValueError, match="there are no held-out images; give the images with"):
+        evaluate_model(model)
 
 
 def test_coverage_adds_prediction_sets(run, capsys):

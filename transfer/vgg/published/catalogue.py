@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transfer.vgg.architectures import ARCHITECTURES, num_parameters
-
 _KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
 _TORCH = "https://download.pytorch.org/models"
 _TIMM = "https://huggingface.co/timm"
@@ -48,12 +46,6 @@ class Entry:
         """Name of the file in the cache."""
         file = self.url.rsplit("/", 1)[1]
         return f"{self.name}.safetensors" if file == "model.safetensors" else file
-
-    @property
-    def max_bytes(self) -> int:
-        """Limit for the size of the file: its weights in float32, and a quarter for anything
-        else."""
-        return 5 * num_parameters(ARCHITECTURES[self.network], self.num_classes)
 
     @property
     def verified_by(self) -> str:

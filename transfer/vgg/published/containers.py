@@ -41,6 +41,8 @@ from transfer.vgg.published import (
 from transfer.vgg.published.limits import check_total
 
 _SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+# For messages only: what a file is follows from its contents.
+_SUFFIXES = (".h5", ".keras", ".pth", ".pt", ".bin", ".safetensors", ".onnx", ".npz", ".ckpt")
 _MAX_DIRECTORY_BYTES = 2**22  # of a zip archive
 _LEGACY_TORCH = b"\x8a\x0a" + torch_file.MAGIC.to_bytes(10, "little")
 _TABLE_MAGIC = (0xDB4775248B80FB57).to_bytes(8, "little")  # ends a LevelDB table
@@ -80,9 +82,12 @@ def read(path: Path) -> Container:
         if any((path / name).is_file() for name in ("saved_model.pb", "saved_model.pbtxt")):
             raise ValueError(
                 f"{str(path)!r} is a SavedModel, which is used without conversion: give the folder "
-                "itself as the model"
+                "itself as the model. Its own classes are not read; for a classifier, convert the "
+                "Keras model it was made from (model.save('model.keras'))"
             )
-        raise ValueError(f"{str(path)!r} is a folder; expected a file of weights")
+        inside = sorted(child.name for child in path.iterdir() if child.suffix in _SUFFIXES)
+        which = f", such as its {', '.join(inside[:3])}" if inside else ""
+        raise ValueError(f"{str(path)!r} is a folder; expected a file of weights{which}")
     if not path.is_file():
         if path.name and checkpoint.exists(path):
             return _checkpoint(path)

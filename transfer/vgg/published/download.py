@@ -26,6 +26,7 @@ from transfer.models import retention
 from transfer.models.card import read_card, write_card
 from transfer.models.meta_graph import load_meta_graph
 from transfer.models.saver import file_sha256
+from transfer.vgg.architectures import ARCHITECTURES, num_parameters
 from transfer.vgg.published import conversion
 from transfer.vgg.published.catalogue import CATALOGUE, Entry
 from transfer.vgg.published.conversion import Conversion, file_md5
@@ -49,6 +50,12 @@ class Weights:
         """The file in Keras' cache."""
         home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
         return home / "models" / self.entry.file_name
+
+    @property
+    def max_bytes(self) -> int:
+        """Limit for the size of the file: its weights in float32, and a quarter for anything
+        else."""
+        return 5 * num_parameters(ARCHITECTURES[self.entry.network], self.entry.num_classes)
 
     def difference(self, path: Path) -> str:
         """The hash of a file that differs from the published one; empty if none does."""
@@ -197,7 +204,7 @@ def download(weights: Weights, progress: Progress | None = None) -> None:
     part = path.with_name(f"{path.name}.part")
     unshare(part)
     done = part.stat().st_size if part.is_file() else 0
-    if done > weights.entry.max_bytes:  # of another file
+    if done > weights.max_bytes:  # of another file
         part.unlink()
         done = 0
     request = urllib.request.Request(weights.entry.url, headers={"Range": f"bytes={done}-"})
@@ -205,7 +212,7 @@ def download(weights: Weights, progress: Progress | None = None) -> None:
         with _opened(request) as response:
             if response.status != 206:  # the server ignores the range
                 done = 0
-            _receive(response, part, done, weights.entry.max_bytes, progress or _no_progress)
+            _receive(response, part, done, weights.max_bytes, progress or _no_progress)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not done:  # 416: the file is complete
             raise ConnectionError(_manual(weights, f"the server says {error.code}")) from error

@@ -21,6 +21,17 @@ def kind_of(head: bytes, size: int) -> str | None:
         head: at least the first 128 bytes, if the file has as many.
         size: of the file in bytes.
     """
+    if not size:
+        return "it is empty; get it again"
+    if head.startswith(b"version https://git-lfs.github.com/"):
+        return "it is a pointer of Git LFS, not the file that it stands for; get that: git lfs pull"
+    if re.match(rb"\s*<(!doctype html|html)", head, re.IGNORECASE):
+        return (
+            "it is a web page, such as an error or a request to confirm a download; get the file "
+            "itself"
+        )
+    if head.startswith(b"\x1f\x8b"):
+        return "it is compressed with gzip; unpack it first: tar xzf FILE, or gunzip FILE"
     if head[4:8] == b"TFL3":  # source: tensorflow/lite/schema/schema.fbs, file_identifier
         return (
             "it is a TFLite model, whose weights are often quantized and renamed; convert the "
