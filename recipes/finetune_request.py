@@ -16,7 +16,7 @@ from recipes.network_flags import parse_feed, parse_renames
 from transfer.activations.fingerprints import remembered
 from transfer.core.distribution import Replicas
 from transfer.data.dataset import Split
-from transfer.finetuning.grow import grown_request, options_of
+from transfer.finetuning.grow import grown_options, grown_request
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.setup import RunRequest
 from transfer.models.meta_graph import load_meta_graph
@@ -59,7 +59,7 @@ def grown(config: FinetuneConfig, run: Path, replicas: Replicas | None = None) -
         raise ValueError(
             f"add={run} needs images to add to the run: image_folder=FOLDER or csv=FILE"
         )
-    options_of(run, options)  # before the images are opened
+    grown_options(run, options)  # before the images are opened
     settings = run_folder.read_config(run)
     of_model = {name: getattr(config, name) or settings.get(name, ()) for name in _OF_MODEL}
     model = settings.get("model") if config.model == EMBEDDED else config.model

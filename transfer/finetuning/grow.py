@@ -130,7 +130,7 @@ def grown_request(
     Raises:
         FileNotFoundError, ValueError: if the run cannot be added to, see ``grow``.
     """
-    options = options_of(folder, given)
+    options = grown_options(folder, given)
     if not (folder / run_folder.METRICS).is_file():
         raise ValueError(
             f"the run in {str(folder)!r} is not finished: it has no {run_folder.METRICS}; finish "
@@ -162,7 +162,7 @@ def grown_request(
     )
 
 
-def options_of(folder: Path, given: FineTuneOptions) -> FineTuneOptions:
+def grown_options(folder: Path, given: FineTuneOptions) -> FineTuneOptions:
     """The options of a run, with those that were given for where files are kept.
 
     Raises:
