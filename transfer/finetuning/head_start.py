@@ -33,7 +33,7 @@ def solve_head(context: RunContext, inputs: Inputs, model: keras.Model) -> None:
         logger.warning(
             "head_start=ridge solves for a head without dropout, and there is dropout in what is "
             "trained: the first steps may undo the solution; turn it off, that of the graph with "
-            "feeds (such as keep_prob=1.0)"
+            "e.g. feeds={'keep_prob:0': 1.0}"
         )
     if inputs.is_images:
         # The features of frozen runs, so that they are found in the cache, and cached for others.
