@@ -4,36 +4,43 @@ phone.
     python docs/screenshots.py RUN OUT
 
 RUN is an evaluated run on the embedded digits, as of `vgg-transfer finetune --out RUN` and
-`vgg-transfer evaluate RUN`. The photos are digits that this program draws, so that all content of
-the pictures belongs to the project or to scikit-learn's digits. docs/serve.png and docs/report.png
-are OUT/serve-1020.png and OUT/report-1000.png.
+`vgg-transfer evaluate RUN`. The photos are held-out images of these digits. docs/serve.png and
+docs/report.png are OUT/serve-1020.png and OUT/report-1000.png.
 """
 
 from __future__ import annotations
 
+import io
 import sys
 import tempfile
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+import numpy as np
+from PIL import Image
+
+from transfer.runs import run_data
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from chromium import Page, browser
 from served_runs import started
 
-DIGITS = "362"
-HEIGHTS = {1280: 900, 1020: 640, 1000: 1262, 390: 844}
+LABELS = (3, 6, 2)
+HEIGHTS = {1280: 900, 1020: 700, 1000: 1262, 390: 844}
 
 
-def draw(digit: str, path: Path) -> Path:
-    """A photo of a written digit, wider than high."""
-    image = Image.new("RGB", (540, 360), (12, 14, 20))
-    font = ImageFont.load_default(330)
-    place = {"fill": (240, 240, 235), "font": font, "anchor": "mm", "stroke_width": 9}
-    ImageDraw.Draw(image).text((270, 185), digit, **place, stroke_fill=place["fill"])
-    image.filter(ImageFilter.GaussianBlur(5)).save(path)
-    return path
+def photos_of(run: Path, folder: Path) -> list[Path]:
+    """Held-out digits of the run, as photos that are wider than high."""
+    held_out = run_data.held_out(run, run_data.open_data(run))
+    chosen = [int(np.flatnonzero(held_out.labels == label)[0]) for label in LABELS]
+    paths = [folder / f"{label}.png" for label in LABELS]
+    for position, path in zip(chosen, paths, strict=True):
+        (example,) = held_out.examples(np.array([position]))
+        digit = Image.open(io.BytesIO(example["image"].numpy())).convert("RGB")
+        photo = Image.new("RGB", (540, 360))
+        photo.paste(digit.resize((360, 360), Image.Resampling.BICUBIC), (90, 0))
+        photo.save(path)
+    return paths
 
 
 def classify(page: Page, photos: list[Path]) -> None:
@@ -49,7 +56,7 @@ def main() -> int:
     run, out = map(Path, sys.argv[1:])
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, browser(Path(folder) / "profile") as page:
-        photos = [draw(digit, Path(folder) / f"{digit}.png") for digit in DIGITS]
+        photos = photos_of(run, Path(folder))
         with started(run.resolve()) as (url, _):
             for width in (1280, 1020, 390):
                 page.open(url, width, HEIGHTS[width])
