@@ -99,6 +99,7 @@ def test_metrics_say_how_old_and_new_classes_fare(place, grown):
     assert growth["new_classes"]["accuracy"] == is_right[4:].mean()
 
 
+@pytest.mark.slow
 def test_grown_run_is_the_run_on_all_images(place, grown):
     """The head is the one of a run on both folders from the beginning."""
     result, _ = grown
@@ -122,6 +123,7 @@ def test_grown_run_is_evaluated_predicted_and_exported(place, grown):
     assert main(["export", str(result.run_dir), "--format", "meta_graph"]) == 0
 
 
+@pytest.mark.slow
 def test_images_are_added_again(place, grown):
     result, _ = grown
     add_class(place / "third", "dark", start=20)
@@ -138,6 +140,7 @@ def test_images_are_added_again(place, grown):
     assert (len(train), len(held_out)) == (32, 8)
 
 
+@pytest.mark.slow
 def test_folder_that_grew_adds_only_what_is_new(place, tmp_path):
     """The same folder with a new class and copies of old images under other names."""
     shutil.copytree(place / "photos", tmp_path / "photos")
@@ -155,6 +158,7 @@ def test_folder_that_grew_adds_only_what_is_new(place, tmp_path):
     assert not {name.removeprefix("photos/") for name in trained} & {*held_out}
 
 
+@pytest.mark.slow
 def test_manifest_is_added_through_the_command(place, tmp_path, capsys):
     """``--config`` of the new run repeats it."""
     lines = [f"{path},green" for path in sorted((place / "more" / "green").iterdir())]
@@ -178,6 +182,7 @@ def refusal(place, folder, tmp_path, run="run", **options):
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_conflicts_and_missing_images_are_refused(place, tmp_path):
     more = place / "more"
     assert "leave out preprocess=caffe (the run has unit)" in refusal(
@@ -211,6 +216,7 @@ def test_another_network_is_refused(place, tmp_path, tiny_card, saved_vgg):
     )
 
 
+@pytest.mark.slow
 def test_runs_that_listed_no_training_images_are_added_to(place, tmp_path):
     """Runs of earlier versions, also with ``shots_per_class``: the images are drawn again."""
     fine_tune(
