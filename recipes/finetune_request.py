@@ -18,7 +18,7 @@ from transfer.core.distribution import Replicas
 from transfer.data.dataset import Split
 from transfer.finetuning.grow import grown_options, grown_request
 from transfer.finetuning.options import FineTuneOptions
-from transfer.finetuning.setup import RunRequest
+from transfer.finetuning.request import RunRequest
 from transfer.models.meta_graph import load_meta_graph
 from transfer.runs import run_data, run_folder
 

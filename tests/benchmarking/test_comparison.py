@@ -12,8 +12,8 @@ from transfer.benchmarking import limits
 from transfer.benchmarking.comparison import Comparison, compare, labels_of
 from transfer.benchmarking.keras_baseline import keras_baseline
 from transfer.finetuning.options import FineTuneOptions
+from transfer.finetuning.request import RunRequest
 from transfer.finetuning.run import run
-from transfer.finetuning.setup import RunRequest
 from transfer.graph.cuts import default_cuts
 
 WORK = {"finetune": run, "keras-baseline": keras_baseline, "benchmark-limits": limits.measure}

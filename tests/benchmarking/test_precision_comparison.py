@@ -7,7 +7,7 @@ import pytest
 from transfer import load_meta_graph, open_source
 from transfer.benchmarking import precisions, product_rates
 from transfer.finetuning.options import FineTuneOptions
-from transfer.finetuning.setup import RunRequest
+from transfer.finetuning.request import RunRequest
 from transfer.runs import run_folder
 
 

@@ -9,7 +9,7 @@ from transfer import fine_tune, load_meta_graph, open_source
 from transfer.benchmarking import study as module
 from transfer.benchmarking.study import study
 from transfer.finetuning.options import FineTuneOptions
-from transfer.finetuning.setup import RunRequest
+from transfer.finetuning.request import RunRequest
 from transfer.runs import run_folder
 
 

@@ -7,7 +7,7 @@ from transfer import fine_tune, load_meta_graph, open_source
 from transfer.finetuning.cost import CutCost
 from transfer.finetuning.forecast import forecast
 from transfer.finetuning.options import FineTuneOptions
-from transfer.finetuning.setup import RunRequest
+from transfer.finetuning.request import RunRequest
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from transfer import fine_tune, open_source
-from transfer.finetuning import head_solution, setup
+from transfer.finetuning import defaults, head_solution, setup
 from transfer.finetuning.inputs import ActivationStore
 from transfer.finetuning.options import FineTuneOptions
 
@@ -59,7 +59,7 @@ def test_resumed_run_keeps_its_solver(tmp_path, recorded, expected):
     request = types.SimpleNamespace(
         options=FineTuneOptions(), callbacks=(), resume=True, run_dir=tmp_path
     )
-    assert setup._solver(request, None, 100, 32) == expected
+    assert defaults.solver_of(request, None, 100, 32) == expected
 
 
 @pytest.mark.parametrize("options", [{"solver": "ridge"}, {"solver": "lbfgs"}, {"lbfgs_c": 1.0}])
@@ -78,13 +78,13 @@ def test_taps_are_compared_with_a_progress_bar(monkeypatch):
         wrapped.append(progress)
         return types.SimpleNamespace(best=types.SimpleNamespace(tap="fc7"))
 
-    monkeypatch.setattr(setup, "choose_tap", choose_tap)
-    monkeypatch.setattr(setup.measurement, "progress", lambda items, title, unit: (title, unit))
+    monkeypatch.setattr(defaults, "choose_tap", choose_tap)
+    monkeypatch.setattr(defaults.measurement, "progress", lambda items, title, unit: (title, unit))
     for verbose in (0, 1):
         request = types.SimpleNamespace(
             graph=None, options=None, feeds={}, verbose=verbose, resume=False, run_dir=None
         )
-        assert setup._best_tap(request, None) == "fc7"
+        assert defaults.best_tap(request, None) == "fc7"
     assert [progress([]) for progress in wrapped] == [[], ("features", "tap")]
 
 

@@ -8,7 +8,7 @@ from commands import finetune, largest_difference
 
 from recipes.cli import main
 from transfer import Backbone
-from transfer.finetuning import hyperparameters, inputs, setup
+from transfer.finetuning import defaults, hyperparameters, inputs
 from transfer.finetuning.hyperparameters import (
     choose_solver,
     default_batch_size,
@@ -131,7 +131,7 @@ def small_defaults(monkeypatch):
     """Defaults with which the batch grows from 4 to 8 on 20 images."""
     monkeypatch.setattr(hyperparameters, "HEAD_STEPS", 10)
     monkeypatch.setattr(hyperparameters, "BATCH", 4)
-    monkeypatch.setattr(setup, "BATCH", 4)
+    monkeypatch.setattr(defaults, "BATCH", 4)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from recipes.cli import main
 from transfer import load_meta_graph, open_source
 from transfer.finetuning.lr_find import find_learning_rate
 from transfer.finetuning.options import FineTuneOptions
-from transfer.finetuning.setup import RunRequest
+from transfer.finetuning.request import RunRequest
 
 
 @pytest.fixture

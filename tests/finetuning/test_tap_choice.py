@@ -7,7 +7,7 @@ import pytest
 from sklearn.model_selection import StratifiedKFold
 
 from transfer import load_meta_graph
-from transfer.finetuning import setup, tap_choice
+from transfer.finetuning import defaults, tap_choice
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.tap_choice import candidate_taps, score_taps
 from transfer.training.ridge import fit_ridge
@@ -72,7 +72,7 @@ def test_candidates_begin_with_the_default_and_are_different_layers(model):
 def test_resumed_run_keeps_its_tap(tmp_path):
     (tmp_path / "config.yaml").write_text("tap: pool1:0\n")
     request = types.SimpleNamespace(resume=True, run_dir=tmp_path)
-    assert setup._best_tap(request, None) == "pool1:0"
+    assert defaults.best_tap(request, None) == "pool1:0"
 
 
 def test_images_are_drawn_from_all_classes(smooth_folder):

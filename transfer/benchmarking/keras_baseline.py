@@ -15,7 +15,8 @@ from transfer.activations.extraction import EXTRACTION_BATCH, Compiled
 from transfer.core import measurement
 from transfer.evaluation.prediction import predict_logits, summarize
 from transfer.finetuning.hyperparameters import BATCH
-from transfer.finetuning.setup import RunRequest, prepare
+from transfer.finetuning.request import RunRequest
+from transfer.finetuning.setup import prepare
 from transfer.runs import run_folder
 
 

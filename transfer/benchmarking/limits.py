@@ -13,7 +13,8 @@ import tensorflow as tf
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled
 from transfer.benchmarking.product_rates import product_gflops
 from transfer.core import measurement
-from transfer.finetuning.setup import RunRequest, prepare
+from transfer.finetuning.request import RunRequest
+from transfer.finetuning.setup import prepare
 from transfer.quantization import engines
 from transfer.runs import run_folder
 

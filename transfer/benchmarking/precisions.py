@@ -14,7 +14,8 @@ from tabulate import tabulate
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled
 from transfer.benchmarking.product_rates import product_gflops
 from transfer.finetuning.options import FineTuneOptions
-from transfer.finetuning.setup import RunRequest, prepare
+from transfer.finetuning.request import RunRequest
+from transfer.finetuning.setup import prepare
 from transfer.graph.cuts import list_cuts
 from transfer.layers.backbone import MIXED_PRECISIONS, GraphLayer
 from transfer.layers.head import average_over_space

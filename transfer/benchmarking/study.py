@@ -27,8 +27,8 @@ from transfer.evaluation.image_scores import score_images
 from transfer.evaluation.metrics import expected_calibration_error
 from transfer.finetuning.model_plan import plan_model
 from transfer.finetuning.options import FineTuneOptions
+from transfer.finetuning.request import RunRequest
 from transfer.finetuning.run import run
-from transfer.finetuning.setup import RunRequest
 from transfer.finetuning.tap_choice import AUTO
 from transfer.graph import cut
 from transfer.images.preprocess import parse_size
@@ -111,7 +111,7 @@ def study(
         >>> from transfer import load_meta_graph, open_source
         >>> from transfer.benchmarking.study import study
         >>> from transfer.finetuning.options import FineTuneOptions
-        >>> from transfer.finetuning.setup import RunRequest
+        >>> from transfer.finetuning.request import RunRequest
         >>> splits = open_source("digits").train_and_eval_splits()
         >>> options = FineTuneOptions(solver="lbfgs")
         >>> request = RunRequest(load_meta_graph("embedded"), *splits, options)

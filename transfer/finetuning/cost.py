@@ -20,13 +20,13 @@ import tensorflow as tf
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
 from transfer.core import measurement
 from transfer.data.dataset import Split
+from transfer.finetuning.context import RunContext
 from transfer.finetuning.hyperparameters import (
     StageRequest,
     default_batch_size,
     parameter_groups,
     resolve,
 )
-from transfer.finetuning.setup import RunContext
 from transfer.finetuning.stage import new_trainer
 from transfer.graph.cuts import Cut, list_cuts
 from transfer.images.preprocess import Preprocess

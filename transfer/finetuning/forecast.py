@@ -12,7 +12,8 @@ import keras
 from transfer.core import measurement
 from transfer.finetuning.cost import CutCost, measure_costs
 from transfer.finetuning.hyperparameters import choose_solver
-from transfer.finetuning.setup import RunRequest, prepare
+from transfer.finetuning.request import RunRequest
+from transfer.finetuning.setup import prepare
 from transfer.finetuning.tap_choice import AUTO, TapChoice, choose_tap
 
 
@@ -48,7 +49,7 @@ def forecast(request: RunRequest) -> Forecast:
         >>> from transfer import load_meta_graph, open_source
         >>> from transfer.finetuning.forecast import forecast
         >>> from transfer.finetuning.options import FineTuneOptions
-        >>> from transfer.finetuning.setup import RunRequest
+        >>> from transfer.finetuning.request import RunRequest
         >>> splits = open_source("digits").train_and_eval_splits()
         >>> few = FineTuneOptions(shots_per_class=5)
         >>> result = forecast(RunRequest(load_meta_graph("embedded"), *splits, few))

@@ -13,8 +13,8 @@ from transfer.core import measurement
 from transfer.core.distribution import Replicas
 from transfer.data.dataset import Source, Split
 from transfer.finetuning.options import OF_GRADIENT_DESCENT, FineTuneOptions, options_from
+from transfer.finetuning.request import RunRequest
 from transfer.finetuning.run import FineTuneResult, run
-from transfer.finetuning.setup import RunRequest
 from transfer.models.meta_graph import MetaGraph, load_meta_graph
 from transfer.runs import run_folder
 from transfer.runs.growth import grown_splits

@@ -13,8 +13,8 @@ import numpy as np
 from transfer.activations.extraction import Compiled
 from transfer.evaluation.metrics import expected_calibration_error
 from transfer.evaluation.prediction import probabilities, summarize
+from transfer.finetuning.context import RunContext
 from transfer.finetuning.inputs import Inputs
-from transfer.finetuning.setup import RunContext
 from transfer.training.linear_head import Solution
 from transfer.training.logistic_regression import fit_logistic_regression
 from transfer.training.ridge import fit_ridge

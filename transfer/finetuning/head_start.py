@@ -12,9 +12,9 @@ from dataclasses import replace
 
 import keras
 
+from transfer.finetuning.context import RunContext
 from transfer.finetuning.head_solution import describe, report_ridge, solve, training_features
 from transfer.finetuning.inputs import Inputs
-from transfer.finetuning.setup import RunContext
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from transfer.activations.store import ActivationStore, ExtractionRequest
 from transfer.data.dataset import Split
 from transfer.data.epochs import Epochs
 from transfer.evaluation.prediction import predict_logits, summarize
-from transfer.finetuning.setup import RunContext, calibration_images
+from transfer.finetuning.context import RunContext
+from transfer.finetuning.precision import calibration_images
 from transfer.graph import is_seeded
 from transfer.layers.backbone import GraphLayer
 from transfer.quantization.prefix import QuantizedPrefix

@@ -12,10 +12,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from transfer.core.files import replacing
+from transfer.finetuning.context import RunContext
 from transfer.finetuning.head_start import solve_head
 from transfer.finetuning.hyperparameters import parameter_groups
 from transfer.finetuning.inputs import Inputs
-from transfer.finetuning.setup import RunContext, RunRequest, prepare
+from transfer.finetuning.request import RunRequest
+from transfer.finetuning.setup import prepare
 from transfer.finetuning.stage import new_trainer
 from transfer.runs import run_folder
 from transfer.training.lr_range_test import RangeTest, range_test
@@ -50,7 +52,7 @@ def find_learning_rate(
     Example:
         >>> from transfer import load_meta_graph, open_source
         >>> from transfer.finetuning.lr_find import find_learning_rate
-        >>> from transfer.finetuning.setup import RunRequest
+        >>> from transfer.finetuning.request import RunRequest
         >>> graph = load_meta_graph("embedded")
         >>> train, held_out = open_source("digits").train_and_eval_splits()
         >>> result = find_learning_rate(RunRequest(graph, train, held_out))

@@ -12,10 +12,12 @@ import tensorflow as tf
 
 from transfer.activations.extraction import Compiled
 from transfer.core.distribution import Replicas
+from transfer.data.dataset import Split
 from transfer.finetuning.options import ResolvedOptions
 from transfer.graph import cut as graph_cut
 from transfer.graph import is_seeded
 from transfer.graph.mixed_precision import num_products
+from transfer.images.preprocess import Preprocess
 from transfer.layers.backbone import GraphLayer
 from transfer.quantization import engines
 from transfer.quantization.agreement import DisagreementError
@@ -157,3 +159,9 @@ def _measured(
             return PrecisionChoice("float32")
         logger.info(f"precision: int8, as {facts}; error of the features {agreement.error:.3f}")
     return PrecisionChoice("int8", engine, quantized)
+
+
+def calibration_images(train: Split, preprocess: Preprocess, seed: int) -> CalibrationImages:
+    """The images that determine the ranges of int8. Where images were added to a run, those of the
+    first run, so that its activations stay the same."""
+    return CalibrationImages(train.of_members()[0], preprocess, seed)

@@ -23,15 +23,12 @@ from transfer.finetuning.advice import (
     describe_overfitting,
     describe_rare_classes,
 )
+from transfer.finetuning.context import RunContext
 from transfer.finetuning.inputs import Inputs
 from transfer.finetuning.options import OF_GRADIENT_DESCENT, FineTuneOptions, options_from
-from transfer.finetuning.setup import (
-    SOURCES,
-    RunContext,
-    RunRequest,
-    prepare,
-    write_provenance,
-)
+from transfer.finetuning.provenance import SOURCES, write_provenance
+from transfer.finetuning.request import RunRequest
+from transfer.finetuning.setup import prepare
 from transfer.finetuning.solver import StageSolver
 from transfer.finetuning.stage import Progress, StageTrainer
 from transfer.layers.classifier import Classifier

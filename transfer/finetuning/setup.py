@@ -6,53 +6,45 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 import keras
 import numpy as np
 
 from transfer.activations.fingerprints import remembered
 from transfer.activations.samples import sample_features
-from transfer.activations.store import CachePolicy
 from transfer.core import measurement
 from transfer.core.distribution import Replicas
-from transfer.core.files import write_names
 from transfer.data import data_checks
 from transfer.data.dataset import MAX_COMPARED, Split, few_shot
 from transfer.data.groups import describe_shared
 from transfer.data.unreadable import UnreadableImageError, find_unreadable
 from transfer.exports.meta_graph import check_savable
+from transfer.finetuning.context import RunContext
+from transfer.finetuning.defaults import batch_size_of, best_tap, precision_of, solver_of
 from transfer.finetuning.hyperparameters import (
-    BATCH,
     Stage,
-    choose_solver,
-    default_batch_size,
     requested_stages,
     resolve,
     rms,
-    trains_cached_head,
 )
 from transfer.finetuning.model_plan import plan_model
-from transfer.finetuning.options import OF_GRADIENT_DESCENT, FineTuneOptions, ResolvedOptions
-from transfer.finetuning.precision import choose
-from transfer.finetuning.tap_choice import AUTO, choose_tap
+from transfer.finetuning.options import FineTuneOptions, ResolvedOptions
+from transfer.finetuning.precision import calibration_images, choose
+from transfer.finetuning.request import RunRequest
+from transfer.finetuning.tap_choice import AUTO
 from transfer.graph import Network, graph_preprocessing, is_seeded
 from transfer.graph import cut as graph_cut
 from transfer.graph.cuts import stopped
-from transfer.images.preprocess import Preprocess, parse_size, show_size
-from transfer.layers.backbone import MIXED_PRECISIONS, Backbone, GraphLayer
+from transfer.images.preprocess import parse_size, show_size
+from transfer.layers.backbone import Backbone, GraphLayer
 from transfer.layers.classifier import Classifier
 from transfer.layers.head import Head
-from transfer.models.meta_graph import MetaGraph
-from transfer.quantization.calibration import CalibrationImages
-from transfer.quantization.prefix import QuantizedPrefix
 from transfer.runs import run_data, run_folder
 from transfer.runs.growth import Growth
 from transfer.training.l2_sp import L2SP
-from transfer.training.ridge import is_solvable
 
 logger = logging.getLogger(__name__)
 
@@ -61,126 +53,6 @@ logger = logging.getLogger(__name__)
 FIRST_LOGITS = 0.1
 # Options that may differ between workers: locations of files.
 _PLACES = ("model", "data_dir", "image_folder", "csv", "add", "out", "cache_dir", "cache_limit")
-SOURCES = ("model", "dataset", "data_dir", "image_folder", "csv", "add")
-"""Sources of model and images in ``config.yaml``; ``provenance.json`` identifies their content."""
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """Arguments of a fine-tuning run.
-
-    Args:
-        graph: the pretrained network.
-        train: training images.
-        held_out: images to evaluate on, from the same source.
-        options: see ``FineTuneOptions``.
-        feeds: values of placeholders, see ``Backbone``.
-        run_dir: folder of the run; ``None`` takes ``runs/<date-time>-<dataset>-<cut>``.
-        resume: continue the run in ``run_dir``.
-        recorded: values for ``config.yaml`` beside the options, such as the splits' expressions.
-        command: command line, written to ``provenance.json``.
-        callbacks: Keras callbacks in addition to the run's own.
-        verbose: 0 silent, 1 progress bars, 2 log lines.
-        replicas: devices and processes that train together.
-        growth: what ``train`` and ``held_out`` have from a run that images are added to.
-    """
-
-    graph: MetaGraph
-    train: Split
-    held_out: Split
-    options: FineTuneOptions = field(default_factory=FineTuneOptions)
-    feeds: Mapping[str, float | bool] = field(default_factory=dict)
-    run_dir: Path | None = None
-    resume: bool = False
-    recorded: Mapping[str, Any] = field(default_factory=dict)
-    command: Sequence[str] = ()
-    callbacks: Sequence[keras.callbacks.Callback] = ()
-    verbose: int = 0
-    replicas: Replicas = field(default_factory=Replicas)
-    growth: Growth | None = None
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """Where model and images come from, and what else is recorded."""
-        feeds = [f"{name}={value}" for name, value in self.feeds.items()]
-        fed = {"feed": feeds} if feeds else {}
-        return {"model": self.graph.name, **self.train.source.origin, **fed, **self.recorded}
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunContext:
-    """A run that has been set up: classifier, stages and images.
-
-    ``fingerprint`` identifies the training and held-out images; ``num_leaks`` is the number of
-    held-out images that are also among the training images, as far as they were compared;
-    ``inspect_s`` are the seconds that this took, mostly for decoding images whose fingerprints were
-    not on disk. ``taps`` are the tensors of several taps, ``measured`` is the frozen part in int8,
-    if it was measured to resolve ``precision="auto"``; ``l2_sp`` holds the pretrained weights, if
-    the option is set.
-    """
-
-    request: RunRequest
-    options: ResolvedOptions
-    run_dir: Path
-    classifier: Classifier
-    stages: list[Stage]
-    train: Split
-    held_out: Split
-    fingerprint: dict[str, Any]
-    num_leaks: int = 0
-    taps: list[str] = field(default_factory=list)
-    inspect_s: float = 0.0
-    measured: QuantizedPrefix | None = None
-    l2_sp: L2SP | None = None
-
-    @property
-    def replicas(self) -> Replicas:
-        return self.request.replicas
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.train) // self.options.batch_size)
-
-    @property
-    def last_cut(self) -> str:
-        return self.stages[-1].cut
-
-    @property
-    def mixed_precision(self) -> str | None:
-        """The mixed precision of the run, as a Keras dtype policy, if it has one."""
-        precision = self.options.precision
-        return precision if precision in MIXED_PRECISIONS else None
-
-    def split(self, stage: Stage) -> tuple[GraphLayer | None, keras.Sequential]:
-        """The frozen and the trained part of the classifier, in the precision of the run."""
-        return self.classifier.split(stage.cut, stage.freeze_from, dtype=self.mixed_precision)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Content of ``config.yaml``: the resolved options, and the sources of model and images."""
-        options = dataclasses.asdict(self.options) | {"freeze_until": self.last_cut}
-        if self.options.solver != "gradient":
-            used = {name: v for name, v in options.items() if name not in OF_GRADIENT_DESCENT}
-            return {**self.request.origin, **used, "out": self.run_dir}
-        if self.options.schedule is not None:
-            options["schedule"] = ",".join(map(str, self.stages))
-        else:
-            stage = self.stages[-1]
-            options["epochs"] = stage.epochs
-            options["learning_rate"] = stage.learning_rate
-            options["backbone_lr_scale"] = stage.backbone_lr_scale
-        return {**self.request.origin, **options, "out": self.run_dir}
-
-    @property
-    def cache_policy(self) -> CachePolicy:
-        options = self.options
-        return CachePolicy(
-            options.cache, options.cache_dir, options.cache_limit, options.cache_dtype
-        )
-
-    def progress(self, batches: Iterable[Any], title: str) -> Iterable[Any]:
-        """The same batches, with a progress bar unless the run is silent."""
-        return measurement.progress(batches, title) if self.request.verbose else batches
 
 
 def prepare(request: RunRequest) -> RunContext:
@@ -213,7 +85,7 @@ def prepare(request: RunRequest) -> RunContext:
         fingerprint, num_leaks = _inspect_images(train, request.held_out, request.verbose)
     inspect_s = time.perf_counter() - start
     if options.tap == AUTO:
-        tap = _best_tap(request, train) if replicas.is_chief else ""
+        tap = best_tap(request, train) if replicas.is_chief else ""
         options = dataclasses.replace(options, tap=replicas.from_chief(tap))
         request = dataclasses.replace(request, options=options)
         keras.utils.set_random_seed(options.seed)  # the run is that with this tap, named
@@ -252,12 +124,6 @@ def prepare(request: RunRequest) -> RunContext:
     )
 
 
-def calibration_images(train: Split, preprocess: Preprocess, seed: int) -> CalibrationImages:
-    """The images that determine the ranges of int8. Where images were added to a run, those of the
-    first run, so that its activations stay the same."""
-    return CalibrationImages(train.of_members()[0], preprocess, seed)
-
-
 def _check_model(growth: Growth, backbone: GraphLayer) -> None:
     """Refuse to add images to a run with another network: the features would differ."""
     recorded = run_folder.read_json(growth.run / run_folder.PROVENANCE)["model"]
@@ -267,50 +133,6 @@ def _check_model(growth: Growth, backbone: GraphLayer) -> None:
             "weights, or the values fed to its placeholders, are others; give graph and feeds as "
             "that run had them"
         )
-
-
-def write_provenance(context: RunContext) -> None:
-    """Write the names of the training and held-out images, and ``provenance.json``: the command,
-    versions, model and images of the run.
-
-    Raises:
-        ValueError: if a resumed run has a different model or different images.
-    """
-    run_dir, request = context.run_dir, context.request
-    provenance = {
-        "command": list(request.command),
-        "git": measurement.git_revision(),
-        "versions": measurement.versions(),
-        "model": {
-            "name": request.origin["model"],
-            "sha256": context.classifier.backbone.digest(),
-        },
-        "dataset": {"name": context.train.source.name} | context.fingerprint,
-    }
-    path = run_dir / run_folder.PROVENANCE
-    if path.is_file():
-        began = run_folder.read_json(path)
-        changed = [
-            part
-            for part in ("model", "dataset")
-            if _content(began, part) != _content(provenance, part)
-        ]
-        if changed:
-            raise ValueError(
-                f"cannot resume the run in {str(run_dir)!r}: its {' and '.join(changed)} changed "
-                f"since it began (see {path.name}); start anew, with another run_dir"
-            )
-        return
-    write_names(run_dir / run_folder.TRAINING, context.train.names)
-    write_names(run_dir / run_folder.HELD_OUT, context.held_out.names)
-    if request.growth is not None:
-        run_folder.write_json(run_dir / run_folder.SOURCES, {"sources": request.growth.sources})
-    run_folder.write_json(path, provenance)
-
-
-def _content(provenance: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """A part of the provenance without its name."""
-    return {name: value for name, value in provenance[part].items() if name != "name"}
 
 
 def _requested_options(request: RunRequest) -> dict[str, Any]:
@@ -439,91 +261,21 @@ def _classifier(
         classifier.build_from_size()
     check_savable(classifier)
     size = preprocess.size
-    solver = _solver(request, backbone, len(train), features.shape[1])
+    solver = solver_of(request, backbone, len(train), features.shape[1])
     request = dataclasses.replace(request, options=dataclasses.replace(options, solver=solver))
     resolved = (
         vars(options)
-        | _precision(request)
+        | precision_of(request)
         | {
             "solver": solver,
             "tap": tap,
             "input": network.input,
             "preprocess": preprocess.mode,
             "image_size": size if isinstance(size, int) else show_size(size),
-            "batch_size": _batch_size(request, train, backbone),
+            "batch_size": batch_size_of(request, train, backbone),
         }
     )
     return classifier, features, ResolvedOptions(**resolved), planned.tensors
-
-
-def _recorded(request: RunRequest) -> dict[str, Any]:
-    """The configuration of the resumed run; empty for a new run, and for one that has not begun."""
-    if request.resume and request.run_dir is not None:
-        with contextlib.suppress(FileNotFoundError):
-            return run_folder.read_config(request.run_dir)
-    return {}
-
-
-def _best_tap(request: RunRequest, train: Split) -> str:
-    """The tap of the resumed run, else the one that is best on the training images."""
-    if isinstance(recorded := _recorded(request).get("tap"), str):
-        return recorded
-    choice = choose_tap(
-        request.graph,
-        train,
-        request.options,
-        request.feeds,
-        lambda taps: measurement.progress(taps, "features", "tap") if request.verbose else taps,
-    )
-    return choice.best.tap
-
-
-def _solver(
-    request: RunRequest, backbone: Backbone, num_images: int, width: int
-) -> Literal["gradient", "ridge", "lbfgs"]:
-    """The solver that was given, else that of the resumed run, else the default."""
-    options = request.options
-    if options.solver == "auto" and request.callbacks:
-        return "gradient"  # only its epochs call them
-    if options.solver == "auto" and (config := _recorded(request)):
-        recorded = config.get("solver", "gradient")
-        if recorded in ("gradient", "lbfgs"):
-            return cast("Literal['gradient', 'lbfgs']", recorded)
-    num_examples = num_images * max(1, options.views)
-    if options.solver == "ridge" and not is_solvable(num_examples, width):
-        logger.warning(
-            f"solver=ridge decomposes {num_examples:,} x {width:,} features, which takes long and "
-            "much memory; solver=gradient does not"
-        )
-    return choose_solver(options, backbone, num_images, width)
-
-
-def _batch_size(request: RunRequest, train: Split, backbone: Backbone) -> int:
-    """The batch size that was given, else that of the resumed run, else the default."""
-    options = request.options
-    if options.batch_size is not None:
-        return options.batch_size
-    recorded = _recorded(request).get("batch_size")
-    if isinstance(recorded, int) and 1 <= recorded <= len(train):
-        return recorded
-    is_cached_head = trains_cached_head(options, backbone, request.replicas.num_workers)
-    default = default_batch_size(len(train), is_cached_head=is_cached_head)
-    if default > BATCH:
-        logger.info(
-            f"batch_size: {default}, as the head is trained on the features of {len(train):,} "
-            "images"
-        )
-    return default
-
-
-def _precision(request: RunRequest) -> dict[str, str]:
-    """Where they are ``auto``, the precision and its engine are those of the resumed run."""
-    options = {name: getattr(request.options, name) for name in ("precision", "int8_engine")}
-    recorded = _recorded(request) if options["precision"] != "float32" else {}
-    return {
-        name: recorded.get(name, value) if value == "auto" else value
-        for name, value in options.items()
-    }
 
 
 def _stages(

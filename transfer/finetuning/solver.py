@@ -9,9 +9,9 @@ from typing import Any
 import keras
 
 from transfer.evaluation.prediction import predict_logits, summarize
+from transfer.finetuning.context import RunContext
 from transfer.finetuning.head_solution import describe, report_ridge, solve, training_features
 from transfer.finetuning.inputs import Inputs
-from transfer.finetuning.setup import RunContext
 from transfer.finetuning.stage import Progress, scalars
 from transfer.runs import run_folder
 from transfer.runs.interruption import Signals

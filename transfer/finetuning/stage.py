@@ -13,10 +13,10 @@ import numpy as np
 from sklearn.utils.class_weight import compute_class_weight
 
 from transfer.core import files, measurement
+from transfer.finetuning.context import RunContext
 from transfer.finetuning.head_start import solve_head
 from transfer.finetuning.hyperparameters import parameter_groups
 from transfer.finetuning.inputs import Inputs
-from transfer.finetuning.setup import RunContext
 from transfer.graph.mixed_precision import num_products
 from transfer.layers.backbone import GraphLayer
 from transfer.runs import run_folder

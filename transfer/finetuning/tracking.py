@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import keras
 import tensorflow as tf
 
-from transfer.finetuning.setup import RunContext
+from transfer.finetuning.context import RunContext
 from transfer.runs import run_folder
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,93 @@
+"""Options that were given, else those of the resumed run, else the defaults."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any, Literal, cast
+
+from transfer.core import measurement
+from transfer.data.dataset import Split
+from transfer.finetuning.hyperparameters import (
+    BATCH,
+    choose_solver,
+    default_batch_size,
+    trains_cached_head,
+)
+from transfer.finetuning.request import RunRequest
+from transfer.finetuning.tap_choice import choose_tap
+from transfer.layers.backbone import Backbone
+from transfer.runs import run_folder
+from transfer.training.ridge import is_solvable
+
+logger = logging.getLogger(__name__)
+
+
+def best_tap(request: RunRequest, train: Split) -> str:
+    """The tap of the resumed run, else the one that is best on the training images."""
+    if isinstance(recorded := _recorded(request).get("tap"), str):
+        return recorded
+    choice = choose_tap(
+        request.graph,
+        train,
+        request.options,
+        request.feeds,
+        lambda taps: measurement.progress(taps, "features", "tap") if request.verbose else taps,
+    )
+    return choice.best.tap
+
+
+def solver_of(
+    request: RunRequest, backbone: Backbone, num_images: int, width: int
+) -> Literal["gradient", "ridge", "lbfgs"]:
+    """The solver that was given, else that of the resumed run, else the default."""
+    options = request.options
+    if options.solver == "auto" and request.callbacks:
+        return "gradient"  # only its epochs call them
+    if options.solver == "auto" and (config := _recorded(request)):
+        recorded = config.get("solver", "gradient")
+        if recorded in ("gradient", "lbfgs"):
+            return cast("Literal['gradient', 'lbfgs']", recorded)
+    num_examples = num_images * max(1, options.views)
+    if options.solver == "ridge" and not is_solvable(num_examples, width):
+        logger.warning(
+            f"solver=ridge decomposes {num_examples:,} x {width:,} features, which takes long and "
+            "much memory; solver=gradient does not"
+        )
+    return choose_solver(options, backbone, num_images, width)
+
+
+def batch_size_of(request: RunRequest, train: Split, backbone: Backbone) -> int:
+    """The batch size that was given, else that of the resumed run, else the default."""
+    options = request.options
+    if options.batch_size is not None:
+        return options.batch_size
+    recorded = _recorded(request).get("batch_size")
+    if isinstance(recorded, int) and 1 <= recorded <= len(train):
+        return recorded
+    is_cached_head = trains_cached_head(options, backbone, request.replicas.num_workers)
+    default = default_batch_size(len(train), is_cached_head=is_cached_head)
+    if default > BATCH:
+        logger.info(
+            f"batch_size: {default}, as the head is trained on the features of {len(train):,} "
+            "images"
+        )
+    return default
+
+
+def precision_of(request: RunRequest) -> dict[str, str]:
+    """Where they are ``auto``, the precision and its engine are those of the resumed run."""
+    options = {name: getattr(request.options, name) for name in ("precision", "int8_engine")}
+    recorded = _recorded(request) if options["precision"] != "float32" else {}
+    return {
+        name: recorded.get(name, value) if value == "auto" else value
+        for name, value in options.items()
+    }
+
+
+def _recorded(request: RunRequest) -> dict[str, Any]:
+    """The configuration of the resumed run; empty for a new run, and for one that has not begun."""
+    if request.resume and request.run_dir is not None:
+        with contextlib.suppress(FileNotFoundError):
+            return run_folder.read_config(request.run_dir)
+    return {}
