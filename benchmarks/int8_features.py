@@ -31,7 +31,7 @@ from tabulate import tabulate
 
 from transfer import Backbone, load_meta_graph, open_source
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 from transfer.layers.head import average_over_space
 from transfer.quantization import engines, openvino
 from transfer.quantization.agreement import feature_error

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.graph import Network, dtype_of, extract, free_batch, inline, static_shape
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 
 tf1 = tf.compat.v1
 

@@ -35,8 +35,9 @@ from transfer.data.labelled_files import state_of
 from transfer.exports.meta_graph import save_classifier
 from transfer.finetuning.run import FineTuneResult, fine_tune
 from transfer.images.preprocess import Preprocess, parse_size, to_channels
-from transfer.layers.backbone import Backbone, Pooling
+from transfer.layers.backbone import Backbone
 from transfer.layers.classifier import MODEL, Classifier
+from transfer.layers.graph_layer import Pooling
 from transfer.models.meta_graph import load_meta_graph
 
 logger = logging.getLogger(__name__)

@@ -266,7 +266,7 @@ def make_call(number: int, report: Report) -> tuple[str, str, str]:
     """Make a call; returns its outcome, operation and message."""
     import tensorflow as tf
 
-    from transfer.layers.backbone import GraphLayer
+    from transfer.layers.graph_layer import GraphLayer
 
     call = Call(number)
     report(call.op)

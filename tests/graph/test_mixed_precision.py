@@ -9,7 +9,7 @@ from stock import Program, images
 from tensorflow.python.eager import context
 
 from transfer.graph.mixed_precision import in_mixed_precision, num_products
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 
 tf1 = tf.compat.v1
 

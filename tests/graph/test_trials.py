@@ -9,7 +9,7 @@ import tensorflow as tf
 from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from transfer.graph import extract, free_batch, infer, trials
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 
 tf1 = tf.compat.v1
 IMAGES = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)

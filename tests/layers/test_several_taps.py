@@ -13,7 +13,7 @@ from stock import images as images_of
 from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph, save_meta_graph
 from transfer.exports.meta_graph import save_classifier
 from transfer.graph import channels_last, free_batch
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 from transfer.models.card import Card
 
 tf1 = tf.compat.v1

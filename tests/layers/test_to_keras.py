@@ -11,7 +11,7 @@ from native_graphs import GRAPHS, REFUSED
 from stock import Program, assert_close
 
 from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph, to_keras
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 from transfer.layers.native.names import Names
 
 WITHOUT_GRADIENTS = {"conv_dilated", "conv_groups"}
@@ -263,7 +263,7 @@ def test_from_model_refuses_what_does_not_fit():
 
 
 def random_layer(graph, tap, input, feeds):
-    from transfer.layers.backbone import _initializers
+    from transfer.layers.graph_layer import _initializers
 
     network = graph.network(tap, input, feeds)
     layer = GraphLayer(network, _initializers(network))

@@ -15,7 +15,7 @@ from transfer import Backbone, open_source
 from transfer.activations.extraction import Compiled
 from transfer.graph.network import extract
 from transfer.images.preprocess import Preprocess
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 from transfer.quantization import agreement, engines, openvino
 from transfer.quantization.agreement import DisagreementError
 from transfer.quantization.calibration import NUM_CALIBRATION, NUM_COMPARED, CalibrationImages

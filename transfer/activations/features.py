@@ -14,7 +14,8 @@ from transfer.activations.extraction import EXTRACTION_BATCH, Activations
 from transfer.activations.store import ActivationStore, CachePolicy, ExtractionRequest
 from transfer.data.dataset import Split
 from transfer.images.preprocess import Preprocess
-from transfer.layers.backbone import Backbone, Pooling
+from transfer.layers.backbone import Backbone
+from transfer.layers.graph_layer import Pooling
 from transfer.layers.head import average_over_space
 
 

@@ -20,7 +20,7 @@ from transfer.activations.cache import Cache, default_directory
 from transfer.activations.entry import Entry
 from transfer.data.dataset import Split
 from transfer.images.preprocess import Preprocess
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 from transfer.layers.head import average_over_space
 
 FOLDER = "samples"

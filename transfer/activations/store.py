@@ -32,7 +32,7 @@ from transfer.core.distribution import Replicas
 from transfer.data.batches import Batches
 from transfer.data.dataset import Split
 from transfer.images.preprocess import Preprocess
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 
 logger = logging.getLogger(__name__)
 

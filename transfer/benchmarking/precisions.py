@@ -17,7 +17,7 @@ from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.request import RunRequest
 from transfer.finetuning.setup import prepare
 from transfer.graph.cuts import list_cuts
-from transfer.layers.backbone import MIXED_PRECISIONS, GraphLayer
+from transfer.layers.graph_layer import MIXED_PRECISIONS, GraphLayer
 from transfer.layers.head import average_over_space
 from transfer.quantization import engines
 from transfer.quantization.agreement import feature_error

@@ -8,7 +8,7 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 
 from transfer.core import measurement
 from transfer.graph import Network, Variable
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 from transfer.quantization import engines
 from transfer.quantization.engines import Engine
 

@@ -20,8 +20,8 @@ from typing import Any
 PACKAGE = "vgg_transfer"
 CLASSES = {
     "Preprocess": "transfer.images.preprocess",
-    "SharedVariables": "transfer.layers.backbone",
-    "GraphLayer": "transfer.layers.backbone",
+    "SharedVariables": "transfer.layers.graph_layer",
+    "GraphLayer": "transfer.layers.graph_layer",
     "Backbone": "transfer.layers.backbone",
     "Head": "transfer.layers.head",
     "Classifier": "transfer.layers.classifier",

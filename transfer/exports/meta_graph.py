@@ -14,8 +14,8 @@ from transfer.core.files import write_names
 from transfer.graph import SEED, canonical, cut, extract, is_seeded, split_tensor_name
 from transfer.graph.network_function import as_input, output_shape
 from transfer.images.preprocess import Preprocess, for_card
-from transfer.layers.backbone import GraphLayer
 from transfer.layers.classifier import Classifier
+from transfer.layers.graph_layer import GraphLayer
 from transfer.layers.head import Head, build_head
 from transfer.models.card import Card
 from transfer.models.saver import save_meta_graph

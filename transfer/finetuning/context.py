@@ -17,8 +17,8 @@ from transfer.data.dataset import Split
 from transfer.finetuning.hyperparameters import Stage
 from transfer.finetuning.options import OF_GRADIENT_DESCENT, ResolvedOptions
 from transfer.finetuning.request import RunRequest
-from transfer.layers.backbone import MIXED_PRECISIONS, GraphLayer
 from transfer.layers.classifier import Classifier
+from transfer.layers.graph_layer import MIXED_PRECISIONS, GraphLayer
 from transfer.quantization.prefix import QuantizedPrefix
 from transfer.training.l2_sp import L2SP
 

@@ -12,8 +12,9 @@ import numpy as np
 from transfer.finetuning.options import FineTuneOptions
 from transfer.graph import is_seeded
 from transfer.graph.cuts import blocks, list_cuts, stopped
-from transfer.layers.backbone import Backbone, GraphLayer
+from transfer.layers.backbone import Backbone
 from transfer.layers.classifier import Classifier
+from transfer.layers.graph_layer import GraphLayer
 from transfer.training.optimizers import cosine, make_optimizer
 from transfer.training.ridge import is_solvable
 from transfer.training.trainer import ParameterGroup

@@ -17,7 +17,7 @@ from transfer.evaluation.prediction import predict_logits, summarize
 from transfer.finetuning.context import RunContext
 from transfer.finetuning.precision import calibration_images
 from transfer.graph import is_seeded
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 from transfer.quantization.prefix import QuantizedPrefix
 from transfer.training.trainer import epoch_seed
 

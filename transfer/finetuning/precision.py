@@ -18,7 +18,7 @@ from transfer.graph import cut as graph_cut
 from transfer.graph import is_seeded
 from transfer.graph.mixed_precision import num_products
 from transfer.images.preprocess import Preprocess
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 from transfer.quantization import engines
 from transfer.quantization.agreement import DisagreementError
 from transfer.quantization.calibration import CalibrationImages

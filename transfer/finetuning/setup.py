@@ -39,8 +39,9 @@ from transfer.graph import Network, graph_preprocessing, is_seeded
 from transfer.graph import cut as graph_cut
 from transfer.graph.cuts import stopped
 from transfer.images.preprocess import parse_size, show_size
-from transfer.layers.backbone import Backbone, GraphLayer
+from transfer.layers.backbone import Backbone
 from transfer.layers.classifier import Classifier
+from transfer.layers.graph_layer import GraphLayer
 from transfer.layers.head import Head
 from transfer.runs import run_data, run_folder
 from transfer.runs.growth import Growth

@@ -18,7 +18,7 @@ from transfer.finetuning.head_start import solve_head
 from transfer.finetuning.hyperparameters import parameter_groups
 from transfer.finetuning.inputs import Inputs
 from transfer.graph.mixed_precision import num_products
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 from transfer.runs import run_folder
 from transfer.runs.interruption import Signals
 from transfer.training.checkpoints import RunCheckpoint

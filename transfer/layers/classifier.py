@@ -13,7 +13,8 @@ import tensorflow as tf
 from transfer.core.files import read_names
 from transfer.core.tensors import Tensor, TensorLike
 from transfer.images.preprocess import Preprocess
-from transfer.layers.backbone import Backbone, GraphLayer
+from transfer.layers.backbone import Backbone
+from transfer.layers.graph_layer import GraphLayer
 from transfer.layers.keras_network import network_of
 from transfer.models.card import Card
 from transfer.models.meta_graph import load_meta_graph

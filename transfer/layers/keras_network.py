@@ -25,7 +25,7 @@ from transfer.graph import (
     inline,
     operation_of,
 )
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 
 INPUT = "images"
 _COPIES = frozenset({"Identity", "IdentityN"})

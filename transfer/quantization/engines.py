@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 from transfer.quantization import litert, openvino
 
 Engine = Literal["litert", "openvino"]

@@ -8,7 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from transfer.core.private_api import with_constants
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 
 
 def frozen(layer: GraphLayer[Any], shape: Sequence[int]) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 from transfer.quantization.frozen_graph import frozen
 
 _TELEMETRY = "openvino_telemetry"

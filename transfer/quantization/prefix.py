@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from transfer.layers.backbone import GraphLayer
+from transfer.layers.graph_layer import GraphLayer
 from transfer.quantization import engines
 from transfer.quantization.agreement import Agreement, compare
 from transfer.quantization.calibration import CalibrationImages

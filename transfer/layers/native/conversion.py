@@ -14,8 +14,9 @@ import tensorflow as tf
 from transfer.core.private_api import rename_operation
 from transfer.graph import Network, is_seeded
 from transfer.images.preprocess import Preprocess, Size, as_size, convention
-from transfer.layers.backbone import Backbone, GraphLayer
+from transfer.layers.backbone import Backbone
 from transfer.layers.classifier import Classifier
+from transfer.layers.graph_layer import GraphLayer
 from transfer.layers.head import Head, check_eager
 from transfer.layers.native import elementwise, linear, normalization, pooling, reshaping
 from transfer.layers.native.checking import Part, compare
