@@ -116,7 +116,7 @@ def test_interrupted_extraction_is_resumed(run, tmp_path, model, folder, monkeyp
     calls = []
 
     def interrupted(entry, ids, rows):
-        if entry.folder.parent.name == "fingerprints":
+        if entry.folder.parent.name in ("fingerprints", "samples"):
             return append(entry, ids, rows)
         calls.append(len(ids))
         if len(calls) == 3:
