@@ -256,15 +256,16 @@ def test_cache_list_and_clear(run, tmp_path, capsys):
     capsys.readouterr()
     assert main(["cache", "list", "--cache-dir", str(directory)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     assert "fingerprints of photos" in "".join(lines)
+    assert "samples of photos" in "".join(lines)
     assert "64 images  " in "".join(lines)
     assert "pool1 of tiny, photos train" in "".join(lines)
-    assert lines[-1].startswith("5 entries, ")
+    assert lines[-1].startswith("6 entries, ")
 
     assert main(["cache", "list", "--json", "--cache-dir", str(directory)]) == 0
     entries = json.loads(capsys.readouterr().out)
-    assert sorted(entry["num_rows"] for entry in entries) == [16, 16, 64, 64, 80]
+    assert sorted(entry["num_rows"] for entry in entries) == [4, 16, 16, 64, 64, 80]
     digest = next(e["digest"] for e in entries if e["num_rows"] == 64 and e["key"]["cut"] == "fc7")
     assert main(["cache", "clear", digest[:8], "--cache-dir", str(directory)]) == 0
     assert capsys.readouterr().out.startswith("1 entries deleted")
@@ -278,7 +279,7 @@ def test_cache_list_and_clear(run, tmp_path, capsys):
     assert main([*clear, "nonsense"]) == 1
     assert "no entry 'nonsense'" in capsys.readouterr().err
     assert main(clear) == 0
-    assert capsys.readouterr().out.startswith("5 entries deleted")
+    assert capsys.readouterr().out.startswith("6 entries deleted")
     assert list(directory.rglob("rows*.bin")) == []
 
 
