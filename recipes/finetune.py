@@ -13,10 +13,13 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from recipes import console
 from recipes.finetune_flags import DEFAULTS, FinetuneConfig
+from recipes.flag_groups import GROUPS
 from recipes.image_flags import Images
 from recipes.startup import job
 
@@ -24,7 +27,11 @@ _MAX_CLASSES_SHOWN = 20
 
 
 def finetune(
-    images: Images = None, /, config: FinetuneConfig = DEFAULTS, *, add: Path | None = None
+    images: Images = None,
+    /,
+    config: FinetuneConfig = DEFAULTS,
+    *,
+    add: Annotated[Path | None, Parameter(group=GROUPS["Data"])] = None,
 ) -> int:
     """Fine-tune a pretrained network on labelled images, and evaluate it.
 

@@ -69,6 +69,8 @@ _GROUPS = {
         "track_files",
     ),
 }
+GROUPS = {title: Group(title, sort_key=place) for place, title in enumerate(_GROUPS, 1)}
+"""The groups, by title."""
 GENERAL = Group("General", sort_key=99)
 """Flags of all commands."""
 
@@ -81,11 +83,12 @@ def grouped(config: Config) -> Config:
     """
     hints = get_type_hints(config, include_extras=True)
     names = [field.name for field in fields(config)]
-    for place, (title, members) in enumerate(_GROUPS.items(), 1):
-        group = Group(title, sort_key=place)
+    for title, members in _GROUPS.items():
         for name in members:
             if name in names:
-                config.__annotations__[name] = Annotated[hints[name], Parameter(group=group)]
+                config.__annotations__[name] = Annotated[
+                    hints[name], Parameter(group=GROUPS[title])
+                ]
     # --help shows the flags of a group in the order of the fields, which have keywords only.
     places = {name: place for place, name in enumerate(itertools.chain(*_GROUPS.values()))}
     known: dict[str, Any] = vars(config)["__dataclass_fields__"]
