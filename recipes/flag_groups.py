@@ -86,9 +86,8 @@ def grouped(config: Config) -> Config:
     for title, members in _GROUPS.items():
         for name in members:
             if name in names:
-                config.__annotations__[name] = Annotated[
-                    hints[name], Parameter(group=GROUPS[title])
-                ]
+                parameter = Parameter(group=GROUPS[title])
+                config.__annotations__[name] = Annotated[hints[name], parameter]
     # --help shows the flags of a group in the order of the fields, which have keywords only.
     places = {name: place for place, name in enumerate(itertools.chain(*_GROUPS.values()))}
     known: dict[str, Any] = vars(config)["__dataclass_fields__"]
