@@ -184,9 +184,11 @@ class ActivationStore:
         entries = [
             cache.entry(self._key(item, digest), shape, self._policy.dtype) for item in requests
         ]
+        by_folder = {entry.folder: entry for entry in entries}  # parts of one split have one entry
+        entries = [by_folder[entry.folder] for entry in entries]
         with contextlib.ExitStack() as locks:
             # Lock in the same order in all processes, to avoid deadlocks.
-            for entry in sorted(entries, key=lambda entry: entry.folder):
+            for _, entry in sorted(by_folder.items()):
                 locks.enter_context(entry.lock(self._say_waiting))
             missing = [
                 entry.missing(item.needed.ids)
