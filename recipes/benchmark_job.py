@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import fields, replace
 from pathlib import Path
 
-from recipes.benchmark_flags import BenchmarkConfig
+from recipes.benchmark_flags import DEFAULTS, BenchmarkConfig
 from recipes.finetune_flags import FinetuneConfig
 from recipes.finetune_request import flags_of, options_of
 from recipes.network_flags import parse_feed, parse_renames
@@ -42,7 +42,8 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
     comparison = Comparison(
         options_of(config), labels, cuts, config.seeds, config.baseline, config.keep_models
     )
-    with run_folder.opened(out, flags_of(config), resume=config.resume):
+    defaults = {option.name: getattr(DEFAULTS, option.name) for option in fields(BenchmarkConfig)}
+    with run_folder.opened(out, flags_of(config), resume=config.resume, defaults=defaults):
         table, num_failed = compare(comparison, out, lambda run: _start(run, config))
     return table, out, num_failed
 
@@ -50,6 +51,7 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
 def _check(config: BenchmarkConfig) -> None:
     unused = {
         "--freeze-until": config.freeze_until != "tap",
+        "--freeze-from": config.freeze_from,
         "--schedule": config.schedule,
         "--random-weights": config.random_weights,
         "--cache-dir": config.cache_dir,

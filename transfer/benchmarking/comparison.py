@@ -94,9 +94,10 @@ class Comparison:
         row = out / label.replace("/", "-").replace(" ", "-")
         for seed in range(self.options.seed, self.options.seed + self.seeds):
             options = replace(
-                self.options,
+                self.options.head_only() if cut_name == "tap" or scratch else self.options,
                 freeze_until=cut_name,
                 random_weights=scratch,
+                head_start="random" if scratch or baseline else self.options.head_start,
                 solver="gradient",  # epochs of all cuts are compared
                 seed=seed,
                 cache_dir=row / "cache",
@@ -192,7 +193,7 @@ def _limits(run: Run, out: Path, start: Start) -> dict[str, Any]:
         logger.info("measuring the machine: matrix products, forward pass, input pipeline")
         folder = out / "limits"
         run_folder.remove(folder)
-        options = replace(run.options, freeze_until="tap", random_weights=False)
+        options = replace(run.options.head_only(), random_weights=False)
         error = start(replace(run, work="benchmark-limits", options=options, folder=folder))
         if error is not None:
             raise ValueError(error)  # the runs would fail with the same error

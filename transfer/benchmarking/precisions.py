@@ -73,7 +73,7 @@ def compare_precisions(request: RunRequest, precisions: Sequence[str]) -> list[P
     known = [p for p in get_args(FineTuneOptions.__annotations__["precision"]) if p != "auto"]
     if unknown := [name for name in precisions if name not in known]:
         raise ValueError(f"precisions must be among {', '.join(known)}; got {', '.join(unknown)}")
-    options = dataclasses.replace(request.options, precision="float32", freeze_until="tap")
+    options = dataclasses.replace(request.options.head_only(), precision="float32")
     work = prepare(dataclasses.replace(request, options=options))
     layer, preprocess = work.classifier.feature_extractor, work.classifier.preprocess
     engine = options.int8_engine

@@ -185,8 +185,9 @@ def _opened(out: Path, request: RunRequest, axes: Mapping[str, Sequence[Any]]) -
         run_folder.check(out, resume=False)
     names = [option.name for option in dataclasses.fields(FineTuneOptions)]
     free = ("grid", *(name for name in names if name in axes), *_PLACES)
-    # Studies of earlier versions did not record the content.
-    with run_folder.opened(out, config, resume=has_begun, defaults=content, may_differ=free):
+    # Studies of earlier versions did not record the content, nor options that came later.
+    defaults = vars(FineTuneOptions()) | content
+    with run_folder.opened(out, config, resume=has_begun, defaults=defaults, may_differ=free):
         yield
 
 
@@ -208,8 +209,14 @@ def _content(request: RunRequest) -> dict[str, Any]:
 
 
 def _name(point: Mapping[str, Any], options: FineTuneOptions) -> str:
-    """Name of the folder of a run: its place on the axes, and a digest of all options."""
-    matters = {name: str(v) for name, v in vars(options).items() if name not in _PLACES}
+    """Name of the folder of a run: its place on the axes, and a digest of the options that are not
+    the default, which is the same when there are more options."""
+    defaults = vars(FineTuneOptions())
+    matters = {
+        name: str(value)
+        for name, value in vars(options).items()
+        if name not in _PLACES and value != defaults[name]
+    }
     digest = hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()
     shown = "-".join(f"{name}={show_value(value)}" for name, value in point.items())
     safe = "".join(c if c.isalnum() or c in "=-_.," else "-" for c in shown)

@@ -74,7 +74,8 @@ class RunContext:
     @property
     def config(self) -> dict[str, Any]:
         """Content of ``config.yaml``: the resolved options, and the sources of model and images."""
-        options = dataclasses.asdict(self.options) | {"freeze_until": self.last_cut}
+        cuts = {"freeze_until": self.last_cut, "freeze_from": self.stages[-1].freeze_from}
+        options = dataclasses.asdict(self.options) | cuts
         if self.options.solver != "gradient":
             used = {name: v for name, v in options.items() if name not in OF_GRADIENT_DESCENT}
             return {**self.request.origin, **used, "out": self.run_dir}

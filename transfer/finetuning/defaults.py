@@ -49,11 +49,13 @@ def solver_of(
         if recorded in ("gradient", "lbfgs"):
             return cast("Literal['gradient', 'lbfgs']", recorded)
     num_examples = num_images * max(1, options.views)
-    if options.solver == "ridge" and not is_solvable(num_examples, width):
-        logger.warning(
-            f"solver=ridge decomposes {num_examples:,} x {width:,} features, which takes long and "
-            "much memory; solver=gradient does not"
-        )
+    by_ridge = {"solver": "gradient", "head_start": "random"}  # with what does not
+    for option, other in by_ridge.items():
+        if getattr(options, option) == "ridge" and not is_solvable(num_examples, width):
+            logger.warning(
+                f"{option}=ridge decomposes {num_examples:,} x {width:,} features, which takes "
+                f"long and much memory; {option}={other} does not"
+            )
     return choose_solver(options, backbone, num_images, width)
 
 

@@ -28,9 +28,10 @@ class Forecast:
     num_held_out: int
 
     @property
-    def options(self) -> dict[str, str]:
+    def options(self) -> dict[str, Any]:
         """The recommended options of ``fine_tune``: a head on the best tap."""
-        return {"tap": self.choice.best.tap, "freeze_until": "tap"}
+        head = {"freeze_until": "tap", "freeze_from": None, "l2_sp": 0.0}
+        return {"tap": self.choice.best.tap, **head}
 
 
 def forecast(request: RunRequest) -> Forecast:
@@ -68,8 +69,7 @@ def forecast(request: RunRequest) -> Forecast:
     keras.utils.set_random_seed(options.seed)
     own = None if options.tap == AUTO else options.tap
     # More than a head is trained by gradient descent, whatever solves for the head.
-    head_only: dict[str, Any] = {"freeze_until": "tap", "freeze_from": None, "l2_sp": 0.0}
-    options = replace(options, **head_only, solver="gradient", precision="float32")
+    options = replace(options.head_only(), solver="gradient", precision="float32")
     start = time.perf_counter()
     context = prepare(replace(request, options=replace(options, tap=own)))
     # A later run finds the fingerprints of the images on disk.
@@ -90,7 +90,7 @@ def forecast(request: RunRequest) -> Forecast:
     is_found = is_found and request.options.precision == "float32"
     is_found = is_found and not (options.augment or options.views)
     cached = {output.removesuffix(":0"): choice.num_images} if is_found else {}
-    as_given = replace(request.options, **head_only, tap=best)
+    as_given = replace(request.options.head_only(), tap=best)
     solver = choose_solver(
         as_given, context.classifier.backbone, len(context.train), choice.best.width
     )

@@ -6,7 +6,7 @@ import difflib
 import itertools
 import types
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -245,6 +245,10 @@ class FineTuneOptions:
         return [
             name for name in OF_GRADIENT_DESCENT if getattr(self, name) != getattr(defaults, name)
         ]
+
+    def head_only(self) -> "FineTuneOptions":
+        """The same options for a run that trains the head only."""
+        return replace(self, freeze_until="tap", freeze_from=None, schedule=None, l2_sp=0.0)
 
     def _check_ignored(self, solver: str) -> None:
         """Refuse options that ridge and lbfgs would ignore."""

@@ -106,7 +106,8 @@ def prepare(request: RunRequest) -> RunContext:
         replicas=replicas,
     )
     resolved = precision.applied(resolved)
-    run_dir = request.run_dir or run_folder.default_out(train.source.name, options.freeze_until)
+    cut = options.freeze_until if options.freeze_from is None else stages[-1].cut
+    run_dir = request.run_dir or run_folder.default_out(train.source.name, cut)
     run_dir = Path(replicas.from_chief(str(run_dir.resolve())))
     return RunContext(
         request=request,
@@ -303,6 +304,8 @@ def _l2_sp(options: FineTuneOptions, backbone: GraphLayer, stages: Sequence[Stag
     """The penalty of the weights that any stage trains. They still have their pretrained values,
     also if the run is resumed."""
     trained = {known.name for stage in stages for known in _after(backbone, stage.cut).variables}
+    if (freeze_from := stages[-1].freeze_from) is not None:
+        trained -= {known.name for known in _after(backbone, freeze_from).variables}
     named = zip(backbone.variable_names, backbone.graph_variables, strict=True)
     variables = [variable for name, variable in named if variable.trainable and name in trained]
     if not variables:

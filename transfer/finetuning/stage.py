@@ -244,8 +244,10 @@ class EpochEvents(keras.callbacks.TensorBoard):
 def new_trainer(context: RunContext, model: keras.Model, groups: list[ParameterGroup]) -> Trainer:
     """A new trainer with the loss of the run."""
     options = context.options
-    suffix = model.layers[0]
-    is_scaled = suffix.mixed_precision == "mixed_float16" and num_products(suffix.network) > 0
+    is_scaled = any(
+        layer.mixed_precision == "mixed_float16" and num_products(layer.network) > 0
+        for layer in model.layers[:-1]  # through which gradients pass
+    )
     return Trainer(
         model,
         groups,

@@ -111,7 +111,7 @@ def _rewritten(network: Network, graph_def: GraphDef, dtype: tf.DType) -> GraphD
     def lowered(tensor: str) -> str:
         tensor = canonical(tensor)
         if tensor not in low:
-            name = f"{tensor.replace(':', '_')}/{suffix}"
+            name = f"{tensor.replace(':', '_')}/to_{suffix}"
             nodes.append(_cast(name, tensor, tf.float32, dtype))
             low[tensor] = f"{name}:0"
         return low[tensor]
@@ -151,7 +151,11 @@ def _is_product(node: NodeDef) -> bool:
 
 
 def _is_float32(node: NodeDef) -> bool:
-    return node.attr["T"].type == tf.float32.as_datatype_enum
+    if "T" in node.attr:  # attributes with default values may be left out
+        return node.attr["T"].type == tf.float32.as_datatype_enum
+    op_def = find_op_def(node.op)
+    types = [] if op_def is None else [a.default_value.type for a in op_def.attr if a.name == "T"]
+    return types == [tf.float32.as_datatype_enum]
 
 
 def _operands(node: NodeDef) -> Iterator[int]:
@@ -173,6 +177,6 @@ def _cast(name: str, tensor: str, source: tf.DType, target: tf.DType) -> NodeDef
 
 
 def _free_suffix(graph_def: GraphDef, suffix: str) -> str:
-    while any(node.name.endswith(f"/{suffix}") for node in graph_def.node):
+    while any(node.name.endswith((f"/{suffix}", f"/to_{suffix}")) for node in graph_def.node):
         suffix += "_"
     return suffix

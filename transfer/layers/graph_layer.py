@@ -313,7 +313,12 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
         variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
         network = replace(self.network, training=None)
         return GraphLayer(
-            network, variables, pooling=self.pooling, shared=self.shared, name=self.name
+            network,
+            variables,
+            pooling=self.pooling,
+            shared=self.shared,
+            dtype=self.mixed_precision,
+            name=self.name,
         )
 
     def tensor(self, name: str) -> str:

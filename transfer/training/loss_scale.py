@@ -45,8 +45,12 @@ class LossScale:
         self,
         gradients: Sequence[tf.Tensor | None],
         apply: Callable[[Sequence[tf.Tensor | None]], None],
-    ) -> None:
-        """Call ``apply`` with the gradients if they are finite, and adapt the scale."""
+    ) -> tf.Tensor:
+        """Call ``apply`` with the gradients if they are finite, and adapt the scale.
+
+        Returns:
+            Whether the step was skipped at the smallest scale, 1, so that no other one helps.
+        """
         finite = [tf.reduce_all(tf.math.is_finite(g)) for g in gradients if g is not None]
         is_finite = tf.reduce_all(tf.stack(finite)) if finite else tf.constant(True)
 
@@ -60,3 +64,4 @@ class LossScale:
         grown = tf.where(is_due, tf.minimum(2 * scale, 2.0**24), scale)
         self._scale.assign(tf.where(is_finite, grown, tf.maximum(scale / 2, 1.0)))
         self._num_finite.assign(tf.where(is_finite & ~is_due, num_finite + 1, 0))
+        return ~is_finite & (scale <= 1)

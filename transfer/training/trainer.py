@@ -190,7 +190,8 @@ class Trainer:
         if self.loss_scale is None:
             self._update(gradients)
         else:
-            self.loss_scale.update(gradients, self._update)
+            is_lost = self.loss_scale.update(gradients, self._update)
+            loss = tf.where(is_lost, math.nan, loss)  # which ends the run
         return tf.stack([loss, num_right, num_examples, num_stops])
 
     def _update(self, gradients: Sequence[tf.Tensor | None]) -> None:
@@ -387,10 +388,12 @@ class Trainer:
 
     @property
     def _averages(self) -> list[tuple[keras.Variable, keras.Variable]]:
-        """Trained variables with their moving averages; empty if no optimizer keeps them."""
+        """Trained variables with their moving averages; empty if no optimizer keeps them. Without
+        an update, an optimizer has none: Keras creates them as zeros."""
         return [
             pair
             for group in self.groups
+            if int(group.optimizer.iterations) > 0
             for pair in zip(group.variables, averages(group.optimizer), strict=False)
         ]
 
@@ -407,21 +410,22 @@ class Trainer:
         """The moving averages, if there are some, in place of the weights."""
         weights: list[np.ndarray] = []
         try:
-            with uninterrupted():
+            with uninterrupted(), self._changing():
                 weights = [variable.numpy() for variable, _ in self._averages]
                 self.take_averages()
             yield
         finally:
-            with uninterrupted():
+            with uninterrupted(), self._changing():
                 for (variable, _), value in zip(self._averages, weights, strict=False):
                     variable.assign(value)
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[None]:
-        """Marks code in which weights, counts and history are inconsistent: no checkpoint here."""
-        self._is_changing = True
+        """Marks code in which weights, counts and history are inconsistent: no checkpoint here, and
+        none after an exception in it."""
+        before, self._is_changing = self._is_changing, True
         yield
-        self._is_changing = False
+        self._is_changing = before
 
     @property
     def trainable_variables(self) -> list[keras.Variable]:
