@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from recipes.benchmark_flags import BenchmarkConfig
+from recipes.benchmark_flags import DEFAULTS, BenchmarkConfig
 from recipes.finetune_request import request
 from transfer.benchmarking.precisions import compare_precisions, describe
 from transfer.runs import run_folder
@@ -17,7 +17,15 @@ def run(config: BenchmarkConfig) -> tuple[str, Path, int]:
     Raises:
         ValueError, OSError: if the flags are inconsistent, or the model cannot be opened.
     """
-    conflicting = {"--cuts": config.cuts, "--grid": config.grid, "--baseline": config.baseline}
+    conflicting = {
+        "--cuts": config.cuts,
+        "--grid": config.grid,
+        "--baseline": config.baseline,
+        "--freeze-until": config.freeze_until != DEFAULTS.freeze_until,
+        "--precision": config.precision != DEFAULTS.precision,
+        "--keep-models": config.keep_models,
+        "--resume": config.resume,
+    }
     if conflicts := [flag for flag, value in conflicting.items() if value]:
         raise ValueError(
             f"--precisions compares one network in several precisions; leave out "

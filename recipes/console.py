@@ -18,6 +18,7 @@ from recipes.finetune_flags import FinetuneConfig
 _FLAGS = {option.name: option.name for option in fields(FinetuneConfig)} | {
     "run_dir": "out",
     "feeds": "feed",
+    "graph": "model",
     "formats": "format",
     # Arguments of export, convert, pretrain, evaluate and serve.
     **{

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,8 @@ def grown(config: FinetuneConfig, run: Path, replicas: Replicas | None = None) -
         )
     grown_options(run, options)  # before the images are opened
     settings = run_folder.read_config(run)
+    if config.group_by is None and settings.get("group_by"):
+        config = replace(config, group_by=settings["group_by"])
     of_model = {name: getattr(config, name) or settings.get(name, ()) for name in _OF_MODEL}
     model = settings.get("model") if config.model == EMBEDDED else config.model
     graph = None

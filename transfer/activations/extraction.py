@@ -42,7 +42,9 @@ class JoinedRows:
         return int(self._ends[-1])
 
     def __getitem__(self, positions: Any) -> np.ndarray:
-        chosen = np.arange(len(self))[positions]
+        chosen = np.asarray(positions)
+        if chosen.dtype.kind != "i" or chosen.ndim != 1 or (chosen < 0).any():
+            chosen = np.arange(len(self))[positions]
         part_of = np.searchsorted(self._ends, chosen, side="right")
         nothing = self._parts[0][:0]
         rows = np.empty((*chosen.shape, *nothing.shape[1:]), nothing.dtype)

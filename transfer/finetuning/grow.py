@@ -131,6 +131,12 @@ def grown_request(
         FileNotFoundError, ValueError: if the run cannot be added to, see ``grow``.
     """
     options = grown_options(folder, given)
+    run_dir = arguments.get("run_dir")
+    if run_dir is not None and Path(run_dir).resolve() == folder.resolve():
+        raise ValueError(
+            f"run_dir={run_dir} is the run that images are added to, which is not changed; name "
+            "another folder"
+        )
     if not (folder / run_folder.METRICS).is_file():
         raise ValueError(
             f"the run in {str(folder)!r} is not finished: it has no {run_folder.METRICS}; finish "
@@ -209,6 +215,6 @@ def _model(folder: Path, settings: Mapping[str, Any]) -> MetaGraph:
         return load_meta_graph(settings["model"])
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"the model of the run in {str(folder)!r} is gone ({error}); say where it is now with "
-            "graph"
+            f"the model of the run in {str(folder)!r} is gone ({error}); say where it is now: "
+            "graph=PATH"
         ) from error

@@ -116,7 +116,7 @@ def _check_mixed(
     if not tf.config.list_logical_devices("GPU"):
         logger.warning(
             f"precision={precision} without a GPU: most CPUs compute it more slowly than float32; "
-            f"vgg-transfer benchmark --precisions float32,{precision} measures it"
+            f"`vgg-transfer benchmark --precisions float32,{precision}` measures it"
         )
 
 

@@ -14,15 +14,44 @@ SOURCES = ("model", "dataset", "data_dir", "image_folder", "csv", "add")
 """Sources of model and images in ``config.yaml``; ``provenance.json`` identifies their content."""
 
 
-def write_provenance(context: RunContext) -> None:
-    """Write the names of the training and held-out images, and ``provenance.json``: the command,
-    versions, model and images of the run.
+def check_provenance(context: RunContext) -> None:
+    """Refuse to resume a run with a different model or different images.
 
     Raises:
-        ValueError: if a resumed run has a different model or different images.
+        ValueError: names what is different.
     """
+    path = context.run_dir / run_folder.PROVENANCE
+    if not path.is_file():
+        return
+    began, now = run_folder.read_json(path), _provenance(context)
+    changed = [
+        part for part in ("model", "dataset") if _content(began, part) != _content(now, part)
+    ]
+    if changed:
+        raise ValueError(
+            f"cannot resume the run in {str(context.run_dir)!r}: its {' and '.join(changed)} "
+            f"changed since it began (see {path.name}); start anew, with another run_dir"
+        )
+
+
+def write_provenance(context: RunContext) -> None:
+    """Write the names of the training and held-out images, and ``provenance.json``, unless the run
+    is resumed and has them."""
     run_dir, request = context.run_dir, context.request
-    provenance = {
+    path = run_dir / run_folder.PROVENANCE
+    if path.is_file():
+        return
+    write_names(run_dir / run_folder.TRAINING, context.train.names)
+    write_names(run_dir / run_folder.HELD_OUT, context.held_out.names)
+    if request.growth is not None:
+        run_folder.write_json(run_dir / run_folder.SOURCES, {"sources": request.growth.sources})
+    run_folder.write_json(path, _provenance(context))
+
+
+def _provenance(context: RunContext) -> dict[str, Any]:
+    """The command, versions, model and images of a run."""
+    request = context.request
+    return {
         "command": list(request.command),
         "git": measurement.git_revision(),
         "versions": measurement.versions(),
@@ -32,25 +61,6 @@ def write_provenance(context: RunContext) -> None:
         },
         "dataset": {"name": context.train.source.name} | context.fingerprint,
     }
-    path = run_dir / run_folder.PROVENANCE
-    if path.is_file():
-        began = run_folder.read_json(path)
-        changed = [
-            part
-            for part in ("model", "dataset")
-            if _content(began, part) != _content(provenance, part)
-        ]
-        if changed:
-            raise ValueError(
-                f"cannot resume the run in {str(run_dir)!r}: its {' and '.join(changed)} changed "
-                f"since it began (see {path.name}); start anew, with another run_dir"
-            )
-        return
-    write_names(run_dir / run_folder.TRAINING, context.train.names)
-    write_names(run_dir / run_folder.HELD_OUT, context.held_out.names)
-    if request.growth is not None:
-        run_folder.write_json(run_dir / run_folder.SOURCES, {"sources": request.growth.sources})
-    run_folder.write_json(path, provenance)
 
 
 def _content(provenance: Mapping[str, Any], part: str) -> dict[str, Any]:

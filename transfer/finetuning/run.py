@@ -26,7 +26,7 @@ from transfer.finetuning.advice import (
 from transfer.finetuning.context import RunContext
 from transfer.finetuning.inputs import Inputs
 from transfer.finetuning.options import OF_GRADIENT_DESCENT, FineTuneOptions, options_from
-from transfer.finetuning.provenance import SOURCES, write_provenance
+from transfer.finetuning.provenance import SOURCES, check_provenance, write_provenance
 from transfer.finetuning.request import RunRequest
 from transfer.finetuning.setup import prepare
 from transfer.finetuning.solver import StageSolver
@@ -185,6 +185,8 @@ def _opened(context: RunContext) -> Iterator[None]:
     """Open the run folder: the chief writes it, all workers read it."""
     replicas, run_dir = context.replicas, context.run_dir
     is_chief = replicas.is_chief
+    if is_chief and context.request.resume:
+        check_provenance(context)  # before config.yaml is replaced
     # Earlier versions recorded options of gradient descent whatever the solver.
     unused = OF_GRADIENT_DESCENT if context.options.solver != "gradient" else ()
     may_differ = (*SOURCES, *unused)

@@ -192,7 +192,7 @@ def evaluate_model(
     Raises:
         ValueError: if no images are given, or they have other classes than the model.
     """
-    if not (dataset or image_folder or csv):
+    if not (dataset or data_dir or image_folder or csv):
         raise ValueError(
             f"{str(model)!r} is a model without a run, so there are no held-out images; give the "
             "images with image_folder=DIR, csv=FILE or dataset=NAME"
@@ -288,6 +288,7 @@ def _split(
         return split
     # The data_dir of a dataset may change, but the path of a folder or manifest identifies it.
     same = all(origin[name] == settings.get(name) for name in ("dataset", *_PATHS))
+    same = same and any(settings.get(name) for name in run_data.PLACES)
     same = same and not run_data.is_grown(folder)
     if same or run_data.is_of_run(folder, source):
         return run_data.held_out(folder, source)  # finetune already warned about near-duplicates

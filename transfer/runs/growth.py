@@ -119,12 +119,16 @@ def grown_splits(
     run = run.resolve()
     class_names = read_names(run / run_folder.LABELS)
     own_train, own_held_out = run_data.joined_splits(run)
+    source = train.source
+    _check_source(train, held_out, own_train)
     with remember(own_train.source), remember(train.source):
         _check_unchanged(run, own_train, own_held_out, progress)
         known = _Known([own_train, own_held_out], [train, held_out], progress)
         new_train, new_held_out = known.without(train), known.without(held_out)
     num_known = len(train) + len(held_out) - len(new_train) - len(new_held_out)
-    source = train.source
+    if not len(new_train) and len(new_held_out):
+        logger.info(f"the {len(new_held_out)} new images are too few to hold some out")
+        new_train, new_held_out = new_held_out, new_train
     if not len(new_train):
         raise ValueError(
             f"no image of {source.name!r} can be added to the run in {str(run)!r}: of "
@@ -132,15 +136,13 @@ def grown_splits(
         )
     if num_known:
         logger.info(f"{num_known} images of {source.name!r} are already in the run")
-    if held_out.source.origin != source.origin:
-        raise ValueError(
-            f"training images of {source.name!r} and held-out images of {held_out.source.name!r} "
-            "are of two sources; add them one after the other"
-        )
     prefix = unused_prefix(source.name, [*own_train.names, *own_held_out.names])
-    names = [*class_names, *(name for name in source.class_names if name not in class_names)]
-    own, new = Member("", own_train, own_held_out), Member(prefix, new_train, new_held_out)
-    joined_train, joined_held_out = join([own, new], names, {**source.origin, "add": str(run)})
+    used = np.unique(np.concatenate([new_train.labels, new_held_out.labels]))
+    added = [source.class_names[label] for label in used]
+    names = [*class_names, *(name for name in added if name not in class_names)]
+    # The members of the run, not the run as one: groups are known by the place of the images.
+    members = [*run_data.members(run), Member(prefix, new_train, new_held_out)]
+    joined_train, joined_held_out = join(members, names, {**source.origin, "add": str(run)})
     growth = Growth(
         run=run,
         class_names=class_names,
@@ -163,7 +165,14 @@ class _Known:
         progress: Callable[[Iterable[Any]], Iterable[Any]],
     ):
         self._progress = progress
-        self._reads_files = sum(map(len, [*splits, *others])) <= MAX_COMPARED
+        count = sum(map(len, [*splits, *others]))
+        self._reads_files = count <= MAX_COMPARED
+        if not self._reads_files:
+            logger.warning(
+                f"{count:,} images are more than the {MAX_COMPARED:,} whose contents are compared: "
+                "copies of the run's images under other paths count as new, and held-out ones may "
+                "be trained on"
+            )
         self._class_of = {mark: name for split in splits for mark, name in self._marked(split)}
 
     def _marked(self, split: Split) -> list[tuple[bytes, str]]:
@@ -191,6 +200,26 @@ class _Known:
                 f"another label, which they keep, such as {image} with {name!r}"
             )
         return split.where(is_new)
+
+
+def _check_source(train: Split, held_out: Split, own: Split) -> None:
+    """Refuse new images that could not be opened again, and say what is not known about them."""
+    source = train.source
+    if not any(source.origin.get(name) for name in run_data.PLACES):
+        raise ValueError(
+            f"the images of {source.name!r} came from a Python program, and a run with added "
+            "images must be able to open them again; take them from open_source"
+        )
+    if held_out.source.origin != source.origin:
+        raise ValueError(
+            f"training images of {source.name!r} and held-out images of {held_out.source.name!r} "
+            "are of two sources; add them one after the other"
+        )
+    if own.groups is not None and train.groups is None:
+        logger.warning(
+            f"the images of the run are in groups and those of {source.name!r} are not: images of "
+            "a held-out group may be trained on; group_by says what groups them"
+        )
 
 
 def _check_unchanged(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,9 @@ from transfer.data.joined import Member, join
 from transfer.data.sources import open_source
 from transfer.runs import run_folder
 
-_PLACES = ("dataset", "data_dir", "image_folder", "csv")
+PLACES = ("dataset", "data_dir", "image_folder", "csv")
 """Arguments of ``open_source`` of which each opens data without the others."""
-_ORIGIN = (*_PLACES, "group_by")
+_ORIGIN = (*PLACES, "group_by")
 """The arguments of ``open_source`` in ``config.yaml``."""
 
 
@@ -79,12 +79,27 @@ def joined_splits(folder: Path) -> tuple[Split, Split]:
     Raises:
         FileNotFoundError, ValueError: if some no longer exist; names the first of them.
     """
+    joined = members(folder)
+    settings = run_folder.read_config(folder)
+    origin = {
+        name: settings.get(name) for name in (*_ORIGIN, *(["add"] if len(joined) > 1 else []))
+    }
+    return join(joined, read_names(folder / run_folder.LABELS), origin)
+
+
+def members(folder: Path) -> list[Member]:
+    """The images of a run by the places that they come from.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``joined_splits``.
+    """
     origins = sources(folder)
     prefixes = [origin["prefix"] for origin in origins]
     trained = _by_prefix(folder / run_folder.TRAINING, prefixes)
     held = _by_prefix(folder / run_folder.HELD_OUT, prefixes)
-    members = []
+    found = []
     for origin in origins:
+        check_origin(folder, origin)
         prefix = origin["prefix"]
         source = open_place(origin, min_classes=1)
         if trained is None:
@@ -92,12 +107,8 @@ def joined_splits(folder: Path) -> tuple[Split, Split]:
         else:
             train = _named(source, trained[prefix], "was trained on")
         held_out = _named(source, (held or {}).get(prefix, []), "held out")
-        members.append(Member(prefix, train, held_out))
-    settings = run_folder.read_config(folder)
-    origin = {
-        name: settings.get(name) for name in (*_ORIGIN, *(["add"] if len(members) > 1 else []))
-    }
-    return join(members, read_names(folder / run_folder.LABELS), origin)
+        found.append(Member(prefix, train, held_out))
+    return found
 
 
 def _by_prefix(path: Path, prefixes: Sequence[str]) -> dict[str, list[str]] | None:
@@ -138,7 +149,7 @@ def check_origin(folder: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: if the run was given a source that ``open_source`` did not open.
     """
-    if not any(settings.get(name) for name in _PLACES):
+    if not any(settings.get(name) for name in PLACES):
         raise ValueError(
             f"the images of the run in {str(folder)!r} came from a Python program and cannot be "
             f"opened again: its {run_folder.CONFIG} names no dataset, image folder or manifest; "
@@ -154,22 +165,30 @@ def held_out(folder: Path, source: Source) -> Split:
         ValueError: if some no longer exist, or their list cannot be read.
     """
     path = folder / run_folder.HELD_OUT
-    names = set(read_names(path))
+    names = read_names(path)
     if not names:
         raise ValueError(f"{str(path)!r} names no images; name a split or a dataset to evaluate on")
     return _named(source, names, "held out", "; name a split or a dataset to evaluate on")
 
 
-def _named(source: Source, names: Collection[str], role: str, hint: str = "") -> Split:
-    """The images of these names."""
-    names = set(names)
+def _named(source: Source, names: Sequence[str], role: str, hint: str = "") -> Split:
+    """The images of these names, in their order."""
+    place = {name: number for number, name in enumerate(names)}
     # Without a split expression, which would check all labels: a test split may have none.
-    positions = {
-        part: np.flatnonzero([name in names for name in source.names(part)])
+    places = [
+        np.array([place.get(name, -1) for name in source.names(part)], np.int64)
         for part in source.split_names
-    }
-    split = Split(source, tuple((part, at) for part, at in positions.items() if len(at)))
-    missing = sorted(names - set(split.names))
+    ]
+    rows = [np.flatnonzero(numbers >= 0) for numbers in places]
+    row = np.concatenate([np.zeros(0, np.int64), *rows])
+    part_of = np.repeat(np.arange(len(rows)), [len(found) for found in rows])
+    wanted = [numbers[found] for numbers, found in zip(places, rows, strict=True)]
+    order = np.argsort(np.concatenate([np.zeros(0, np.int64), *wanted]), kind="stable")
+    row, part_of = row[order], part_of[order]
+    ends = np.flatnonzero(np.diff(part_of)) + 1
+    parts = zip(np.split(part_of, ends), np.split(row, ends), strict=True)
+    split = Split(source, tuple((source.split_names[part[0]], at) for part, at in parts if len(at)))
+    missing = sorted(place.keys() - set(split.names))
     if missing:
         raise ValueError(
             f"{len(missing)} of the {len(names)} images that the run {role} are gone from "
