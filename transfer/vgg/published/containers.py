@@ -34,6 +34,7 @@ from transfer.vgg.published import (
     matconvnet,
     mxnet,
     npy,
+    onnx_file,
     onnx_model,
     pickles,
     torch_file,
@@ -55,7 +56,7 @@ class Container:
     Further contents of some files: ``model``, the layers of a Keras model; ``order``, the layer
     names of a Keras weight file, which has no more than these; ``preprocess``, the preprocessing of
     the network; ``labels``, the class names; ``no_head``, why the layers after the convolutions are
-    not a VGG's.
+    not a VGG's; ``beside``, the other files that some of the arrays are in.
 
     ``backend`` is that of Keras or Lasagne where it matters for the kernels, and empty if the file
     does not say; see ``kernel_flips``. Kernels of Theano are not flipped any more.
@@ -69,6 +70,7 @@ class Container:
     labels: Sequence[str] = field(default=())
     no_head: str = ""
     backend: str | None = None
+    beside: Sequence[Path] = ()
 
 
 def read(path: Path) -> Container:
@@ -148,10 +150,11 @@ def _read(path: Path) -> Container:
     if size > limits.MAX_BYTES:
         raise ValueError(f"it has {size:,} bytes; expected at most {limits.MAX_BYTES:,}")
     data = _mapped(path)
-    if (model := onnx_model.read(data, path.parent)) is not None:
+    side_files = onnx_file.SideFiles(path.parent)
+    if (model := onnx_model.read(data, side_files)) is not None:
         layers = (*model.layers, *model.branches)
         arrays = {f"{one.name}/{role}": v for one in layers for role, v in one.arrays.items()}
-        return Container("ONNX", arrays, model)
+        return Container("ONNX", arrays, model, beside=side_files.paths)
     if kind := foreign.kind_of_message(data):
         raise ValueError(kind)
     if arrays := frozen.arrays(data):
