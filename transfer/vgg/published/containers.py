@@ -13,7 +13,7 @@ import mmap
 import re
 import struct
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -56,7 +56,8 @@ class Container:
     Further contents of some files: ``model``, the layers of a Keras model; ``order``, the layer
     names of a Keras weight file, which has no more than these; ``preprocess``, the preprocessing of
     the network; ``labels``, the class names; ``no_head``, why the layers after the convolutions are
-    not a VGG's; ``beside``, the other files that some of the arrays are in.
+    not a VGG's; ``unused``, names of arrays that its features do not depend on; ``beside``, the
+    other files that some of the arrays are in.
 
     ``backend`` is that of Keras or Lasagne where it matters for the kernels, and empty if the file
     does not say; see ``kernel_flips``. Kernels of Theano are not flipped any more.
@@ -71,6 +72,7 @@ class Container:
     no_head: str = ""
     backend: str | None = None
     beside: Sequence[Path] = ()
+    unused: Collection[str] = ()
 
 
 def read(path: Path) -> Container:
@@ -160,7 +162,8 @@ def _read(path: Path) -> Container:
     if arrays := frozen.arrays(data):
         return Container("frozen graph", arrays)
     if caffe_net := caffe.read(data):
-        return Container("Caffe", caffe_net.arrays, no_head=caffe_net.no_head)
+        arrays, no_head, unused = caffe_net
+        return Container("Caffe", arrays, no_head=no_head, unused=unused)
     raise ValueError(
         "it is none of: Keras (.h5, .keras), NumPy (.npz, .npy), PyTorch (.pth), safetensors, "
         "MatConvNet (.mat), Caffe (.caffemodel), ONNX, MXNet (.params), Paddle (.pdparams), "

@@ -87,7 +87,8 @@ def identify(
     arrays = {
         name: values
         for name, values in container.arrays.items()
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in leave_out)
+        if name not in container.unused
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in leave_out)
     }
     if container.kind in ("PyTorch", "safetensors", "Lasagne", "Paddle", "MXNet"):
         return _of_torch(container, arrays, pooling, kernels)
