@@ -1,5 +1,6 @@
 """Caffe models that compute other features than a VGG are refused, or their heads left out."""
 
+import contextlib
 import re
 from dataclasses import replace
 
@@ -191,6 +192,25 @@ def test_other_heads_are_left_out(tmp_path, change, message):
     found = layouts.identify(containers.read(tmp_path / "a"))
     assert found.num_classes is None and {"fc6", "fc7", "fc8"} <= {*found.left_out}
     assert re.search(message, found.notes[0])
+
+
+def test_last_convolution_of_another_kind_is_refused(tmp_path):
+    write(tmp_path / "a", tail=lambda net: net.add("conv5_3", "LRN", arrays=(biases("conv5_2"),)))
+    with pytest.raises(ValueError, match="its conv5_3 is a layer LRN, no Convolution"):
+        containers.read(tmp_path / "a")
+
+
+def test_damaged_definitions_raise_value_error_only(tmp_path):
+    write(tmp_path / "a", tail=plain_head)
+    data = (tmp_path / "a").read_bytes()
+    generator = np.random.default_rng(0)
+    places = [data.find(name.encode()) for name in (*CONVOLUTIONS, *CONNECTED, "pool", "relu")]
+    for place in places:
+        for offset in generator.integers(-20, 60, 3):
+            damaged = bytearray(data)
+            damaged[max(0, place + offset)] ^= 1 << int(generator.integers(8))
+            with contextlib.suppress(ValueError):
+                caffe.read(memoryview(bytes(damaged)))
 
 
 def test_numbers_of_inputs_are_limited(tmp_path, monkeypatch):

@@ -145,6 +145,8 @@ def check(layers: Sequence[CaffeLayer]) -> None:
     last = _last_convolution(layers)
     if last is None:
         return
+    if layers[last].kind != "Convolution":
+        raise ValueError(f"its {layers[last].name} is a layer {layers[last].kind}, no Convolution")
     _check_settings(layers[last])
     has_relu = False
     names = {layers[last].name}
@@ -223,7 +225,7 @@ def beside(layers: Sequence[CaffeLayer]) -> set[str]:
 def _last_convolution(layers: Sequence[CaffeLayer]) -> int | None:
     """The place of the last convolution of a VGG, of which the file says what it takes; SSD goes on
     with conv6_1."""
-    places = [n for n, layer in enumerate(layers) if _CONVOLUTION.fullmatch(layer.name)]
+    places = [n for n, one in enumerate(layers) if _CONVOLUTION.fullmatch(one.name) and one.blobs]
     return places[-1] if places and layers[places[-1]].bottoms else None
 
 
