@@ -71,14 +71,18 @@ def test_unknown_kernels_are_refused_unless_told(tmp_path, write):
 def test_names_tell_keras_1_with_theano_from_tensorflow(tmp_path):
     write_keras_legacy(tmp_path / "a.h5")  # names of TensorFlow
     assert_convolutions(identify(tmp_path / "a.h5"))
-    with h5py.File(tmp_path / "b.h5", "w") as file:
-        for number, layer in enumerate(CONVOLUTIONS, 1):  # tf_dim_ordering_th_kernels
-            name = f"convolution2d_{number}"
-            file[f"{name}/{name}_W"] = kernel(layer)[::-1, ::-1]
-            file[f"{name}/{name}_b"] = biases(layer)
-    with pytest.raises(ValueError, match="kernels=flipped: .*th_kernels in their name"):
-        identify(tmp_path / "b.h5")
-    assert_convolutions(identify(tmp_path / "b.h5", kernels="flipped"))
+    theirs = {"convolution2d": ["convolution2d_{}_W", "convolution2d_{}_b"]}
+    theirs["layer"] = ["param_0", "param_1"]
+    for group, names in theirs.items():
+        path = tmp_path / f"{group}.h5"
+        with h5py.File(path, "w") as file:
+            for number, layer in enumerate(CONVOLUTIONS, 1):  # tf_dim_ordering_th_kernels
+                values = kernel(layer)[::-1, ::-1], biases(layer)
+                for name, value in zip(names, values, strict=True):
+                    file[f"{group}_{number}/{name.format(number)}"] = value
+        with pytest.raises(ValueError, match="kernels=flipped: .*th_kernels in their name"):
+            identify(path)
+        assert_convolutions(identify(path, kernels="flipped"))
 
 
 def test_first_convolution_of_oxford_tells_whether_kernels_are_flipped(tmp_path, monkeypatch):

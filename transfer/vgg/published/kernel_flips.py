@@ -11,6 +11,7 @@ Sources: theano, tensor/nnet/abstract_conv.py (``filter_flip``); keras 2, engine
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
@@ -36,8 +37,9 @@ def flipped(values: np.ndarray) -> np.ndarray:
 
 def may_be_theano(names: Iterable[str]) -> bool:
     """Whether arrays with these names may have been written by Keras 1 with Theano, whose names
-    have no number of an output: ``conv1_1_W``. Those of TensorFlow are ``conv1_1_W:0``."""
-    return any(name.endswith("_W") for name in names)
+    have no number of an output: ``conv1_1_W``. Those of TensorFlow are ``conv1_1_W:0``; in files
+    before Keras 1, arrays only have numbers: ``param_0``."""
+    return any(re.search(r"_W$|/param_\d+$", name) for name in names)
 
 
 def is_flipped(kernel: np.ndarray, kernels: Kernels, *, default: bool | None) -> bool:
