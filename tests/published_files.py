@@ -86,17 +86,23 @@ def flipped(layer):
 
 
 def write_theano(path):
-    """A file of fchollet/deep-learning-models with th_kernels, with the backend as of Keras 2."""
+    """A file of fchollet/deep-learning-models with th_kernels, of 2016: it names no backend."""
     renamed = {"fc6": "fc1", "fc7": "fc2", "fc8": "predictions"}
     with h5py.File(path, "w") as file:
-        file.attrs["backend"] = b"theano"
         for layer in CONVOLUTIONS + CONNECTED:
             name = renamed.get(layer) or f"block{layer[4]}_conv{layer[6]}"
             file[f"{name}/{name}_W"], file[f"{name}/{name}_b"] = flipped(layer), biases(layer)
 
 
+def write_theano_of_keras_2(path):
+    """The same with the backend, which Keras 2 writes into its files."""
+    write_theano(path)
+    with h5py.File(path, "a") as file:
+        file.attrs["backend"] = b"theano"
+
+
 def write_theano_numbered(path):
-    """The same without names and backend; layers without weights are numbered as well."""
+    """As the first one, without names; layers without weights are numbered as well."""
     with h5py.File(path, "w") as file:
         for number, layer in enumerate(CONVOLUTIONS + CONNECTED):
             file.create_group(f"layer_{2 * number}")
@@ -334,6 +340,7 @@ WRITERS = {
     ),
     "deepface": (write_deepface, "keras", "caffe"),
     "theano": (write_theano, "keras", "caffe"),
+    "theano, Keras 2": (write_theano_of_keras_2, "keras", "caffe"),
     "theano, numbered": (write_theano_numbered, "keras 1, Theano", "caffe"),
     "flaxmodels": (write_flaxmodels, "flaxmodels", "torch"),
     "frossard": (write_frossard, "frossard", "slim"),

@@ -1,15 +1,26 @@
 """Caffe models that compute other features than a VGG are refused, or their heads left out."""
 
+import contextlib
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from published_files import CONVOLUTIONS, SMALL, biases, field, outputs_first, varint
+from published_files import (
+    CONNECTED,
+    CONVOLUTIONS,
+    NUM_CLASSES,
+    SMALL,
+    biases,
+    field,
+    outputs_first,
+    varint,
+)
 
-from transfer.vgg.published import containers, layouts
+from transfer.vgg.published import caffe, containers, layouts
 
 CONVOLUTION, POOLING = (106, 10), (121, 19)  # fields of a layer, now and before 2015
-KINDS = {"Convolution": 4, "Pooling": 17, "ReLU": 18, "LRN": 15}
+KINDS = {"Convolution": 4, "Dropout": 6, "InnerProduct": 14, "Pooling": 17, "ReLU": 18, "LRN": 15}
 
 
 def blob(values):
@@ -109,17 +120,104 @@ def fc_reduced(net, dilation=6, has_pool=True):
     sizes = {"fc6": (16, channels, 3, 3), "fc7": (16, 16, 1, 1), "fc8_voc12": (4, 16, 1, 1)}
     for name, size in sizes.items():
         arrays = (np.ones(size, np.float32), np.ones(size[0], np.float32))
-        others = [(18, dilation)] if name == "fc6" and dilation else []
-        net.convolution(name, arrays, kernel=size[-1], pad=6, others=others)
+        is_dilated = name == "fc6" and dilation
+        others = [(18, dilation)] if is_dilated else []
+        pad = dilation if is_dilated else 0
+        net.convolution(name, arrays, kernel=size[-1], pad=pad, others=others)
+        if name in ("fc6", "fc7"):
+            net.add(f"relu{name[2:]}", "ReLU", top=name)
 
 
 @pytest.mark.parametrize("options, message", [
     ({}, "its pool5 has kernel_size 3; expected 2, .* equal up to conv5"),
-    ({"has_pool": False}, "its fc6 is a convolution with dilation 6"),
-    ({"has_pool": False, "dilation": 0}, "fc6 .* whose stride and dilation the file does not tell"),
+    ({"has_pool": False}, "its layer fc6 has pad 6; expected 0"),
+    ({"has_pool": False, "dilation": 0}, "there is no pooling between conv5_2 and fc6"),
 ])  # fmt: skip
 def test_dilated_fc6_is_left_out(tmp_path, options, message):
     write(tmp_path / "a", tail=lambda net: fc_reduced(net, **options))
     found = layouts.identify(containers.read(tmp_path / "a"))
     assert found.num_classes is None and {"fc6", "fc7", "fc8"} <= {*found.left_out}
     assert re.search(message, found.notes[0])
+
+
+def test_window_of_three_pixels_is_left_out_where_layers_are_not_defined(tmp_path):
+    write(tmp_path / "a", tail=lambda net: fc_reduced(net, has_pool=False, dilation=0))
+    found = layouts.identify(replace(containers.read(tmp_path / "a"), no_head=""))
+    assert "a convolution, whose stride and dilation the file does not tell" in found.notes[0]
+
+
+def test_layers_beside_the_convolutions_are_left_out(tmp_path):
+    """The scales of SSD's conv4_3 and its further convolutions."""
+
+    def tail(net):
+        fc_reduced(net)
+        width = SMALL.blocks[3][-1]
+        net.last = "conv4_2"
+        net.add("conv4_2_norm", "Normalize", arrays=(np.ones(width, np.float32),))
+        net.last = "fc7"
+        net.convolution("conv6_1", (np.ones((8, 16, 1, 1), np.float32), np.ones(8, np.float32)))
+
+    write(tmp_path / "a", tail=tail)
+    found = layouts.identify(containers.read(tmp_path / "a"))
+    assert {"conv4_2_norm/0", "conv6_1/0", "conv6_1/1", "fc6"} <= {*found.left_out}
+    np.testing.assert_array_equal(found.values["conv1_1/biases"], biases("conv1_1"))
+
+
+def plain_head(net, change=""):
+    if change != "pool":
+        net.pooling("pool5")
+    for name in CONNECTED:
+        net.add(name, "InnerProduct", arrays=(outputs_first(name), biases(name)))
+        if name == "fc6" and change == "norm":
+            net.add("bn6", "BatchNorm", arrays=(np.ones(len(biases(name)), np.float32),) * 2)
+        if name != "fc8" and change != "relu":
+            net.add(f"relu{name[2:]}", "ReLU", top=net.last)
+            net.add(f"drop{name[2:]}", "Dropout", top=net.last)
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_head_of_a_vgg_is_taken(tmp_path, is_old):
+    write(tmp_path / "a", is_old=is_old, tail=plain_head)
+    found = layouts.identify(containers.read(tmp_path / "a"))
+    assert (found.num_classes, found.left_out) == (NUM_CLASSES, [])
+
+
+@pytest.mark.parametrize("change, message", [
+    ("norm", r"bn6 \(BatchNorm\) is none of a VGG's head"),
+    ("relu", "its layer fc7 has no ReLU"),
+    ("pool", "there is no pooling between conv5_2 and fc6"),
+])  # fmt: skip
+def test_other_heads_are_left_out(tmp_path, change, message):
+    write(tmp_path / "a", tail=lambda net: plain_head(net, change))
+    found = layouts.identify(containers.read(tmp_path / "a"))
+    assert found.num_classes is None and {"fc6", "fc7", "fc8"} <= {*found.left_out}
+    assert re.search(message, found.notes[0])
+
+
+def test_last_convolution_of_another_kind_is_refused(tmp_path):
+    write(tmp_path / "a", tail=lambda net: net.add("conv5_3", "LRN", arrays=(biases("conv5_2"),)))
+    with pytest.raises(ValueError, match="its conv5_3 is a layer LRN, no Convolution"):
+        containers.read(tmp_path / "a")
+
+
+def test_damaged_definitions_raise_value_error_only(tmp_path):
+    write(tmp_path / "a", tail=plain_head)
+    data = (tmp_path / "a").read_bytes()
+    generator = np.random.default_rng(0)
+    places = [data.find(name.encode()) for name in (*CONVOLUTIONS, *CONNECTED, "pool", "relu")]
+    for place in places:
+        for offset in generator.integers(-20, 60, 3):
+            damaged = bytearray(data)
+            damaged[max(0, place + offset)] ^= 1 << int(generator.integers(8))
+            with contextlib.suppress(ValueError):
+                caffe.read(memoryview(bytes(damaged)))
+
+
+def test_numbers_of_inputs_are_limited(tmp_path, monkeypatch):
+    (tmp_path / "a").write_bytes(field(1, b"VGG") + field(100, field(3, b"") * 1001))
+    with pytest.raises(ValueError, match="has over 1,000 inputs or outputs"):
+        containers.read(tmp_path / "a")
+    monkeypatch.setattr(caffe, "_MAX_TENSORS", 20)
+    write(tmp_path / "b")
+    with pytest.raises(ValueError, match="its layers have over 20 inputs and outputs"):
+        containers.read(tmp_path / "b")

@@ -16,7 +16,7 @@ from published_files import (
     write_theano_numbered,
 )
 
-from transfer.vgg.published import containers, layouts, origins
+from transfer.vgg.published import containers, keras_model, layouts, origins
 
 
 def identify(path, **options):
@@ -54,6 +54,7 @@ def test_channels_last_kernels_of_theano_are_flipped(tmp_path):
 
 
 @pytest.mark.parametrize("write", [
+    write_theano,
     write_theano_numbered,
     lambda path: write_lasagne(path, **{"mean value": np.zeros(3, np.float32)}),
 ])  # fmt: skip
@@ -65,6 +66,23 @@ def test_unknown_kernels_are_refused_unless_told(tmp_path, write):
     first, second = (one.values["conv2_1/weights"] for one in found)
     np.testing.assert_array_equal(first, second[::-1, ::-1])
     np.testing.assert_array_equal(found[0].values["fc6/weights"], kernel("fc6"))
+
+
+def test_names_tell_keras_1_with_theano_from_tensorflow(tmp_path):
+    write_keras_legacy(tmp_path / "a.h5")  # names of TensorFlow
+    assert_convolutions(identify(tmp_path / "a.h5"))
+    theirs = {"convolution2d": ["convolution2d_{}_W", "convolution2d_{}_b"]}
+    theirs["layer"] = ["param_0", "param_1"]
+    for group, names in theirs.items():
+        path = tmp_path / f"{group}.h5"
+        with h5py.File(path, "w") as file:
+            for number, layer in enumerate(CONVOLUTIONS, 1):  # tf_dim_ordering_th_kernels
+                values = kernel(layer)[::-1, ::-1], biases(layer)
+                for name, value in zip(names, values, strict=True):
+                    file[f"{group}_{number}/{name.format(number)}"] = value
+        with pytest.raises(ValueError, match="kernels=flipped: .*th_kernels in their name"):
+            identify(path)
+        assert_convolutions(identify(path, kernels="flipped"))
 
 
 def test_first_convolution_of_oxford_tells_whether_kernels_are_flipped(tmp_path, monkeypatch):
@@ -101,3 +119,6 @@ def test_option_is_for_files_that_do_not_say(tmp_path):
     write_frossard(tmp_path / "a.npz")
     with pytest.raises(ValueError, match="it is a npz file, and they are known"):
         identify(tmp_path / "a.npz", kernels="unflipped")
+    whole = containers.Container("HDF5", {}, keras_model.Model([], [], []), backend="")
+    with pytest.raises(ValueError, match="it is a HDF5 file, and they are known"):
+        layouts.identify(whole, kernels="flipped")

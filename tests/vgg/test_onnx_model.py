@@ -8,7 +8,8 @@ import pytest
 from published_files import NUM_CLASSES, SMALL, VALUES
 
 from transfer import Backbone, convert
-from transfer.vgg.published import containers, layouts
+from transfer.models.saver import file_sha256
+from transfer.vgg.published import containers, layouts, limits, onnx_file
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -177,16 +178,40 @@ def test_external_data_beside_the_file_are_read(tmp_path):
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
     data = tmp_path / "m.onnx.data"
+    card = convert(tmp_path / "m.onnx", tmp_path / "vgg").card
+    assert card.source.endswith(f"sha256 {file_sha256(tmp_path / 'm.onnx', data)}")
     data.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match="lies in 'm.onnx.data'; put that file beside it"):
         containers.read(tmp_path / "m.onnx")
     data.symlink_to(tmp_path / "moved")
-    with pytest.raises(ValueError, match="lies in another file"):
+    with pytest.raises(ValueError, match="is a symbolic link and not followed; copy both files"):
         containers.read(tmp_path / "m.onnx")
     data.unlink()
     data.write_bytes((tmp_path / "moved").read_bytes()[:1000])
     with pytest.raises(ValueError, match="is outside of 'm.onnx.data', or overlaps another"):
         containers.read(tmp_path / "m.onnx")
+
+
+def test_constant_in_a_file_beside_is_read(tmp_path):
+    values = np.arange(6, dtype="f4")
+    (tmp_path / "c").write_bytes(values.tobytes())
+    tensor = onnx.TensorProto(data_type=1, dims=[6], data_location=onnx.TensorProto.EXTERNAL)
+    tensor.external_data.add(key="location", value="c")
+    node = onnx.helper.make_node("Constant", [], ["x"], value=tensor)
+    side_files = onnx_file.SideFiles(tmp_path)
+    found = onnx_file.node_of(memoryview(node.SerializeToString()), side_files)
+    np.testing.assert_array_equal(found.attributes["value"], values)
+    assert side_files.paths == [tmp_path / "c"]
+
+
+def test_side_files_are_limited_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "MAX_BYTES", 30)
+    side_files = onnx_file.SideFiles(tmp_path)
+    for name in "cd":
+        (tmp_path / name).write_bytes(bytes(20))
+    side_files.read("w", {"location": "c"})
+    with pytest.raises(ValueError, match="would take over 30 bytes"):
+        side_files.read("w", {"location": "d"})
 
 
 @pytest.mark.parametrize("place, message", [

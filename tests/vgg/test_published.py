@@ -27,6 +27,7 @@ from published_files import (
     torch_pickle,
     windowed,
     write_matconvnet,
+    write_theano,
     write_theano_numbered,
     write_torch_legacy,
     write_torch_zip,
@@ -49,7 +50,8 @@ def assert_values(found):
 def test_all_layouts_give_same_values(tmp_path, writer, layout, preprocess):
     path = tmp_path / "weights.of.no.telling.name"
     writer(path)
-    kernels = "flipped" if writer is write_theano_numbered else "auto"  # names no backend
+    names_no_backend = writer in (write_theano, write_theano_numbered)
+    kernels = "flipped" if names_no_backend else "auto"
     found = layouts.identify(containers.read(path), kernels=kernels)
     assert_values(found)
     assert (found.layout.name, found.layout.preprocess) == (layout, preprocess)

@@ -14,17 +14,19 @@ import numpy as np
 from transfer.vgg.published import caffe_layers, wire
 from transfer.vgg.published.caffe_layers import FIELDS
 
-_MAX_LAYERS, _MAX_BLOBS = 10_000, 16
+_MAX_LAYERS, _MAX_BLOBS, _MAX_TENSORS = 10_000, 16, 100_000
 _LEGACY_SHAPE, _DATA, _SHAPE, _DIM = (1, 2, 3, 4), 5, 7, 1  # BlobProto, BlobShape
 
 
 class Network(NamedTuple):
     """``arrays``: ``<layer>/0`` (weights, ``[outputs, inputs, height, width]`` or ``[outputs,
     inputs]``) and ``<layer>/1`` (biases), views of the file. ``no_head``: why the layers after the
-    convolutions are not those of a VGG; empty if they may be."""
+    convolutions are not those of a VGG; empty if they may be. ``unused``: names of arrays that
+    its features do not depend on."""
 
     arrays: dict[str, np.ndarray]
     no_head: str = ""
+    unused: frozenset[str] = frozenset()
 
 
 def read(data: memoryview) -> Network | None:
@@ -41,16 +43,24 @@ def read(data: memoryview) -> Network | None:
         raise ValueError(f"it has {len(messages):,} layers; expected at most {_MAX_LAYERS:,}")
     arrays: dict[str, np.ndarray] = {}
     layers = []
+    num_tensors = 0
     for number, message in messages:
         if isinstance(message, int):
             return None
         layer = caffe_layers.read(number, message)
         layers.append(layer)
+        num_tensors += len(layer.bottoms) + len(layer.tops)
+        if num_tensors > _MAX_TENSORS:
+            raise ValueError(f"its layers have over {_MAX_TENSORS:,} inputs and outputs")
+        if layer.blobs and f"{layer.name}/0" in arrays:
+            raise ValueError(f"it has two layers {layer.name!r} with arrays")
         arrays |= _arrays(layer.name, layer.blobs)
     if not arrays:
         return None
     caffe_layers.check(layers)
-    return Network(arrays, caffe_layers.no_head(layers))
+    beside = caffe_layers.beside(layers)
+    unused = frozenset(name for name in arrays if name.rpartition("/")[0] in beside)
+    return Network(arrays, caffe_layers.no_head(layers), unused)
 
 
 def _arrays(name: str, blobs: Sequence[wire.Value]) -> dict[str, np.ndarray]:

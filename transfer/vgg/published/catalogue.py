@@ -13,7 +13,6 @@ from typing import Any
 _KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
 _TORCH = "https://download.pytorch.org/models"
 _TIMM = "https://huggingface.co/timm"
-_ONNX = "https://github.com/onnx/models/raw/main/validated/vision/classification/vgg/model"
 _SLIM = "http://download.tensorflow.org/models"
 _FACE = "https://github.com/rcmalli/keras-vggface/releases/download/v2.0"
 _OXFORD = "CC BY 4.0 (weights: Visual Geometry Group, University of Oxford)"
@@ -125,8 +124,6 @@ _ENTRIES = (
         accuracy=(71.1, 89.8),
         accuracy_source="tensorflow/models, research/slim/README.md",
     ),
-    Entry("vgg16-onnx", "vgg16", "ONNX model zoo", f"{_ONNX}/vgg16-12.onnx", None, "torch"),
-    Entry("vgg19-onnx", "vgg19", "ONNX model zoo", f"{_ONNX}/vgg19-7.onnx", None, "torch"),
     Entry(
         "vgg16-places365",
         "vgg16",

@@ -13,7 +13,7 @@ import mmap
 import re
 import struct
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -34,6 +34,7 @@ from transfer.vgg.published import (
     matconvnet,
     mxnet,
     npy,
+    onnx_file,
     onnx_model,
     pickles,
     torch_file,
@@ -55,7 +56,8 @@ class Container:
     Further contents of some files: ``model``, the layers of a Keras model; ``order``, the layer
     names of a Keras weight file, which has no more than these; ``preprocess``, the preprocessing of
     the network; ``labels``, the class names; ``no_head``, why the layers after the convolutions are
-    not a VGG's.
+    not a VGG's; ``unused``, names of arrays that its features do not depend on; ``beside``, the
+    other files that some of the arrays are in.
 
     ``backend`` is that of Keras or Lasagne where it matters for the kernels, and empty if the file
     does not say; see ``kernel_flips``. Kernels of Theano are not flipped any more.
@@ -69,6 +71,8 @@ class Container:
     labels: Sequence[str] = field(default=())
     no_head: str = ""
     backend: str | None = None
+    beside: Sequence[Path] = ()
+    unused: Collection[str] = ()
 
 
 def read(path: Path) -> Container:
@@ -148,16 +152,18 @@ def _read(path: Path) -> Container:
     if size > limits.MAX_BYTES:
         raise ValueError(f"it has {size:,} bytes; expected at most {limits.MAX_BYTES:,}")
     data = _mapped(path)
-    if (model := onnx_model.read(data, path.parent)) is not None:
+    side_files = onnx_file.SideFiles(path.parent)
+    if (model := onnx_model.read(data, side_files)) is not None:
         layers = (*model.layers, *model.branches)
         arrays = {f"{one.name}/{role}": v for one in layers for role, v in one.arrays.items()}
-        return Container("ONNX", arrays, model)
+        return Container("ONNX", arrays, model, beside=side_files.paths)
     if kind := foreign.kind_of_message(data):
         raise ValueError(kind)
     if arrays := frozen.arrays(data):
         return Container("frozen graph", arrays)
     if caffe_net := caffe.read(data):
-        return Container("Caffe", caffe_net.arrays, no_head=caffe_net.no_head)
+        arrays, no_head, unused = caffe_net
+        return Container("Caffe", arrays, no_head=no_head, unused=unused)
     raise ValueError(
         "it is none of: Keras (.h5, .keras), NumPy (.npz, .npy), PyTorch (.pth), safetensors, "
         "MatConvNet (.mat), Caffe (.caffemodel), ONNX, MXNet (.params), Paddle (.pdparams), "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -153,8 +153,9 @@ def convert(
         raise ValueError(
             f"kernels={kernels!r} is unknown; choose from {', '.join(get_args(Kernels))}"
         )
+    container = containers.read(file)
     published = layouts.identify(
-        containers.read(file),
+        container,
         columns_first=_COLUMNS_FIRST[spatial_order],
         pooling=pooling,
         leave_out=tuple(leave_out),
@@ -163,7 +164,7 @@ def convert(
     if not top:
         published = network.without_head(published)
     size, size_warning = _image_size(published, image_size, convolutional)
-    sha256 = file_digest(file)
+    sha256 = file_digest(file, container.beside)
     origin = origins.of_file(file_md5(file), sha256) if file.is_file() else None
     preprocessing = preprocessing_of(published, preprocess, origin)
     names, name_note = _class_names(published, labels)
@@ -317,14 +318,15 @@ def check_out(prefix: Path) -> None:
         raise ValueError(f"{str(existing[0])!r} is there already; choose another out=PREFIX")
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a checkpoint concatenated."""
+def file_digest(path: Path, beside: Iterable[Path] = ()) -> str:
+    """SHA-256 of a file and those ``beside`` it with its arrays, or of all files of a checkpoint,
+    concatenated."""
     files = [path] if path.is_file() and not checkpoint.PART.search(path.name) else []
     if not files:
         prefix = glob.escape(checkpoint.PART.sub("", path.name))
         patterns = (f"{prefix}.index", f"{prefix}.data-*", f"{prefix}-?????-of-?????")
         files = [part for pattern in patterns for part in sorted(path.parent.glob(pattern))]
-    return file_sha256(*files)
+    return file_sha256(*files, *beside)
 
 
 def file_md5(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import http.client
 import os
 import shutil
@@ -11,6 +12,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -30,7 +32,6 @@ from transfer.vgg.architectures import ARCHITECTURES, num_parameters
 from transfer.vgg.published import conversion
 from transfer.vgg.published.catalogue import CATALOGUE, Entry
 from transfer.vgg.published.conversion import Conversion, file_md5
-from transfer.vgg.published.limits import MAX_BYTES
 
 TIMEOUT_S = 8.0
 _CHUNK = 2**20
@@ -57,12 +58,21 @@ class Weights:
         else."""
         return 5 * num_parameters(ARCHITECTURES[self.entry.network], self.entry.num_classes)
 
+    @property
+    def min_bytes(self) -> int:
+        """A size that no such file is below, also compressed; a page with an error is."""
+        return 3 * num_parameters(ARCHITECTURES[self.entry.network], self.entry.num_classes)
+
     def difference(self, path: Path) -> str:
-        """The hash of a file that differs from the published one; empty if none does."""
+        """What differs between a file and the published one, its hash or, where none is published,
+        its size; empty if nothing does."""
         if self.entry.md5 and file_md5(path) != self.entry.md5:
             return "MD5"
         digits = self.entry.sha256
-        return "SHA-256" if digits and not file_sha256(path).startswith(digits) else ""
+        if digits and not file_sha256(path).startswith(digits):
+            return "SHA-256"
+        size = path.stat().st_size
+        return f"size of {size:,} bytes" if size < self.min_bytes else ""
 
 
 _MODELS = {"vgg16": keras.applications.VGG16, "vgg19": keras.applications.VGG19}
@@ -164,31 +174,40 @@ def unpacked(weights: Weights) -> Iterator[Path]:
     """The file of weights: the download itself, or the only checkpoint in an archive.
 
     Raises:
-        ValueError: if the archive does not have one checkpoint of a reasonable size.
+        ValueError: if the archive is damaged, too large, or does not have one checkpoint.
     """
     if not weights.path.name.endswith(".tar.gz"):
         yield weights.path
         return
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(weights.path) as archive:
-        members = []
-        for member in archive:  # decompresses what it skips
-            members += [member] if member.isfile() and member.name.endswith(".ckpt") else []
-            if archive.offset > 2 * MAX_BYTES:
-                raise ValueError(
-                    f"{str(weights.path)!r} unpacks to over {2 * MAX_BYTES:,} bytes; delete it, "
-                    "and pull again"
-                )
-        if len(members) != 1 or members[0].size > MAX_BYTES:
-            sizes = ", ".join(f"{member.size:,}" for member in members[:5]) or "none"
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = _unpack(weights, Path(folder))
+        except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, ValueError) as error:
             raise ValueError(
-                f"{str(weights.path)!r} has checkpoints of {sizes} bytes; expected one of at most "
-                f"{MAX_BYTES:,}. It is not the published file: delete it, and pull again"
-            )
-        source, target = archive.extractfile(members[0]), Path(folder) / "weights.ckpt"
-        assert source is not None
-        with source, target.open("wb") as file:
-            shutil.copyfileobj(source, file)
-        yield target
+                f"{str(weights.path)!r} is not the published archive ({error}); delete it, and "
+                "pull again"
+            ) from error
+        yield file
+
+
+def _unpack(weights: Weights, folder: Path) -> Path:
+    """Write the checkpoint of an archive to a folder. The archive is decompressed first, within a
+    limit, since ``tarfile`` reads headers of any size."""
+    plain, target = folder / "weights.tar", folder / "weights.ckpt"
+    with gzip.open(weights.path) as source, plain.open("wb") as file:
+        while chunk := source.read(_CHUNK):
+            if file.tell() + len(chunk) > weights.max_bytes:
+                raise ValueError(f"it unpacks to over {weights.max_bytes:,} bytes")
+            file.write(chunk)
+    with tarfile.open(plain, "r:") as archive:
+        members = [one for one in archive if one.isfile() and one.name.endswith(".ckpt")]
+        if len(members) != 1:
+            raise ValueError(f"it has {len(members)} checkpoints; expected one")
+        checkpoint = archive.extractfile(members[0])
+        assert checkpoint is not None
+        with checkpoint, target.open("wb") as file:
+            shutil.copyfileobj(checkpoint, file)
+    return target
 
 
 def download(weights: Weights, progress: Progress | None = None) -> None:

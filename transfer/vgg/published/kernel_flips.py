@@ -11,6 +11,8 @@ Sources: theano, tensor/nnet/abstract_conv.py (``filter_flip``); keras 2, engine
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -33,6 +35,13 @@ def flipped(values: np.ndarray) -> np.ndarray:
     return values[::-1, ::-1] if is_first else values[:, :, ::-1, ::-1]
 
 
+def may_be_theano(names: Iterable[str]) -> bool:
+    """Whether arrays with these names may have been written by Keras 1 with Theano, whose names
+    have no number of an output: ``conv1_1_W``. Those of TensorFlow are ``conv1_1_W:0``; in files
+    before Keras 1, arrays only have numbers: ``param_0``."""
+    return any(re.search(r"_W$|/param_\d+$", name) for name in names)
+
+
 def is_flipped(kernel: np.ndarray, kernels: Kernels, *, default: bool | None) -> bool:
     """Whether the kernels of a file that does not name its backend are flipped.
 
@@ -52,8 +61,10 @@ def is_flipped(kernel: np.ndarray, kernels: Kernels, *, default: bool | None) ->
     if default is None:
         raise ValueError(
             "it does not say whether its kernels are flipped, as those of Theano are, and without "
-            "an error the wrong ones give wrong features. kernels=flipped: Keras 1 with Theano, "
-            "Lasagne's Conv2DLayer; kernels=unflipped: Keras 1 with TensorFlow, Lasagne's "
-            "Conv2DDNNLayer, layers with flip_filters=False"
+            "an error the wrong ones give wrong features. kernels=flipped: Keras 1 with Theano "
+            "(published files with th_kernels in their name, and vgg16_weights.h5 and "
+            "vgg19_weights.h5 of baraldilorenzo), Lasagne's Conv2DLayer; kernels=unflipped: Keras "
+            "1 with TensorFlow (files with tf_kernels in their name), Lasagne's Conv2DDNNLayer, "
+            "layers with flip_filters=False (vgg19_normalized.pkl)"
         )
     return default

@@ -72,7 +72,7 @@ def identify(
             f"it is a {container.kind} file, whose spatial order is known; only MatConvNet's files "
             "come in two orders"
         )
-    if kernels != "auto" and container.backend != "":
+    if kernels != "auto" and (container.backend != "" or container.model is not None):
         known = f"those of {container.backend} are" if container.backend else "they are"
         raise ValueError(
             f"kernels={kernels} is for files that do not say whether their kernels are flipped; "
@@ -87,7 +87,8 @@ def identify(
     arrays = {
         name: values
         for name, values in container.arrays.items()
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in leave_out)
+        if name not in container.unused
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in leave_out)
     }
     if container.kind in ("PyTorch", "safetensors", "Lasagne", "Paddle", "MXNet"):
         return _of_torch(container, arrays, pooling, kernels)
@@ -115,9 +116,8 @@ def identify(
     is_flipped = False
     if container.backend == "":
         first = ordered[0].kernel.transpose(2, 3, 1, 0) if is_outputs_first else ordered[0].kernel
-        is_flipped = kernel_flips.is_flipped(
-            first, kernels, default=None if is_outputs_first else False
-        )
+        is_unknown = is_outputs_first or kernel_flips.may_be_theano(layers[ordered[0].name])
+        is_flipped = kernel_flips.is_flipped(first, kernels, default=None if is_unknown else False)
     for layer in ordered:
         is_moved = is_outputs_first and (layout.outputs_first or layer.kernel.ndim == 4)
         kernel, biases = layer.folded(0 if is_moved else -1)

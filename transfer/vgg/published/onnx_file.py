@@ -38,8 +38,14 @@ class SideFiles:
 
     def __init__(self, folder: Path | None):
         self._folder = folder
-        self._files: dict[str, memoryview] = {}
-        self._left: dict[str, int] = {}
+        self._files: dict[Path, memoryview] = {}
+        self._left: dict[Path, int] = {}
+        self._num_bytes = 0
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that arrays were read from."""
+        return sorted(self._files)
 
     def read(self, name: str, place: dict[str, str]) -> memoryview:
         """The bytes of an array, a view of the file.
@@ -54,52 +60,58 @@ class SideFiles:
         location = place.get("location", "")
         path = (self._folder or Path()) / location
         is_beside = Path(location).name == location and location not in ("", "..")
-        if self._folder is None or not is_beside or path.is_symlink():
+        if self._folder is None or not is_beside:
             raise ValueError(
                 f"its array {name!r} lies in another file, {location!r}, which is not beside it; "
                 "save the model in one file (onnx.save_model with save_as_external_data=False)"
+            )
+        if path.is_symlink():
+            raise ValueError(
+                f"its array {name!r} lies in {location!r}, which is a symbolic link and not "
+                "followed; copy both files into one folder"
             )
         if not path.is_file():
             raise ValueError(
                 f"its array {name!r} lies in {location!r}; put that file beside it, or save the "
                 "model in one file (torch.onnx.export with external_data=False)"
             )
-        if location not in self._files:
+        if path not in self._files:
             size = path.stat().st_size
-            check_total(size)
-            self._left[location], self._files[location] = size, memoryview(b"")
+            self._num_bytes += size
+            check_total(self._num_bytes)
+            self._left[path], self._files[path] = size, memoryview(b"")
             if size:
                 with path.open("rb") as file:
                     mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                self._files[location] = memoryview(mapped)
-        data = self._files[location]
+                self._files[path] = memoryview(mapped)
+        data = self._files[path]
         offset, length = (place.get(key, default) for key, default in
                           (("offset", "0"), ("length", str(len(data)))))  # fmt: skip
         if not (offset.isdecimal() and length.isdecimal() and len(offset + length) < 40):
             raise ValueError(f"its array {name!r} is at {offset!r} of {location!r}")
         content = data[int(offset) : int(offset) + int(length)]
-        self._left[location] -= len(content)  # overlapping arrays would take any amount of memory
-        if len(content) < int(length) or self._left[location] < 0:
+        self._left[path] -= len(content)  # overlapping arrays would take any amount of memory
+        if len(content) < int(length) or self._left[path] < 0:
             raise ValueError(f"its array {name!r} is outside of {location!r}, or overlaps another")
         return content
 
 
-def node_of(message: memoryview) -> Node:
-    """Read a NodeProto."""
+def node_of(message: memoryview, beside: SideFiles | None = None) -> Node:
+    """Read a NodeProto; ``beside`` has the arrays of its attributes that lie in other files."""
     texts: dict[int, list[str]] = {1: [], 2: [], 3: [], 4: []}
     attributes: dict[str, Any] = {}
     for number, value in wire.fields(message):
         if number in texts:
             texts[number].append(wire.text(value))
         elif number == 5 and isinstance(value, memoryview):
-            name, found = _attribute(value)
+            name, found = _attribute(value, beside)
             attributes[name] = found
     kind = (texts[4] or [""])[0]
     name = (texts[3] or [""])[0] or (texts[2] or [kind])[0]
     return Node(kind, name, texts[1], texts[2], attributes)
 
 
-def _attribute(message: memoryview) -> tuple[str, Any]:
+def _attribute(message: memoryview, beside: SideFiles | None) -> tuple[str, Any]:
     """Name and value of an attribute; ``None`` for graphs and other kinds."""
     name = ""
     value: Any = None
@@ -114,7 +126,7 @@ def _attribute(message: memoryview) -> tuple[str, Any]:
         elif number == 4 and isinstance(content, memoryview):
             value = bytes(content[:1000])
         elif number == 5 and isinstance(content, memoryview):
-            value = tensor_of(content)[1]
+            value = tensor_of(content, beside)[1]
         elif number == 8:
             integers.append(content)
     if integers:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,12 +36,12 @@ _GLOBAL = {
 }
 
 
-def read(data: memoryview, folder: Path | None = None) -> Model | None:
+def read(data: memoryview, beside: SideFiles | None = None) -> Model | None:
     """The layers of an ONNX file; ``None`` if the data are not one.
 
     Args:
         data: contents of the file.
-        folder: of the file, for arrays in a file beside it; ``None`` refuses them.
+        beside: for arrays in files beside it; ``None`` refuses them.
 
     Raises:
         ValueError: if the graph is damaged, or not a chain of layers.
@@ -59,9 +58,8 @@ def read(data: memoryview, folder: Path | None = None) -> Model | None:
     tensors = [value for number, value in messages if number == 5]
     if not tensors and not any(number == 1 for number, _ in messages):
         return None
-    beside = SideFiles(folder)
     values = dict(tensor_of(tensor, beside) for tensor in tensors)
-    nodes = [node_of(value) for number, value in messages if number == 1]
+    nodes = [node_of(value, beside) for number, value in messages if number == 1]
     if len(nodes) > _MAX_NODES:
         raise ValueError(f"its graph has {len(nodes):,} nodes; expected at most {_MAX_NODES:,}")
     inputs = [value_info(value) for number, value in messages if number == 11]
