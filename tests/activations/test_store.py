@@ -283,6 +283,7 @@ def test_cache_list_and_clear(run, tmp_path, capsys):
     assert list(directory.rglob("rows*.bin")) == []
 
 
+@pytest.mark.slow
 def test_unusable_cache_folder_falls_back_to_memory(run, tmp_path, capsys):
     (tmp_path / "cache").write_text("a file, where a folder should be")
     _, counts = run("run")

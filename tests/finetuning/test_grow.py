@@ -110,6 +110,7 @@ def test_grown_run_is_the_run_on_all_images(place, grown):
     assert np.abs(anew.logits - result.logits).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_grown_run_is_evaluated_predicted_and_exported(place, grown):
     result, _ = grown
     assert main(["evaluate", str(result.run_dir)]) == 0

@@ -92,6 +92,7 @@ def test_auto_keeps_float32_for_few_images(run, capsys):
     assert "precision: float32, as 24 images are too few" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_auto_keeps_float32_where_int8_disagrees(run, monkeypatch, capsys):
     monkeypatch.setattr(precision, "MIN_IMAGES", 1)
     monkeypatch.setattr(agreement, "MAX_ERROR", 1e-6)

@@ -433,6 +433,7 @@ def test_pull_without_network_suggests_convert(tmp_path, server, monkeypatch, ca
     assert "vgg-transfer convert FILE --out PREFIX" in error
 
 
+@pytest.mark.slow
 def test_any_model_becomes_a_native_keras_model(tmp_path, capsys):
     """A meta graph, and published weights."""
     write_frossard(tmp_path / "weights.npz")

@@ -353,6 +353,7 @@ def test_matlab_sizes_beyond_the_file_are_refused(tmp_path):
             containers.read(tmp_path / "a.mat")
 
 
+@pytest.mark.slow
 def test_empty_protobuf_fields_are_skipped_quickly(tmp_path):
     (tmp_path / "a.pb").write_bytes(b"\x0a\x00" * 10**6)
     with pytest.raises(ValueError, match="it is none of"):
