@@ -70,7 +70,8 @@ def try_input(base: Base, folder: Path, report: Report) -> dict[str, Any]:
             report("stage", stage := "load")
             container = containers.read(folder / base.path)
             report("stage", stage := "identify")
-            layouts.identify(container)
+            is_unknown = container.backend == "" and container.model is None
+            layouts.identify(container, kernels="flipped" if is_unknown else "auto")
             return {"outcome": "fine", "stage": stage}
         report("stage", stage := "load")
         graph = load_meta_graph(folder / base.path)
