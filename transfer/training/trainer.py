@@ -393,7 +393,7 @@ class Trainer:
         return [
             pair
             for group in self.groups
-            if int(group.optimizer.iterations) > 0
+            if group.optimizer.use_ema and group.optimizer.iterations.numpy() > 0
             for pair in zip(group.variables, averages(group.optimizer), strict=False)
         ]
 
