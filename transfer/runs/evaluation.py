@@ -120,9 +120,11 @@ def evaluate_run(
             f"group_by={group_by}: the images of the run come from several places, with the groups "
             "that they had when it was trained; leave out group_by"
         )
-    if not is_joined:
+    if is_joined:
+        source = run_data.open_data(folder)
+    else:
         run_data.check_origin(folder, origin)
-    source = run_data.open_data(folder) if is_joined else run_data.open_place(origin)
+        source = run_data.open_place(origin)
     split = _split(folder, settings, source, origin, eval_split, progress)
     if skip_unreadable:
         split = split.readable(skip_unreadable, lambda it: progress(it, "check", "image"))

@@ -118,7 +118,8 @@ def grown_splits(
     """
     run = run.resolve()
     class_names = read_names(run / run_folder.LABELS)
-    own_train, own_held_out = run_data.joined_splits(run)
+    own = run_data.members(run)
+    own_train, own_held_out = run_data.joined_splits(run, own)
     source = train.source
     _check_source(train, held_out, own_train)
     with remember(own_train.source), remember(train.source):
@@ -141,7 +142,7 @@ def grown_splits(
     added = [source.class_names[label] for label in used]
     names = [*class_names, *(name for name in added if name not in class_names)]
     # The members of the run, not the run as one: groups are known by the place of the images.
-    members = [*run_data.members(run), Member(prefix, new_train, new_held_out)]
+    members = [*own, Member(prefix, new_train, new_held_out)]
     joined_train, joined_held_out = join(members, names, {**source.origin, "add": str(run)})
     growth = Growth(
         run=run,

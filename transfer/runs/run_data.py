@@ -68,18 +68,21 @@ def sources(folder: Path) -> list[dict[str, Any]]:
     if is_grown(folder):
         return [*run_folder.read_json(folder / run_folder.SOURCES)["sources"]]
     settings = run_folder.read_config(folder)
-    check_origin(folder, settings)
     return [{"prefix": ""} | {name: settings.get(name) for name in _ORIGIN}]
 
 
-def joined_splits(folder: Path) -> tuple[Split, Split]:
+def joined_splits(folder: Path, parts: Sequence[Member] | None = None) -> tuple[Split, Split]:
     """The images that a run was trained on and those that it held out, labelled as in the run,
     whatever was added to their folders since.
+
+    Args:
+        folder: folder of the run.
+        parts: from ``members``, if they are open already.
 
     Raises:
         FileNotFoundError, ValueError: if some no longer exist; names the first of them.
     """
-    joined = members(folder)
+    joined = members(folder) if parts is None else parts
     settings = run_folder.read_config(folder)
     origin = {
         name: settings.get(name) for name in (*_ORIGIN, *(["add"] if len(joined) > 1 else []))
