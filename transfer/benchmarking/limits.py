@@ -55,8 +55,7 @@ def measure(request: RunRequest) -> dict[str, Any]:
         for _ in itertools.islice(batches, -(-num_images // EXTRACTION_BATCH)):
             pass
 
-    engine = work.options.int8_engine
-    engine = engines.default_engine() if engine == "auto" else engine
+    engine = engines.engine_of(work.options.int8_engine)
     limits: dict[str, Any] = {
         "sgemm_gflops": measurement.sgemm_gflops(),
         "int8_gops": product_gflops("int8", engine),

@@ -76,8 +76,7 @@ def compare_precisions(request: RunRequest, precisions: Sequence[str]) -> list[P
     options = dataclasses.replace(request.options.head_only(), precision="float32")
     work = prepare(dataclasses.replace(request, options=options))
     layer, preprocess = work.classifier.feature_extractor, work.classifier.preprocess
-    engine = options.int8_engine
-    engine = engines.default_engine() if engine == "auto" else engine
+    engine = engines.engine_of(options.int8_engine)
     calibration = CalibrationImages(work.train, preprocess, options.seed)
     batches = work.train.batches(preprocess, EXTRACTION_BATCH, shuffle_seed=options.seed)
     images = np.asarray(next(iter(batches))[0])

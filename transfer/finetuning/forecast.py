@@ -12,6 +12,7 @@ import keras
 from transfer.core import measurement
 from transfer.finetuning.cost import CutCost, measure_costs
 from transfer.finetuning.hyperparameters import choose_solver
+from transfer.finetuning.options import HEAD_ONLY
 from transfer.finetuning.request import RunRequest
 from transfer.finetuning.setup import prepare
 from transfer.finetuning.tap_choice import AUTO, TapChoice, choose_tap
@@ -30,8 +31,7 @@ class Forecast:
     @property
     def options(self) -> dict[str, Any]:
         """The recommended options of ``fine_tune``: a head on the best tap."""
-        head = {"freeze_until": "tap", "freeze_from": None, "l2_sp": 0.0}
-        return {"tap": self.choice.best.tap, **head}
+        return {"tap": self.choice.best.tap, **HEAD_ONLY}
 
 
 def forecast(request: RunRequest) -> Forecast:

@@ -38,6 +38,15 @@ OF_GRADIENT_DESCENT = (
 """Options that only ``solver="gradient"`` uses."""
 
 
+HEAD_ONLY: dict[str, Any] = {
+    "freeze_until": "tap",
+    "freeze_from": None,
+    "schedule": None,
+    "l2_sp": 0.0,
+}
+"""Values of the options that say what is trained, for a run that trains the head only."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FineTuneOptions:
     """Options of ``fine_tune``. ``None`` means the default that the option describes."""
@@ -248,7 +257,7 @@ class FineTuneOptions:
 
     def head_only(self) -> "FineTuneOptions":
         """The same options for a run that trains the head only."""
-        return replace(self, freeze_until="tap", freeze_from=None, schedule=None, l2_sp=0.0)
+        return replace(self, **HEAD_ONLY)
 
     def _check_ignored(self, solver: str) -> None:
         """Refuse options that ridge and lbfgs would ignore."""

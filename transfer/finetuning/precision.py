@@ -75,7 +75,7 @@ def choose(
         _check_mixed(options, backbone, cuts, replicas)
         return PrecisionChoice(options.precision)
     prefixes = [_prefix(backbone, name) for name in dict.fromkeys(cuts) if name != "none"]
-    engine = engines.default_engine() if options.int8_engine == "auto" else options.int8_engine
+    engine = engines.engine_of(options.int8_engine)
     problem = _problem(prefixes)
     if options.precision == "int8":
         if problem:

@@ -15,8 +15,11 @@ Engine = Literal["litert", "openvino"]
 _MODULES: dict[Engine, ModuleType] = {"litert": litert, "openvino": openvino}
 
 
-def default_engine() -> Engine:
-    """OpenVINO if it is installed, which is the faster one; else LiteRT."""
+def engine_of(option: Literal["auto", "litert", "openvino"]) -> Engine:
+    """The engine that a value of ``int8_engine`` means. ``auto`` is OpenVINO if it is installed, as
+    it is faster, else LiteRT."""
+    if option != "auto":
+        return option
     return "openvino" if openvino.is_installed() else "litert"
 
 
