@@ -153,6 +153,12 @@ def finished_run(
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def copy_of_finished_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run, for the tests of a module that write to it."""
+    return shutil.copytree(finished_run, tmp_path_factory.mktemp("copy") / "run")
+
+
 def make_run(folder: Path, *flags: Any, preprocess: str = "unit") -> tuple[Path, Path, Path]:
     """Fine-tune a small VGG on images made in a folder; its model, photos and run folder."""
     from commands import finetune

@@ -31,6 +31,7 @@ WAYS = {
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="signals and forks are Unix")
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("how", WAYS.values(), ids=WAYS)
 def test_run_fails_when_a_worker_dies_or_hangs(tmp_path: Path, how: str) -> None:
     (tmp_path / "test_it.py").write_text(PROGRAM.format(how=how))

@@ -103,6 +103,7 @@ def test_read_only_disk_is_an_error_and_run_resumes(disk, setting, monkeypatch, 
     assert_resumed_ends_like(disk / "run", setting)
 
 
+@pytest.mark.slow
 def test_removed_run_folder_is_an_error(tmp_path, setting, monkeypatch, capsys):
     out = tmp_path / "run"
 
@@ -115,6 +116,7 @@ def test_removed_run_folder_is_an_error(tmp_path, setting, monkeypatch, capsys):
     assert not (out / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_jumping_clock_does_not_change_results(tmp_path, setting, monkeypatch):
     import time
 

@@ -11,10 +11,9 @@ PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in NUM_BLOCKS
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
-@pytest.mark.parametrize(
-    "page", ["tutorial", *(pytest.param(page, marks=pytest.mark.slow) for page in list(PAGES)[1:])]
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_code_blocks_print_documented_output(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_run
 from PIL import Image
 
 from recipes.cli import main
@@ -20,8 +19,8 @@ from transfer.images.preprocess import Preprocess
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("setting"), "--epochs", 1)[-1]
+def run(copy_of_finished_run):
+    return copy_of_finished_run
 
 
 def test_predictions_equal_those_of_the_command_line(run, image_folder, tmp_path, capsys):

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_run
 
 from recipes.cli import main
 from transfer import Classifier, evaluate, fine_tune, open_source
@@ -32,8 +31,8 @@ def test_metrics_equal_those_of_the_run_and_of_the_command_line(tmp_path, model,
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return make_run(tmp_path_factory.mktemp("scoring"), "--epochs", 1)[-1]
+def run(copy_of_finished_run):
+    return copy_of_finished_run
 
 
 def test_evaluate_run_returns_what_it_writes(run, tmp_path):

@@ -88,6 +88,7 @@ def test_taps_are_compared_with_a_progress_bar(monkeypatch):
     assert [progress([]) for progress in wrapped] == [[], ("features", "tap")]
 
 
+@pytest.mark.slow
 def test_solved_run_records_no_options_of_gradient_descent(
     tmp_path, model, image_folder, monkeypatch
 ):

@@ -80,6 +80,7 @@ def test_wandb_gets_options_epochs_evaluation_and_files(tmp_path, model, image_f
     assert run.exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_head_that_is_solved_for_is_logged_without_epochs(tmp_path, model, image_folder, wandb):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--track", "wandb", "--solver", "ridge") == 0
@@ -99,6 +100,7 @@ def test_a_resumed_run_continues_the_run_of_the_tracker(tmp_path, model, image_f
     assert json.loads((out / "tracking.json").read_text()) == {"wandb": "new-id"}
 
 
+@pytest.mark.slow
 def test_a_tracker_that_fails_is_reported_once_and_the_run_continues(
     tmp_path, model, image_folder, wandb, capsys
 ):

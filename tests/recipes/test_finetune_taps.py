@@ -77,6 +77,7 @@ def test_config_of_the_run_repeats_it(run, tmp_path):
     assert metrics(tmp_path / "again")["eval"] == metrics(run)["eval"]
 
 
+@pytest.mark.slow
 def test_everything_after_a_tensor_before_the_taps_is_trained(run, tmp_path):
     graph = load_meta_graph(run.parent / "model" / "tiny")
     train, held_out = open_source(image_folder=run.parent / "photos").train_and_eval_splits()

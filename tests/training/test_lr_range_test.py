@@ -72,6 +72,7 @@ def test_immediate_divergence_is_refused():
         range_test(new_trainer(1.0), batches(), lowest=1e5, highest=1e9, steps=50)
 
 
+@pytest.mark.slow
 def test_lr_find_writes_table_and_plot(tmp_path, model, image_folder, capsys):
     out = tmp_path / "trial"
     flags = ["--model", model, "--image-folder", image_folder, "--out", out, "--steps", 40]
