@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import tensorflow as tf
 from PIL import Image
 
 from transfer.activations.fingerprints import remembered
@@ -26,16 +27,25 @@ def found(folder, cache):
         return source.split("train").fingerprints()
 
 
-def test_images_are_decoded_once(image_folder, tmp_path, looked_at):
+def test_readable_images_are_decoded_once(image_folder, tmp_path, looked_at):
     (image_folder / "red" / "00.jpg").write_bytes(b"no image")
     first = found(image_folder, tmp_path / "cache")
     np.testing.assert_array_equal(found(image_folder, tmp_path / "cache"), first)
-    assert looked_at == [24]
+    assert looked_at == [24, 1]
     assert first["readable"].sum() == 23
     Image.new("RGB", (9, 9)).save(image_folder / "red" / "new.png")
     (image_folder / "red" / "02.jpg").write_bytes(b"changed")
     assert len(found(image_folder, tmp_path / "cache")) == 25
-    assert looked_at == [24, 2]
+    assert looked_at == [24, 1, 3]
+
+
+def test_images_that_become_readable_are_found_readable(image_folder, tmp_path, monkeypatch):
+    """The file does not change: a library was installed, or the network is back."""
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprints, "_thumbnail", lambda _: tf.strings.to_number("no image"))
+        patch.setattr(fingerprints, "_fingerprint", lambda _: (b"", False, 0))
+        assert not found(image_folder, tmp_path / "cache")["readable"].any()
+    assert found(image_folder, tmp_path / "cache")["readable"].all()
 
 
 def test_fingerprints_in_memory_follow_the_examples(image_folder, looked_at):

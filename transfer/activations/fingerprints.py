@@ -32,7 +32,8 @@ def remembered(source: Source, cache_dir: Path | None = None) -> Iterator[None]:
         return
     prints = source.fingerprints
     cache = Cache((cache_dir or default_directory()) / FOLDER, _LIMIT_BYTES)
-    key = {"kind": "fingerprints", "dataset": source.name, "tensorflow": version("tensorflow")}
+    packages = {name: version(name) for name in ("tensorflow", "vgg-transfer")}
+    key = {"kind": "fingerprints", "dataset": source.name, **packages}
 
     def load(ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         with contextlib.suppress(OSError, KeyError):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +29,9 @@ class EncodedImages(Protocol):
     """Interface of ``transfer.data.dataset.Split``."""
 
     def __len__(self) -> int: ...
+
+    @property
+    def names(self) -> Sequence[str]: ...
 
     def encoded(self) -> tf.data.Dataset: ...
 
@@ -120,7 +124,8 @@ def fingerprints(
         images: the images.
         progress: wraps the images.
         save: called with the positions and fingerprints of each few thousand images, so that an
-            interrupted scan does not lose them. Unreadable images come last.
+            interrupted scan does not lose them; not with those of unreadable images, which may be
+            readable later: after another library was installed, or the network is back.
     """
     prints = np.zeros(len(images), FINGERPRINT)
     saved = 0
@@ -129,11 +134,14 @@ def fingerprints(
         positions = saved + np.flatnonzero(prints["readable"][saved:end])
         save(positions, prints[positions])
 
-    examples = images.encoded().map(lambda example: example["image"]).enumerate()
-    examples = examples.map(
-        lambda index, file: (index, file, _thumbnail(file)), num_parallel_calls=tf.data.AUTOTUNE
+    examples = images.encoded().map(
+        lambda example: (example["name"], example["image"], _thumbnail(example["image"])),
+        num_parallel_calls=tf.data.AUTOTUNE,
     )
-    for index, file, thumbnail in progress(examples.ignore_errors().as_numpy_iterator()):
+    # Images that cannot be decoded are left out, and so are those around one that cannot be read.
+    names = enumerate(images.names)
+    for name, file, thumbnail in progress(examples.ignore_errors().as_numpy_iterator()):
+        index = next(index for index, other in names if os.fsencode(other) == name)
         prints[index] = (hashlib.sha256(file).digest(), True, thumbnail)
         if index + 1 - saved >= _SAVED_TOGETHER:
             save_until(index + 1)
@@ -143,7 +151,8 @@ def fingerprints(
     if failed.any():  # retry at full scale
         rest = images.where(failed).encoded().as_numpy_iterator()
         prints[failed] = [_fingerprint(example["image"]) for example in rest]
-        save(np.flatnonzero(failed), prints[failed])
+        was_read = np.flatnonzero(failed)[prints["readable"][failed]]
+        save(was_read, prints[was_read])
     return prints
 
 
