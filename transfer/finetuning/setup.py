@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 # Standard deviation of the initial logits. A new head with confident logits needs steps to unlearn
 # them, and their gradients meanwhile disturb the backbone's weights.
 FIRST_LOGITS = 0.1
+_AT_SECOND_ATTEMPT = "was read at the second attempt only; run the command again"
 # Options that may differ between workers: locations of files.
 _PLACES = ("model", "data_dir", "image_folder", "csv", "add", "out", "cache_dir", "cache_limit")
 
@@ -74,6 +75,7 @@ def prepare(request: RunRequest) -> RunContext:
     if replicas.is_chief and (request.run_dir is not None or request.resume):
         run_folder.check(request.run_dir, resume=request.resume)
     train = request.train
+    _check_splits(train, request.held_out)
     if options.shots_per_class is not None:
         train = few_shot(train, options.shots_per_class, options.seed)
     if options.batch_size is not None and options.batch_size > len(train):
@@ -124,6 +126,25 @@ def prepare(request: RunRequest) -> RunContext:
         measured=precision.measured,
         l2_sp=_l2_sp(resolved, classifier.backbone, stages) if resolved.l2_sp else None,
     )
+
+
+def _check_splits(train: Split, held_out: Split) -> None:
+    """Refuse splits without images, and those whose labels do not mean the same classes."""
+    for role, split in {"train": train, "held_out": held_out}.items():
+        if not len(split):
+            raise ValueError(f"{role} has no images; it is a split of {split.source.name!r}")
+    trained, evaluated = train.source.class_names, held_out.source.class_names
+    if trained != evaluated:
+        different = [
+            name for name in (*trained, *evaluated) if (name in trained) != (name in evaluated)
+        ]
+        what = f"{', '.join(different[:5])} in one of them only" if different else "another order"
+        raise ValueError(
+            f"the training images of {train.source.name!r} have {len(trained)} classes, and the "
+            f"held-out images of {held_out.source.name!r} have {len(evaluated)}, with {what}, so "
+            "that labels do not mean the same; use splits of one source, such as an image folder "
+            "with the folders train and validation"
+        )
 
 
 def _check_model(growth: Growth, backbone: GraphLayer) -> None:
@@ -191,9 +212,11 @@ def _inspect_images(train: Split, held_out: Split, verbose: int) -> tuple[dict[s
         prints = {role: split.fingerprints(show) for role, split in splits.items()}
         unreadable = [split.where(~prints[role]["readable"]) for role, split in splits.items()]
         if any(map(len, unreadable)):
-            raise UnreadableImageError(
-                {name: why for split in unreadable for name, why in find_unreadable(split).items()}
-            )
+            reasons: dict[str, str] = {}
+            for split in unreadable:
+                found = find_unreadable(split)
+                reasons |= {name: found.get(name, _AT_SECOND_ATTEMPT) for name in split.names}
+            raise UnreadableImageError(reasons)
         leaks = data_checks.Leaks()
         if train is not held_out:  # else the caller validates on the training images
             leaks = data_checks.find_leaks(prints["training"], prints["held_out"])
