@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from transfer.activations.extraction import Activations
-from transfer.data import dataset
+from transfer.data import dataset, tfds_dataset
 from transfer.data.batches import shuffled
 from transfer.data.holdout import stratified_holdout
 from transfer.data.sources import open_source
@@ -282,7 +282,56 @@ def test_split_with_overlapping_parts_is_refused(image_folder):
     source = open_source(image_folder=str(image_folder))
     with pytest.raises(ValueError, match="has images of 'train' twice"):
         source.split("train[:60%]+train[40%:]")
+    with pytest.raises(ValueError, match="has images of 'train' twice"):
+        source.split("train[:60%]+train")
     assert len(source.split("train[:60%]+train[60%:]")) == 24
+
+
+def test_shards_are_refused(image_folder):
+    source = open_source(image_folder=str(image_folder))
+    with pytest.raises(ValueError, match="shards are not known"):
+        source.split("train[:1shard]")
+
+
+def test_files_of_the_same_name_are_in_the_order_of_their_paths(image_folder, monkeypatch):
+    for clip in ("b", "a", "c"):
+        (image_folder / "red" / clip).mkdir()
+        (image_folder / "red" / clip / "1.png").write_bytes(b"")
+    walk = os.walk
+
+    def backwards(top, **options):
+        for folder, names, files in walk(top, **options):
+            names.sort(reverse=True)
+            yield folder, names, files
+
+    monkeypatch.setattr(os, "walk", backwards)
+    names = [*open_source(image_folder=str(image_folder)).split("train").names]
+    assert [n for n in names if n.endswith("/1.png")] == [f"red/{clip}/1.png" for clip in "abc"]
+
+
+def test_newest_version_of_a_prepared_dataset_is_chosen(tmp_path):
+    for version in ("1.9.0", "1.10.0", "notes"):
+        (tmp_path / "photos" / version).mkdir(parents=True)
+        (tmp_path / "photos" / version / "features.json").write_text("{}")
+    assert tfds_dataset.prepared_directory(tmp_path / "photos").name == "1.10.0"
+    assert tfds_dataset.only_dataset_in(tmp_path) == "photos"
+
+
+def test_each_image_may_have_the_seed_of_its_own_view(image_folder):
+    train = open_source(image_folder=str(image_folder)).split("train")
+    preprocess = Preprocess("unit", 16)
+
+    def pixels(view_seed, **options):
+        return np.concatenate(
+            [x for x, _ in train.batches(preprocess, 5, view_seed=view_seed, **options)]
+        )
+
+    by_seed = [pixels(seed) for seed in (3, 4)]
+    seeds = np.arange(len(train)) % 2 + 3
+    expected = np.where((seeds == 3)[:, None, None, None], *by_seed)
+    np.testing.assert_array_equal(pixels(seeds), expected)
+    order = shuffled(len(train), 7)
+    np.testing.assert_array_equal(pixels(seeds, shuffle_seed=7), expected[order])
 
 
 def add_copies(root, number):

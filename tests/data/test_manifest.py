@@ -124,6 +124,14 @@ def test_splits_and_groups(folder: Path, caplog: pytest.LogCaptureFixture) -> No
     assert train.groups.tolist() == [a, c] and held_out.groups.tolist() == [b, d]
 
 
+def test_spaces_around_groups_and_repeated_rows_without_one_do_not_matter(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "path,label,group\na.jpg,x, p\nb.jpg,y,\nb.jpg,y,\nsub/c.jpg,y,p \n"
+    source = opened(folder, text)
+    assert source.groups is not None and source.groups("train").tolist() == [0, 1, 0]
+
+
 def test_groups_from_a_named_column(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     text = "path,label,patient,age\na.jpg,x,7,1\nb.jpg,y,8,2\nsub/c.jpg,y,7,3\n"
     assert opened(folder, text).groups is None

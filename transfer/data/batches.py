@@ -38,7 +38,7 @@ class Batches:
     preprocess: Preprocess
     batch_size: int
     shuffle_seed: int | None
-    view_seed: int | None
+    view_seed: int | np.ndarray | None
     first_batch: int = 0
     shard: tuple[int, int] = (0, 1)
 
@@ -70,7 +70,7 @@ class Batches:
         """The examples of this process among those at these positions, and their number per
         batch."""
         if self.shard == (0, 1):
-            return self.split.examples(order), self.batch_size
+            return self._read(order), self.batch_size
         is_read, stands_in = shards_of_batches(len(order), self.batch_size, *self.shard)
         rows = int(is_read[: self.batch_size].sum())
 
@@ -79,15 +79,27 @@ class Batches:
             return example | {"label": label}
 
         stand_ins = tf.data.Dataset.from_tensor_slices(stands_in[is_read])
-        mine = tf.data.Dataset.zip(self.split.examples(order[is_read]), stand_ins).map(labelled)
+        mine = tf.data.Dataset.zip(self._read(order[is_read]), stand_ins).map(labelled)
         return mine, max(1, rows)
+
+    def _read(self, positions: np.ndarray) -> tf.data.Dataset:
+        """The encoded examples at these positions, with the seed of their view if each has its
+        own."""
+        examples = self.split.examples(positions)
+        if not isinstance(self.view_seed, np.ndarray):
+            return examples
+        seeds = tf.data.Dataset.from_tensor_slices(self.view_seed[positions])
+        return tf.data.Dataset.zip(examples, seeds).map(
+            lambda example, seed: example | {"view_seed": seed}
+        )
 
     def _to_pair(self, example: dict[str, Any]) -> tuple[tf.Tensor, tf.Tensor]:
         image = decode(example["image"])
         if self.view_seed is not None:
             # Seeded by its name, so that a view does not depend on the order or the batch.
             number = tf.strings.to_hash_bucket_fast(example["name"], 2**31 - 1)
-            image = random_view(image, tf.stack([tf.cast(self.view_seed, tf.int64), number]))
+            seed = tf.cast(example.get("view_seed", self.view_seed), tf.int64)
+            image = random_view(image, tf.stack([seed, number]))
         return self.preprocess(image), example["label"]
 
     def __iter__(self) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:

@@ -73,15 +73,15 @@ def find_leaks(train: np.ndarray, held_out: np.ndarray) -> Leaks:
             ``[num_images]``.
         held_out: fingerprints of the held-out images.
     """
-    identical = {*map(bytes, train["sha256"])} & {*map(bytes, held_out["sha256"])}
+    trained = {*map(bytes, train["sha256"])}
+    identical = {i for i, digest in enumerate(held_out["sha256"]) if bytes(digest) in trained}
     copies = {
         index - len(train)
         for group in near_duplicates(np.concatenate([train, held_out]))
         for index in group
         if group[0] < len(train) <= index
     }
-    copies -= {i for i in copies if bytes(held_out["sha256"][i]) in identical}
-    return Leaks(len(identical), len(copies))
+    return Leaks(len(identical), len(copies - identical))
 
 
 def describe_balance(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -108,6 +109,11 @@ class Source:
             ValueError: if the expression or the split is unknown, selects no examples, or has a
                 label outside the range of the classes.
         """
+        if re.search(r"shard\s*[\]:]", expression):
+            raise ValueError(
+                f"cannot take split {expression!r} of {self.name!r}: shards are not known here; "
+                "give images or percent, like 'train[:1000]' or 'train[:80%]'"
+            )
         infos = tfds.core.SplitDict(
             [
                 tfds.core.SplitInfo(name=name, shard_lengths=[size], num_bytes=0)
@@ -121,7 +127,7 @@ class Source:
                 f"cannot take split {expression!r} of {self.name!r} ({_one_line(error)}); "
                 f"its splits are {self.split_names}; slices are written like 'train[:80%]'"
             ) from error
-        _check_overlap(self.name, expression, parts)
+        _check_overlap(self, expression, parts)
         split = Split(
             self,
             tuple(
@@ -145,7 +151,7 @@ class Source:
 class Split:
     """A selection of examples of a source, in a fixed order.
 
-    ``parts`` are pairs of a split name and sorted positions in this split.
+    ``parts`` are pairs of a split name and different positions in this split.
     """
 
     source: Source
@@ -285,7 +291,7 @@ class Split:
         batch_size: int,
         *,
         shuffle_seed: int | None = None,
-        view_seed: int | None = None,
+        view_seed: int | np.ndarray | None = None,
         first_batch: int = 0,
         shard: tuple[int, int] = (0, 1),
     ) -> Batches:
@@ -295,8 +301,8 @@ class Split:
             preprocess: applied to every image.
             batch_size: images per batch.
             shuffle_seed: seed of the order; ``None`` keeps the order of the split.
-            view_seed: seed of the random view (shift, flip) of each image, independent of the
-                order; ``None`` does not augment.
+            view_seed: seed of the random views (shift, flip), independent of the order, or of the
+                view of each example, int64 ``[num_examples]``; ``None`` does not augment.
             first_batch: number of the first batch, from 0; images of earlier batches are not read.
             shard: index and number of the processes that share each batch; this process reads only
                 its shard of a batch. See ``distribution``.
@@ -450,14 +456,21 @@ def _first(source: Source, candidates: tuple[str, ...]) -> str:
     )
 
 
-def _check_overlap(name: str, expression: str, parts: Sequence[Any]) -> None:
+def _check_overlap(source: Source, expression: str, parts: Sequence[Any]) -> None:
     """Refuse split expressions that select an image twice."""
-    ranges = sorted((part.splitname, part.from_ or 0, part.to) for part in parts)
+    ranges = sorted(
+        (
+            part.splitname,
+            part.from_ or 0,
+            source.sizes[part.splitname] if part.to is None else part.to,
+        )
+        for part in parts
+    )
     for (first, _, end), (second, start, _) in itertools.pairwise(ranges):
-        if first == second and (end is None or start < end):
+        if first == second and start < end:
             raise ValueError(
-                f"split {expression!r} of {name!r} has images of {first!r} twice; choose parts "
-                "that do not overlap"
+                f"split {expression!r} of {source.name!r} has images of {first!r} twice; choose "
+                "parts that do not overlap"
             )
 
 

@@ -27,7 +27,7 @@ from transfer.data.names import Names
 from transfer.images.decoding import suffixes
 from transfer.images.image_files import PassedOver
 
-_LAYOUT = 1  # version of the file layout, and of the order of the images; part of the name
+_LAYOUT = 2  # version of the file layout, and of the order of the images; part of the name
 _MIN_IMAGES = 10_000  # of a folder that is remembered; fewer are listed in a moment
 # Seconds after which a later change surely has another time: of local file systems, and of others,
 # where the clock may be that of another machine. btrfs is absent, because its device numbers

@@ -171,8 +171,9 @@ def _images(folder: Path, search: _Search) -> list[str]:
     return sorted(images, key=_shuffling)
 
 
-def _shuffling(path: str) -> bytes:
-    return hashlib.sha256(os.fsencode(os.path.basename(path))).digest()
+def _shuffling(path: str) -> tuple[bytes, str]:
+    """By the hash of the name; files of the same name by path, as folders are in no order."""
+    return hashlib.sha256(os.fsencode(os.path.basename(path))).digest(), path
 
 
 def _too_few_classes(folder: Path, class_names: list[str], passed_over: PassedOver) -> str:

@@ -37,9 +37,6 @@ def labelled_files(
         labels: maps the name of a split to its labels, int64, in the order of its files.
         passed_over: see ``Source``.
         refused: maps names of files that must not be read to the reasons; see ``Source``.
-
-    Raises:
-        ValueError: if there are fewer than two classes.
     """
     refused = refused or {}
 

@@ -41,9 +41,6 @@ def labelled_urls(
             the examples.
         labels: maps the name of a split to its labels, int64, in the order of its files.
         refused: maps names of files that must not be read to the reasons; see ``Source``.
-
-    Raises:
-        ValueError: if there are fewer than two classes.
     """
     unread = dict(refused or {})
 

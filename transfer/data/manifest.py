@@ -85,6 +85,7 @@ def open_manifest(location: str, group_by: str | None = None) -> Source:
         )
     if groups is None:
         return source
+    groups = with_singles(groups)
     groups_of = {split: groups[at] for split, at in members.items()}
     return replace(source, groups=groups_of.__getitem__, origin={"group_by": group_by})
 
@@ -223,17 +224,19 @@ def _splits(rows: _Rows) -> np.ndarray:
 
 
 def _groups(rows: _Rows, group_by: str | None) -> np.ndarray | None:
-    """The number of the group of each row, int64; a row without one is a group of its own."""
+    """The number of the group of each row, int64; -1 for a row without one."""
     if group_by is None:
         return None
     codes, values = rows.coded(group_by)
-    single = np.array([not value.strip() for value in values], bool)[codes]
+    numbers: dict[bytes, int] = {}
+    codes = np.array([numbers.setdefault(v.strip(), len(numbers)) for v in values], int)[codes]
+    single = codes == numbers.get(b"", -1)
     if single.any():
         rows.warnings.append(
             f"{single.sum()} of {len(single)} rows have no {group_by!r} "
             f"({rows.table.describe(np.flatnonzero(single))}); each is a group of its own"
         )
-    return with_singles(np.where(single, -1, codes))
+    return np.where(single, -1, codes)
 
 
 def _paths(rows: _Rows, root: str) -> pa.Array:

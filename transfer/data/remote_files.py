@@ -26,8 +26,18 @@ _AT_A_TIME = 32  # requests; each waits for the network most of the time
 _FEW = 100  # files of a folder for which single requests are cheaper than a listing
 # What stores call the version of an object, best first. Times are least reliable.
 _VERSIONS = (
-    *("ETag", "etag", "md5Hash", "content_md5", "generation", "version_id"),
-    *("mtime", "LastModified", "last_modified", "updated", "modificationTime", "created"),
+    *(
+        "ETag",
+        "etag",
+        "md5Hash",
+        "content_md5",
+        "Content-MD5",
+        "Digest",
+        "generation",
+        "version_id",
+    ),
+    *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "modificationTime"),
+    "created",
 )
 
 

@@ -141,8 +141,16 @@ def _require_network(name: str, data_dir: str, timeout_s: float = 3.0) -> None:
 def prepared_directory(directory: Path) -> Path | None:
     """The directory of a prepared dataset, or of its newest version; ``None`` if it is not one."""
     prepared = [p.parent for p in directory.glob("features.json")]
-    prepared += sorted(p.parent for p in directory.glob("*/features.json"))
+    versions = (path.parent for path in directory.glob("*/features.json"))
+    prepared += sorted(versions, key=_version)
     return prepared[-1] if prepared else None
+
+
+def _version(directory: Path) -> tuple[bool, list[int], str]:
+    """A key by which 1.10.0 comes after 1.9.0, and both after folders that are no versions."""
+    numbers = directory.name.split(".")
+    is_version = all(number.isdecimal() for number in numbers)
+    return is_version, [int(number) for number in numbers] if is_version else [], directory.name
 
 
 def only_dataset_in(directory: Path) -> str:
@@ -152,9 +160,11 @@ def only_dataset_in(directory: Path) -> str:
         ValueError: if there are none or several.
     """
     names = sorted(
-        str(path.parent.parent.relative_to(directory))
-        for depth in ("*/*", "*/*/*")
-        for path in directory.glob(f"{depth}/features.json")
+        {
+            str(path.parent.parent.relative_to(directory))
+            for depth in ("*/*", "*/*/*")
+            for path in directory.glob(f"{depth}/features.json")
+        }
     )
     if len(names) == 1:
         return names[0]

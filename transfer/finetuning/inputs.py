@@ -110,11 +110,13 @@ class Inputs:
         """Shuffled batches of ``(inputs, labels)`` for an epoch, starting at ``first_batch``; of
         each batch, this worker's examples."""
         options = self._context.options
-        seed = view = epoch_seed(options.seed, epoch)
+        seed = epoch_seed(options.seed, epoch)
         if self._train is not None:
             return self._train.batches(options.batch_size, seed, epoch, first_batch)
-        if options.views:  # they did not fit in the cache
-            view = epoch_seed(options.seed, epoch % options.views)
+        view: int | np.ndarray | None = seed if options.augment else None
+        if options.views:  # they did not fit in the cache; the same as if they did
+            views = (np.arange(len(self._context.train)) + epoch) % options.views
+            view = np.array(self._view_seeds, np.int64)[views]
         num_parts = 1
         if self._is_recomputed and options.batch_size % EXTRACTION_BATCH == 0:
             num_parts = options.batch_size // EXTRACTION_BATCH
@@ -122,7 +124,7 @@ class Inputs:
             self._context.classifier.preprocess,
             options.batch_size // num_parts,
             shuffle_seed=seed,
-            view_seed=view if options.augment or options.views else None,
+            view_seed=view,
             first_batch=first_batch * num_parts,
             shard=(self._context.replicas.worker, self._context.replicas.num_workers),
         )
