@@ -107,6 +107,15 @@ def test_foreign_files_are_kept(cache, entry):
     }
 
 
+def test_locks_that_are_held_are_not_removed(cache, entry):
+    entry.append(ids(1), rows(1))
+    with entry.lock():
+        cache.clear()
+        assert [*(cache.directory / "locks").iterdir()] and len(cache.entries()) == 1
+    cache.clear()
+    assert not cache.directory.exists()
+
+
 def test_links_are_never_followed(cache, entry, tmp_path):
     other = Cache(tmp_path / "other", 10**6)
     theirs = fill(other, "theirs", 3, 1000).folder

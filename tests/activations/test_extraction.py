@@ -16,6 +16,13 @@ def test_extract_keeps_every_example_in_order():
     assert extract(lambda x: x, batches(), 10, "float16").dtype == np.float16
 
 
+def test_activations_too_large_for_float16_are_refused():
+    with pytest.raises(
+        ValueError, match=r"up to 7e\+04 do not fit in float16.*cache_dtype=float32"
+    ):
+        extract(lambda x: x + 70_000, batches(), 10, "float16")
+
+
 def test_stream_equals_extract():
     streamed = np.concatenate([x for x, _ in stream(lambda x: x * 2, batches())])
     np.testing.assert_array_equal(streamed, extract(lambda x: x * 2, batches(), 10))

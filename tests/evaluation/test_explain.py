@@ -131,10 +131,11 @@ def test_explained_photo_has_its_own_size_and_its_marked_corner(classifier, tmp_
     monkeypatch.setattr("transfer.evaluation.explain.grad_cam", lambda _: top_left)
     photo = np.full((160, 480, 3), 90, np.uint8)
     photo[:20, 160:180] = 200  # the marked corner, with the heat of one position
-    Image.fromarray(photo).save(tmp_path / "photo.png")
+    path = tmp_path / f"{'é' * 125}.png"  # with the number of the image, too long for a file name
+    Image.fromarray(photo).save(path)
     explain = Explainer(classifier, tmp_path / "out")
-    explain([tmp_path / "photo.png"], classifier.preprocess.resize(photo)[None], np.zeros(1, int))
-    with Image.open(tmp_path / "out" / "000001-photo.jpg") as image:
+    explain([path], classifier.preprocess.resize(photo)[None], np.zeros(1, int))
+    with Image.open(tmp_path / "out" / f"000001-{'é' * 100}.jpg") as image:
         found = np.asarray(image).astype(int)
     assert found.shape == (160, 480, 3)
     red = found[..., 0] - found[..., 2] > 60

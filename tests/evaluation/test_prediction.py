@@ -29,6 +29,11 @@ def test_summarize_equals_scikit_learn():
     assert figures["loss"] == pytest.approx(sklearn.metrics.log_loss(labels, p), rel=1e-6)
 
 
+def test_diverged_network_has_no_accuracy_and_no_finite_loss():
+    figures = prediction.summarize(np.full((4, 12), np.nan, np.float32), np.array([3, 4, 5, 6]))
+    assert figures["accuracy"] == figures["top5"] == 0 and np.isnan(figures["loss"])
+
+
 def test_results_in_blocks_equal_those_at_once(monkeypatch):
     generator = np.random.default_rng(0)
     logits = (5 * generator.normal(size=(101, 12))).astype(np.float32)

@@ -196,9 +196,9 @@ class Cache:
 
     def clear(self) -> None:
         """Delete all entries, and the directory unless it holds other files."""
-        for entry in self.entries():
-            self.delete(entry.digest)
-        files.remove_folder(self.directory / _LOCKS, _LOCK)
+        is_deleted = [self.delete(entry.digest) for entry in self.entries()]
+        if all(is_deleted):  # else another process holds a lock
+            files.remove_folder(self.directory / _LOCKS, _LOCK)
         with contextlib.suppress(OSError):
             self.directory.rmdir()
 

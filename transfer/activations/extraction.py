@@ -166,11 +166,27 @@ def extract(
             inputs = np.empty((num_examples, *outputs.shape[1:]), dtype)
         if done + len(outputs) > num_examples:
             raise ValueError(f"expected {num_examples} examples, the dataset gave more")
-        inputs[done : done + len(outputs)] = outputs
+        inputs[done : done + len(outputs)] = in_dtype(outputs, dtype)
         done += len(outputs)
     if done != num_examples:
         raise ValueError(f"expected {num_examples} examples, the dataset gave {done}")
     return inputs
+
+
+def in_dtype(rows: np.ndarray, dtype: str) -> np.ndarray:
+    """Activations in the dtype of a cache, ``float32`` or ``float16``.
+
+    Raises:
+        ValueError: if some are too large for it.
+    """
+    with np.errstate(over="ignore"):
+        converted = rows.astype(dtype, copy=False)
+    if dtype == "float16" and np.isinf(converted).any() and np.isfinite(rows).all():
+        raise ValueError(
+            f"activations of up to {np.abs(rows).max():.3g} do not fit in float16, whose largest "
+            f"value is {np.finfo(np.float16).max:g}; use cache_dtype=float32"
+        )
+    return converted
 
 
 def stream(

@@ -13,6 +13,7 @@ import numpy as np
 from transfer.activations.extraction import EXTRACTION_BATCH, Activations
 from transfer.activations.store import ActivationStore, CachePolicy, ExtractionRequest
 from transfer.data.dataset import Split
+from transfer.graph import is_seeded
 from transfer.images.preprocess import Preprocess
 from transfer.layers.backbone import Backbone
 from transfer.layers.graph_layer import Pooling
@@ -103,6 +104,8 @@ def extract_features(
         preprocess = backbone.graph.preprocess(backbone.network.input)
     # The same layer as in a run with this cut, without global average pooling, to share its cache.
     layer, _ = features.split(tap)
+    if is_seeded(layer.network.graph_def):
+        cache = "memory"  # a random sample is not to be found by others
     store = ActivationStore(
         layer,
         preprocess,

@@ -24,6 +24,7 @@ from transfer.activations.extraction import (
     JoinedRows,
     Rows,
     extract,
+    in_dtype,
     stream,
     whole_batches,
 )
@@ -217,7 +218,8 @@ class ActivationStore:
         ids, done = split.ids, 0
         for rows, _ in stream(self._compiled, self._images(request, split)):
             batch = slice(done, done + len(rows))
-            entry.append(ids[batch][is_new[batch]], rows[is_new[batch]])
+            new = in_dtype(rows[is_new[batch]], self._policy.dtype)
+            entry.append(ids[batch][is_new[batch]], new)
             done += len(rows)
 
     def _restore(

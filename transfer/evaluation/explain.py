@@ -25,6 +25,7 @@ _COLOUR = (255, 40, 0)
 _STRONGEST = 0.6  # maximum opacity of that colour
 _UNSEEN = 0.4  # brightness of what the network does not see
 _LONGEST = 65_500  # longest side of a JPEG in pixels
+_LONGEST_STEM = 200  # bytes; file systems allow names of 255
 
 
 def grad_cam(classifier: Classifier) -> Callable[[Any, Any], np.ndarray]:
@@ -140,5 +141,5 @@ class Explainer:
             self._count += 1
             photo = read_image(image_files.read(path))
             image = overlay(photo, heat, self._preprocess.seen_region(*photo.shape[:2]))
-            name = f"{self._count:06d}-{Path(printable(path)).stem}.jpg"
-            write_bytes(self._folder / name, as_jpeg(image))
+            stem = Path(printable(path)).stem.encode()[:_LONGEST_STEM].decode(errors="ignore")
+            write_bytes(self._folder / f"{self._count:06d}-{stem}.jpg", as_jpeg(image))

@@ -96,6 +96,7 @@ def write(folder: Path, evaluated: Evaluated, run: RunSummary) -> Path:
     make_folder(folder / PLOTS)
     class_names, scores = evaluated.classifier.labels, evaluated.scores
     by_class = evaluated.metrics["classes"]
+    evaluated_classes = [row for row in by_class if row["support"]]  # others have no recall
     drawn = {
         "learning_curves": plots.learning_curves(run.history),
         "confusion": plots.confusion(class_names, evaluated.confusion),
@@ -103,8 +104,8 @@ def write(folder: Path, evaluated: Evaluated, run: RunSummary) -> Path:
             scores.confidences, scores.predictions == evaluated.labels
         ),
         "risk_coverage": plots.risk_coverage(evaluated.metrics["risk_coverage"]["points"]),
-        "f1": plots.f1_of_classes(by_class),
-        "classes": plots.classes(by_class),
+        "f1": plots.f1_of_classes(evaluated_classes),
+        "classes": plots.classes(evaluated_classes),
     }
     shown = [
         {
@@ -152,7 +153,7 @@ def write(folder: Path, evaluated: Evaluated, run: RunSummary) -> Path:
         ],
         mistakes=[described(index) for index in mistakes.tolist()],
         uncertain=[described(index) for index in uncertain.tolist()],
-        classes=sorted(by_class, key=lambda row: row["f1"]),
+        classes=sorted(by_class, key=lambda row: (not row["support"], row["f1"])),
         is_long=len(by_class) > _MAX_ROWS,
         config=yaml_files.to_yaml(run.config),
         versions=run.versions,

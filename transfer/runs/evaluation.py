@@ -70,7 +70,7 @@ def evaluate_run(
         csv: evaluate on this manifest instead of the run's data; see ``open_source``.
         group_by: what groups the images; see ``open_source``. Default: as in the run, for its data.
         eval_split: a split expression. ``auto`` takes the held-out images of the run; for other
-            data, the validation or test split, else all images.
+            data, the validation or test split, else the training images.
         batch_size: images per step; see ``evaluate``.
         against: folder of another run with the same classes to compare with on the same images.
         coverage: also measure prediction sets with this coverage; see ``evaluate``.

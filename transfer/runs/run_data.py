@@ -261,7 +261,7 @@ def is_of_run(folder: Path, source: Source) -> bool:
     """Whether a source has the images of the run, even if it was opened under another path."""
     settings = run_folder.read_config(folder)
     is_same = all(settings.get(name) == value for name, value in source.origin.items())
-    if is_same and is_grown(folder) == ("add" in source.origin):
+    if source.origin and is_same and is_grown(folder) == ("add" in source.origin):
         return True
     try:
         own = open_data(folder)
