@@ -91,7 +91,8 @@ def fine_tune(
         graph: the pretrained network from ``load_meta_graph``, or a path to load.
         train: training images; a split of a source from ``open_source``.
         held_out: images to evaluate on, from the same source and disjoint from ``train``.
-        run_dir: folder of the run, new or empty. Default: ``runs/<date-time>-<dataset>-<cut>``.
+        run_dir: folder of the run, new or empty. Default: ``runs/<date-time>-<dataset>-<cut>``,
+            with the cut as in ``freeze_until``.
         resume: continue the run in ``run_dir``, or start it if there is none.
         feeds: values of placeholders of the graph, see ``Backbone``.
         callbacks: Keras callbacks in addition to those that write the run folder.
@@ -237,6 +238,9 @@ def _train_and_evaluate(
         if not trainer.is_done or stage is context.stages[-1]:
             with clock("extract_s"):
                 inputs = Inputs(context, stage.cut, frozen)
+            if isinstance(trainer, StageTrainer) and trainer.solves_head:
+                with clock("head_start_s"):
+                    trainer.solve_head(inputs)
             with clock("train_s"):
                 trainer.fit(inputs, functools.partial(_save, context), signals)
             num_extracted += inputs.num_extracted
