@@ -9,6 +9,7 @@ line on standard error; ``--debug`` shows the traceback), 2 wrong usage, 130 or 
 from __future__ import annotations
 
 import os
+import pkgutil
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -36,7 +37,7 @@ def completion(
     return 0
 
 
-# In the order of the work, in which --help shows them. A command is imported when it is used.
+# In the order of the work, in which --help shows them.
 _COMMANDS = {
     "check-data": "recipes.check_data:check_data",
     "pull": "recipes.pull:pull",
@@ -73,7 +74,8 @@ app = App(
 )
 app.suppress_keyboard_interrupt = app.meta.suppress_keyboard_interrupt = False  # see main
 for place, (verb, command) in enumerate((_COMMANDS | _CHILDREN).items()):
-    app.command(command, name=verb, sort_key=place, show=verb in _COMMANDS)
+    function = pkgutil.resolve_name(command)
+    app.command(function, name=verb, sort_key=place, show=verb in _COMMANDS)
 
 
 @app.meta.default

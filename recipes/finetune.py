@@ -40,17 +40,13 @@ def finetune(
     config = config.with_images(images)
     with job(config.strategy) as replicas:
         from recipes.finetune_request import grown, request
-        from transfer.evaluation.metrics_text import describe_accuracy
         from transfer.finetuning.run import run
-        from transfer.runs import growth
 
         with console.resumable("finetune"), console.skip_suggested():
             result = run(request(config, replicas) if add is None else grown(config, add, replicas))
     if not result.metrics:
         return 0  # only the chief prints the results
-    print(describe_accuracy(result.metrics["eval"], "held-out images"))
-    if "growth" in result.metrics:
-        print("\n".join(growth.describe(result.metrics["growth"])))
+    print("\n".join(result.describe()))
     print(result.run_dir)
     run_dir = shlex.quote(str(result.run_dir))
     console.suggest(

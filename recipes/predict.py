@@ -86,16 +86,8 @@ def predict(run: Path, /, *images: Images, config: PredictConfig = PredictConfig
 
         if not images:
             raise ValueError("no images are named; give files, folders, patterns, or - for a list")
-        predictions = file_predictions.predict(
-            run,
-            _paths(images),
-            top_k=config.top_k,
-            batch_size=config.batch_size,
-            abstain_below=config.abstain_below,
-            explain=config.explain,
-            probabilities=config.probabilities,
-            on_unreadable=report,
-        )
+        options = {name: value for name, value in vars(config).items() if name != "format"}
+        predictions = file_predictions.predict(run, _paths(images), on_unreadable=report, **options)
         write = WRITERS[config.format](results, may_abstain=config.abstain_below is not None)
         start = time.perf_counter()
         is_hidden = not console.verbosity()

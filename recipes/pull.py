@@ -51,13 +51,6 @@ def pull(
             )
         except ConnectionError as error:
             raise ConnectionError(f"{error}: vgg-transfer convert FILE --out PREFIX") from error
-    print("\n".join(map(console.with_flags, pulled.conversion.describe())))
-    if pulled.max_difference is not None:
-        print(f"probabilities differ from Keras' by at most {pulled.max_difference:.1g}")
-    print(
-        "unverified: no hash of this file is published"
-        if pulled.verified_by == "unverified"
-        else f"verified by its published {pulled.verified_by}"
-    )
+    print("\n".join(map(console.with_flags, pulled.describe())))
     print(terminal.escaped(str(pulled.conversion.prefix)))
     return 0

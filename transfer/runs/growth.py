@@ -255,7 +255,7 @@ def _mean(is_right: np.ndarray) -> float | None:
     return float(is_right.mean()) if len(is_right) else None
 
 
-def describe(growth: Mapping[str, Any]) -> Iterator[str]:
+def describe_growth(growth: Mapping[str, Any]) -> Iterator[str]:
     """What was added to a run, and the accuracy of old and new classes, in lines.
 
     Args:
