@@ -13,6 +13,8 @@ Each run is a separate process, except with ``--grid`` and ``--precisions``. The
 from __future__ import annotations
 
 from recipes.benchmark_flags import DEFAULTS, BenchmarkConfig
+from recipes.finetune_flags import DEFAULTS as FINETUNE
+from recipes.finetune_flags import FinetuneConfig
 from recipes.image_flags import Images
 from recipes.startup import job
 
@@ -21,14 +23,34 @@ def benchmark(images: Images = None, /, config: BenchmarkConfig = DEFAULTS) -> i
     """Compare frozen, partial and full fine-tuning, and training from scratch."""
     config = config.with_images(images)
     with job():
-        if config.precisions is not None:
-            from recipes.benchmark_precisions import run
-        elif config.grid is None:
-            from recipes.benchmark_job import run
-        else:
-            from recipes.benchmark_study import run
+        from recipes import benchmark_job
 
-        table, out, num_failed = run(config)
+        if config.precisions is not None:
+            table, out, num_failed = benchmark_job.compare_precisions(config)
+        elif config.grid is not None:
+            table, out, num_failed = benchmark_job.run_grid(config)
+        else:
+            table, out, num_failed = benchmark_job.compare_cuts(config)
     print(table)
     print(out)
     return 1 if num_failed else 0
+
+
+def benchmark_limits(config: FinetuneConfig = FINETUNE) -> int:
+    """A process of benchmark: measure the machine's limits and write limits.json."""
+    with job():
+        from recipes.finetune_request import request
+        from transfer.benchmarking import limits
+
+        limits.measure(request(config))
+    return 0
+
+
+def keras_baseline(config: FinetuneConfig = FINETUNE) -> int:
+    """A process of benchmark: fine-tune with keras.Model.fit; --freeze-until is tap or none."""
+    with job():
+        from recipes.finetune_request import request
+        from transfer.benchmarking import keras_baseline as baseline
+
+        baseline.keras_baseline(request(config))
+    return 0

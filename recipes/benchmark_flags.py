@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cyclopts import Parameter
-
 from recipes.finetune_flags import FinetuneConfig
 from recipes.flag_groups import grouped
 
 
-@Parameter(name="*")
 @grouped
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig(FinetuneConfig):

@@ -9,8 +9,9 @@ line on standard error; ``--debug`` shows the traceback), 2 wrong usage, 130 or 
 from __future__ import annotations
 
 import os
+import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,24 +20,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 from recipes import console, terminal
-from recipes.benchmark import benchmark
-from recipes.benchmark_children import benchmark_limits, keras_baseline
-from recipes.cache import cache
-from recipes.check_data import check_data
-from recipes.convert import convert
-from recipes.evaluate import evaluate
-from recipes.export import export
-from recipes.features import features
-from recipes.finetune import finetune
 from recipes.flag_groups import GENERAL
-from recipes.inspect import inspect
-from recipes.lr_find import lr_find
-from recipes.plan import plan
-from recipes.predict import predict
-from recipes.predict_beam import predict_beam
-from recipes.pretrain import pretrain
-from recipes.pull import pull
-from recipes.serve import serve
 from transfer.core import yaml_files
 
 
@@ -54,36 +38,30 @@ def completion(
 
 
 # In the order of the work, in which --help shows them.
-_COMMANDS: tuple[Callable[..., int], ...] = (
-    check_data,
-    pull,
-    convert,
-    inspect,
-    plan,
-    lr_find,
-    finetune,
-    evaluate,
-    predict,
-    predict_beam,
-    serve,
-    features,
-    export,
-    benchmark,
-    cache,
-    pretrain,
-    completion,
-)
-_CHILDREN: tuple[Callable[..., int], ...] = (
-    benchmark_limits,
-    keras_baseline,
-)  # child processes of benchmark
-
-
-def _verb(command: Any) -> str:
-    return str(command.__name__).replace("_", "-")
-
-
-VERBS = tuple(map(_verb, _COMMANDS))
+_COMMANDS = {
+    "check-data": "recipes.check_data:check_data",
+    "pull": "recipes.pull:pull",
+    "convert": "recipes.convert:convert",
+    "inspect": "recipes.inspect:inspect",
+    "plan": "recipes.plan:plan",
+    "lr-find": "recipes.lr_find:lr_find",
+    "finetune": "recipes.finetune:finetune",
+    "evaluate": "recipes.evaluate:evaluate",
+    "predict": "recipes.predict:predict",
+    "predict-beam": "recipes.predict_beam:predict_beam",
+    "serve": "recipes.serve:serve",
+    "features": "recipes.features:features",
+    "export": "recipes.export:export",
+    "benchmark": "recipes.benchmark:benchmark",
+    "cache": "recipes.cache:cache",
+    "pretrain": "recipes.pretrain:pretrain",
+    "completion": "recipes.cli:completion",
+}
+VERBS = tuple(_COMMANDS)
+_CHILDREN = {  # processes of benchmark
+    "benchmark-limits": "recipes.benchmark:benchmark_limits",
+    "keras-baseline": "recipes.benchmark:keras_baseline",
+}
 _GENERAL_FLAGS = ("--version", "--help", "--config", "--quiet", "--debug")
 _REPEATABLE = ("feed", "rename", "hidden", "baseline", "leave_out")
 
@@ -95,8 +73,9 @@ app = App(
     default_parameter=Parameter(negative_iterable=()),
 )
 app.suppress_keyboard_interrupt = app.meta.suppress_keyboard_interrupt = False  # see main
-for place, command in enumerate((*_COMMANDS, *_CHILDREN)):
-    app.command(command, name=_verb(command), sort_key=place, show=command in _COMMANDS)
+for place, (verb, command) in enumerate((_COMMANDS | _CHILDREN).items()):
+    function = pkgutil.resolve_name(command)
+    app.command(function, name=verb, sort_key=place, show=verb in _COMMANDS)
 
 
 @app.meta.default
@@ -123,7 +102,7 @@ def _launch(
             if isinstance(value, list) and name not in _REPEATABLE:
                 raise ValueError(f"{str(config)!r}: {name} is the list {value}; expected one value")
         # Keyed by verb: in a flat file, cyclopts ignores flags named like a verb (cache).
-        by_verb = dict.fromkeys((*VERBS, *map(_verb, _CHILDREN)), flags)
+        by_verb = dict.fromkeys((*VERBS, *_CHILDREN), flags)
         app.config = (cyclopts.config.Dict(by_verb, source=str(config)),)
     return app(words, exit_on_error=False, print_error=False)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from recipes import terminal
 from recipes.finetune_flags import FinetuneConfig
+from recipes.flag_values import flag_of
 
 _FLAGS = {option.name: option.name for option in fields(FinetuneConfig)} | {
     "run_dir": "out",
@@ -31,16 +32,6 @@ _FLAGS = {option.name: option.name for option in fields(FinetuneConfig)} | {
     },
 }
 """Library argument name to flag name."""
-
-
-def describe_accuracy(metrics: dict[str, Any], images: str) -> str:
-    """Format the accuracy with its confidence interval; ``images`` names what was evaluated on."""
-    low, high = metrics["accuracy_ci95"]
-    of_groups = f" of {metrics['num_groups']} groups" if "num_groups" in metrics else ""
-    return (
-        f"accuracy {metrics['accuracy']:.4f} on {metrics['num_examples']} {images}{of_groups} "
-        f"(95 % interval {low:.4f} to {high:.4f})"
-    )
 
 
 def download_bar(title: str, done: int, total: int) -> Any:
@@ -114,11 +105,6 @@ def suggest(*commands: str) -> None:
         say_unless_quiet(f"{title}vgg-transfer {command}")
 
 
-def flag_of(option: str) -> str:
-    """The flag of an option."""
-    return f"--{option.replace('_', '-')}"
-
-
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """The most similar choice as a sentence, with a leading space; empty if none is similar."""
     near = difflib.get_close_matches(word, [*choices], n=1)
@@ -179,7 +165,10 @@ class LogLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        terminal.say(f"{prefix}{with_flags(record.getMessage())}")
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):  # not at the end of a progress bar
+            terminal.say(f"{prefix}{with_flags(record.getMessage())}")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from recipes import terminal
+from recipes import console, terminal
+from recipes.flag_values import changed
 from recipes.startup import job
 
 
@@ -76,28 +77,23 @@ def convert(
 ) -> int:
     """Convert published VGG weights to a meta graph, or any model to a native Keras model."""
     with job():
-        from recipes.convert_report import lines_of
-
-        conversion = _convert(file, **vars(config))
-    print("\n".join([*lines_of(conversion), terminal.escaped(str(conversion.prefix))]))
+        conversion = _convert(file, changed(config))
+    print("\n".join(map(console.with_flags, conversion.describe())))
+    print(terminal.escaped(str(conversion.prefix)))
     return 0
 
 
-def _convert(file: Path, out: Path, tap: str | None, image_size: str | None, **options: Any) -> Any:
+def _convert(file: Path, options: dict[str, Any]) -> Any:
     from transfer.images.preprocess import parse_size
 
-    size = None if image_size is None else parse_size(image_size)
-    if out.suffix == ".keras":
+    if "image_size" in options:
+        options["image_size"] = parse_size(options["image_size"])
+    if options["out"].suffix == ".keras":
         from transfer.vgg.native import convert_to_keras
 
-        is_top = options.pop("top")
-        unset = (None, (), False, "auto")
-        options = {name: value for name, value in options.items() if value not in unset}
-        if not is_top:
-            options["top"] = False
-        return convert_to_keras(file, out, tap=tap, image_size=size, **options)
+        return convert_to_keras(file, **options)
     from transfer.vgg.published.conversion import convert
 
-    if tap is not None:
-        raise ValueError(f"tap={tap} is for a native Keras model: out=FILE.keras")
-    return convert(file, out, image_size=size, **options)
+    if "tap" in options:
+        raise ValueError(f"tap={options['tap']} is for a native Keras model: out=FILE.keras")
+    return convert(file, **options)

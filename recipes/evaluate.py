@@ -15,16 +15,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from cyclopts import Parameter
 
 from recipes import console
+from recipes.flag_values import changed, words_of
 from recipes.image_flags import ImageFlags
 from recipes.startup import job
 
 
-@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ImageFlags):
     """Flags of ``vgg-transfer evaluate``, with their defaults."""
@@ -58,71 +55,44 @@ class EvaluateConfig(ImageFlags):
     """File for the probabilities of all classes: a NumPy array (.npy, float32) with a row per row
     of predictions.csv and a column per line of labels.txt. [default: predictions.csv has those of
     up to 20 classes, else the 5 most probable]"""
-    assert_accuracy_at_least: float | None = None
-    """Exit with status 1 if the accuracy (0 to 1) is lower."""
 
 
-def evaluate(run: Path, /, config: EvaluateConfig = EvaluateConfig()) -> int:
+def evaluate(
+    run: Path,
+    /,
+    config: EvaluateConfig = EvaluateConfig(),
+    *,
+    assert_accuracy_at_least: float | None = None,
+) -> int:
     """Evaluate a classifier.
 
     Args:
         run: run folder of finetune; or prefix of a model with classes, such as one from convert, to
             evaluate on the images given.
+        assert_accuracy_at_least: Exit with status 1 if the accuracy (0 to 1) is lower.
     """
-    threshold = config.assert_accuracy_at_least
+    threshold = assert_accuracy_at_least
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"--assert-accuracy-at-least must be 0 to 1, got {threshold}")
+    flags = changed(config)
     with job():
-        from transfer.core import measurement
+        from transfer.core.measurement import progress
+        from transfer.evaluation.metrics_text import describe
         from transfer.models.formats import is_graph
-        from transfer.runs import evaluation
+        from transfer.runs.evaluation import evaluate_model, evaluate_run
 
-        flags = vars(config).copy()
-        del flags["assert_accuracy_at_least"]
-        if flags["batch_size"] is None:
-            del flags["batch_size"]
         is_run = run.is_dir() or not is_graph(run)
         with console.skip_suggested():
             if is_run:
-                command = _command(run, flags)
-                metrics = evaluation.evaluate_run(
-                    run, **flags, command=command, progress=measurement.progress
-                )
+                command = ["vgg-transfer", "evaluate", str(run), *words_of(flags)]
+                metrics = evaluate_run(run, **flags, command=command, progress=progress)
+            elif config.against is not None:
+                raise ValueError(f"--against compares two runs, and {str(run)!r} is a model")
             else:
-                if flags.pop("against") is not None:
-                    raise ValueError(f"--against compares two runs, and {str(run)!r} is a model")
-                metrics = evaluation.evaluate_model(run, **flags, progress=measurement.progress)
-    print(console.describe_accuracy(metrics, "images"))
-    print(f"top-5    {metrics['top5']:.4f}")
-    print(f"loss     {metrics['loss']:.4f}")
-    if other := metrics.get("against"):
-        print(
-            f"correct where {other['run']} is wrong: {other['only_first']} images; vice versa: "
-            f"{other['only_second']}; p {other['p_value']:.3g} ({_test(other)})"
-        )
-    if sets := metrics.get("conformal"):
-        print(
-            f"prediction sets for a coverage of {sets['coverage']:g}: {sets['mean_size']:.2f} "
-            f"classes on average, {sets['single']:.0%} with one; they contain the label of "
-            f"{sets['measured_coverage']:.4f} of the images"
-        )
+                metrics = evaluate_model(run, **flags, progress=progress)
+    print("\n".join(describe(metrics)))
     if is_run:
         print(run / "report.html")
     if threshold is not None and metrics["accuracy"] < threshold:
         raise ValueError(f"accuracy {metrics['accuracy']:.4f} is below {threshold}")
     return 0
-
-
-def _test(comparison: dict[str, Any]) -> str:
-    if "num_groups" in comparison:
-        return f"exact randomization test of {comparison['num_groups']} groups"
-    return "McNemar's exact test"
-
-
-def _command(run: Path, flags: dict[str, Any]) -> list[str]:
-    """The command that repeats this evaluation."""
-    words = ["vgg-transfer", "evaluate", str(run)]
-    for name, value in flags.items():
-        if value not in (None, "auto", 0):
-            words += [console.flag_of(name), str(value)]
-    return words

@@ -10,45 +10,36 @@ model; export.json has the result.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-
-from cyclopts import Parameter
 
 from recipes.startup import job
 
 
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Flags of ``vgg-transfer export``, with their defaults."""
-
-    format: str | None = None
-    """meta_graph, saved_model, tflite, onnx, keras, or a comma-separated list. [default: all; onnx
-    only if vgg-transfer[onnx] is installed]"""
-    num_images: int = 32
-    """Held-out images on which the export is compared with the model."""
-    num_examples: int = 100
-    """Calibration images for TFLite int8 quantization."""
-    out: Path | None = None
-    """Output folder. [default: RUN/export]"""
-
-
-def export(run: Path, /, config: ExportConfig = ExportConfig()) -> int:
+def export(
+    run: Path,
+    /,
+    *,
+    format: str | None = None,
+    num_images: int = 32,
+    num_examples: int = 100,
+    out: Path | None = None,
+) -> int:
     """Export a fine-tuned model: meta graph, SavedModel, TFLite, ONNX, Keras.
 
     Args:
         run: run folder of finetune.
+        format: meta_graph, saved_model, tflite, onnx, keras, or a comma-separated list. [default:
+            all; onnx only if vgg-transfer[onnx] is installed]
+        num_images: Held-out images on which the export is compared with the model.
+        num_examples: Calibration images for TFLite int8 quantization.
+        out: Output folder. [default: RUN/export]
     """
     with job():
         from transfer.exports.writing import export_run
 
+        formats = None if format is None else format.split(",")
         metrics, folder = export_run(
-            run,
-            config.out,
-            formats=None if config.format is None else config.format.split(","),
-            num_images=config.num_images,
-            num_examples=config.num_examples,
+            run, out, formats=formats, num_images=num_images, num_examples=num_examples
         )
     for name, row in metrics["exports"].items():
         print(

@@ -11,13 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cyclopts import Parameter
-
 from recipes.image_flags import ImageFlags, Images
 from recipes.startup import job
 
 
-@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class FeaturesConfig(ImageFlags):
     """Flags of ``vgg-transfer features``, with their defaults."""

@@ -4,18 +4,19 @@
 # types are looked up in the module of the subclass.
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Literal
 
 from recipes.flag_groups import grouped
 from recipes.image_flags import SplitFlags
+from transfer.core.assignments import parse_feeds, parse_renames
 from transfer.finetuning.options import FineTuneOptions
+
+if TYPE_CHECKING:
+    from transfer.models.meta_graph import MetaGraph
 
 EMBEDDED = "embedded"
 
 
-@Parameter(name="*")
 @grouped
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(SplitFlags, FineTuneOptions):
@@ -42,10 +43,21 @@ class FinetuneConfig(SplitFlags, FineTuneOptions):
     """Skip and list up to this many images that cannot be decoded; all images are decoded once
     before the run. By default, one such image stops the run."""
     out: Path | None = None
-    """Run folder. [default: runs/DATE-TIME-DATASET-CUT]"""
+    """Run folder. [default: runs/DATE-TIME-DATASET-CUT, with the cut as in --freeze-until]"""
     resume: bool = False
     """Continue the interrupted run in --out; with the same flags, the result is identical to that
     of an uninterrupted run."""
+
+    @property
+    def feeds(self) -> dict[str, float | bool]:
+        """The values of ``feed``, by name."""
+        return parse_feeds(self.feed)
+
+    def open_model(self) -> "MetaGraph":
+        """Open the model; see ``transfer.load_meta_graph``, which imports TensorFlow."""
+        from transfer.models.meta_graph import load_meta_graph
+
+        return load_meta_graph(self.model, rename=parse_renames(self.rename))
 
     def check(self) -> None:
         super().check()

@@ -22,6 +22,7 @@ Images = Annotated[
 Flags = TypeVar("Flags", bound="ImageFlags")
 
 
+@Parameter(name="*")  # also of the subclasses: --dataset, not --config.dataset
 @dataclass(frozen=True, kw_only=True)
 class ImageFlags:
     """Where the images are."""

@@ -8,12 +8,10 @@ Takes the flags of ``finetune``; the trained weights are discarded.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from recipes import console
 from recipes.finetune_flags import DEFAULTS, FinetuneConfig
+from recipes.flag_values import given_of
 from recipes.image_flags import Images
 from recipes.startup import job
 
@@ -23,21 +21,27 @@ def lr_find(
     /,
     config: FinetuneConfig = DEFAULTS,
     *,
-    lowest: Annotated[float, Parameter(help="Learning rate of the first step.")] = 1e-7,
-    highest: Annotated[float, Parameter(help="Learning rate of the last step.")] = 1.0,
-    steps: Annotated[int, Parameter(help="Maximum number of steps.")] = 100,
+    lowest: float = 1e-7,
+    highest: float = 1.0,
+    steps: int = 100,
 ) -> int:
-    """Suggest a learning rate for a fine-tuning run (learning-rate range test), with a plot."""
+    """Suggest a learning rate for a fine-tuning run (learning-rate range test), with a plot.
+
+    Args:
+        lowest: Learning rate of the first step.
+        highest: Learning rate of the last step.
+        steps: Maximum number of steps.
+    """
     config = config.with_images(images)
     with job():
         from recipes.finetune_request import request
         from transfer.finetuning.lr_find import find_learning_rate
         from transfer.runs import run_folder
 
-        if config.strategy not in ("auto", "none"):
-            raise ValueError("lr-find works on one device; leave out --strategy")
-        if config.schedule is not None or config.solver in ("ridge", "lbfgs") or config.resume:
-            raise ValueError("lr-find tries one cut; leave out --schedule, --solver and --resume")
+        if given := given_of(config, strategy=("auto", "none")):
+            raise ValueError(f"lr-find works on one device; leave out {given}")
+        if given := given_of(config, "schedule", "resume", solver=("auto", "gradient")):
+            raise ValueError(f"lr-find tries one cut; leave out {given}")
         out = (config.out or run_folder.default_out("lr-find")).resolve()
         with console.skip_suggested():
             run_request = request(replace(config, out=out))

@@ -7,10 +7,14 @@ Takes the flags of ``finetune``.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from recipes import console
 from recipes.finetune_flags import DEFAULTS, FinetuneConfig
+from recipes.flag_values import changed, given_of, words_of
 from recipes.image_flags import Images
 from recipes.startup import job
 
@@ -20,12 +24,18 @@ def plan(images: Images = None, /, config: FinetuneConfig = DEFAULTS) -> int:
     config = config.with_images(images)
     with job():
         from recipes.finetune_request import request
-        from recipes.plan_job import describe
-        from transfer.finetuning.forecast import forecast
+        from transfer.finetuning.forecast import describe, forecast
 
-        if config.strategy not in ("auto", "none"):
-            raise ValueError("plan is for one device; leave out --strategy")
+        if given := given_of(config, strategy=("auto", "none")):
+            raise ValueError(f"plan is for one device; leave out {given}")
         with console.skip_suggested():
-            lines = describe(forecast(request(replace(config, out=None))), config)
-    print("\n".join(lines))
+            result = forecast(request(replace(config, out=None)))
+        lines = describe(result, recommended(config, result.options))
+    print("\n".join(map(console.with_flags, lines)))
     return 0
+
+
+def recommended(config: FinetuneConfig, options: Mapping[str, Any]) -> str:
+    """The command of ``finetune`` with the flags of ``plan`` and the recommended options."""
+    flags = changed(replace(config, **options))
+    return shlex.join(["vgg-transfer", "finetune", *words_of(flags)])

@@ -9,24 +9,49 @@ exit status is then 1.
 
 from __future__ import annotations
 
+import glob
+import os
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import CycloptsError, Parameter
 
 from recipes import console, terminal
-from recipes.predict_flags import DEFAULTS, PredictConfig
+from recipes.flag_values import flag_of
 from recipes.startup import job
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """Flags of ``vgg-transfer predict``, with their defaults."""
+
+    top_k: int = 3
+    """Number of classes to show per image, most probable first."""
+    format: Literal["table", "csv", "jsonl"] = "table"
+    """csv: a row per image and class; jsonl: one JSON object per image and line."""
+    batch_size: int = 32
+    """Images per step."""
+    abstain_below: float | None = None
+    """Mark predictions whose probability is below this value, 0 to 1, as not sure; csv and jsonl
+    have a column sure. The report of evaluate shows what a value gains."""
+    probabilities: Path | None = None
+    """File for the probabilities of all classes: a NumPy array (.npy, float32) with a row per image
+    of the results and a column per line of labels.txt."""
+    explain: Path | None = None
+    """Folder for a Grad-CAM heat map per image, over the photo at its own resolution, named by its
+    number in the results: red marks the region that explains the most probable class."""
 
 
 def _no_option(_: type, words: str | Sequence[str]) -> None:
     """Refuse arguments that look like options; cyclopts passes one argument or all."""
     words = [words] if isinstance(words, str) else words
     if unknown := [word for word in words if word.startswith("--")]:
-        known = [console.flag_of(option.name) for option in fields(PredictConfig)]
+        known = [flag_of(option.name) for option in fields(PredictConfig)]
         hint = console.did_you_mean(unknown[0], known)
         raise CycloptsError(msg=f"Unknown option: {unknown[0]}.{hint}")
 
@@ -34,7 +59,7 @@ def _no_option(_: type, words: str | Sequence[str]) -> None:
 Images = Annotated[str, Parameter(allow_leading_hyphen=True, validator=_no_option)]  # "-" is one
 
 
-def predict(run: Path, /, *images: Images, config: PredictConfig = DEFAULTS) -> int:
+def predict(run: Path, /, *images: Images, config: PredictConfig = PredictConfig()) -> int:
     """Predict the classes of images.
 
     Args:
@@ -44,8 +69,55 @@ def predict(run: Path, /, *images: Images, config: PredictConfig = DEFAULTS) -> 
     results = sys.stdout
     if config.format == "jsonl" or (config.format == "csv" and not results.isatty()):
         results = terminal.raw(results)  # file names unescaped, for programs
+    num_done = num_failed = 0
     with job():
-        from recipes.predict_job import run as predict_run
+        from tqdm import tqdm
 
-        num_failed = predict_run(run, images, config, results)
+        from transfer.core.escapes import printable
+        from transfer.evaluation import file_predictions
+        from transfer.evaluation.prediction_writers import WRITERS
+
+        def report(path: Path, error: Exception) -> None:
+            nonlocal num_failed
+            num_failed += 1
+            bar.clear()
+            terminal.say(f"error: {printable(path)}: {file_predictions.reason(error)}")
+            bar.update()
+
+        if not images:
+            raise ValueError("no images are named; give files, folders, patterns, or - for a list")
+        options = {name: value for name, value in vars(config).items() if name != "format"}
+        predictions = file_predictions.predict(run, _paths(images), on_unreadable=report, **options)
+        write = WRITERS[config.format](results, may_abstain=config.abstain_below is not None)
+        start = time.perf_counter()
+        is_hidden = not console.verbosity()
+        with tqdm(
+            unit="image", file=sys.stderr, mininterval=1.0, leave=False, disable=is_hidden
+        ) as bar:
+            for prediction in predictions:
+                write(prediction)
+                num_done += 1
+                bar.update()
+    if not num_done + num_failed:
+        raise ValueError("no images were found")
+    rate = num_done / (time.perf_counter() - start)
+    failed = f", {num_failed} could not be read" if num_failed else ""
+    console.say_unless_quiet(f"{num_done} images, {rate:.1f} images/s{failed}")
     return 1 if num_failed else 0
+
+
+def _paths(words: Iterable[str]) -> Iterator[str | Path]:
+    """What the arguments name: glob patterns are expanded, ``-`` reads one path per line from
+    standard input."""
+    for word in words:
+        path = Path(word).expanduser()
+        if word == "-":
+            # As bytes: file names need not be UTF-8.
+            lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
+            yield from (line for line in lines if line.strip())
+        elif path.exists() or not glob.has_magic(word):
+            yield path
+        else:
+            matches = map(Path, glob.iglob(str(path), recursive=True))
+            # ** already matches the files inside folders.
+            yield from (match for match in matches if "**" not in word or not match.is_dir())

@@ -9,18 +9,16 @@ which takes about two hours on two cores. Its card records its accuracy.
 """
 
 # No `from __future__ import annotations`: the options' types are looked up in this module.
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cyclopts import Parameter
-
 from recipes import console
+from recipes.flag_values import options_of, words_of
 from recipes.image_flags import SplitFlags
 from recipes.startup import job
 from transfer.vgg.pretraining_options import PretrainOptions
 
 
-@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(SplitFlags, PretrainOptions):
     """Flags of ``vgg-transfer pretrain``, with their defaults."""
@@ -37,12 +35,11 @@ class PretrainConfig(SplitFlags, PretrainOptions):
 def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
     """Train a VGG from scratch and save it as a meta graph."""
     with job():
+        from transfer.evaluation.metrics_text import describe_accuracy
         from transfer.runs import run_data, run_folder
         from transfer.vgg import pretraining_run
 
-        options = PretrainOptions(
-            **{option.name: getattr(config, option.name) for option in fields(PretrainOptions)}
-        )
+        options = options_of(PretrainOptions, config)
         with console.resumable("pretrain"):
             pretraining_run.check(options)
             if config.out is not None or config.resume:
@@ -66,7 +63,7 @@ def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
                 source=_command(config),
                 verbose=console.verbosity(),
             )
-    print(console.describe_accuracy(result.metrics, "held-out images"))
+    print(describe_accuracy(result.metrics, "held-out images"))
     print(result.prefix)
     return 0
 
@@ -79,14 +76,7 @@ _IMAGES = (
 
 def _command(config: PretrainConfig) -> str:
     """The command that reproduces the model, without machine-specific paths."""
-    places = ("data_dir", "image_folder", "csv", "out", "resume", "licence")
-    words = ["vgg-transfer", "pretrain"]
-    for name in dict.fromkeys(["arch", *_IMAGES, *vars(config)]):
-        value = getattr(config, name)
-        if name in places or value is None:
-            continue
-        if isinstance(value, bool):
-            words.append(console.flag_of(name if value else f"no_{name}"))
-        else:
-            words += [console.flag_of(name), str(value)]
-    return " ".join(words)
+    left_out = ("data_dir", "image_folder", "csv", "out", "resume", "licence")
+    names = dict.fromkeys(["arch", *_IMAGES, *vars(config)])
+    flags = {name: getattr(config, name) for name in names if name not in left_out}
+    return " ".join(["vgg-transfer", "pretrain", *words_of(flags)])

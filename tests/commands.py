@@ -12,8 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from recipes.cli import main
-from recipes.network_flags import parse_feed, parse_renames
 from transfer import load_meta_graph
+from transfer.core.assignments import parse_feeds, parse_renames
 from transfer.images.preprocess import parse_size
 from transfer.models.plan import ModelPlan, plan
 
@@ -48,7 +48,7 @@ def planned(flags: dict[str, str]) -> ModelPlan:
         graph,
         flags.get("--tap"),
         input=flags.get("--input"),
-        feeds=dict([parse_feed(flags["--feed"])] if "--feed" in flags else []),
+        feeds=parse_feeds([flags["--feed"]] if "--feed" in flags else []),
         preprocess=flags.get("--preprocess"),
         image_size=parse_size(flags["--image-size"]) if "--image-size" in flags else None,
     )

@@ -29,9 +29,8 @@ def comparison(graph):
     """Makes a comparison of the named cuts."""
 
     def make(cuts, **arguments):
-        network = graph.network("fc7:0", "images:0", {}, False)
-        labels, cuts = labels_of(graph, network, (16, 16), cuts)
         options = FineTuneOptions(epochs=2, batch_size=6)
+        labels, cuts = labels_of(graph, options, cuts)
         return Comparison(options, labels, cuts, **arguments)
 
     return make

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,3 +57,14 @@ def test_module_of_clone_is_run_with_its_arguments(
     monkeypatch.setattr(child_process, "_ROOT", clone)
     done = run(child_process.command("mine", "a b", 3), work, PYTHONPATH=str(other))
     assert done.stdout.strip() == "__main__ ['a b', '3'] from PYTHONPATH", done.stderr
+
+
+def test_the_last_line_tells_why_a_logged_process_failed(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    log.write_text("of an earlier process, which was longer\n" * 9)
+    program = "import sys; print('begun'); sys.exit('error: no images')"
+    status, last = child_process.run_logged([sys.executable, "-c", program], log)
+    assert (status, last) == (1, "error: no images")
+    assert sorted(log.read_text().splitlines()) == ["begun", "error: no images"]
+    silent = [sys.executable, "-c", "import os; assert os.environ['MODE'] == 'a'"]
+    assert child_process.run_logged(silent, log, {**os.environ, "MODE": "a"}) == (0, "")

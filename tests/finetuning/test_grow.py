@@ -12,6 +12,8 @@ from PIL import Image
 from recipes.cli import main
 from transfer import evaluate, fine_tune, grow, open_source, predict
 from transfer.activations import store
+from transfer.finetuning.grow import grown_request
+from transfer.finetuning.options import FineTuneOptions
 from transfer.runs import run_data
 from transfer.runs.growth import Growth
 
@@ -208,6 +210,15 @@ def test_conflicts_and_missing_images_are_refused(place, tmp_path):
     assert f"{str(tmp_path / 'photos')!r} does not exist" in refusal(tmp_path, more, tmp_path)
     config.write_text(config.read_text().replace("solver: ridge", "solver: gradient"))
     assert "repeat it with solver=ridge" in refusal(tmp_path, more, tmp_path)
+
+
+def test_placeholders_are_fed_as_in_the_run(place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run")
+    with (tmp_path / "run" / "config.yaml").open("a") as config:
+        config.write("feed:\n- keep_prob=1.0\n")
+    request = grown_request(tmp_path / "run", *splits_of(place / "more"), FineTuneOptions())
+    assert request.feeds == {"keep_prob": 1.0}
+    assert request.origin["feed"] == ["keep_prob=1.0"]
 
 
 def test_another_network_is_refused(place, tmp_path, tiny_card, saved_vgg):

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from commands import finetune, largest_difference, saved_values
+from commands import finetune, largest_difference, metrics, saved_values
 
 from transfer.finetuning import head_start
 from transfer.finetuning.hyperparameters import head_learning_rate, requested_stages
@@ -29,6 +29,7 @@ def test_training_starts_from_the_head_of_a_frozen_run(tmp_path, model, image_fo
         for name, value in saved_values(out / "model", HEAD).items():
             # The features may have been computed in other batches.
             np.testing.assert_allclose(value, solved[name], rtol=1e-3, atol=1e-4, err_msg=name)
+        assert metrics(out)["time"]["head_start_s"] > 0  # not a part of train_s
 
 
 @pytest.mark.slow

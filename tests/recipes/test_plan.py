@@ -6,9 +6,9 @@ import pytest
 
 from recipes.cli import main
 from recipes.finetune_flags import FinetuneConfig
-from recipes.plan_job import describe
+from recipes.plan import recommended
 from transfer.finetuning.cost import CutCost
-from transfer.finetuning.forecast import Forecast
+from transfer.finetuning.forecast import Forecast, describe
 from transfer.finetuning.tap_choice import TapChoice, TapScore
 
 
@@ -23,15 +23,15 @@ def test_recommended_command_has_the_given_flags():
     config = FinetuneConfig(
         image_folder="my photos", freeze_until="none", feed=("a=1", "b=2"), augment=True
     )
-    (line,) = [line for line in describe(forecast(), config) if line.startswith("recommended: ")]
-    assert shlex.split(line.removeprefix("recommended: ")) == [
+    assert shlex.split(recommended(config, forecast().options)) == [
         *("vgg-transfer", "finetune", "--image-folder", "my photos", "--augment"),
         *("--tap", "pool5", "--feed", "a=1", "--feed", "b=2"),
     ]
 
 
 def test_tables_have_a_row_per_tap_and_per_cut():
-    lines = "\n".join(describe(forecast("fc7"), FinetuneConfig())).splitlines()
+    lines = [*describe(forecast("fc7"), "vgg-transfer finetune")]
+    assert "recommended: vgg-transfer finetune" in lines
     assert sum(line.startswith("| ") for line in lines) == 2 + 2 + 2  # with the headers
     (head,) = [line for line in lines if line.startswith("| none")]
     cells = [cell.strip() for cell in head.strip("|").split("|")]

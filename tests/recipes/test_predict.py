@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from recipes import predict_job
 from recipes.cli import main
-from transfer.evaluation import file_predictions
-from transfer.images.image_files import PassedOver
+from transfer.evaluation import file_predictions, prediction_writers
 
 
 @pytest.fixture
@@ -103,9 +101,13 @@ def test_predict_accepts_files_folders_patterns_and_lists(run, image_folder, mon
     assert len(capsys.readouterr().out.splitlines()) == 24
 
 
-def test_links_to_folders_are_not_followed(image_folder):
+def test_links_to_folders_are_not_followed(run, image_folder, capsys):
     (image_folder / "red" / "round").symlink_to(image_folder)
-    assert len(list(predict_job.find_images([str(image_folder)], PassedOver()))) == 24
+    capsys.readouterr()
+    assert predict(run, image_folder) == 0
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 24
+    assert "warning: 1 of 25 files ignored: 1 other (a link to a folder)" in err
 
 
 def test_file_names_need_not_be_utf8(run, image_folder, monkeypatch, capfd):
@@ -221,15 +223,16 @@ def test_only_a_few_batches_are_read_ahead(run, image_folder, monkeypatch, capsy
     path = image_folder / "red" / "00.jpg"
     asked = 0
 
-    def endless(words, passed_over):
+    def endless(words):
         nonlocal asked
         for _ in range(200):
             asked += 1
             yield path
 
     written = []
-    monkeypatch.setattr(predict_job, "find_images", endless)
-    monkeypatch.setitem(predict_job._WRITERS, "table", lambda *_: lambda *_: written.append(asked))
+    monkeypatch.setattr("recipes.predict._paths", endless)
+    writer = lambda *_, **__: lambda *_: written.append(asked)  # noqa: E731
+    monkeypatch.setitem(prediction_writers.WRITERS, "table", writer)
     assert predict(run, "-", "--batch-size", 8) == 0
     assert len(written) == 200
     assert all(ahead - number <= 16 for number, ahead in enumerate(written))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +13,11 @@ from transfer.activations.cache import Cache
 from transfer.benchmarking import report
 from transfer.benchmarking.limits import LIMITS
 from transfer.core import measurement
-from transfer.finetuning.options import FineTuneOptions
-from transfer.graph import Network, cut, operation_of
+from transfer.finetuning.options import FineTuneOptions, parse_tap
+from transfer.finetuning.tap_choice import AUTO
+from transfer.graph import concatenated, cut, operation_of
 from transfer.graph.cuts import Cut, default_cuts, list_cuts
-from transfer.images.preprocess import Size
+from transfer.images.preprocess import parse_size
 from transfer.models import retention
 from transfer.models.meta_graph import MetaGraph
 from transfer.runs import run_folder
@@ -112,20 +113,33 @@ class Comparison:
 
 
 def labels_of(
-    graph: MetaGraph, network: Network, size: Size | None, cuts: str | None
+    graph: MetaGraph,
+    options: FineTuneOptions,
+    cuts: str | None,
+    feeds: Mapping[str, float | bool] | None = None,
 ) -> tuple[list[str], list[Cut]]:
     """The rows to compare, and all cuts of the network.
 
     Args:
         graph: the model.
-        network: of the runs.
-        size: of the images in pixels, one number or height and width.
+        options: of the runs; ``tap`` is not ``auto``.
         cuts: names separated by commas. Default: the tap, the middle poolings, ``none`` and
             ``scratch``.
+        feeds: values of placeholders, see ``Backbone``.
 
     Raises:
         ValueError: for a cut that the network does not have.
     """
+    if options.tap == AUTO:
+        raise ValueError(
+            "benchmark compares the cuts of one tap; name it instead of tap=auto, or use a grid, "
+            "with which each run chooses its tap"
+        )
+    network = graph.network(
+        parse_tap(options.tap), options.input, dict(feeds or {}), options.keep_dropout
+    )
+    network = concatenated(network, "avg_max" if options.tap == "all" else "avg")
+    size = parse_size(options.image_size) if options.image_size else graph.card.image_size
     labels = cuts.split(",") if cuts else [*default_cuts(network, size), "none", SCRATCH]
     labels = [label.strip().removesuffix(":0") for label in labels]
     own = {node.name for node in network.graph_def.node}  # also that of concatenated taps

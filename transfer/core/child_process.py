@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from transfer.core import files
 
 _ROOT = Path(__file__).absolute().parents[2]
 """The ``sys.path`` entry with the packages of this project: site-packages, or a clone. Symbolic
@@ -35,3 +39,29 @@ def command(module: str, *arguments: object) -> list[str]:
         arguments: passed as strings in ``sys.argv[1:]``.
     """
     return [sys.executable, "-c", _START, str(_ROOT), module, *map(str, arguments)]
+
+
+def run_logged(
+    command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """Run a command to its end; it is terminated if this process is interrupted.
+
+    Args:
+        command: see ``command``.
+        log: file for its output, which is replaced.
+        environment: its variables. Default: those of this process.
+
+    Returns:
+        Its exit status, and the last line of its output.
+    """
+    files.unshare(log)
+    with log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        try:
+            status = process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return status, lines[-1] if lines else ""

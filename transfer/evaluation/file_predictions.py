@@ -229,7 +229,9 @@ def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
     """The files, and the images in folders."""
     passed_over = PassedOver()
     for path in paths:
-        path = Path(path).expanduser()
+        path = Path(path)
+        with contextlib.suppress(RuntimeError):  # ~name.jpg is a file
+            path = path.expanduser()
         yield from image_files.find(path, passed_over, in_order=True) if path.is_dir() else (path,)
     for line in passed_over.describe():
         logger.warning(line)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
+from tabulate import tabulate
 
 from transfer.core import measurement
 from transfer.finetuning.cost import CutCost, measure_costs
@@ -97,3 +98,63 @@ def forecast(request: RunRequest) -> Forecast:
     ridge_s = choice.best.fit_s * len(context.train) / choice.num_images
     costs = measure_costs(context, setup_s, cached, ridge_s if solver == "ridge" else None)
     return Forecast(choice, costs, len(context.train), len(context.held_out))
+
+
+def describe(forecast: Forecast, run: str = "") -> Iterator[str]:
+    """Describe a forecast, in lines: the tables of taps and cuts, and the recommended run.
+
+    Args:
+        forecast: the estimates.
+        run: how to start the recommended run. Default: its options.
+    """
+    choice, costs = forecast.choice, forecast.costs
+    yield f"heads on frozen features, cross-validated on {choice.num_images:,} training images"
+    taps = [
+        (score.tap, score.width, f"{score.accuracy:.3f}", _interval(score.interval))
+        for score in choice.scores
+    ]
+    yield from _table(["tap", "features", "accuracy", "95 % interval"], taps)
+    yield ""
+    yield (
+        f"runs with the tap {choice.best.tap} on this machine: {forecast.num_train:,} images to "
+        f"train on, {forecast.num_held_out:,} held out"
+    )
+    header = ["freeze until", "epochs", "trained", "extraction", "training", "total", "memory MB"]
+    yield from _table([*header, "disk MB"], [_cells(cost) for cost in costs])
+    yield ""
+    options = ", ".join(f"{name}={value!r}" for name, value in forecast.options.items())
+    yield f"recommended: {run or options}"
+    yield (
+        f"  accuracy {choice.nested:.3f} ({_interval(choice.nested_interval)}), with the choice of "
+        f"the tap cross-validated as well, in {_time(costs[0].total_s)}"
+    )
+    if len(costs) > 1:
+        others = dict.fromkeys((costs[len(costs) // 2].cut, costs[-1].cut))
+        total = {cost.cut: _time(cost.total_s) for cost in costs}
+        shown = ", ".join(f"freeze_until={cut} in {total[cut]}" for cut in others)
+        yield (
+            f"  more training is estimated in time only: {shown}; it gains most with many images, "
+            "or images unlike those of the pretraining"
+        )
+
+
+def _table(header: list[str], rows: Sequence[tuple[object, ...]]) -> list[str]:
+    align = ["left"] + ["right"] * (len(header) - 1)
+    return tabulate(rows, header, "github", disable_numparse=True, colalign=align).splitlines()
+
+
+def _cells(cost: CutCost) -> tuple[object, ...]:
+    times = (_time(seconds) for seconds in (cost.extract_s, cost.train_s, cost.total_s))
+    sizes = (f"{size:,.0f}" for size in (cost.memory_mb, cost.disk_mb))
+    epochs = cost.epochs if cost.solver == "gradient" else cost.solver
+    return (cost.cut, epochs, f"{cost.trained:,}", *times, *sizes)
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

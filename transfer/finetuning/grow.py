@@ -10,6 +10,7 @@ from typing import Any
 
 from transfer.activations.fingerprints import remembered
 from transfer.core import measurement
+from transfer.core.assignments import parse_feeds, parse_renames
 from transfer.core.distribution import Replicas
 from transfer.data.dataset import Source, Split
 from transfer.finetuning.options import OF_GRADIENT_DESCENT, FineTuneOptions, options_from
@@ -55,7 +56,7 @@ def grow(
         run_dir: folder of the new run, see ``fine_tune``.
         resume: continue the run in ``run_dir``, or start it if there is none.
         graph: the pretrained network of the run. Default: loaded from where the run had it.
-        feeds: values of placeholders of the graph, as in the run.
+        feeds: values of placeholders of the graph. Default: those of the run.
         verbose: see ``fine_tune``.
         replicas: devices and processes that train together; see ``open_replicas``.
         **options: where files are kept: ``cache``, ``cache_dir``, ``cache_limit``, ``track`` and
@@ -123,7 +124,7 @@ def grown_request(
         held_out: new images to evaluate on.
         given: options; those that differ from the defaults must be those of the run.
         graph: the pretrained network of the run, if it is no longer in its place.
-        feeds: values of placeholders; those of the run.
+        feeds: values of placeholders. Default: those of the run.
         verbose: see ``RunRequest``.
         **arguments: other arguments of ``RunRequest``.
 
@@ -142,8 +143,13 @@ def grown_request(
             f"the run in {str(folder)!r} is not finished: it has no {run_folder.METRICS}; finish "
             "it with resume=True first"
         )
+    settings = run_folder.read_config(folder)
     if graph is None:
-        graph = _model(folder, run_folder.read_config(folder))
+        graph = _model(folder, settings)
+        of_model = {"rename": settings.get("rename", ())}
+        arguments["recorded"] = of_model | dict(arguments.get("recorded", {}))
+    if not feeds:
+        feeds = parse_feeds(settings.get("feed", ()))
 
     def remember(source: Source) -> contextlib.AbstractContextManager[None]:
         is_kept = options.cache == "disk"
@@ -161,7 +167,7 @@ def grown_request(
         joined_train,
         joined_held_out,
         options,
-        feeds=feeds or {},
+        feeds=feeds,
         verbose=verbose,
         growth=growth,
         **arguments,
@@ -206,13 +212,8 @@ def grown_options(folder: Path, given: FineTuneOptions) -> FineTuneOptions:
 
 
 def _model(folder: Path, settings: Mapping[str, Any]) -> MetaGraph:
-    if missing := [name for name in ("feed", "rename") if settings.get(name)]:
-        raise ValueError(
-            f"the run in {str(folder)!r} has {' and '.join(missing)} for its model; give graph and "
-            "feeds as it had them"
-        )
     try:
-        return load_meta_graph(settings["model"])
+        return load_meta_graph(settings["model"], rename=parse_renames(settings.get("rename", ())))
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"the model of the run in {str(folder)!r} is gone ({error}); say where it is now: "

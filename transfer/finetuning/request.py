@@ -26,7 +26,8 @@ class RunRequest:
         held_out: images to evaluate on, from the same source.
         options: see ``FineTuneOptions``.
         feeds: values of placeholders, see ``Backbone``.
-        run_dir: folder of the run; ``None`` takes ``runs/<date-time>-<dataset>-<cut>``.
+        run_dir: folder of the run; ``None`` takes ``runs/<date-time>-<dataset>-<cut>``, with the
+            cut as in ``freeze_until``.
         resume: continue the run in ``run_dir``.
         recorded: values for ``config.yaml`` beside the options, such as the splits' expressions.
         command: command line, written to ``provenance.json``.

@@ -72,7 +72,7 @@ class StageTrainer:
         self.trainer.step, self.trainer.epoch = before.step, before.epoch
         if frozen is not None:
             self.trainer.random_states = random_states(frozen)
-        self._solves_head = number == 0 and options.head_start == "ridge"
+        self.solves_head = number == 0 and options.head_start == "ridge"
         self._checkpoint = RunCheckpoint(
             context.run_dir / run_folder.CHECKPOINTS / f"stage-{number}",
             every_s=60 * options.checkpoint_minutes,
@@ -89,7 +89,7 @@ class StageTrainer:
     def _resume(self, number: int) -> None:
         trainer = self.trainer
         if self._checkpoint.restore(trainer):
-            self._solves_head = False
+            self.solves_head = False
         for line in self._checkpoint.damaged:
             logger.warning(f"{line}; continuing from the previous one")
         if not self.is_done:
@@ -116,6 +116,10 @@ class StageTrainer:
     def _last_epoch(self) -> int:
         return self._before.epoch + self._stage.epochs
 
+    def solve_head(self, inputs: Inputs) -> None:
+        """Start from a head that was solved for, if ``solves_head``; before ``fit``."""
+        solve_head(self._context, inputs, self.trainer.model)
+
     def fit(self, inputs: Inputs, save: Callable[..., Any], signals: Signals) -> None:
         """Train to the end of the stage; ``save`` writes the model after an epoch."""
         context, trainer, replicas = self._context, self.trainer, self._context.replicas
@@ -124,8 +128,6 @@ class StageTrainer:
                 if replicas.is_chief:
                     run_folder.keep_history(context.run_dir, trainer.epoch)
         early_stopping = self._early_stopping()
-        if self._solves_head:
-            solve_head(context, inputs, trainer.model)
         trainer.frozen = inputs.frozen
         validate = inputs.evaluator(trainer.model)
         alone = replicas.num_workers == 1

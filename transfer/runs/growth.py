@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from transfer.data.joined import Member, join, unused_prefix
 from transfer.runs import run_data, run_folder
 
 logger = logging.getLogger(__name__)
+
+_MAX_CLASSES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -251,3 +253,33 @@ def _check_unchanged(
 
 def _mean(is_right: np.ndarray) -> float | None:
     return float(is_right.mean()) if len(is_right) else None
+
+
+def describe_growth(growth: Mapping[str, Any]) -> Iterator[str]:
+    """What was added to a run, and the accuracy of old and new classes, in lines.
+
+    Args:
+        growth: ``metrics["growth"]`` of the result of ``grow``.
+    """
+    images, old, new = growth["images"], growth["old_classes"], growth["new_classes"]
+    known = f", {images['already_there']} were already there" if images["already_there"] else ""
+    yield f"added {images['added']} images to {images['kept']} training images{known}"
+    if old["num_examples"]:
+        yield (
+            f"old classes: accuracy {old['accuracy_before']:.4f} before, "
+            f"{old['accuracy_after']:.4f} after, on the {old['num_examples']} images that "
+            f"{growth['run']} held out"
+        )
+    tested = [entry for entry in old["classes"] if entry["num_examples"]]
+    by_change = sorted(tested, key=lambda e: -abs(e["recall_after"] - e["recall_before"]))
+    for entry in by_change[:_MAX_CLASSES_SHOWN]:
+        yield (
+            f"  {entry['name']}: {entry['recall_before']:.4f} before, {entry['recall_after']:.4f} "
+            f"after, on {entry['num_examples']}"
+        )
+    if len(tested) > _MAX_CLASSES_SHOWN:
+        yield f"  the other {len(tested) - _MAX_CLASSES_SHOWN} changed less; see metrics.json"
+    if new["num_examples"]:
+        yield f"new classes: accuracy {new['accuracy']:.4f} on {new['num_examples']} images"
+    for entry in [entry for entry in new["classes"] if entry["num_examples"]][:_MAX_CLASSES_SHOWN]:
+        yield f"  {entry['name']}: {entry['recall']:.4f} on {entry['num_examples']}"

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tabulate import tabulate
+
 _KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
 _TORCH = "https://download.pytorch.org/models"
 _TIMM = "https://huggingface.co/timm"
@@ -146,3 +148,22 @@ _ENTRIES = (
     ),
 )
 CATALOGUE = {entry.name: entry for entry in _ENTRIES}
+
+
+def table() -> str:
+    """The catalogue as text, one row per file."""
+    rows = []
+    for entry in CATALOGUE.values():
+        preprocess = entry.preprocess if isinstance(entry.preprocess, str) else "means"
+        rows.append(
+            [
+                entry.name,
+                f"{entry.publisher}, {entry.trained_on}",
+                *([f"{value:.3f}" for value in entry.accuracy or ()] or ["-", "-"]),
+                preprocess if entry.preprocess else "?",
+                entry.verified_by,
+                (entry.licence or "not stated").split(" (")[0],
+            ]
+        )
+    header = ["name", "published by", "top-1", "top-5", "preprocess", "verified by", "licence"]
+    return tabulate(rows, header, tablefmt="plain", disable_numparse=True)

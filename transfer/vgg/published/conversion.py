@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from transfer.core.escapes import escaped
 from transfer.core.files import read_names, write_names
 from transfer.images.preprocess import Size, as_size, canonical, for_card
 from transfer.models import checkpoint
@@ -67,6 +68,21 @@ class Conversion:
     """Arrays of the file that are not part of the network."""
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def describe(self) -> list[str]:
+        """Lines that describe the model, its origin, and what was assumed."""
+        classes = "no classes" if self.num_classes is None else f"{self.num_classes} classes"
+        lines = [
+            f"{self.network}, {self.num_parameters:,} parameters, {classes}",
+            f"layout: {self.layout}; preprocess: {self.card.preprocess}, {self.why_preprocess}",
+            f"origin: {self.origin}"
+            if self.origin
+            else "origin and licence: unknown by the file's hash",
+        ]
+        if self.left_out:
+            lines.append(f"left out: {', '.join(self.left_out)}")
+        lines += [*self.notes, *(f"warning: {warning}" for warning in self.warnings)]
+        return [escaped(line) for line in lines]
 
 
 def convert(

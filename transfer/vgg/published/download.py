@@ -98,6 +98,16 @@ class Pulled:
     max_difference: float | None
     verified_by: str
 
+    def describe(self) -> list[str]:
+        """Lines that describe the model, see ``Conversion.describe``, and how it was verified."""
+        lines = self.conversion.describe()
+        if self.max_difference is not None:
+            lines.append(f"probabilities differ from Keras' by at most {self.max_difference:.1g}")
+        is_unverified = self.verified_by == "unverified"
+        unverified = "unverified: no hash of this file is published"
+        verified = f"verified by its published {self.verified_by}"
+        return [*lines, unverified if is_unverified else verified]
+
 
 def pull(
     name: str,
