@@ -37,7 +37,7 @@ class EvaluateConfig(ImageFlags):
     group, if it has one]"""
     eval_split: str = "auto"
     """Split to evaluate on. auto: the run's held-out images; for another dataset, its validation
-    or test split, else all images."""
+    or test split, else the training images."""
     batch_size: int | None = None
     """Images per step. [default: 32, as in training; other values change the loss at float
     precision]"""

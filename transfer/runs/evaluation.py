@@ -180,8 +180,8 @@ def evaluate_model(
         image_folder: the images; see ``open_source``.
         csv: the images; see ``open_source``.
         group_by: what groups the images; see ``open_source``.
-        eval_split: a split expression. ``auto`` takes the validation or test split, else all
-            images.
+        eval_split: a split expression. ``auto`` takes the validation or test split, else the
+            training images.
         batch_size: images per step; see ``evaluate``.
         coverage: also measure prediction sets with this coverage; see ``evaluate``.
         skip_unreadable: leave out up to this number of images that cannot be decoded.
