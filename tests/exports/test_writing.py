@@ -19,7 +19,7 @@ from transfer import (
     open_source,
     save_meta_graph,
 )
-from transfer.exports import tflite
+from transfer.exports import keras_file, tflite
 from transfer.exports.meta_graph import save_classifier
 
 PHOTOS = np.random.default_rng(0).integers(0, 255, (2, 20, 24, 3)).astype(np.uint8)
@@ -109,6 +109,31 @@ def test_int8_needs_images(classifier, tmp_path, image_folder):
     assert metrics["num_images"] == len(held_out)
     assert [*metrics["exports"]] == ["tflite float32", "tflite float16", "tflite int8"]
     assert "on labelled images:" in (tmp_path / "out" / "tflite" / "README.md").read_text()
+
+
+def test_format_that_fails_later_keeps_the_earlier_files(classifier, tmp_path, monkeypatch):
+    export(classifier, tmp_path / "out", formats=["keras"])
+    with monkeypatch.context() as patch:
+        patch.setattr(keras_file, "load", lambda _: lambda pixels: np.full((len(pixels), 3), 1 / 3))
+        with pytest.raises(ValueError, match="keras gives other results"):
+            export(classifier, tmp_path / "out", formats=["keras"])
+    assert [*json.loads((tmp_path / "out" / "export.json").read_text())["exports"]] == ["keras"]
+    assert [*export(classifier, tmp_path / "out", formats=["keras"])["exports"]] == ["keras"]
+
+
+def test_precision_that_cannot_be_converted_fails_alone(classifier, tmp_path, monkeypatch):
+    convert = tflite.convert
+
+    def converted(classifier, precision, examples):
+        if precision == "float16":
+            raise ValueError("no kernel")
+        return convert(classifier, precision, examples)
+
+    monkeypatch.setattr(tflite, "convert", converted)
+    with pytest.raises(ValueError, match="^tflite float16: no kernel$"):
+        export(classifier, tmp_path / "out", formats=["tflite"])
+    found = json.loads((tmp_path / "out" / "export.json").read_text())["exports"]
+    assert [*found] == ["tflite float32"]
 
 
 def test_other_head_prevents_meta_graph_only(model, tmp_path):

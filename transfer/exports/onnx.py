@@ -59,10 +59,17 @@ def save(classifier: Classifier, path: Path) -> None:
 
 def load(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     """A function that maps resized pixels, float32 ``[batch, size, size, channels]``, to
-    probabilities."""
+    probabilities.
+
+    Raises:
+        ValueError: if onnxruntime cannot compute the model.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # its types have no common base
+        raise ValueError(f"onnxruntime cannot load this model: {error}") from error
 
     def run(pixels: np.ndarray) -> np.ndarray:
         return session.run(["probabilities"], {"pixels": pixels})[0]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -214,8 +215,9 @@ def _export_all(context: _ExportContext, names: list[str], out: Path, title: str
         except (ValueError, TypeError, tf.errors.OpError) as error:
             exported, failed = {}, [f"{name}: {' '.join(str(error).split())[:300]}"]
         failures += failed
-        kept = {k: v for k, v in metrics["exports"].items() if k.split()[0] != name}
-        metrics["exports"] = kept | exported
+        if exported:  # else the files of an earlier export are still there
+            kept = {k: v for k, v in metrics["exports"].items() if k.split()[0] != name}
+            metrics["exports"] = kept | exported
         run_folder.write_json(out / METRICS, metrics)
     if failures:
         raise ValueError("; ".join(failures))
@@ -262,7 +264,12 @@ def _export(
     with draft_folder(out) as draft:
         metrics, failures = {}, []
         for kind, path, predict in _FORMATS[name](context, draft):
-            actual, rate = verification.timed(predict, context.samples.pixels)
+            try:
+                actual, rate = verification.timed(predict, context.samples.pixels)
+            except Exception as error:  # each runtime has its own types
+                failures.append(f"{kind}: {' '.join(str(error).split())[:300]}")
+                _remove(path)
+                continue
             compared = verification.compare(actual, expected)
             if reason := verification.rejection_reason(kind, compared):
                 failures.append(reason)
@@ -279,7 +286,7 @@ def _export(
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 Exported = Iterator[tuple[str, Path, Callable[[np.ndarray], np.ndarray]]]
@@ -325,8 +332,24 @@ def _tflite(context: _ExportContext, folder: Path) -> Exported:
             continue
         path = folder / f"model_{precision}.tflite"
         examples = context.examples() if context.examples is not None else ()
-        path.write_bytes(tflite.convert(context.classifier, precision, examples))
-        yield f"tflite {precision}", path, tflite.load(path)
+        yield f"tflite {precision}", path, _converted(context.classifier, precision, examples, path)
+
+
+def _converted(
+    classifier: Classifier,
+    precision: tflite.Precision,
+    examples: Iterable[np.ndarray],
+    path: Path,
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Predict as a TFLite model, which is written at the first call: a precision that cannot be
+    converted fails alone."""
+
+    @functools.cache
+    def loaded() -> Callable[[np.ndarray], np.ndarray]:
+        path.write_bytes(tflite.convert(classifier, precision, examples))
+        return tflite.load(path)
+
+    return lambda pixels: loaded()(pixels)
 
 
 def _onnx(context: _ExportContext, folder: Path) -> Exported:
