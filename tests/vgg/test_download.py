@@ -1,5 +1,6 @@
 """Downloads that nobody states a hash of: their size, and what an archive may contain."""
 
+import gzip
 import io
 import tarfile
 from dataclasses import replace
@@ -47,6 +48,18 @@ def test_only_checkpoint_of_an_archive_is_unpacked(small):
     with download.unpacked(small) as file:
         assert file.read_bytes() == b"weights"
     assert not file.exists()
+
+
+def test_checkpoint_with_holes_is_not_unpacked(small):
+    header = tarfile.TarInfo("a.ckpt")
+    header.type = tarfile.GNUTYPE_SPARSE
+    data = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+    data[483:495] = b"%011o\0" % 8_000_000_000  # the size with its holes
+    data[148:156] = b"%06o\0 " % tarfile.calc_chksums(data)[0]
+    with gzip.open(small.path, "wb") as file:
+        file.write(data + bytes(1024))
+    with pytest.raises(ValueError, match="its checkpoint has over"), download.unpacked(small):
+        pass
 
 
 @pytest.mark.parametrize("files, message", [

@@ -312,6 +312,26 @@ def test_hdf5_arrays_without_stored_values_are_refused(tmp_path):
         containers.read(tmp_path / "a.h5")
 
 
+def test_zip_directories_of_many_files_are_refused_in_zip64_as_well(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a", "w") as archive:
+        for number in range(70_000):  # more than fit in a directory without ZIP64
+            archive.writestr(f"{number:030d}", b"")
+    data = bytearray((tmp_path / "a").read_bytes())
+    data[-10:-6] = bytes(4)  # the size of the directory; that of ZIP64 counts
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(ValueError, match="far more files than weights"):
+        containers.read(tmp_path / "a")
+
+
+def test_layers_between_others_are_refused_whatever_their_shape(tmp_path):
+    arrays = {}
+    for layer in CONVOLUTIONS + CONNECTED:
+        arrays |= {f"{layer}_W": kernel(layer), f"{layer}_b": biases(layer)}
+    np.savez(tmp_path / "a.npz", **arrays, prelu1_alpha=np.ones((1, 1, 64), "f4"))
+    with pytest.raises(ValueError, match=r"prelu1_alpha \(1, 1, 64\) belong to no layer"):
+        layouts.identify(containers.read(tmp_path / "a.npz"))
+
+
 def test_huge_sparse_safetensors_are_refused(tmp_path):
     count = 25 * 10**9
     entry = {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}

@@ -249,6 +249,10 @@ def _check_directory(file: IO[bytes]) -> None:
     record = end.rfind(b"PK\x05\x06")
     if record >= 0 and len(end) >= record + 22:
         (num_bytes,) = struct.unpack_from("<I", end, record + 12)
+        for match in re.finditer(b"PK\x06\x06", end[:record]):  # of ZIP64, which takes precedence
+            if len(end) >= match.start() + 48:
+                (of_zip64,) = struct.unpack_from("<Q", end, match.start() + 40)
+                num_bytes = max(num_bytes, of_zip64)
         if num_bytes > _MAX_DIRECTORY_BYTES:
             raise ValueError("it is a zip archive of far more files than weights are in")
 

@@ -213,6 +213,8 @@ def _unpack(weights: Weights, folder: Path) -> Path:
         members = [one for one in archive if one.isfile() and one.name.endswith(".ckpt")]
         if len(members) != 1:
             raise ValueError(f"it has {len(members)} checkpoints; expected one")
+        if members[0].size > weights.max_bytes:  # a sparse file may be larger than its archive
+            raise ValueError(f"its checkpoint has over {weights.max_bytes:,} bytes")
         checkpoint = archive.extractfile(members[0])
         assert checkpoint is not None
         with checkpoint, target.open("wb") as file:

@@ -308,10 +308,10 @@ def _left_out(others: Mapping[str, np.ndarray]) -> list[str]:
             groups[re.sub(r"(/vars)?[/._][^/._]*$", "", name)].append(name)
     refused = []
     for names in groups.values():
-        kernels = [others[name] for name in names if others[name].ndim > 1]
+        kernels = [others[name] for name in names if others[name].ndim in (2, 4)]
         biases = [others[name] for name in names if others[name].ndim == 1]
         fits = all(len(values) in kernel.shape for values in biases for kernel in kernels)
-        if len(kernels) != 1 or len(biases) > 1 or not fits:
+        if len(kernels) != 1 or len(kernels) + len(biases) != len(names) or not fits:
             refused += names
     if refused:
         shown = ", ".join(f"{name} {others[name].shape}" for name in refused[:5])

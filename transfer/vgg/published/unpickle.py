@@ -389,8 +389,10 @@ class _Array(LazyArray):
         _, shape, dtype, is_fortran, data = self.state
         resolved = dtype.resolve()
         if resolved.hasobject:
+            if not isinstance(data, list):  # text would become an object per character
+                raise ValueError(f"an array of objects holds {type(data).__name__}, not a list")
             # np.save stores an object as an array with one element.
-            return data[0] if len(data) == 1 else list(data)
+            return data[0] if len(data) == 1 else data
         if isinstance(data, str):
             data = data.encode("latin1")
         shape = as_shape(shape)
