@@ -156,8 +156,12 @@ def test_grid_search_over_tap_and_penalty(digits, cache_dir):
 
 
 @pytest.mark.slow
-def test_classifier_is_trained_pickled_and_copied(digits, cache_dir):
+def test_classifier_is_trained_pickled_and_copied(digits, cache_dir, monkeypatch):
     X, y = digits
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
     words = np.array(["zero", "one", "two", *"3456789"])[y]
     state = np.random.get_state()[1].copy()
     classifier = VGGClassifier(C=0.01, **DIGITS, cache_dir=cache_dir).fit(X[:120], words[:120])
@@ -166,6 +170,10 @@ def test_classifier_is_trained_pickled_and_copied(digits, cache_dir):
     probabilities = classifier.predict_proba(X[120:])
     assert classifier.classes_.tolist() == sorted(set(words))
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("transfer.sklearn.fine_tune", interrupted)
+        classifier.fit(X[:120], y[:120])
+    assert classifier.classes_.tolist() == sorted(set(words))  # those of the fitted network
     again = pickle.loads(pickle.dumps(classifier))
     np.testing.assert_allclose(again.predict_proba(X[120:]), probabilities, atol=1e-6)
     assert clone(classifier).get_params() == classifier.get_params()

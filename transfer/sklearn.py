@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import logging
 import random
 import tempfile
@@ -227,7 +228,7 @@ class _Extractor:
 def _state(model: str) -> tuple[tuple[object, ...], ...]:
     """Names, sizes and times of the files of a model, which change if it is trained anew."""
     path = Path(model).expanduser()
-    files = path.rglob("*") if path.is_dir() else path.parent.glob(f"{path.stem}*")
+    files = path.rglob("*") if path.is_dir() else path.parent.glob(f"{glob.escape(path.stem)}*")
     return tuple((file.name, *state_of(file)) for file in sorted(files) if file.is_file())
 
 
@@ -354,11 +355,11 @@ class VGGClassifier(ClassifierMixin, _ImageEstimator):
         images = ImageArrays(X, self.image_shape, self.scale)
         if len(images) != len(y):
             raise ValueError(f"found {len(images)} images and {len(y)} labels")
-        self.classes_, labels = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise ValueError(f"y has {len(self.classes_)} class; a classifier needs at least 2")
+        classes, labels = np.unique(y, return_inverse=True)
+        if len(classes) < 2:
+            raise ValueError(f"y has {len(classes)} class; a classifier needs at least 2")
         source = source_of_arrays(
-            images, labels.astype(np.int64), list(map(str, self.classes_)), "arrays"
+            images, labels.astype(np.int64), list(map(str, classes)), "arrays"
         )
         train = held_out = source.split("train")
         mask = stratified_holdout(labels, train.names, self.validation_fraction)
@@ -371,7 +372,7 @@ class VGGClassifier(ClassifierMixin, _ImageEstimator):
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-        self.classifier_ = result.classifier
+        self.classes_, self.classifier_ = classes, result.classifier
         self.history_, self.metrics_ = result.history, result.metrics
         self._network = Compiled(self.classifier_.probabilities_of_resized)
         return self
