@@ -155,6 +155,8 @@ def test_status_health_labels_and_metrics(ask, classifier):
         get("/etc/passwd"),
         get("/../../etc/passwd"),
         get("/confident-errors/9999/photo"),
+        get(f"/confident-errors/{'9' * 5000}/overlay"),
+        get("/confident-errors/-1/photo"),
         ("POST", "/overlay/99", {"content": encoded()}),
     ],
 )
@@ -220,7 +222,8 @@ def test_too_many_overlays_are_told_to_come_back(ask, model, monkeypatch):
 
 
 def test_rate_of_a_client_is_limited(ask):
-    answers = ask(*[predict(encoded())] * 5, get("/healthz"), max_rate=2)
+    overlays = [get("/confident-errors/0/overlay")] * 2
+    answers = ask(*[predict(encoded())] * 3, *overlays, get("/healthz"), max_rate=2)
     codes = [answer.status_code for answer in answers]
     assert (codes.count(200), codes.count(429)) == (3, 3)
     assert int(answers[codes.index(429)].headers["retry-after"]) >= 1

@@ -95,11 +95,11 @@ def build_app(
         Route(f"{version}:predict", service.predict, methods=["POST"]),
         Route(name, service.status),
         Route(version, service.status),
-        Route("/overlay/{label:int}", service.overlay, methods=["POST"]),
+        Route("/overlay/{label}", service.overlay, methods=["POST"]),
         Route("/confident-errors", service.list_errors),
-        Route("/confident-errors/{number:int}/photo", service.error_photo),
-        Route("/confident-errors/{number:int}/overlay", service.error_overlay),
-        Route("/confident-errors/{number:int}/label", service.correct, methods=["POST"]),
+        Route("/confident-errors/{number}/photo", service.error_photo),
+        Route("/confident-errors/{number}/overlay", service.error_overlay),
+        Route("/confident-errors/{number}/label", service.correct, methods=["POST"]),
     ]
     app = Starlette(routes=routes, lifespan=service.lifespan)
     for kind in (RequestError, HTTPException, BadImageError, QueueFullError, ClientDisconnect):
@@ -193,9 +193,7 @@ class _Service:
         return JSONResponse(answer)
 
     async def overlay(self, request: Request) -> Response:
-        label = request.path_params["label"]
-        if label >= len(self.model.labels):
-            raise RequestError(404, f"there is no class {label}")
+        label = _number(request, "label", len(self.model.labels))
         with self.bodies.reserved(request):
             return await self._explain(await self.bodies.read(request), label)
 
@@ -215,7 +213,7 @@ class _Service:
 
     async def error_overlay(self, request: Request) -> Response:
         data = await self._error_image(request)
-        error = self._errors().all[request.path_params["number"]]
+        error = self._errors().all[self._number(request)]
         if error.prediction not in self.model.labels:
             raise RequestError(404, f"the model has no class {error.prediction!r}")
         return await self._explain(data, self.model.labels.index(error.prediction))
@@ -266,10 +264,7 @@ class _Service:
         return self.errors
 
     def _number(self, request: Request) -> int:
-        number = int(request.path_params["number"])
-        if number >= len(self._errors().all):
-            raise RequestError(404, f"there is no error {number}")
-        return number
+        return _number(request, "number", len(self._errors().all))
 
     async def _error_image(self, request: Request) -> bytes:
         try:
@@ -302,7 +297,7 @@ class _Guard:
         app = self._app
         try:
             check_origin(request, self._service.settings.hosts)
-            if request.method == "POST":
+            if request.method == "POST" or request.url.path.endswith("/overlay"):
                 self._service.rate.check(request.client.host if request.client else "")
         except RequestError as error:
             app = await _error(request, error)
@@ -311,6 +306,15 @@ class _Guard:
         finally:
             handler = getattr(scope.get("endpoint"), "__name__", "none")
             self._service.metrics.answered(handler, code, time.perf_counter() - start)
+
+
+def _number(request: Request, name: str, count: int) -> int:
+    """A number of the path, below ``count``."""
+    text = request.path_params[name]
+    # Python refuses to convert thousands of digits.
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) < count):
+        raise RequestError(404, f"there is no {name} {text[:20]}; expected 0 to {count - 1}")
+    return int(text)
 
 
 def _jpeg(data: bytes) -> Response:
