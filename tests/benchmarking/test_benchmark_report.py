@@ -14,7 +14,9 @@ def test_accuracy_interval_covers_seeds_and_images():
     low, high = report.accuracy_interval([0.2], 20)
     np.testing.assert_allclose([low, high], [0.0807, 0.4160], atol=1e-4)
     low, high = report.accuracy_interval([0.8, 0.8, 0.8], 100)
-    np.testing.assert_allclose([low, high], [0.8 - 1.96 * 0.04, 0.8 + 1.96 * 0.04])
+    np.testing.assert_allclose([low, high], [0.7112, 0.8666], atol=1e-4)  # without deviation
+    low, high = report.accuracy_interval([1.0, 1.0, 1.0], 20)
+    np.testing.assert_allclose([low, high], [0.8389, 1], atol=1e-4)
     wide = report.accuracy_interval([0.49, 0.5, 0.51], 10**9)
     # Student's t for 2 degrees of freedom: 4.303
     np.testing.assert_allclose(

@@ -56,8 +56,11 @@ def test_parameter_groups_keep_rate_ratios():
 
 
 def test_range_test_accepts_fewer_batches_than_steps():
-    few = [(INPUTS, LABELS)] * 15
-    assert len(range_test(new_trainer(1.0), few, steps=100).rates) == 15
+    for count in (15, 5):
+        few = [(INPUTS, LABELS)] * count
+        assert len(range_test(new_trainer(1.0), few, steps=100).rates) == count
+    with pytest.raises(ValueError, match="there are no batches"):
+        range_test(new_trainer(1.0), [])
 
 
 @pytest.mark.parametrize("limits", [(0, 1, 10), (1, 1, 10), (1, 2, 1)])

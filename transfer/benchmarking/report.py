@@ -160,22 +160,23 @@ def _row(
 def accuracy_interval(accuracies: Sequence[float], num_examples: int) -> tuple[float, float]:
     """95 % confidence interval of an accuracy measured with several seeds on the same images.
 
-    Adds the variance of the mean over seeds (Student's t) and the sampling variance of the images
-    (binomial). With one seed, the Wilson score interval for the images.
+    The distances to the ends of two intervals are added in quadrature, on either side: that of the
+    mean over seeds (Student's t), and the Wilson score interval for the images, which has a width
+    at 0 and 1, too. With one seed, it is the latter.
 
     Args:
         accuracies: 0 to 1, one per seed.
         num_examples: number of held-out images, or of as informative independent ones.
     """
     mean, count = float(np.mean(accuracies)), len(accuracies)
+    correct = round(mean * num_examples)
+    wilson = stats.binomtest(correct, num_examples).proportion_ci(0.95, method="wilson")
     if count == 1:
-        correct = round(mean * num_examples)
-        interval = stats.binomtest(correct, num_examples).proportion_ci(0.95, method="wilson")
-        return float(interval.low), float(interval.high)
+        return float(wilson.low), float(wilson.high)
     of_seeds = stats.t.ppf(0.975, count - 1) * np.std(accuracies, ddof=1) / math.sqrt(count)
-    of_images = 1.96 * math.sqrt(mean * (1 - mean) / num_examples)
-    half = math.hypot(of_seeds, of_images)
-    return max(0.0, mean - half), min(1.0, mean + half)
+    below, above = correct / num_examples - wilson.low, wilson.high - correct / num_examples
+    low, high = mean - math.hypot(of_seeds, below), mean + math.hypot(of_seeds, above)
+    return max(0.0, low), min(1.0, high)
 
 
 def training_multiply_adds(cut: str, cuts: Sequence[Cut]) -> int | None:

@@ -98,6 +98,7 @@ def prepare(request: RunRequest) -> RunContext:
     replicas.check_same("choice of images", fingerprint)
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
     stages = _stages(resolved, classifier, features, train)
+    _check_accumulation(resolved.accumulate, stages, -(-len(train) // resolved.batch_size))
     num_images = len(train) * max(1, resolved.views) + len(request.held_out)
     precision = choose(
         resolved,
@@ -145,6 +146,23 @@ def _check_splits(train: Split, held_out: Split) -> None:
             "that labels do not mean the same; use splits of one source, such as an image folder "
             "with the folders train and validation"
         )
+
+
+def _check_accumulation(accumulate: int, stages: list[Stage], steps_per_epoch: int) -> None:
+    """Refuse a group of batches that is longer than a stage, and say what is not applied."""
+    for stage in stages if accumulate > 1 else ():
+        num_batches = steps_per_epoch * stage.epochs
+        if num_batches < accumulate:
+            raise ValueError(
+                f"accumulate={accumulate} is more than the {num_batches} batches of "
+                f"{stage.epochs} epochs, so that no weight would change; choose at most "
+                f"{num_batches}"
+            )
+        if rest := num_batches % accumulate:
+            logger.warning(
+                f"accumulate={accumulate}: the gradients of the last {rest} of {num_batches} "
+                "batches are not applied"
+            )
 
 
 def _check_model(growth: Growth, backbone: GraphLayer) -> None:

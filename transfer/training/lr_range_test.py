@@ -69,7 +69,7 @@ def range_test(
     rates: list[float] = []
     losses: list[float] = []
     smoothed: list[float] = []
-    mean = 0.0
+    mean, has_diverged = 0.0, False
     for (inputs, labels), rate in zip(batches, np.geomspace(lowest, highest, steps), strict=False):
         for optimizer, scale in zip(optimizers, scales, strict=True):
             optimizer.learning_rate = rate * scale
@@ -77,14 +77,17 @@ def range_test(
         mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
         corrected = mean / (1 - SMOOTHING ** (len(losses) + 1))  # bias correction, as in Adam
         if not math.isfinite(loss) or (smoothed and corrected > DIVERGED * min(smoothed)):
+            has_diverged = True
             break
         rates.append(rate)
         losses.append(loss)
         smoothed.append(corrected)
-    if len(rates) < min(steps, 10):
+    if has_diverged and len(rates) < min(steps, 10):
         raise ValueError(
             f"the loss diverged after {len(rates)} steps, at a learning rate of "
             f"{rates[-1] if rates else lowest:.2g}; begin lower than {lowest:g}, or check that the "
             "preprocessing is the one that the weights expect"
         )
+    if not rates:
+        raise ValueError("there are no batches")
     return RangeTest(np.array(rates), np.array(losses), np.array(smoothed))

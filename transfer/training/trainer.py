@@ -210,8 +210,11 @@ class Trainer:
         if not self.mixup:
             return lambda values: values
         seed = tf.stack([tf.cast(self.seed, tf.int64), step])
-        first, second = tf.unstack(tf.random.stateless_gamma([2], seed, self.mixup))
-        share = first / (first + second)  # Beta(mixup, mixup)
+        # Draws for a small parameter underflow in float32; two of them would give one half.
+        dtype = tf.float64 if self.mixup < 0.1 else tf.float32
+        draws = tf.random.stateless_gamma([2], seed, tf.constant(self.mixup, dtype), dtype=dtype)
+        first, second = tf.unstack(draws)
+        share = tf.cast(first / (first + second), tf.float32)  # Beta(mixup, mixup)
         return lambda values: share * values + (1 - share) * tf.reverse(values, [0])
 
     def _losses(
