@@ -132,8 +132,8 @@ def labels_of(
     """
     if options.tap == AUTO:
         raise ValueError(
-            "benchmark compares the cuts of one tap; name it instead of tap=auto, or use a grid, "
-            "with which each run chooses its tap"
+            "benchmark compares the cuts of one tap; name it instead of tap=auto, or compare runs "
+            "in a study, in which each chooses its tap"
         )
     network = graph.network(
         parse_tap(options.tap), options.input, dict(feeds or {}), options.keep_dropout
