@@ -26,7 +26,6 @@ from transfer.vgg.published import (
     foreign,
     frozen,
     hdf5,
-    keras_hub,
     keras_model,
     keras_weights,
     kernel_flips,
@@ -37,6 +36,7 @@ from transfer.vgg.published import (
     onnx_file,
     onnx_model,
     pickles,
+    presets,
     torch_file,
 )
 from transfer.vgg.published.limits import check_total
@@ -119,7 +119,7 @@ def _read(path: Path) -> Container:
         head = file.read(128)
         file.seek(0)
         if head.startswith(b"\x89HDF\r\n\x1a\n"):
-            return _hdf5(file, preprocess=keras_hub.preprocessing(path))
+            return _hdf5(file, preprocess=presets.preprocessing(path))
         if head.startswith(b"PK\x03\x04"):
             return _zip(file)
         if head.startswith(b"\x93NUMPY"):
