@@ -278,6 +278,18 @@ def test_other_head_is_left_out_by_name(tmp_path, capsys):
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
+def test_flipped_channels_are_those_of_bgr(tmp_path):
+    """As ``to_keras`` and the ``keras`` export of this package reverse them."""
+    base, inputs = vgg(top=None), keras.Input((64, 64, 3))
+    for name, axis in (("bgr", -1), ("mirrored", 2)):
+        net = keras.layers.Rescaling(1.0, [-1.0, -2.0, -3.0])(keras.ops.flip(inputs, axis))
+        save(keras.Model(inputs, base(net)), tmp_path / f"{name}.keras")
+    preprocess = layouts.identify(containers.read(tmp_path / "bgr.keras")).preprocess
+    assert (preprocess["mean"], preprocess["order"]) == ([1, 2, 3], "BGR")
+    with pytest.raises(ValueError, match=r"\(Flip\) stands before its first convolution"):
+        layouts.identify(containers.read(tmp_path / "mirrored.keras"))
+
+
 def test_kerashub_preset_sets_preprocessing(tmp_path):
     save(vgg(top=None), tmp_path / "model.weights.h5")
     (tmp_path / "config.json").write_text('{"registered_name": "keras_hub>VGGBackbone"}')

@@ -33,8 +33,10 @@ def keras_config(folder: Path) -> str | None:
         if number != _NODES or isinstance(node, int):
             continue
         values = dict(wire.fields(node))
-        text = values.get(_METADATA_JSON)
-        if wire.text(values.get(_PATH, b"")) == "root" and isinstance(text, memoryview):
+        path_in_model, text = values.get(_PATH, 0), values.get(_METADATA_JSON, 0)
+        if isinstance(path_in_model, int) or isinstance(text, int):
+            continue
+        if bytes(path_in_model) == b"root":
             return _model_config(bytes(text))
     return None
 
