@@ -123,7 +123,7 @@ def test_checkpoint_without_meta_graph_is_reported(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["my vgg.h5", "vgg.weights.h5", "vgg.onnx", "vgg.pth", "vgg.npz",
-                                  "vgg.weights", "vgg.index"])  # fmt: skip
+                                  "vgg.weights", "vgg.index", "model.json"])  # fmt: skip
 def test_file_of_weights_names_the_command_that_converts_it(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"weights")

@@ -205,7 +205,8 @@ def _no_graph(path: Path, meta_path: Path) -> str:
     )
     if path.is_file() and path.suffix.lower() in _WEIGHTS:
         return f"{str(path)!r} is a file of weights, not a graph; convert it first: {convert}"
-    if path.is_file() and not _SUFFIX.search(path.name):
+    is_part = _SUFFIX.search(path.name) and path.suffix != ".json"
+    if path.is_file() and not is_part:
         return (
             f"{str(path)!r} is not a graph, and there is no {meta_path.name!r} beside it; if it is "
             f"a file of weights, convert it first: {convert}"
