@@ -11,6 +11,7 @@ import numpy as np
 import safetensors.numpy
 import scipy.io
 import tensorflow as tf
+from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
 from transfer.vgg import architectures
 
@@ -183,13 +184,14 @@ class PaddleTensor:
         return tuple, ((self.name, self.values),)
 
 
-def write_paddle(path):
+def write_paddle(path, saved=lambda state: state):
+    """``saved``: the object that is saved, from the state of the model."""
     state = {}
     for name, values in torch_state().items():
         state[name] = PaddleTensor(f"p_{len(state)}", values.T if values.ndim == 2 else values)
     table = {name: tensor.name for name, tensor in state.items()}
     with path.open("wb") as file:
-        pickle.dump(state | {"StructuredToParameterName@@": table}, file, protocol=4)
+        pickle.dump(saved(state | {"StructuredToParameterName@@": table}), file, protocol=4)
 
 
 def machrisaa():
@@ -321,11 +323,20 @@ def write_slim(path):
 
 def write_tf2_checkpoint(path):
     """A checkpoint with the variables of ``model.save_weights`` of Keras 2."""
+    graph = TrackableObjectGraph()
+    root = graph.nodes.add()
     names, values = [], []
     for number, layer in enumerate(CONVOLUTIONS + CONNECTED):
+        name = f"layer_with_weights-{number}"
+        root.children.add(node_id=len(graph.nodes), local_name=name)
+        node = graph.nodes.add()
         for part, value in (("kernel", kernel(layer)), ("bias", biases(layer))):
-            names.append(f"layer_with_weights-{number}/{part}/.ATTRIBUTES/VARIABLE_VALUE")
+            node.children.add(node_id=len(graph.nodes), local_name=part)
+            names.append(f"{name}/{part}/.ATTRIBUTES/VARIABLE_VALUE")
             values.append(value)
+            graph.nodes.add().attributes.add(name="VARIABLE_VALUE", checkpoint_key=names[-1])
+    names.append("_CHECKPOINTABLE_OBJECT_GRAPH")
+    values.append(tf.constant(graph.SerializeToString()))
     tf.raw_ops.SaveV2(
         prefix=str(path), tensor_names=names, shape_and_slices=[""] * len(names), tensors=values
     )

@@ -122,7 +122,8 @@ def test_checkpoint_without_meta_graph_is_reported(tmp_path):
             open_model(tmp_path / path)
 
 
-@pytest.mark.parametrize("name", ["my vgg.h5", "vgg.weights.h5", "vgg.onnx", "vgg.pth", "vgg.npz"])
+@pytest.mark.parametrize("name", ["my vgg.h5", "vgg.weights.h5", "vgg.onnx", "vgg.pth", "vgg.npz",
+                                  "vgg.weights", "vgg.index", "model.json"])  # fmt: skip
 def test_file_of_weights_names_the_command_that_converts_it(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"weights")
@@ -517,3 +518,9 @@ def test_files_without_stem_belong_to_their_folder(tmp_path, path):
     (tmp_path / "model" / ".data-00000-of-00001").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks its data: \.data-00000-of-00001"):
         Backbone(graph, "fc7/relu")
+
+
+def test_weights_in_a_folder_without_a_graph_lead_to_convert(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(FileNotFoundError, match=r"To use its model\.safetensors, convert it first"):
+        open_model(tmp_path)

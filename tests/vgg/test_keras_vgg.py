@@ -4,6 +4,7 @@ import h5py
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from published_files import NUM_CLASSES, SMALL
 
 from recipes.cli import main
@@ -107,6 +108,19 @@ def test_nested_model_is_read(tmp_path, suffix):
 
 
 @pytest.mark.slow_variants
+@pytest.mark.parametrize("is_nested", [True, False])
+def test_tensorflow_checkpoint_is_read(tmp_path, is_nested):
+    """With its optimizer, which has shorter paths to the variables."""
+    model = vgg(lambda: [BN(), keras.layers.ReLU()])
+    model = functional(model) if is_nested else model
+    optimizer = keras.optimizers.SGD(momentum=0.9)
+    optimizer.build(model.trainable_variables)
+    checkpoint = tf.train.Checkpoint(step=tf.Variable(1), optimizer=optimizer, net=model)
+    checkpoint.write(str(tmp_path / "ckpt"))
+    assert_same(converted(tmp_path / "ckpt", tmp_path / "vgg"), model)
+
+
+@pytest.mark.slow_variants
 @pytest.mark.parametrize("suffix", [".keras", ".h5", ".weights.h5"])
 @pytest.mark.parametrize(
     "between",
@@ -177,6 +191,80 @@ def test_ambiguous_head_is_left_out_by_name(tmp_path, capsys):
     assert_same(converted(path, tmp_path / "kept", "--pooling", "average"), model)
 
 
+def write_saved_model(model, folder, config=b""):
+    """A SavedModel with the variables of ``model.export``, and the configuration that Keras 2 puts
+    beside them."""
+    values = [variable.value for variable in model.variables]
+    tf.train.Checkpoint(variables=values).write(str(folder / "variables" / "variables"))
+    (folder / "saved_model.pb").write_bytes(b"")
+    if config:
+        metadata = b'{"name": "m", "model_config": ' + config + b"}"
+        node = field(2, b"") + field(3, b"root") + field(5, metadata)
+        (folder / "keras_metadata.pb").write_bytes(field(1, node))
+
+
+def field(number, data):
+    """A field of a protocol buffer."""
+    size, length = len(data), b""
+    while size > 127:
+        length += bytes([size & 127 | 128])
+        size >>= 7
+    return bytes([number << 3 | 2]) + length + bytes([size]) + data
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_keras_model_in_a_saved_model_is_read(tmp_path, has_config):
+    epsilon = 0.3 if has_config else 1e-3  # weights alone do not contain it
+    model = vgg(lambda: [BN(epsilon=epsilon), keras.layers.ReLU()])
+    config = b""
+    if has_config:
+        model.save(tmp_path / "m.h5")
+        with h5py.File(tmp_path / "m.h5") as file:
+            config = file.attrs["model_config"].encode()
+        shape = b'{"class_name": "__tuple__", "items": [null, 64, 64, 3]}'
+        assert b"[null, 64, 64, 3]" in config
+        config = config.replace(b"[null, 64, 64, 3]", shape)
+    write_saved_model(model, tmp_path / "saved", config)
+    assert_same(converted(tmp_path / "saved", tmp_path / "vgg"), model)
+
+
+def test_saved_model_without_keras_model_is_used_as_it_is(tmp_path):
+    (tmp_path / "saved_model.pb").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a SavedModel, which is used without conversion"):
+        containers.read(tmp_path)
+    tf.train.Checkpoint(a=tf.Variable(1.0)).write(str(tmp_path / "variables" / "variables"))
+    with pytest.raises(ValueError, match="It has no Keras VGG"):
+        containers.read(tmp_path)
+
+
+def test_head_of_kerashub_classifier_is_in_another_file(tmp_path):
+    """Its 7x7 convolution takes the feature map of 2x2 pixels here, with a 2x2 kernel."""
+    model = vgg(top=None)
+    save(model, tmp_path / "model.weights.h5")
+    (tmp_path / "config.json").write_text('{"registered_name": "keras_hub>VGGBackbone"}')
+    net = model.outputs[0]
+    layers = [
+        keras.layers.Conv2D(SMALL.fc, net.shape[1], activation="relu"),
+        keras.layers.Dropout(0.1),
+        keras.layers.Conv2D(SMALL.fc, 1, activation="relu"),
+        keras.layers.GlobalAveragePooling2D(),
+        keras.layers.Dense(NUM_CLASSES, activation="softmax"),
+    ]
+    head = keras.Sequential([keras.Input(net.shape[1:]), *layers])
+    save(head, tmp_path / "head.weights.h5")
+    with (
+        h5py.File(tmp_path / "head.weights.h5") as source,
+        h5py.File(tmp_path / "task.weights.h5", "w") as file,
+    ):
+        source.copy("layers", file.create_group("layers/sequential"))
+    whole = keras.Sequential([*model.layers, *layers])
+    assert_same(converted(tmp_path, tmp_path / "out" / "vgg"), whole)
+    assert_same(converted(tmp_path / "task.weights.h5", tmp_path / "out" / "other"), whole)
+    (tmp_path / "model.weights.h5").unlink()
+    with pytest.raises(ValueError, match=r"without its base, model\.weights\.h5"):
+        containers.read(tmp_path / "task.weights.h5")
+
+
 def test_other_head_is_left_out_by_name(tmp_path, capsys):
     model = vgg(top=None)
     net = keras.layers.Conv2D(5, 1, name="mine")(model.outputs[0])
@@ -188,6 +276,18 @@ def test_other_head_is_left_out_by_name(tmp_path, capsys):
     found = np.asarray(Backbone(graph, "pool5")(IMAGES))
     expected = np.asarray(model(IMAGES)).mean((1, 2))
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_flipped_channels_are_those_of_bgr(tmp_path):
+    """As ``to_keras`` and the ``keras`` export of this package reverse them."""
+    base, inputs = vgg(top=None), keras.Input((64, 64, 3))
+    for name, axis in (("bgr", -1), ("mirrored", 2)):
+        net = keras.layers.Rescaling(1.0, [-1.0, -2.0, -3.0])(keras.ops.flip(inputs, axis))
+        save(keras.Model(inputs, base(net)), tmp_path / f"{name}.keras")
+    preprocess = layouts.identify(containers.read(tmp_path / "bgr.keras")).preprocess
+    assert (preprocess["mean"], preprocess["order"]) == ([1, 2, 3], "BGR")
+    with pytest.raises(ValueError, match=r"\(Flip\) stands before its first convolution"):
+        layouts.identify(containers.read(tmp_path / "mirrored.keras"))
 
 
 def test_kerashub_preset_sets_preprocessing(tmp_path):

@@ -131,6 +131,7 @@ def test_channels_last_graph_with_preprocessing(tmp_path):
 
 @pytest.mark.parametrize("slices", [
     ([-1], [-(2**31)], [3], [-1]),
+    ([0, 10**9], [10**9, -(10**9)], [0, 3], [1, -1]),  # as tf2onnx
     ([0, 0, 0, 2**31 - 1], [2**31 - 1] * 3 + [-(2**31)], [0, 1, 2, 3], [1, 1, 1, -1]),
 ])  # fmt: skip
 def test_slice_that_reverses_channels_is_read(tmp_path, slices):

@@ -27,6 +27,7 @@ from published_files import (
     torch_pickle,
     windowed,
     write_matconvnet,
+    write_paddle,
     write_theano,
     write_theano_numbered,
     write_torch_legacy,
@@ -57,6 +58,11 @@ def test_all_layouts_give_same_values(tmp_path, writer, layout, preprocess):
     assert (found.layout.name, found.layout.preprocess) == (layout, preprocess)
     assert (found.name, found.num_classes) == ("vgg_small", NUM_CLASSES)
     assert found.architecture == SMALL
+
+
+def test_paddle_state_in_a_checkpoint_is_read(tmp_path):
+    write_paddle(tmp_path / "weights", lambda state: {"epoch": 1, "args": {"lr": 1}, "net": state})
+    assert_values(layouts.identify(containers.read(tmp_path / "weights")))
 
 
 def test_old_matconvnet_kernels_are_columns_first(tmp_path):

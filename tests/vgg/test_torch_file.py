@@ -12,6 +12,7 @@ import pytest
 from published_files import (
     CONNECTED,
     CONVOLUTIONS,
+    NUM_CLASSES,
     SMALL,
     VALUES,
     biases,
@@ -86,11 +87,15 @@ def test_preprocessing_follows_names_and_kind_of_head(tmp_path):
     base = {name: values for name, values in named.items() if name.startswith("conv")}
     ssd = {k[9:]: v for k, v in torch_state().items() if k.startswith("features.")}
     channels = VALUES[f"{CONVOLUTIONS[-1]}/biases"].size
-    ssd |= {"31.weight": np.zeros((16, channels, 3, 3), "f4"), "31.bias": np.zeros(16, "f4")}
+    fc6 = np.zeros((16, channels, 3, 3), "f4")
+    ssd |= {"31.weight": fc6, "31.bias": np.zeros(16, "f4")}
+    ssd |= {"33.weight": np.zeros((16, 16, 1, 1), "f4"), "33.bias": np.zeros(16, "f4")}
+    decoder = {f"decoder.center.{n}.0.weight": fc6[:, :16] if n else fc6 for n in (0, 1)}
     for name, state, preprocess in (
         ("gatys", base, "caffe"),
         ("pytorch-mcn", named, "slim"),
         ("ssd", ssd, torch_vgg.FEATURES_MEAN),
+        ("torchvision", torch_state() | decoder, "torch"),  # of a U-Net
     ):
         write_torch_zip(tmp_path / name, state)
         layout = read(tmp_path / name).layout
@@ -111,6 +116,15 @@ def test_classifier_beside_its_features_is_their_head(tmp_path):
     arrays |= {f"critic/{key}": v for key, v in parts["classifier"].items()}
     vgg = torch_vgg.interpret(arrays)
     assert vgg.head is None and vgg.left_out == ["classifier/*", "critic/*"]
+
+
+def test_weights_of_classes_in_a_loss_do_not_belong_to_the_head():
+    """As Lightning saves ``self.criterion = nn.CrossEntropyLoss(weight)``."""
+    state = {f"model.{key}": values for key, values in torch_state().items()}
+    vgg = torch_vgg.interpret(state | {"criterion.weight": np.ones(NUM_CLASSES, "f4")})
+    assert vgg.head is not None and vgg.left_out == ["criterion.weight"]
+    vgg = torch_vgg.interpret(state | {"scale.weight": np.ones(NUM_CLASSES, "f4")})
+    assert vgg.head is None
 
 
 def test_unknown_arrays_of_a_layer_are_refused():

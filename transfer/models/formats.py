@@ -185,9 +185,11 @@ def _only_model(folder: Path) -> Path:
         if newest is not None:
             return newest
     names = ", ".join(path.name for path in graphs) or "none"
+    weights = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in _WEIGHTS)
+    hint = f". To use its {weights[0]}, convert it first: vgg-transfer convert" if weights else ""
     raise (ValueError if graphs else FileNotFoundError)(
         f"folder {str(folder)!r} holds {len(graphs)} graphs ({names}); expected one, or the path "
-        "of one: .meta, .pb, or a folder with a saved_model.pb"
+        f"of one: .meta, .pb, or a folder with a saved_model.pb{hint if not graphs else ''}"
     )
 
 
@@ -197,14 +199,24 @@ def _no_graph(path: Path, meta_path: Path) -> str:
         siblings = sorted(
             p.name for p in meta_path.parent.iterdir() if p.suffix in (".meta", *_GRAPHS)
         )
+    convert = (
+        f"vgg-transfer convert {shlex.quote(str(path))} --out "
+        f"models/{shlex.quote(path.name.split('.')[0])}"
+    )
     if path.is_file() and path.suffix.lower() in _WEIGHTS:
+        return f"{str(path)!r} is a file of weights, not a graph; convert it first: {convert}"
+    is_part = _SUFFIX.search(path.name) and path.suffix != ".json"
+    if path.is_file() and not is_part:
         return (
-            f"{str(path)!r} is a file of weights, not a graph; convert it first: vgg-transfer "
-            f"convert {shlex.quote(str(path))} --out models/{shlex.quote(path.name.split('.')[0])}"
+            f"{str(path)!r} is not a graph, and there is no {meta_path.name!r} beside it; if it is "
+            f"a file of weights, convert it first: {convert}"
         )
     message = f"no meta graph {str(meta_path)!r}"
-    if path.is_file() or checkpoint.exists(_prefix_of(path)):
-        message += "; a checkpoint alone holds weights but no network, put its .meta beside it"
+    if checkpoint.exists(_prefix_of(path)):
+        message += (
+            "; a checkpoint alone holds weights but no network, put its .meta beside it; if it is "
+            f"that of a VGG of tf-slim or Keras, convert it: {convert}"
+        )
     return f"{message}; graphs in that folder: {', '.join(siblings) or 'none'}"
 
 

@@ -7,26 +7,24 @@ memory is allocated.
 from __future__ import annotations
 
 import io
-import json
 import math
 import mmap
 import re
 import struct
 import zipfile
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from transfer.models import checkpoint
+from transfer.models import checkpoint, object_keys
 from transfer.vgg.published import (
     caffe,
     foreign,
     frozen,
     hdf5,
-    keras_hub,
     keras_model,
     keras_weights,
     kernel_flips,
@@ -37,11 +35,13 @@ from transfer.vgg.published import (
     onnx_file,
     onnx_model,
     pickles,
+    presets,
+    safetensors_file,
+    saved_model,
     torch_file,
 )
 from transfer.vgg.published.limits import check_total
 
-_SAFETENSORS_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
 # For messages only: what a file is follows from its contents.
 _SUFFIXES = (".h5", ".keras", ".pth", ".pt", ".bin", ".safetensors", ".onnx", ".npz", ".ckpt")
 _MAX_DIRECTORY_BYTES = 2**22  # of a zip archive
@@ -84,11 +84,11 @@ def read(path: Path) -> Container:
     """
     if path.is_dir():
         if any((path / name).is_file() for name in ("saved_model.pb", "saved_model.pbtxt")):
-            raise ValueError(
-                f"{str(path)!r} is a SavedModel, which is used without conversion: give the folder "
-                "itself as the model. Its own classes are not read; for a classifier, convert the "
-                "Keras model it was made from (model.save('model.keras'))"
-            )
+            return _saved_model(path)
+        for name in (presets.KERAS_HUB_TASK, presets.KERAS_HUB_BASE):
+            if (path / name).is_file() and presets.of_keras_hub(path / name).preprocess:
+                container = read(path / name)
+                return replace(container, beside=[path / name, *container.beside])
         inside = sorted(child.name for child in path.iterdir() if child.suffix in _SUFFIXES)
         which = f", such as its {', '.join(inside[:3])}" if inside else ""
         raise ValueError(f"{str(path)!r} is a folder; expected a file of weights{which}")
@@ -108,24 +108,36 @@ def read(path: Path) -> Container:
     except ValueError as error:
         raise ValueError(f"{str(path)!r} cannot be read: {error}") from error
     except Exception as error:  # readers raise arbitrary exceptions for damaged files
-        raise ValueError(
-            f"{str(path)!r} cannot be read: it is damaged ({type(error).__name__}: {error})"
-        ) from error
+        raise ValueError(f"{str(path)!r} cannot be read: {_damage(error)}") from error
+
+
+def _damage(error: Exception) -> str:
+    """What an error of a reader says of its file."""
+    text = str(error)
+    if sizes := re.search(r"truncated file: eof = (\d+),.* stored_eof = (\d+)", text):  # of HDF5
+        present, expected = map(int, sizes.groups())
+        return f"it was cut short after {present:,} of {expected:,} bytes; get it again"
+    if isinstance(error, zipfile.BadZipFile) and text == "File is not a zip file":
+        return (
+            "it was cut short, or is damaged: the directory at the end of its zip archive is "
+            "missing; get it again"
+        )
+    return f"it is damaged ({type(error).__name__}: {text})"
 
 
 def _read(path: Path) -> Container:
     size = path.stat().st_size
     with path.open("rb") as file:
-        head = file.read(128)
+        head = file.read(512)
         file.seek(0)
         if head.startswith(b"\x89HDF\r\n\x1a\n"):
-            return _hdf5(file, preprocess=keras_hub.preprocessing(path))
+            return _of_keras_hub(_hdf5(file), path)
         if head.startswith(b"PK\x03\x04"):
-            return _zip(file)
+            return _zip(file, path)
         if head.startswith(b"\x93NUMPY"):
             return Container("npy", npy.dictionary(file))
         if head.startswith(b"\x80") and _LEGACY_TORCH in head[:16]:
-            return _torch(torch_file.read_legacy(file, limits.MAX_BYTES))
+            return _torch(torch_file.read_legacy(file, limits.MAX_BYTES), path)
         if head.startswith(mxnet.MAGIC):
             check_total(size)
             return Container("MXNet", mxnet.arrays(_mapped(path)))
@@ -144,8 +156,9 @@ def _read(path: Path) -> Container:
             net = matconvnet.read(_mapped(path))
             return Container("MatConvNet", net.arrays, preprocess=net.preprocess, labels=net.labels)
         if 2 <= int.from_bytes(head[:8], "little") <= size and head[8:9] == b"{":
-            return Container("safetensors", _safetensors(path))
-    if kind := foreign.kind_of(head, size):
+            arrays = safetensors_file.arrays(path, _mapped(path))
+            return _with_preset(Container("safetensors", arrays), presets.of_timm(path))
+    if kind := foreign.kind_of(head, size, path.name):
         raise ValueError(kind)
     if _is_checkpoint(path):
         return _checkpoint(path)
@@ -164,6 +177,8 @@ def _read(path: Path) -> Container:
     if caffe_net := caffe.read(data):
         arrays, no_head, unused = caffe_net
         return Container("Caffe", arrays, no_head=no_head, unused=unused)
+    if kind := foreign.kind_of_text(head):
+        raise ValueError(kind)
     raise ValueError(
         "it is none of: Keras (.h5, .keras), NumPy (.npz, .npy), PyTorch (.pth), safetensors, "
         "MatConvNet (.mat), Caffe (.caffemodel), ONNX, MXNet (.params), Paddle (.pdparams), "
@@ -172,8 +187,34 @@ def _read(path: Path) -> Container:
     )
 
 
-def _torch(contents: torch_file.TorchFile) -> Container:
-    return Container("PyTorch", contents.arrays, labels=contents.labels)
+def _torch(contents: torch_file.TorchFile, path: Path) -> Container:
+    container = Container("PyTorch", contents.arrays, labels=contents.labels)
+    return _with_preset(container, presets.of_timm(path))
+
+
+def _with_preset(container: Container, preset: presets.Preset) -> Container:
+    """What a file does not say itself is taken from the files beside it."""
+    return replace(
+        container,
+        preprocess=container.preprocess or preset.preprocess,
+        labels=container.labels or preset.labels,
+    )
+
+
+def _of_keras_hub(container: Container, path: Path) -> Container:
+    """An HDF5 file with what a preset of KerasHub has beside it."""
+    preset = presets.of_keras_hub(path)
+    if preset.preprocess and path.name == presets.KERAS_HUB_TASK:
+        base = path.with_name(presets.KERAS_HUB_BASE)
+        if not base.is_file():
+            raise ValueError(
+                f"it is the head of a KerasHub classifier without its base, {base.name}; put that "
+                "beside it"
+            )
+        with base.open("rb") as file:
+            arrays = presets.with_dense_head(_hdf5(file).arrays | container.arrays)
+        container = Container("HDF5", arrays, beside=[base])
+    return _with_preset(container, preset)
 
 
 def _mapped(path: Path) -> memoryview:
@@ -184,20 +225,23 @@ def _mapped(path: Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def _hdf5(
-    file: IO[bytes], config: bytes | None = None, preprocess: dict[str, Any] | None = None
-) -> Container:
+def _hdf5(file: IO[bytes], config: bytes | None = None) -> Container:
     """``config`` is the model's configuration if it is stored separately from the weights."""
     is_legacy = config is None
     contents = hdf5.read(file, is_legacy=is_legacy)
     config, arrays = config or contents.config, contents.arrays
     if contents.backend == "theano":
         arrays = {name: kernel_flips.flipped(values) for name, values in arrays.items()}
-    model = keras_model.read(config, arrays, is_legacy=is_legacy) if config else None
-    return Container("HDF5", arrays, model, contents.order, preprocess, backend=contents.backend)
+    naming: keras_model.Naming = "paths" if is_legacy else "classes"
+    model = keras_model.read(config, arrays, naming=naming) if config else None
+    if config and model is None:
+        preset = presets.of_keras_hub_classifier(config)
+        if preset.preprocess:
+            return _with_preset(Container("HDF5", presets.with_dense_head(arrays)), preset)
+    return Container("HDF5", arrays, model, contents.order, backend=contents.backend)
 
 
-def _zip(file: IO[bytes]) -> Container:
+def _zip(file: IO[bytes], path: Path) -> Container:
     _check_directory(file)
     with zipfile.ZipFile(file) as archive:
         sizes = {info.filename: info.file_size for info in archive.infolist()}
@@ -209,7 +253,7 @@ def _zip(file: IO[bytes]) -> Container:
                 "torch.save(torch.export.load('FILE').state_dict, 'weights.pth')"
             )
         if any(name.endswith("data.pkl") for name in sizes):
-            return _torch(torch_file.read_archive(archive, limits.MAX_BYTES))
+            return _torch(torch_file.read_archive(archive, limits.MAX_BYTES), path)
         check_total(sum(sizes.values()))
         arrays = {}
         for name, size in sizes.items():
@@ -217,7 +261,7 @@ def _zip(file: IO[bytes]) -> Container:
                 with archive.open(name) as member:
                     arrays[name.removesuffix(".npy")] = npy.array(member, size)
         if not arrays:
-            raise ValueError(f"it is a zip archive of {', '.join(list(sizes)[:5])}, no weights")
+            raise ValueError(foreign.kind_of_archive(list(sizes)))
         return Container("npz", arrays)
 
 
@@ -257,37 +301,6 @@ def _check_directory(file: IO[bytes]) -> None:
             raise ValueError("it is a zip archive of far more files than weights are in")
 
 
-def _safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Arrays as views of the file, so that declared but missing data are not read."""
-    import safetensors
-
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > 2**24:
-            raise ValueError(f"its header has {size:,} bytes")
-        check_total(path.stat().st_size - size)
-        header = file.read(size)
-    try:
-        with safetensors.safe_open(path, "numpy"):  # checks the header, and that sizes add up
-            entries = json.loads(header)
-    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
-        raise ValueError(f"it is damaged: {error}") from error
-    data = _mapped(path)[8 + size :]
-    arrays = {}
-    for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] == "BF16":
-            arrays[name] = torch_file.from_bfloat16(data[begin:end]).reshape(entry["shape"])
-            continue
-        if entry["dtype"] not in _SAFETENSORS_TYPES:
-            continue
-        values = np.frombuffer(data[begin:end], _SAFETENSORS_TYPES[entry["dtype"]])
-        arrays[name] = values.reshape(entry["shape"])
-    return arrays
-
-
 def _is_checkpoint(path: Path) -> bool:
     """Whether a file is part of a checkpoint: an index or data file, or a V1 table."""
     if checkpoint.PART.search(path.name):
@@ -297,15 +310,61 @@ def _is_checkpoint(path: Path) -> bool:
         return file.read(8) == _TABLE_MAGIC
 
 
+def _saved_model(folder: Path) -> Container:
+    """The Keras model in a SavedModel."""
+    variables = folder / "variables" / "variables"
+    opened = checkpoint.Checkpoint(variables) if checkpoint.exists(variables) else None
+    layers = {} if opened is None else _keras_names(opened)
+    if opened is None or not any(opened.shapes[key][:3] == (3, 3, 3) for key in layers):
+        raise ValueError(
+            f"{str(folder)!r} is a SavedModel, which is used without conversion: give the folder "
+            "itself as the model. It has no Keras VGG, whose classes would be read"
+        )
+    container = _keras_checkpoint(opened, layers, saved_model.keras_config(folder))
+    files = [path for path in variables.parent.iterdir() if path.is_file()]
+    return replace(container, beside=sorted([*files, *folder.glob("*.pb")]))
+
+
 def _checkpoint(path: Path) -> Container:
     opened = checkpoint.Checkpoint(path.with_name(checkpoint.PART.sub("", path.name)))
-    names = [n for n, shape in opened.shapes.items() if shape and not _is_slot(n)]
-    check_total(4 * sum(math.prod(opened.shapes[name]) for name in names))
-    values = opened.read({name: checkpoint.Entry(name) for name in names})
-    arrays = {name: value.numpy() for name, value in values.items()}
-    if named := keras_weights.of_object_graph(arrays):
-        return Container("TF2 checkpoint", named, order=_layer_names(named))
-    return Container("checkpoint", arrays)
+    if layers := _keras_names(opened):
+        return _keras_checkpoint(opened, layers)
+    names = {n: n for n, shape in opened.shapes.items() if shape and not _is_slot(n)}
+    return Container("checkpoint", _arrays(opened, names))
+
+
+def _keras_checkpoint(
+    opened: checkpoint.Checkpoint, layers: dict[str, str], config: str | None = None
+) -> Container:
+    """``layers``: names by key. ``config``: that of the Keras model, if it is known."""
+    if config is None:
+        arrays = _arrays(opened, layers)
+        return Container("TF2 checkpoint", arrays, order=_layer_names(arrays))
+    full_names = keras_weights.full_names(_object_graph(opened))
+    arrays = _arrays(opened, {key: full_names[key] for key in layers})
+    return Container("TF2 checkpoint", arrays, keras_model.read(config, arrays, naming="layers"))
+
+
+def _keras_names(opened: checkpoint.Checkpoint) -> dict[str, str]:
+    graph = _object_graph(opened)
+    return keras_weights.names_in_object_graph(graph, opened.shapes) if graph else {}
+
+
+def _object_graph(opened: checkpoint.Checkpoint) -> bytes:
+    """The serialized object graph; empty if there is none."""
+    if object_keys.KEY not in opened.shapes:
+        return b""
+    values = opened.read({"graph": checkpoint.Entry(object_keys.KEY)})["graph"]
+    return bytes(next(iter(np.asarray(values).ravel().tolist()), b""))
+
+
+def _arrays(opened: checkpoint.Checkpoint, names: dict[str, str]) -> dict[str, np.ndarray]:
+    """Values by name. ``names``: by key."""
+    check_total(4 * sum(math.prod(opened.shapes[key]) for key in names))
+    if not names:
+        return {}
+    values = opened.read({name: checkpoint.Entry(key) for key, name in names.items()})
+    return {name: value.numpy() for name, value in values.items()}
 
 
 def _layer_names(arrays: Iterable[str]) -> list[str]:

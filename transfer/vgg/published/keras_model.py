@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -23,6 +23,7 @@ _ROLE = re.compile(
     r"(?:^|.*[_/])(kernel|bias|gamma|beta|moving_mean|moving_variance|W|b)(?:_\d+)?(?::\d+)?"
 )
 _ROLES = {"W": "kernel", "b": "bias"}
+Naming: TypeAlias = Literal["paths", "classes", "layers"]
 
 
 @dataclass(frozen=True)
@@ -47,15 +48,15 @@ class Model:
     others: Sequence[str]
 
 
-def read(config: str | bytes, arrays: Mapping[str, np.ndarray], *, is_legacy: bool) -> Model | None:
+def read(config: str | bytes, arrays: Mapping[str, np.ndarray], *, naming: Naming) -> Model | None:
     """The layers of a model; ``None`` if the configuration does not list them, as for a subclassed
     model.
 
     Args:
         config: configuration in JSON.
         arrays: values by their names in the file.
-        is_legacy: whether the file is a Keras ``.h5`` file, in which arrays are named after layers;
-            in ``.keras`` files they are named after classes.
+        naming: how the arrays are named: in ``.h5`` files after the ``paths`` of their layers, in
+            ``.keras`` files after their ``classes``, and in SavedModels after the ``layers`` alone.
 
     Raises:
         ValueError: if the configuration is damaged.
@@ -67,7 +68,8 @@ def read(config: str | bytes, arrays: Mapping[str, np.ndarray], *, is_legacy: bo
     if not _is_model(model):
         return None
     model = keras_operations.simplified(model)
-    owned = _by_layer(model, arrays) if is_legacy else _by_class(model, arrays)
+    by = {"paths": _by_path, "classes": _by_class, "layers": _by_layer}[naming]
+    owned = by(model, arrays)
     layers, branches = _chain(model, owned, 0)
     taken = {id(values) for layer in (*layers, *branches) for values in layer.arrays.values()}
     others = [name for name, values in arrays.items() if id(values) not in taken]
@@ -183,7 +185,7 @@ def _leaves(model: Mapping[str, Any], depth: int = 0) -> list[dict[str, Any]]:
     return leaves
 
 
-def _by_layer(
+def _by_path(
     model: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> dict[int, dict[str, np.ndarray]]:
     """Arrays by layer in a ``.h5`` file, which are named
@@ -200,14 +202,39 @@ def _by_layer(
                 continue
             parts = path.removeprefix(beginning).split("/")
             owner = by_name[_name(entry)] if leaves == [entry] else _owner(parts, by_name)
-            if owner is None:
-                raise ValueError(f"its array {path!r} belongs to no layer of its configuration")
-            match = _ROLE.fullmatch(parts[-1])
-            role = _ROLES.get(match[1], match[1]) if match else parts[-1]
-            if role in owned.setdefault(id(owner), {}):
-                raise ValueError(f"its layer {_name(owner)} has two arrays {role}")
-            owned[id(owner)][role] = values
+            _add(owned, owner, path, values)
     return owned
+
+
+def _by_layer(
+    model: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> dict[int, dict[str, np.ndarray]]:
+    """Arrays by layer in a SavedModel, which are named ``<layer>/kernel`` in any model."""
+    owned: dict[int, dict[str, np.ndarray]] = {}
+    leaves = _leaves(model)
+    by_name = {_name(leaf): leaf for leaf in leaves}
+    if len(by_name) < len(leaves):
+        raise ValueError("several of its layers have the same name")
+    for path, values in arrays.items():
+        _add(owned, _owner(path.split("/"), by_name), path, values)
+    return owned
+
+
+def _add(
+    owned: dict[int, dict[str, np.ndarray]],
+    owner: Mapping[str, Any] | None,
+    path: str,
+    values: np.ndarray,
+) -> None:
+    """Add an array to those of its layer."""
+    if owner is None:
+        raise ValueError(f"its array {path!r} belongs to no layer of its configuration")
+    part = path.rpartition("/")[2]
+    match = _ROLE.fullmatch(part)
+    role = _ROLES.get(match[1], match[1]) if match else part
+    if role in owned.setdefault(id(owner), {}):
+        raise ValueError(f"its layer {_name(owner)} has two arrays {role}")
+    owned[id(owner)][role] = values
 
 
 def _owner(parts: Sequence[str], by_name: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:

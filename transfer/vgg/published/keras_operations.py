@@ -1,6 +1,6 @@
 """Operations on the images in a Keras model's configuration, such as ``preprocess_input(images)``.
 
-Functional models record arithmetic on tensors as layers: Keras 3 as ``GetItem``, ``Stack`` or
+Functional models record arithmetic on tensors as layers: Keras 3 as ``GetItem``, ``Flip`` or
 ``Add``, TensorFlow's Keras 2 as ``SlicingOpLambda`` and ``TFOpLambda``. Those that reverse the
 channels become ``ReverseChannels``, those with a constant ``Rescaling``; the others stay as they
 are, and are refused by name like every unknown layer.
@@ -56,6 +56,8 @@ def _layer(entry: dict[str, Any]) -> dict[str, Any]:
     if kind == "SlicingOpLambda" and _is_reversal(named.get("slice_spec")):
         return {**entry, "class_name": "ReverseChannels"}
     if kind == "GetItem" and len(positional) == 2 and _is_reversal(positional[1]):
+        return {**entry, "class_name": "ReverseChannels"}
+    if kind == "Flip" and len(positional) == 1 and config.get("axis") in (-1, 3):
         return {**entry, "class_name": "ReverseChannels"}
     operation = _ARITHMETIC.get(str(config.get("function")) if kind == "TFOpLambda" else kind)
     constants = [*positional[1:], *(named[key] for key in ("y", "bias", "x2") if key in named)]

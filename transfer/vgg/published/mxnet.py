@@ -7,6 +7,7 @@ MXNet 1 writes version 2; older files have arrays of version 1, or without a ver
 from __future__ import annotations
 
 import math
+import re
 import struct
 
 import numpy as np
@@ -27,6 +28,10 @@ _PARTS = {
     "moving_var": "running_var",
 }
 """Names of parameters, and those of PyTorch."""
+# Names of the layers of Gluon's VGGs, which are numbered in each class. Source: apache/mxnet,
+# python/mxnet/gluon/model_zoo/vision/vgg.py: VGG._make_features.
+_GLUON = re.compile(r"vgg\d+_(conv|batchnorm)(\d{1,3})(?=\.)")
+_GLUON_NORM = re.compile(r"vgg\d+_batchnorm\d+\.")
 
 
 def arrays(data: memoryview) -> dict[str, np.ndarray]:
@@ -83,7 +88,10 @@ def arrays(data: memoryview) -> dict[str, np.ndarray]:
         position += size
     if len(names) != len(values):
         raise ValueError(f"it has {len(names)} names for {len(values)} arrays")
-    return {_torch_name(name): value for name, value in zip(names, values, strict=True)}
+    named = {_torch_name(name): value for name, value in zip(names, values, strict=True)}
+    if any(_GLUON_NORM.match(name) for name in named):
+        return {_numbered(name): value for name, value in named.items()}
+    return named
 
 
 def _torch_name(name: str) -> str:
@@ -92,3 +100,13 @@ def _torch_name(name: str) -> str:
         if name.endswith((f"_{part}", f".{part}")):
             return f"{name[: -len(part) - 1]}.{torch_part}"
     return name
+
+
+def _numbered(name: str) -> str:
+    """A name of Gluon's VGG with batch norm by its place, where a batch norm directly follows its
+    convolution: ``vgg0_batchnorm2.weight`` becomes ``features.7.weight``."""
+    match = _GLUON.match(name)
+    if match is None:
+        return name
+    place = 3 * int(match[2]) + (match[1] == "batchnorm")
+    return f"features.{place}{name[match.end() :]}"

@@ -26,6 +26,7 @@ from transfer.vgg.published.onnx_file import Node, SideFiles, node_of, tensor_of
 _MAX_NODES, _MAX_SHARED = 5000, 10_000
 _TO_CHANNELS_FIRST, _TO_CHANNELS_LAST = (0, 3, 1, 2), (0, 2, 3, 1)
 _ACTIVATIONS = {"Sigmoid": "sigmoid", "Tanh": "tanh", "Softplus": "softplus", "Elu": "elu"}
+_NO_END = 10**9  # of a slice: tf2onnx writes this number, other exporters larger ones
 _INERT = frozenset({"Identity", "Dropout"})
 _FLOATS = (1, 10, 11)  # TensorProto.DataType
 _GLOBAL = {
@@ -339,7 +340,7 @@ class _Chain:
             for *part, axis in zip(*(constants[n] for n in (0, 1, 3, 2)), strict=True)
         }
         start, end, step = slices.pop(channels, (0, 0, 0))
-        is_whole = all(s == 0 and e >= 2**31 - 1 and t == 1 for s, e, t in slices.values())
+        is_whole = all(s == 0 and e >= _NO_END and t == 1 for s, e, t in slices.values())
         return is_whole and step == -1 and (start >= 2 or start == -1) and end < -3
 
     def _reversal_of_slices(

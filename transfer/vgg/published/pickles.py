@@ -54,13 +54,24 @@ def read(file: IO[bytes]) -> Pickled:
     root = load(file, _STAND_INS)
     if isinstance(root, dict) and isinstance(root.get("param values"), list):
         return _lasagne(root, resolve)
-    arrays = _paddle(root, resolve) if isinstance(root, dict) else {}
-    if not any(values.ndim == 4 for values in arrays.values()):
+    arrays: dict[str, np.ndarray] = {}
+    for state in _dictionaries(root):
+        arrays = _paddle(state, resolve)
+        if any(values.ndim == 4 for values in arrays.values()):
+            break
+    else:
         raise ValueError(
             "it is a pickle without the weights of a network; expected those of Lasagne "
             "(param values) or Paddle (.pdparams), or a file of PyTorch"
         )
     return Pickled("Paddle", arrays)
+
+
+def _dictionaries(root: Any) -> list[dict[str, Any]]:
+    """A dictionary and those in it: a training saves the state of its model beside others."""
+    if not isinstance(root, dict):
+        return []
+    return [root, *(value for value in list(root.values())[:100] if isinstance(value, dict))]
 
 
 def _lasagne(root: dict[str, Any], resolve: Resolver) -> Pickled:

@@ -86,3 +86,10 @@ def ends_with_number(stem: str) -> bool:
 def is_vector(module: Module) -> bool:
     """Whether it has a scale for each channel, as a group norm or a PReLU."""
     return "weight" in module.parts and module.kernel.ndim == 1 and not module.is_norm
+
+
+def is_loss(module: Module) -> bool:
+    """Whether it is a loss with a weight for each class, such as ``nn.CrossEntropyLoss``, which a
+    Lightning module saves with its model."""
+    has_name = re.search(r"(^|[._])(criterion|loss|losses)([._]|$)", module.name, re.IGNORECASE)
+    return bool(has_name) and is_vector(module) and "bias" not in module.parts

@@ -29,6 +29,7 @@ from transfer.vgg.published.torch_modules import (
     EPSILON,
     Module,
     ends_with_number,
+    is_loss,
     is_vector,
     modules_of,
     unwrapped,
@@ -83,8 +84,9 @@ def interpret(arrays: Mapping[str, np.ndarray], pooling: str | None = None) -> T
     vgg.notes += notes
     if norms:
         vgg.notes.append(f"batch norm folded with epsilon {EPSILON:g}, PyTorch's default")
-    behind = [module for module in modules if id(module) not in used]
-    vgg.left_out = [*others, *rest]
+    losses = [f"{module.name}.weight" for module in modules if is_loss(module)]
+    behind = [module for module in modules if id(module) not in used and not is_loss(module)]
+    vgg.left_out = [*others, *rest, *losses]
     _add_head(vgg, behind, convolutions, pooling)
     vgg.left_out = [origins.get(name, name) for name in vgg.left_out]
     return vgg
@@ -301,6 +303,15 @@ def _folded(
     return layers
 
 
+def _is_ssd(dense: Sequence[Module], channels: int) -> bool:
+    """Whether the layers after the base begin with the fc6 and fc7 of SSD: a 3x3 convolution and a
+    1x1 convolution of as many outputs. The decoder of a U-Net has 3x3 convolutions alone."""
+    if len(dense) < 2:
+        return False
+    fc6, fc7 = dense[0].kernel.shape, dense[1].kernel.shape
+    return fc6[1:] == (channels, 3, 3) and fc7 == (fc6[0], fc6[0], 1, 1)
+
+
 def _add_head(
     vgg: TorchVGG, modules: list[Module], convolutions: Sequence[Module], pooling: str | None
 ) -> None:
@@ -337,7 +348,7 @@ def _add_head(
     except (UnsupportedHeadError, ValueError) as reason:
         vgg.notes.append(f"the head is left out: {reason}")
         vgg.left_out += names
-        vgg.rounds_up = any(module.kernel.shape[1:] == (channels, 3, 3) for module in dense)
+        vgg.rounds_up = _is_ssd(dense, channels)
         return
     places = tuple(module.numbers[-1] if module.numbers else 0 for module in chain)
     if len(chain) > 1 and (places, tuple(inside)) != _STANDARD_HEAD:
