@@ -73,7 +73,7 @@ def _text(report: DataReport, ignored: list[str], show: int) -> str:
             tablefmt="plain",
             disable_numparse=True,  # a class may be called 001
         ),
-        *map(terminal.escaped, report.balance),
+        *(terminal.escaped(console.with_flags(line)) for line in report.balance),
         _list("unreadable", report.unreadable, show),
         _list("in both splits", map(" = ".join, report.in_both_splits), show),
         _list("twice in a split", map(" = ".join, report.duplicates), show),

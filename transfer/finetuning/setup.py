@@ -68,6 +68,7 @@ def prepare(request: RunRequest) -> RunContext:
     options.check()
     _check_callbacks(request)
     request.train.source.check_classes()
+    _check_same_classes(request.train, request.held_out)
     _check_replicas(options, replicas)
     if options.image_size is not None:
         parse_size(options.image_size)
@@ -124,6 +125,21 @@ def prepare(request: RunRequest) -> RunContext:
         measured=precision.measured,
         l2_sp=_l2_sp(resolved, classifier.backbone, stages) if resolved.l2_sp else None,
     )
+
+
+def _check_same_classes(train: Split, held_out: Split) -> None:
+    """Refuse held-out images whose labels count other classes: each would be taken for another."""
+    expected, found = train.source.class_names, held_out.source.class_names
+    if list(expected) != list(found):
+        raise ValueError(
+            f"train ({train.source.name!r}) has the classes {_first_names(expected)}, held_out "
+            f"({held_out.source.name!r}) has {_first_names(found)}; both must be splits with the "
+            "same classes in the same order, such as those of one source"
+        )
+
+
+def _first_names(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (f", ... ({len(names)})" if len(names) > 5 else "")
 
 
 def _check_model(growth: Growth, backbone: GraphLayer) -> None:
