@@ -15,7 +15,7 @@ from tqdm import tqdm
 from recipes import console, terminal
 from recipes.predict_flags import PredictConfig
 from transfer import Classifier
-from transfer.core import npy_files
+from transfer.core import measurement, npy_files
 from transfer.core.csv_files import write_row
 from transfer.core.escapes import printable
 from transfer.evaluation.explain import Explainer
@@ -58,7 +58,7 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
         file=sys.stderr,
         mininterval=1.0,
         leave=False,
-        disable=not console.verbosity(),
+        disable=console.verbosity() != 1,
     ) as bar:
 
         def report(path: Path, error: Exception) -> None:
@@ -68,7 +68,7 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
             terminal.say(f"error: {printable(path)}: {reason(error)}")
             bar.update()
 
-        for prediction in predict_files(
+        predictions: Iterable[Prediction] = predict_files(
             classifier,
             find_images(images, passed_over),
             top_k=config.top_k,
@@ -77,7 +77,10 @@ def run(model: Path, images: Sequence[str], config: PredictConfig, results: Text
             explainer=explainer,
             probabilities=config.probabilities,
             on_unreadable=report,
-        ):
+        )
+        if console.verbosity() == 2:  # a line now and then, in place of the bar
+            predictions = measurement.progress(predictions, "predictions", "image")
+        for prediction in predictions:
             write(prediction)
             done += 1
             bar.update()
