@@ -59,5 +59,5 @@ def check_data(images: Images = None, /, config: CheckDataConfig = CheckDataConf
     if config.json:
         print(json.dumps(as_json(report, passed_over), indent=2))
     else:
-        print("\n".join(describe(report, passed_over, config.show)))
+        print("\n".join(map(console.with_flags, describe(report, passed_over, config.show))))
     return 1 if config.strict and not report.is_sound else 0

@@ -73,6 +73,7 @@ def predict(run: Path, /, *images: Images, config: PredictConfig = PredictConfig
     with job():
         from tqdm import tqdm
 
+        from transfer.core import measurement
         from transfer.core.escapes import printable
         from transfer.evaluation import file_predictions
         from transfer.evaluation.prediction_writers import WRITERS
@@ -90,9 +91,14 @@ def predict(run: Path, /, *images: Images, config: PredictConfig = PredictConfig
         predictions = file_predictions.predict(run, _paths(images), on_unreadable=report, **options)
         write = WRITERS[config.format](results, may_abstain=config.abstain_below is not None)
         start = time.perf_counter()
-        is_hidden = not console.verbosity()
+        if console.verbosity() == 2:  # a line now and then, in place of the bar
+            predictions = iter(measurement.progress(predictions, "predictions", "image"))
         with tqdm(
-            unit="image", file=sys.stderr, mininterval=1.0, leave=False, disable=is_hidden
+            unit="image",
+            file=sys.stderr,
+            mininterval=1.0,
+            leave=False,
+            disable=console.verbosity() != 1,
         ) as bar:
             for prediction in predictions:
                 write(prediction)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -61,8 +62,21 @@ def is_closed(stream: Any) -> bool:
     output is then discarded, so that Python does not report an error at exit."""
     try:
         stream.flush()
+        # With PYTHONUNBUFFERED, what could not be written is not kept, and flush succeeds.
+        if not _has_no_reader(stream):
+            return False
     except BrokenPipeError:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())
-        return True
-    return False
+        pass
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+    return True
+
+
+def _has_no_reader(stream: Any) -> bool:
+    """Whether a stream is a pipe or socket of which the system knows that nobody reads it."""
+    try:
+        poll = select.poll()  # Windows has none
+        poll.register(stream.fileno(), select.POLLOUT)
+    except (AttributeError, OSError):  # a stream without a file, such as a test's
+        return False
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))

@@ -70,8 +70,8 @@ def test_missing_and_rare_classes_are_described():
     train = np.array([0] * 30 + [1] * 3)
     lines = data_checks.describe_balance(names, train, np.array([0, 1, 2]))
     assert lines == [
-        "1 classes have no images to train on: c",
-        "1 classes have less than a tenth of the training images of 'a': b; consider "
+        "1 class has no images to train on: c",
+        "1 class has less than a tenth of the training images of 'a': b; consider "
         "class_weights=balanced",
     ]
     assert data_checks.describe_balance(names[:2], np.array([0, 1]), np.array([0, 1])) == []

@@ -86,8 +86,8 @@ def test_finetune_warns_about_data_problems(tmp_path, model, image_folder, capsy
     (image_folder / "blue").rename(root / "train" / "blue")
     assert finetune(tmp_path / "run", model, root) == 0
     err = capsys.readouterr().err
-    assert "warning: 1 classes have no images to evaluate on: blue" in err
-    assert "warning: 1 classes have less than a tenth of the training images of 'blue': red" in err
+    assert "warning: 1 class has no images to evaluate on: blue" in err
+    assert "warning: 1 class has less than a tenth of the training images of 'blue': red" in err
     assert "warning: 1 images are both trained and evaluated on, under two names" in err
 
 

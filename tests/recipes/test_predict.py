@@ -42,6 +42,7 @@ def test_predictions_equal_those_of_evaluate(run, image_folder, tmp_path, capsys
             expected = float(row[f"p({item['label']})"])
             assert item["probability"] == pytest.approx(expected, abs=1e-5)
     assert f"{len(rows)} images, " in err and "images/s" in err
+    assert "\r" not in err  # a progress bar is for terminals
 
 
 def test_quiet_prints_results_only(run, image_folder, capsys, monkeypatch):

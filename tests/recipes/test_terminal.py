@@ -95,6 +95,32 @@ def test_closed_pipe_is_not_an_error(tmp_path, monkeypatch, capsys, stream, stat
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes of other systems fail in other ways")
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "PYTHONUNBUFFERED"])
+def test_pipe_without_reader_is_closed_whether_or_not_output_is_buffered(unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    program = """
+import sys
+from recipes import terminal
+assert not terminal.is_closed(sys.stderr)
+try:
+    print("x", flush=True)
+except BrokenPipeError:
+    sys.exit(0 if terminal.is_closed(sys.stdout) else "stdout is taken for open")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).resolve().parents[2],
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        timeout=60,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_other_broken_pipes_are_errors(monkeypatch, capsys):
     def fail(*_, **__):
         raise BrokenPipeError(32, "Broken pipe")

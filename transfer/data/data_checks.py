@@ -98,7 +98,7 @@ def describe_balance(
     for purpose, labels in (("train on", train), ("evaluate on", held_out)):
         counts = np.bincount(labels, minlength=len(class_names))
         if missing := [name for name, n in zip(class_names, counts, strict=True) if not n]:
-            lines.append(f"{len(missing)} classes have no images to {purpose}: {_some(missing)}")
+            lines.append(f"{_classes_have(missing)} no images to {purpose}: {_some(missing)}")
     counts = np.bincount(train, minlength=len(class_names))
     rare = [
         name for name, n in zip(class_names, counts, strict=True) if n and counts.max() / n >= RARE
@@ -106,10 +106,14 @@ def describe_balance(
     if rare:
         largest = class_names[int(counts.argmax())]
         lines.append(
-            f"{len(rare)} classes have less than a tenth of the training images of {largest!r}: "
+            f"{_classes_have(rare)} less than a tenth of the training images of {largest!r}: "
             f"{_some(rare)}; consider class_weights=balanced"
         )
     return lines
+
+
+def _classes_have(names: Sequence[str]) -> str:
+    return "1 class has" if len(names) == 1 else f"{len(names)} classes have"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -387,7 +387,8 @@ def _held_out(
         of_groups = "" if train.groups is None else f" and {len(np.unique(train.groups))} groups"
         raise ValueError(
             f"{train.source.name!r} has too few images to hold some out for evaluation: "
-            f"{len(train)} in {len(train.source.class_names)} classes{of_groups}"
+            f"{len(train)} in {len(train.source.class_names)} classes{of_groups}; add "
+            "images, or name a split to evaluate on with eval_split"
         )
     if train.groups is not None:
         count, total = len(np.unique(train.groups[held_out])), len(np.unique(train.groups))

@@ -245,7 +245,10 @@ def cut(network: Network, at: str) -> tuple[Network, Network]:
 
     for graph_def in network.graphs:
         if at != network.input and operation_of(at) not in {node.name for node in graph_def.node}:
-            raise ValueError(f"cannot cut at {at!r}: it is not between the input and the tap")
+            raise ValueError(
+                f"cannot cut at {at!r}: it is not between the input and the tap "
+                "(vgg-transfer inspect lists the cuts)"
+            )
     suffix = part(network.output, at, None, network.taps)
     if at != network.input:
         _check_after(network, at)
