@@ -15,6 +15,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from recipes import console
 from recipes.image_flags import Images, SplitFlags
 from recipes.startup import job
 
