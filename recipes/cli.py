@@ -8,19 +8,22 @@ line on standard error; ``--debug`` shows the traceback), 2 wrong usage, 130 or 
 
 from __future__ import annotations
 
+import itertools
 import os
 import pkgutil
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import cyclopts
 from cyclopts import App, Parameter
 
 from recipes import console, terminal
 from recipes.flag_groups import GENERAL
+from recipes.flag_values import flag_of
 from transfer.core import yaml_files
 
 
@@ -104,7 +107,26 @@ def _launch(
         # Keyed by verb: in a flat file, cyclopts ignores flags named like a verb (cache).
         by_verb = dict.fromkeys((*VERBS, *_CHILDREN), flags)
         app.config = (cyclopts.config.Dict(by_verb, source=str(config)),)
+    _check_whole_numbers(words, {} if config is None else flags)
     return app(words, exit_on_error=False, print_error=False)
+
+
+def _check_whole_numbers(words: Sequence[str], flags: Mapping[str, Any]) -> None:
+    """Refuse fractions as whole numbers, which cyclopts would round."""
+    if not words or words[0] not in _COMMANDS:
+        return
+    given = [word.split("=", 1) for word in words if "=" in word]
+    given += map(list, itertools.pairwise(words))
+    given += [[flag_of(name), str(value)] for name, value in flags.items()]
+    values = {flag: text for flag, text in given if re.fullmatch(r"[+-]?\d*\.\d*[1-9]\d*", text)}
+    for argument in app[words[0]].assemble_argument_collection() if values else ():
+        kinds = (argument.hint, *get_args(argument.hint))
+        for flag in (
+            values.keys() & {*argument.names} if int in kinds and float not in kinds else ()
+        ):
+            raise cyclopts.CycloptsError(
+                msg=f"Invalid value {values[flag]!r} for {flag}: expected a whole number."
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,6 +16,18 @@ def test_usage_error_is_status_2(capsys):
     assert main(["conquer"]) == 2
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--seed", "1.5"], ["--seed=-.5"], ["--epochs", "2.5"], ["--hidden", "8.5"], ["--config"]],
+    ids=lambda words: words[0],
+)
+def test_fractions_are_not_rounded_to_whole_numbers(words, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("seed: 1.5\n")
+    words = [*words, str(tmp_path / "config.yaml")] if words == ["--config"] else words
+    assert main(["finetune", *words]) == 2
+    assert "expected a whole number" in capsys.readouterr().err
+
+
 def test_help_does_not_import_tensorflow():
     code = (
         "import sys, recipes.cli as cli\n"
