@@ -554,7 +554,7 @@ def test_other_networks_are_refused(tmp_path):
     np.save(tmp_path / "c.npy", np.zeros((3, 4)))
     with pytest.raises(ValueError, match=r"one array \(3, 4\); expected a dictionary"):
         containers.read(tmp_path / "c.npy")
-    (tmp_path / "d").write_bytes(b"404 Not Found")
+    (tmp_path / "d").write_bytes(b"\0\1\2\3")
     with pytest.raises(ValueError, match="it is none of: Keras"):
         containers.read(tmp_path / "d")
     with pytest.raises(FileNotFoundError, match="there is no file"):
