@@ -41,6 +41,9 @@ FORMS = {
         x * (1.0 / (1.0 - rate(keep))) * tf.cast(uniform(x) >= rate(keep), tf.float32)
     ),
     "2.12": lambda x, keep: tf.where(uniform(x) >= rate(keep), x * (1.0 / keep), 0.0),
+    "zeros first": lambda x, keep: tf.where(
+        uniform(x) < rate(keep), tf.zeros_like(x), x * (1.0 / keep)
+    ),
     "mask first": lambda x, keep: tf.floor(keep + uniform(x)) * (x / keep),
     "keep_prob first": lambda x, keep: x / keep * tf.cast(keep > uniform(x), tf.float32),
     "Less": lambda x, keep: x / keep * tf.cast(uniform(x) < keep, tf.float32),

@@ -51,6 +51,17 @@ def test_ancestors_report_missing_node():
         ancestors(graph_def.node, "tap")
 
 
+def test_dtype_of_an_output_is_not_that_of_the_operand():
+    with tf.Graph().as_default() as graph:
+        x = tf.compat.v1.placeholder(tf.float32, [None, 4], name="x")
+        tf.argmax(x, name="most", output_type=tf.int32)
+        tf.shape(x, out_type=tf.int64, name="shape")
+    nodes = {node.name: node for node in graph.as_graph_def().node}
+    assert dtype_of(nodes["most"]) == tf.int32 and dtype_of(nodes["shape"]) == tf.int64
+    del nodes["most"].attr["output_type"]
+    assert dtype_of(nodes["most"]) == tf.int64  # the default
+
+
 def test_shape_and_dtype_of_later_output():
     def build():
         queue = tf1.FIFOQueue(1, [tf.int64, tf.float32], [[], [8, 8, 3]])

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 from stock import Program, assert_close, assert_equals_stock, images
 
-from transfer.graph import ancestors, find_modes
+from transfer.graph import ancestors, extract, find_modes
 
 tf1 = tf.compat.v1
 
@@ -303,6 +303,37 @@ def test_batch_norm_uses_moving_averages_in_training(norm, inverted):
     assert_close(layer(x), expected)
     assert_close(layer(x, training=True), expected)
     assert {v.name for v in layer.trainable_variables} == set()
+
+
+def test_batch_norm_without_its_attribute_uses_batch_statistics():
+    """SavedModels leave out attributes with their default, here true."""
+
+    def tap(h):
+        return norm_fused(h, tf.logical_not(tf1.placeholder(tf.bool, [], name="is_test")))
+
+    program = program_of(tap)
+    stripped = type(program.graph_def)()
+    stripped.CopyFrom(program.graph_def)
+    for node in stripped.node:
+        if node.op.startswith("FusedBatchNorm") and node.attr["is_training"].b:
+            del node.attr["is_training"]
+    network = extract(stripped, "tap", "x", tf.float32, input_shape=(None, 4))
+    (mode,) = network.modes
+    assert (mode.tensor, mode.inference, mode.training) == ("is_test:0", True, False)
+
+
+def test_dropout_directly_after_batch_norm_is_active_in_training():
+    def build():
+        switch = tf1.placeholder(tf.bool, [], name="switch")
+        ones = tf.ones([4])
+        h = x_of()[:, None, None, :]
+        h = tf1.nn.fused_batch_norm(h, ones, ones, 0 * ones, ones, is_training=False)[0]
+        tf.identity(cond_dropout(h, switch), name="tap")
+
+    layer = Program(build).layer()
+    x = images(100, 4)
+    assert np.mean(layer(x, training=True).numpy() == 0.0) == pytest.approx(0.75, abs=0.1)
+    assert not (layer(x).numpy() == 0.0).any()
 
 
 def test_dropout_beside_batch_norm_is_active_in_training():

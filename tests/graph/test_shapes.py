@@ -92,6 +92,20 @@ def test_fixed_batch_size_of_dropout_masks_is_removed():
     assert not (dropped[:BATCH] == dropped[BATCH : 2 * BATCH]).all()
 
 
+def test_positions_that_share_a_dropout_mask_still_do():
+    def build():
+        x = tf1.placeholder(tf.float32, [BATCH, 3, 50], name="x")
+        keep = tf1.placeholder(tf.float32, name="p")
+        dropped = tf1.nn.dropout(tf.exp(x), keep_prob=keep, noise_shape=[BATCH, 1, 50])
+        tf.reshape(dropped, [BATCH, 150], name="tap")
+
+    layer = Program(build).layer()
+    assert layer.network.batch_size is None
+    dropped = layer(np.zeros([30, 3, 50], np.float32), training=True).numpy().reshape(30, 3, 50)
+    assert (dropped == dropped[:, :1]).all()
+    assert set(np.unique(dropped)) == {0.0, 2.0}
+
+
 def test_mean_over_batch_is_unchanged():
     def build():
         x = tf1.placeholder(tf.float32, [BATCH, 4], name="x")

@@ -29,6 +29,7 @@ from transfer.graph.graph_def import (
     operation_of,
     origin,
     split_tensor_name,
+    uses_batch_statistics,
 )
 from transfer.graph.policy import RANDOM_OPS
 
@@ -161,7 +162,7 @@ def resolve(
             if side is not None and inference:
                 used = known_value(in_use, predicate)
                 if used not in (None, side) and (
-                    _is_statistics(by_name, node.input[int(used)])
+                    _is_statistics(by_name, lives, node.input[int(used)], predicate)
                     or _is_norm(by_name, lives, node.input[int(side)], predicate)
                 ):
                     side = used
@@ -256,9 +257,15 @@ def _upstream(by_name: Mapping[str, NodeDef], tensor: str) -> set[str]:
     return seen
 
 
-def _is_statistics(by_name: Mapping[str, NodeDef], tensor: str) -> bool:
+def _is_statistics(
+    by_name: Mapping[str, NodeDef], lives: Mapping[str, Branches], tensor: str, predicate: str
+) -> bool:
+    """Whether a branch reads moving averages, or normalizes with them: in the branch, not before
+    the conditional."""
     node = origin(by_name, tensor, _PASS | {"ReadVariableOp"})
-    return node is not None and (node.op in VARIABLES or node.op in NORMS)
+    return node is not None and (
+        node.op in VARIABLES or (node.op in NORMS and predicate in lives[node.name])
+    )
 
 
 def _is_norm(
@@ -281,7 +288,7 @@ def _is_norm(
         if node.op in RANDOM_OPS:
             return False
         if node.op in NORMS:
-            takes_statistics |= node.attr["is_training"].b
+            takes_statistics |= uses_batch_statistics(node)
         elif node.op == "Mean":
             axes = constant(by_name.get(operation_of(node.input[1])))
             takes_statistics |= axes is not None and 0 in np.ravel(axes)

@@ -36,6 +36,7 @@ _ADDITIONS = frozenset({"Add", "AddV2"})
 _SELECTIONS = frozenset({"Select", "SelectV2"})
 _ABOVE = frozenset({"Greater", "GreaterEqual"})
 _BELOW = frozenset({"Less", "LessEqual"})
+_OTHER: dict[Control, Control] = {"keep_prob": "rate", "rate": "keep_prob"}
 _ARITHMETIC: dict[str, Callable[..., float]] = {
     "Sub": operator.sub,
     "Div": operator.truediv,
@@ -85,6 +86,8 @@ def find(nodes: Sequence[NodeDef], live: Collection[str]) -> list[Dropout]:
         for values, mask in pairs:
             threshold = _threshold(by_name, mask)
             if threshold is not None:
+                if node.op in _SELECTIONS and values == edges[2]:  # where the mask is false
+                    threshold = _OTHER[threshold[0]], *threshold[1:]
                 source = _unscaled(by_name, values, live, threshold[1])
                 dropouts.append(Dropout(node.name, source, *threshold))
                 break

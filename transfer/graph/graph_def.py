@@ -163,6 +163,13 @@ def placeholders(nodes: Iterable[NodeDef]) -> list[NodeDef]:
     return [node for node in nodes if node.op in ("Placeholder", "PlaceholderV2")]
 
 
+def uses_batch_statistics(norm: NodeDef) -> bool:
+    """Whether a fused batch norm normalizes with the statistics of the batch. TensorFlow leaves
+    attributes with their default out of SavedModels, and the default of ``is_training`` is true."""
+    attr = norm.attr.get("is_training")  # [] would add it
+    return attr is None or attr.WhichOneof("value") is None or bool(attr.b)
+
+
 def static_shape(node: NodeDef, index: int = 0) -> tuple[int | None, ...] | None:
     """The shape in the attributes of a node for one of its outputs; ``None`` if not given.
 
@@ -211,6 +218,10 @@ def _fixed_type(node: NodeDef, index: int) -> int | None:
     arguments = [] if op_def is None else op_def.output_arg[: index + 1]
     if len(arguments) <= index or any(a.number_attr or a.type_list_attr for a in arguments):
         return None
+    if (name := arguments[index].type_attr) and op_def is not None:
+        default = next((a.default_value for a in op_def.attr if a.name == name), None)
+        value = node.attr.get(name, default)
+        return value.type if value is not None and value.WhichOneof("value") == "type" else None
     kind = arguments[index].type
     return None if kind in (DT_INVALID, DT_RESOURCE, DT_VARIANT) else kind
 

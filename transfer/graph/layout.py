@@ -257,7 +257,9 @@ class _LayoutConverter:
 
     def _type(self, tensor: str, like: NodeDef | None) -> int:
         maker = like or next((n for n in self.nodes if n.name == operation_of(tensor)), None)
-        dtype = self.network.input_dtype if maker is None else dtype_of(maker)
+        of_variables = {known.name: known.dtype for known in self.network.variables}
+        dtype = of_variables.get(operation_of(tensor), self.network.input_dtype)
+        dtype = dtype if maker is None else dtype_of(maker)
         return (dtype or tf.float32).as_datatype_enum
 
     def _reordered(self, sizes: str) -> str:

@@ -24,6 +24,7 @@ from transfer.graph.graph_def import (
     operation_of,
     origin,
     static_shape,
+    uses_batch_statistics,
 )
 from transfer.graph.policy import RANDOM_OPS
 
@@ -129,7 +130,7 @@ def _training_sides(
     lives = conditionals.branches(nodes)
     for node in nodes:
         in_training = node.op in RANDOM_OPS or (
-            node.op.startswith("FusedBatchNorm") and node.attr["is_training"].b
+            node.op in conditionals.NORMS and uses_batch_statistics(node)
         )
         if not in_training and node.op in conditionals.MERGES:
             # Moving averages are read directly from a variable; batch statistics are computed.

@@ -174,20 +174,24 @@ def _open_batch(network: Network, graph_def: GraphDef, shapes: Mapping[str, Shap
         if node.op == "Reshape" and operation_of(node.input[1]) in states_batch:
             target = _open_target(shapes, node, batch)
         elif node.name in masks and operation_of(node.input[0]) in states_batch:
-            target = NodeDef(name=f"{node.name}/open_batch", op="Shape", input=[masks[node.name]])
-            target.attr["T"].type = node.attr["dtype"].type  # masks have the dtype of the values
-            target.attr["out_type"].type = DT_INT64
+            # The other sizes may be 1, those of masks that channels or positions share.
+            sizes = states_batch[operation_of(node.input[0])]
+            dtype = node.attr["dtype"].type  # masks have the dtype of the values
+            nodes += _open_sizes(node.name, masks[node.name], dtype, sizes)
+            copy.input[0] = nodes[-1].name
+            copy.attr["Tshape" if "Tshape" in node.attr else "T"].type = DT_INT32
         elif (
             node.op == "Conv2DBackpropInput"
             and operation_of(node.input[0]) in states_batch
             and (shapes.get(canonical(node.input[2])) or (None,))[0] == batch
         ):
-            nodes += _open_sizes(node, states_batch[operation_of(node.input[0])])
+            sizes = states_batch[operation_of(node.input[0])]
+            nodes += _open_sizes(node.name, node.input[2], node.attr["T"].type, sizes)
             copy.input[0] = nodes[-1].name
         if target is not None:
             nodes.append(target)
-            copy.input[1 if node.op == "Reshape" else 0] = target.name
-            copy.attr["Tshape" if node.op == "Reshape" else "T"].type = DT_INT64
+            copy.input[1] = target.name
+            copy.attr["Tshape"].type = DT_INT64
         nodes.append(copy)
     return with_nodes(graph_def, nodes)
 
@@ -205,12 +209,12 @@ def _open_target(
     return target
 
 
-def _open_sizes(convolution: NodeDef, sizes: np.ndarray) -> list[NodeDef]:
-    """Nodes that compute the output shape of a transposed convolution with the batch size of its
-    input; the last one is the result."""
-    name = f"{convolution.name}/open_batch"
-    shape = NodeDef(name=f"{name}/shape", op="Shape", input=[convolution.input[2]])
-    shape.attr["T"].CopyFrom(convolution.attr["T"])
+def _open_sizes(operation: str, source: str, dtype: int, sizes: np.ndarray) -> list[NodeDef]:
+    """Nodes that compute an output shape with the batch size of a tensor, int32; the last one is
+    the result."""
+    name = f"{operation}/open_batch"
+    shape = NodeDef(name=f"{name}/shape", op="Shape", input=[source])
+    shape.attr["T"].type = dtype
     shape.attr["out_type"].type = DT_INT32
     begin, one = _integers(f"{name}/begin", [0]), _integers(f"{name}/one", [1])
     batch = NodeDef(name=f"{name}/batch", op="Slice", input=[shape.name, begin.name, one.name])

@@ -20,6 +20,7 @@ from transfer.graph.graph_def import (
     operation_of,
     split_tensor_name,
     static_shape,
+    uses_batch_statistics,
 )
 from transfer.graph.policy import RANDOM_OPS
 
@@ -284,7 +285,7 @@ def _upstream_facts(
         if lives[node.name]:
             return False  # controlled by a switch
         if node.op in NORMS:
-            return node.attr["is_training"].b
+            return uses_batch_statistics(node)
         if node.name not in masks:
             return node.op in RANDOM_OPS
         control = by_name.get(operation_of(masks[node.name].amount))

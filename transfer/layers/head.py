@@ -362,6 +362,7 @@ def _build_in_graph(
     _check(num_classes, hidden, dropout, weights_stddev, bias)
     graph = next(iter(features.values())).graph if isinstance(features, Mapping) else features.graph
     seeds = _seeds(seed)
+    of_dropout = _seeds(None if seed is None else seed + len(hidden) + 1)
 
     def dense(net: tf.Tensor, units: int, weights: Any, biases: Any) -> tf.Tensor:
         kernel = tf1.get_variable("weights", [net.shape[-1], units], net.dtype, weights)
@@ -373,11 +374,11 @@ def _build_in_graph(
         net = tf.stop_gradient(net) if stop_gradient else net
         rate = 1 - tf1.placeholder_with_default(1.0, [], name="keep_prob") if dropout else None
         for number, units in enumerate(hidden, 1):
-            net = net if rate is None else tf.nn.dropout(net, rate)
+            net = net if rate is None else tf.nn.dropout(net, rate, seed=next(of_dropout))
             with tf1.variable_scope(f"hidden_{number}"):
                 he_normal = tf1.variance_scaling_initializer(2.0, "fan_in", seed=next(seeds))
                 net = tf.nn.relu(dense(net, units, he_normal, tf1.zeros_initializer()))
-        net = net if rate is None else tf.nn.dropout(net, rate)
+        net = net if rate is None else tf.nn.dropout(net, rate, seed=next(of_dropout))
         normal = tf1.truncated_normal_initializer(0.0, weights_stddev, seed=next(seeds))
         net = dense(net, num_classes, normal, tf1.constant_initializer(bias))
         logits = tf.identity(net, name="logits")
@@ -463,5 +464,5 @@ def _check(
 
 
 def _seeds(seed: int | None) -> Any:
-    """One seed per initializer and dropout layer: a common seed would repeat the same numbers."""
+    """One seed per initializer or dropout layer: a common seed would repeat the same numbers."""
     return itertools.repeat(None) if seed is None else itertools.count(seed)

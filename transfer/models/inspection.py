@@ -28,6 +28,7 @@ from transfer.graph import (
 )
 from transfer.graph import variable as graph_variable
 from transfer.graph.cuts import Cut, list_cuts, stopped
+from transfer.graph.graph_def import uses_batch_statistics
 from transfer.graph.policy import RANDOM_OPS
 from transfer.models import repair
 from transfer.models.checkpoint import Checkpoint, average_entries, check_files
@@ -267,7 +268,7 @@ def _hazards(
         hazards.append(
             f"random numbers before the tap ({_few(noise)}): features differ from run to run"
         )
-    if any(n.op in NORMS and n.attr["is_training"].b for n in _inference(network)):
+    if any(n.op in NORMS and uses_batch_statistics(n) for n in _inference(network)):
         hazards.append(
             "batch norm before the tap uses the statistics of the batch, also at inference"
         )

@@ -201,6 +201,11 @@ class _Builder:
 
     def _network(self, layer: GraphLayer, net: Any) -> Any:
         network = layer.network
+        if layer.compute_dtype != layer.variable_dtype:
+            raise ValueError(
+                f"cannot convert a layer in {layer.dtype_policy.name}, with which the model could "
+                "not be compared; convert it in float32, and give the model the policy"
+            )
         if network.batch_size is not None:
             raise ValueError(
                 f"cannot express {network.output!r} in stock Keras layers: the network takes "

@@ -10,6 +10,7 @@ import tensorflow as tf
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from transfer.graph import canonical
+from transfer.graph.graph_def import uses_batch_statistics
 from transfer.layers.native.rules import rule
 from transfer.layers.native.values import KEPT, SCALED
 from transfer.layers.native.walk import Static, Walk
@@ -18,7 +19,7 @@ from transfer.layers.native.walk import Static, Walk
 @rule("FusedBatchNorm FusedBatchNormV2 FusedBatchNormV3")
 def _fused_batch_norm(walk: Walk, node: NodeDef) -> Any:
     images, *weights = walk.operands(node)
-    if node.attr["is_training"].b:
+    if uses_batch_statistics(node):
         walk.refuse(node, "it normalizes with the statistics of the batch")
     return batch_norm(walk, [node], images, weights, node.attr["epsilon"].f or 1e-4)
 
