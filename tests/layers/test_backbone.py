@@ -4,6 +4,7 @@ import base64
 import copy
 import json
 import pickle
+import zlib
 from pathlib import Path
 
 import keras
@@ -162,6 +163,35 @@ def test_batch_norm_statistics_are_not_trainable(tmp_path):
     backbone = Backbone(load_meta_graph(tmp_path / "m"), tap="tap")
     assert [v.name for v in backbone.trainable_variables] == ["gamma"]
     assert [v.name for v in backbone.non_trainable_variables] == ["moving_mean"]
+
+
+def test_frozen_weights_are_frozen_in_a_loaded_model(model, tmp_path):
+    backbone = Backbone(load_meta_graph(model))
+    backbone.freeze("pool2")
+    stock = keras.Sequential([keras.Input((16, 16, 3)), backbone, keras.layers.Dense(2)])
+    stock.save(tmp_path / "m.keras")
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    trained = [variable.shape for variable in stock.trainable_variables]
+    assert [variable.shape for variable in loaded.trainable_variables] == trained
+    assert len(trained) < len(stock.variables)
+
+
+def test_graph_of_a_stranger_with_a_circle_is_refused(model):
+    config = Backbone(load_meta_graph(model)).get_config()
+    size = config["graph_sizes"][0]
+    graph = tf.compat.v1.GraphDef.FromString(
+        zlib.decompress(base64.b64decode(config["compressed_graphs"]))[:size]
+    )
+    first = next(node for node in graph.node if node.op == "Relu")
+    graph.node.add(name="around", op="Identity", input=[first.name]).attr["T"].type = 1
+    first.input[0] = "around"
+    data = graph.SerializeToString()
+    config |= {
+        "graph_sizes": [len(data)],
+        "compressed_graphs": base64.b64encode(zlib.compress(data)).decode(),
+    }
+    with pytest.raises(ValueError, match="cycle|circle|loop"):
+        Backbone.from_config(config)
 
 
 def test_backbone_works_as_keras_layer(model, images, tmp_path):

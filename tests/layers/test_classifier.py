@@ -169,3 +169,19 @@ def test_save_rejects_unsupported_heads(model, tmp_path):
     classifier = Classifier(backbone, keras.layers.Dense(2), Preprocess("tf", 16), ["a", "b"])
     with pytest.raises(TypeError, match="got a Backbone with a Dense"):
         save_classifier(classifier, tmp_path / "m", Card())
+
+
+def test_pixels_of_another_range_are_refused_or_warned_of(model, caplog):
+    classifier = new_classifier(model)
+    images = np.full((1, 16, 16, 3), 200, np.uint8)
+    classifier.probabilities(images)
+    assert not caplog.text
+    classifier.probabilities(images / np.float32(255))
+    assert "pixels are at most 0.784; expected 0 to 255" in caplog.text
+    for wrong, message in (
+        (images > 0, "booleans"),
+        (images.astype(np.uint16) * 257, "up to 51400"),
+        (np.full_like(images, np.nan, dtype=np.float32), "up to nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            classifier.probabilities(wrong)

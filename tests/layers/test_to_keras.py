@@ -212,6 +212,7 @@ def test_classifier_takes_pixels(mode):
         to_keras(classifier, "fc7")
 
 
+@pytest.mark.slow
 def test_classifier_from_edited_model_equals_it(tmp_path, stock_session):
     """Native layers, an own head, trained: evaluated here, and written as a meta graph."""
     from transfer import Card

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from transfer.layers.graph_layer import GraphLayer
 from transfer.layers.keras_network import network_of
 from transfer.models.card import Card
 from transfer.models.meta_graph import load_meta_graph
+
+logger = logging.getLogger(__name__)
 
 MODEL = "model"
 """Checkpoint prefix of the classifier in a run folder: ``model.meta``, ``model.index``, ..."""
@@ -77,7 +80,7 @@ class Classifier(keras.Model):
         Args:
             images: ``[batch, height, width, channels]``, RGB or gray, 0..255, any size, not
                 preprocessed.
-            training: whether to apply the dropout of the head.
+            training: whether to apply dropout: that of the head, and that of the network.
 
         Raises:
             ValueError: if ``images`` is not 4-D.
@@ -126,7 +129,15 @@ class Classifier(keras.Model):
         return classifier
 
     def probabilities(self, images: TensorLike) -> Tensor:
-        """Softmax of the logits: float32 ``[batch, num_classes]``; each row sums to 1."""
+        """Softmax of the logits: float32 ``[batch, num_classes]``; each row sums to 1.
+
+        Args:
+            images: see ``call``. If eager pixels are at most 1, a warning says so.
+
+        Raises:
+            ValueError: if eager pixels are booleans, not finite, or far above 255.
+        """
+        _check_pixels(images)
         return tf.nn.softmax(self(images, training=False))
 
     def probabilities_of_resized(self, pixels: tf.Tensor) -> tf.Tensor:
@@ -270,3 +281,18 @@ class Classifier(keras.Model):
                 f"{card.labels}"
             )
         return classifier
+
+
+def _check_pixels(images: TensorLike) -> None:
+    """Refuse pixels of another range than 0 to 255, or warn of it, where they are known."""
+    pixels = tf.convert_to_tensor(images)
+    if pixels.dtype == tf.bool:
+        raise ValueError("pixels are booleans; expected 0 to 255")
+    if not tf.executing_eagerly() or not tf.size(pixels):
+        return
+    # Interpolation may go slightly beyond 255.
+    largest = float(tf.reduce_max(tf.cast(pixels, tf.float32)))
+    if not largest < 300:  # NaN too
+        raise ValueError(f"pixels are up to {largest:.6g}; expected 0 to 255")
+    if 0 < largest <= 1:
+        logger.warning(f"pixels are at most {largest:.3g}; expected 0 to 255")

@@ -20,8 +20,10 @@ from tensorflow.core.framework.graph_pb2 import GraphDef
 from transfer.core.distribution import seed_of_replica
 from transfer.core.tensors import Tensor, TensorLike
 from transfer.graph import (
+    SEED,
     Network,
     Variable,
+    ancestors,
     canonical,
     concatenated,
     cut,
@@ -33,6 +35,7 @@ from transfer.graph import (
     taps,
 )
 from transfer.graph.cuts import stages
+from transfer.graph.graph_def import check
 from transfer.graph.mixed_precision import in_mixed_precision, num_products
 from transfer.graph.network_function import as_function
 from transfer.graph.policy import RANDOM_OPS
@@ -397,8 +400,8 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
     def randomize(self, seed: int) -> None:
         """Reinitialize all weights.
 
-        Kernels become He-normal (arXiv 1502.01852), scales and variances of normalization layers 1,
-        all other 1-D variables 0.
+        Kernels become He-normal (arXiv 1502.01852; depthwise ones as if they were dense), scales
+        and variances of normalization layers 1, all other 1-D variables 0.
         """
         generator = np.random.default_rng(seed)
         scales = _scales(self.network)
@@ -432,6 +435,12 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
                 [known.name, variable.dtype, list(variable.shape), known.trainable]
                 for known, variable in zip(network.variables, self.graph_variables, strict=True)
             ],
+            # Keras restores ``trainable`` of the layer, not that of its variables.
+            "frozen": [
+                known.name
+                for known, variable in zip(network.variables, self.graph_variables, strict=True)
+                if self.trainable and known.trainable and not variable.trainable
+            ],
             "pooling": self.pooling,
             "shared": self.shared.serialized(),
             "to_load_it": "import transfer before keras.models.load_model",
@@ -457,6 +466,7 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
         if policy in MIXED_PRECISIONS and "graph_defs" not in config:
             config["dtype"] = policy
         input_dtype = config.pop("input_dtype")
+        frozen = {*config.pop("frozen", [])}
         graphs = _graphs(config)
         network = Network(
             graph_def=graphs[0],
@@ -472,6 +482,10 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
                 for name, dtype, shape, trainable in config.pop("variables")
             ),
         )
+        leaves = [network.input, SEED, *(variable.name for variable in network.variables)]
+        for graph_def in network.graphs:  # of a file that may be a stranger's
+            check(graph_def.node)
+            ancestors(graph_def.node, network.outputs, leaves)
         shared = config.pop("shared", None)
         shared = (
             SharedVariables() if shared is None else keras.saving.deserialize_keras_object(shared)
@@ -486,6 +500,9 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
         values = _initializers(network) | shared.by_name
         GraphLayer.__init__(layer, network, values, shared=shared, **config)
         layer._initial = layer._first_kernel()
+        for name, variable in zip(layer.variable_names, layer.graph_variables, strict=True):
+            if name in frozen:
+                variable.trainable = False
         return layer
 
 
