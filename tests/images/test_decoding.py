@@ -9,7 +9,15 @@ import tensorflow as tf
 from PIL import ExifTags, Image, ImageOps
 
 from transfer.exports import decoding
-from transfer.images.decoding import decode, read_image, read_tensor, suffixes
+from transfer.images.decoding import (
+    _BY_PILLOW,
+    _decoder,
+    _pixels_of_gif,
+    decode,
+    read_image,
+    read_tensor,
+    suffixes,
+)
 from transfer.images.orientation import orientation, oriented
 
 GENERATOR = np.random.default_rng(0)
@@ -136,6 +144,30 @@ def test_palette_is_applied_and_first_frame_of_animation_is_used():
     frames = [Image.fromarray(np.full((4, 4, 3), value, np.uint8)) for value in (10, 200)]
     data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert read_image(data).max() < 20
+
+
+def test_frames_of_a_gif_count_as_pixels(monkeypatch):
+    """TensorFlow would decode all of them, whatever the size of the image."""
+    frames = [Image.fromarray(np.full((4, 4, 3), value, np.uint8)) for value in (10, 200, 90)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    expected = read_image(data)
+    monkeypatch.setattr("transfer.images.decoding.MAX_PIXELS", 40)
+    assert _pixels_of_gif(data) == 48
+    assert _decoder(data) == _BY_PILLOW
+    np.testing.assert_array_equal(read_image(data), expected)
+    position = data.index(b"\x2c\0\0\0\0\4\0\4\0")
+    huge = data[: position + 5] + b"\xff\xff\xff\xff" + data[position + 9 :]
+    with pytest.raises(ValueError, match="pixels; expected at most 40|cannot be decoded"):
+        read_image(huge)
+
+
+def test_gray_floats_beyond_255_are_refused():
+    values = np.linspace(0, 4000, 64, dtype=np.float32).reshape(8, 8)
+    with pytest.raises(ValueError, match="up to 4000; expected 0 to 255, or 0 to 1 in floats"):
+        read_image(encoded(Image.fromarray(values), "TIFF"))
+    values = values / 4000
+    values[0, 0] = np.nan
+    assert read_image(encoded(Image.fromarray(values), "TIFF")).max() == 255
 
 
 BROKEN = {

@@ -125,7 +125,7 @@ def test_channels_are_converted(given, wanted):
     ("arguments", "message"),
     [
         (("vgg", 8), "preprocess='vgg' is not known; choose from: caffe, slim"),
-        (("tf", 0), "at least 1 pixel, got 0"),
+        (("tf", 0), "1 to 16,384 pixels, got 0"),
         (("tf", 8, 2), "channels must be 1 or 3, got 2"),
         (("caffe", 8, 1), "'caffe' is for colour images but the network takes gray ones"),
     ],

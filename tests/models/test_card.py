@@ -34,6 +34,9 @@ def test_unknown_keys_are_ignored(tmp_path):
         ("[]", "expected a JSON object"),
         ('{"image_size": "big"}', "image_size is 'big'; expected an int, or height"),
         ('{"tap": 7}', "tap is 7; expected a str"),
+        ('{"outputs": {"logits": 5}}', "outputs is .*; expected other values in it"),
+        ('{"taps": [1]}', "taps is .*; expected other values in it"),
+        ('{"image_size": 1000000}', "image_size is 1000000; expected an int, or height"),
     ],
 )
 def test_invalid_cards_are_rejected(tmp_path, text, message):

@@ -159,6 +159,29 @@ def test_moving_averages_are_read(tmp_path, scope, name):
     }
 
 
+def test_moving_averages_of_partitioned_variables_are_read(tmp_path):
+    with tf.Graph().as_default(), tf1.Session() as session:
+        w = tf1.get_variable(
+            "w",
+            [4, 2],
+            initializer=tf1.ones_initializer(),
+            partitioner=tf1.fixed_size_partitioner(2),
+            use_resource=False,
+        )
+        x = tf1.placeholder(tf.float32, [None, 4], name="x")
+        tf.matmul(x, tf.convert_to_tensor(w), name="tap")
+        with control_flow_v1():
+            average = tf1.train.ExponentialMovingAverage(0.5, zero_debias=False)
+            update = average.apply([*w])
+        session.run(tf1.global_variables_initializer())
+        session.run([tf1.assign(average.average(part), np.zeros((2, 2))) for part in w])
+        session.run(update)
+        tf1.train.Saver().save(session, str(tmp_path / "m"))
+    graph = load_meta_graph(tmp_path / "m")
+    found = graph.read(graph.network("tap").variables, use_ema=True)
+    assert {np.mean(value) for value in found.values()} == {0.5}
+
+
 def test_moving_averages_equal_variables_to_restore(tmp_path):
     with tf.Graph().as_default(), tf1.Session() as session:
         w = tf1.get_variable("w", initializer=A, use_resource=False)

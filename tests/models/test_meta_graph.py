@@ -28,6 +28,12 @@ def test_load_finds_the_checkpoint_of_a_later_step(tmp_path):
     assert load_meta_graph(tmp_path / "tiny.meta").checkpoint_prefix == tmp_path / "tiny-1000"
 
 
+def test_name_with_a_step_does_not_mean_another_step(tmp_path):
+    save_vgg(tmp_path / "tiny-2000")
+    shutil.copy(tmp_path / "tiny-2000.meta", tmp_path / "tiny-1000.meta")
+    assert load_meta_graph(tmp_path / "tiny-1000").checkpoint_prefix is None
+
+
 @pytest.mark.parametrize("state", ["tiny-2000", "/gone/with/tiny-2000", r"C:\\models\\tiny-2000"])
 def test_load_uses_the_state_file_if_it_matches(tmp_path, state):
     save_vgg(tmp_path / "tiny")

@@ -54,7 +54,7 @@ def test_suggested_command_passes_checks_of_finetune(tmp_path, name):
     assert settled.network.input == found.input
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["towers_of_slices", "images_that_are_not_square", "jpeg_files"])
 def test_suggested_command_trains_as_printed(tmp_path, name, capsys):
     model = strangers.save(strangers.ALL[name], tmp_path / "model" / "m")

@@ -120,14 +120,20 @@ def git_revision() -> dict[str, Any] | None:
     ``None`` outside a repository."""
 
     def git(*words: str) -> str:
-        command = ["git", *words]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        command = ["git", "--no-optional-locks", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
 
     try:
         commit = git("rev-parse", "HEAD")
-        return {"commit": commit, "changed": bool(git("status", "--porcelain", "-uno"))}
+        # The folder may be a stranger's: no program that its configuration names is run.
+        names = git("config", "--name-only", "--list").splitlines()
+        filters = {name.rpartition(".")[0] for name in names if name.startswith("filter.")}
+        values = {f"{kind}.{key}": "" for kind in filters for key in ("clean", "process")}
+        values |= {f"{kind}.required": "false" for kind in filters} | {"core.fsmonitor": "false"}
+        settings = [word for name, value in values.items() for word in ("-c", f"{name}={value}")]
+        status = ("status", "--porcelain", "-uno", "--ignore-submodules")
+        return {"commit": commit, "changed": bool(git(*settings, *status))}
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -210,10 +210,14 @@ def _decoder(data: bytes, max_pixels: int | None = None) -> np.int32:
     code, size = 1, None
     if data.startswith(b"\xff\xd8\xff"):
         code, size = orientation(data), _size_of_jpeg(data)
+        if size is None:
+            code = _BY_PILLOW  # libjpeg skips what is between segments, and would take any size
     elif data.startswith(b"\x89PNG\r\n\x1a\n"):
         code, size = orientation(data), _unpacked(">II", data, 16)
     elif data.startswith(b"GIF8"):
         size = _unpacked("<HH", data, 6)
+        if _pixels_of_gif(data) > (MAX_PIXELS if max_pixels is None else max_pixels):
+            code = _BY_PILLOW  # TensorFlow decodes all frames, Pillow the first
     elif data.startswith(b"BM") and _is_plain_bmp(data):
         size = _unpacked("<ii", data, 18)
     elif not data.startswith(_JPEG_XL):
@@ -232,6 +236,32 @@ def _size_of_jpeg(data: bytes) -> tuple[int, ...] | None:
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame (SOF)
             return _unpacked(">HH", data, start + 1)
     return None
+
+
+def _pixels_of_gif(data: bytes) -> int:
+    """Pixels of all frames of a GIF, up to where it is damaged. Frames have sizes of their own,
+    which may be larger than that of the image.
+
+    Source of the layout: GIF89a specification, sections 18 to 26.
+    """
+
+    def table(flags: int) -> int:  # bytes of a colour table
+        return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+    total, position = 0, 13 + table(data[10] if len(data) > 10 else 0)
+    while position < len(data) and data[position] in b"\x21\x2c":
+        if data[position] == 0x2C:  # a frame
+            found = _unpacked("<HHB", data, position + 5)
+            if found is None:
+                break
+            total += found[0] * found[1]
+            position += 11 + table(found[2])
+        else:  # an extension
+            position += 2
+        while position < len(data) and data[position]:  # its blocks
+            position += 1 + data[position]
+        position += 1
+    return total
 
 
 def _is_plain_bmp(data: bytes) -> bool:
@@ -311,8 +341,13 @@ def _is_known(kind: str) -> bool:
 def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith(("I", "F")):  # 16 or 32 bits of gray
         values = np.asarray(image, np.float64)
-        top = 65535 if image.mode.startswith("I") else 1 if values.max() <= 1 else 255
-        gray = np.clip(values * (255 / top), 0, 255).round().astype(np.uint8)
+        largest = np.nanmax(values, initial=0)
+        top = 65535 if image.mode.startswith("I") else 1 if largest <= 1 else 255
+        if largest > top:
+            raise ValueError(
+                f"its pixels are up to {largest:.6g}; expected 0 to {top:,}, or 0 to 1 in floats"
+            )
+        gray = np.clip(np.nan_to_num(values) * (255 / top), 0, 255).round().astype(np.uint8)
         pixels = _aligned(*gray.shape)
         pixels[:] = gray[..., None]
         return pixels

@@ -9,7 +9,6 @@ convention belongs to the weights and is recorded in their card.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +124,8 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
     """One number, or one per channel."""
     values = value if isinstance(value, list | tuple) else [value]
     are_numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-    if not are_numbers or len(values) not in (1, 3) or not all(map(math.isfinite, values)):
+    are_finite = are_numbers and all(abs(v) < 1e30 for v in values)  # nor NaN; of any length
+    if not are_finite or len(values) not in (1, 3):
         raise ValueError(f"preprocess has {name} {value!r}; expected one number, or one a channel")
     numbers = tuple(float(v) for v in values)
     return numbers[:1] if len(set(numbers)) == 1 else numbers
@@ -133,6 +133,9 @@ def _numbers(name: str, value: Any) -> tuple[float, ...]:
 
 Size = int | tuple[int, int]
 """Image size in pixels: one number for square images, else ``(height, width)``."""
+
+MAX_SIDE = 2**14
+"""Largest height or width of the input of a network, in pixels."""
 
 _LONGEST = 16
 """Images longer than this multiple of their shorter side are cropped before they are resized; only
@@ -147,13 +150,13 @@ def as_size(size: int | Sequence[int]) -> Size:
     """One number if height and width are equal, else ``(height, width)``.
 
     Raises:
-        ValueError: if it is neither, or less than one pixel.
+        ValueError: if it is neither, or not 1 to ``MAX_SIDE`` pixels.
     """
     sides = [size] if isinstance(size, int) else list(size)
     if len(sides) not in (1, 2) or any(type(side) is not int for side in sides):
         raise ValueError(f"image size {size!r}: expected one number, or height and width")
-    if min(sides) < 1:
-        raise ValueError(f"image size must be at least 1 pixel, got {show_size(size)}")
+    if not 1 <= min(sides) <= max(sides) <= MAX_SIDE:
+        raise ValueError(f"image size must be 1 to {MAX_SIDE:,} pixels, got {show_size(size)}")
     return sides[0] if len({*sides}) == 1 else (sides[0], sides[1])
 
 

@@ -42,7 +42,8 @@ class Card:
     labels: str | None = None
     """File with one class name per line, in the order of the logits; relative to the card."""
     feeds: dict[str, float | bool] = field(default_factory=dict)
-    """Placeholders other than the input, with their value at inference."""
+    """Placeholders other than the input, with their value, at inference and in training: 1.0 for a
+    ``keep_prob`` turns its dropout off in fine-tuning, too."""
     keep_dropout: bool = False
     """Whether dropout that the graph always applies stays active at inference."""
     outputs: dict[str, str] = field(default_factory=dict)
@@ -63,6 +64,15 @@ class Card:
             if value not in (None, {}, [], False)
         }
         return json.dumps(values, indent=2) + "\n"
+
+
+_ITEMS: dict[str, Any] = {
+    "taps": str,
+    "outputs": str,
+    "sha256": str,
+    "feeds": bool | int | float,
+}
+"""Types of the items of a list, or of the values of an object."""
 
 
 def write_card(path: Path, card: Card) -> None:
@@ -104,4 +114,7 @@ def read_card(path: Path) -> Card:
         if not isinstance(value, kind):
             name = getattr(kind, "__name__", str(kind))
             raise ValueError(f"{str(path)!r}: {key} is {value!r}; expected a {name}")
+        items = value if isinstance(value, list) else value.values() if key in _ITEMS else ()
+        if not all(isinstance(item, _ITEMS.get(key, object)) for item in items):
+            raise ValueError(f"{str(path)!r}: {key} is {value!r}; expected other values in it")
     return Card(**known)

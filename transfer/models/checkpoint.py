@@ -387,7 +387,9 @@ def _num_common(first: Sequence[str], second: Sequence[str]) -> int:
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
-def average_entries(names: Sequence[str], source: Checkpoint) -> dict[str, Entry]:
+def average_entries(
+    names: Sequence[str], source: Checkpoint, entries: Mapping[str, Entry] | None = None
+) -> dict[str, Entry]:
     """The entries of the exponential moving averages (EMA) of variables, as far as they have one.
 
     ``tf.train.ExponentialMovingAverage`` stores the average of ``w`` in
@@ -410,13 +412,20 @@ def average_entries(names: Sequence[str], source: Checkpoint) -> dict[str, Entry
         for depth in range(name.count("/") + 1)
     }
     known = by_end | averages
-    entries = {name: Entry(known[name]) for name in names if name in known}
-    if not entries:
+    found = {}
+    for name in names:
+        # The parts of a partitioned variable have one average, of the whole.
+        entry = (entries or {}).get(name, Entry(name))
+        if name in known:
+            found[name] = Entry(known[name])
+        elif entry.key in known:
+            found[name] = Entry(known[entry.key], entry.slice)
+    if not found:
         raise ValueError(
             f"checkpoint {source.prefix!r} has no moving averages: no entry is named like "
             "<variable>/ExponentialMovingAverage; read the weights themselves"
         )
-    return entries
+    return found
 
 
 def check_files(prefix: Path) -> None:

@@ -236,10 +236,12 @@ def _find_checkpoint(prefix: Path) -> Path | None:
     if checkpoint.exists(prefix):
         return prefix
     stem = _STEP.sub("", prefix.name)
+    # A name with a step does not mean the weights of another one.
+    step = "" if stem != prefix.name else r"(-\d+)?"
     beside = [
         path.with_suffix("")
         for path in sorted(prefix.parent.glob("*.index"))
-        if re.fullmatch(re.escape(stem) + r"(-\d+)?", path.stem)
+        if re.fullmatch(re.escape(stem) + step, path.stem)
     ]
     if len(beside) == 1:
         return beside[0]

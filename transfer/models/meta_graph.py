@@ -408,7 +408,7 @@ class MetaGraph:
             keys = object_keys.checkpoint_keys(self.objects, *serialized)
             entries |= {name: checkpoint.Entry(key) for name, key in keys.items()}
         if use_ema:
-            entries |= checkpoint.average_entries([n.name for n in variables], source)
+            entries |= checkpoint.average_entries([n.name for n in variables], source, entries)
         names = [node.name for node in variables]
         return entries | checkpoint.renamed_entries(names, entries, source.shapes, self.rename)
 
