@@ -183,12 +183,14 @@ def test_report_prints(run, tmp_path):
     assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 def test_names_in_report_are_escaped(run):
     page = (run / "report.html").read_text()
     assert "<b>" not in page
     assert "&lt;b&gt;&amp;amp;" in page
 
 
+@pytest.mark.slow
 def test_plots_are_also_files(run):
     plots = {path.stem: path for path in (run / "plots").iterdir()}
     assert plots.keys() == {
@@ -203,6 +205,7 @@ def test_plots_are_also_files(run):
             assert image.width > 300
 
 
+@pytest.mark.slow
 def test_report_has_config_and_commands(run, tmp_path):
     page = html.unescape((run / "report.html").read_text())
     assert "freeze_until: fc7" in page

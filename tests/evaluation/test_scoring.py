@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from recipes.cli import main
-from transfer import Classifier, evaluate, fine_tune, open_source
+from transfer import Classifier, Head, evaluate, fine_tune, open_source
 from transfer.data.dataset import whole_eval_split
 from transfer.runs import evaluation, run_data, run_folder
 from transfer.runs.evaluation import evaluate_model, evaluate_run
@@ -104,6 +104,17 @@ def test_class_order_may_differ_but_not_classes(run):
     classifier.labels = ["red", "green"]
     with pytest.raises(ValueError, match=r"1 are new \(blue\), 1 are missing \(green\)"):
         evaluate(classifier, held_out)
+
+
+def test_images_may_lack_a_class(run, caplog):
+    held_out = run_data.held_out(run, run_data.open_data(run))
+    known = Classifier.load(run)
+    names = [*known.labels, "green"]
+    classifier = Classifier(known.backbone, Head(3), known.preprocess, names)
+    classifier.build_from_size()
+    found = evaluate(classifier, held_out)
+    assert [entry["support"] > 0 for entry in found["classes"]] == [True, True, False]
+    assert "no images of 1 of the 3 classes: green" in caplog.text
 
 
 def test_empty_split_and_empty_batch_are_refused(run):

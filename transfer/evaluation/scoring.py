@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from transfer.evaluation import abstention, metrics
 from transfer.evaluation.prediction import predict_logits, summarize
 from transfer.evaluation.tables import write_probabilities
 from transfer.layers.classifier import Classifier
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -60,7 +63,7 @@ def evaluate(
         ``coverage``, also ``conformal``. All values are JSON types.
 
     Raises:
-        ValueError: if the split is empty or has different classes, ``cut`` does not separate the
+        ValueError: if the split is empty or has classes that are new, ``cut`` does not separate the
             input from the tap, the batch size is less than 1, ``coverage`` is not between 0 and 1
             or there are too few images for it, ``probabilities`` does not end in ``.npy``, or
             logits are not finite.
@@ -139,10 +142,15 @@ def _class_order(source: Source, labels: list[str]) -> np.ndarray:
     """Index of the logit for each class index of the dataset."""
     missing = sorted(set(labels) - set(source.class_names))
     extra = sorted(set(source.class_names) - set(labels))
-    if missing or extra:
+    if extra:
         raise ValueError(
             f"{source.name!r} has other classes than the classifier: {len(extra)} are new "
-            f"({', '.join(extra[:5]) or 'none'}), {len(missing)} are missing "
-            f"({', '.join(missing[:5]) or 'none'})"
+            f"({', '.join(extra[:5])}), {len(missing)} are missing "
+            f"({', '.join(missing[:5]) or 'none'}); its images must be of classes of the classifier"
+        )
+    if missing:
+        logger.warning(
+            f"{source.name!r} has no images of {len(missing)} of the {len(labels)} classes: "
+            f"{', '.join(missing[:5])}{', ...' if missing[5:] else ''}"
         )
     return np.array([labels.index(name) for name in source.class_names])

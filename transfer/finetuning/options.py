@@ -4,11 +4,14 @@
 # types are looked up in the module of the subclass.
 import difflib
 import itertools
+import logging
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
+
+logger = logging.getLogger(__name__)
 
 OF_GRADIENT_DESCENT = (
     "schedule",
@@ -280,6 +283,8 @@ class FineTuneOptions:
             raise ValueError(
                 f"solver={solver} does not use {', '.join(conflicts)}; leave out one of them"
             )
+        if unused := self.of_gradient_descent:
+            logger.warning(f"solver={solver} does not use {', '.join(unused)}")
 
 
 def _choices(kind: Any) -> tuple[str | None, ...]:
