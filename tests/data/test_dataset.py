@@ -231,6 +231,7 @@ def test_label_out_of_range_is_named(tmp_path):
         source.split("test")
 
 
+@pytest.mark.slow
 def test_shuffle_is_a_repeatable_permutation(digits_dir):
     split = open_source("digits", data_dir=str(digits_dir)).split("test")
 
@@ -242,6 +243,7 @@ def test_shuffle_is_a_repeatable_permutation(digits_dir):
     np.testing.assert_array_equal(np.sort(labels(1)), np.sort(split.labels))
 
 
+@pytest.mark.slow
 def test_random_views_differ_between_epochs_and_repeat_with_the_seed(image_folder):
     split = open_source(image_folder=str(image_folder)).split("train")
 

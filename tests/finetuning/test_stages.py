@@ -214,6 +214,7 @@ def test_cut_bypassed_by_branch_is_refused(tmp_path, image_folder, capsys):
     assert error.count("error: ") == 1
 
 
+@pytest.mark.slow
 def test_lbfgs_finds_the_same_head(tmp_path, model, image_folder, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, image_folder, "--solver", "lbfgs") == 0
@@ -225,6 +226,7 @@ def test_lbfgs_finds_the_same_head(tmp_path, model, image_folder, capsys):
     assert len(history(out)) == 1
 
 
+@pytest.mark.slow
 def test_early_stopping_restores_best_epoch(tmp_path, model, image_folder):
     out = tmp_path / "run"
     flags = ["--early-stopping", 2, "--epochs", 40, "--learning-rate", 3.0]
@@ -235,7 +237,7 @@ def test_early_stopping_restores_best_epoch(tmp_path, model, image_folder):
     assert metrics(out)["eval"]["loss"] == pytest.approx(best, rel=1e-6)
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [

@@ -107,6 +107,7 @@ def test_saved_model_accepts_files_and_pixels(run, photo):
     assert model.signatures["labels"]()["labels"].numpy().tolist() == [b"blue", b"red"]
 
 
+@pytest.mark.slow
 def test_exports_agree_with_predict(run, photo, capsys):
     path, expected = photo
     capsys.readouterr()
@@ -115,6 +116,7 @@ def test_exports_agree_with_predict(run, photo, capsys):
     assert best["probability"] == pytest.approx(expected.max(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_saved_model_rejects_undecodable_files(run, tmp_path):
     with Image.open(run.parent / "photos" / "red" / "04.jpg") as image:
         image.save(tmp_path / "photo.tiff")
@@ -124,6 +126,7 @@ def test_saved_model_rejects_undecodable_files(run, tmp_path):
         model.signatures["serving_default"](image_bytes=data)
 
 
+@pytest.mark.slow
 def test_exported_meta_graph_can_be_loaded(run):
     graph = load_meta_graph(run / "export" / "meta_graph" / "model")
     assert (graph.card.input, graph.card.preprocess) == ("pixels:0", "none")
@@ -146,6 +149,7 @@ def test_gray_network_is_exported(tmp_path, image_folder):
     assert list(figures(tmp_path / "run")["exports"]) == KINDS
 
 
+@pytest.mark.slow
 def test_export_with_different_results_is_not_kept(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(onnx, "load", lambda path: lambda pixels: np.full((len(pixels), 2), 0.5))
     out = tmp_path / "out"
@@ -205,6 +209,7 @@ def test_network_with_fixed_batch_size_is_exported(tmp_path, image_folder, capsy
     assert "np.repeat(pixels, 3, axis=0)" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags, message", [
     (["--format", "onnx,pickle"], "'pickle' is unknown; choose from meta_graph, saved_model"),
     (["--num-images", "0"], "--num-images must be at least 1"),

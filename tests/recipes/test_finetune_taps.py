@@ -109,6 +109,7 @@ def run_on_all(run):
     return out
 
 
+@pytest.mark.slow
 def test_run_on_all_taps_is_solved_and_recorded(run_on_all):
     card = json.loads((run_on_all / "model.json").read_text())
     assert card["tap"] == "features:0"

@@ -64,6 +64,7 @@ def test_evaluation_on_trained_groups_warns(grouped, capsys):
     assert "exact randomization test of" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_resume_keeps_the_groups(grouped, tmp_path):
     model, manifest, run = grouped
     out = tmp_path / "again"

@@ -159,6 +159,7 @@ def hostile_run(tmp_path_factory):
     return folder / "run", photos
 
 
+@pytest.mark.slow
 def test_table_results_are_escaped(hostile_run, capsys):
     run, photos = hostile_run
     (photos / "blue" / f"{HOSTILE}.png").write_bytes((photos / "blue" / "01.png").read_bytes())
@@ -173,6 +174,7 @@ def test_table_results_are_escaped(hostile_run, capsys):
         assert line == terminal.escaped(line)
 
 
+@pytest.mark.slow
 def test_csv_and_jsonl_results_are_not_escaped(hostile_run, capsys):
     run, photos = hostile_run
     image = photos / "blue" / f"={HOSTILE}.png"
@@ -190,6 +192,7 @@ def test_csv_and_jsonl_results_are_not_escaped(hostile_run, capsys):
     assert {row["label"] for row in rows} == {"blue", "'=\x1b[31mred\x9b\u202e"}
 
 
+@pytest.mark.slow
 def test_csv_files_have_no_formulas(hostile_run):
     run, _ = hostile_run
     assert cli.main(["evaluate", str(run), "--against", str(run)]) == 0

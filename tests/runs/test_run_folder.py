@@ -103,6 +103,7 @@ def test_linked_subfolder_of_a_run_is_refused(setting, tmp_path, capfd, name) ->
     assert contents(tmp_path / "theirs") == before
 
 
+@pytest.mark.slow
 def test_folder_in_place_of_a_file_is_named(setting, tmp_path, capfd) -> None:
     out = shutil.copytree(setting[2], tmp_path / "run")
     (out / "plots" / "confusion.png").unlink()

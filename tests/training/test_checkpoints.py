@@ -55,6 +55,7 @@ def test_run_interrupted_anywhere_is_bit_identical(tmp_path, steps):
     assert rest.history["accuracy"] == history.history["accuracy"][steps // 4 :]
 
 
+@pytest.mark.slow
 def test_interrupted_validation_of_averages_restores_the_weights(tmp_path):
     """The checkpoint that is then written has the weights, and the run ends as if uninterrupted."""
 
