@@ -37,6 +37,7 @@ from transfer.finetuning.request import RunRequest
 from transfer.finetuning.tap_choice import AUTO
 from transfer.graph import Network, graph_preprocessing, is_seeded
 from transfer.graph import cut as graph_cut
+from transfer.graph.batch_statistics import batch_statistics
 from transfer.graph.cuts import stopped
 from transfer.images.preprocess import parse_size, show_size
 from transfer.layers.backbone import Backbone
@@ -412,8 +413,15 @@ def _warn_if_stopped(network: Network, cut: str) -> None:
 
 
 def _check_repeatable(classifier: Classifier, split: Split, keep_dropout: bool) -> None:
-    """Refuse nondeterministic features: no two evaluations would agree."""
+    """Refuse nondeterministic features: no two evaluations would agree; warn if they depend on the
+    batch."""
     backbone = classifier.backbone
+    if mixing := batch_statistics(backbone.network):
+        logger.warning(
+            "the features of an image depend on the other images of its batch, through "
+            f"{', '.join(mixing[:3])}: batch norm that was exported in training mode; choose a tap "
+            "before it, or a graph for inference"
+        )
     if not is_seeded(backbone.network.graph_def) or keep_dropout:
         return
     images, _ = next(iter(split.batches(classifier.preprocess, 4)))

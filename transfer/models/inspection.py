@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from tensorflow.core.framework.node_def_pb2 import NodeDef
 
 from transfer.graph import (
-    NORMS,
     VARIABLES,
     Mode,
     Network,
@@ -27,8 +26,8 @@ from transfer.graph import (
     operation_of,
 )
 from transfer.graph import variable as graph_variable
+from transfer.graph.batch_statistics import batch_statistics
 from transfer.graph.cuts import Cut, list_cuts, stopped
-from transfer.graph.graph_def import uses_batch_statistics
 from transfer.graph.policy import RANDOM_OPS
 from transfer.models import repair
 from transfer.models.checkpoint import Checkpoint, average_entries, check_files
@@ -268,9 +267,10 @@ def _hazards(
         hazards.append(
             f"random numbers before the tap ({_few(noise)}): features differ from run to run"
         )
-    if any(n.op in NORMS and uses_batch_statistics(n) for n in _inference(network)):
+    if mixing := batch_statistics(network) if network is not None else []:
         hazards.append(
-            "batch norm before the tap uses the statistics of the batch, also at inference"
+            f"features depend on the other images of a batch ({_few(mixing)}): batch norm before "
+            "the tap uses their statistics, also at inference"
         )
     for tensor, names in (stopped(network) if network is not None else {}).items():
         hazards.append(
@@ -301,10 +301,6 @@ def _hazards(
 
 def _is_cpu(device: str) -> bool:
     return re.fullmatch(r"(/device:|/)?(cpu:0)?", device, re.IGNORECASE) is not None
-
-
-def _inference(network: Network | None) -> Iterable[NodeDef]:
-    return network.graph_def.node if network is not None else ()
 
 
 def _copies(taps: Sequence[TensorInfo]) -> int:

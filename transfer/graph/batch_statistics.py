@@ -1,0 +1,38 @@
+"""Operations by which the features of an image depend on the other images of its batch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from transfer.graph.conditionals import NORMS
+from transfer.graph.graph_def import (
+    constant,
+    data_inputs,
+    downstream,
+    operation_of,
+    uses_batch_statistics,
+)
+from transfer.graph.network import Network
+
+
+def batch_statistics(network: Network) -> list[str]:
+    """The operations of a network that mix the images of a batch at inference: batch norm that was
+    exported in training mode, fused or by hand, as averages over the first axis.
+
+    Example:
+        >>> from transfer import load_meta_graph
+        >>> from transfer.graph.batch_statistics import batch_statistics
+        >>> batch_statistics(load_meta_graph("embedded").network("fc7"))
+        []
+    """
+    nodes = {node.name: node for node in network.graph_def.node}
+    found = []
+    for name in downstream(list(nodes.values()), [network.input]):
+        node = nodes[name]
+        if node.op in NORMS and uses_batch_statistics(node):
+            found.append(name)
+        elif node.op == "Mean" and (maker := operation_of(data_inputs(node)[1])) in nodes:
+            axes = constant(nodes[maker])
+            if axes is not None and 0 in np.ravel(axes):
+                found.append(name)
+    return sorted(found)
