@@ -336,6 +336,10 @@ def test_layers_between_others_are_refused_whatever_their_shape(tmp_path):
     np.savez(tmp_path / "a.npz", **arrays, prelu1_alpha=np.ones((1, 1, 64), "f4"))
     with pytest.raises(ValueError, match=r"prelu1_alpha \(1, 1, 64\) belong to no layer"):
         layouts.identify(containers.read(tmp_path / "a.npz"))
+    scaled = {"fc9_W": np.ones((64, 64), "f4"), "fc9_scale": np.ones(64), "fc9_b": np.ones(64)}
+    np.savez(tmp_path / "a.npz", **arrays, **scaled)
+    with pytest.raises(ValueError, match=r"fc9_scale \(64,\).* belong to no layer"):
+        layouts.identify(containers.read(tmp_path / "a.npz"))
 
 
 def test_huge_sparse_safetensors_are_refused(tmp_path):

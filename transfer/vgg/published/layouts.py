@@ -311,7 +311,8 @@ def _left_out(others: Mapping[str, np.ndarray]) -> list[str]:
         kernels = [others[name] for name in names if others[name].ndim in (2, 4)]
         biases = [others[name] for name in names if others[name].ndim == 1]
         fits = all(len(values) in kernel.shape for values in biases for kernel in kernels)
-        if len(kernels) != 1 or len(kernels) + len(biases) != len(names) or not fits:
+        is_layer = len(kernels) == 1 and len(biases) <= 1 and len(names) == 1 + len(biases)
+        if not is_layer or not fits:
             refused += names
     if refused:
         shown = ", ".join(f"{name} {others[name].shape}" for name in refused[:5])
