@@ -162,7 +162,7 @@ def accuracy_interval(accuracies: Sequence[float], num_examples: int) -> tuple[f
 
     The distances to the ends of two intervals are added in quadrature, on either side: that of the
     mean over seeds (Student's t), and the Wilson score interval for the images, which has a width
-    at 0 and 1, too. With one seed, it is the latter.
+    at 0 and 1, too. With one seed, the result is the Wilson interval.
 
     Args:
         accuracies: 0 to 1, one per seed.

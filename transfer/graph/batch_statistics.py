@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from transfer.graph.conditionals import NORMS
-from transfer.graph.graph_def import (
-    constant,
-    data_inputs,
-    downstream,
-    operation_of,
-    uses_batch_statistics,
-)
+from transfer.graph.graph_def import averages_examples, downstream, uses_batch_statistics
 from transfer.graph.network import Network
 
 
@@ -26,13 +18,10 @@ def batch_statistics(network: Network) -> list[str]:
         []
     """
     nodes = {node.name: node for node in network.graph_def.node}
-    found = []
-    for name in downstream(list(nodes.values()), [network.input]):
-        node = nodes[name]
-        if node.op in NORMS and uses_batch_statistics(node):
-            found.append(name)
-        elif node.op == "Mean" and (maker := operation_of(data_inputs(node)[1])) in nodes:
-            axes = constant(nodes[maker])
-            if axes is not None and 0 in np.ravel(axes):
-                found.append(name)
-    return sorted(found)
+    live = downstream(list(nodes.values()), [network.input])
+    return sorted(
+        name
+        for name in live
+        if (nodes[name].op in NORMS and uses_batch_statistics(nodes[name]))
+        or averages_examples(nodes, nodes[name])
+    )

@@ -21,6 +21,7 @@ from transfer.graph.graph_def import (
     MAX_TRACE,
     SWITCHES,
     VARIABLES,
+    averages_examples,
     canonical,
     constant,
     data_inputs,
@@ -289,9 +290,8 @@ def _is_norm(
             return False
         if node.op in NORMS:
             takes_statistics |= uses_batch_statistics(node)
-        elif node.op == "Mean":
-            axes = constant(by_name.get(operation_of(node.input[1])))
-            takes_statistics |= axes is not None and 0 in np.ravel(axes)
+        else:
+            takes_statistics |= averages_examples(by_name, node)
         pending += [operation_of(edge) for edge in data_inputs(node)]
     return takes_statistics
 

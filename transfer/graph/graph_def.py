@@ -170,6 +170,14 @@ def uses_batch_statistics(norm: NodeDef) -> bool:
     return attr is None or attr.WhichOneof("value") is None or bool(attr.b)
 
 
+def averages_examples(by_name: Mapping[str, NodeDef], node: NodeDef) -> bool:
+    """Whether a node averages over the first axis, the images of a batch."""
+    if node.op != "Mean":
+        return False
+    axes = constant(by_name.get(operation_of(data_inputs(node)[1])))
+    return axes is not None and 0 in np.ravel(axes)
+
+
 def static_shape(node: NodeDef, index: int = 0) -> tuple[int | None, ...] | None:
     """The shape in the attributes of a node for one of its outputs; ``None`` if not given.
 
