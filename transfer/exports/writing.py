@@ -213,7 +213,7 @@ def _export_all(context: _ExportContext, names: list[str], out: Path, title: str
         try:
             exported, failed = _export(context, name, out, expected, title)
         except (ValueError, TypeError, tf.errors.OpError) as error:
-            exported, failed = {}, [f"{name}: {' '.join(str(error).split())[:300]}"]
+            exported, failed = {}, [_failure(name, error)]
         failures += failed
         if exported:  # else the files of an earlier export are still there
             kept = {k: v for k, v in metrics["exports"].items() if k.split()[0] != name}
@@ -222,6 +222,10 @@ def _export_all(context: _ExportContext, names: list[str], out: Path, title: str
     if failures:
         raise ValueError("; ".join(failures))
     return metrics
+
+
+def _failure(name: str, error: Exception) -> str:
+    return f"{name}: {' '.join(str(error).split())[:300]}"
 
 
 def _earlier(out: Path) -> dict[str, Any]:
@@ -267,7 +271,7 @@ def _export(
             try:
                 actual, rate = verification.timed(predict, context.samples.pixels)
             except Exception as error:  # each runtime has its own types
-                failures.append(f"{kind}: {' '.join(str(error).split())[:300]}")
+                failures.append(_failure(kind, error))
                 _remove(path)
                 continue
             compared = verification.compare(actual, expected)
