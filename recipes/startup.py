@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from recipes import console, terminal
+
+# Keras imports them, if installed, for wrappers and plots that no subcommand uses: a quarter of the
+# time to import TensorFlow. What needs them imports them later.
+_NOT_FOR_KERAS = ("sklearn", "matplotlib")
 
 
 @contextlib.contextmanager
@@ -28,7 +32,8 @@ def job(strategy: str = "none") -> Iterator[Any]:
     with open(os.devnull, "w") as devnull:
         os.dup2(devnull.fileno(), 2)
         try:
-            import tensorflow as tf
+            with _hidden(_NOT_FOR_KERAS):
+                import tensorflow as tf
 
             tf.get_logger().setLevel("ERROR")  # warnings about retracing are for developers
             replicas = None if strategy == "none" else _replicas(strategy, saved)
@@ -40,6 +45,19 @@ def job(strategy: str = "none") -> Iterator[Any]:
     console.log_to_stderr()
     with contextlib.redirect_stdout(terminal.raw(sys.stderr)):  # Keras bars move the cursor
         yield replicas
+
+
+@contextlib.contextmanager
+def _hidden(names: Iterable[str]) -> Iterator[None]:
+    """Within the context, packages that are not imported yet cannot be imported."""
+    hidden = [name for name in names if name not in sys.modules]
+    modules: dict[str, Any] = sys.modules
+    modules.update(dict.fromkeys(hidden))  # to import None raises an ImportError
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 def _replicas(strategy: str, stderr: int) -> Any:
