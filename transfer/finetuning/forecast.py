@@ -81,6 +81,7 @@ def forecast(request: RunRequest) -> Forecast:
         options,
         request.feeds,
         lambda taps: measurement.progress(taps, "features", "tap") if request.verbose else taps,
+        len(context.held_out),
     )
     best = choice.best.tap
     output = context.classifier.feature_extractor.network.output
@@ -125,8 +126,8 @@ def describe(forecast: Forecast, run: str = "") -> Iterator[str]:
     options = ", ".join(f"{name}={value!r}" for name, value in forecast.options.items())
     yield f"recommended: {run or options}"
     yield (
-        f"  accuracy {choice.nested:.3f} ({_interval(choice.nested_interval)}), with the choice of "
-        f"the tap cross-validated as well, in {_time(costs[0].total_s)}"
+        f"  accuracy {choice.nested:.3f}, with the choice of the tap cross-validated as well, "
+        f"{_interval(choice.nested_interval)} on the held-out images, in {_time(costs[0].total_s)}"
     )
     if len(costs) > 1:
         others = dict.fromkeys((costs[len(costs) // 2].cut, costs[-1].cut))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from transfer.layers.backbone import Backbone
 from transfer.models.meta_graph import MetaGraph
 from transfer.models.plan import ModelPlan
 from transfer.training.folds import stratified_folds
+from transfer.training.linear_head import Solution
 from transfer.training.ridge import GRID, fit_ridge
 
 logger = logging.getLogger(__name__)
@@ -38,8 +40,9 @@ _PENALTIES = GRID[::3]  # coarser, as many heads are fitted
 
 @dataclass(frozen=True)
 class TapScore:
-    """Accuracy (0 to 1) of a head on a tap, with its 95 % interval; ``width`` is the number of
-    features, ``fit_s`` the seconds that it would take to solve for a head on all images."""
+    """Cross-validated accuracy (0 to 1) of a head on a tap, and the 95 % interval of that of a run;
+    ``width`` is the number of features, ``fit_s`` the seconds that it would take to solve for a
+    head on all images."""
 
     tap: str
     width: int
@@ -54,7 +57,8 @@ class TapChoice:
 
     The accuracy of the best of several is too high by the choice. ``nested`` is the accuracy of the
     whole procedure, choice included: for each fold, the tap is chosen on the other folds by the
-    leave-one-out accuracy of their heads.
+    leave-one-out accuracy of their heads. ``nested_interval`` is the 95 % interval of the accuracy
+    of a run that makes this choice.
     """
 
     scores: list[TapScore]
@@ -70,6 +74,7 @@ def choose_tap(
     options: FineTuneOptions,
     feeds: Mapping[str, float | bool] | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    num_held_out: int | None = None,
 ) -> TapChoice:
     """Score the taps of a network on training images; no held-out image is looked at.
 
@@ -82,6 +87,7 @@ def choose_tap(
         options: of the run; ``tap`` may be ``auto``.
         feeds: values of placeholders, see ``Backbone``.
         progress: wraps the taps, for a progress bar.
+        num_held_out: see ``score_taps``.
 
     Raises:
         ValueError: if no tap works, or a class has fewer than two images, or groups.
@@ -119,7 +125,14 @@ def choose_tap(
             cache_dir=options.cache_dir,
             cache_limit=options.cache_limit,
         ).values
-    choice = score_taps(features, few.labels, few.groups, seed=options.seed)
+    choice = score_taps(
+        features,
+        few.labels,
+        few.groups,
+        seed=options.seed,
+        num_train=len(train),
+        num_held_out=num_held_out,
+    )
     logger.info(
         f"tap: {choice.best.tap}, cross-validated accuracy {choice.nested:.3f} on "
         f"{choice.num_images} training images"
@@ -171,11 +184,16 @@ def score_taps(
     groups: np.ndarray | None = None,
     *,
     seed: int = 0,
+    num_train: int | None = None,
+    num_held_out: int | None = None,
 ) -> TapChoice:
     """Cross-validated accuracy of a head on the features of each tap, solved by ridge regression.
 
-    Intervals are Wilson score intervals for the images; they do not cover the choice of the
-    training images.
+    Intervals are for the accuracy of a run on its held-out images. They are Wilson score intervals
+    whose number of images accounts for the sample of held-out images and, with the factor of Nadeau
+    and Bengio (doi 10.1023/A:1024068626366), for heads of different folds having most of their
+    images in common. As a run has more training images than a head of a fold, the upper end is that
+    of the accuracy extrapolated to them.
 
     Args:
         features: maps taps to float ``[num_examples, width]``.
@@ -183,6 +201,8 @@ def score_taps(
         groups: group number of each image, int ``[num_examples]``: groups are kept together in the
             folds.
         seed: seed of the folds.
+        num_train: number of training images of a run. Default: those given.
+        num_held_out: number of images that its accuracy is measured on. Default: infinitely many.
 
     Raises:
         ValueError: if a class has fewer than two images, or groups.
@@ -196,6 +216,7 @@ def score_taps(
     predicted = {tap: np.empty_like(labels) for tap in features}
     nested = np.empty_like(labels)
     seconds = dict.fromkeys(features, 0.0)
+    left_out: list[float] = []  # accuracies of all taps and folds
     for train, test in folds:
         others = None if groups is None else groups[train]
         inner = {}
@@ -203,20 +224,32 @@ def score_taps(
             start = time.perf_counter()
             inner[tap], predicted[tap][test] = _fit(values, labels, train, test, others)
             seconds[tap] += time.perf_counter() - start
+        left_out += inner.values()
         nested[test] = predicted[max(inner, key=inner.__getitem__)][test]
     # A run tries all penalties, and fits to the images of all folds.
     once = len(GRID) / len(_PENALTIES) / (len(folds) - 1)
+    in_all = [
+        _left_out_accuracy(_head(values, labels, groups), labels) for values in features.values()
+    ]
+    in_fold = len(labels) * (1 - 1 / len(folds))
+    slope = _learning_curve(left_out, in_all, in_fold / len(labels))
+    grown = (in_fold / max(num_train or 0, len(labels))) ** slope
+
+    def score(right: np.ndarray) -> tuple[float, tuple[float, float]]:
+        accuracy = float(right.mean())
+        share = 1.0 if groups is None else by_group.effective_size(right, groups) / len(right)
+        variance = (1 + len(folds) / (len(folds) - 1)) / len(right)
+        size = share / (variance + (1 / num_held_out if num_held_out else 0))
+        low, _ = by_group.wilson_interval(accuracy, size)
+        _, high = by_group.wilson_interval(1 - grown * (1 - accuracy), size)
+        return accuracy, (low, high)
+
     scores = [
-        TapScore(
-            tap,
-            values.shape[1],
-            *_accuracy(predicted[tap] == labels, groups),
-            fit_s=once * seconds[tap],
-        )
+        TapScore(tap, values.shape[1], *score(predicted[tap] == labels), fit_s=once * seconds[tap])
         for tap, values in features.items()
     ]
     best = max(scores, key=lambda score: score.accuracy)  # of equal ones the first
-    return TapChoice(scores, best, *_accuracy(nested == labels, groups), len(labels))
+    return TapChoice(scores, best, *score(nested == labels), len(labels))
 
 
 def _fit(
@@ -228,18 +261,33 @@ def _fit(
 ) -> tuple[float, np.ndarray]:
     """The leave-one-out accuracy of a head on the training images of a fold, and its predictions
     for the others, int ``[len(test)]``."""
+    head = _head(values[train], labels[train], groups)
+    predicted = (values[test] @ head.kernel + head.bias).argmax(-1)
+    return _left_out_accuracy(head, labels[train]), predicted
+
+
+def _head(values: np.ndarray, labels: np.ndarray, groups: np.ndarray | None) -> Solution:
     num_classes = int(labels.max()) + 1
-    x, y = values[train], labels[train]
-    head = fit_ridge(x, y, num_classes, groups=groups, penalties=_PENALTIES)
+    return fit_ridge(values, labels, num_classes, groups=groups, penalties=_PENALTIES)
+
+
+def _left_out_accuracy(head: Solution, labels: np.ndarray) -> float:
     left_out = head.out_of_sample
-    accuracy = 0.0 if left_out is None else float((left_out.argmax(-1) == y).mean())
-    return accuracy, (values[test] @ head.kernel + head.bias).argmax(-1)
+    return 0.0 if left_out is None else float((left_out.argmax(-1) == labels).mean())
 
 
-def _accuracy(right: np.ndarray, groups: np.ndarray | None) -> tuple[float, tuple[float, float]]:
-    accuracy = float(right.mean())
-    size = len(right) if groups is None else by_group.effective_size(right, groups)
-    return accuracy, by_group.wilson_interval(accuracy, size)
+def _learning_curve(fewer: Sequence[float], more: Sequence[float], share: float) -> float:
+    """The exponent of the power law by which the error falls with the number of images, 0 to 1.
+
+    Args:
+        fewer: accuracies of heads on ``share`` of the images.
+        more: accuracies of heads on all of them.
+        share: 0 to 1.
+    """
+    errors = [1 - float(np.mean(accuracies)) for accuracies in (fewer, more)]
+    if min(errors) <= 0:
+        return 0.0
+    return float(np.clip(math.log(errors[1] / errors[0]) / math.log(share), 0, 1))
 
 
 def _drawn(train: Split, most: int, seed: int) -> Split:
