@@ -551,3 +551,30 @@ def test_file_names_may_be_any_bytes(tmp_path):
     train, held_out = dataset.train_and_eval_splits(open_source(image_folder=str(tmp_path)))
     assert sum(len(y) for _, y in train.batches(PREPROCESS, 4, shuffle_seed=0)) == 6
     assert {os.fsencode(name) for name in [*train.names, *held_out.names]} == set(names)
+
+
+def test_preprocessing_is_traced_once_for_all_pipelines(monkeypatch):
+    traced = []
+    resize = Preprocess.resize
+
+    def counted(self, images):
+        traced.append(images.shape)
+        return resize(self, images)
+
+    monkeypatch.setattr(Preprocess, "resize", counted)
+    split = open_source("digits").split("test[:3]")
+    for _ in range(2):  # of a size that no other test uses
+        next(iter(split.batches(Preprocess("none", 7), 2)))
+        next(iter(split.batches(Preprocess("none", 7), 2, view_seed=1)))
+    assert traced == [(None, None, 3)] * 2  # once without views, and once with them
+
+
+def test_preprocessing_of_a_subclass_is_used():
+    class Dark(Preprocess):
+        def call(self, images):
+            return super().call(images) / 2
+
+    split = open_source("digits").split("test[:3]")
+    images, _ = next(iter(split.batches(Preprocess("none", 7), 3)))
+    dark, _ = next(iter(split.batches(Dark("none", 7), 3)))
+    np.testing.assert_array_equal(dark, images / 2)

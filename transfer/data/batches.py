@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -94,13 +96,13 @@ class Batches:
         )
 
     def _to_pair(self, example: dict[str, Any]) -> tuple[tf.Tensor, tf.Tensor]:
-        image = decode(example["image"])
+        seed = tf.zeros([2], tf.int64)
         if self.view_seed is not None:
             # Seeded by its name, so that a view does not depend on the order or the batch.
             number = tf.strings.to_hash_bucket_fast(example["name"], 2**31 - 1)
-            seed = tf.cast(example.get("view_seed", self.view_seed), tf.int64)
-            image = random_view(image, tf.stack([seed, number]))
-        return self.preprocess(image), example["label"]
+            seed = tf.stack([tf.cast(example.get("view_seed", self.view_seed), tf.int64), number])
+        to_input = _to_input(self.preprocess, self.view_seed is not None)
+        return to_input(example["image"], seed), example["label"]
 
     def __iter__(self) -> Iterator[tuple[tf.Tensor, tf.Tensor]]:
         """Yields batches of ``(images, labels)``.
@@ -129,6 +131,32 @@ class Batches:
             return {name: self.split.source.refused.get(name, why) for name, why in reasons.items()}
         except tf.errors.OpError as error:  # a missing file, a damaged shard
             raise ValueError(f"an image cannot be read ({reason(error)})") from error
+
+
+def _to_input(preprocess: Preprocess, is_view: bool) -> Callable[..., tf.Tensor]:
+    """A function of an encoded image and the seed of its view that decodes and preprocesses it."""
+    if type(preprocess) is Preprocess:
+        return _traced(json.dumps(preprocess.settings()), is_view)
+    return _untraced(preprocess, is_view)  # a subclass may compute anything
+
+
+def _untraced(preprocess: Preprocess, is_view: bool) -> Callable[..., tf.Tensor]:
+    def compute(encoded: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+        image = decode(encoded)
+        return preprocess(random_view(image, seed) if is_view else image)
+
+    return compute
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(settings: str, is_view: bool) -> Callable[..., tf.Tensor]:
+    """The function for these settings, traced once for all pipelines: it would otherwise take most
+    of the time before the first batch."""
+    # The name, as naming it by number would change the names of other layers.
+    preprocess = Preprocess(**json.loads(settings), name="preprocess")
+    compute = _untraced(preprocess, is_view)
+    specs = [tf.TensorSpec([], tf.string), tf.TensorSpec([2], tf.int64)]
+    return tf.function(compute, input_signature=specs, autograph=False)
 
 
 @dataclass(frozen=True)
