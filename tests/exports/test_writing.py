@@ -19,6 +19,7 @@ from transfer import (
     open_source,
     save_meta_graph,
 )
+from transfer.core.files import locked_folder
 from transfer.exports import keras_file, tflite
 from transfer.exports.meta_graph import save_classifier
 
@@ -140,7 +141,7 @@ def test_other_head_prevents_meta_graph_only(model, tmp_path):
     classifier = new_classifier(model, keras.layers.Dense(3))
     with pytest.raises(ValueError, match="meta_graph: .*can save a classifier with a Head"):
         export(classifier, tmp_path / "out", formats=["meta_graph", "keras"])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export.json", "keras"]
+    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {"export.json", "keras"}
 
 
 def test_loaded_classifier_is_native_too(loaded, tmp_path):
@@ -160,8 +161,21 @@ def test_network_that_keras_cannot_express_is_refused_with_its_node(tmp_path):
     with pytest.raises(ValueError, match=r"keras: cannot express node '.*AdjustHue'") as refused:
         export(new_classifier(tmp_path / "hue"), tmp_path / "out", formats=["keras", "saved_model"])
     assert "Classifier.save writes" in str(refused.value)
-    exported = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert exported == ["export.json", "saved_model"]
+    exported = {path.name for path in (tmp_path / "out").glob("[!.]*")}
+    assert exported == {"export.json", "saved_model"}
+
+
+def test_folder_that_another_process_exports_to_is_left_alone(classifier, tmp_path):
+    draft = tmp_path / ".saving-0123456789abcdef" / "labels.txt"
+    draft.parent.mkdir()
+    draft.write_text("theirs")
+    with (
+        locked_folder(tmp_path),
+        pytest.raises(BlockingIOError, match="another process works in .*; wait for it"),
+    ):
+        export(classifier, tmp_path, formats=["keras"])
+    assert draft.read_text() == "theirs"
+    assert not (tmp_path / "export.json").exists()
 
 
 def test_unknown_format_is_refused_before_writing(classifier, tmp_path):

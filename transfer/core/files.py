@@ -23,6 +23,8 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".lock"
+"""The file in a folder that is locked while a process writes to the folder."""
 _MAX_NAMES_BYTES = 2**27  # the names of a few million images
 
 # Control characters, other characters that some programs treat as line breaks, and lone surrogates,
@@ -122,17 +124,23 @@ def lock(path: Path) -> FileLock:
 
 
 @contextlib.contextmanager
-def locked(lock: FileLock, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+def locked(
+    lock: FileLock, waiting: Callable[[], None] | None = None, timeout_s: float = -1
+) -> Iterator[None]:
     """Hold a lock. Where files cannot be locked, it has no effect.
 
-    ``waiting()`` is called before waiting for another process that holds it.
+    ``waiting()`` is called before waiting for another process that holds it, forever or up to
+    ``timeout_s``.
+
+    Raises:
+        filelock.Timeout: if the other process still holds it then.
     """
     try:
         lock.acquire(blocking=False)
     except Timeout:
         if waiting is not None:
             waiting()
-        lock.acquire()
+        lock.acquire(timeout=timeout_s)
     except (OSError, NotImplementedError) as error:  # the second: filelock, without flock
         reason = getattr(error, "strerror", None) or error
         logger.info(f"{lock.lock_file} cannot be locked: {reason}")
@@ -140,6 +148,23 @@ def locked(lock: FileLock, waiting: Callable[[], None] | None = None) -> Iterato
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, timeout_s: float = 0) -> Iterator[None]:
+    """Keep other processes from writing to a folder, by its file ``LOCK``; see ``locked``.
+
+    Raises:
+        BlockingIOError: if another process writes to it, and still does after ``timeout_s``.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock(folder / LOCK), timeout_s=timeout_s))
+        except Timeout:
+            raise BlockingIOError(
+                f"another process works in {str(folder)!r}; wait for it, or choose another folder"
+            ) from None
+        yield
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import tensorflow as tf
 from transfer.core import measurement
 from transfer.core.files import (
     draft_folder,
+    locked_folder,
     refuse_link,
     remove_drafts,
     remove_folder,
@@ -93,6 +94,7 @@ def export(
         classifier.
 
     Raises:
+        BlockingIOError: if another process exports to ``out``.
         FileExistsError: if a format's folder holds anything other than an earlier export.
         ImportError: if ``onnx`` is requested and not installed.
         ValueError: if a format is unknown, or an export fails or gives different results than the
@@ -142,7 +144,7 @@ def export_run(
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
-        FileExistsError, ImportError, ValueError: see ``export``.
+        BlockingIOError, FileExistsError, ImportError, ValueError: see ``export``.
     """
     names, run = _formats(formats), Path(run)
     _check_counts(num_images, num_examples)
@@ -202,23 +204,25 @@ def _check_counts(num_images: int, num_examples: int) -> None:
 
 def _export_all(context: _ExportContext, names: list[str], out: Path, title: str) -> dict[str, Any]:
     predict = partial(_in_one_batch, context.classifier.probabilities_of_resized)
-    expected, rate = verification.timed(predict, context.samples.pixels)
-    metrics = _earlier(out) | {"num_images": len(context.samples.files), "images_per_s": rate}
-    metrics |= {"versions": measurement.versions()}
-    for name in names:
-        _check_ours(out / name, metrics)
-    failures = []
-    for name in names:
-        logger.info("%s ...", name)
-        try:
-            exported, failed = _export(context, name, out, expected, title)
-        except (ValueError, TypeError, tf.errors.OpError) as error:
-            exported, failed = {}, [_failure(name, error)]
-        failures += failed
-        if exported:  # else the files of an earlier export are still there
-            kept = {k: v for k, v in metrics["exports"].items() if k.split()[0] != name}
-            metrics["exports"] = kept | exported
-        run_folder.write_json(out / METRICS, metrics)
+    out.mkdir(parents=True, exist_ok=True)
+    with locked_folder(out):
+        expected, rate = verification.timed(predict, context.samples.pixels)
+        metrics = _earlier(out) | {"num_images": len(context.samples.files), "images_per_s": rate}
+        metrics |= {"versions": measurement.versions()}
+        for name in names:
+            _check_ours(out / name, metrics)
+        failures = []
+        for name in names:
+            logger.info("%s ...", name)
+            try:
+                exported, failed = _export(context, name, out, expected, title)
+            except (ValueError, TypeError, tf.errors.OpError) as error:
+                exported, failed = {}, [_failure(name, error)]
+            failures += failed
+            if exported:  # else the files of an earlier export are still there
+                kept = {k: v for k, v in metrics["exports"].items() if k.split()[0] != name}
+                metrics["exports"] = kept | exported
+            run_folder.write_json(out / METRICS, metrics)
     if failures:
         raise ValueError("; ".join(failures))
     return metrics
@@ -263,7 +267,6 @@ def _export(
     """Write a format to its folder, keeping only files that pass verification. Returns their
     metrics, and error messages about the others."""
     folder = out / name
-    out.mkdir(parents=True, exist_ok=True)
     remove_drafts(out, _WRITTEN[name])
     with draft_folder(out) as draft:
         metrics, failures = {}, []
