@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -20,7 +21,7 @@ from transfer import (
     save_meta_graph,
 )
 from transfer.core.files import locked_folder
-from transfer.exports import keras_file, tflite
+from transfer.exports import keras_file, tflite, writing
 from transfer.exports.meta_graph import save_classifier
 
 PHOTOS = np.random.default_rng(0).integers(0, 255, (2, 20, 24, 3)).astype(np.uint8)
@@ -120,6 +121,30 @@ def test_format_that_fails_later_keeps_the_earlier_files(classifier, tmp_path, m
             export(classifier, tmp_path / "out", formats=["keras"])
     assert [*json.loads((tmp_path / "out" / "export.json").read_text())["exports"]] == ["keras"]
     assert [*export(classifier, tmp_path / "out", formats=["keras"])["exports"]] == ["keras"]
+
+
+@pytest.mark.parametrize("killed_at", ["keras", ".saving-"])  # in place; the earlier one moved
+def test_export_that_was_killed_can_be_repeated(classifier, tmp_path, monkeypatch, killed_at):
+    def keras_format(context, folder):
+        (folder / "model.keras").write_text("model")
+        predict = context.classifier.probabilities_of_resized
+        yield "keras", folder / "model.keras", lambda pixels: np.asarray(predict(pixels))
+
+    def rename_and_die(path, target):
+        rename(path, target)
+        if target.name.startswith(killed_at):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(writing._FORMATS, "keras", keras_format)
+    rename = Path.rename
+    if killed_at != "keras":
+        export(classifier, tmp_path, formats=["keras"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", rename_and_die)
+        export(classifier, tmp_path, formats=["keras"])
+    assert [*export(classifier, tmp_path, formats=["keras"])["exports"]] == ["keras"]
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "export.json", "keras"}
+    assert {path.name for path in (tmp_path / "keras").iterdir()} == {"README.md", "model.keras"}
 
 
 def test_precision_that_cannot_be_converted_fails_alone(classifier, tmp_path, monkeypatch):

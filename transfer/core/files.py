@@ -171,12 +171,17 @@ def locked_folder(folder: Path, timeout_s: float = 0) -> Iterator[None]:
 def draft_folder(parent: Path) -> Iterator[Path]:
     """A temporary folder in ``parent``, for files to be moved to their final names together. It is
     deleted at the end, with the files left in it."""
-    folder = parent / f"{_DRAFT}{secrets.token_hex(8)}"
+    folder = draft_path(parent)
     folder.mkdir()
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def draft_path(parent: Path) -> Path:
+    """A new name in ``parent`` for a folder that ``remove_drafts`` deletes."""
+    return parent / f"{_DRAFT}{secrets.token_hex(8)}"
 
 
 def remove_drafts(parent: Path, names: re.Pattern[str] = _DRAFT_FILES) -> None:
