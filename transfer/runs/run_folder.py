@@ -108,10 +108,17 @@ def opened(
 
 def remove(run: Path, *, only_working: bool = False) -> None:
     """Delete the files of a run and its folder, or only its checkpoints and events. Other files and
-    their folders are kept."""
-    files.remove_drafts(run)
-    names = _WORKING_FILES if only_working else _RUN_FILES
-    files.remove_folder(run, re.compile(names))
+    their folders are kept.
+
+    Raises:
+        BlockingIOError: if another process works in the folder.
+    """
+    if not run.is_dir():
+        return
+    with files.locked_folder(run):
+        files.remove_drafts(run)
+        names = _WORKING_FILES if only_working else _RUN_FILES
+        files.remove_folder(run, re.compile(names))
 
 
 def files_of(run: Path) -> list[Path]:
