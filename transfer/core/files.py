@@ -37,7 +37,7 @@ CHECKPOINT_FILES = re.compile(
     r"(.+/)?(checkpoint|[^/]+\.(meta|index|data-\d{5}-of-\d{5})(\.tempstate\d+)?)"
 )
 """Relative paths of the files in a checkpoint folder, written by TensorFlow's or our saver."""
-_DRAFT_FILES = re.compile(rf"{CHECKPOINT_FILES.pattern}|[^/]+\.json")
+_DRAFT_FILES = re.compile(rf"{CHECKPOINT_FILES.pattern}|(.+/)?[^/]+\.(json|labels\.txt|tmp|lock)")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -170,13 +170,21 @@ def locked_folder(folder: Path, timeout_s: float = 0) -> Iterator[None]:
 @contextlib.contextmanager
 def draft_folder(parent: Path) -> Iterator[Path]:
     """A temporary folder in ``parent``, for files to be moved to their final names together. It is
-    deleted at the end, with the files left in it."""
+    deleted at the end, with the files left in it; if this process is killed, by a later call."""
+    remove_drafts(parent)
     folder = draft_path(parent)
-    folder.mkdir()
+    in_use = _draft_lock(folder)
+    Path(in_use.lock_file).touch()  # else filelock makes its folder, which may have been deleted
     try:
-        yield folder
+        with locked(in_use):
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.unlink(in_use.lock_file)
 
 
 def draft_path(parent: Path) -> Path:
@@ -184,11 +192,26 @@ def draft_path(parent: Path) -> Path:
     return parent / f"{_DRAFT}{secrets.token_hex(8)}"
 
 
+def _draft_lock(folder: Path) -> FileLock:
+    """Held while a draft folder is in use. It is beside the folder, because all files in the folder
+    are moved to their final names."""
+    return lock(folder.with_name(f"{folder.name}.lock"))
+
+
 def remove_drafts(parent: Path, names: re.Pattern[str] = _DRAFT_FILES) -> None:
     """Delete draft folders that killed processes left behind; see ``remove_folder``."""
     for folder in parent.glob(f"{_DRAFT}*"):
-        if _DRAFT_NAME.fullmatch(folder.name):
-            remove_folder(folder, names)
+        if not _DRAFT_NAME.fullmatch(folder.name):
+            continue
+        unused = _draft_lock(folder)
+        try:
+            unused.acquire(blocking=False)
+        except (OSError, NotImplementedError):  # in use, or files cannot be locked
+            continue
+        remove_folder(folder, names)
+        unused.release()
+        with contextlib.suppress(OSError):
+            os.unlink(unused.lock_file)
 
 
 def remove_folder(folder: Path, names: re.Pattern[str]) -> None:
