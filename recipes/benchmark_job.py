@@ -17,7 +17,7 @@ from transfer.benchmarking.grid import parse_grid
 from transfer.benchmarking.study import study
 from transfer.core import child_process, files
 from transfer.finetuning.options import FineTuneOptions
-from transfer.runs import run_folder
+from transfer.runs import interruption, run_folder
 
 
 def compare_cuts(config: BenchmarkConfig) -> tuple[str, Path, int]:
@@ -42,7 +42,11 @@ def compare_cuts(config: BenchmarkConfig) -> tuple[str, Path, int]:
     comparison = Comparison(
         options, labels, cuts, config.seeds, config.baseline, config.keep_models
     )
-    with run_folder.opened(out, asdict(config), resume=config.resume, defaults=asdict(DEFAULTS)):
+    with (
+        console.resumable("benchmark"),
+        run_folder.opened(out, asdict(config), resume=config.resume, defaults=asdict(DEFAULTS)),
+        interruption.resumable(out),  # which ends the process of the current run
+    ):
         table, num_failed = compare(comparison, out, lambda run: _start(run, config))
     return table, out, num_failed
 

@@ -7,6 +7,7 @@ import difflib
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
@@ -134,8 +135,9 @@ def resumable(verb: str) -> Iterator[None]:
     except Interrupted as error:
         run_dir = error.run_dir
         raise Stopped(
-            f"interrupted; resume with: vgg-transfer {verb} --config {run_dir / run_folder.CONFIG} "
-            f"--out {run_dir} --resume",
+            f"interrupted; resume with: vgg-transfer {verb} --config "
+            f"{shlex.quote(str(run_dir / run_folder.CONFIG))} --out {shlex.quote(str(run_dir))} "
+            "--resume",
             error.status,
         ) from error
 

@@ -8,13 +8,15 @@ from html.parser import HTMLParser
 import pytest
 
 from transfer import load_meta_graph, open_source
+from transfer.benchmarking import comparison as comparisons
 from transfer.benchmarking import limits
-from transfer.benchmarking.comparison import Comparison, compare, labels_of
+from transfer.benchmarking.comparison import Comparison, Run, compare, labels_of
 from transfer.benchmarking.keras_baseline import keras_baseline
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.request import RunRequest
 from transfer.finetuning.run import run
 from transfer.graph.cuts import default_cuts
+from transfer.runs import run_folder
 
 WORK = {"finetune": run, "keras-baseline": keras_baseline, "benchmark-limits": limits.measure}
 
@@ -83,6 +85,23 @@ def test_benchmark_resumes_and_writes_report(tmp_path, comparison, start):
     again = json.loads((tmp_path / "benchmark.json").read_text())
     assert again["rows"][1:] == summary["rows"][1:]
     assert len(again["rows"]) == 2
+
+
+def test_run_that_ended_after_its_benchmark_was_killed_is_completed(tmp_path, monkeypatch):
+    monkeypatch.setattr("transfer.core.measurement.sgemm_gflops", lambda: 5.0)
+    run_folder.write_json(tmp_path / run_folder.METRICS, {"eval": {"accuracy": 1.0}})
+    (tmp_path / "model.index").write_text("weights")
+    item = Run("fc7", "finetune", FineTuneOptions(seed=3), tmp_path)
+    record = comparisons._record(item, lambda _: pytest.fail("repeated"), keep_models=False)
+    assert record == {
+        "label": "fc7",
+        "seed": 3,
+        "eval": {"accuracy": 1.0},
+        "sgemm_gflops": 5.0,
+        "disk_mb": 0.0,
+    }
+    assert comparisons._record(item, lambda _: None, keep_models=False) == record
+    assert not (tmp_path / "model.index").exists()
 
 
 @pytest.mark.slow

@@ -138,6 +138,23 @@ def test_only_known_files_are_deleted(folder: Path, theirs: Path) -> None:
     files.remove_folder(folder / "absent", names)
 
 
+def test_drafts_of_killed_processes_are_deleted_by_the_next_draft(folder: Path) -> None:
+    dead = folder / ".saving-0123456789abcdef"
+    for name in ("vgg.meta", "vgg.labels.txt", ".saving-aaaabbbbccccdddd/vgg.json"):
+        (dead / name).parent.mkdir(exist_ok=True, parents=True)
+        (dead / name).write_text("x")
+    dead.with_name(f"{dead.name}.lock").touch()
+    with files.draft_folder(folder) as live:
+        (live / "vgg.meta").write_text("mine")
+        with files.draft_folder(folder) as other:
+            assert {p.name for p in folder.iterdir()} == {
+                name for draft in (live, other) for name in (draft.name, f"{draft.name}.lock")
+            }
+            files.remove_drafts(folder)
+        assert (live / "vgg.meta").read_text() == "mine"
+    assert not list(folder.iterdir())
+
+
 def test_only_draft_folders_are_deleted(folder: Path) -> None:
     for name in (
         ".saving-0123456789abcdef",

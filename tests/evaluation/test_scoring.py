@@ -7,6 +7,7 @@ import pytest
 
 from recipes.cli import main
 from transfer import Classifier, Head, evaluate, fine_tune, open_source
+from transfer.core.files import locked_folder
 from transfer.data.dataset import whole_eval_split
 from transfer.runs import evaluation, run_data, run_folder
 from transfer.runs.evaluation import evaluate_model, evaluate_run
@@ -52,6 +53,11 @@ def test_evaluate_run_returns_what_it_writes(run, tmp_path):
     assert np.load(path).shape == (len(held_out), 2)
     with pytest.raises(ValueError, match=r"ends in \.npy"):
         evaluate_run(run, probabilities=tmp_path / "p.csv")
+
+
+def test_run_that_another_process_continues_is_not_evaluated(run):
+    with locked_folder(run), pytest.raises(BlockingIOError, match="another process works in"):
+        evaluate_run(run)
 
 
 def test_model_without_a_run_is_evaluated_on_the_images_given(run, capsys):

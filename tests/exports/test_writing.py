@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -19,7 +20,8 @@ from transfer import (
     open_source,
     save_meta_graph,
 )
-from transfer.exports import keras_file, tflite
+from transfer.core.files import locked_folder
+from transfer.exports import keras_file, tflite, writing
 from transfer.exports.meta_graph import save_classifier
 
 PHOTOS = np.random.default_rng(0).integers(0, 255, (2, 20, 24, 3)).astype(np.uint8)
@@ -121,6 +123,30 @@ def test_format_that_fails_later_keeps_the_earlier_files(classifier, tmp_path, m
     assert [*export(classifier, tmp_path / "out", formats=["keras"])["exports"]] == ["keras"]
 
 
+@pytest.mark.parametrize("killed_at", ["keras", ".saving-"])  # in place; the earlier one moved
+def test_export_that_was_killed_can_be_repeated(classifier, tmp_path, monkeypatch, killed_at):
+    def keras_format(context, folder):
+        (folder / "model.keras").write_text("model")
+        predict = context.classifier.probabilities_of_resized
+        yield "keras", folder / "model.keras", lambda pixels: np.asarray(predict(pixels))
+
+    def rename_and_die(path, target):
+        rename(path, target)
+        if target.name.startswith(killed_at):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(writing._FORMATS, "keras", keras_format)
+    rename = Path.rename
+    if killed_at != "keras":
+        export(classifier, tmp_path, formats=["keras"])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", rename_and_die)
+        export(classifier, tmp_path, formats=["keras"])
+    assert [*export(classifier, tmp_path, formats=["keras"])["exports"]] == ["keras"]
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "export.json", "keras"}
+    assert {path.name for path in (tmp_path / "keras").iterdir()} == {"README.md", "model.keras"}
+
+
 def test_precision_that_cannot_be_converted_fails_alone(classifier, tmp_path, monkeypatch):
     convert = tflite.convert
 
@@ -140,7 +166,7 @@ def test_other_head_prevents_meta_graph_only(model, tmp_path):
     classifier = new_classifier(model, keras.layers.Dense(3))
     with pytest.raises(ValueError, match="meta_graph: .*can save a classifier with a Head"):
         export(classifier, tmp_path / "out", formats=["meta_graph", "keras"])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export.json", "keras"]
+    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {"export.json", "keras"}
 
 
 def test_loaded_classifier_is_native_too(loaded, tmp_path):
@@ -160,8 +186,21 @@ def test_network_that_keras_cannot_express_is_refused_with_its_node(tmp_path):
     with pytest.raises(ValueError, match=r"keras: cannot express node '.*AdjustHue'") as refused:
         export(new_classifier(tmp_path / "hue"), tmp_path / "out", formats=["keras", "saved_model"])
     assert "Classifier.save writes" in str(refused.value)
-    exported = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert exported == ["export.json", "saved_model"]
+    exported = {path.name for path in (tmp_path / "out").glob("[!.]*")}
+    assert exported == {"export.json", "saved_model"}
+
+
+def test_folder_that_another_process_exports_to_is_left_alone(classifier, tmp_path):
+    draft = tmp_path / ".saving-0123456789abcdef" / "labels.txt"
+    draft.parent.mkdir()
+    draft.write_text("theirs")
+    with (
+        locked_folder(tmp_path),
+        pytest.raises(BlockingIOError, match="another process works in .*; wait for it"),
+    ):
+        export(classifier, tmp_path, formats=["keras"])
+    assert draft.read_text() == "theirs"
+    assert not (tmp_path / "export.json").exists()
 
 
 def test_unknown_format_is_refused_before_writing(classifier, tmp_path):

@@ -1,6 +1,8 @@
 """The benchmark end to end on a small network."""
 
 import json
+import os
+import signal
 
 import pytest
 
@@ -40,6 +42,17 @@ def test_error_of_a_process_is_its_last_line(tmp_path, model, image_folder):
     assert error == (
         f"epochs must be at least 1, got 0 (exit status 1, see {tmp_path / 'run.log'})"
     )
+
+
+def test_terminated_benchmark_says_how_to_resume(tmp_path, model, image_folder, capfd, monkeypatch):
+    def compare(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(benchmark_job, "compare", compare)
+    out = tmp_path / "my runs"
+    assert benchmark(out, model, image_folder, "--cuts", "fc7") == 143
+    command = f"vgg-transfer benchmark --config '{out}/config.yaml' --out '{out}' --resume"
+    assert f"interrupted; resume with: {command}" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

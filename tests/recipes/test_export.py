@@ -155,7 +155,7 @@ def test_export_with_different_results_is_not_kept(run, tmp_path, monkeypatch, c
     out = tmp_path / "out"
     assert main(["export", str(run), "--format", "onnx", "--out", str(out)]) == 1
     assert "onnx gives other results than the model" in capsys.readouterr().err
-    assert [path.name for path in out.iterdir()] == ["export.json"]
+    assert [path.name for path in out.glob("[!.]*")] == ["export.json"]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from conftest import make_image_folder, save_vgg
 
 from recipes.cli import main
 from transfer import Card
+from transfer.core import files
 from transfer.runs import run_folder
 
 FLAGS = ("--freeze-until", "pool2", "--cache", "memory", "--max-to-keep", 1)
@@ -142,6 +143,15 @@ def test_export_keeps_user_files(setting, tmp_path, capfd, name) -> None:
     if name == "notes.txt":
         assert main(["export", str(out), "--format", "tflite"]) == 0
     assert (out / "export" / ".tflite.tmp" / "a.jpg").read_text() == "mine"
+
+
+def test_remove_refuses_run_of_another_process(tmp_path) -> None:
+    (tmp_path / "config.yaml").write_text("epochs: 1")
+    with files.locked_folder(tmp_path), pytest.raises(BlockingIOError, match="another process"):
+        run_folder.remove(tmp_path)
+    assert (tmp_path / "config.yaml").exists()
+    run_folder.remove(tmp_path)
+    assert not tmp_path.exists()
 
 
 def test_remove_deletes_run_files_only(setting, tmp_path) -> None:

@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import threading
 import time
 
 import httpx
@@ -18,6 +19,7 @@ from PIL import Image
 from served_runs import evaluated_run
 
 from transfer import Classifier, open_source
+from transfer.core.files import write_text
 from transfer.images.decoding import read_image
 from transfer.serving.app import Settings, build_app
 from transfer.serving.confident_errors import ConfidentError, ConfidentErrors
@@ -288,6 +290,23 @@ def test_corrections_are_a_manifest(ask, run, errors):
     assert len(source.split("train")) == 2  # the added row is still there
     for body in ({"label": "green"}, {"path": "/etc/passwd"}, [], None):
         assert ask(("POST", url, {"json": body})).status_code == 400
+
+
+def test_corrections_of_two_servers_are_kept(tmp_path, monkeypatch):
+    (tmp_path / "predictions.csv").write_text("image,label,prediction,probability\n")
+    monkeypatch.setattr(ConfidentErrors, "_path", lambda self, number: f"/{number}.png")
+    second = threading.Thread(target=ConfidentErrors(tmp_path).correct, args=(1, "b"))
+
+    def write(path, text):
+        if second.ident is None:
+            second.start()
+            second.join(0.1)
+        write_text(path, text)
+
+    monkeypatch.setattr("transfer.serving.confident_errors.write_text", write)
+    ConfidentErrors(tmp_path).correct(0, "a")
+    second.join()
+    assert (tmp_path / "corrections.csv").read_text() == "path,label\n/0.png,a\n/1.png,b\n"
 
 
 @pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "image,label,prediction,p(a)\nx,b,a,?\n", "\0"])

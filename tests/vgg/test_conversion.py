@@ -1,5 +1,7 @@
 """`convert` from Python; its results for each file format are tested in test_published.py."""
 
+import errno
+
 import numpy as np
 import pytest
 from published_files import NUM_CLASSES, SMALL, VALUES, write_caffe, write_frossard
@@ -47,6 +49,17 @@ def test_convert_never_overwrites_files(tmp_path):
     convert(tmp_path / "weights.npz", tmp_path / "vgg")
     with pytest.raises(ValueError, match="is there already; choose another out=PREFIX"):
         convert(tmp_path / "weights.npz", tmp_path / "vgg")
+
+
+def test_conversion_that_failed_leaves_no_files(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_frossard(tmp_path / "weights.npz")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr("transfer.vgg.published.conversion.save_meta_graph", full)
+        convert(tmp_path / "weights.npz", tmp_path / "vgg")
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.npz"]
 
 
 def test_unknown_size_of_images_is_warned_of_or_given(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from transfer.core.files import lock
 from transfer.vgg.published import download
 
 SLIM = download.PUBLISHED["vgg16-slim"]
@@ -41,6 +42,22 @@ def test_page_with_an_error_is_not_taken_for_weights(small, monkeypatch):
     assert small.difference(small.path)
     small.path.write_bytes(bytes(small.min_bytes))
     assert not small.difference(small.path)
+
+
+def test_second_download_waits_for_the_first(small, monkeypatch):
+    first = lock(small.path.with_name(f"{small.path.name}.lock"))
+    first.acquire()
+    said = []
+
+    def wait(line):
+        said.append(line)
+        small.path.write_bytes(bytes(small.min_bytes))
+        first.release()
+
+    monkeypatch.setattr(download.logger, "info", wait)
+    monkeypatch.setattr(download, "_opened", lambda _: pytest.fail("downloaded twice"))
+    download.download(small)
+    assert said == [f"another process downloads {small.path.name}; waiting for it"]
 
 
 def test_only_checkpoint_of_an_archive_is_unpacked(small):

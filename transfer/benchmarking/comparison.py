@@ -25,6 +25,7 @@ from transfer.runs import run_folder
 SCRATCH = "scratch"
 RESULTS = "results.json"
 _FROZEN, _FULL = "frozen", "full"
+_RATE = "sgemm_gflops"
 
 logger = logging.getLogger(__name__)
 
@@ -182,22 +183,25 @@ def _record(run: Run, start: Start, keep_models: bool) -> dict[str, Any]:
     """The metrics of a run; the run is done first unless it has them already."""
     record: dict[str, Any] = {"label": run.label, "seed": run.options.seed}
     path = run.folder / run_folder.METRICS
+    rates = []
     if not path.is_file():
         run_folder.remove(run.folder)  # left by an interrupted run
-        before = measurement.sgemm_gflops()
+        rates.append(measurement.sgemm_gflops())
         error = start(run)
         if error is not None:
             return record | {"error": error}
-        metrics = run_folder.read_json(path)
+    metrics = run_folder.read_json(path)
+    if _RATE not in metrics:  # also if the benchmark was killed after the end of the run
         # The speed of a machine varies over time, so each run has its own limit.
-        metrics["sgemm_gflops"] = (before + measurement.sgemm_gflops()) / 2
+        rates.append(measurement.sgemm_gflops())
+        metrics[_RATE] = sum(rates) / len(rates)
         cached = Cache(run.cache, 0).entries()
         metrics["disk_mb"] = round(sum(entry.num_bytes for entry in cached) / 1e6, 4)
-        run_folder.write_json(path, metrics)
         if not keep_models:
-            retention.delete(run.folder / run_folder.MODEL)
             run_folder.remove(run.folder, only_working=True)
-    return record | run_folder.read_json(path)
+            retention.delete(run.folder / run_folder.MODEL)
+        run_folder.write_json(path, metrics)
+    return record | metrics
 
 
 def _limits(run: Run, out: Path, start: Start) -> dict[str, Any]:

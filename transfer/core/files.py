@@ -23,6 +23,8 @@ from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 
+LOCK = ".lock"
+"""The file in a folder that is locked while a process writes to the folder."""
 _MAX_NAMES_BYTES = 2**27  # the names of a few million images
 
 # Control characters, other characters that some programs treat as line breaks, and lone surrogates,
@@ -35,7 +37,7 @@ CHECKPOINT_FILES = re.compile(
     r"(.+/)?(checkpoint|[^/]+\.(meta|index|data-\d{5}-of-\d{5})(\.tempstate\d+)?)"
 )
 """Relative paths of the files in a checkpoint folder, written by TensorFlow's or our saver."""
-_DRAFT_FILES = re.compile(rf"{CHECKPOINT_FILES.pattern}|[^/]+\.json")
+_DRAFT_FILES = re.compile(rf"{CHECKPOINT_FILES.pattern}|(.+/)?[^/]+\.(json|labels\.txt|tmp|lock)")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -122,17 +124,23 @@ def lock(path: Path) -> FileLock:
 
 
 @contextlib.contextmanager
-def locked(lock: FileLock, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+def locked(
+    lock: FileLock, waiting: Callable[[], None] | None = None, timeout_s: float = -1
+) -> Iterator[None]:
     """Hold a lock. Where files cannot be locked, it has no effect.
 
-    ``waiting()`` is called before waiting for another process that holds it.
+    ``waiting()`` is called before waiting for another process that holds it, forever or up to
+    ``timeout_s``.
+
+    Raises:
+        filelock.Timeout: if the other process still holds it then.
     """
     try:
         lock.acquire(blocking=False)
     except Timeout:
         if waiting is not None:
             waiting()
-        lock.acquire()
+        lock.acquire(timeout=timeout_s)
     except (OSError, NotImplementedError) as error:  # the second: filelock, without flock
         reason = getattr(error, "strerror", None) or error
         logger.info(f"{lock.lock_file} cannot be locked: {reason}")
@@ -143,22 +151,67 @@ def locked(lock: FileLock, waiting: Callable[[], None] | None = None) -> Iterato
 
 
 @contextlib.contextmanager
+def locked_folder(folder: Path, timeout_s: float = 0) -> Iterator[None]:
+    """Keep other processes from writing to a folder, by its file ``LOCK``; see ``locked``.
+
+    Raises:
+        BlockingIOError: if another process writes to it, and still does after ``timeout_s``.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock(folder / LOCK), timeout_s=timeout_s))
+        except Timeout:
+            raise BlockingIOError(
+                f"another process works in {str(folder)!r}; wait for it, or choose another folder"
+            ) from None
+        yield
+
+
+@contextlib.contextmanager
 def draft_folder(parent: Path) -> Iterator[Path]:
     """A temporary folder in ``parent``, for files to be moved to their final names together. It is
-    deleted at the end, with the files left in it."""
-    folder = parent / f"{_DRAFT}{secrets.token_hex(8)}"
-    folder.mkdir()
+    deleted at the end, with the files left in it; if this process is killed, by a later call."""
+    remove_drafts(parent)
+    folder = draft_path(parent)
+    in_use = _draft_lock(folder)
+    Path(in_use.lock_file).touch()  # else filelock makes its folder, which may have been deleted
     try:
-        yield folder
+        with locked(in_use):
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.unlink(in_use.lock_file)
+
+
+def draft_path(parent: Path) -> Path:
+    """A new name in ``parent`` for a folder that ``remove_drafts`` deletes."""
+    return parent / f"{_DRAFT}{secrets.token_hex(8)}"
+
+
+def _draft_lock(folder: Path) -> FileLock:
+    """Held while a draft folder is in use. It is beside the folder, because all files in the folder
+    are moved to their final names."""
+    return lock(folder.with_name(f"{folder.name}.lock"))
 
 
 def remove_drafts(parent: Path, names: re.Pattern[str] = _DRAFT_FILES) -> None:
     """Delete draft folders that killed processes left behind; see ``remove_folder``."""
     for folder in parent.glob(f"{_DRAFT}*"):
-        if _DRAFT_NAME.fullmatch(folder.name):
-            remove_folder(folder, names)
+        if not _DRAFT_NAME.fullmatch(folder.name):
+            continue
+        unused = _draft_lock(folder)
+        try:
+            unused.acquire(blocking=False)
+        except (OSError, NotImplementedError):  # in use, or files cannot be locked
+            continue
+        remove_folder(folder, names)
+        unused.release()
+        with contextlib.suppress(OSError):
+            os.unlink(unused.lock_file)
 
 
 def remove_folder(folder: Path, names: re.Pattern[str]) -> None:

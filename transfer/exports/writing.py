@@ -20,9 +20,10 @@ import tensorflow as tf
 from transfer.core import measurement
 from transfer.core.files import (
     draft_folder,
+    draft_path,
+    locked_folder,
     refuse_link,
     remove_drafts,
-    remove_folder,
     write_names,
 )
 from transfer.data.dataset import Split
@@ -93,6 +94,7 @@ def export(
         classifier.
 
     Raises:
+        BlockingIOError: if another process exports to ``out``.
         FileExistsError: if a format's folder holds anything other than an earlier export.
         ImportError: if ``onnx`` is requested and not installed.
         ValueError: if a format is unknown, or an export fails or gives different results than the
@@ -142,7 +144,7 @@ def export_run(
 
     Raises:
         FileNotFoundError: if the folder holds no finished run.
-        FileExistsError, ImportError, ValueError: see ``export``.
+        BlockingIOError, FileExistsError, ImportError, ValueError: see ``export``.
     """
     names, run = _formats(formats), Path(run)
     _check_counts(num_images, num_examples)
@@ -202,23 +204,21 @@ def _check_counts(num_images: int, num_examples: int) -> None:
 
 def _export_all(context: _ExportContext, names: list[str], out: Path, title: str) -> dict[str, Any]:
     predict = partial(_in_one_batch, context.classifier.probabilities_of_resized)
-    expected, rate = verification.timed(predict, context.samples.pixels)
-    metrics = _earlier(out) | {"num_images": len(context.samples.files), "images_per_s": rate}
-    metrics |= {"versions": measurement.versions()}
-    for name in names:
-        _check_ours(out / name, metrics)
-    failures = []
-    for name in names:
-        logger.info("%s ...", name)
-        try:
-            exported, failed = _export(context, name, out, expected, title)
-        except (ValueError, TypeError, tf.errors.OpError) as error:
-            exported, failed = {}, [_failure(name, error)]
-        failures += failed
-        if exported:  # else the files of an earlier export are still there
-            kept = {k: v for k, v in metrics["exports"].items() if k.split()[0] != name}
-            metrics["exports"] = kept | exported
+    out.mkdir(parents=True, exist_ok=True)
+    with locked_folder(out):
+        expected, rate = verification.timed(predict, context.samples.pixels)
+        metrics = _earlier(out) | {"num_images": len(context.samples.files), "images_per_s": rate}
+        metrics |= {"versions": measurement.versions()}
+        for name in names:
+            _check_ours(out / name, metrics)
         run_folder.write_json(out / METRICS, metrics)
+        failures = []
+        for name in names:
+            logger.info("%s ...", name)
+            try:
+                failures += _export(context, name, out, expected, title, metrics)
+            except (ValueError, TypeError, tf.errors.OpError) as error:
+                failures.append(_failure(name, error))
     if failures:
         raise ValueError("; ".join(failures))
     return metrics
@@ -258,15 +258,20 @@ def _check_ours(folder: Path, metrics: dict[str, Any]) -> None:
 
 
 def _export(
-    context: _ExportContext, name: str, out: Path, expected: np.ndarray, title: str
-) -> tuple[dict[str, Any], list[str]]:
-    """Write a format to its folder, keeping only files that pass verification. Returns their
-    metrics, and error messages about the others."""
+    context: _ExportContext,
+    name: str,
+    out: Path,
+    expected: np.ndarray,
+    title: str,
+    metrics: dict[str, Any],
+) -> list[str]:
+    """Write a format to its folder, keeping only files that pass verification, and their metrics to
+    ``export.json``. Returns error messages about the other files."""
     folder = out / name
-    out.mkdir(parents=True, exist_ok=True)
     remove_drafts(out, _WRITTEN[name])
     with draft_folder(out) as draft:
-        metrics, failures = {}, []
+        exported: dict[str, Any] = {}
+        failures = []
         for kind, path, predict in _FORMATS[name](context, draft):
             try:
                 actual, rate = verification.timed(predict, context.samples.pixels)
@@ -279,14 +284,20 @@ def _export(
                 failures.append(reason)
                 _remove(path)
                 continue
-            metrics[kind] = compared | {"images_per_s": rate, "megabytes": _megabytes(path)}
-        if not metrics:
-            return {}, failures
-        text = readmes.text(name, title, context.classifier, metrics, context.samples.source)
+            exported[kind] = compared | {"images_per_s": rate, "megabytes": _megabytes(path)}
+        if not exported:
+            return failures  # the files of an earlier export stay
+        text = readmes.text(name, title, context.classifier, exported, context.samples.source)
         run_folder.write_text(draft / "README.md", text)
-        remove_folder(folder, _WRITTEN[name])
+        kept = {k: v for k, v in metrics["exports"].items() if k.split()[0] != name}
+        metrics["exports"] = kept | exported
+        # Listed first: if this process is killed here, the folder must not look like somebody's.
+        run_folder.write_json(out / METRICS, metrics)
+        if folder.is_dir():
+            folder.rename(draft_path(out))
         draft.rename(folder)
-    return metrics, failures
+    remove_drafts(out, _WRITTEN[name])
+    return failures
 
 
 def _remove(path: Path) -> None:

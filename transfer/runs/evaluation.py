@@ -11,6 +11,7 @@ import numpy as np
 
 from transfer.activations.extraction import EXTRACTION_BATCH
 from transfer.activations.fingerprints import remembered
+from transfer.core.files import locked_folder
 from transfer.core.npy_files import check_path
 from transfer.data import data_checks
 from transfer.data.dataset import MAX_COMPARED, Source, Split, whole_eval_split
@@ -87,6 +88,7 @@ def evaluate_run(
         ``only_first``, ``only_second`` and ``p_value`` of ``transfer.evaluation.metrics.compare``.
 
     Raises:
+        BlockingIOError: if the run goes on in another process.
         FileNotFoundError: if the folder holds no finished run.
         ValueError: if no images are named and those of the run came from a Python program, the
             classes of the images differ from the run's, some cannot be decoded, ``coverage`` does
@@ -105,7 +107,8 @@ def evaluate_run(
     if probabilities is not None:
         check_path(probabilities, "probabilities")
     settings = run_folder.read_config(folder)
-    classifier = _load(folder, settings)
+    with locked_folder(folder):  # refused here, and not after the slow part, in `write`
+        classifier = _load(folder, settings)
     origin = _origin(
         settings,
         dataset=dataset,
@@ -218,22 +221,27 @@ def evaluate_model(
 
 
 def write(folder: Path, evaluated: Evaluated, command: Sequence[str] = ()) -> None:
-    """Write the files of ``evaluate_run``, except for ``changes.csv``, to the folder of a run."""
+    """Write the files of ``evaluate_run``, except for ``changes.csv``, to the folder of a run.
+
+    Raises:
+        BlockingIOError: if another process works in the folder for longer than a minute.
+    """
     results, class_names = evaluated.metrics, evaluated.classifier.labels
-    run_folder.write_json(folder / run_folder.EVALUATION, results)
-    if len(class_names) > MAX_CLASSES_IN_METRICS:
-        results = {name: value for name, value in results.items() if name != "classes"}
-    run_folder.add_to_metrics(folder, "evaluation", results)
-    tables.write_predictions(
-        folder / run_folder.PREDICTIONS,
-        evaluated.split.names,
-        class_names,
-        evaluated.logits,
-        evaluated.labels,
-        evaluated.scores,
-    )
-    tables.write_confusion(folder / run_folder.CONFUSION, class_names, evaluated.confusion)
-    report.write(folder, evaluated, _summary(folder, command))
+    with locked_folder(folder, timeout_s=60):  # another evaluation writes its files in less
+        run_folder.write_json(folder / run_folder.EVALUATION, results)
+        if len(class_names) > MAX_CLASSES_IN_METRICS:
+            results = {name: value for name, value in results.items() if name != "classes"}
+        run_folder.add_to_metrics(folder, "evaluation", results)
+        tables.write_predictions(
+            folder / run_folder.PREDICTIONS,
+            evaluated.split.names,
+            class_names,
+            evaluated.logits,
+            evaluated.labels,
+            evaluated.scores,
+        )
+        tables.write_confusion(folder / run_folder.CONFUSION, class_names, evaluated.confusion)
+        report.write(folder, evaluated, _summary(folder, command))
 
 
 def _load(folder: Path, settings: dict[str, Any]) -> Classifier:

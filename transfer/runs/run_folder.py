@@ -10,8 +10,6 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from transfer.core import files, yaml_files
 from transfer.core.files import read_text
 from transfer.core.files import write_text as write_text
@@ -32,7 +30,6 @@ CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
-_LOCK = ".lock"
 _MAY_DIFFER = ("epochs", "fc_epochs", "out", "strategy", "track", "track_files")
 """Options that may differ in a resumed run."""
 _MAX_JSON_BYTES = 2**26  # metrics of tens of thousands of classes
@@ -96,13 +93,7 @@ def opened(
     """
     check(out, resume=resume)
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = files.lock(out / _LOCK).acquire(timeout=0)
-    except filelock.Timeout:
-        raise BlockingIOError(
-            f"another process works in {str(out)!r}; wait for it, or choose another folder"
-        ) from None
-    with lock:
+    with files.locked_folder(out):
         for name in (EVENTS, CHECKPOINTS):
             # Files of events are never written again: each process begins its own.
             inside = (path for path in (out / name).glob("*") if not path.is_file())
@@ -117,10 +108,17 @@ def opened(
 
 def remove(run: Path, *, only_working: bool = False) -> None:
     """Delete the files of a run and its folder, or only its checkpoints and events. Other files and
-    their folders are kept."""
-    files.remove_drafts(run)
-    names = _WORKING_FILES if only_working else _RUN_FILES
-    files.remove_folder(run, re.compile(names))
+    their folders are kept.
+
+    Raises:
+        BlockingIOError: if another process works in the folder.
+    """
+    if not run.is_dir():
+        return
+    with files.locked_folder(run):
+        files.remove_drafts(run)
+        names = _WORKING_FILES if only_working else _RUN_FILES
+        files.remove_folder(run, re.compile(names))
 
 
 def files_of(run: Path) -> list[Path]:
@@ -130,13 +128,13 @@ def files_of(run: Path) -> list[Path]:
         path
         for path in sorted(run.iterdir())
         if names.fullmatch(path.name) and path.is_file() and not path.is_symlink()
-        if path.name not in (_LOCK, TRACKING)
+        if path.name not in (files.LOCK, TRACKING)
     ]
 
 
 def _is_temporary(path: Path) -> bool:
     """Whether a file is the lock, or an unfinished file."""
-    return path.name == _LOCK or (path.name.startswith(".") and path.suffix == ".tmp")
+    return path.name == files.LOCK or (path.name.startswith(".") and path.suffix == ".tmp")
 
 
 def _has_begun(out: Path) -> bool:

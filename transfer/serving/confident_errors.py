@@ -19,7 +19,7 @@ from PIL import Image
 
 from transfer.core.csv_files import original
 from transfer.core.escapes import printable
-from transfer.core.files import make_folder, read_text, write_bytes, write_text
+from transfer.core.files import lock, locked, make_folder, read_text, write_bytes, write_text
 from transfer.data.dataset import Source
 from transfer.data.fingerprints import ids_digest
 from transfer.data.remote_files import is_url
@@ -30,6 +30,7 @@ CORRECTIONS = "corrections.csv"
 """Manifest of corrected labels in the run folder."""
 COPIES = "corrections"
 """Folder beside it, with those images of the manifest that come from datasets without files."""
+_LOCK = ".corrections.lock"  # not the run's, which is held as long as the run goes on
 _HEADER = ["path", "label"]
 _MAX_ERRORS = 60
 _MAX_BYTES = 2**27
@@ -108,7 +109,7 @@ class ConfidentErrors:
             FileNotFoundError, ValueError: see ``image``; or if there is another file of this name.
         """
         path, manifest = self._path(number), self._run / CORRECTIONS
-        with self._lock:
+        with self._lock, locked(lock(self._run / _LOCK)):
             labels = self._corrections()
             if path.startswith(f"{COPIES}/") and not (self._run / path).exists():
                 make_folder(self._run / COPIES)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import glob
 import hashlib
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from transfer.core.escapes import escaped
-from transfer.core.files import read_names, write_names
+from transfer.core.files import read_names, replacing, write_names
 from transfer.images.preprocess import Size, as_size, canonical, for_card
 from transfer.models import checkpoint
 from transfer.models.card import Card
@@ -284,8 +285,6 @@ def _save(
     """Write meta graph, checkpoint, labels and card; returns the card."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     labels = prefix.with_name(f"{prefix.name}.labels.txt")
-    if names:
-        write_names(labels, names)
     architecture = published.architecture
     tap = f"pool{len(architecture.blocks)}:0"
     outputs: dict[str, str] = {}
@@ -316,7 +315,11 @@ def _save(
         for name, value in published.values.items()
         for layer, part in [name.split("/")]
     }
-    save_meta_graph(graph, prefix, values, card)
+    # The labels get their name after the model: alone, they would prevent the next conversion.
+    with replacing(labels) if names else nullcontext() as draft:
+        if draft is not None:
+            write_names(draft, names)
+        save_meta_graph(graph, prefix, values, card)
     return card
 
 

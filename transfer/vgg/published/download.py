@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import http.client
+import logging
 import os
 import shutil
 import tarfile
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 import keras
 import numpy as np
 
-from transfer.core.files import draft_folder, unshare, write_text
+from transfer.core.files import draft_folder, lock, locked, unshare, write_text
 from transfer.layers.backbone import Backbone
 from transfer.models import retention
 from transfer.models.card import read_card, write_card
@@ -32,6 +33,8 @@ from transfer.vgg.architectures import ARCHITECTURES, num_parameters
 from transfer.vgg.published import conversion
 from transfer.vgg.published.catalogue import CATALOGUE, Entry
 from transfer.vgg.published.conversion import Conversion, file_md5
+
+logger = logging.getLogger(__name__)
 
 TIMEOUT_S = 8.0
 _CHUNK = 2**20
@@ -223,15 +226,23 @@ def _unpack(weights: Weights, folder: Path) -> Path:
 
 
 def download(weights: Weights, progress: Progress | None = None) -> None:
-    """Download a file, or the missing rest of it, into Keras' cache.
+    """Download a file, or the missing rest of it, into Keras' cache, unless it is there.
 
     Raises:
         ConnectionError, ValueError: see ``pull``; a partial download is kept and resumed next time.
     """
     path = weights.path
-    if path.is_file() and not weights.difference(path):
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(
+        lock(path.with_name(f"{path.name}.lock")),
+        lambda: logger.info(f"another process downloads {path.name}; waiting for it"),
+    ):
+        if not path.is_file() or weights.difference(path):
+            _download(weights, progress or _no_progress)
+
+
+def _download(weights: Weights, progress: Progress) -> None:
+    path = weights.path
     part = path.with_name(f"{path.name}.part")
     unshare(part)
     done = part.stat().st_size if part.is_file() else 0
@@ -243,7 +254,7 @@ def download(weights: Weights, progress: Progress | None = None) -> None:
         with _opened(request) as response:
             if response.status != 206:  # the server ignores the range
                 done = 0
-            _receive(response, part, done, weights.max_bytes, progress or _no_progress)
+            _receive(response, part, done, weights.max_bytes, progress)
     except urllib.error.HTTPError as error:
         if error.code != 416 or not done:  # 416: the file is complete
             raise ConnectionError(_manual(weights, f"the server says {error.code}")) from error
