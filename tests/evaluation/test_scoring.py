@@ -1,6 +1,8 @@
 """``evaluate`` from Python equals ``fine_tune`` and ``vgg-transfer evaluate``."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,7 +56,7 @@ def test_evaluate_run_returns_what_it_writes(run, tmp_path):
         evaluate_run(run, probabilities=tmp_path / "p.csv")
 
 
-def test_model_without_a_run_is_evaluated_on_the_images_given(run, capsys):
+def test_model_without_a_run_is_evaluated_on_the_images_given(run, tmp_path, capsys):
     model = run / run_folder.MODEL
     folder = run_folder.read_config(run)["image_folder"]
     capsys.readouterr()
@@ -65,6 +67,10 @@ def test_model_without_a_run_is_evaluated_on_the_images_given(run, capsys):
     assert f"accuracy {found['accuracy']:.4f} on {len(everything)} images" in shown
     assert "report.html" not in shown
     assert evaluate_model(model, image_folder=folder) == found
+    shutil.copytree(Path(folder) / "red", tmp_path / "red")
+    only = evaluate_model(model, image_folder=str(tmp_path))
+    assert evaluate_run(run, image_folder=str(tmp_path))["accuracy"] == only["accuracy"]
+    assert only["num_examples"] == len(everything) / 2
     with pytest.raises(ValueError, match="there are no held-out images; give the images with"):
         evaluate_model(model)
 

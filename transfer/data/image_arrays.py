@@ -80,13 +80,13 @@ class ImageArrays(Sequence[np.ndarray]):
 
     @staticmethod
     def _file(path: str | os.PathLike[str]) -> bytes:
-        return image_files.read(Path(path).expanduser())
+        return image_files.read(_path(path))
 
     def digest(self, index: int) -> bytes:
         """16 bytes that identify the content of an image, or its file without reading it."""
         image = self._images[index]
         if isinstance(image, str | os.PathLike):
-            path = Path(image).expanduser().resolve()
+            path = _path(image).resolve()
             return digest(str(path), *state_of(path))
         pixels = np.ascontiguousarray(self[index])
         return digest(pixels.shape, pixels.dtype.str, hashlib.sha256(pixels.tobytes()).digest())
@@ -100,6 +100,10 @@ class ImageArrays(Sequence[np.ndarray]):
         data = io.BytesIO()
         Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(data, "PNG")
         return data.getvalue()
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.expanduser(path))  # that of Path refuses ~name.jpg
 
 
 def _checked(images: Any, image_shape: Sequence[int] | None) -> Any:

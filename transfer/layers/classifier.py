@@ -32,7 +32,10 @@ class Classifier(keras.Model):
         backbone: maps preprocessed images to features, e.g. a ``Backbone``, also of several taps.
         head: maps features to logits ``[batch, num_classes]``, e.g. a ``Head``.
         preprocess: the preprocessing that the backbone expects.
-        labels: one class name per logit.
+        labels: one class name per logit, at least two.
+
+    Raises:
+        ValueError: if there are fewer than two labels.
 
     ``cut`` is the tensor up to which the backbone was frozen during training, ``"none"`` if nothing
     was frozen, ``None`` if unknown. ``fine_tune`` sets it, and ``evaluate`` computes the network in
@@ -57,6 +60,11 @@ class Classifier(keras.Model):
         labels: Sequence[str],
         **kwargs: Any,
     ):
+        if len(labels) < 2:
+            raise ValueError(
+                f"labels={list(labels)}: a classifier needs at least 2 classes, as its outputs are "
+                "the probabilities of a softmax"
+            )
         # Under a mixed-precision policy Keras would round the pixels to float16.
         super().__init__(autocast=False, dtype="float32", **kwargs)
         self.backbone = backbone
@@ -213,7 +221,7 @@ class Classifier(keras.Model):
 
         Raises:
             ValueError: if the model has several inputs or outputs, does not take images of this
-                size, or does not have an output for each label.
+                size, ends in a sigmoid, or does not have an output for each of at least two labels.
             ForbiddenOpError: if it does anything other than arithmetic.
 
         Example:
