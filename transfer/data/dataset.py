@@ -252,8 +252,10 @@ class Split:
 
         Raises:
             UnreadableImageError: if the source has more than ``limit`` unreadable images.
-            ValueError: if no examples are left.
+            ValueError: if ``limit`` is negative, or no examples are left.
         """
+        if limit < 0:
+            raise ValueError(f"skip_unreadable must be at least 0, got {limit}")
         reasons, unreadable = find_unreadable(self, progress), self.source.unreadable
         unreadable |= reasons
         if len(unreadable) > limit:
