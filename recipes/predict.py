@@ -116,7 +116,7 @@ def _paths(words: Iterable[str]) -> Iterator[str | Path]:
     """What the arguments name: glob patterns are expanded, ``-`` reads one path per line from
     standard input."""
     for word in words:
-        path = Path(word).expanduser()
+        path = Path(os.path.expanduser(word))  # that of Path refuses ~name.jpg
         if word == "-":
             # As bytes: file names need not be UTF-8.
             lines = (os.fsdecode(line.rstrip(b"\r\n")) for line in sys.stdin.buffer)
@@ -124,6 +124,8 @@ def _paths(words: Iterable[str]) -> Iterator[str | Path]:
         elif path.exists() or not glob.has_magic(word):
             yield path
         else:
-            matches = map(Path, glob.iglob(str(path), recursive=True))
+            found = map(Path, glob.iglob(str(path), recursive=True))
             # ** already matches the files inside folders.
-            yield from (match for match in matches if "**" not in word or not match.is_dir())
+            matches = (match for match in found if "**" not in word or not match.is_dir())
+            yield next(matches, path)  # without a match, the pattern is reported as a missing file
+            yield from matches

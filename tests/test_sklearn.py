@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.base import clone
 from sklearn.datasets import load_digits
 from sklearn.exceptions import NotFittedError
@@ -13,6 +14,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
 from transfer import Backbone, Preprocess, load_meta_graph
+from transfer.data.image_arrays import ImageArrays
 from transfer.sklearn import VGGClassifier, VGGFeatures
 
 DIGITS = {"image_shape": (8, 8, 1), "scale": 255 / 16}
@@ -39,8 +41,6 @@ def test_features_equal_those_of_the_backbone(digits, cache_dir):
 
 
 def test_arrays_rows_and_files_give_the_same_features(tmp_path, cache_dir):
-    from PIL import Image
-
     generator = np.random.default_rng(0)
     images = generator.integers(0, 256, (3, 20, 30, 3), np.uint8)
     for number, image in enumerate(images):
@@ -79,12 +79,29 @@ def test_several_taps_are_concatenated(digits, cache_dir):
         (np.zeros((2, 5)), "rows of pixels with image_shape"),
         (np.full((2, 4, 4, 3), np.nan), "NaN or infinity"),
         (np.zeros((0, 4, 4, 3)), "found 0 images"),
-        (np.array([["a", "b"]], object), "shape|dtype|pixels"),
+        (np.array([["a", "b"]], object), "shape"),
+        (np.array([["a", "b"]]), "shape"),
+        (np.ones((8, 8, 3)), r"for one image, give images\[None\]"),
+        (np.ones((2, 3, 8, 8)), r"\[3, 8, 8\].* channels, which come last"),
+        ([np.ones((8, 8, 2))], r"expected 1 \(gray\), 3 \(RGB\) or 4"),
+        ([np.full((8, 8), "a")], "have dtype <U1"),
+        (np.full((2, 8, 8), 65535, np.uint16), "up to 65535.*give scale=255/65535"),
+        ([np.ones((8, 8)), np.full((8, 8), 1e4)], "up to 10000"),
+        ([np.full((8, 8), np.nan)], "up to nan"),
+        (np.ones((2, 8, 8), bool), "booleans"),
+        ([np.ones((8, 8), bool)], "if True is white, give scale=255"),
     ],
 )
 def test_what_is_not_an_image_is_refused(images, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         VGGFeatures().fit(images)
+
+
+@pytest.mark.parametrize("argument", [{"validation_fraction": 20}, {"batch_size": 0}])
+def test_arguments_out_of_range_are_refused(digits, argument):
+    (name,) = argument
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
+        VGGClassifier(**DIGITS, **argument).fit(*digits)
 
 
 def test_features_need_fit(digits):
@@ -139,10 +156,36 @@ def test_retrained_model_is_loaded_again(tmp_path, cache_dir):
     assert np.abs(estimator.fit_transform(images) - before).max() > 0.01
 
 
-def test_pixels_up_to_1_are_warned_of(caplog):
+@pytest.mark.parametrize("container", [np.array, list])
+def test_pixels_up_to_1_are_warned_of(caplog, container):
     with caplog.at_level("WARNING", "transfer"):
-        VGGFeatures().fit(np.ones((2, 8, 8, 3), np.float32) / 2)
+        VGGFeatures().fit(container(np.ones((2, 8, 8, 3), np.float32) / 2))
     assert "pixels are at most 0.5; expected 0 to 255: if white is 1, give scale=255" in caplog.text
+
+
+class Table(list):
+    """Like a DataFrame: iterating gives the names of the columns."""
+
+    shape = (1, 1)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self[:], dtype)
+
+    def __iter__(self):
+        return iter(["path"])
+
+
+def test_images_of_pillow_and_columns_of_paths_are_read_like_files(tmp_path):
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    images = [palette, Image.new("1", (4, 4), 1)]
+    np.testing.assert_array_equal(ImageArrays(images)[0][0, 0], [10, 20, 30])
+    np.testing.assert_array_equal(ImageArrays(images)[1][0, 0], [255, 255, 255])
+    palette.save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    for column in (np.array([[path]]), np.array([[path]], object), Table([[path]])):
+        (image,) = ImageArrays(column)
+        np.testing.assert_array_equal(image[0, 0], [10, 20, 30])
 
 
 @pytest.mark.slow

@@ -51,9 +51,15 @@ class _ImageEstimator(BaseEstimator):
 
     image_shape: Sequence[int] | None
     scale: float
+    batch_size: int
+
+    def _check_batch_size(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
     def _images(self, X: Any, *, reset: bool) -> ImageArrays:
         """The images; rows of pixels are checked as in other estimators."""
+        self._check_batch_size()
         if self.image_shape is not None:
             X = validate_data(self, X, dtype="numeric", reset=reset)
         images = ImageArrays(X, self.image_shape, self.scale)
@@ -81,8 +87,8 @@ class VGGFeatures(TransformerMixin, _ImageEstimator):
             used, features are computed each time.
 
     Images are an array ``[num_images, height, width, channels]``, or a list of arrays of different
-    sizes, or of paths; gray or RGB, 0 to 255. Features are float32 ``[num_images, width]``. They
-    depend on the images in the same batch at float precision only, about 1e-6.
+    sizes, of Pillow images, or of paths; gray or RGB, 0 to 255. Features are float32 ``[num_images,
+    width]``. They depend on the images in the same batch at float precision only, about 1e-6.
 
     Example:
         >>> from sklearn.datasets import load_digits
@@ -125,8 +131,6 @@ class VGGFeatures(TransformerMixin, _ImageEstimator):
         Raises:
             ValueError, FileNotFoundError: if the model or the images cannot be used.
         """
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         self._images(X, reset=True)
         self.n_features_out_ = self._extractor().width
         return self
@@ -346,8 +350,15 @@ class VGGClassifier(ClassifierMixin, _ImageEstimator):
         """Fine-tune the model on images and their labels.
 
         Raises:
-            ValueError: if images or labels cannot be used, or there are fewer than two classes.
+            ValueError: if images or labels cannot be used, there are fewer than two classes, or an
+                argument is out of range.
         """
+        self._check_batch_size()
+        if not 0 <= self.validation_fraction < 1:
+            raise ValueError(
+                "validation_fraction must be at least 0 and less than 1, got "
+                f"{self.validation_fraction}"
+            )
         if self.image_shape is not None:
             X, y = validate_data(self, X, y, dtype="numeric")
         y = column_or_1d(y, warn=True)

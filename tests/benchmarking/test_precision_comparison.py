@@ -1,7 +1,9 @@
 """Precisions of a network compared; LiteRT computes in int8."""
 
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from transfer import load_meta_graph, open_source
@@ -35,6 +37,13 @@ def test_precisions_are_compared_with_float32(request_of, monkeypatch):
     table = precisions.describe(results)
     rows = [line.split("|")[1].strip() for line in table.splitlines()[2:5]]
     assert rows == [item.precision for item in results]
+
+
+def test_images_that_are_all_alike_are_refused_before_the_measurement(request_of, monkeypatch):
+    monkeypatch.setattr(precisions, "product_gflops", lambda *_: pytest.fail("measured"))
+    one = replace(request_of, train=request_of.train.where(np.arange(len(request_of.train)) == 0))
+    with pytest.raises(ValueError, match=r"training images \(1\) do not differ.* at least two"):
+        precisions.compare_precisions(one, [])
 
 
 def test_unknown_precision_is_refused(request_of):

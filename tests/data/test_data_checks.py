@@ -75,6 +75,9 @@ def test_missing_and_rare_classes_are_described():
         "class_weights=balanced",
     ]
     assert data_checks.describe_balance(names[:2], np.array([0, 1]), np.array([0, 1])) == []
+    names, labels = ["Cat", "cat", "caf\u00e9", "cafe\u0301", "dog"], np.arange(5)
+    (line,) = data_checks.describe_balance(names, labels, labels)
+    assert line.startswith("4 classes have names that differ only in case or Unicode form: Cat, ca")
 
 
 def test_large_photos_match_small_copies(folder):

@@ -194,6 +194,8 @@ def test_unreadable_images_are_named(image_folder):
     assert error.value.reasons.keys() == {"red/00.jpg", "red/02.jpg"}
     assert "it is not an image: it begins with b'not a pi'" in str(error.value)
     assert find_unreadable(split) == error.value.reasons
+    with pytest.raises(ValueError, match="skip_unreadable must be at least 0, got -1"):
+        split.readable(-1)
 
 
 def test_only_batch_with_unreadable_image_is_reread(image_folder, monkeypatch):

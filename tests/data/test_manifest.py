@@ -108,6 +108,13 @@ def test_integers_are_classes_in_numeric_order(folder: Path) -> None:
     data = parquet(path=["a.jpg", "b.jpg"], label=pa.array([10.0, 9.0]))
     assert opened(folder, data, "x.parquet").class_names == ["9", "10"]
     assert opened(folder, text.replace("100", "x")).class_names == ["10", "9", "x"]
+    mixed = opened(folder, text.replace("100", "9.0"))
+    assert mixed.class_names == ["9", "10"]
+    assert mixed.labels("train").tolist() == [1, 0, 0]
+    # As in runs of earlier versions:
+    assert opened(folder, text.replace("0\n", "0.0\n").replace("9", "9.0")).class_names == [
+        *("10.0", "100.0", "9.0"),
+    ]
 
 
 def test_splits_and_groups(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

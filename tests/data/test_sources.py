@@ -1,4 +1,6 @@
+import os
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ from PIL import Image
 
 from transfer.data import dataset
 from transfer.data.sources import open_source
+from transfer.data.tfds import tfds
+from transfer.data.tfds_dataset import from_builder
 from transfer.images.preprocess import Preprocess
 
 PREPROCESS = Preprocess("none", 8)
@@ -125,6 +129,22 @@ def test_image_folder_with_one_class_is_refused(tmp_path):
     (tmp_path / "blue").rmdir()
     with pytest.raises(ValueError, match=r"has 1 class \['red'\]; a classifier needs at least 2"):
         open_source(image_folder=str(tmp_path))
+
+
+def test_class_names_that_are_not_utf_8_are_refused(tmp_path):
+    make_image_folder(tmp_path)
+    (tmp_path / "blue").rename(os.fsdecode(os.fsencode(tmp_path) + b"/bl\xfc"))
+    with pytest.raises(ValueError, match="class names that are not UTF-8 text: 'bl.*udcfc'; ren"):
+        open_source(image_folder=str(tmp_path))
+
+
+def test_images_of_floats_are_refused():
+    # tfds stores float32 as PNG files with four channels of bytes.
+    image = tfds.features.Image(shape=(4, 4, 1), dtype=np.float32)
+    features = {"image": image, "label": tfds.features.ClassLabel(num_classes=2)}
+    builder = SimpleNamespace(info=SimpleNamespace(features=tfds.features.FeaturesDict(features)))
+    with pytest.raises(ValueError, match="images of dtype float32; expected uint8 or uint16"):
+        from_builder(builder, "floats")
 
 
 @pytest.mark.timeout(300)

@@ -96,6 +96,8 @@ def test_groups_widen_all_intervals() -> None:
     assert np.diff(summary["accuracy_ci95"]) > np.diff(
         prediction.summarize(logits, labels)["accuracy_ci95"]
     )
+    halves = prediction.summarize(np.eye(2)[np.zeros(240, int)], labels, labels)
+    assert halves["effective_examples"] == 1  # not 0, of which there is no interval
 
 
 def test_single_group_has_no_bootstrap_intervals() -> None:

@@ -1,6 +1,8 @@
 """``evaluate`` from Python equals ``fine_tune`` and ``vgg-transfer evaluate``."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,7 +62,7 @@ def test_run_that_another_process_continues_is_not_evaluated(run):
         evaluate_run(run)
 
 
-def test_model_without_a_run_is_evaluated_on_the_images_given(run, capsys):
+def test_model_without_a_run_is_evaluated_on_the_images_given(run, tmp_path, capsys):
     model = run / run_folder.MODEL
     folder = run_folder.read_config(run)["image_folder"]
     capsys.readouterr()
@@ -71,6 +73,10 @@ def test_model_without_a_run_is_evaluated_on_the_images_given(run, capsys):
     assert f"accuracy {found['accuracy']:.4f} on {len(everything)} images" in shown
     assert "report.html" not in shown
     assert evaluate_model(model, image_folder=folder) == found
+    shutil.copytree(Path(folder) / "red", tmp_path / "red")
+    only = evaluate_model(model, image_folder=str(tmp_path))
+    assert evaluate_run(run, image_folder=str(tmp_path))["accuracy"] == only["accuracy"]
+    assert only["num_examples"] == len(everything) / 2
     with pytest.raises(ValueError, match="there are no held-out images; give the images with"):
         evaluate_model(model)
 

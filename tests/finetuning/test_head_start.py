@@ -24,7 +24,7 @@ def test_training_starts_from_the_head_of_a_frozen_run(tmp_path, model, image_fo
     solved = saved_values(tmp_path / "frozen" / "model", HEAD)
     for flags in (["--freeze-until", "pool2"], ["--freeze-until", "none", "--augment"]):
         out = tmp_path / flags[1]
-        flags = ["--head-start", "ridge", "--learning-rate", 0, "--epochs", 1, *flags]
+        flags = ["--head-start", "ridge", "--learning-rate", 1e-30, "--epochs", 1, *flags]
         assert finetune(out, model, image_folder, *flags) == 0
         for name, value in saved_values(out / "model", HEAD).items():
             # The features may have been computed in other batches.

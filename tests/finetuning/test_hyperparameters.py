@@ -1,5 +1,7 @@
 """Default batch size and learning rate of a head."""
 
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from transfer.finetuning.hyperparameters import (
     default_batch_size,
     trains_cached_head,
 )
-from transfer.finetuning.options import FineTuneOptions
+from transfer.finetuning.options import FineTuneOptions, options_from
+from transfer.runs import run_folder
 from transfer.training.trainer import Trainer
 
 
@@ -110,6 +113,12 @@ def test_frozen_run_is_solved_unless_an_option_needs_gradient_descent(model, opt
         assert choose_solver(FineTuneOptions(**options), backbone, 9000, 9000) == "gradient"
 
 
+def test_numbers_of_numpy_are_written_to_the_configuration():
+    options = options_from({"lbfgs_c": np.float64(0.5), "views": np.int64(3)})
+    text = run_folder.to_yaml({"lbfgs_c": options.lbfgs_c, "views": options.views})
+    assert yaml.safe_load(text) == {"lbfgs_c": 0.5, "views": 3}
+
+
 def test_unknown_choice_is_refused():
     with pytest.raises(ValueError, match="solver must be auto, gradient, ridge or lbfgs, got 'x'"):
         FineTuneOptions(solver="x").check()
@@ -117,6 +126,12 @@ def test_unknown_choice_is_refused():
         FineTuneOptions(lbfgs_c=1.0, hidden=(8,)).check()
     with pytest.raises(ValueError, match="track must be mlflow or wandb, got 'foo'"):
         FineTuneOptions(track="foo").check()
+    for name in ("learning_rate", "lbfgs_c", "cache_limit"):
+        for value in (0.0, math.inf, math.nan):
+            with pytest.raises(ValueError, match=f"{name} must be a number above 0, got {value}"):
+                FineTuneOptions(**{name: value}).check()
+    with pytest.raises(ValueError, match="expected CUT:EPOCHS"):
+        hyperparameters.requested_stages(FineTuneOptions(schedule="fc7:1:0.0"))
     FineTuneOptions(track="mlflow").check()
 
 

@@ -261,6 +261,11 @@ def test_from_model_refuses_what_does_not_fit():
     anysize = keras.Sequential([keras.Input((None, None, 3)), keras.layers.GlobalMaxPooling2D()])
     with pytest.raises(ValueError, match="expected a known size"):
         Classifier.from_model(anysize, Preprocess("unit", 8), ["a", "b", "c"])
+    sigmoid = keras.Sequential([keras.Input((8, 8, 3)), model, keras.layers.Activation("sigmoid")])
+    with pytest.raises(ValueError, match="ends in a sigmoid.* with one output per class"):
+        Classifier.from_model(sigmoid, Preprocess("unit", 8), ["a", "b"])
+    with pytest.raises(ValueError, match=r"labels=\['a'\]: a classifier needs at least 2 classes"):
+        Classifier.from_model(model, Preprocess("unit", 8), ["a"])
 
 
 def random_layer(graph, tap, input, feeds):

@@ -160,7 +160,7 @@ ERRORS = {
     "split": (["--eval-split", "test"], "its splits are ['train']"),
     "both": (["--dataset", "digits"], "--dataset digits exclude each other"),
     "diverges": (["--learning-rate", "1e38", "--optimizer", "sgd"], "with learning rate 1e+38"),
-    "rate": (["--learning-rate", "-1"], "--learning-rate must be at least 0, got -1"),
+    "rate": (["--learning-rate", "-1"], "--learning-rate must be a number above 0, got -1"),
     "shots": (["--shots-per-class", "0"], "--shots-per-class must be at least 1"),
     "last step": (
         ["--learning-rate", "1e38", "--optimizer", "sgd", "--epochs", "1", "--batch-size", "20"],

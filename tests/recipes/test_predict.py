@@ -245,6 +245,10 @@ def test_predict_rejects_no_images(run, tmp_path, capsys):
     assert "no images are named" in capsys.readouterr().err
     assert predict(run, tmp_path / "nothing") == 1
     assert "no images were found" in capsys.readouterr().err
+    assert predict(run, tmp_path / "*.tif") == 1
+    assert f"error: {tmp_path}/*.tif: No such file or directory" in capsys.readouterr().err
+    assert predict(run, "~nobody.jpg") == 1
+    assert "error: ~nobody.jpg: No such file or directory" in capsys.readouterr().err
     assert predict(tmp_path / "nothing", "a.jpg") == 1
     assert predict(run, "a.jpg", "--top-k", 0) == 1
     assert "top k must be at least 1" in capsys.readouterr().err

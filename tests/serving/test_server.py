@@ -143,6 +143,8 @@ def test_taken_port_and_wrong_arguments_are_errors(run, capsys):
     assert f"127.0.0.1:{port} cannot be bound" in capsys.readouterr().err
     assert main(["serve", str(run), "--abstain-below", "2"]) == 1
     assert "--abstain-below 2.0: expected a probability" in capsys.readouterr().err
+    assert main(["serve", str(run), "--max-mb", "inf"]) == 1
+    assert "--max-mb inf: expected a number above 0" in capsys.readouterr().err
     assert main(["serve", str(run), "--name", "a/b"]) == 1
     assert "expected a name without /" in capsys.readouterr().err
     assert main(["serve", str(run / "nothing")]) == 1

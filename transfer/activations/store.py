@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -91,6 +92,10 @@ class CachePolicy:
     directory: Path | None = None
     limit_gb: float = 20.0
     dtype: Literal["float32", "float16"] = "float32"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.limit_gb < math.inf:
+            raise ValueError(f"cache_limit must be a number above 0, got {self.limit_gb}")
 
 
 class ActivationStore:

@@ -68,7 +68,8 @@ def compare_precisions(request: RunRequest, precisions: Sequence[str]) -> list[P
             others are compared, is measured in any case.
 
     Raises:
-        ValueError: for an unknown precision, or one in which the network cannot be computed.
+        ValueError: for an unknown precision, one in which the network cannot be computed, or images
+            that are all alike.
     """
     known = [p for p in get_args(FineTuneOptions.__annotations__["precision"]) if p != "auto"]
     if unknown := [name for name in precisions if name not in known]:
@@ -86,6 +87,11 @@ def compare_precisions(request: RunRequest, precisions: Sequence[str]) -> list[P
         name: np.asarray(average_over_space(version(images)))  # the first call compiles
         for name, version in versions.items()
     }
+    if not np.ptp(features["float32"], axis=0).any():
+        raise ValueError(
+            f"the features of the training images ({len(images)}) do not differ, and errors are "
+            "relative to their standard deviation; give at least two different images"
+        )
     seconds = dict.fromkeys(names, float("inf"))
     for _ in range(_PASSES):
         for name, version in versions.items():  # alternating, as a machine's speed varies

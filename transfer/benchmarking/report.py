@@ -132,7 +132,7 @@ def _row(
     accuracies = [record["eval"]["accuracy"] for record in done]
     evaluation = done[0]["eval"]  # images in groups count for less
     num_examples = evaluation.get("effective_examples", evaluation["num_examples"])
-    low, high = accuracy_interval(accuracies, num_examples)
+    low, high = accuracy_interval(accuracies, max(1, num_examples))  # 0 in earlier versions
     row |= {"accuracy": float(np.mean(accuracies)), "accuracy_ci95": [low, high]}
     # The first run computes the activations, the others read them from the cache.
     computed = [r["time"]["extract_s"] for r in done if r["activations"]["computed"]]

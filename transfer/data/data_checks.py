@@ -3,6 +3,8 @@ classes."""
 
 from __future__ import annotations
 
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +89,8 @@ def find_leaks(train: np.ndarray, held_out: np.ndarray) -> Leaks:
 def describe_balance(
     class_names: Sequence[str], train: np.ndarray, held_out: np.ndarray
 ) -> list[str]:
-    """Warnings about classes without images, and about rare classes.
+    """Warnings about classes without images, about rare classes, and about classes whose names
+    differ only in case or Unicode form.
 
     Args:
         class_names: names in the order of the labels.
@@ -108,6 +111,14 @@ def describe_balance(
         lines.append(
             f"{_classes_have(rare)} less than a tenth of the training images of {largest!r}: "
             f"{_some(rare)}; consider class_weights=balanced"
+        )
+    forms = [unicodedata.normalize("NFC", name).casefold() for name in class_names]
+    counts_of = Counter(forms)
+    same = [name for name, form in zip(class_names, forms, strict=True) if counts_of[form] > 1]
+    if same:
+        lines.append(
+            f"{len(same)} classes have names that differ only in case or Unicode form: "
+            f"{_some(same)}; they are learned as different classes"
         )
     return lines
 

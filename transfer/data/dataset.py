@@ -86,11 +86,17 @@ class Source:
     members: Mapping[str, Sequence[Split]] = field(default_factory=dict, repr=False)
 
     def check_classes(self, minimum: int = 2) -> None:
-        """Check the number of classes.
+        """Check the number of classes, and their names.
 
         Raises:
-            ValueError: if there are fewer than ``minimum``.
+            ValueError: if there are fewer than ``minimum``, or a name is not UTF-8 text.
         """
+        if wrong := [name for name in self.class_names if re.search("[\ud800-\udfff]", name)]:
+            raise ValueError(
+                f"dataset {self.name!r} has class names that are not UTF-8 text: "
+                f"{', '.join(map(repr, wrong[:5]))}{', ...' if wrong[5:] else ''}; rename their "
+                "folders"
+            )
         if len(self.class_names) < minimum:
             raise ValueError(
                 f"dataset {self.name!r} has {len(self.class_names)} class {self.class_names}; "
@@ -246,8 +252,10 @@ class Split:
 
         Raises:
             UnreadableImageError: if the source has more than ``limit`` unreadable images.
-            ValueError: if no examples are left.
+            ValueError: if ``limit`` is negative, or no examples are left.
         """
+        if limit < 0:
+            raise ValueError(f"skip_unreadable must be at least 0, got {limit}")
         reasons, unreadable = find_unreadable(self, progress), self.source.unreadable
         unreadable |= reasons
         if len(unreadable) > limit:

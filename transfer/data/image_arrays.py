@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import logging
 import math
 import os
 from collections.abc import Sequence
@@ -19,9 +18,8 @@ from PIL import Image
 from transfer.data.dataset import Source
 from transfer.data.labelled_files import digest, state_of
 from transfer.images import image_files
-from transfer.images.decoding import read_image
-
-logger = logging.getLogger(__name__)
+from transfer.images.decoding import from_pillow, read_image
+from transfer.images.pixel_range import check_range
 
 
 class ImageArrays(Sequence[np.ndarray]):
@@ -29,30 +27,30 @@ class ImageArrays(Sequence[np.ndarray]):
 
     Args:
         images: one of: an array ``[num_images, height, width]`` or ``[num_images, height, width,
-            channels]``; a sequence of such arrays without the first dimension, of any sizes; a
-            sequence of paths; rows of pixels, ``[num_images, height * width * channels]``.
+            channels]``; a sequence of such arrays without the first dimension, of any sizes, or of
+            Pillow images; a sequence of paths, or a table with one column of them; rows of pixels,
+            ``[num_images, height * width * channels]``.
         image_shape: for rows of pixels: height, width and channels; one of them may be -1, as in
             ``numpy.reshape``.
         scale: factor of the pixels of arrays that makes them 0 to 255.
 
-    Each image is uint8 or float32 ``[height, width, channels]`` in 0..255, RGB or gray. If the
-    pixels of an array are at most 1, a warning says so.
+    Each image is uint8 or float32 ``[height, width, channels]`` in 0..255, RGB, RGBA or gray. If
+    the pixels of arrays are at most 1, a warning says so.
 
     Raises:
-        ValueError: if the images are of none of these forms, or are not finite numbers.
+        ValueError: if the images are of none of these forms, or their pixels are not finite, are
+            far above 255, or booleans without a scale.
     """
 
     def __init__(
         self, images: Any, image_shape: Sequence[int] | None = None, scale: float = 1.0
     ) -> None:
         self._images, self._scale = _checked(images, image_shape), scale
-        if isinstance(self._images, np.ndarray) and self._images.dtype.kind == "f":
-            largest = scale * self._images.max(initial=0)
-            if 0 < largest <= 1:
-                logger.warning(
-                    f"pixels are at most {largest:.3g}; expected 0 to 255: if white is 1, give "
-                    "scale=255"
-                )
+        is_array = isinstance(self._images, np.ndarray)
+        arrays = [image for image in self._images if isinstance(image, np.ndarray)]
+        for image in arrays[:1] if is_array else arrays:
+            _check_form(image)
+        check_range([self._images] if is_array else arrays, scale)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -64,6 +62,8 @@ class ImageArrays(Sequence[np.ndarray]):
                 return read_image(self._file(image))
             except ValueError as error:
                 raise ValueError(f"{str(image)!r}: {error}") from error
+        if isinstance(image, Image.Image):
+            return from_pillow(image)
         image = np.asarray(image)
         image = image[..., None] if image.ndim == 2 else image
         if image.dtype == np.uint8 and self._scale == 1:
@@ -80,13 +80,13 @@ class ImageArrays(Sequence[np.ndarray]):
 
     @staticmethod
     def _file(path: str | os.PathLike[str]) -> bytes:
-        return image_files.read(Path(path).expanduser())
+        return image_files.read(_path(path))
 
     def digest(self, index: int) -> bytes:
         """16 bytes that identify the content of an image, or its file without reading it."""
         image = self._images[index]
         if isinstance(image, str | os.PathLike):
-            path = Path(image).expanduser().resolve()
+            path = _path(image).resolve()
             return digest(str(path), *state_of(path))
         pixels = np.ascontiguousarray(self[index])
         return digest(pixels.shape, pixels.dtype.str, hashlib.sha256(pixels.tobytes()).digest())
@@ -102,14 +102,22 @@ class ImageArrays(Sequence[np.ndarray]):
         return data.getvalue()
 
 
+def _path(path: str | os.PathLike[str]) -> Path:
+    return Path(os.path.expanduser(path))  # that of Path refuses ~name.jpg
+
+
 def _checked(images: Any, image_shape: Sequence[int] | None) -> Any:
-    """The images as an array with one more dimension, or as a sequence of images or paths."""
-    if not isinstance(images, np.ndarray) and _are_paths_or_images(images):
+    """The images as an array with one more dimension, or as a list of images or paths."""
+    if len(getattr(images, "shape", ())) == 2:  # perhaps of pandas, which iterates over columns
+        images = np.asarray(images)
+        if images.shape[1:] == (1,) and images.dtype.kind in "USO":
+            images = images[:, 0]
+    is_array = isinstance(images, np.ndarray)
+    is_text = is_array and images.ndim == 1 and images.dtype.kind in "US"
+    if is_text or ((not is_array or images.dtype == object) and _are_paths_or_images(images)):
         # By position: a pandas Series has labels.
         return [os.fsdecode(image) if isinstance(image, bytes) else image for image in images]
     images = np.asarray(images)
-    if images.dtype.kind in "US" or (images.dtype == object and _are_paths_or_images(images)):
-        return [os.fsdecode(path) if isinstance(path, bytes) else path for path in images.tolist()]
     if images.ndim == 2 and image_shape is not None:
         count = math.prod(side for side in image_shape if side != -1)
         if images.shape[1] % count or len(image_shape) != 3:
@@ -118,26 +126,40 @@ def _checked(images: Any, image_shape: Sequence[int] | None) -> Any:
                 "be height, width and channels with this product"
             )
         images = images.reshape(len(images), *image_shape)
-    if images.ndim not in (3, 4):
+    is_one = images.ndim == 3 and images.shape[-1] in (3, 4)
+    if images.ndim not in (3, 4) or is_one:
+        hint = "; for one image, give images[None]" if is_one else ""
         raise ValueError(
             f"images have shape {images.shape}; expected [num_images, height, width, channels], "
             "a list of images or of paths, or rows of pixels with image_shape=(height, width, "
-            "channels)"
+            f"channels){hint}"
         )
-    if images.dtype.kind not in "buif":
-        raise ValueError(f"images have dtype {images.dtype}; expected numbers")
     if images.dtype.kind == "f" and not np.isfinite(images).all():
         raise ValueError("images contain NaN or infinity; expected numbers from 0 to 255")
     return images
 
 
+def _check_form(image: np.ndarray) -> None:
+    """Check the dtype and the channels of one image."""
+    if image.dtype.kind not in "buif":
+        raise ValueError(f"images have dtype {image.dtype}; expected numbers")
+    if image.ndim == 3 and image.shape[-1] not in (1, 3, 4):
+        raise ValueError(
+            f"images have shape [height, width, channels] = {list(image.shape)}; expected 1 (gray),"
+            " 3 (RGB) or 4 (RGBA) channels, which come last"
+        )
+
+
 def _are_paths_or_images(images: Any) -> bool:
-    """Whether each element is a path, or an array of pixels with height and width."""
+    """Whether each element is a path, or each is an image with height and width."""
     if isinstance(images, str | bytes) or not hasattr(images, "__len__") or not len(images):
         return False
     if all(isinstance(image, str | bytes | os.PathLike) for image in images):
         return True
-    return all(isinstance(image, np.ndarray) and image.ndim in (2, 3) for image in images)
+    return all(
+        isinstance(image, Image.Image) or (isinstance(image, np.ndarray) and image.ndim in (2, 3))
+        for image in images
+    )
 
 
 def source_of_arrays(

@@ -183,6 +183,11 @@ def _labels(rows: _Rows) -> tuple[list[str], np.ndarray]:
         hint="; perhaps a quote is not closed",
     )
     named = {text for text in texts if text}
+    is_decimal = all(re.fullmatch(r"-?[0-9]{1,18}(\.0+)?", text) for text in named)
+    if is_decimal and any("." not in text for text in named):
+        # pandas writes 1.0 for 1 in a column that lacks a value.
+        texts = [None if text is None else text.partition(".")[0] for text in texts]
+        named = {text for text in texts if text}
     if all(re.fullmatch("-?[0-9]{1,18}", text) for text in named):
         rows.refuse(
             where([text is not None and text.startswith("-") for text in texts]),

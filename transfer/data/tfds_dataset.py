@@ -42,6 +42,12 @@ def from_builder(builder: tfds.core.DatasetBuilder, name: str) -> Source:
     features = builder.info.features
     image_key = _only_feature(features, tfds.features.Image, name)
     label_key = _only_feature(features, tfds.features.ClassLabel, name)
+    dtype = np.dtype(features[image_key].np_dtype)
+    if dtype not in (np.uint8, np.uint16):  # tfds stores floats as four channels of bytes
+        raise ValueError(
+            f"dataset {name!r} has images of dtype {dtype}; expected uint8 or uint16, like "
+            "those of image files"
+        )
 
     images_and_labels = {
         image_key: tf.io.FixedLenFeature([], tf.string),

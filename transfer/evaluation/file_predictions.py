@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -229,9 +230,7 @@ def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
     """The files, and the images in folders."""
     passed_over = PassedOver()
     for path in paths:
-        path = Path(path)
-        with contextlib.suppress(RuntimeError):  # ~name.jpg is a file
-            path = path.expanduser()
+        path = Path(os.path.expanduser(path))  # that of Path refuses ~name.jpg
         yield from image_files.find(path, passed_over, in_order=True) if path.is_dir() else (path,)
     for line in passed_over.describe():
         logger.warning(line)

@@ -98,7 +98,8 @@ def summarize(
     else:
         size = by_group.effective_size(logits.argmax(-1) == labels, groups)
         low, high = by_group.wilson_interval(correct / num_examples, size)
-        of_groups = {"num_groups": len(np.unique(groups)), "effective_examples": round(size)}
+        num_groups, effective = len(np.unique(groups)), max(1, round(size))
+        of_groups = {"num_groups": num_groups, "effective_examples": effective}
     return {
         "accuracy": correct / num_examples,
         "top5": in_top5 / num_examples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -95,7 +96,8 @@ def _parse(part: str, default_rate: float | None, scale: float) -> StageRequest:
     try:
         cut, epochs, *rate = words
         stage = StageRequest(cut, int(epochs), float(rate[0]) if rate else default_rate, scale)
-        if cut and len(rate) < 2 and int(epochs) > 0 and not (stage.learning_rate or 0) < 0:
+        is_positive = stage.learning_rate is None or 0 < stage.learning_rate < math.inf
+        if cut and len(rate) < 2 and int(epochs) > 0 and is_positive:
             return stage
     except ValueError:
         pass

@@ -5,6 +5,7 @@
 import difflib
 import itertools
 import logging
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -194,7 +195,6 @@ class FineTuneOptions:
             "early_stopping": 1,
             "accumulate": 1,
             "max_to_keep": 0,
-            "learning_rate": 0,
             "backbone_lr_scale": 0,
             "block_lr_decay": 0,
             "warmup_epochs": 0,
@@ -208,10 +208,10 @@ class FineTuneOptions:
             value = getattr(self, name)
             if value is not None and not value >= minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}")
-        for name in ("clip_norm", "lbfgs_c", "cache_limit"):
+        for name in ("learning_rate", "clip_norm", "lbfgs_c", "cache_limit"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be more than 0, got {value}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a number above 0, got {value}")
         for option in fields(FineTuneOptions):
             known = _choices(option.type)
             value = getattr(self, option.name)
@@ -315,7 +315,8 @@ def parse_tap(tap: str | None) -> str | list[str] | None:
 
 
 def options_from(arguments: Mapping[str, Any]) -> FineTuneOptions:
-    """Options from keyword arguments; ``tap`` may be a list of names, ``cache_dir`` a string.
+    """Options from keyword arguments; ``tap`` may be a list of names, ``cache_dir`` a string, and
+    numbers may be scalars of NumPy, as in a grid search.
 
     Raises:
         TypeError: for a name that is not an option; suggests the nearest one.
@@ -330,4 +331,7 @@ def options_from(arguments: Mapping[str, Any]) -> FineTuneOptions:
         arguments = {**arguments, "tap": ",".join(tap)}
     if isinstance(folder := arguments.get("cache_dir"), str):
         arguments = {**arguments, "cache_dir": Path(folder)}
-    return FineTuneOptions(**arguments)
+    plain = {
+        name: value.item() if hasattr(value, "item") else value for name, value in arguments.items()
+    }
+    return FineTuneOptions(**plain)

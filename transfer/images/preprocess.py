@@ -9,6 +9,7 @@ convention belongs to the weights and is recorded in their card.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -358,7 +359,7 @@ def _read(image: Any) -> np.ndarray:
     """uint8 RGB ``[height, width, 3]`` of an image file or of a Pillow image."""
     if isinstance(image, Image.Image):
         return from_pillow(image)
-    path = Path(image).expanduser()
+    path = Path(os.path.expanduser(image))  # that of Path refuses ~name.jpg
     try:
         return read_image(path.read_bytes())
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +12,13 @@ import tensorflow as tf
 
 from transfer.core.files import read_names
 from transfer.core.tensors import Tensor, TensorLike
+from transfer.images.pixel_range import check_range
 from transfer.images.preprocess import Preprocess
 from transfer.layers.backbone import Backbone
 from transfer.layers.graph_layer import GraphLayer
 from transfer.layers.keras_network import network_of
 from transfer.models.card import Card
 from transfer.models.meta_graph import load_meta_graph
-
-logger = logging.getLogger(__name__)
 
 MODEL = "model"
 """Checkpoint prefix of the classifier in a run folder: ``model.meta``, ``model.index``, ..."""
@@ -34,7 +32,10 @@ class Classifier(keras.Model):
         backbone: maps preprocessed images to features, e.g. a ``Backbone``, also of several taps.
         head: maps features to logits ``[batch, num_classes]``, e.g. a ``Head``.
         preprocess: the preprocessing that the backbone expects.
-        labels: one class name per logit.
+        labels: one class name per logit, at least two.
+
+    Raises:
+        ValueError: if there are fewer than two labels.
 
     ``cut`` is the tensor up to which the backbone was frozen during training, ``"none"`` if nothing
     was frozen, ``None`` if unknown. ``fine_tune`` sets it, and ``evaluate`` computes the network in
@@ -59,6 +60,11 @@ class Classifier(keras.Model):
         labels: Sequence[str],
         **kwargs: Any,
     ):
+        if len(labels) < 2:
+            raise ValueError(
+                f"labels={list(labels)}: a classifier needs at least 2 classes, as its outputs are "
+                "the probabilities of a softmax"
+            )
         # Under a mixed-precision policy Keras would round the pixels to float16.
         super().__init__(autocast=False, dtype="float32", **kwargs)
         self.backbone = backbone
@@ -137,7 +143,8 @@ class Classifier(keras.Model):
         Raises:
             ValueError: if eager pixels are booleans, not finite, or far above 255.
         """
-        _check_pixels(images)
+        if tf.executing_eagerly():
+            check_range([tf.convert_to_tensor(images).numpy()])
         return tf.nn.softmax(self(images, training=False))
 
     def probabilities_of_resized(self, pixels: tf.Tensor) -> tf.Tensor:
@@ -214,7 +221,7 @@ class Classifier(keras.Model):
 
         Raises:
             ValueError: if the model has several inputs or outputs, does not take images of this
-                size, or does not have an output for each label.
+                size, ends in a sigmoid, or does not have an output for each of at least two labels.
             ForbiddenOpError: if it does anything other than arithmetic.
 
         Example:
@@ -281,18 +288,3 @@ class Classifier(keras.Model):
                 f"{card.labels}"
             )
         return classifier
-
-
-def _check_pixels(images: TensorLike) -> None:
-    """Refuse pixels of another range than 0 to 255, or warn of it, where they are known."""
-    pixels = tf.convert_to_tensor(images)
-    if pixels.dtype == tf.bool:
-        raise ValueError("pixels are booleans; expected 0 to 255")
-    if not tf.executing_eagerly() or not tf.size(pixels):
-        return
-    # Interpolation may go slightly beyond 255.
-    largest = float(tf.reduce_max(tf.cast(pixels, tf.float32)))
-    if not largest < 300:  # NaN too
-        raise ValueError(f"pixels are up to {largest:.6g}; expected 0 to 255")
-    if 0 < largest <= 1:
-        logger.warning(f"pixels are at most {largest:.3g}; expected 0 to 255")

@@ -45,7 +45,8 @@ def network_of(model: keras.Model) -> tuple[GraphLayer, str]:
         matrix product reads (that of the logits, if they are not a matrix product).
 
     Raises:
-        ValueError: if the model has several inputs or outputs, or an unknown size.
+        ValueError: if the model has several inputs or outputs, an unknown size, or ends in a
+            sigmoid.
         ForbiddenOpError: if it does anything other than arithmetic.
     """
     if len(model.inputs) != 1 or len(model.outputs) != 1:
@@ -144,6 +145,11 @@ def _before_softmax(graph_def: GraphDef, output: str) -> str:
     tensor = output
     while (node := nodes[operation_of(tensor)]).op in _COPIES and len(data_inputs(node)) == 1:
         tensor = canonical(data_inputs(node)[0])
+    if node.op == "Sigmoid":
+        raise ValueError(
+            "the model ends in a sigmoid, whose outputs are independent; expected logits or a "
+            "softmax, with one output per class: train the model with these"
+        )
     return canonical(data_inputs(node)[0]) if node.op == "Softmax" else output
 
 

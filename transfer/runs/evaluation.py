@@ -127,7 +127,7 @@ def evaluate_run(
         source = run_data.open_data(folder)
     else:
         run_data.check_origin(folder, origin)
-        source = run_data.open_place(origin)
+        source = run_data.open_place(origin, min_classes=1)
     split = _split(folder, settings, source, origin, eval_split, progress)
     if skip_unreadable:
         split = split.readable(skip_unreadable, lambda it: progress(it, "check", "image"))
@@ -204,7 +204,12 @@ def evaluate_model(
         )
     classifier = Classifier.load(model)
     source = open_source(
-        dataset or "", data_dir=data_dir, image_folder=image_folder, csv=csv, group_by=group_by
+        dataset or "",
+        data_dir=data_dir,
+        image_folder=image_folder,
+        csv=csv,
+        group_by=group_by,
+        min_classes=1,
     )
     split = whole_eval_split(source) if eval_split == "auto" else source.split(eval_split)
     if skip_unreadable:

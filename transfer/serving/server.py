@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 import signal
 import socket
@@ -77,8 +78,8 @@ def serve(
     """
     run = Path(run).expanduser()
     for argument, value in {"max_mb": max_mb, "max_megapixels": max_megapixels}.items():
-        if not value > 0:
-            raise ValueError(f"{argument}={value}: expected more than 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{argument}={value}: expected a number above 0")
     for argument, count in {
         "max_queue": max_queue,
         "batch_size": batch_size,
