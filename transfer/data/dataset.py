@@ -49,8 +49,9 @@ class Source:
         class_names: names in the order of the labels.
         sizes: maps the name of a split to its number of examples.
         examples: maps the name of a split and positions in its fixed order, int64 ``[n]`` in any
-            order, to these examples: ``{"image": encoded bytes, "label": int64, "name": bytes}``.
-            Reads no other images.
+            order, to these examples: ``{"image": encoded bytes, "label": int64, "name": bytes}``,
+            in a source that joins others also ``own_name``, the name in its own source. Reads no
+            other images.
         labels: maps the name of a split to its labels, int64, in the fixed order.
         names: maps the name of a split to the names of its examples, in the fixed order, without
             reading images.
