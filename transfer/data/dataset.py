@@ -185,7 +185,7 @@ class Split:
 
     @functools.cached_property
     def ids(self) -> np.ndarray:
-        """``S16`` ``[len(self)]``; see ``Source``."""
+        """``S16`` ``[len(self)]``, read once, and again by a copy (``replace``); see ``Source``."""
         parts = [self.source.ids(part)[indices] for part, indices in self.parts]
         return np.concatenate([np.zeros(0, "S16"), *parts])
 

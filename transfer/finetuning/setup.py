@@ -75,8 +75,12 @@ def prepare(request: RunRequest) -> RunContext:
         parse_size(options.image_size)
     if replicas.is_chief and (request.run_dir is not None or request.resume):
         run_folder.check(request.run_dir, resume=request.resume)
-    train = request.train
-    _check_splits(train, request.held_out)
+    # Copies, whose ids are read anew: files may have changed since the caller's splits read them.
+    train = dataclasses.replace(request.train)
+    is_one = request.held_out is request.train
+    held_out = train if is_one else dataclasses.replace(request.held_out)
+    request = dataclasses.replace(request, train=train, held_out=held_out)
+    _check_splits(train, held_out)
     if options.shots_per_class is not None:
         train = few_shot(train, options.shots_per_class, options.seed)
     if options.batch_size is not None and options.batch_size > len(train):
