@@ -23,7 +23,13 @@ from transfer.data.groups import describe_shared
 from transfer.data.unreadable import UnreadableImageError, find_unreadable
 from transfer.exports.meta_graph import check_savable
 from transfer.finetuning.context import RunContext
-from transfer.finetuning.defaults import batch_size_of, best_tap, precision_of, solver_of
+from transfer.finetuning.defaults import (
+    batch_size_of,
+    best_tap,
+    epochs_of,
+    precision_of,
+    solver_of,
+)
 from transfer.finetuning.hyperparameters import (
     Stage,
     requested_stages,
@@ -321,6 +327,7 @@ def _classifier(
             "preprocess": preprocess.mode,
             "image_size": size if isinstance(size, int) else show_size(size),
             "batch_size": batch_size_of(request, train, backbone),
+            "epochs": epochs_of(request),
         }
     )
     return classifier, features, ResolvedOptions(**resolved), planned.tensors
