@@ -110,7 +110,9 @@ def pretrain(
         run_folder.check(None if run_dir is None else Path(run_dir), resume=resume)
     keras.utils.set_random_seed(options.seed)
     data = train.source
-    out = Path(run_dir or run_folder.default_out(data.name, options.arch)).resolve()
+    if run_dir is None:
+        run_dir = run_folder.create(run_folder.default_out(data.name, options.arch))
+    out = Path(run_dir).resolve()
     settings = dataclasses.asdict(options)
     images = data.origin if origin is None else origin
     recorded = {"arch": options.arch, **images, **settings, "out": out}
