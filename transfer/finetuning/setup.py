@@ -261,11 +261,7 @@ def _inspect_images(train: Split, held_out: Split, verbose: int) -> tuple[dict[s
     lines += describe_shared(train.groups, held_out.groups, held_out.names)
     for line in lines:
         logger.warning(line)
-    of_files = count <= MAX_COMPARED
-    fingerprint: dict[str, Any] = {"sha256_of": f"{'files' if of_files else 'names'} and labels"}
-    for role, split in splits.items():
-        fingerprint[role] = run_data.digest(split, of_files=of_files)
-    return fingerprint, num_leaks
+    return run_data.digests(train, held_out), num_leaks
 
 
 def _classifier(
