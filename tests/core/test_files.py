@@ -7,6 +7,7 @@ import re
 import stat
 from pathlib import Path
 
+import filelock
 import pytest
 
 from transfer.core import files
@@ -118,6 +119,14 @@ def test_lock_does_not_touch_link_target(folder: Path, theirs: Path, is_hard: bo
     with files.lock(path):
         assert files.is_regular(path)
     assert theirs.read_text() == "theirs"
+
+
+def test_lock_excludes_others_after_a_backup_by_hard_links(folder: Path) -> None:
+    path = folder / ".lock"
+    with files.lock(path):
+        os.link(path, folder / "backup")
+        with pytest.raises(filelock.Timeout):
+            files.lock(path).acquire(timeout=0)
 
 
 def test_only_known_files_are_deleted(folder: Path, theirs: Path) -> None:

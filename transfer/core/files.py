@@ -116,8 +116,14 @@ def unshare(path: Path) -> None:
 
 
 def lock(path: Path) -> FileLock:
-    """A lock on a file, which is created if missing. Acquiring it truncates the file."""
-    unshare(path)
+    """A lock on a file, which is created if missing. Acquiring it may truncate the file.
+
+    An empty file stays even if it has other hard links, of a backup: a process may hold its lock.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        status = path.lstat()
+        if status.st_size or not stat.S_ISREG(status.st_mode):
+            unshare(path)
     return FileLock(path)
 
 
