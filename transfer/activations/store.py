@@ -25,6 +25,7 @@ from transfer.activations.extraction import (
     Rows,
     extract,
     in_dtype,
+    kernels,
     stream,
     whole_batches,
 )
@@ -299,7 +300,7 @@ class ActivationStore:
         }
         if self._layer.mixed_precision is not None:
             key["precision"] = self._layer.mixed_precision
-        key |= self._precision
+        key |= {**self._precision, **kernels()}
         if request.role == "held-out":
             # Activations depend on the batch they are computed in, at float precision. An
             # evaluation must be bit-identical whatever was cached before. Workers compute whole
