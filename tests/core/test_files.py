@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -91,6 +92,29 @@ def test_failed_write_keeps_existing_file(folder: Path, error: type) -> None:
         files.write_text(path, "\udcff")
     assert path.read_text() == "before"
     assert [p.name for p in folder.iterdir()] == ["a"]
+
+
+def test_file_is_on_the_disk_before_it_replaces_another(folder: Path, monkeypatch) -> None:
+    path, calls, replace = folder / "a", [], os.replace
+    path.write_text("before")
+
+    def refused(descriptor: int) -> None:
+        calls.append("fsync")
+        raise OSError(reason, "refused")
+
+    def replaced(*arguments: Path) -> None:
+        calls.append("replace")
+        replace(*arguments)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    monkeypatch.setattr(os, "replace", replaced)
+    reason = errno.ENOSPC
+    with pytest.raises(OSError, match="refused: .*results/a'"):
+        files.write_text(path, "after")
+    assert (path.read_text(), calls) == ("before", ["fsync"])
+    reason = errno.EINVAL  # of file systems that have no such call
+    files.write_text(path, "after")
+    assert (path.read_text(), calls) == ("after", ["fsync", "fsync", "replace"])
 
 
 def test_an_error_names_the_file(folder: Path) -> None:
