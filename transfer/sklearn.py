@@ -28,7 +28,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 
 from transfer.activations.cache import Cache, default_directory
 from transfer.activations.entry import Entry
-from transfer.activations.extraction import Compiled
+from transfer.activations.extraction import Compiled, kernels
 from transfer.data.dataset import Split
 from transfer.data.holdout import stratified_holdout
 from transfer.data.image_arrays import ImageArrays, source_of_arrays
@@ -268,6 +268,7 @@ def _extractor(
         "image_size": steps.plain_size,
         "channels": steps.channels,
         "versions": {package: version(package) for package in ("vgg-transfer", "tensorflow")},
+        **kernels(),
     }
     return _Extractor(Compiled(features), steps, widths, key)
 

@@ -1,14 +1,18 @@
 """Cache directories: entries, eviction, deletion of own files only, and `vgg-transfer cache`."""
 
+import errno
+import gc
 import json
 import os
 import time
+import weakref
 
 import numpy as np
 import pytest
 from cached_rows import KEY, SHAPE, again, files_of, ids, rows, write_earlier_layout
 
 from recipes.cli import main
+from transfer.activations import parts
 from transfer.activations.cache import Cache
 
 
@@ -80,6 +84,51 @@ def test_locked_entries_are_not_evicted(tmp_path):
     assert names(cache) == ["busy"]
     cache.make_room(9000)
     assert names(cache) == []
+
+
+def test_entries_that_another_process_reads_are_not_evicted(tmp_path, monkeypatch):
+    """Their files are open: the space would not be free."""
+    cache = Cache(tmp_path, limit_bytes=20_000)
+    read = fill(cache, "read", 100, 1000).read(ids(1))
+    fill(cache, "other", 100, 2000)
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "_open_parts", weakref.WeakSet())  # as another process sees it
+        with pytest.raises(OSError, match="do not fit"):
+            cache.make_room(17_000)
+        assert names(cache) == ["other", "read"]
+        cache.make_room(13_000)
+        assert names(cache) == ["read"]
+    np.testing.assert_array_equal(read[:], rows(1))
+    cache.make_room(17_000)  # this process may evict what it has open itself
+    assert names(cache) == []
+
+
+def test_closed_entries_can_be_evicted(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "_open_parts", weakref.WeakSet())
+    cache = Cache(tmp_path, limit_bytes=20_000)
+    fill(cache, "read", 100, 1000).read(ids(1))
+    gc.collect()
+    cache.make_room(17_000)
+    assert names(cache) == []
+
+
+@pytest.mark.parametrize("is_replaced", [True, False], ids=["by another user", "read-only"])
+def test_rows_are_found_where_the_key_cannot_be_written(cache, monkeypatch, is_replaced):
+    old = fill(cache, "old", 3, 1000)
+    key = old.folder / "key.json"
+
+    def refused(*arguments):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "utime", refused)
+    if not is_replaced:
+        monkeypatch.setattr("transfer.core.files.write_text", refused)
+    found = cache.entry({"name": "old"}, SHAPE, "float32")
+    np.testing.assert_array_equal(found.read(ids(0, 2))[:], rows(0, 2))
+    assert (key.stat().st_mtime > 1000) == is_replaced
+    if not is_replaced:
+        with pytest.raises(OSError, match="Read-only"):
+            cache.entry({"name": "new"}, SHAPE, "float32")
 
 
 def test_foreign_files_are_kept(cache, entry):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from transfer.activations import extraction
 from transfer.activations.extraction import Activations, extract, stream, whole_batches
 
 IMAGES = np.random.default_rng(0).random((10, 2), np.float32)
@@ -68,3 +69,19 @@ def test_whole_batches_extends_mask_to_batches():
     np.testing.assert_array_equal(whole_batches(missing, 4), expected)
     assert not whole_batches(np.zeros(10, bool), 4).any()
     assert len(whole_batches(np.zeros(0, bool))) == 0
+
+
+@pytest.mark.parametrize(
+    ("machine", "has_onednn", "gpus", "expected"),
+    [
+        ("x86_64", True, [], {}),  # as by the command line; the key is that of earlier versions
+        ("x86_64", False, [], {"kernels": "eigen"}),
+        ("arm64", False, [], {}),
+        ("x86_64", True, ["/device:GPU:0"], {"kernels": "gpu"}),
+    ],
+)
+def test_kernels_are_named_unless_they_are_usual(monkeypatch, machine, has_onednn, gpus, expected):
+    monkeypatch.setattr(extraction.platform, "machine", lambda: machine)
+    monkeypatch.setattr(extraction, "is_onednn_on", lambda: has_onednn)
+    monkeypatch.setattr(extraction.tf.config, "list_logical_devices", lambda kind: gpus)
+    assert extraction.kernels() == expected

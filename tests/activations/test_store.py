@@ -15,6 +15,7 @@ from transfer.activations.entry import Entry
 from transfer.activations.extraction import EXTRACTION_BATCH
 from transfer.activations.store import ActivationStore, CachePolicy, ExtractionRequest
 from transfer.core.distribution import Replicas
+from transfer.data.image_arrays import ImageArrays, source_of_arrays
 from transfer.images.preprocess import Preprocess
 
 NUM_TRAINING, NUM_HELD_OUT = 64, 16  # two batches, and one
@@ -334,3 +335,28 @@ def test_workers_fill_one_entry_that_any_number_of_workers_reads(model, folder, 
         here, rows, counts = stored(disk, num_workers - 1, num_workers)
         assert counts == (0, here.sum())
         np.testing.assert_array_equal(rows, expected[here])
+
+
+def test_cached_random_view_is_that_of_the_name(model, tmp_path):
+    """A view is seeded by the name, which for arrays is the position."""
+    backbone = Backbone(load_meta_graph(model))
+    layer, _ = backbone.split(backbone.network.output)
+    images = np.random.default_rng(0).integers(0, 256, (6, 20, 20, 3), np.uint8)
+
+    def rows(images, policy, view_seed):
+        labels = np.zeros(len(images), np.int64)
+        split = source_of_arrays(ImageArrays(images), labels, ["a", "b"], "arrays").split("train")
+        preprocess = Preprocess("unit", 16)
+        store = ActivationStore(layer, preprocess, cut="fc7", model="tiny", policy=policy)
+        (values,) = store.rows([ExtractionRequest("training", split, view_seed)])
+        return values[:], store.num_found
+
+    disk, memory = CachePolicy(directory=tmp_path / "cache"), CachePolicy("memory")
+    _, count = rows(images, disk, 3)
+    assert count == 0
+    reverse, count = rows(images[::-1], disk, 3)
+    assert count == 0
+    np.testing.assert_array_equal(reverse, rows(images[::-1], memory, 3)[0])
+    again, count = rows(images[::-1], disk, 3)
+    assert count == 6
+    np.testing.assert_array_equal(again, reverse)

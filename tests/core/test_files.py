@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
 from pathlib import Path
 
+import filelock
 import pytest
 
 from transfer.core import files
@@ -92,6 +94,29 @@ def test_failed_write_keeps_existing_file(folder: Path, error: type) -> None:
     assert [p.name for p in folder.iterdir()] == ["a"]
 
 
+def test_file_is_on_the_disk_before_it_replaces_another(folder: Path, monkeypatch) -> None:
+    path, calls, replace = folder / "a", [], os.replace
+    path.write_text("before")
+
+    def refused(descriptor: int) -> None:
+        calls.append("fsync")
+        raise OSError(reason, "refused")
+
+    def replaced(*arguments: Path) -> None:
+        calls.append("replace")
+        replace(*arguments)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    monkeypatch.setattr(os, "replace", replaced)
+    reason = errno.ENOSPC
+    with pytest.raises(OSError, match="refused: .*results/a'"):
+        files.write_text(path, "after")
+    assert (path.read_text(), calls) == ("before", ["fsync"])
+    reason = errno.EINVAL  # of file systems that have no such call
+    files.write_text(path, "after")
+    assert (path.read_text(), calls) == ("after", ["fsync", "fsync", "replace"])
+
+
 def test_an_error_names_the_file(folder: Path) -> None:
     (folder / "report.html").mkdir()
     with pytest.raises(IsADirectoryError, match="results/report.html'"):
@@ -118,6 +143,14 @@ def test_lock_does_not_touch_link_target(folder: Path, theirs: Path, is_hard: bo
     with files.lock(path):
         assert files.is_regular(path)
     assert theirs.read_text() == "theirs"
+
+
+def test_lock_excludes_others_after_a_backup_by_hard_links(folder: Path) -> None:
+    path = folder / ".lock"
+    with files.lock(path):
+        os.link(path, folder / "backup")
+        with pytest.raises(filelock.Timeout):
+            files.lock(path).acquire(timeout=0)
 
 
 def test_only_known_files_are_deleted(folder: Path, theirs: Path) -> None:

@@ -78,6 +78,15 @@ def test_batches_in_order_are_those_of_each_member(joined, members):
     assert labels.tolist() == train.labels.tolist()
 
 
+def test_random_views_are_those_of_each_member(joined, members):
+    """They are cached for the member, and must be the same without a cache."""
+    train, _ = join([Member("nested", *joined)], joined[0].source.class_names)
+    found = [images.numpy() for images, _ in train.in_order(PREPROCESS, 4, view_seed=3)]
+    parts = [member.train.batches(PREPROCESS, 4, view_seed=3) for member in members]
+    expected = [images.numpy() for part in parts for images, _ in part]
+    assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_members_are_found_again_through_subsets_and_further_joins(joined, members, sources):
     train, held_out = joined
     again, _ = join([Member("", train, held_out)], train.source.class_names)

@@ -1,6 +1,7 @@
 """Default batch size and learning rate of a head."""
 
 import math
+import types
 
 import keras
 import numpy as np
@@ -171,6 +172,25 @@ def test_resumed_run_keeps_its_batch_size(tmp_path, model, image_folder, small_d
     before = config(out)
     assert finetune_with_defaults(out, model, image_folder, "--epochs", "2", "--resume") == 0
     assert config(out) == before | {"epochs": 2}
+
+
+@pytest.mark.parametrize(
+    ("recorded", "options", "expected"),
+    [
+        ("epochs: 7\n", {}, 7),
+        ("epochs: 7\n", {"epochs": 3}, 3),
+        ("epochs: 7\n", {"schedule": "fc7:2"}, None),
+        ("epochs: 7\n", {"solver": "ridge"}, None),  # recorded whatever the solver
+        ("seed: 0\n", {}, None),
+    ],
+)
+def test_resumed_run_keeps_its_epochs(tmp_path, recorded, options, expected):
+    (tmp_path / "config.yaml").write_text(recorded)
+    options = FineTuneOptions(**{"solver": "gradient", **options})
+    request = types.SimpleNamespace(options=options, resume=True, run_dir=tmp_path)
+    assert defaults.epochs_of(request) == expected
+    request.resume = False
+    assert defaults.epochs_of(request) == options.epochs
 
 
 @pytest.mark.slow

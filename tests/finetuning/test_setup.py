@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 from conftest import make_image_folder
 
-from transfer import fine_tune, open_source
+from transfer import fine_tune, load_meta_graph, open_source
+from transfer.finetuning import setup
+from transfer.finetuning.request import RunRequest
 
 
 def test_held_out_images_with_other_classes_are_refused(tmp_path, model, image_folder):
@@ -24,3 +26,32 @@ def test_splits_without_images_are_refused(tmp_path, model, image_folder, role):
     splits = {"train": whole, "held_out": whole} | {role: whole.where(np.zeros(len(whole), bool))}
     with pytest.raises(ValueError, match=re.escape(f"{role} has no images")):
         fine_tune(model, splits["train"], splits["held_out"], run_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize("is_one", [False, True])
+def test_images_that_changed_between_two_runs_have_other_ids(
+    tmp_path, model, image_folder, monkeypatch, is_one
+):
+    """The caller may pass the same splits again; activations are cached by the ids."""
+
+    class Reached(Exception):
+        pass
+
+    def inspect(train, held_out, verbose):
+        assert (train is held_out) == is_one  # they are compared unless it is one split
+        seen.append((train.ids.tolist(), held_out.ids.tolist()))
+        raise Reached
+
+    seen = []
+    monkeypatch.setattr(setup, "_inspect_images", inspect)
+    train, held_out = open_source(image_folder=str(image_folder)).train_and_eval_splits()
+    request = RunRequest(load_meta_graph(model), train, train if is_one else held_out)
+    for _ in range(2):
+        with pytest.raises(Reached):
+            setup.prepare(request)
+        for split in (train, held_out):
+            path = image_folder / split.names[0]
+            path.write_bytes(path.read_bytes() + b" ")
+    for before, after in zip(*seen, strict=True):
+        assert before[0] != after[0]
+        assert before[1:] == after[1:]

@@ -168,3 +168,24 @@ def test_remove_deletes_run_files_only(setting, tmp_path) -> None:
     left = {name for name in contents(out) if not name.startswith("plots/")}
     mine = {"notes.txt", "events/notes.txt", "checkpoints/notes.txt", "model.notes.txt"}
     assert left == mine | written_by_evaluate
+
+
+def test_default_folder_is_that_of_no_other_run(tmp_path) -> None:
+    """Runs that start in the same second have the same default."""
+    out = tmp_path / "runs" / "20260101-000000-digits-0.5"
+    created = [run_folder.create(out).name for _ in range(3)]
+    assert created == [out.name, f"{out.name}-2", f"{out.name}-3"]
+
+
+def test_resumed_run_may_cache_elsewhere(tmp_path) -> None:
+    began = {"seed": 1, "cache_dir": tmp_path / "a", "cache_limit": 20.0}
+    with run_folder.opened(tmp_path / "run", began):
+        pass
+    later = {"seed": 1, "cache_limit": 5.0, "checkpoint_minutes": 2.0}
+    with run_folder.opened(tmp_path / "run", later, resume=True):
+        assert run_folder.read_config(tmp_path / "run") == later
+    with (
+        pytest.raises(ValueError, match="seed=1, now 2"),
+        run_folder.opened(tmp_path / "run", later | {"seed": 2}, resume=True),
+    ):
+        pass

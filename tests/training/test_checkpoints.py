@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from test_trainer import assert_same, batches, fit, new_model, new_trainer, weights
 
+from transfer.core import files
+from transfer.training import checkpoints
 from transfer.training.checkpoints import RunCheckpoint
 from transfer.training.optimizers import FusedAdam, FusedSGD
 
@@ -85,7 +87,8 @@ def test_no_checkpoint_is_saved_within_uninterrupted_code(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_checkpoints_are_saved_within_an_epoch(tmp_path):
+def test_checkpoints_are_saved_within_an_epoch(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_SYNC_S", 0.0)
     seen = []
 
     class Recorder(keras.callbacks.Callback):
@@ -329,6 +332,27 @@ def test_full_disk_keeps_last_checkpoint(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(tmp_path) == ["step-1"]
     assert RunCheckpoint(tmp_path).restore(new_trainer())
+
+
+def test_checkpoints_are_on_the_disk_before_earlier_ones_are_deleted(tmp_path, monkeypatch):
+    def deleted(self, name):
+        calls.append(name)
+        delete(self, name)
+
+    calls, delete = [], RunCheckpoint._delete
+    monkeypatch.setattr(files, "sync", lambda path: calls.append(path.stem))
+    monkeypatch.setattr(RunCheckpoint, "_delete", deleted)
+    trainer, checkpoint = new_trainer(), RunCheckpoint(tmp_path, keep=1)
+    checkpoint.begin()
+    for _ in range(3):  # within a second
+        checkpoint.save(trainer)
+    checkpoint.wait()
+    assert calls == ["step-1", "step-1", tmp_path.name]
+    assert names(tmp_path) == ["step-1", "step-2", "step-3"]
+    checkpoint.end()
+    checkpoint.end()
+    assert calls[3:] == ["step-3", "step-3", tmp_path.name, "step-1", "step-2"]
+    assert names(tmp_path) == ["step-3"]
 
 
 def test_restored_weights_equal_saved_weights(tmp_path):

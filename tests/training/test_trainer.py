@@ -1,3 +1,5 @@
+import unittest.mock
+
 import keras
 import numpy as np
 import pytest
@@ -181,6 +183,17 @@ def test_callback_can_stop_training():
     stop = keras.callbacks.EarlyStopping("val_loss", patience=2)
     trainer = fit(new_trainer(), 50, callbacks=[stop], validate=lambda: {"loss": 1.0})
     assert trainer.epoch == 3
+
+
+def test_checkpoint_is_complete_although_a_callback_fails_at_the_end():
+    def fail(logs):
+        raise ValueError("in a callback")
+
+    checkpoint = unittest.mock.Mock()
+    callbacks = [keras.callbacks.LambdaCallback(on_train_end=fail)]
+    with pytest.raises(ValueError, match="in a callback"):
+        fit(new_trainer(), 0, callbacks=callbacks, checkpoint=checkpoint)
+    checkpoint.end.assert_called_once_with()
 
 
 def test_variables_in_no_group_are_not_trained():

@@ -88,13 +88,12 @@ class Cache:
             dtype: float32 or float16.
 
         Raises:
-            OSError: if the directory cannot be written to.
+            OSError: if there is no such entry yet, and the directory cannot be written to.
         """
         described = {"layout": _LAYOUT, **key, "row_shape": list(row_shape), "dtype": dtype}
         text = json.dumps(described, indent=1, sort_keys=True)
         folder = self.directory / _digest(text.encode())
-        # Rewritten on each use: its modification time tells when the entry was last used.
-        self._write_key(folder, text)
+        self._touch_key(folder, text)
         ensure = functools.partial(self._ensure_key, folder, text)
         lock = self._lock(folder.name, self._worker)
         return Entry(folder, lock, tuple(row_shape), np.dtype(dtype), ensure)
@@ -102,7 +101,8 @@ class Cache:
     def make_room(self, num_bytes: int, keep: Iterable[Entry] = ()) -> None:
         """Evict the least recently used entries until ``num_bytes`` can be added.
 
-        Entries in ``keep``, and those that another process is writing, are not evicted.
+        Entries in ``keep``, and those that another process reads or writes, are not evicted: the
+        space of files that are open is not free before they are closed.
 
         Raises:
             OSError: if there is not enough space, within the limit or on the disk; says how much
@@ -111,7 +111,11 @@ class Cache:
         self.directory.mkdir(parents=True, exist_ok=True)
         kept = {entry.folder.name for entry in keep}
         entries = sorted(self.entries(), key=lambda entry: entry.last_used)
-        evictable = [entry for entry in entries if entry.digest not in kept]
+        evictable = [
+            entry
+            for entry in entries
+            if entry.digest not in kept and not parts.in_use(self.directory / entry.digest)
+        ]
         if self._excess(num_bytes) > sum(entry.num_bytes for entry in evictable):
             used = sum(entry.num_bytes for entry in entries)
             free = shutil.disk_usage(self.directory).free
@@ -220,6 +224,20 @@ class Cache:
         self.directory.mkdir(parents=True, exist_ok=True)
         files.make_folder(folder)
         files.write_text(folder / _KEY, text)
+
+    def _touch_key(self, folder: Path, text: str) -> None:
+        """Mark an entry as used now, by the modification time of its key, or begin it. Rows that
+        are there can be read where the key can neither be marked nor written."""
+        try:
+            _read_key(folder)
+        except (OSError, ValueError):
+            self._write_key(folder, text)
+            return
+        try:
+            os.utime(folder / _KEY)
+        except OSError:  # perhaps the file of another user, which can be replaced
+            with contextlib.suppress(OSError):
+                self._write_key(folder, text)
 
     def _ensure_key(self, folder: Path, text: str) -> None:
         """Make a folder an entry again if another process deleted it."""

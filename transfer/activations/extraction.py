@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,12 +13,23 @@ import numpy as np
 import tensorflow as tf
 
 from transfer.core.distribution import NO_LABEL, Replicas
+from transfer.core.private_api import is_onednn_on
 from transfer.data.batches import shuffled
 from transfer.graph.network_function import compiled_per_rank
 
 EXTRACTION_BATCH = 32
 """Images per batch in extraction and evaluation. Fixed, because activations depend on the batch
 they are computed in, at float precision."""
+
+
+def kernels() -> dict[str, str]:
+    """The field of a cache key for the kernels that compute activations, which differ at float
+    precision. Without a field: oneDNN on a CPU, as the command turns it on, and CPUs other than
+    x86, which have one kind of kernels."""
+    if tf.config.list_logical_devices("GPU"):
+        return {"kernels": "gpu"}
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return {"kernels": "eigen"} if is_x86 and not is_onednn_on() else {}
 
 
 class Rows(Protocol):

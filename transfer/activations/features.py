@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -113,6 +113,7 @@ def extract_features(
         model=backbone.graph.name,
         policy=CachePolicy(cache, None if cache_dir is None else Path(cache_dir), cache_limit),
     )
+    split = replace(split)  # with ids read anew, since files may have changed
     rows = store.rows([ExtractionRequest("training", split, None)])
     if rows is None:
         raise MemoryError("the features do not fit in memory; use cache='disk'")

@@ -20,6 +20,7 @@ import mmap
 import os
 import re
 import stat
+import time
 import weakref
 import zlib
 from collections.abc import Iterator, Sequence
@@ -123,6 +124,7 @@ class Part:
                 self._descriptor = _open_for_reading(self._rows_path)
                 weakref.finalize(self, os.close, self._descriptor)
                 _open_parts.add(self)
+                _lock(self._descriptor, exclusive=False)  # see in_use
         if self._row_bytes > _MAX_MAPPED_ROW or self._descriptor is None or self._map is not None:
             return
         length = len(self.records) * self._row_bytes
@@ -244,6 +246,43 @@ def part_state(folder: Path) -> list[tuple[str, int, int]]:
             status = path.lstat()
             state.append((path.name, status.st_ino, status.st_size))
     return state
+
+
+def in_use(folder: Path) -> bool:
+    """Whether another process has files of rows open for reading. False for files that this process
+    has open, and where files cannot be locked."""
+    mine = {part._rows_path for part in _open_parts}
+    rows = (path for path in part_files(folder) if path.name.startswith("rows"))
+    return any(path not in mine and _is_locked(path) for path in rows)
+
+
+def _is_locked(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        descriptor = _open_for_reading(path)
+        try:
+            for _ in range(3):  # another process may be asking the same at this moment
+                try:
+                    _lock(descriptor, exclusive=True)
+                    return False
+                except BlockingIOError:
+                    time.sleep(0.01)
+            return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def _lock(descriptor: int, *, exclusive: bool) -> None:
+    """Lock a file until it is closed, without waiting for a lock that another process has.
+
+    Raises:
+        OSError: if that is not possible.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    fcntl.flock(descriptor, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
 
 
 def num_records(folder: Path) -> int:

@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from transfer.activations.cache import Cache, default_directory
 from transfer.activations.entry import Entry
+from transfer.activations.extraction import kernels
 from transfer.data.dataset import Split
 from transfer.images.preprocess import Preprocess
 from transfer.layers.graph_layer import GraphLayer
@@ -87,5 +88,6 @@ def _entry(cache: Cache, backbone: GraphLayer[Any], split: Split, preprocess: Pr
         # Features depend on the batch they are computed in, at float precision.
         "examples": hashlib.sha256(split.ids.tobytes()).hexdigest(),
         "versions": {package: version(package) for package in ("vgg-transfer", "tensorflow")},
+        **kernels(),
     }
     return cache.entry(key, [width], "float32")

@@ -26,11 +26,13 @@ from transfer.activations.extraction import (
     Rows,
     extract,
     in_dtype,
+    kernels,
     stream,
     whole_batches,
 )
 from transfer.core import measurement
 from transfer.core.distribution import Replicas
+from transfer.data import labelled_files
 from transfer.data.batches import Batches
 from transfer.data.dataset import Split
 from transfer.images.preprocess import Preprocess
@@ -60,6 +62,16 @@ class ExtractionRequest:
     def needed(self) -> Split:
         """The images that this process needs."""
         return self.split if self.here is None else self.split.where(self.here)
+
+    @functools.cached_property
+    def row_ids(self) -> np.ndarray:
+        """Ids of the rows of the needed images, ``S16`` ``[len(needed)]``: those of the images, and
+        for random views, which their names seed, of image and name."""
+        ids = self.needed.ids
+        if self.view_seed is None:
+            return ids
+        pairs = zip(ids.tolist(), self.needed.names, strict=True)
+        return labelled_files.joined(labelled_files.digest(*pair) for pair in pairs)
 
     def of_members(self) -> list[ExtractionRequest]:
         """The same images in the same order as requests to the sources that they come from, which
@@ -197,11 +209,11 @@ class ActivationStore:
             for _, entry in sorted(by_folder.items()):
                 locks.enter_context(entry.lock(self._say_waiting))
             missing = [
-                entry.missing(item.needed.ids)
-                for entry, item in zip(entries, requests, strict=True)
+                entry.missing(item.row_ids) for entry, item in zip(entries, requests, strict=True)
             ]
             needed = sum(int(mask.sum()) for mask in missing) * self._row_bytes
-            cache.make_room(needed, keep=entries)
+            if needed:
+                cache.make_room(needed, keep=entries)
             self.num_extracted = sum(int(whole_batches(mask).sum()) for mask in missing)
             self.num_found = sum(map(len, missing)) - self.num_extracted
             logger.info(
@@ -212,7 +224,7 @@ class ActivationStore:
                 if mask.any():
                     self._compute(entry, item, mask)
             return [
-                entry.read(item.needed.ids, functools.partial(self._restore, entry, item, digest))
+                entry.read(item.row_ids, functools.partial(self._restore, entry, item, digest))
                 for entry, item in zip(entries, requests, strict=True)
             ]
 
@@ -220,7 +232,7 @@ class ActivationStore:
         """Compute the batches that have missing rows, and append these rows."""
         computed = whole_batches(missing)
         split, is_new = request.needed.where(computed), missing[computed]
-        ids, done = split.ids, 0
+        ids, done = request.row_ids[computed], 0
         for rows, _ in stream(self._compiled, self._images(request, split)):
             batch = slice(done, done + len(rows))
             new = in_dtype(rows[is_new[batch]], self._policy.dtype)
@@ -256,7 +268,7 @@ class ActivationStore:
             ) from error
         rows = rows[is_lost[computed]]
         try:
-            entry.append(request.needed.ids[positions], rows)
+            entry.append(request.row_ids[positions], rows)
         except OSError as error:
             logger.warning(f"{error}")
         return rows
@@ -293,7 +305,7 @@ class ActivationStore:
         }
         if self._layer.mixed_precision is not None:
             key["precision"] = self._layer.mixed_precision
-        key |= self._precision
+        key |= {**self._precision, **kernels()}
         if request.role == "held-out":
             # Activations depend on the batch they are computed in, at float precision. An
             # evaluation must be bit-identical whatever was cached before. Workers compute whole

@@ -8,6 +8,7 @@ bounded size.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -65,6 +66,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
         if error.filename not in (None, str(temporary)):
@@ -73,6 +75,25 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sync(path: Path) -> None:
+    """Write a file, or the names in a folder, from the memory of the system to the disk, so that
+    they outlast a loss of power: else a renamed file may be empty after it.
+
+    Raises:
+        OSError: if the disk fails, or is full.
+    """
+    if os.name == "nt":  # has no such call for folders, or for files opened to be read
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems without it
+            raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        os.close(descriptor)
 
 
 def is_temporary(name: str, of: str) -> bool:
@@ -118,8 +139,14 @@ def unshare(path: Path) -> None:
 
 
 def lock(path: Path) -> FileLock:
-    """A lock on a file, which is created if missing. Acquiring it truncates the file."""
-    unshare(path)
+    """A lock on a file, which is created if missing. Acquiring it may truncate the file.
+
+    An empty file stays even if it has other hard links, of a backup: a process may hold its lock.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        status = path.lstat()
+        if status.st_size or not stat.S_ISREG(status.st_mode):
+            unshare(path)
     return FileLock(path)
 
 

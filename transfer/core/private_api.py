@@ -13,6 +13,7 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.python.framework import op_def_registry
 from tensorflow.python.framework.convert_to_constants import convert_variables_to_constants_v2
+from tensorflow.python.util import _pywrap_util_port
 
 
 def find_op_def(operation: str) -> Any:
@@ -22,6 +23,14 @@ def find_op_def(operation: str) -> Any:
     nodes of an untrusted graph.
     """
     return op_def_registry.get(operation)
+
+
+def is_onednn_on() -> bool:
+    """Whether TensorFlow computes with oneDNN, decided when it is imported.
+
+    The default depends on the processor, so the environment variable does not tell it.
+    """
+    return bool(_pywrap_util_port.IsMklEnabled())
 
 
 def eager_mode() -> AbstractContextManager[None]:

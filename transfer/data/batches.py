@@ -98,8 +98,10 @@ class Batches:
     def _to_pair(self, example: dict[str, Any]) -> tuple[tf.Tensor, tf.Tensor]:
         seed = tf.zeros([2], tf.int64)
         if self.view_seed is not None:
-            # Seeded by its name, so that a view does not depend on the order or the batch.
-            number = tf.strings.to_hash_bucket_fast(example["name"], 2**31 - 1)
+            # Seeded by its name, so that a view does not depend on the order or the batch; of a
+            # joined source, by the name in its own source, under which views are cached.
+            name = example.get("own_name", example["name"])
+            number = tf.strings.to_hash_bucket_fast(name, 2**31 - 1)
             seed = tf.stack([tf.cast(example.get("view_seed", self.view_seed), tf.int64), number])
         to_input = _to_input(self.preprocess, self.view_seed is not None)
         return to_input(example["image"], seed), example["label"]

@@ -49,8 +49,9 @@ class Source:
         class_names: names in the order of the labels.
         sizes: maps the name of a split to its number of examples.
         examples: maps the name of a split and positions in its fixed order, int64 ``[n]`` in any
-            order, to these examples: ``{"image": encoded bytes, "label": int64, "name": bytes}``.
-            Reads no other images.
+            order, to these examples: ``{"image": encoded bytes, "label": int64, "name": bytes}``,
+            in a source that joins others also ``own_name``, the name in its own source. Reads no
+            other images.
         labels: maps the name of a split to its labels, int64, in the fixed order.
         names: maps the name of a split to the names of its examples, in the fixed order, without
             reading images.
@@ -190,7 +191,7 @@ class Split:
 
     @functools.cached_property
     def ids(self) -> np.ndarray:
-        """``S16`` ``[len(self)]``; see ``Source``."""
+        """``S16`` ``[len(self)]``, read once, and again by a copy (``replace``); see ``Source``."""
         parts = [self.source.ids(part)[indices] for part, indices in self.parts]
         return np.concatenate([np.zeros(0, "S16"), *parts])
 

@@ -85,7 +85,8 @@ def join(
         part_of = np.searchsorted(ends, positions, side="right")
         used = np.unique(part_of) if len(positions) else np.zeros(1, int)
         datasets = [
-            splits[p].examples(positions[part_of == p] - (ends[p] - len(splits[p]))) for p in used
+            splits[p].examples(positions[part_of == p] - (ends[p] - len(splits[p]))).map(_with_own)
+            for p in used
         ]
         choices = np.searchsorted(used, part_of)  # each part is read in its own order
         images = tf.data.Dataset.choose_from_datasets(
@@ -94,7 +95,7 @@ def join(
         named = tf.constant([*names(name)[positions].encoded()], tf.string)
         own = tf.data.Dataset.from_tensor_slices((labels(name)[positions], named))
         return tf.data.Dataset.zip(images, own).map(
-            lambda example, own: {"image": example["image"], "label": own[0], "name": own[1]}
+            lambda example, own: example | {"label": own[0], "name": own[1]}
         )
 
     return _splits(
@@ -128,6 +129,11 @@ def unused_prefix(wanted: str, names: Sequence[str]) -> str:
         number += 1
         prefix = f"{wanted.replace('/', '-')}-{number}"
     return prefix
+
+
+def _with_own(example: dict[str, Any]) -> dict[str, Any]:
+    """An example with its name in its own source, also if this one joins others."""
+    return example | {"own_name": example.get("own_name", example["name"])}
 
 
 def _splits(source: Source) -> tuple[Split, Split]:

@@ -77,6 +77,16 @@ def batch_size_of(request: RunRequest, train: Split, backbone: Backbone) -> int:
     return default
 
 
+def epochs_of(request: RunRequest) -> int | None:
+    """The epochs that were given, else those of the resumed run; ``None`` for the default, and with
+    a schedule or a solver, which have none."""
+    options = request.options
+    if options.epochs is not None or options.schedule or options.solver != "gradient":
+        return options.epochs
+    recorded = _recorded(request).get("epochs")
+    return recorded if isinstance(recorded, int) and recorded >= 1 else None
+
+
 def precision_of(request: RunRequest) -> dict[str, str]:
     """Where they are ``auto``, the precision and its engine are those of the resumed run."""
     options = {name: getattr(request.options, name) for name in ("precision", "int8_engine")}

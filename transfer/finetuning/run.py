@@ -163,6 +163,8 @@ def run(request: RunRequest) -> FineTuneResult:
     with replicas.watched():
         with clock("load_s"):
             context = prepare(request)
+            if request.run_dir is None:
+                context = replace(context, run_dir=_new_folder(context))
         with (
             _opened(context),
             tracking.tracked(context) as tracker,
@@ -193,6 +195,14 @@ def _advice(context: RunContext, history: dict[str, list[float]]) -> list[str]:
         head_only = [stage.cut for stage in context.stages] == [tap]
         lines += describe_overfitting(history, head_only=head_only)
     return lines
+
+
+def _new_folder(context: RunContext) -> Path:
+    """The default folder of the run, which the chief creates."""
+    replicas, folder = context.replicas, context.run_dir
+    return Path(
+        replicas.from_chief(str(run_folder.create(folder) if replicas.is_chief else folder))
+    )
 
 
 @contextlib.contextmanager

@@ -23,7 +23,13 @@ from transfer.data.groups import describe_shared
 from transfer.data.unreadable import UnreadableImageError, find_unreadable
 from transfer.exports.meta_graph import check_savable
 from transfer.finetuning.context import RunContext
-from transfer.finetuning.defaults import batch_size_of, best_tap, precision_of, solver_of
+from transfer.finetuning.defaults import (
+    batch_size_of,
+    best_tap,
+    epochs_of,
+    precision_of,
+    solver_of,
+)
 from transfer.finetuning.hyperparameters import (
     Stage,
     requested_stages,
@@ -75,8 +81,12 @@ def prepare(request: RunRequest) -> RunContext:
         parse_size(options.image_size)
     if replicas.is_chief and (request.run_dir is not None or request.resume):
         run_folder.check(request.run_dir, resume=request.resume)
-    train = request.train
-    _check_splits(train, request.held_out)
+    # Copies, whose ids are read anew: files may have changed since the caller's splits read them.
+    train = dataclasses.replace(request.train)
+    is_one = request.held_out is request.train
+    held_out = train if is_one else dataclasses.replace(request.held_out)
+    request = dataclasses.replace(request, train=train, held_out=held_out)
+    _check_splits(train, held_out)
     if options.shots_per_class is not None:
         train = few_shot(train, options.shots_per_class, options.seed)
     if options.batch_size is not None and options.batch_size > len(train):
@@ -251,11 +261,7 @@ def _inspect_images(train: Split, held_out: Split, verbose: int) -> tuple[dict[s
     lines += describe_shared(train.groups, held_out.groups, held_out.names)
     for line in lines:
         logger.warning(line)
-    of_files = count <= MAX_COMPARED
-    fingerprint: dict[str, Any] = {"sha256_of": f"{'files' if of_files else 'names'} and labels"}
-    for role, split in splits.items():
-        fingerprint[role] = run_data.digest(split, of_files=of_files)
-    return fingerprint, num_leaks
+    return run_data.digests(train, held_out), num_leaks
 
 
 def _classifier(
@@ -317,6 +323,7 @@ def _classifier(
             "preprocess": preprocess.mode,
             "image_size": size if isinstance(size, int) else show_size(size),
             "batch_size": batch_size_of(request, train, backbone),
+            "epochs": epochs_of(request),
         }
     )
     return classifier, features, ResolvedOptions(**resolved), planned.tensors

@@ -146,6 +146,22 @@ def digest(split: Split, *, of_files: bool) -> dict[str, Any]:
     return {"images": len(split), "sha256": sha256.hexdigest()}
 
 
+def digests(
+    train: Split, held_out: Split, progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
+) -> dict[str, Any]:
+    """``digest`` of the training and the held-out images, of their files if there are few enough;
+    ``progress`` wraps the images that are decoded for it."""
+    of_files = len(train) + len(held_out) <= MAX_COMPARED
+    if of_files:
+        for split in (train, held_out):
+            split.fingerprints(progress)  # they are kept
+    return {
+        "sha256_of": f"{'files' if of_files else 'names'} and labels",
+        "training": digest(train, of_files=of_files),
+        "held_out": digest(held_out, of_files=of_files),
+    }
+
+
 def check_origin(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuse to open the images of a run whose configuration does not say where they are.
 

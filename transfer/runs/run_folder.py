@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -31,6 +32,7 @@ EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
 _MAY_DIFFER = ("epochs", "fc_epochs", "out", "strategy", "track", "track_files")
+_MAY_DIFFER += ("cache_dir", "cache_limit", "checkpoint_minutes")
 """Options that may differ in a resumed run."""
 _MAX_JSON_BYTES = 2**26  # metrics of tens of thousands of classes
 
@@ -253,8 +255,20 @@ def read_config(run: Path) -> dict[str, Any]:
     return yaml_files.read_flags(path)
 
 
+def create(out: Path) -> Path:
+    """Create a folder that no other run has, and return it: ``out``, or if that exists, the first
+    of ``out-2``, ``out-3`` and so on that does not."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = out if number == 1 else out.with_name(f"{out.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError
+
+
 def default_out(*words: str) -> Path:
-    """``runs/<date-time>-<words>``."""
+    """``runs/<date-time>-<words>``; see ``create``, as runs may start in the same second."""
     from datetime import datetime
 
     words = tuple(word.replace("/", "-") for word in words)

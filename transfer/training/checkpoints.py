@@ -1,9 +1,9 @@
 """Checkpoints of a training run: its full state for resuming, and the best weights so far.
 
 A run that is killed at any time and resumed gives the same result as an uninterrupted one: a
-checkpoint holds everything that the next step depends on. A checkpoint is never overwritten. An old
-one is deleted only after the new one is complete, and if one cannot be read, the previous one is
-used.
+checkpoint holds everything that the next step depends on. A checkpoint is never overwritten. Old
+ones are deleted only after new ones are complete and on the disk, and if one cannot be read, the
+previous one is used.
 
 Checkpoints are written in the background, from copies of the variables as of the step at which they
 were saved: that of a full VGG16 takes 2.2 GB. One is written at a time, so that memory holds one
@@ -29,6 +29,9 @@ from transfer.models.checkpoint import PART
 from transfer.models.checkpoint_index import read_v2
 from transfer.training.trainer import EpochSums, Trainer
 
+_SYNC_S = 1.0
+"""Seconds between two times at which files are synced, and then old ones deleted: syncing takes as
+long as writing."""
 _LEFT = re.compile(r"\.writing-(step|best)-\d+(_temp|\.index|\.data-\d{5}-of-\d{5})")
 """Temporary files that earlier versions left behind when they were killed."""
 # Raised by TensorFlow's readers for files that are truncated, changed, or of another model.
@@ -70,6 +73,8 @@ class RunCheckpoint:
         self._is_mine = is_mine
         self._every_s = math.inf if every_s is None else every_s
         self._saved_at = time.monotonic()
+        self._synced_at = -math.inf
+        self._is_unsynced = False
         self._has_begun = False
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -141,6 +146,8 @@ class RunCheckpoint:
             OSError: see ``wait``.
         """
         self.wait()
+        if self._is_unsynced:
+            self._delete_old()
         self._copies.clear()
 
     def restore(self, trainer: Trainer) -> bool:
@@ -211,14 +218,30 @@ class RunCheckpoint:
     def _write_all(
         self, best: tuple[str, dict[str, Any]] | None, last: tuple[str, dict[str, Any]]
     ) -> None:
-        """Write the best weights, if there are new ones, and a checkpoint; then delete old ones."""
+        """Write the best weights, if there are new ones, and a checkpoint; then delete old ones, if
+        that has not just been done."""
+        self._is_unsynced = False  # an error keeps the best weights that the last checkpoint needs
         if best is not None:
             self._write(*best)
         self._write(*last)
-        for number in self._numbers("step")[: -self._keep]:
-            self._delete(f"step-{number}")
-        for number in self._numbers("best")[:-1]:
-            self._delete(f"best-{number}")
+        self._is_unsynced = True
+        if time.monotonic() - self._synced_at >= _SYNC_S:
+            self._delete_old()
+
+    def _delete_old(self) -> None:
+        """Delete old checkpoints, after the others are on the disk: after a loss of power, files
+        that were written last may be empty."""
+        steps = [f"step-{number}" for number in self._numbers("step")]
+        if not steps:  # the folder was removed
+            return
+        bests = [f"best-{number}" for number in self._numbers("best")]
+        for name in (*steps[-self._keep :], *bests[-1:]):
+            for path in self.directory.glob(f"{name}.*"):
+                files.sync(path)
+        files.sync(self.directory)
+        for name in (*steps[: -self._keep], *bests[:-1]):
+            self._delete(name)
+        self._synced_at, self._is_unsynced = time.monotonic(), False
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
         path = self.directory / name

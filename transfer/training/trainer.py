@@ -359,9 +359,11 @@ class Trainer:
             with uninterrupted():
                 self.take_averages()
         finally:
-            callback_list.on_train_end()  # callbacks close their files
-            if checkpoint is not None:
-                checkpoint.end()
+            try:
+                callback_list.on_train_end()  # callbacks close their files
+            finally:
+                if checkpoint is not None:
+                    checkpoint.end()
 
     def _validated(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Validation metrics. On an interrupt, the states of random layers are restored, because

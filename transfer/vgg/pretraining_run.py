@@ -24,7 +24,7 @@ from transfer.layers.backbone import Backbone
 from transfer.models.card import Card, write_card
 from transfer.models.meta_graph import load_meta_graph
 from transfer.models.saver import save_meta_graph
-from transfer.runs import interruption, run_folder
+from transfer.runs import interruption, run_data, run_folder
 from transfer.runs.interruption import Signals
 from transfer.training.checkpoints import RunCheckpoint
 from transfer.training.trainer import ParameterGroup, Trainer, epoch_seed
@@ -110,14 +110,21 @@ def pretrain(
         run_folder.check(None if run_dir is None else Path(run_dir), resume=resume)
     keras.utils.set_random_seed(options.seed)
     data = train.source
-    out = Path(run_dir or run_folder.default_out(data.name, options.arch)).resolve()
+    if run_dir is None:
+        run_dir = run_folder.create(run_folder.default_out(data.name, options.arch))
+    out = Path(run_dir).resolve()
     settings = dataclasses.asdict(options)
     images = data.origin if origin is None else origin
     recorded = {"arch": options.arch, **images, **settings, "out": out}
+    show = (lambda it: measurement.progress(it, "images", "image")) if verbose else iter
+    provenance = {"dataset": {"name": data.name} | run_data.digests(train, held_out, show)}
+    if resume:
+        _check_images(out / run_folder.PROVENANCE, provenance)
     with (
         run_folder.opened(out, recorded, resume=resume),
         interruption.resumable(out) as signals,
     ):
+        run_folder.write_json(out / run_folder.PROVENANCE, provenance)
         write_names(out / run_folder.HELD_OUT, held_out.names)
         described = ", ".join(f"{name} {value}" for name, value in settings.items())
         run = _Run(options, train, held_out, out, resume, verbose, signals)
@@ -138,6 +145,19 @@ def check(options: PretrainOptions) -> None:
         if (value := getattr(options, name)) < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     _small_images(options)
+
+
+def _check_images(path: Path, now: Mapping[str, Any]) -> None:
+    """Refuse to resume a run with other images than those in its ``provenance.json``, which runs of
+    earlier versions do not have."""
+    if not path.is_file():
+        return
+    before, images = run_folder.read_json(path)["dataset"], now["dataset"]
+    if changed := [role for role in ("training", "held_out") if before[role] != images[role]]:
+        raise ValueError(
+            f"cannot resume the run in {str(path.parent)!r}: its {' and '.join(changed)} images "
+            f"changed since it began (see {path.name}); start anew, with another run_dir"
+        )
 
 
 def _train_and_save(run: _Run, source: str) -> PretrainResult:
