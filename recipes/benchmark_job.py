@@ -42,7 +42,8 @@ def compare_cuts(config: BenchmarkConfig) -> tuple[str, Path, int]:
     comparison = Comparison(
         options, labels, cuts, config.seeds, config.baseline, config.keep_models
     )
-    with run_folder.opened(out, asdict(config), resume=config.resume, defaults=asdict(DEFAULTS)):
+    flags, defaults = asdict(config), asdict(DEFAULTS)
+    with run_folder.opened(out, flags, resume=config.resume, defaults=defaults, fixed=("epochs",)):
         table, num_failed = compare(comparison, out, lambda run: _start(run, config))
     return table, out, num_failed
 
