@@ -81,6 +81,7 @@ def test_comparison_is_not_resumed_with_other_epochs(
         (["--schedule", "fc7:2"], "benchmark chooses --schedule itself"),
         (["--tap", "auto"], "name it instead of --tap auto"),
         (["--freeze-until", "none"], "--cuts says what to compare"),
+        (["--baseline", "keras", "--lr-schedule", "cosine"], "does not use --lr-schedule cosine"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--cuts", "fc7,absent"], "absent"),
     ],
