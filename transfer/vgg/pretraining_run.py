@@ -114,8 +114,10 @@ def pretrain(
     settings = dataclasses.asdict(options)
     images = data.origin if origin is None else origin
     recorded = {"arch": options.arch, **images, **settings, "out": out}
+    # Earlier versions recorded the default dataset beside an image folder or a manifest.
+    free = () if images.get("dataset") else ("dataset",)
     with (
-        run_folder.opened(out, recorded, resume=resume),
+        run_folder.opened(out, recorded, resume=resume, may_differ=free),
         interruption.resumable(out) as signals,
     ):
         write_names(out / run_folder.HELD_OUT, held_out.names)
