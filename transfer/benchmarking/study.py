@@ -192,8 +192,9 @@ def _opened(
     names = [option.name for option in dataclasses.fields(FineTuneOptions)]
     free = ("grid", "keep_models", *content, *(name for name in names if name in axes), *_PLACES)
     fixed = {"epochs"} - {*axes}
-    # Studies of earlier versions did not record the feeds, nor options that came later.
-    defaults = vars(FineTuneOptions()) | {"feed": config["feed"]}
+    # Studies of earlier versions did not record these, nor options that came later.
+    recorded = {name: config.get(name, ()) for name in ("feed", "rename")}
+    defaults = vars(FineTuneOptions()) | recorded
     with run_folder.opened(
         out, config, resume=has_begun, defaults=defaults, may_differ=free, fixed=fixed
     ):
