@@ -95,9 +95,10 @@ class Comparison:
         row = out / label.replace("/", "-").replace(" ", "-")
         # The options of what is trained below the tap, such as l2_sp, are for the other rows.
         is_head = cut_name == "tap" or canonical(cut_name) == self.cuts[-1].tensor
+        chosen = self.options.head_only() if is_head else self.options
         for seed in range(self.options.seed, self.options.seed + self.seeds):
             options = replace(
-                self.options.head_only() if is_head or scratch else self.options,
+                replace(chosen, l2_sp=0.0) if scratch else chosen,
                 freeze_until=cut_name,
                 random_weights=scratch,
                 head_start="random" if scratch or baseline else self.options.head_start,
