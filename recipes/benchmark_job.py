@@ -11,7 +11,7 @@ from recipes.benchmark_flags import DEFAULTS, BenchmarkConfig
 from recipes.finetune_flags import FinetuneConfig
 from recipes.finetune_request import request
 from recipes.flag_values import given_of, options_of
-from transfer.benchmarking import precisions, study_report
+from transfer.benchmarking import keras_baseline, precisions, study_report
 from transfer.benchmarking.comparison import Comparison, Run, compare, labels_of
 from transfer.benchmarking.grid import parse_grid
 from transfer.benchmarking.study import study
@@ -34,6 +34,8 @@ def compare_cuts(config: BenchmarkConfig) -> tuple[str, Path, int]:
     if config.out is not None or config.resume:
         run_folder.check(config.out, resume=config.resume)
     options = options_of(FineTuneOptions, config)
+    if config.baseline:
+        keras_baseline.check(options)
     labels, cuts = labels_of(config.open_model(), options, config.cuts, config.feeds)
     if config.image_folder or config.csv:  # its warnings, which in the runs go to their log files
         config.open()
@@ -42,9 +44,10 @@ def compare_cuts(config: BenchmarkConfig) -> tuple[str, Path, int]:
     comparison = Comparison(
         options, labels, cuts, config.seeds, config.baseline, config.keep_models
     )
+    flags, defaults = asdict(config), asdict(DEFAULTS)
     with (
         console.resumable("benchmark"),
-        run_folder.opened(out, asdict(config), resume=config.resume, defaults=asdict(DEFAULTS)),
+        run_folder.opened(out, flags, resume=config.resume, defaults=defaults, fixed=("epochs",)),
         interruption.resumable(out),  # which ends the process of the current run
     ):
         table, num_failed = compare(comparison, out, lambda run: _start(run, config))

@@ -16,6 +16,7 @@ from recipes.flag_values import options_of
 from transfer.activations.fingerprints import remembered
 from transfer.core.distribution import Replicas
 from transfer.data.dataset import Split
+from transfer.data.manifest import GROUP
 from transfer.finetuning.grow import grown_options, grown_request
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.request import RunRequest
@@ -23,7 +24,7 @@ from transfer.runs import run_data, run_folder
 
 # Flags recorded in config.yaml besides the options.
 _RECORDED = (
-    *("feed", "rename", "train_split", "eval_split"),
+    *("feed", "train_split", "eval_split"),
     *("strategy", "deterministic", "skip_unreadable"),
 )
 
@@ -51,9 +52,15 @@ def grown(config: FinetuneConfig, run: Path, replicas: Replicas | None = None) -
             f"add={run} needs images to add to the run: image_folder=FOLDER or csv=FILE"
         )
     settings = run_folder.read_config(run)
-    for name in ("group_by", "feed", "rename"):  # those of the run, unless they are given
+    for name in ("feed", "rename"):  # those of the run, unless they are given
         if settings.get(name) and not getattr(config, name):
             config = replace(config, **{name: settings[name]})
+    # A column groups the rows of a manifest, a regular expression the paths of a folder. The column
+    # group is found without being named.
+    group_by = settings.get("group_by")
+    same = any(getattr(config, kind) and settings.get(kind) for kind in ("csv", "image_folder"))
+    if same and group_by and not config.group_by and not (config.csv and group_by == GROUP):
+        config = replace(config, group_by=group_by)
     options, arguments = _checked(config, replicas)
     grown_options(run, options)  # before the images are opened
     is_own = config.model in (EMBEDDED, settings.get("model"))

@@ -40,7 +40,7 @@ def lr_find(
 
         if given := given_of(config, strategy=("auto", "none")):
             raise ValueError(f"lr-find works on one device; leave out {given}")
-        if given := given_of(config, "schedule", "resume", solver=("auto", "gradient")):
+        if given := given_of(config, "schedule", "resume", "lbfgs_c", solver=("auto", "gradient")):
             raise ValueError(f"lr-find tries one cut; leave out {given}")
         out = (config.out or run_folder.default_out("lr-find")).resolve()
         with console.skip_suggested():

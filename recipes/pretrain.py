@@ -9,6 +9,7 @@ which takes about two hours on two cores. Its card records its accuracy.
 """
 
 # No `from __future__ import annotations`: the options' types are looked up in this module.
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,8 +45,9 @@ def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
             pretraining_run.check(options)
             if config.out is not None or config.resume:
                 run_folder.check(config.out, resume=config.resume)
-            named = replace(config, dataset="") if config.image_folder or config.csv else config
-            source = named.open()
+            if config.image_folder or config.csv:
+                config = replace(config, dataset="")
+            source = config.open()
             train, held_out = run_data.splits(
                 source,
                 config.train_split,
@@ -59,7 +61,7 @@ def pretrain(config: PretrainConfig = PretrainConfig()) -> int:
                 options,
                 run_dir=config.out,
                 resume=config.resume,
-                origin={name: getattr(config, name) for name in _IMAGES},
+                origin={name: getattr(config, name) or None for name in _IMAGES},
                 source=_command(config),
                 verbose=console.verbosity(),
             )
@@ -76,7 +78,9 @@ _IMAGES = (
 
 def _command(config: PretrainConfig) -> str:
     """The command that reproduces the model, without machine-specific paths."""
-    left_out = ("data_dir", "image_folder", "csv", "out", "resume", "licence")
+    left_out = ("data_dir", "out", "resume", "licence")
     names = dict.fromkeys(["arch", *_IMAGES, *vars(config)])
     flags = {name: getattr(config, name) for name in names if name not in left_out}
-    return " ".join(["vgg-transfer", "pretrain", *words_of(flags)])
+    flags |= {name: Path(flags[name] or "").name or None for name in ("image_folder", "csv")}
+    flags["dataset"] = config.dataset or None
+    return shlex.join(["vgg-transfer", "pretrain", *words_of(flags)])

@@ -127,6 +127,13 @@ def test_failed_run_is_reported_and_others_continue(tmp_path, comparison, start)
     }
 
 
+def test_rows_of_the_tap_train_a_head_only(comparison, tmp_path):
+    """Penalties on the backbone's weights are for the rows that train it."""
+    wanted = comparison("fc7,pool1", seeds=1)
+    wanted = replace(wanted, options=replace(wanted.options, l2_sp=0.01))
+    assert [run.options.l2_sp for run in wanted.runs(tmp_path)] == [0, 0.01]
+
+
 def test_default_cuts_are_tap_and_middle_poolings(graph):
     network = graph.network("fc7:0", "images:0", {}, False)
     assert default_cuts(network, 16) == [network.output, "pool1:0"]

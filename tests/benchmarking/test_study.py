@@ -94,17 +94,27 @@ def test_study_with_another_model_or_other_images_is_not_continued(
     begin(request_for_runs)
     begin(request_for_runs)
     train = request_for_runs.train
-    saved_vgg(request_for_runs.graph.prefix, card=tiny_card, num_classes=7)
+    fewer = {"train": train.where(np.arange(len(train)) > 0)}
     others = {
-        "images_sha256": {"train": train.where(np.arange(len(train)) > 0)},
-        "model_sha256": {"graph": load_meta_graph(request_for_runs.graph.prefix)},
+        "images_sha256": fewer,
         "feed": {"feeds": {"keep_prob:0": 0.5}},
+        "epochs": {"options": dataclasses.replace(request_for_runs.options, epochs=3)},
     }
     for name, changed in others.items():
         with pytest.raises(ValueError, match=f"{name}="):
             begin(dataclasses.replace(request_for_runs, **changed))
-    # A study of an earlier version, which did not record them.
-    path = tmp_path / "study" / "config.yaml"
-    lines = [line for line in path.read_text().splitlines(True) if "_sha256" not in line]
-    path.write_text("".join(lines))
+    # Studies of earlier versions recorded the hashes among the options, or not at all.
+    content, config = (tmp_path / "study" / name for name in ("study.json", "config.yaml"))
+    hashes = run_folder.read_json(content)
+    content.unlink()
+    config.write_text(config.read_text() + run_folder.to_yaml(hashes))
+    with pytest.raises(ValueError, match="images_sha256="):
+        begin(dataclasses.replace(request_for_runs, **fewer))
     begin(request_for_runs)
+    assert "_sha256" not in config.read_text()
+    assert run_folder.read_json(content) == hashes
+    content.unlink()
+    begin(request_for_runs)
+    saved_vgg(request_for_runs.graph.prefix, card=tiny_card, num_classes=7)
+    with pytest.raises(ValueError, match="model_sha256="):
+        begin(request_for_runs)

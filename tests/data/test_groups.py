@@ -22,10 +22,15 @@ def test_names_that_do_not_match_are_groups_of_their_own(caplog: pytest.LogCaptu
     groups = groups_by_pattern("p(.)/", names)
     assert groups["train"].tolist() == [0, 1, 0, 2] and groups["test"].tolist() == [3]
     assert "group_by=p(.)/ does not match 3 of 5 names, such as 'x'" in caplog.text
-    # Parentheses that take no part in the match.
-    assert groups_by_pattern("p(1)?", {"train": ["p1", "p2", "p1", "p3"]})["train"].tolist() == [
-        *(0, 1, 0, 2)
-    ]
+
+
+def test_whole_match_is_the_group_where_parentheses_take_no_part(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    names = {"train": ["p1/a", "case7/a", "case7/b", "p1/b", "case8/a"]}
+    groups = groups_by_pattern(r"p(\d)|case\d", names)
+    assert groups["train"].tolist() == [0, 1, 1, 0, 2]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,19 @@ def test_evaluate_run_returns_what_it_writes(run, tmp_path):
         evaluate_run(run, probabilities=tmp_path / "p.csv")
 
 
+def test_report_repeats_training_only_where_a_command_started_it(run, tmp_path):
+    """A Python program gives splits that ``config.yaml`` does not record."""
+    settings = run_folder.read_config(run)
+    (tmp_path / run_folder.METRICS).write_text("{}")
+    (tmp_path / "model.json").write_text("{}")
+    path = tmp_path / run_folder.CONFIG
+    path.write_text(run_folder.to_yaml(settings))
+    again = ["vgg-transfer", "finetune", "--config", str(path), "--out", "runs/again"]
+    assert evaluation._summary(tmp_path, ["evaluate"]).commands == [again, ["evaluate"]]
+    path.write_text(run_folder.to_yaml(settings | {"train_split": None}))
+    assert evaluation._summary(tmp_path, ["evaluate"]).commands == [["evaluate"]]
+
+
 def test_run_that_another_process_continues_is_not_evaluated(run):
     with locked_folder(run), pytest.raises(BlockingIOError, match="another process works in"):
         evaluate_run(run)

@@ -9,12 +9,14 @@ import pytest
 from conftest import make_image_folder
 from PIL import Image
 
+from recipes import finetune_request
 from recipes.cli import main
+from recipes.finetune_flags import FinetuneConfig
 from transfer import evaluate, fine_tune, grow, open_source, predict
 from transfer.activations import store
 from transfer.finetuning.grow import grown_request
 from transfer.finetuning.options import FineTuneOptions
-from transfer.runs import run_data
+from transfer.runs import run_data, run_folder
 from transfer.runs.growth import Growth
 
 
@@ -215,10 +217,39 @@ def test_conflicts_and_missing_images_are_refused(place, tmp_path):
 def test_placeholders_are_fed_as_in_the_run(place, tmp_path):
     shutil.copytree(place / "run", tmp_path / "run")
     with (tmp_path / "run" / "config.yaml").open("a") as config:
-        config.write("feed:\n- keep_prob=1.0\n")
+        config.write("feed:\n- keep_prob=1.0\nrename:\n- weights=kernel\n")
     request = grown_request(tmp_path / "run", *splits_of(place / "more"), FineTuneOptions())
     assert request.feeds == {"keep_prob": 1.0}
     assert request.origin["feed"] == ["keep_prob=1.0"]
+    assert request.origin["rename"] == ["weights=kernel"]
+
+
+@pytest.mark.parametrize(
+    ("of_run", "added", "expected"),
+    [
+        ({"image_folder": "a", "group_by": r"p(\d)"}, {"image_folder": "b"}, r"p(\d)"),
+        ({"image_folder": "a", "group_by": r"p(\d)"}, {"csv": "b.csv"}, None),
+        ({"csv": "a.csv", "group_by": "patient"}, {"csv": "b.csv"}, "patient"),
+        ({"csv": "a.csv", "group_by": "group"}, {"csv": "b.csv"}, None),  # if it has this column
+        ({"csv": "a.csv", "group_by": "group"}, {"image_folder": "b"}, None),
+        ({"csv": "a.csv", "group_by": "group"}, {"dataset": "digits"}, None),
+        ({"csv": "a.csv", "group_by": "group"}, {"csv": "b.csv", "group_by": "eye"}, "eye"),
+    ],
+)
+def test_groups_of_the_run_are_those_of_images_of_the_same_kind(
+    tmp_path, monkeypatch, of_run, added, expected
+):
+    opened = []
+
+    def open_images(config, **_):
+        opened.append(config.group_by)
+        raise InterruptedError
+
+    monkeypatch.setattr(finetune_request, "_splits", open_images)
+    (tmp_path / "config.yaml").write_text(run_folder.to_yaml({"solver": "ridge", **of_run}))
+    with pytest.raises(InterruptedError):
+        finetune_request.grown(FinetuneConfig(**added), tmp_path)
+    assert opened == [expected]
 
 
 def test_another_network_is_refused(place, tmp_path, tiny_card, saved_vgg):

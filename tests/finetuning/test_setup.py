@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from conftest import make_image_folder
 
-from transfer import fine_tune, load_meta_graph, open_source
+from transfer import Backbone, fine_tune, load_meta_graph, open_source
 from transfer.finetuning import setup
+from transfer.finetuning.hyperparameters import Stage
+from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.request import RunRequest
 
 
@@ -55,3 +57,33 @@ def test_images_that_changed_between_two_runs_have_other_ids(
     for before, after in zip(*seen, strict=True):
         assert before[0] != after[0]
         assert before[1:] == after[1:]
+
+
+def test_options_without_effect_do_not_choose_gradient_descent(model, image_folder, caplog):
+    """With them, ``solver="auto"`` would not be ridge."""
+    splits = open_source(image_folder=str(image_folder)).train_and_eval_splits()
+    graph = load_meta_graph(model)
+    backbone = Backbone(graph)
+
+    def check(cut="fc7", resume=False, **given):
+        request = RunRequest(graph, *splits, FineTuneOptions(**given), resume=resume)
+        setup._check_used(request, backbone, [Stage(cut, 1, 0.1, 1.0)])
+
+    for name, value in {
+        "backbone_lr_scale": 0.1,
+        "block_lr_decay": 0.5,
+        "warmup_epochs": 1.0,
+        "keep_checkpoint_every_n_hours": 2.0,
+    }.items():
+        with pytest.raises(ValueError, match=f"{name}={value} would have no effect"):
+            check(**{name: value})
+    with pytest.raises(ValueError, match="warmup_epochs needs lr_schedule=cosine"):
+        check("pool1", warmup_epochs=1.0, lr_schedule="constant")
+    check(warmup_epochs=1.0, lr_schedule="cosine")
+    check("pool1", warmup_epochs=1.0, backbone_lr_scale=0.1)
+    check(backbone_lr_scale=1.0, solver="gradient")  # as config.yaml of a run has it
+    assert not caplog.records
+    check(resume=True, warmup_epochs=1.0)  # the run began with it
+    assert "no effect" in caplog.text
+    with pytest.raises(ValueError, match="keep_checkpoint_every_n_hours must be at least 0"):
+        FineTuneOptions(keep_checkpoint_every_n_hours=-1.0, max_to_keep=1).check()

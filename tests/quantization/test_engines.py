@@ -18,7 +18,7 @@ from transfer.images.preprocess import Preprocess
 from transfer.layers.graph_layer import GraphLayer
 from transfer.quantization import agreement, engines, openvino
 from transfer.quantization.agreement import DisagreementError
-from transfer.quantization.calibration import NUM_CALIBRATION, NUM_COMPARED, CalibrationImages
+from transfer.quantization.calibration import CalibrationImages
 from transfer.quantization.prefix import QuantizedPrefix
 
 needs_openvino = pytest.mark.skipif(
@@ -92,9 +92,22 @@ def test_calibration_images_are_drawn_by_the_seed(image_folder):
     assert first.digest() == again.digest() != other.digest()
     for one, two in zip(first.read(), again.read(), strict=True):
         np.testing.assert_array_equal(one, two)
-    calibration, compared = first.read()
-    assert len(calibration) == min(len(train), NUM_CALIBRATION)
-    assert len(compared) == min(len(train), NUM_COMPARED)
+
+
+def test_int8_is_not_compared_on_the_images_that_it_is_calibrated_on(caplog):
+    source = open_source("digits")
+
+    def read(count):
+        split = source.split(f"train[:{count}]")
+        return CalibrationImages(split, Preprocess("unit", 8), seed=0).read()
+
+    for count, sizes in {50: (32, 16), 24: (16, 8)}.items():
+        calibration, compared = ([image.tobytes() for image in images] for images in read(count))
+        assert (len(calibration), len(compared)) == sizes
+        assert not {*calibration} & {*compared}
+    assert not caplog.records
+    assert [len(images) for images in read(5)] == [5, 5]
+    assert "int8 is compared with float32 on the 5 images that it is calibrated" in caplog.text
 
 
 def test_network_is_quantized_once_at_the_first_call(layer, drawn, caplog, monkeypatch):

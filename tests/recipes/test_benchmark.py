@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 
 import pytest
@@ -9,8 +10,10 @@ import pytest
 from recipes import benchmark_job
 from recipes.benchmark_flags import BenchmarkConfig
 from recipes.cli import main
+from transfer.benchmarking import study as study_module
 from transfer.benchmarking.comparison import Run
 from transfer.finetuning.options import FineTuneOptions
+from transfer.runs.interruption import Interrupted
 
 
 def benchmark(out, model, folder, *flags):
@@ -55,12 +58,43 @@ def test_terminated_benchmark_says_how_to_resume(tmp_path, model, image_folder, 
     assert f"interrupted; resume with: {command}" in capfd.readouterr().err
 
 
+def test_interrupted_study_is_resumed_by_the_command_that_it_prints(
+    tmp_path, model, image_folder, monkeypatch, capsys
+):
+    seen = []
+
+    def interrupted(request, axes, out, *, keep_models):
+        seen.append((request.options, axes, keep_models))
+        with study_module._opened(out, request, axes, keep_models=keep_models):
+            raise Interrupted(out, 2)
+
+    monkeypatch.setattr(benchmark_job, "study", interrupted)
+    flags = ["--grid", "shots_per_class=2,3", "--keep-models", "--learning-rate", "0.01"]
+    assert benchmark(tmp_path / "b", model, image_folder, *flags) == 130
+    command = capsys.readouterr().err.split("resume with: ")[1]
+    assert main(shlex.split(command)[1:]) == 130
+    assert seen[0] == seen[1]
+    assert seen[1][1:] == ({"shots_per_class": [2, 3], "seed": [0, 1, 2]}, True)
+
+
+def test_comparison_is_not_resumed_with_other_epochs(
+    tmp_path, model, image_folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(benchmark_job, "compare", lambda *_: ("", 0))
+    flags = ["--cuts", "fc7", "--epochs"]
+    assert benchmark(tmp_path / "b", model, image_folder, *flags, 2) == 0
+    assert benchmark(tmp_path / "b", model, image_folder, *flags, 2, "--resume") == 0
+    assert benchmark(tmp_path / "b", model, image_folder, *flags, 3, "--resume") == 1
+    assert "--epochs 2, now 3" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--schedule", "fc7:2"], "benchmark chooses --schedule itself"),
         (["--tap", "auto"], "name it instead of --tap auto"),
         (["--freeze-until", "none"], "--cuts says what to compare"),
+        (["--baseline", "keras", "--lr-schedule", "cosine"], "does not use --lr-schedule cosine"),
         (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--cuts", "fc7,absent"], "absent"),
     ],

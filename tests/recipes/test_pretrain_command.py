@@ -5,8 +5,11 @@ import numpy as np
 import pytest
 from commands import finetune, saved_values
 
+from recipes import pretrain
 from recipes.cli import main
 from transfer import load_meta_graph
+from transfer.evaluation import metrics_text
+from transfer.vgg import pretraining_run
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +30,24 @@ def test_pretrained_model_can_be_fine_tuned(tmp_path, image_folder, capsys):
     assert finetune(tmp_path / "run", out, image_folder) == 0
 
 
+def test_images_of_a_folder_are_recorded_as_such(tmp_path, image_folder, monkeypatch):
+    """The default dataset would be that of another model."""
+    seen = {}
+
+    def stand_in(train, held_out, options, **arguments):
+        seen.update(arguments)
+        return pretraining_run.PretrainResult(tmp_path, {"accuracy": 1.0, "num_examples": 1})
+
+    monkeypatch.setattr(pretraining_run, "pretrain", stand_in)
+    monkeypatch.setattr(metrics_text, "describe_accuracy", lambda *_: "")
+    assert main(["pretrain", "--image-folder", str(image_folder), "--eval-split", "auto"]) == 0
+    assert seen["origin"]["dataset"] is None
+    assert seen["origin"]["image_folder"] == str(image_folder)
+    assert f" --image-folder {image_folder.name} " in seen["source"]
+    assert "--dataset" not in seen["source"]
+    assert " --dataset tiny_imagenet " in pretrain._command(pretrain.PretrainConfig())
+
+
 @pytest.mark.slow
 def test_pretrain_resumes_an_interrupted_run(tmp_path, image_folder):
     def run(out, epochs, *flags):
@@ -34,6 +55,8 @@ def test_pretrain_resumes_an_interrupted_run(tmp_path, image_folder):
         return main(["pretrain", *map(str, [*shared, "--epochs", epochs, *flags])])
 
     assert run(tmp_path / "a", 1) == 0
+    config = tmp_path / "a" / "config.yaml"
+    config.write_text(f"{config.read_text()}dataset: tiny_imagenet\n")  # as in earlier versions
     assert run(tmp_path / "a", 2, "--resume") == 0
     assert len((tmp_path / "a" / "history.csv").read_text().splitlines()) == 3
     assert run(tmp_path / "b", 1, "--arch", "resnet") == 1

@@ -15,7 +15,7 @@ from transfer.benchmarking.limits import LIMITS
 from transfer.core import measurement
 from transfer.finetuning.options import FineTuneOptions, parse_tap
 from transfer.finetuning.tap_choice import AUTO
-from transfer.graph import concatenated, cut, operation_of
+from transfer.graph import canonical, concatenated, cut, operation_of
 from transfer.graph.cuts import Cut, default_cuts, list_cuts
 from transfer.images.preprocess import parse_size
 from transfer.models import retention
@@ -94,9 +94,12 @@ class Comparison:
         self, out: Path, label: str, cut_name: str, *, scratch: bool = False, baseline: str = ""
     ) -> Iterator[Run]:
         row = out / label.replace("/", "-").replace(" ", "-")
+        # The options of what is trained below the tap, such as l2_sp, are for the other rows.
+        is_head = cut_name == "tap" or canonical(cut_name) == self.cuts[-1].tensor
+        chosen = self.options.head_only() if is_head else self.options
         for seed in range(self.options.seed, self.options.seed + self.seeds):
             options = replace(
-                self.options.head_only() if cut_name == "tap" or scratch else self.options,
+                replace(chosen, l2_sp=0.0) if scratch else chosen,
                 freeze_until=cut_name,
                 random_weights=scratch,
                 head_start="random" if scratch or baseline else self.options.head_start,

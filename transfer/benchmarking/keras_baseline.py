@@ -1,7 +1,7 @@
 """Baseline of a benchmark: fine-tuning with ``keras.Model.fit``, as in the Keras guides.
 
-The same network, images, head, learning rate and epochs as ``fine_tune``, but the backbone runs in
-every epoch, frozen (``trainable=False``) or trained.
+The same network, images in the same order, head, optimizer, learning rate and epochs as
+``fine_tune``, but the backbone runs in every epoch, frozen (``trainable=False``) or trained.
 """
 
 from __future__ import annotations
@@ -10,14 +10,42 @@ import time
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled
 from transfer.core import measurement
 from transfer.evaluation.prediction import predict_logits, summarize
 from transfer.finetuning.hyperparameters import BATCH
+from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.request import RunRequest
 from transfer.finetuning.setup import prepare
 from transfer.runs import run_folder
+from transfer.training.trainer import epoch_seed
+
+_UNUSED = (
+    *("freeze_from", "schedule", "head_start", "block_lr_decay", "weight_decay", "l2_sp", "ema"),
+    *("clip_norm", "accumulate", "early_stopping", "label_smoothing", "mixup", "class_weights"),
+    *("views", "precision", "lr_schedule"),
+)
+
+
+def check(options: FineTuneOptions) -> None:
+    """Check that the baseline uses the options that matter to the results.
+
+    Raises:
+        ValueError: names those that it does not use.
+    """
+    default = FineTuneOptions()
+    unused = [
+        f"{name}={getattr(options, name)}"
+        for name in _UNUSED
+        if getattr(options, name) not in (getattr(default, name), "constant")
+    ]
+    if unused:
+        raise ValueError(
+            f"the baseline with keras.Model.fit does not use {', '.join(unused)}, so that it would "
+            "be compared with other training; leave out baseline or these options"
+        )
 
 
 def keras_baseline(request: RunRequest) -> dict[str, Any]:
@@ -28,7 +56,11 @@ def keras_baseline(request: RunRequest) -> dict[str, Any]:
 
     Returns:
         The content of ``metrics.json``, with the keys that the benchmark's report reads.
+
+    Raises:
+        ValueError: see ``check``.
     """
+    check(request.options)
     keras.utils.set_random_seed(request.options.seed)
     clock, times = measurement.Clock(), _EpochTimes()
     with clock("load_s"):
@@ -41,25 +73,35 @@ def keras_baseline(request: RunRequest) -> dict[str, Any]:
         base = classifier.backbone if is_full else _InferenceMode(classifier.backbone)
         model = keras.Model(inputs, classifier.head(base(inputs)))
         # Keras has one learning rate for all layers: if the backbone is trained, the backbone's.
-        scale = stage.backbone_lr_scale if is_full else 1.0
+        rate = stage.learning_rate * (stage.backbone_lr_scale if is_full else 1.0)
+        sgd = keras.optimizers.SGD(rate, momentum=0.9)
         model.compile(
-            keras.optimizers.Adam(stage.learning_rate * scale),
+            sgd if options.optimizer == "sgd" else keras.optimizers.Adam(rate),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
         )
         # The default of a head on cached features would be too large for whole images.
         batch_size = request.options.batch_size or min(BATCH, len(work.train))
-        train = work.train.batches(classifier.preprocess, batch_size, shuffle_seed=0)
+
+        def batches(epoch: int) -> tf.data.Dataset:
+            seed = epoch_seed(options.seed, epoch)
+            view = seed if options.augment else None
+            return work.train.batches(
+                classifier.preprocess, batch_size, shuffle_seed=seed, view_seed=view
+            ).dataset()
+
         held_out = work.held_out.batches(classifier.preprocess, EXTRACTION_BATCH)
     with clock("train_s"):
-        history = model.fit(
-            train.dataset(),
-            epochs=stage.epochs,
-            shuffle=False,  # the dataset is shuffled
-            validation_data=held_out.dataset(),
-            callbacks=[times],
-            verbose=2,
-        )
+        for epoch in range(stage.epochs):  # each has its own order and views
+            history = model.fit(
+                batches(epoch),
+                initial_epoch=epoch,
+                epochs=epoch + 1,
+                shuffle=False,  # the dataset is shuffled
+                validation_data=held_out.dataset(),
+                callbacks=[times],
+                verbose=2,
+            )
     with clock("eval_s"):
         evaluation = summarize(*predict_logits(Compiled(model), held_out), work.held_out.groups)
     seconds = clock.seconds
@@ -67,7 +109,7 @@ def keras_baseline(request: RunRequest) -> dict[str, Any]:
         "eval": evaluation,
         "train": {
             "epochs": stage.epochs,
-            "steps": stage.epochs * len(train),
+            "steps": stage.epochs * -(-len(work.train) // batch_size),
             "final_loss": history.history["loss"][-1],
             "epoch_s": measurement.usual(times.seconds),
         },

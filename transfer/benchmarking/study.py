@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.npy"
 """Predicted classes of the held-out images, the last file of a run of a study."""
+CONTENT = "study.json"
+"""Hashes of the model and of the images."""
 RUNS = "runs"
 _MEASURED = "study"  # entry of metrics.json
 # Options that say where and how often files are written. Results do not depend on them.
@@ -126,7 +128,7 @@ def study(
     ]
     _check(request, points)
     outcomes, failures = [], []
-    with _opened(out, request, listed):
+    with _opened(out, request, listed, keep_models=keep_models):
         for number, point in enumerate(points, 1):
             options = dataclasses.replace(request.options, **point)
             folder = out / RUNS / _name(point, options)
@@ -173,22 +175,48 @@ def _check(request: RunRequest, points: Sequence[Mapping[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def _opened(out: Path, request: RunRequest, axes: Mapping[str, Sequence[Any]]) -> Iterator[None]:
+def _opened(
+    out: Path, request: RunRequest, axes: Mapping[str, Sequence[Any]], *, keep_models: bool = False
+) -> Iterator[None]:
     has_begun = (out / run_folder.CONFIG).is_file()
     if has_begun and "grid" not in run_folder.read_config(out):
         raise FileExistsError(f"{str(out)!r} holds a run; choose another run_dir for the study")
     options = {name: value for name, value in vars(request.options).items() if name not in axes}
+    config = {**request.origin, **options, "grid": show_grid(axes), "out": out}
+    config |= {"feed": [*config.get("feed", ())], "keep_models": keep_models}
     content = _content(request)
-    config = {**request.origin, **options, **content, "grid": show_grid(axes), "out": out}
-    content["feed"] = config["feed"] = [*config.get("feed", ())]
-    if not has_begun:
+    if has_begun:
+        _check_content(out, content)
+    else:
         run_folder.check(out, resume=False)
     names = [option.name for option in dataclasses.fields(FineTuneOptions)]
-    free = ("grid", *(name for name in names if name in axes), *_PLACES)
-    # Studies of earlier versions did not record the content, nor options that came later.
-    defaults = vars(FineTuneOptions()) | content
-    with run_folder.opened(out, config, resume=has_begun, defaults=defaults, may_differ=free):
+    free = ("grid", "keep_models", *content, *(name for name in names if name in axes), *_PLACES)
+    fixed = {"epochs"} - {*axes}
+    # Studies of earlier versions did not record these, nor options that came later.
+    recorded = {name: config.get(name, ()) for name in ("feed", "rename")}
+    defaults = vars(FineTuneOptions()) | recorded
+    with run_folder.opened(
+        out, config, resume=has_begun, defaults=defaults, may_differ=free, fixed=fixed
+    ):
+        run_folder.write_json(out / CONTENT, content)  # config.yaml has what are flags only
         yield
+
+
+def _check_content(out: Path, content: Mapping[str, Any]) -> None:
+    """Refuse to continue a study with another model, or with other images."""
+    path = out / CONTENT
+    # Studies of earlier versions recorded it among their options, or not at all.
+    began = run_folder.read_json(path) if path.is_file() else run_folder.read_config(out)
+    different = [
+        f"{name}={began[name]!r}, now {value!r}"
+        for name, value in content.items()
+        if began.get(name, value) != value
+    ]
+    if different:
+        raise ValueError(
+            f"cannot continue the study in {str(out)!r} with another model or other images "
+            f"({'; '.join(different)}); start a new study, in another run_dir"
+        )
 
 
 def _content(request: RunRequest) -> dict[str, Any]:

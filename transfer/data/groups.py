@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 def groups_by_pattern(pattern: str, names: Mapping[str, Sequence[str]]) -> dict[str, np.ndarray]:
     r"""Groups of images by a regular expression that is searched for in their names.
 
-    The group is the text that the first parentheses of the pattern match, or without parentheses
-    the whole match. An image whose name does not match is a group of its own; their number is
-    logged as a warning.
+    The group is the text that the first parentheses of the pattern match, or the whole match if
+    there are none, or they take no part in it. An image whose name does not match is a group of its
+    own; their number is logged as a warning.
 
     Args:
         pattern: a regular expression, such as ``patient(\d+)``.
@@ -43,8 +43,10 @@ def groups_by_pattern(pattern: str, names: Mapping[str, Sequence[str]]) -> dict[
 
     def number(name: str) -> int:
         match = compiled.search(name)
-        text = match[min(1, compiled.groups)] if match else None
-        return -1 if text is None else number_of.setdefault(text, len(number_of))
+        if match is None:
+            return -1
+        text = match[min(1, compiled.groups)]
+        return number_of.setdefault(match[0] if text is None else text, len(number_of))
 
     numbers = np.fromiter((number(name) for part in names.values() for name in part), np.int64)
     single = np.flatnonzero(numbers < 0)

@@ -146,8 +146,6 @@ def grown_request(
     settings = run_folder.read_config(folder)
     if graph is None:
         graph = _model(folder, settings)
-        of_model = {"rename": settings.get("rename", ())}
-        arguments["recorded"] = of_model | dict(arguments.get("recorded", {}))
     if not feeds:
         feeds = parse_feeds(settings.get("feed", ()))
 

@@ -32,9 +32,9 @@ def find_learning_rate(
 ) -> RangeTest:
     """Find a learning rate for a run by training with rising rates (learning-rate range test).
 
-    Writes ``lr_find.csv``, ``lr_find.png`` and ``config.yaml`` to the ``run_dir`` of the request,
-    or no files if that is ``None``. The weights are discarded. The seed of the options is set
-    globally.
+    Writes ``lr_find.csv``, ``lr_find.png`` and ``config.yaml``, the options of the request with the
+    suggested learning rate, to its ``run_dir``, or no files if that is ``None``. The weights are
+    discarded. The seed of the options is set globally.
 
     Args:
         request: as for the run; its learning rate and learning-rate schedule are replaced.
@@ -62,18 +62,22 @@ def find_learning_rate(
     options = request.options
     if request.replicas.count > 1:
         raise ValueError("the range test works on one device")
-    if options.schedule is not None or options.solver in ("ridge", "lbfgs") or request.resume:
+    is_solved = options.solver in ("ridge", "lbfgs") or options.lbfgs_c is not None
+    if options.schedule is not None or is_solved or request.resume:
         raise ValueError(
-            "the range test trains from one cut, anew; leave out schedule=STAGES, solver=NAME and "
-            "resume=True"
+            "the range test trains from one cut, anew; leave out schedule=STAGES, solver=NAME, "
+            "lbfgs_c=C and resume=True"
         )
     keras.utils.set_random_seed(options.seed)
-    options = replace(options, lr_schedule="constant", learning_rate=1.0)
-    context = prepare(replace(request, options=options))
+    rising = replace(options, lr_schedule="constant", learning_rate=1.0, solver="gradient")
+    context = prepare(replace(request, options=rising))
     if request.run_dir is None:
         return _trial(context, lowest=lowest, highest=highest, steps=steps)
-    with run_folder.opened(context.run_dir, context.config):
+    config = {**request.origin, **vars(options), "out": context.run_dir}
+    with run_folder.opened(context.run_dir, config):
         test = _trial(context, lowest=lowest, highest=highest, steps=steps)
+        suggested = config | {"learning_rate": float(f"{test.suggestion:g}")}
+        run_folder.write_text(context.run_dir / run_folder.CONFIG, run_folder.to_yaml(suggested))
         _write_table(context.run_dir / TABLE, test)
         with replacing(context.run_dir / PLOT) as path:
             _plot(test).savefig(path, format="png", dpi=150)

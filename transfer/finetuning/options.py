@@ -46,6 +46,8 @@ HEAD_ONLY: dict[str, Any] = {
     "freeze_until": "tap",
     "freeze_from": None,
     "schedule": None,
+    "backbone_lr_scale": None,
+    "block_lr_decay": 1.0,
     "l2_sp": 0.0,
 }
 """Values of the options that say what is trained, for a run that trains the head only."""
@@ -195,6 +197,7 @@ class FineTuneOptions:
             "early_stopping": 1,
             "accumulate": 1,
             "max_to_keep": 0,
+            "keep_checkpoint_every_n_hours": 0,
             "backbone_lr_scale": 0,
             "block_lr_decay": 0,
             "warmup_epochs": 0,

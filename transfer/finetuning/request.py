@@ -55,5 +55,7 @@ class RunRequest:
     def origin(self) -> dict[str, Any]:
         """Where model and images come from, and what else is recorded."""
         feeds = [f"{name}={value}" for name, value in self.feeds.items()]
-        fed = {"feed": feeds} if feeds else {}
-        return {"model": self.graph.name, **self.train.source.origin, **fed, **self.recorded}
+        renames = [f"{name}={key}" for name, key in self.graph.rename.items()]
+        of_model = {"feed": feeds, "rename": renames}
+        given = {name: value for name, value in of_model.items() if value}
+        return {"model": self.graph.name, **self.train.source.origin, **given, **self.recorded}

@@ -240,7 +240,7 @@ def _defaults(context: RunContext) -> dict[str, Any]:
     defaults = asdict(FineTuneOptions(solver="gradient"))
     origin = context.request.origin
     if "train_split" not in origin:  # a run from Python; provenance.json covers its feeds
-        defaults["feed"] = origin.get("feed", ())
+        defaults |= {name: origin.get(name, ()) for name in ("feed", "rename")}
     return defaults
 
 

@@ -110,6 +110,7 @@ def prepare(request: RunRequest) -> RunContext:
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
     stages = _stages(resolved, classifier, features, train)
     _check_accumulation(resolved.accumulate, stages, -(-len(train) // resolved.batch_size))
+    _check_used(request, classifier.backbone, stages)
     num_images = len(train) * max(1, resolved.views) + len(request.held_out)
     precision = choose(
         resolved,
@@ -174,6 +175,34 @@ def _check_accumulation(accumulate: int, stages: list[Stage], steps_per_epoch: i
                 f"accumulate={accumulate}: the gradients of the last {rest} of {num_batches} "
                 "batches are not applied"
             )
+
+
+def _check_used(request: RunRequest, backbone: GraphLayer, stages: Sequence[Stage]) -> None:
+    """Refuse options without effect that would make ``solver="auto"`` gradient descent; for a run
+    that is resumed, which began with them, warn."""
+    options, default = request.options, FineTuneOptions()
+    if options.solver != "auto":
+        return
+    unused = [] if options.max_to_keep else ["keep_checkpoint_every_n_hours"]
+    only_head = not any(
+        variable.trainable for stage in stages for variable in _after(backbone, stage.cut).variables
+    )
+    if only_head:
+        unused += ["backbone_lr_scale", "block_lr_decay"]
+    if options.lr_schedule == "constant" or (only_head and options.lr_schedule == "auto"):
+        unused.append("warmup_epochs")
+    values = {name: getattr(options, name) for name in unused}
+    given = [f"{name}={it}" for name, it in values.items() if it != getattr(default, name)]
+    if not given:
+        return
+    message = (
+        f"{', '.join(given)} would have no effect: backbone_lr_scale and block_lr_decay need "
+        "trained layers of the backbone (freeze_until), warmup_epochs needs lr_schedule=cosine, "
+        "and keep_checkpoint_every_n_hours needs max_to_keep=N; leave it out"
+    )
+    if not request.resume:
+        raise ValueError(message)
+    logger.warning(message)
 
 
 def _check_model(growth: Growth, backbone: GraphLayer) -> None:

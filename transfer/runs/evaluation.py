@@ -352,7 +352,9 @@ def _warn_of_copies(folder: Path, split: Split, progress: Progress) -> None:
 def _summary(folder: Path, command: Sequence[str]) -> RunSummary:
     """Information about the run for the report."""
     config, flags = run_folder.read_config(folder), str(folder / run_folder.CONFIG)
-    train = ["vgg-transfer", "finetune", "--config", flags, "--out", "runs/again"]
+    again = ["vgg-transfer", "finetune", "--config", flags, "--out", "runs/again"]
+    # ``fine_tune`` records no split expressions, with which the command would take other images.
+    train = [again] if config.get("train_split") else []
     versions = run_folder.read_json(folder / run_folder.METRICS).get("versions")
     return RunSummary(
         name=folder.resolve().name,
@@ -362,5 +364,5 @@ def _summary(folder: Path, command: Sequence[str]) -> RunSummary:
         config=config,
         versions=versions if isinstance(versions, dict) else {},
         trained_on=read_card(folder / f"{run_folder.MODEL}.json").trained_on,
-        commands=[train, command] if command else [train],
+        commands=[*train, *([command] if command else [])],
     )

@@ -79,6 +79,7 @@ def opened(
     resume: bool = False,
     defaults: Mapping[str, Any] | None = None,
     may_differ: Collection[str] = (),
+    fixed: Collection[str] = (),
 ) -> Iterator[None]:
     """Lock a run folder and write the configuration; see ``check``.
 
@@ -88,6 +89,7 @@ def opened(
         resume: continue the run in the folder.
         defaults: values of options that did not exist when a resumed run was started.
         may_differ: options, in addition to the epochs, that may differ in a resumed run.
+        fixed: options that may not differ, such as the epochs of runs that are compared.
 
     Raises:
         BlockingIOError: if another process uses the folder.
@@ -103,7 +105,8 @@ def opened(
                 files.refuse_link(folder)
         files.remove_drafts(out)  # left by a run that was killed while saving its model
         if resume and _has_begun(out):
-            _check_resumed(out, config, defaults or {}, {*_MAY_DIFFER, *may_differ})
+            free = {*_MAY_DIFFER, *may_differ} - {*fixed}
+            _check_resumed(out, config, defaults or {}, free)
         write_text(out / CONFIG, to_yaml(config))
         yield
 

@@ -120,8 +120,10 @@ def pretrain(
     provenance = {"dataset": {"name": data.name} | run_data.digests(train, held_out, show)}
     if resume:
         _check_images(out / run_folder.PROVENANCE, provenance)
+    # Earlier versions recorded the default dataset beside an image folder or a manifest.
+    free = () if images.get("dataset") else ("dataset",)
     with (
-        run_folder.opened(out, recorded, resume=resume),
+        run_folder.opened(out, recorded, resume=resume, may_differ=free),
         interruption.resumable(out) as signals,
     ):
         run_folder.write_json(out / run_folder.PROVENANCE, provenance)
