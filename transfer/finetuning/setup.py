@@ -178,8 +178,7 @@ def _check_accumulation(accumulate: int, stages: list[Stage], steps_per_epoch: i
 
 
 def _check_used(request: RunRequest, backbone: GraphLayer, stages: Sequence[Stage]) -> None:
-    """Refuse options without effect that would make ``solver="auto"`` gradient descent; for a run
-    that is resumed, which began with them, warn."""
+    """Warn about options without effect but that ``solver="auto"`` is gradient descent with them."""
     options, default = request.options, FineTuneOptions()
     if options.solver != "auto":
         return
@@ -195,14 +194,11 @@ def _check_used(request: RunRequest, backbone: GraphLayer, stages: Sequence[Stag
     given = [f"{name}={it}" for name, it in values.items() if it != getattr(default, name)]
     if not given:
         return
-    message = (
-        f"{', '.join(given)} would have no effect: backbone_lr_scale and block_lr_decay need "
-        "trained layers of the backbone (freeze_until), warmup_epochs needs lr_schedule=cosine, "
-        "and keep_checkpoint_every_n_hours needs max_to_keep=N; leave it out"
+    logger.warning(
+        f"{', '.join(given)} has no effect on this run but to make it gradient descent: "
+        "backbone_lr_scale and block_lr_decay need trained layers of the backbone (freeze_until), "
+        "warmup_epochs needs lr_schedule=cosine, keep_checkpoint_every_n_hours needs max_to_keep=N"
     )
-    if not request.resume:
-        raise ValueError(message)
-    logger.warning(message)
 
 
 def _check_model(growth: Growth, backbone: GraphLayer) -> None:

@@ -31,8 +31,10 @@ CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
-_MAY_DIFFER = ("epochs", "fc_epochs", "out", "strategy", "track", "track_files")
-_MAY_DIFFER += ("cache_dir", "cache_limit", "checkpoint_minutes")
+_MAY_DIFFER = (
+    *("epochs", "fc_epochs", "out", "strategy", "track", "track_files"),
+    *("cache_dir", "cache_limit", "checkpoint_minutes"),
+)
 """Options that may differ in a resumed run."""
 _MAX_JSON_BYTES = 2**26  # metrics of tens of thousands of classes
 
