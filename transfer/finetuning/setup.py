@@ -178,7 +178,7 @@ def _check_accumulation(accumulate: int, stages: list[Stage], steps_per_epoch: i
 
 
 def _check_used(request: RunRequest, backbone: GraphLayer, stages: Sequence[Stage]) -> None:
-    """Warn about options without effect but that ``solver="auto"`` is gradient descent with them."""
+    """Warn about options whose only effect is that ``solver="auto"`` is gradient descent."""
     options, default = request.options, FineTuneOptions()
     if options.solver != "auto":
         return
