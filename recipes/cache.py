@@ -33,8 +33,8 @@ def cache(
     Args:
         action: List or delete entries.
         digests: clear: delete only entries whose digests start with these characters.
-        cache_dir: Folder of the activation cache. [default: vgg-transfer in the user's cache
-            folder]
+        cache_dir: Folder of the activation cache. [default: vgg-transfer/activations in the user's
+            cache folder]
         older_than_days: clear: delete only entries unused for this many days.
         as_json: list: print JSON.
     """

@@ -34,7 +34,8 @@ class FeaturesConfig(ImageFlags):
     split: str | None = None
     """Images to use, e.g. train or test[:50%]. [default: all]"""
     cache_dir: Path | None = None
-    """Folder of the activation cache. [default: vgg-transfer in the user's cache folder]"""
+    """Folder of the activation cache. [default: vgg-transfer/activations in the user's cache
+    folder]"""
 
 
 def features(images: Images = None, /, *, config: FeaturesConfig) -> int:

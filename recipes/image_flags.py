@@ -79,8 +79,9 @@ class SplitFlags(ImageFlags):
 
     group_by: str | None = None
     """What groups the images, e.g. by patient, camera or video: a column of the manifest, or a
-    regular expression on the paths of an image folder, e.g. 'patient(\\d+)'. A group is either
-    trained on or evaluated on. [default: the column group, if the manifest has one]"""
+    regular expression on the paths of an image folder, e.g. 'patient(\\d+)'. Images that are held
+    out automatically share no group with those that are trained on; given splits are not changed.
+    [default: the column group, if the manifest has one]"""
     train_split: str = "auto"
     """Split to train on, e.g. train[:80%]."""
     eval_split: str = "auto"

@@ -229,6 +229,8 @@ def test_rate_of_a_client_is_limited(ask):
     codes = [answer.status_code for answer in answers]
     assert (codes.count(200), codes.count(429)) == (3, 3)
     assert int(answers[codes.index(429)].headers["retry-after"]) >= 1
+    photos = ask(*[get("/confident-errors/0/photo")] * 3, max_rate=2)
+    assert [answer.status_code for answer in photos].count(429) == 1
 
 
 def test_requests_that_arrive_together_share_batches(ask, model, monkeypatch):

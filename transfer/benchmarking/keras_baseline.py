@@ -35,7 +35,7 @@ def check(options: FineTuneOptions) -> None:
     Raises:
         ValueError: names those that it does not use.
     """
-    default = FineTuneOptions()
+    default = FineTuneOptions()  # with lr_schedule=auto, for which the baseline takes constant
     unused = [
         f"{name}={getattr(options, name)}"
         for name in _UNUSED

@@ -156,7 +156,8 @@ class FineTuneOptions:
     cache: Literal["disk", "memory", "off"] = "disk"
     """Where the activations at the cut are cached; disk keeps them for later runs."""
     cache_dir: Path | None = None
-    """Folder of the activation cache. [default: vgg-transfer in the user's cache folder]"""
+    """Folder of the activation cache. [default: vgg-transfer/activations in the user's cache
+    folder]"""
     cache_limit: float = 20.0
     """Largest size of that folder in GB; the least recently used entries are evicted."""
     cache_dtype: Literal["float32", "float16"] = "float32"

@@ -297,7 +297,8 @@ class _Guard:
         app = self._app
         try:
             check_origin(request, self._service.settings.hosts)
-            if request.method == "POST" or request.url.path.endswith("/overlay"):
+            # Photos and overlays of errors are computed for each request, though they are GETs.
+            if request.method == "POST" or request.url.path.endswith(("/overlay", "/photo")):
                 self._service.rate.check(request.client.host if request.client else "")
         except RequestError as error:
             app = await _error(request, error)
