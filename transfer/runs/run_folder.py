@@ -34,8 +34,10 @@ EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
 _LOCK = ".lock"
-_MAY_DIFFER = ("epochs", "fc_epochs", "out", "strategy", "track", "track_files")
-_MAY_DIFFER += ("cache_dir", "cache_limit", "checkpoint_minutes")
+_MAY_DIFFER = (
+    *("epochs", "fc_epochs", "out", "strategy", "track", "track_files"),
+    *("cache_dir", "cache_limit", "checkpoint_minutes"),
+)
 """Options that may differ in a resumed run."""
 _MAX_JSON_BYTES = 2**26  # metrics of tens of thousands of classes
 
