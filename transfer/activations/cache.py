@@ -109,21 +109,23 @@ class Cache:
                 there is. If evicting all candidates would not suffice, no entry is deleted.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
+        if self._excess(num_bytes) <= 0:
+            return
         kept = {entry.folder.name for entry in keep}
         entries = sorted(self.entries(), key=lambda entry: entry.last_used)
-        evictable = [
-            entry
-            for entry in entries
-            if entry.digest not in kept and not parts.in_use(self.directory / entry.digest)
-        ]
+        others = [entry for entry in entries if entry.digest not in kept]
+        in_use = [entry for entry in others if parts.in_use(self.directory / entry.digest)]
+        evictable = [entry for entry in others if entry not in in_use]
         if self._excess(num_bytes) > sum(entry.num_bytes for entry in evictable):
             used = sum(entry.num_bytes for entry in entries)
             free = shutil.disk_usage(self.directory).free
+            read = sum(entry.num_bytes for entry in in_use) / 1e6
+            busy = f", {read:,.0f} MB of it in use by other processes" if in_use else ""
             raise OSError(
                 f"{num_bytes / 1e6:,.0f} MB of activations do not fit into {self.directory}: it "
-                f"holds {used / 1e6:,.0f} MB of at most {self.limit_bytes / 1e6:,.0f} MB, and the "
-                f"disk has {free / 1e6:,.0f} MB free; raise the limit, choose another directory, "
-                "or keep them as float16"
+                f"holds {used / 1e6:,.0f} MB of at most {self.limit_bytes / 1e6:,.0f} MB{busy}, "
+                f"and the disk has {free / 1e6:,.0f} MB free; raise the limit, choose another "
+                "directory, or keep them as float16"
             )
         for entry in evictable:
             # Measured again, because other workers may delete the same entries.
