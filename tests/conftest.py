@@ -142,14 +142,17 @@ def model(tmp_path: Path, tiny_card: Card, saved_vgg: Callable) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(
-    tmp_path_factory: pytest.TempPathFactory, tiny_card: Card, saved_vgg: Callable
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_card: Card,
+    saved_vgg: Callable,
+    image_folder: Path,
 ) -> Path:
     """Folder of a finished run on ``image_folder``, for tests that only read it."""
     from commands import finetune
 
     folder = tmp_path_factory.mktemp("finished")
     model = saved_vgg(folder / "model" / "tiny", card=tiny_card)
-    assert finetune(folder / "run", model, make_image_folder(folder / "photos")) == 0
+    assert finetune(folder / "run", model, image_folder) == 0
     return folder / "run"
 
 
@@ -226,9 +229,34 @@ def make_image_folder(root: Path, images_per_class: int = 12, size: int = 20) ->
     return root
 
 
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of two classes, for tests that only read them: what a run has computed from them,
+    later runs find in the caches."""
+    return make_image_folder(tmp_path_factory.mktemp("shared") / "photos")
+
+
 @pytest.fixture
-def image_folder(tmp_path: Path) -> Path:
+def own_image_folder(tmp_path: Path) -> Path:
+    """The same images, for tests that change them, or that need empty caches."""
     return make_image_folder(tmp_path / "photos")
+
+
+@pytest.fixture(autouse=True)
+def _shared_images_are_only_read(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A change would affect the tests that follow."""
+    if "image_folder" not in request.fixturenames:
+        yield
+        return
+
+    def contents() -> dict[str, tuple[int, int]]:
+        states = {str(path): path.lstat() for path in sorted(folder.rglob("*"))}
+        return {name: (state.st_mtime_ns, state.st_size) for name, state in states.items()}
+
+    folder = request.getfixturevalue("image_folder")
+    before = contents()
+    yield
+    assert contents() == before, "the test changes image_folder; use own_image_folder"
 
 
 @pytest.fixture

@@ -27,15 +27,15 @@ def found(folder, cache):
         return source.split("train").fingerprints()
 
 
-def test_readable_images_are_decoded_once(image_folder, tmp_path, looked_at):
-    (image_folder / "red" / "00.jpg").write_bytes(b"no image")
-    first = found(image_folder, tmp_path / "cache")
-    np.testing.assert_array_equal(found(image_folder, tmp_path / "cache"), first)
+def test_readable_images_are_decoded_once(own_image_folder, tmp_path, looked_at):
+    (own_image_folder / "red" / "00.jpg").write_bytes(b"no image")
+    first = found(own_image_folder, tmp_path / "cache")
+    np.testing.assert_array_equal(found(own_image_folder, tmp_path / "cache"), first)
     assert looked_at == [24, 1]
     assert first["readable"].sum() == 23
-    Image.new("RGB", (9, 9)).save(image_folder / "red" / "new.png")
-    (image_folder / "red" / "02.jpg").write_bytes(b"changed")
-    assert len(found(image_folder, tmp_path / "cache")) == 25
+    Image.new("RGB", (9, 9)).save(own_image_folder / "red" / "new.png")
+    (own_image_folder / "red" / "02.jpg").write_bytes(b"changed")
+    assert len(found(own_image_folder, tmp_path / "cache")) == 25
     assert looked_at == [24, 1, 3]
 
 
@@ -48,9 +48,9 @@ def test_images_that_become_readable_are_found_readable(image_folder, tmp_path, 
     assert found(image_folder, tmp_path / "cache")["readable"].all()
 
 
-def test_fingerprints_in_memory_follow_the_examples(image_folder, looked_at):
-    (image_folder / "red" / "00.jpg").write_bytes(b"no image")
-    train = open_source(image_folder=str(image_folder)).split("train")
+def test_fingerprints_in_memory_follow_the_examples(own_image_folder, looked_at):
+    (own_image_folder / "red" / "00.jpg").write_bytes(b"no image")
+    train = open_source(image_folder=str(own_image_folder)).split("train")
     is_even = np.arange(len(train)) % 2 == 0
     some = train.where(is_even).fingerprints()
     whole = train.fingerprints()
@@ -58,7 +58,7 @@ def test_fingerprints_in_memory_follow_the_examples(image_folder, looked_at):
     np.testing.assert_array_equal(train.where(~is_even).fingerprints(), whole[~is_even])
     assert len(train.where(is_even & ~is_even).fingerprints()) == 0
     assert looked_at == [12, 12]
-    fresh = open_source(image_folder=str(image_folder)).split("train")
+    fresh = open_source(image_folder=str(own_image_folder)).split("train")
     np.testing.assert_array_equal(fresh.fingerprints(), whole)
     assert not whole.flags.writeable  # the same array is kept for later
 

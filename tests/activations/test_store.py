@@ -172,10 +172,12 @@ def test_rows_damaged_after_the_start_are_recomputed(run, tmp_path, monkeypatch,
     assert largest_difference(first, third) == 0
 
 
-def test_damaged_rows_of_vanished_images_are_an_error(image_folder, model, tmp_path, monkeypatch):
+def test_damaged_rows_of_vanished_images_are_an_error(
+    own_image_folder, model, tmp_path, monkeypatch
+):
     monkeypatch.setattr(entry, "_VERIFIED_AT_START", 0)
     backbone = Backbone(load_meta_graph(model))
-    split = open_source(image_folder=str(image_folder)).split("train")
+    split = open_source(image_folder=str(own_image_folder)).split("train")
     directory = tmp_path / "cache"
     features = extract_features(backbone, split, Preprocess("unit", 16), cache_dir=directory)
     (path,) = directory.glob("*/rows-00000.bin")
@@ -186,7 +188,7 @@ def test_damaged_rows_of_vanished_images_are_an_error(image_folder, model, tmp_p
     np.testing.assert_array_equal(again.values, features.values)
     for rows in directory.glob("*/rows-00001.bin"):
         rows.unlink()
-    (image_folder / split.names[1]).write_bytes(b"no image")  # in the same batch
+    (own_image_folder / split.names[1]).write_bytes(b"no image")  # in the same batch
     with pytest.raises(OSError, match="1 of the activations .* cannot be computed again: 1 image"):
         extract_features(backbone, split, Preprocess("unit", 16), cache_dir=directory)
 

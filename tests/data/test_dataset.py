@@ -183,11 +183,11 @@ def test_all_png_types_decode(tmp_path, mode):
     assert images.shape == (2, 8, 8, 3)
 
 
-def test_unreadable_images_are_named(image_folder):
-    (image_folder / "red" / "00.jpg").write_bytes(b"not a picture")
-    whole = (image_folder / "red" / "02.jpg").read_bytes()
-    (image_folder / "red" / "02.jpg").write_bytes(whole[: len(whole) // 3])
-    split = open_source(image_folder=str(image_folder)).split("train")
+def test_unreadable_images_are_named(own_image_folder):
+    (own_image_folder / "red" / "00.jpg").write_bytes(b"not a picture")
+    whole = (own_image_folder / "red" / "02.jpg").read_bytes()
+    (own_image_folder / "red" / "02.jpg").write_bytes(whole[: len(whole) // 3])
+    split = open_source(image_folder=str(own_image_folder)).split("train")
     batches = split.batches(PREPROCESS, 24, shuffle_seed=1)
     with pytest.raises(UnreadableImageError, match="2 images cannot be decoded: ") as error:
         list(batches)
@@ -198,10 +198,10 @@ def test_unreadable_images_are_named(image_folder):
         split.readable(-1)
 
 
-def test_only_batch_with_unreadable_image_is_reread(image_folder, monkeypatch):
-    broken = image_folder / "red" / "00.jpg"
+def test_only_batch_with_unreadable_image_is_reread(own_image_folder, monkeypatch):
+    broken = own_image_folder / "red" / "00.jpg"
     broken.write_bytes(broken.read_bytes()[:400])
-    split = open_source(image_folder=str(image_folder)).split("train")
+    split = open_source(image_folder=str(own_image_folder)).split("train")
     read = []
     monkeypatch.setattr(
         "transfer.data.unreadable.read_image", lambda file: read.append(file) or read_image(file)
@@ -214,13 +214,13 @@ def test_only_batch_with_unreadable_image_is_reread(image_folder, monkeypatch):
     assert broken.read_bytes() in read
 
 
-def test_new_images_do_not_change_held_out_images(image_folder):
+def test_new_images_do_not_change_held_out_images(own_image_folder):
     def held_out():
-        source = open_source(image_folder=str(image_folder))
+        source = open_source(image_folder=str(own_image_folder))
         return set(dataset.train_and_eval_splits(source)[1].names)
 
     before = held_out()
-    Image.new("RGB", (9, 9)).save(image_folder / "red" / "new.png")
+    Image.new("RGB", (9, 9)).save(own_image_folder / "red" / "new.png")
     assert len(before & held_out()) >= len(before) - 1
 
 
@@ -258,15 +258,15 @@ def test_random_views_differ_between_epochs_and_repeat_with_the_seed(image_folde
     np.testing.assert_array_equal(views(1)[some], views(1, split.where(some)))
 
 
-def test_id_changes_only_with_image(image_folder):
+def test_id_changes_only_with_image(own_image_folder):
     def ids():
-        split = open_source(image_folder=str(image_folder)).split("train")
+        split = open_source(image_folder=str(own_image_folder)).split("train")
         return dict(zip(split.names, split.ids, strict=True))
 
     before = ids()
     assert len(set(before.values())) == 24
-    shutil.copy(image_folder / "red/01.png", image_folder / "red/new.png")
-    shutil.copy(image_folder / "red/03.png", image_folder / "red/05.png")
+    shutil.copy(own_image_folder / "red/01.png", own_image_folder / "red/new.png")
+    shutil.copy(own_image_folder / "red/03.png", own_image_folder / "red/05.png")
     after = ids()
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {"red/05.png"}
@@ -297,10 +297,10 @@ def test_shards_are_refused(image_folder):
         source.split("train[:1shard]")
 
 
-def test_files_of_the_same_name_are_in_the_order_of_their_paths(image_folder, monkeypatch):
+def test_files_of_the_same_name_are_in_the_order_of_their_paths(own_image_folder, monkeypatch):
     for clip in ("b", "a", "c"):
-        (image_folder / "red" / clip).mkdir()
-        (image_folder / "red" / clip / "1.png").write_bytes(b"")
+        (own_image_folder / "red" / clip).mkdir()
+        (own_image_folder / "red" / clip / "1.png").write_bytes(b"")
     walk = os.walk
 
     def backwards(top, **options):
@@ -309,7 +309,7 @@ def test_files_of_the_same_name_are_in_the_order_of_their_paths(image_folder, mo
             yield folder, names, files
 
     monkeypatch.setattr(os, "walk", backwards)
-    names = [*open_source(image_folder=str(image_folder)).split("train").names]
+    names = [*open_source(image_folder=str(own_image_folder)).split("train").names]
     assert [n for n in names if n.endswith("/1.png")] == [f"red/{clip}/1.png" for clip in "abc"]
 
 
@@ -532,12 +532,12 @@ def test_prefetch_reads_few_images(undecoded):
 
 
 @pytest.mark.slow
-def test_resumed_epoch_needs_no_files_of_earlier_batches(image_folder):
-    split = open_source(image_folder=str(image_folder)).split("train")
+def test_resumed_epoch_needs_no_files_of_earlier_batches(own_image_folder):
+    split = open_source(image_folder=str(own_image_folder)).split("train")
     options = {"shuffle_seed": 2, "view_seed": 2}
     whole = list(split.batches(PREPROCESS, 5, **options))
     for position in shuffled(24, 2)[:15]:
-        (image_folder / split.names[position]).unlink()
+        (own_image_folder / split.names[position]).unlink()
     rest = list(split.batches(PREPROCESS, 5, first_batch=3, **options))
     for found, expected in zip(rest, whole[3:], strict=True):
         np.testing.assert_array_equal(found[0], expected[0])

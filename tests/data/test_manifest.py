@@ -283,11 +283,11 @@ def test_names_that_are_not_utf_8_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_equals_an_image_folder_with_the_same_images(image_folder: Path) -> None:
-    expected = open_source(image_folder=str(image_folder))
+def test_equals_an_image_folder_with_the_same_images(own_image_folder: Path) -> None:
+    expected = open_source(image_folder=str(own_image_folder))
     names = [*expected.names("train")]
     lines = [f"{name},{Path(name).parent}\n" for name in names]
-    source = opened(image_folder, "path,label\n" + "".join(lines))
+    source = opened(own_image_folder, "path,label\n" + "".join(lines))
     assert source.class_names == expected.class_names
     assert np.array_equal(np.asarray(source.ids("train")), np.asarray(expected.ids("train")))
     for ours, theirs in zip(
@@ -302,33 +302,33 @@ def test_equals_an_image_folder_with_the_same_images(image_folder: Path) -> None
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_groups_are_on_one_side_of_the_hold_out(image_folder: Path, seed: int) -> None:
-    names = [f"{path.parent.name}/{path.name}" for path in sorted(image_folder.glob("*/*"))]
+def test_groups_are_on_one_side_of_the_hold_out(own_image_folder: Path, seed: int) -> None:
+    names = [f"{path.parent.name}/{path.name}" for path in sorted(own_image_folder.glob("*/*"))]
     groups = np.random.default_rng(seed).integers(0, 9, len(names))
     text = "".join(f"{name},{name[0]},g{g}\n" for name, g in zip(names, groups, strict=True))
-    source = opened(image_folder, "path,label,group\n" + text)
+    source = opened(own_image_folder, "path,label,group\n" + text)
     train, held_out = train_and_eval_splits(source)
     assert len(train) and len(held_out) and len(train) + len(held_out) == len(names)
     assert train.groups is not None and held_out.groups is not None
     assert not {*train.groups} & {*held_out.groups}
 
 
-def test_groups_of_an_image_folder_by_pattern(image_folder: Path) -> None:
-    source = open_source(image_folder=str(image_folder), group_by=r"/(\d)")
+def test_groups_of_an_image_folder_by_pattern(own_image_folder: Path) -> None:
+    source = open_source(image_folder=str(own_image_folder), group_by=r"/(\d)")
     train, held_out = source.train_and_eval_splits()
     digits = [{Path(name).name[0] for name in split.names} for split in (train, held_out)]
     assert not digits[0] & digits[1] and digits[1]
     with pytest.raises(ValueError, match=r"group_by=x needs csv or image_folder"):
         open_source("digits", group_by="x")
     with pytest.raises(ValueError, match="no column 'camera'"):
-        opened(image_folder, "path,label\nblue/00.jpg,x\n", group_by="camera")
+        opened(own_image_folder, "path,label\nblue/00.jpg,x\n", group_by="camera")
 
 
-def test_hold_out_of_a_single_group_is_refused(image_folder: Path) -> None:
-    source = open_source(image_folder=str(image_folder), group_by="jpg|png")
+def test_hold_out_of_a_single_group_is_refused(own_image_folder: Path) -> None:
+    source = open_source(image_folder=str(own_image_folder), group_by="jpg|png")
     text = "path,label,group\nblue/00.jpg,x,1\nred/00.jpg,y,1\n"
     with pytest.raises(ValueError, match="too few images .* 2 in 2 classes and 1 groups"):
-        opened(image_folder, text).train_and_eval_splits()
+        opened(own_image_folder, text).train_and_eval_splits()
     assert source.groups is not None and {*source.groups("train")} == {0, 1}
 
 
@@ -354,9 +354,9 @@ def store(image_folder: Path) -> fsspec.AbstractFileSystem:
 
 @pytest.mark.parametrize("is_remote", [True, False], ids=["URL", "local file"])
 def test_images_in_a_store_equal_local_ones(
-    image_folder: Path, store: fsspec.AbstractFileSystem, is_remote: bool
+    own_image_folder: Path, store: fsspec.AbstractFileSystem, is_remote: bool
 ) -> None:
-    folder = open_source(image_folder=str(image_folder)).split("train")
+    folder = open_source(image_folder=str(own_image_folder)).split("train")
     start = "" if is_remote else "memory://bucket/"
     text = "path,label\n" + "".join(f"{start}{name},{name[:3]}\n" for name in folder.names)
     if is_remote:
@@ -364,7 +364,7 @@ def test_images_in_a_store_equal_local_ones(
         source = open_source(csv="memory://bucket/labels.csv")
         assert source.origin["csv"] == "memory://bucket/labels.csv"
     else:
-        source = opened(image_folder, text)
+        source = opened(own_image_folder, text)
     split = source.split("train")
     assert [*split.names] == [start + name for name in folder.names]
     order = np.array([5, 23, 0, 7])
@@ -385,10 +385,10 @@ def test_images_in_a_store_equal_local_ones(
 
 
 def test_missing_image_in_a_store_is_an_unreadable_image(
-    image_folder: Path, store: fsspec.AbstractFileSystem
+    own_image_folder: Path, store: fsspec.AbstractFileSystem
 ) -> None:
     text = "path,label\nblue/00.jpg,x\nmemory://bucket/gone.jpg,y\nmemory://bucket/red/00.jpg,y\n"
-    split = opened(image_folder, text).split("train")
+    split = opened(own_image_folder, text).split("train")
     kept = split.readable(1)
     assert [*kept.names] == ["blue/00.jpg", "memory://bucket/red/00.jpg"]
     reason = split.source.unreadable["memory://bucket/gone.jpg"]

@@ -56,10 +56,10 @@ def test_model_and_images_may_be_paths(run, image_folder):
     (run / "other.meta").unlink()
 
 
-def test_unreadable_image_raises_without_handler(run, image_folder):
-    bad, gone = image_folder / "bad.jpg", image_folder / "gone.jpg"
+def test_unreadable_image_raises_without_handler(run, own_image_folder):
+    bad, gone = own_image_folder / "bad.jpg", own_image_folder / "gone.jpg"
     bad.write_bytes(b"no image")
-    good = image_folder / "red" / "00.jpg"
+    good = own_image_folder / "red" / "00.jpg"
     predictions = predict(run, [good, bad], batch_size=1)
     assert next(predictions).path == good
     with pytest.raises(UnreadableImageError, match="bad.jpg.*it is not an image"):
@@ -73,10 +73,10 @@ def test_unreadable_image_raises_without_handler(run, image_folder):
     assert isinstance(failed[gone], FileNotFoundError)
 
 
-def test_ignored_files_are_logged(run, image_folder, caplog):
-    (image_folder / "red" / "notes.txt").write_text("mine")
+def test_ignored_files_are_logged(run, own_image_folder, caplog):
+    (own_image_folder / "red" / "notes.txt").write_text("mine")
     with caplog.at_level("WARNING", "transfer"):
-        assert len(list(predict(run, image_folder))) == 24
+        assert len(list(predict(run, own_image_folder))) == 24
     assert "1 of 25 files ignored" in caplog.text
 
 

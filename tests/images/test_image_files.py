@@ -104,10 +104,10 @@ def test_folders_beside_the_splits_are_counted(tmp_path):
     assert "4 .jpg (outside the split folders), 2 .png (outside the split folders)" in line
 
 
-def test_skipped_links_are_reported(image_folder):
-    (image_folder / "red" / "gone.jpg").symlink_to(image_folder / "nowhere.jpg")
-    (image_folder / "red" / "round").symlink_to(image_folder)
-    source = open_source(image_folder=str(image_folder))
+def test_skipped_links_are_reported(own_image_folder):
+    (own_image_folder / "red" / "gone.jpg").symlink_to(own_image_folder / "nowhere.jpg")
+    (own_image_folder / "red" / "round").symlink_to(own_image_folder)
+    source = open_source(image_folder=str(own_image_folder))
     assert len(source.split("train")) == 24
     assert sorted(source.passed_over.files) == [
         ("red/gone.jpg", "a link to nothing"),
@@ -119,21 +119,21 @@ def test_skipped_links_are_reported(image_folder):
 @pytest.mark.slow
 @needs_pipes
 @pytest.mark.parametrize("kind", ["a named pipe", "a device"])
-def test_pipe_or_device_is_an_unreadable_image(tmp_path, model, image_folder, kind, capsys):
+def test_pipe_or_device_is_an_unreadable_image(tmp_path, model, own_image_folder, kind, capsys):
     out = tmp_path / "run"
-    assert finetune(out, model, image_folder) == 0
-    path = image_folder / "red" / "endless.png"
+    assert finetune(out, model, own_image_folder) == 0
+    path = own_image_folder / "red" / "endless.png"
     os.mkfifo(path) if kind == "a named pipe" else path.symlink_to("/dev/zero")
     message = f"it is {kind}; expected a regular file"
     other = ["finetune", "--out", str(tmp_path / "other"), "--model", str(model)]
-    other += ["--image-folder", str(image_folder), "--epochs", "1", "--batch-size", "6"]
+    other += ["--image-folder", str(own_image_folder), "--epochs", "1", "--batch-size", "6"]
     assert main(other) == 1
     err = capsys.readouterr().err
     assert f"'red/endless.png' ({message})" in err and "--skip-unreadable N" in err
     assert main([*other, "--skip-unreadable", "1"]) == 0
     assert f"red/endless.png was left out: {message}" in capsys.readouterr().err
     assert metrics(tmp_path / "other")["unreadable"]["names"] == ["red/endless.png"]
-    check = ["check-data", "--image-folder", str(image_folder), "--model", "none", "--json"]
+    check = ["check-data", "--image-folder", str(own_image_folder), "--model", "none", "--json"]
     main(check)
     assert json.loads(capsys.readouterr().out)["unreadable"] == ["red/endless.png"]
     assert main(["evaluate", str(out)]) == 0  # all held-out images are present
@@ -196,17 +196,17 @@ def spoil(root):
 
 
 @pytest.mark.slow
-def test_unreadable_images_are_skipped_on_request(tmp_path, model, image_folder, capsys):
-    names = spoil(image_folder)
+def test_unreadable_images_are_skipped_on_request(tmp_path, model, own_image_folder, capsys):
+    names = spoil(own_image_folder)
     out = tmp_path / "run"
-    assert finetune(out, model, image_folder) == 1
+    assert finetune(out, model, own_image_folder) == 1
     err = capsys.readouterr().err
     assert "3 images cannot be decoded: " in err and "--skip-unreadable N" in err
     assert all(repr(name) in err for name in names)
     assert not out.exists()
-    assert finetune(out, model, image_folder, "--skip-unreadable", 2) == 1
+    assert finetune(out, model, own_image_folder, "--skip-unreadable", 2) == 1
     assert "3 images cannot be decoded: " in capsys.readouterr().err
-    assert finetune(out, model, image_folder, "--skip-unreadable", 3) == 0
+    assert finetune(out, model, own_image_folder, "--skip-unreadable", 3) == 0
     err = capsys.readouterr().err
     assert "warning: blue/00.jpg was left out: it is not an image" in err
     found = metrics(out)
@@ -217,18 +217,18 @@ def test_unreadable_images_are_skipped_on_request(tmp_path, model, image_folder,
     assert main(["export", str(out), "--format", "saved_model,tflite"]) == 0
     assert not names & {*(out / "held_out.txt").read_text().splitlines()}
     for name in names:
-        (image_folder / name).unlink()
+        (own_image_folder / name).unlink()
     alone = tmp_path / "without these files"
-    assert finetune(alone, model, image_folder) == 0
+    assert finetune(alone, model, own_image_folder) == 0
     assert largest_difference(out / "model", alone / "model") == 0
 
 
 @pytest.mark.slow
-def test_evaluate_skips_unreadable_images(tmp_path, model, image_folder, capsys):
+def test_evaluate_skips_unreadable_images(tmp_path, model, own_image_folder, capsys):
     out = tmp_path / "run"
-    assert finetune(out, model, image_folder) == 0
-    spoil(image_folder)
-    other = ["evaluate", str(out), "--image-folder", str(image_folder), "--eval-split", "train"]
+    assert finetune(out, model, own_image_folder) == 0
+    spoil(own_image_folder)
+    other = ["evaluate", str(out), "--image-folder", str(own_image_folder), "--eval-split", "train"]
     assert main(other) == 1
     assert "cannot be decoded: " in capsys.readouterr().err
     assert main([*other, "--skip-unreadable", "5"]) == 0

@@ -36,9 +36,9 @@ def test_valid_image_folder_has_no_findings(image_folder, capsys):
         assert line in out
 
 
-def test_findings_are_listed(image_folder, capsys):
-    spoil(image_folder)
-    status, out = check(image_folder, capsys, "--json")
+def test_findings_are_listed(own_image_folder, capsys):
+    spoil(own_image_folder)
+    status, out = check(own_image_folder, capsys, "--json")
     found = json.loads(out)
     assert status == 0
     assert found["unreadable"] == ["blue/broken.jpg"]
@@ -47,7 +47,7 @@ def test_findings_are_listed(image_folder, capsys):
     assert len(found["other_label"]) == len(pairs) == 6
     assert 0 < found["expected_label_errors"] < found["num_judged"] == 30
     assert len(found["doubtful_labels"]) <= 10
-    status, out = check(image_folder, capsys, "--strict", "--model", "none", "--show", "2")
+    status, out = check(own_image_folder, capsys, "--strict", "--model", "none", "--show", "2")
     assert status == 1
     assert "unreadable: 1\n  blue/broken.jpg" in out
     assert "... and 4 more" in out
@@ -55,35 +55,35 @@ def test_findings_are_listed(image_folder, capsys):
 
 
 @pytest.mark.slow
-def test_rare_classes_and_ignored_files_are_listed(image_folder, capsys):
-    (image_folder / "001").mkdir()
-    (image_folder / "red" / "00.jpg").rename(image_folder / "001" / "00.jpg")
-    (image_folder / "red" / "notes.txt").write_text("")
-    (image_folder / "red" / "photo.heic").write_bytes(b"")
-    status, out = check(image_folder, capsys)
+def test_rare_classes_and_ignored_files_are_listed(own_image_folder, capsys):
+    (own_image_folder / "001").mkdir()
+    (own_image_folder / "red" / "00.jpg").rename(own_image_folder / "001" / "00.jpg")
+    (own_image_folder / "red" / "notes.txt").write_text("")
+    (own_image_folder / "red" / "photo.heic").write_bytes(b"")
+    status, out = check(own_image_folder, capsys)
     assert status == 0
     assert "too few images to judge their labels: 1\n  001" in out
     assert "files ignored: 2\n  red/notes.txt\n  red/photo.heic" in out
-    for number, path in enumerate(image_folder.glob("*/*.*g")):
+    for number, path in enumerate(own_image_folder.glob("*/*.*g")):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
-    status, out = check(image_folder, capsys)
+    status, out = check(own_image_folder, capsys)
     assert status == 0
-    for path in image_folder.glob("*/*.*g"):
+    for path in own_image_folder.glob("*/*.*g"):
         path.write_bytes(b"")
-    status, out = check(image_folder, capsys)
+    status, out = check(own_image_folder, capsys)
     assert status == 0
     assert "unreadable: 24" in out
 
 
 @pytest.mark.slow
-def test_finetune_warns_about_data_problems(tmp_path, model, image_folder, capsys):
+def test_finetune_warns_about_data_problems(tmp_path, model, own_image_folder, capsys):
     for name in ("held_out", "train"):
-        folder = image_folder.parent / "splits" / name / "red"
+        folder = own_image_folder.parent / "splits" / name / "red"
         folder.mkdir(parents=True)
-        (folder / "a.png").write_bytes((image_folder / "red" / "01.png").read_bytes())
-    root = image_folder.parent / "splits"
+        (folder / "a.png").write_bytes((own_image_folder / "red" / "01.png").read_bytes())
+    root = own_image_folder.parent / "splits"
     (root / "held_out").rename(root / "test")
-    (image_folder / "blue").rename(root / "train" / "blue")
+    (own_image_folder / "blue").rename(root / "train" / "blue")
     assert finetune(tmp_path / "run", model, root) == 0
     err = capsys.readouterr().err
     assert "warning: 1 class has no images to evaluate on: blue" in err

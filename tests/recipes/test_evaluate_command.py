@@ -61,17 +61,17 @@ def test_evaluate_on_other_splits_and_folders(tmp_path, model, image_folder, cap
 
 
 @pytest.mark.slow
-def test_evaluate_uses_recorded_held_out_images(tmp_path, model, image_folder, capsys):
+def test_evaluate_uses_recorded_held_out_images(tmp_path, model, own_image_folder, capsys):
     """Passing the run's own data, or adding images to it, does not change the held-out images."""
     out = tmp_path / "run"
-    assert finetune(out, model, image_folder) == 0
-    shutil.copy(image_folder / "red" / "00.jpg", image_folder / "red" / "99.jpg")
-    assert main(["evaluate", str(out), "--image-folder", str(image_folder)]) == 0
+    assert finetune(out, model, own_image_folder) == 0
+    shutil.copy(own_image_folder / "red" / "00.jpg", own_image_folder / "red" / "99.jpg")
+    assert main(["evaluate", str(out), "--image-folder", str(own_image_folder)]) == 0
     assert "on 4 images" in capsys.readouterr().out
     with (out / "predictions.csv").open() as file:
         found = {row["image"] for row in csv.DictReader(file)}
     assert found == set((out / "held_out.txt").read_text().split())
-    (image_folder / min(found)).unlink()
+    (own_image_folder / min(found)).unlink()
     assert main(["evaluate", str(out)]) == 1
     assert "1 of the 4 images that the run held out are gone" in capsys.readouterr().err
 

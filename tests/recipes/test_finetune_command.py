@@ -192,9 +192,9 @@ def test_finetune_rejects_nonempty_folder(tmp_path, model, image_folder, capsys)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
-def test_finetune_names_unreadable_image(tmp_path, model, image_folder, capsys):
-    (image_folder / "red" / "03.png").write_bytes(b"\x89PNG nonsense")
-    assert finetune(tmp_path / "run", model, image_folder) == 1
+def test_finetune_names_unreadable_image(tmp_path, model, own_image_folder, capsys):
+    (own_image_folder / "red" / "03.png").write_bytes(b"\x89PNG nonsense")
+    assert finetune(tmp_path / "run", model, own_image_folder) == 1
     assert "red/03.png" in capsys.readouterr().err
 
 

@@ -102,19 +102,19 @@ def test_predict_accepts_files_folders_patterns_and_lists(run, image_folder, mon
     assert len(capsys.readouterr().out.splitlines()) == 24
 
 
-def test_links_to_folders_are_not_followed(run, image_folder, capsys):
-    (image_folder / "red" / "round").symlink_to(image_folder)
+def test_links_to_folders_are_not_followed(run, own_image_folder, capsys):
+    (own_image_folder / "red" / "round").symlink_to(own_image_folder)
     capsys.readouterr()
-    assert predict(run, image_folder) == 0
+    assert predict(run, own_image_folder) == 0
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 24
     assert "warning: 1 of 25 files ignored: 1 other (a link to a folder)" in err
 
 
-def test_file_names_need_not_be_utf8(run, image_folder, monkeypatch, capfd):
-    odd = os.fsencode(image_folder) + b"/caf\xe9.jpg"
+def test_file_names_need_not_be_utf8(run, own_image_folder, monkeypatch, capfd):
+    odd = os.fsencode(own_image_folder) + b"/caf\xe9.jpg"
     with open(odd, "wb") as file:
-        file.write((image_folder / "red" / "00.jpg").read_bytes())
+        file.write((own_image_folder / "red" / "00.jpg").read_bytes())
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(odd + b"\n")))
     capfd.readouterr()
     assert predict(run, "-", "--format", "jsonl") == 0
@@ -204,18 +204,18 @@ def test_any_exception_of_a_decoder_is_reported(run, image_folder, monkeypatch, 
     assert "00.jpg: it cannot be read (TypeError: bad operand type)" in err
 
 
-def test_unreadable_image_is_reported_and_others_are_predicted(run, image_folder, capsys):
-    (image_folder / "red" / "bad.jpg").write_bytes(b"no image")
-    (image_folder / "red" / "empty.png").write_bytes(b"")
-    with Image.open(image_folder / "red" / "00.jpg") as image:
-        image.save(image_folder / "red" / "fine.webp")
+def test_unreadable_image_is_reported_and_others_are_predicted(run, own_image_folder, capsys):
+    (own_image_folder / "red" / "bad.jpg").write_bytes(b"no image")
+    (own_image_folder / "red" / "empty.png").write_bytes(b"")
+    with Image.open(own_image_folder / "red" / "00.jpg") as image:
+        image.save(own_image_folder / "red" / "fine.webp")
     capsys.readouterr()
-    assert predict(run, image_folder / "red", image_folder / "gone.jpg") == 1
+    assert predict(run, own_image_folder / "red", own_image_folder / "gone.jpg") == 1
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 13
-    assert f"error: {image_folder / 'red' / 'bad.jpg'}: it is not an image" in err
-    assert f"error: {image_folder / 'red' / 'empty.png'}: it is empty" in err
-    assert f"error: {image_folder / 'gone.jpg'}: No such file or directory" in err
+    assert f"error: {own_image_folder / 'red' / 'bad.jpg'}: it is not an image" in err
+    assert f"error: {own_image_folder / 'red' / 'empty.png'}: it is empty" in err
+    assert f"error: {own_image_folder / 'gone.jpg'}: No such file or directory" in err
     assert "13 images, " in err and "3 could not be read" in err
 
 

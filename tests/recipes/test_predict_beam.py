@@ -21,13 +21,15 @@ def lines(folder: Path, pattern: str) -> dict[str, dict]:
     return {one["image"]: one for one in found}
 
 
-def test_beam_predictions_equal_those_of_predict(run, image_folder, tmp_path, capsys):
-    (image_folder / "red" / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+def test_beam_predictions_equal_those_of_predict(run, own_image_folder, tmp_path, capsys):
+    (own_image_folder / "red" / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
     out = tmp_path / "out" / "predictions"
-    pattern = f"{image_folder}/**.*"
+    pattern = f"{own_image_folder}/**.*"
     assert main(["predict-beam", str(run), pattern, "--output", str(out), "--top-k", "2"]) == 1
     assert "25 images, 1 of which could not be read" in capsys.readouterr().out
-    assert main(["predict", str(run), str(image_folder), "--format", "jsonl", "--top-k", "2"]) == 1
+    assert (
+        main(["predict", str(run), str(own_image_folder), "--format", "jsonl", "--top-k", "2"]) == 1
+    )
     expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found = lines(out.parent, "predictions-*.jsonl")
     assert found.keys() == {one["image"] for one in expected}
