@@ -38,8 +38,9 @@ def assert_same_end(first, second):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("step", [1, 5])
+@pytest.mark.parametrize(
+    "number, status, step", [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 5)]
+)
 def test_signal_stops_after_step_and_run_is_resumable(
     tmp_path, setting, monkeypatch, capsys, number, status, step
 ):

@@ -473,7 +473,7 @@ def test_damaged_files_raise_value_error_only(tmp_path, writer):
         path = tmp_path / "weights.index"
     data = path.read_bytes()
     generator = np.random.default_rng(0)
-    for position in [*range(0, 400, 10), *generator.integers(0, len(data), 20)]:
+    for position in [*range(0, 400, 40), *generator.integers(0, len(data), 8)]:
         damaged = bytearray(data)
         damaged[position % len(data)] ^= 1 << int(generator.integers(8))
         path.write_bytes(damaged)
