@@ -11,12 +11,20 @@ from transfer import load_meta_graph, open_source
 from transfer.benchmarking import limits
 from transfer.benchmarking.comparison import Comparison, compare, labels_of
 from transfer.benchmarking.keras_baseline import keras_baseline
+from transfer.core import measurement
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.request import RunRequest
 from transfer.finetuning.run import run
 from transfer.graph.cuts import default_cuts
 
 WORK = {"finetune": run, "keras-baseline": keras_baseline, "benchmark-limits": limits.measure}
+
+
+@pytest.fixture(autouse=True)
+def _products_are_not_timed(monkeypatch):
+    """They take seconds before and after each run; test_benchmark times them in its processes."""
+    monkeypatch.setattr(measurement, "sgemm_gflops", lambda: 1.0)
+    monkeypatch.setattr(limits, "product_gflops", lambda precision, engine: 2.0)
 
 
 @pytest.fixture
@@ -29,7 +37,7 @@ def comparison(graph):
     """Makes a comparison of the named cuts."""
 
     def make(cuts, **arguments):
-        options = FineTuneOptions(epochs=2, batch_size=6)
+        options = FineTuneOptions(epochs=1, batch_size=6)
         labels, cuts = labels_of(graph, options, cuts)
         return Comparison(options, labels, cuts, **arguments)
 
