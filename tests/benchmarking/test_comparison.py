@@ -12,6 +12,7 @@ from transfer.benchmarking import comparison as comparisons
 from transfer.benchmarking import limits
 from transfer.benchmarking.comparison import Comparison, Run, compare, labels_of
 from transfer.benchmarking.keras_baseline import keras_baseline
+from transfer.core import measurement
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.request import RunRequest
 from transfer.finetuning.run import run
@@ -19,6 +20,13 @@ from transfer.graph.cuts import default_cuts
 from transfer.runs import run_folder
 
 WORK = {"finetune": run, "keras-baseline": keras_baseline, "benchmark-limits": limits.measure}
+
+
+@pytest.fixture(autouse=True)
+def _products_are_not_timed(monkeypatch):
+    """They take seconds before and after each run; test_benchmark times them in its processes."""
+    monkeypatch.setattr(measurement, "sgemm_gflops", lambda: 1.0)
+    monkeypatch.setattr(limits, "product_gflops", lambda precision, engine: 2.0)
 
 
 @pytest.fixture
@@ -31,7 +39,7 @@ def comparison(graph):
     """Makes a comparison of the named cuts."""
 
     def make(cuts, **arguments):
-        options = FineTuneOptions(epochs=2, batch_size=6)
+        options = FineTuneOptions(epochs=1, batch_size=6)
         labels, cuts = labels_of(graph, options, cuts)
         return Comparison(options, labels, cuts, **arguments)
 

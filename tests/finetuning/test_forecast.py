@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from transfer import fine_tune, load_meta_graph, open_source
+from transfer.finetuning import cost as cost_module
 from transfer.finetuning.cost import CutCost
 from transfer.finetuning.forecast import forecast
 from transfer.finetuning.options import FineTuneOptions
@@ -11,7 +12,8 @@ from transfer.finetuning.request import RunRequest
 
 
 @pytest.mark.slow
-def test_forecast_agrees_with_the_runs(model, image_folder, tmp_path):
+def test_forecast_agrees_with_the_runs(model, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(cost_module, "_TIMED_S", 0.01)
     splits = open_source(image_folder=str(image_folder)).train_and_eval_splits()
     options = FineTuneOptions(cache_dir=tmp_path / "cache", tap="auto", epochs=1)
     graph = load_meta_graph(model)

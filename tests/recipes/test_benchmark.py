@@ -12,6 +12,7 @@ from recipes.benchmark_flags import BenchmarkConfig
 from recipes.cli import main
 from transfer.benchmarking import study as study_module
 from transfer.benchmarking.comparison import Run
+from transfer.core import measurement
 from transfer.finetuning.options import FineTuneOptions
 from transfer.runs.interruption import Interrupted
 
@@ -28,6 +29,7 @@ def test_each_run_is_a_process(tmp_path, model, image_folder, capfd, monkeypatch
     for name in ("transfer", "recipes", "numpy", "random"):
         (tmp_path / "work" / f"{name}.py").write_text("raise SystemExit('imported')")
     monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(measurement, "sgemm_gflops", lambda: 1.0)  # but not in the processes
     flags = ["--cuts", "fc7", "--seeds", 1, "--epochs", 1]
     assert benchmark(out, model, image_folder, *flags) == 0
     printed = capfd.readouterr()
@@ -35,6 +37,8 @@ def test_each_run_is_a_process(tmp_path, model, image_folder, capfd, monkeypatch
     assert printed.out.splitlines()[-1] == str(out)
     assert "1 of 1: fc7, seed 0" in printed.err
     assert json.loads((out / "benchmark.json").read_text())["rows"][0]["peak_rss_mb"] > 0
+    limits = json.loads((out / "limits.json").read_text())
+    assert limits["sgemm_gflops"] > 1 and limits["int8_gops"] > 0
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def check(root, capsys, *flags):
 
 @pytest.mark.slow
 def test_valid_image_folder_has_no_findings(image_folder, capsys):
-    status, out = check(image_folder, capsys, "--strict")
+    status, out = check(image_folder, capsys, "--strict", "--model", "none")
     assert status == 0
     assert "2 classes" in out
     for line in ("unreadable: 0", "in both splits: 0", "twice in a split: 0"):
@@ -55,22 +55,23 @@ def test_findings_are_listed(own_image_folder, capsys):
 
 
 @pytest.mark.slow
-def test_rare_classes_and_ignored_files_are_listed(own_image_folder, capsys):
+def test_rare_classes_and_ignored_files_are_listed(model, own_image_folder, capsys):
+    flags = ("--model", str(model))
     (own_image_folder / "001").mkdir()
     (own_image_folder / "red" / "00.jpg").rename(own_image_folder / "001" / "00.jpg")
     (own_image_folder / "red" / "notes.txt").write_text("")
     (own_image_folder / "red" / "photo.heic").write_bytes(b"")
-    status, out = check(own_image_folder, capsys)
+    status, out = check(own_image_folder, capsys, *flags)
     assert status == 0
     assert "too few images to judge their labels: 1\n  001" in out
     assert "files ignored: 2\n  red/notes.txt\n  red/photo.heic" in out
     for number, path in enumerate(own_image_folder.glob("*/*.*g")):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
-    status, out = check(own_image_folder, capsys)
+    status, out = check(own_image_folder, capsys, *flags)
     assert status == 0
     for path in own_image_folder.glob("*/*.*g"):
         path.write_bytes(b"")
-    status, out = check(own_image_folder, capsys)
+    status, out = check(own_image_folder, capsys, *flags)
     assert status == 0
     assert "unreadable: 24" in out
 

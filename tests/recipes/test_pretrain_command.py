@@ -4,17 +4,25 @@ import keras
 import numpy as np
 import pytest
 from commands import finetune, saved_values
+from conftest import TINY
 
 from recipes import pretrain
 from recipes.cli import main
 from transfer import load_meta_graph
 from transfer.evaluation import metrics_text
 from transfer.vgg import pretraining_run
+from transfer.vgg.architectures import ARCHITECTURES
 
 
 @pytest.fixture(autouse=True)
 def _own_session():
     keras.backend.clear_session()
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A small network under the name of the default one."""
+    monkeypatch.setitem(ARCHITECTURES, "vgg_small", TINY)
 
 
 @pytest.mark.slow
@@ -49,6 +57,7 @@ def test_images_of_a_folder_are_recorded_as_such(tmp_path, image_folder, monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
 def test_pretrain_resumes_an_interrupted_run(tmp_path, image_folder):
     def run(out, epochs, *flags):
         shared = ["--image-folder", image_folder, "--batch-size", 10, "--out", out]
@@ -63,6 +72,7 @@ def test_pretrain_resumes_an_interrupted_run(tmp_path, image_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
 def test_pretrain_starts_with_small_images(tmp_path, image_folder, capsys):
     shared = ["--image-folder", image_folder, "--batch-size", 10, "--epochs", 2]
     small = ["--small-epochs", 1, "--small-size"]
@@ -70,23 +80,24 @@ def test_pretrain_starts_with_small_images(tmp_path, image_folder, capsys):
     def run(*flags):
         return main(["pretrain", *map(str, [*shared, *flags])])
 
-    assert run("--out", tmp_path / "a", *small, 40) == 0
+    assert run("--out", tmp_path / "a", *small, 14) == 0
     graph = load_meta_graph(tmp_path / "a")
-    assert graph.card.image_size == 64
-    assert "--small-epochs 1 --small-size 40" in graph.card.source
-    assert run("--out", tmp_path / "b", *small, 32) == 1
-    assert "33 to 64 pixels" in capsys.readouterr().err
+    assert graph.card.image_size == 16
+    assert "--small-epochs 1 --small-size 14" in graph.card.source
+    assert run("--out", tmp_path / "b", *small, 12) == 1
+    assert "13 to 16 pixels" in capsys.readouterr().err
     assert run("--out", tmp_path / "b", *small[:2]) == 1
     assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("tiny")
 def test_pretrain_retrains_fully_connected_layers(tmp_path, image_folder):
     shared = ["--image-folder", image_folder, "--batch-size", 10, "--epochs", 2]
 
     def run(name, *flags):
         assert main(["pretrain", *map(str, [*shared, "--out", tmp_path / name, *flags])]) == 0
-        names = ("conv5_2/weights", "fc6/weights")
+        names = ("conv2_2/weights", "fc6/weights")
         weights = saved_values(tmp_path / name / "vgg_small", names)
         return weights, (tmp_path / name / "history.csv").read_text().splitlines()
 
@@ -94,7 +105,7 @@ def test_pretrain_retrains_fully_connected_layers(tmp_path, image_folder):
     anew, history = run("b", "--fc-epochs", 2)
     assert load_meta_graph(tmp_path / "b").card.source.count("--fc-epochs 2") == 1
     assert [line.split(",")[0] for line in history] == ["epoch", "0", "1", "2", "3"]
-    np.testing.assert_array_equal(anew["conv5_2/weights"], plain["conv5_2/weights"])
+    np.testing.assert_array_equal(anew["conv2_2/weights"], plain["conv2_2/weights"])
     assert not np.allclose(anew["fc6/weights"], plain["fc6/weights"], atol=1e-3)
     # A run that ended before these epochs continues to the same result; a finished one stays.
     resumed, resumed_history = run("a", "--fc-epochs", 2, "--resume")

@@ -83,7 +83,7 @@ BN = keras.layers.BatchNormalization
 
 
 @pytest.mark.slow_variants
-@pytest.mark.parametrize("suffix", [".keras", ".h5", ".weights.h5"])
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
 @pytest.mark.parametrize("named", [True, False])
 def test_batch_norm_before_relu_is_folded(tmp_path, suffix, named):
     epsilon = 1e-3 if suffix == ".weights.h5" else 0.3  # weight files do not contain it
@@ -96,6 +96,7 @@ def test_batch_norm_before_relu_is_folded(tmp_path, suffix, named):
 @pytest.mark.parametrize("suffix", [".keras", ".h5"])
 @pytest.mark.parametrize("options", [{"scale": False}, {"center": False}])
 def test_batch_norm_without_gamma_or_beta_is_folded(tmp_path, suffix, options):
+    options = options | {"epsilon": 0.3}
     model = vgg(lambda: [BN(**options), keras.layers.ReLU()], norm_dense=lambda: [BN(**options)])
     assert_same(converted(save(model, tmp_path / f"m{suffix}"), tmp_path / "vgg"), model)
 
@@ -121,7 +122,7 @@ def test_tensorflow_checkpoint_is_read(tmp_path, is_nested):
 
 
 @pytest.mark.slow_variants
-@pytest.mark.parametrize("suffix", [".keras", ".h5", ".weights.h5"])
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
 @pytest.mark.parametrize(
     "between",
     [

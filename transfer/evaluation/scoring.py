@@ -75,7 +75,8 @@ def evaluate(
         >>> from transfer import evaluate, fine_tune, load_meta_graph, open_source
         >>> graph = load_meta_graph("embedded")
         >>> train, held_out = open_source("digits").train_and_eval_splits()
-        >>> result = fine_tune(graph, train, held_out, run_dir="runs/evaluate", epochs=20)
+        >>> options = {"shots_per_class": 5, "run_dir": "runs/evaluate"}
+        >>> result = fine_tune(graph, train, held_out, **options)
         >>> metrics = evaluate(result.classifier, held_out)
         >>> metrics["accuracy"] == result.metrics["eval"]["accuracy"]
         True
