@@ -91,6 +91,7 @@ def keras_baseline(request: RunRequest) -> dict[str, Any]:
             ).dataset()
 
         held_out = work.held_out.batches(classifier.preprocess, EXTRACTION_BATCH)
+        validation = held_out.dataset()
     with clock("train_s"):
         for epoch in range(stage.epochs):  # each has its own order and views
             history = model.fit(
@@ -98,7 +99,7 @@ def keras_baseline(request: RunRequest) -> dict[str, Any]:
                 initial_epoch=epoch,
                 epochs=epoch + 1,
                 shuffle=False,  # the dataset is shuffled
-                validation_data=held_out.dataset(),
+                validation_data=validation,
                 callbacks=[times],
                 verbose=2,
             )
