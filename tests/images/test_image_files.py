@@ -224,9 +224,8 @@ def test_unreadable_images_are_skipped_on_request(tmp_path, model, own_image_fol
 
 
 @pytest.mark.slow
-def test_evaluate_skips_unreadable_images(tmp_path, model, own_image_folder, capsys):
-    out = tmp_path / "run"
-    assert finetune(out, model, own_image_folder) == 0
+def test_evaluate_skips_unreadable_images(copy_of_finished_run, own_image_folder, capsys):
+    out = copy_of_finished_run
     spoil(own_image_folder)
     other = ["evaluate", str(out), "--image-folder", str(own_image_folder), "--eval-split", "train"]
     assert main(other) == 1
