@@ -201,6 +201,12 @@ def copy_of_finished_run(finished_run: Path, tmp_path_factory: pytest.TempPathFa
     return shutil.copytree(finished_run, tmp_path_factory.mktemp("copy") / "run")
 
 
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``evaluate`` without its page, whose plots take most of the time."""
+    monkeypatch.setattr("transfer.evaluation.report.write", lambda *_: None)
+
+
 def make_run(folder: Path, *flags: Any, preprocess: str = "unit") -> tuple[Path, Path, Path]:
     """Fine-tune a small VGG on images made in a folder; its model, photos and run folder."""
     from commands import finetune

@@ -14,6 +14,8 @@ from conftest import make_image_folder
 
 from recipes.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 @pytest.fixture(autouse=True)
 def _own_session():

@@ -112,6 +112,7 @@ def test_the_same_seed_gives_the_same_model(tmp_path, model, image_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
 def test_activations_that_do_not_fit_are_recomputed(
     tmp_path, model, image_folder, monkeypatch, capsys
 ):
