@@ -7,6 +7,7 @@ that need them are skipped.
 from __future__ import annotations
 
 import ctypes.util
+import functools
 import gc
 import hashlib
 import logging
@@ -134,32 +135,76 @@ def tiny_card() -> Card:
     return Card(input="images:0", tap="fc7:0", image_size=16, preprocess="unit")
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds ``model`` and ``image_folder``, which all tests share: what a run has computed from
+    them, later runs find in the caches."""
+    return tmp_path_factory.mktemp("shared")
+
+
+@pytest.fixture(autouse=True)
+def _shared_files_are_only_read(
+    request: pytest.FixtureRequest, shared_folder: Path
+) -> Iterator[None]:
+    """A change would affect the tests that follow."""
+
+    def states() -> dict[Path, tuple[int, int]]:
+        found = {path: path.lstat() for path in shared_folder.rglob("*")}
+        return {path: (state.st_mtime_ns, state.st_size) for path, state in found.items()}
+
+    if not {"model", "image_folder"} & {*request.fixturenames}:
+        yield
+        return
+    before = states()
+    yield
+    assert before.items() <= states().items(), "use own_model or own_image_folder"
+
+
+@pytest.fixture(scope="session")
+def model(shared_folder: Path, tiny_card: Card, saved_vgg: Callable) -> Path:
+    """Checkpoint prefix of a small VGG with a card, as the commands need it, to be read only."""
+    return saved_vgg(shared_folder / "model" / "tiny", card=tiny_card)
+
+
 @pytest.fixture
-def model(tmp_path: Path, tiny_card: Card, saved_vgg: Callable) -> Path:
-    """Checkpoint prefix of a small VGG with a card, as the commands need it."""
+def own_model(tmp_path: Path, tiny_card: Card, saved_vgg: Callable) -> Path:
+    """The same network, for tests that change its files."""
     return saved_vgg(tmp_path / "model" / "tiny", card=tiny_card)
 
 
 @pytest.fixture(scope="session")
-def finished_run(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_card: Card,
-    saved_vgg: Callable,
-    image_folder: Path,
-) -> Path:
-    """Folder of a finished run on ``image_folder``, for tests that only read it."""
+def run_of(
+    tmp_path_factory: pytest.TempPathFactory, model: Path, image_folder: Path
+) -> Callable[..., Path]:
+    """Folder of a finished run of ``model`` on ``image_folder`` with the given flags, made once;
+    tests that write to it copy it."""
     from commands import finetune
 
-    folder = tmp_path_factory.mktemp("finished")
-    model = saved_vgg(folder / "model" / "tiny", card=tiny_card)
-    assert finetune(folder / "run", model, image_folder) == 0
-    return folder / "run"
+    @functools.cache
+    def run(*flags: Any) -> Path:
+        out = tmp_path_factory.mktemp("finished") / "run"
+        assert finetune(out, model, image_folder, *flags) == 0
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def finished_run(run_of: Callable[..., Path]) -> Path:
+    """Folder of a finished run on ``image_folder``, for tests that only read it."""
+    return run_of()
 
 
 @pytest.fixture(scope="module")
 def copy_of_finished_run(finished_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same run, for the tests of a module that write to it."""
     return shutil.copytree(finished_run, tmp_path_factory.mktemp("copy") / "run")
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``evaluate`` without its page, whose plots take most of the time."""
+    monkeypatch.setattr("transfer.evaluation.report.write", lambda *_: None)
 
 
 def make_run(folder: Path, *flags: Any, preprocess: str = "unit") -> tuple[Path, Path, Path]:
@@ -230,33 +275,15 @@ def make_image_folder(root: Path, images_per_class: int = 12, size: int = 20) ->
 
 
 @pytest.fixture(scope="session")
-def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of two classes, for tests that only read them: what a run has computed from them,
-    later runs find in the caches."""
-    return make_image_folder(tmp_path_factory.mktemp("shared") / "photos")
+def image_folder(shared_folder: Path) -> Path:
+    """Images of two classes, to be read only."""
+    return make_image_folder(shared_folder / "photos")
 
 
 @pytest.fixture
 def own_image_folder(tmp_path: Path) -> Path:
-    """The same images, for tests that change them, or that need empty caches."""
+    """The same images, for tests that change them."""
     return make_image_folder(tmp_path / "photos")
-
-
-@pytest.fixture(autouse=True)
-def _shared_images_are_only_read(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A change would affect the tests that follow."""
-    if "image_folder" not in request.fixturenames:
-        yield
-        return
-
-    def contents() -> dict[str, tuple[int, int]]:
-        states = {str(path): path.lstat() for path in sorted(folder.rglob("*"))}
-        return {name: (state.st_mtime_ns, state.st_size) for name, state in states.items()}
-
-    folder = request.getfixturevalue("image_folder")
-    before = contents()
-    yield
-    assert contents() == before, "the test changes image_folder; use own_image_folder"
 
 
 @pytest.fixture

@@ -128,6 +128,7 @@ def test_jumping_clock_does_not_change_results(tmp_path, setting, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
 def test_resume_skips_damaged_checkpoint(tmp_path, setting, capsys):
     model, photos, _ = setting
     out = tmp_path / "run"

@@ -21,17 +21,23 @@ from transfer.images.preprocess import Preprocess
 NUM_TRAINING, NUM_HELD_OUT = 64, 16  # two batches, and one
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_image_folder(tmp_path_factory.mktemp("images") / "photos", 40)
+
+
 @pytest.fixture
-def folder(tmp_path):
+def own_folder(tmp_path):
+    """The same images, for tests that change them."""
     return make_image_folder(tmp_path / "photos", 40)
 
 
 @pytest.fixture
 def run(tmp_path, model, folder):
-    """Fine-tunes with a separate cache; returns the model and the numbers of computed and cached
+    """Fine-tunes with a cache of the test; returns the model and the numbers of computed and cached
     images."""
 
-    def run(name, *flags):
+    def run(name, *flags, folder=folder):
         out = tmp_path / name
         flags = ["--cache-dir", tmp_path / "cache", "--epochs", 2, *flags]
         assert finetune(out, model, folder, *flags) == 0
@@ -39,6 +45,22 @@ def run(tmp_path, model, folder):
         return out / "model", (found["computed"], found["found"])
 
     return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, model, folder):
+    """A folder with a run, as ``run`` makes it without flags, and its cache."""
+    place = tmp_path_factory.mktemp("finished")
+    flags = ["--cache-dir", place / "cache", "--epochs", 2]
+    assert finetune(place / "run", model, folder, *flags) == 0
+    return place
+
+
+@pytest.fixture
+def first(finished, tmp_path):
+    """The model of a run whose activations are in the cache of the test."""
+    shutil.copytree(finished / "cache", tmp_path / "cache")
+    return finished / "run" / "model"
 
 
 def rows_file(tmp_path, cut, num_images):
@@ -75,8 +97,8 @@ def test_second_run_reuses_activations(run, capsys):
     ],
     ids=lambda flags: flags[0],
 )
+@pytest.mark.usefixtures("first")
 def test_run_with_other_training_options_reuses_activations(run, flags):
-    run("first")
     _, (computed, _) = run("second", *flags)
     assert computed == 0
 
@@ -94,25 +116,24 @@ def test_run_with_other_training_options_reuses_activations(run, flags):
     ],
     ids=lambda flags: flags[0],
 )
+@pytest.mark.usefixtures("first")
 def test_options_that_affect_activations_change_the_key(run, flags):
-    run("first")
     _, (computed, _) = run("second", *flags)
     assert computed >= NUM_TRAINING
 
 
 @pytest.mark.slow
-def test_changed_image_is_recomputed(run, folder):
-    run("first")
-    changed = sorted(path for path in folder.rglob("*.jpg"))[0]
-    changed.write_bytes(sorted(folder.rglob("*.jpg"))[1].read_bytes())
-    _, (computed, found) = run("second")
+def test_changed_image_is_recomputed(run, own_folder):
+    run("first", folder=own_folder)
+    changed, other, *_ = sorted(own_folder.rglob("*.jpg"))
+    changed.write_bytes(other.read_bytes())
+    _, (computed, found) = run("second", folder=own_folder)
     assert 1 <= computed <= 32  # the batch that it is in
     assert found == 80 - computed
 
 
 @pytest.mark.slow
-def test_interrupted_extraction_is_resumed(run, tmp_path, model, folder, monkeypatch, capsys):
-    whole, _ = run("whole", "--cache", "memory")
+def test_interrupted_extraction_is_resumed(run, tmp_path, model, folder, finished, monkeypatch):
     append = Entry.append
     calls = []
 
@@ -131,12 +152,11 @@ def test_interrupted_extraction_is_resumed(run, tmp_path, model, folder, monkeyp
     assert calls == [NUM_HELD_OUT, 32, 32]
     resumed, counts = run("resumed")
     assert counts == (32, 48)
-    assert largest_difference(whole, resumed) == 0
+    assert largest_difference(finished / "run" / "model", resumed) == 0
 
 
 @pytest.mark.slow
-def test_damaged_rows_are_recomputed(run, tmp_path):
-    first, _ = run("first")
+def test_damaged_rows_are_recomputed(run, first, tmp_path):
     rows = rows_file(tmp_path, "fc7", NUM_TRAINING)
     damaged = bytearray(rows.read_bytes())
     damaged[5] ^= 1
@@ -152,9 +172,10 @@ def test_damaged_rows_are_recomputed(run, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["rows", "index"])
-def test_rows_damaged_after_the_start_are_recomputed(run, tmp_path, monkeypatch, capsys, part):
+def test_rows_damaged_after_the_start_are_recomputed(
+    run, first, tmp_path, monkeypatch, capsys, part
+):
     """Large rows are verified when they are read; the result is the same to the last bit."""
-    first, _ = run("first")
     monkeypatch.setattr(entry, "_VERIFIED_AT_START", 0)
     for num_images in (NUM_TRAINING, NUM_HELD_OUT):
         path = rows_file(tmp_path, "fc7", num_images)
@@ -194,9 +215,9 @@ def test_damaged_rows_of_vanished_images_are_an_error(
 
 
 @pytest.mark.slow
-def test_all_cache_modes_give_the_same_head(run):
+def test_all_cache_modes_give_the_same_head(run, finished):
     """Cached and uncached training see the same images in the same order."""
-    disk, _ = run("disk")
+    disk = finished / "run" / "model"
     memory, _ = run("memory", "--cache", "memory")
     off, counts = run("off", "--cache", "off")
     assert counts == (0, 0)
@@ -214,11 +235,10 @@ def test_float16_cache_has_half_the_size(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_fresh_augmentation_is_not_cached(run):
+def test_fresh_augmentation_is_not_cached(run, finished):
     augmented, counts = run("augmented", "--augment")
     assert counts == (NUM_HELD_OUT, 0)  # held-out images are not augmented
-    plain, _ = run("plain")
-    assert largest_difference(augmented, plain) > 1e-4
+    assert largest_difference(augmented, finished / "run" / "model") > 1e-4
 
 
 @pytest.mark.slow
@@ -252,9 +272,9 @@ def test_least_recently_used_activations_are_evicted(run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("first")
 def test_cache_list_and_clear(run, tmp_path, capsys):
     directory = tmp_path / "cache"
-    run("fc7")
     run("pool1", "--freeze-until", "pool1")
     capsys.readouterr()
     assert main(["cache", "list", "--cache-dir", str(directory)]) == 0
@@ -295,13 +315,13 @@ def test_unusable_cache_folder_falls_back_to_memory(run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_replaced_images_are_recomputed(run, folder):
+def test_replaced_images_are_recomputed(run, own_folder):
     """The held-out images change with the images; activations of other images are never used."""
-    first, _ = run("first")
-    shutil.rmtree(folder / "red")
-    make_image_folder(folder.parent / "other", 40)
-    shutil.move(folder.parent / "other" / "red", folder / "red")
-    second, (computed, _) = run("second")
+    first, _ = run("first", folder=own_folder)
+    shutil.rmtree(own_folder / "red")
+    make_image_folder(own_folder.parent / "other", 40)
+    shutil.move(own_folder.parent / "other" / "red", own_folder / "red")
+    second, (computed, _) = run("second", folder=own_folder)
     assert computed >= 40
     assert np.isfinite(largest_difference(first, second))
 

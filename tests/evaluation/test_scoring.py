@@ -14,6 +14,8 @@ from transfer.data.dataset import whole_eval_split
 from transfer.runs import evaluation, run_data, run_folder
 from transfer.runs.evaluation import evaluate_model, evaluate_run
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", ["tap", "pool1", "none"])

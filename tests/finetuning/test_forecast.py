@@ -18,7 +18,7 @@ def test_forecast_agrees_with_the_runs(model, image_folder, tmp_path, monkeypatc
     options = FineTuneOptions(cache_dir=tmp_path / "cache", tap="auto", epochs=1)
     graph = load_meta_graph(model)
     result = forecast(RunRequest(graph, *splits, options))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
     costs = {cost.cut: cost for cost in result.costs}
     assert list(costs)[-1] == "none"
     assert all(isinstance(cost, CutCost) and cost.epochs == 1 for cost in costs.values())

@@ -115,6 +115,7 @@ def test_grown_run_is_the_run_on_all_images(place, grown):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
 def test_grown_run_is_evaluated_predicted_and_exported(place, grown):
     result, _ = grown
     assert main(["evaluate", str(result.run_dir)]) == 0

@@ -108,6 +108,7 @@ def test_int8_is_refused_where_it_disagrees(tmp_path, model, image_folder, monke
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
 def test_int8_run_may_end_in_training_everything(tmp_path, run):
     """The last stage has no frozen part, so that its metrics are those of float32."""
     found = run("all", "--precision", "int8", "--schedule", "pool2:1,none:1")

@@ -1,7 +1,6 @@
 """Schedules, solvers and the flags of training, from the command line."""
 
 import csv
-import json
 
 import keras
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 import tensorflow as tf
 import yaml
 from commands import finetune, largest_difference, metrics, saved_values
+from conftest import make_image_folder
 
 from transfer import Backbone, Classifier, Head, Preprocess, load_meta_graph, save_meta_graph
 from transfer.activations.extraction import Compiled
@@ -62,9 +62,9 @@ def test_stage_does_not_change_frozen_weights(tmp_path, model, image_folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("epoch", [1, 2, 3])
-def test_interrupted_schedule_is_resumed(tmp_path, model, image_folder, monkeypatch, epoch, capsys):
+def test_interrupted_schedule_is_resumed(tmp_path, model, image_folder, run_of, monkeypatch, epoch):
     flags = ["--schedule", "fc7:2,pool1:2:0.001", "--mixup", 0.2]
-    assert finetune(tmp_path / "whole", model, image_folder, *flags) == 0
+    whole = run_of(*flags)
     train_epoch = Trainer.train_epoch
 
     def interrupted(trainer, *args, **options):
@@ -76,8 +76,8 @@ def test_interrupted_schedule_is_resumed(tmp_path, model, image_folder, monkeypa
         patch.setattr(Trainer, "train_epoch", interrupted)
         assert finetune(tmp_path / "parts", model, image_folder, *flags) == 130
     assert finetune(tmp_path / "parts", model, image_folder, *flags, "--resume") == 0
-    assert largest_difference(tmp_path / "whole" / "model", tmp_path / "parts" / "model") == 0
-    assert [row["loss"] for row in history(tmp_path / "whole")] == [
+    assert largest_difference(whole / "model", tmp_path / "parts" / "model") == 0
+    assert [row["loss"] for row in history(whole)] == [
         row["loss"] for row in history(tmp_path / "parts")
     ]
 
@@ -237,6 +237,17 @@ def test_early_stopping_restores_best_epoch(tmp_path, model, image_folder):
     assert metrics(out)["eval"]["loss"] == pytest.approx(best, rel=1e-6)
 
 
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory, model):
+    """Images of classes of different sizes, and a run on them."""
+    place = tmp_path_factory.mktemp("uneven")
+    photos = make_image_folder(place / "photos")
+    for name in ("08.jpg", "10.jpg"):
+        (photos / "red" / name).unlink()
+    assert finetune(place / "run", model, photos) == 0
+    return photos, place / "run"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
@@ -254,13 +265,10 @@ def test_early_stopping_restores_best_epoch(tmp_path, model, image_folder):
     ],
     ids=lambda flags: flags[0],
 )
-def test_each_option_changes_the_result(tmp_path, model, image_folder, flags):
-    (image_folder / "red" / "10.jpg").unlink()  # classes of different sizes
-    (image_folder / "red" / "08.jpg").unlink()
-    assert finetune(tmp_path / "plain", model, image_folder) == 0
-    assert finetune(tmp_path / "run", model, image_folder, *flags) == 0
-    difference = largest_difference(tmp_path / "plain" / "model", tmp_path / "run" / "model")
-    assert difference > 1e-5
+def test_each_option_changes_the_result(tmp_path, model, uneven, flags):
+    photos, plain = uneven
+    assert finetune(tmp_path / "run", model, photos, *flags) == 0
+    assert largest_difference(plain / "model", tmp_path / "run" / "model") > 1e-5
     assert np.isfinite(metrics(tmp_path / "run")["eval"]["loss"])
 
 
@@ -275,7 +283,5 @@ def test_accumulated_steps_equal_large_batches(tmp_path, model, image_folder):
 
 
 @pytest.mark.slow
-def test_metrics_have_epoch_time(tmp_path, model, image_folder):
-    assert finetune(tmp_path / "run", model, image_folder) == 0
-    train = json.loads((tmp_path / "run" / "metrics.json").read_text())["train"]
-    assert 0 < train["epoch_s"] < 60
+def test_metrics_have_epoch_time(finished_run):
+    assert 0 < metrics(finished_run)["train"]["epoch_s"] < 60

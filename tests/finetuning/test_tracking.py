@@ -149,10 +149,10 @@ def test_mlflow_has_each_epoch_and_the_end_of_a_run_that_is_continued(mlflow):
     assert mlflow.active_run() is None
 
 
-@pytest.mark.parametrize("solver", [pytest.param("gradient", marks=pytest.mark.slow), "ridge"])
-def test_mlflow_has_the_run_in_its_store(tmp_path, model, image_folder, mlflow, solver):
+@pytest.mark.slow
+def test_mlflow_has_the_run_in_its_store(tmp_path, model, image_folder, mlflow):
     out = tmp_path / "run"
-    flags = ["--track", "mlflow", "--track-files", "--solver", solver]
+    flags = ["--track", "mlflow", "--track-files"]
     assert finetune(out, model, image_folder, *flags) == 0
     run_id = json.loads((out / "tracking.json").read_text())["mlflow"]
     client = mlflow.MlflowClient()
@@ -164,10 +164,9 @@ def test_mlflow_has_the_run_in_its_store(tmp_path, model, image_folder, mlflow, 
     logged = [point.value for point in client.get_metric_history(run_id, "val_loss")]
     assert logged == pytest.approx(run_folder.read_history(out)["val_loss"])
     assert "model.meta" in {file.path for file in client.list_artifacts(run_id)}
-    if solver == "gradient":
-        assert finetune(out, model, image_folder, *flags, "--epochs", 4, "--resume") == 0
-        assert len(client.get_metric_history(run_id, "val_loss")) == 4
-        assert mlflow.active_run() is None
+    assert finetune(out, model, image_folder, *flags, "--epochs", 4, "--resume") == 0
+    assert len(client.get_metric_history(run_id, "val_loss")) == 4
+    assert mlflow.active_run() is None
 
 
 def test_tensorboard_has_the_hyperparameters(finished_run):

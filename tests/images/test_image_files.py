@@ -58,6 +58,7 @@ def test_all_formats_are_used_and_skipped_files_counted(mixed):
 
 @pytest.mark.slow
 @needs_no_heif
+@pytest.mark.usefixtures("no_report")
 def test_every_command_reports_skipped_files(tmp_path, model, mixed, capsys):
     expected = "8 of 44 files ignored: 5 .heic"
     out = tmp_path / "run"
@@ -119,6 +120,7 @@ def test_skipped_links_are_reported(own_image_folder):
 @pytest.mark.slow
 @needs_pipes
 @pytest.mark.parametrize("kind", ["a named pipe", "a device"])
+@pytest.mark.usefixtures("no_report")
 def test_pipe_or_device_is_an_unreadable_image(tmp_path, model, own_image_folder, kind, capsys):
     out = tmp_path / "run"
     assert finetune(out, model, own_image_folder) == 0
@@ -196,6 +198,7 @@ def spoil(root):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
 def test_unreadable_images_are_skipped_on_request(tmp_path, model, own_image_folder, capsys):
     names = spoil(own_image_folder)
     out = tmp_path / "run"
@@ -224,9 +227,9 @@ def test_unreadable_images_are_skipped_on_request(tmp_path, model, own_image_fol
 
 
 @pytest.mark.slow
-def test_evaluate_skips_unreadable_images(tmp_path, model, own_image_folder, capsys):
-    out = tmp_path / "run"
-    assert finetune(out, model, own_image_folder) == 0
+@pytest.mark.usefixtures("no_report")
+def test_evaluate_skips_unreadable_images(copy_of_finished_run, own_image_folder, capsys):
+    out = copy_of_finished_run
     spoil(own_image_folder)
     other = ["evaluate", str(out), "--image-folder", str(own_image_folder), "--eval-split", "train"]
     assert main(other) == 1

@@ -33,14 +33,14 @@ def test_inspection_of_vgg(model):
     assert found.hazards == []
 
 
-def test_inspection_works_without_weights(model):
-    for path in model.parent.glob("tiny.data*"):
+def test_inspection_works_without_weights(own_model):
+    for path in own_model.parent.glob("tiny.data*"):
         path.unlink()
-    found = inspect(load_meta_graph(model))
+    found = inspect(load_meta_graph(own_model))
     assert found.checkpoint.matched == 12
     assert "lacks its data: tiny.data-00000-of-00001" in found.hazards[0]
-    model.with_name("tiny.index").unlink()
-    found = inspect(load_meta_graph(model))
+    own_model.with_name("tiny.index").unlink()
+    found = inspect(load_meta_graph(own_model))
     assert "no checkpoint" in found.checkpoint.problem
     assert found.taps[0].shape == (None, TINY.fc)
 
@@ -164,13 +164,13 @@ def test_hazards_name_stopped_gradients_and_towers(tmp_path):
     assert any("split between towers" in hazard for hazard in found.hazards)
 
 
-def test_missing_weights_are_reported_with_the_command(model):
-    for path in model.parent.glob("tiny.data*"):
+def test_missing_weights_are_reported_with_the_command(own_model):
+    for path in own_model.parent.glob("tiny.data*"):
         path.unlink()
-    found = inspect(load_meta_graph(model))
+    found = inspect(load_meta_graph(own_model))
     assert found.command is None
     assert "lacks its data" in found.command_problem
-    assert f"With it: vgg-transfer finetune --model {model}" in found.command_problem
+    assert f"With it: vgg-transfer finetune --model {own_model}" in found.command_problem
 
 
 def test_meta_graph_gives_what_inspect_lists(model):

@@ -94,6 +94,7 @@ def test_finetune_warns_of_layers_behind_stopped_gradient(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
 def test_renamed_run_is_written_with_the_names_of_the_graph_and_resumes(tmp_path, capsys):
     with tf.Graph().as_default(), tf1.Session() as session:
         strangers.vectors()

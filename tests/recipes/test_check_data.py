@@ -171,6 +171,7 @@ def test_resumed_runs_keep_their_held_out_images(tmp_path, model, smooth_folder,
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
 def test_evaluate_warns_about_copies_of_training_images(tmp_path, model, smooth_folder, capsys):
     assert finetune(tmp_path / "run", model, smooth_folder) == 0
     held_out = (tmp_path / "run" / "held_out.txt").read_text().splitlines()

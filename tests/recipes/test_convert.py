@@ -163,6 +163,7 @@ def test_mean_is_not_assumed_for_other_classes(tmp_path, capsys, image_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
 def test_custom_means_are_kept_in_card_run_and_prediction(tmp_path, image_folder):
     """The run's card, activations and exports use the preprocessing of the model's card."""
     means = {"mean": [93.594, 104.7624, 129.1863], "order": "BGR"}

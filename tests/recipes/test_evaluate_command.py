@@ -14,6 +14,8 @@ from conftest import make_image_folder
 
 from recipes.cli import main
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 @pytest.fixture(autouse=True)
 def _own_session():
@@ -22,9 +24,8 @@ def _own_session():
 
 @pytest.mark.slow_variants
 @pytest.mark.parametrize("cut", ["tap", "pool1", "none"])
-def test_evaluate_reproduces_the_reported_metrics(tmp_path, model, image_folder, cut, capsys):
-    out = tmp_path / "run"
-    assert finetune(out, model, image_folder, "--freeze-until", cut) == 0
+def test_evaluate_reproduces_the_reported_metrics(tmp_path, run_of, cut, capsys):
+    out = shutil.copytree(run_of("--freeze-until", cut), tmp_path / "run")
     capsys.readouterr()
     assert main(["evaluate", str(out), "--probabilities", str(tmp_path / "p.npy")]) == 0
     figures = json.loads((out / "evaluation.json").read_text())
@@ -46,9 +47,8 @@ def test_evaluate_reproduces_the_reported_metrics(tmp_path, model, image_folder,
 
 
 @pytest.mark.slow
-def test_evaluate_on_other_splits_and_folders(tmp_path, model, image_folder, capsys):
-    out = tmp_path / "run"
-    assert finetune(out, model, image_folder, "--epochs", 30) == 0
+def test_evaluate_on_other_splits_and_folders(tmp_path, copy_of_finished_run, capsys):
+    out = copy_of_finished_run
     assert main(["evaluate", str(out), "--eval-split", "train[:7]"]) == 0
     assert "on 7 images" in capsys.readouterr().out
     other = make_image_folder(tmp_path / "other", 5)
@@ -77,19 +77,18 @@ def test_evaluate_uses_recorded_held_out_images(tmp_path, model, own_image_folde
 
 
 @pytest.mark.slow
-def test_evaluate_in_a_new_process(tmp_path, model, image_folder):
-    out = tmp_path / "run"
-    assert finetune(out, model, image_folder, "--freeze-until", "pool1") == 0
+def test_evaluate_in_a_new_process(tmp_path, run_of):
+    out = shutil.copytree(run_of("--freeze-until", "pool1"), tmp_path / "run")
     command = [sys.executable, "-m", "recipes", "evaluate", str(out)]
     subprocess.run(command, capture_output=True, check=True)
     figures = json.loads((out / "evaluation.json").read_text())
     assert figures["loss"] == metrics(out)["eval"]["loss"]
+    assert (out / "report.html").is_file()
 
 
 @pytest.mark.slow
-def test_evaluate_asserts_minimum_accuracy(tmp_path, model, image_folder, monkeypatch, capsys):
-    out = tmp_path / "run"
-    assert finetune(out, model, image_folder) == 0
+def test_evaluate_asserts_minimum_accuracy(copy_of_finished_run, monkeypatch, capsys):
+    out = copy_of_finished_run
     assert main(["evaluate", str(out), "--assert-accuracy-at-least", "0"]) == 0
     figures = {"accuracy": 0.5, "accuracy_ci95": [0.4, 0.6], "num_examples": 9, "loss": 1.0}
     monkeypatch.setattr(
@@ -104,15 +103,11 @@ def test_evaluate_asserts_minimum_accuracy(tmp_path, model, image_folder, monkey
 
 
 @pytest.mark.slow
-def test_evaluate_warns_about_images_not_held_out(tmp_path, model, image_folder, capsys):
-    out = tmp_path / "run"
-    assert finetune(out, model, image_folder) == 0
+def test_evaluate_warns_about_images_not_held_out(copy_of_finished_run, run_of, capsys):
+    out, other = copy_of_finished_run, run_of("--eval-split", "train[:5]")
     capsys.readouterr()
     assert main(["evaluate", str(out), "--eval-split", "train"]) == 0
     assert "did not hold out 20 of these 24 images" in capsys.readouterr().err
-    other = tmp_path / "other"
-    assert finetune(other, model, image_folder, "--eval-split", "train[:5]") == 0
-    capsys.readouterr()
     assert main(["evaluate", str(out), "--against", str(other)]) == 0
     assert f"the run in '{other}' did not hold out" in capsys.readouterr().err
     assert (out / "changes.csv").exists()

@@ -12,6 +12,8 @@ from transfer import Backbone, Classifier, load_meta_graph, save_meta_graph
 
 tf1 = tf.compat.v1
 
+pytestmark = pytest.mark.usefixtures("no_report")
+
 
 @pytest.fixture(autouse=True)
 def _own_session():

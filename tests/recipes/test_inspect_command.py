@@ -30,9 +30,9 @@ def test_inspect_lists_the_cuts(model, capsys):
     ]  # fmt: skip
 
 
-def test_inspect_prints_json(model, capsys):
-    model.with_name("tiny.data-00000-of-00001").unlink()
-    assert main(["inspect", str(model.with_name("tiny.meta")), "--json"]) == 0
+def test_inspect_prints_json(own_model, capsys):
+    own_model.with_name("tiny.data-00000-of-00001").unlink()
+    assert main(["inspect", str(own_model.with_name("tiny.meta")), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["taps"][0]["shape"] == [None, 32]
     assert found["checkpoint"]["matched"] == 12

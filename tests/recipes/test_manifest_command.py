@@ -7,25 +7,29 @@ from pathlib import Path
 import pytest
 import yaml
 from commands import metrics
+from conftest import make_image_folder
 
 from recipes.cli import main
 
 
 @pytest.fixture(scope="module")
-def grouped(tmp_path_factory, tiny_card, saved_vgg):
-    """Model, manifest and finished run on images in groups."""
-    from conftest import make_image_folder
-
+def manifest(tmp_path_factory):
+    """A manifest of images in groups."""
     root = tmp_path_factory.mktemp("manifest")
-    model = saved_vgg(root / "model" / "tiny", card=tiny_card)
     photos = make_image_folder(root / "photos")
     paths = sorted(photos.glob("*/*"))
     lines = [f"photos/{p.parent.name}/{p.name},{p.parent.name},p{p.name[1]}" for p in paths]
-    manifest = root / "labels.csv"
-    manifest.write_text("path,label,patient\n" + "\n".join(lines))
-    flags = ["--model", model, "--csv", manifest, "--group-by", "patient", "--out", root / "run"]
+    (root / "labels.csv").write_text("path,label,patient\n" + "\n".join(lines))
+    return root / "labels.csv"
+
+
+@pytest.fixture(scope="module")
+def run(manifest, model):
+    """A finished run on these groups."""
+    out = manifest.parent / "run"
+    flags = ["--model", model, "--csv", manifest, "--group-by", "patient", "--out", out]
     assert main(["finetune", *map(str, flags), "--epochs", "2", "--batch-size", "6"]) == 0
-    return model, manifest, root / "run"
+    return out
 
 
 def patients(manifest: Path, names: list[str]) -> set[str]:
@@ -34,8 +38,7 @@ def patients(manifest: Path, names: list[str]) -> set[str]:
 
 
 @pytest.mark.slow
-def test_run_records_the_manifest_and_evaluate_opens_it_again(grouped, capsys):
-    _, manifest, run = grouped
+def test_run_records_the_manifest_and_evaluate_opens_it_again(manifest, run, capsys):
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["csv"], config["group_by"]) == (str(manifest), "patient")
     assert not config.keys() & {"dataset", "image_folder"}
@@ -56,8 +59,8 @@ def test_run_records_the_manifest_and_evaluate_opens_it_again(grouped, capsys):
 
 
 @pytest.mark.slow
-def test_evaluation_on_trained_groups_warns(grouped, capsys):
-    _, _, run = grouped
+@pytest.mark.usefixtures("no_report")
+def test_evaluation_on_trained_groups_warns(run, capsys):
     assert main(["evaluate", str(run), "--eval-split", "train"]) == 0
     assert "groups that are evaluated on are also trained on" in capsys.readouterr().err
     assert main(["evaluate", str(run), "--against", str(run)]) == 0
@@ -65,10 +68,8 @@ def test_evaluation_on_trained_groups_warns(grouped, capsys):
 
 
 @pytest.mark.slow
-def test_resume_keeps_the_groups(grouped, tmp_path):
-    model, manifest, run = grouped
-    out = tmp_path / "again"
-    shutil.copytree(run, out)
+def test_resume_keeps_the_groups(manifest, run, model, tmp_path):
+    out = shutil.copytree(run, tmp_path / "again")
     flags = ["--model", model, "--csv", manifest, "--group-by", "patient", "--out", out]
     flags += ["--epochs", 3, "--batch-size", 6, "--resume"]
     assert main(["finetune", *map(str, flags)]) == 0
@@ -76,14 +77,12 @@ def test_resume_keeps_the_groups(grouped, tmp_path):
     assert metrics(out)["eval"]["num_groups"] == metrics(run)["eval"]["num_groups"]
 
 
-def test_logistic_regression_with_groups(grouped, tmp_path):
-    model, manifest, _ = grouped
+def test_logistic_regression_with_groups(manifest, model, tmp_path):
     flags = ["--model", model, "--csv", manifest, "--group-by", "patient", "--solver", "lbfgs"]
     assert main(["finetune", *map(str, flags), "--out", str(tmp_path / "run")]) == 0
 
 
-def test_check_data_knows_groups(grouped, capsys):
-    model, manifest, _ = grouped
+def test_check_data_knows_groups(manifest, model, capsys):
     flags = ["--csv", str(manifest), "--model", str(model), "--json"]
     assert main(["check-data", *flags, "--group-by", "patient", "--strict"]) == 0
     groups = json.loads(capsys.readouterr().out)["groups"]
@@ -95,8 +94,7 @@ def test_check_data_knows_groups(grouped, capsys):
     assert "groups" not in json.loads(capsys.readouterr().out)
 
 
-def test_errors_name_flags(grouped, tmp_path, capsys):
-    _, manifest, _ = grouped
+def test_errors_name_flags(manifest, tmp_path, capsys):
     cases = {
         ("--csv", str(tmp_path / "no.csv")): "--csv '",
         ("--csv", str(manifest), "--group-by", "camera"): "it has no column 'camera'",

@@ -22,6 +22,7 @@ def predict(run, *words):
     return main(["predict", str(run), *map(str, words)])
 
 
+@pytest.mark.usefixtures("no_report")
 def test_predictions_equal_those_of_evaluate(run, image_folder, tmp_path, capsys):
     assert main(["evaluate", str(run)]) == 0
     with (run / "predictions.csv").open() as file:

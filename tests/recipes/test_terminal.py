@@ -193,6 +193,7 @@ def test_csv_and_jsonl_results_are_not_escaped(hostile_run, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_report")
 def test_csv_files_have_no_formulas(hostile_run):
     run, _ = hostile_run
     assert cli.main(["evaluate", str(run), "--against", str(run)]) == 0

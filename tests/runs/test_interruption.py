@@ -224,10 +224,9 @@ def test_history_is_truncated_to_checkpoint(tmp_path):
     run_folder.keep_history(tmp_path, 0)
 
 
-def test_resume_rejects_foreign_folder(tmp_path, setting, capsys):
-    model, photos, _ = setting
+def test_resume_rejects_foreign_folder(tmp_path, model, image_folder, capsys):
     (tmp_path / ".config.yaml.tmp").write_text("of a run that was killed as it began")
     run_folder.check(tmp_path, resume=True)
     (tmp_path / "photo.jpg").write_bytes(b"")
-    assert finetune(tmp_path, model, photos, "--resume") == 1
+    assert finetune(tmp_path, model, image_folder, "--resume") == 1
     assert "holds no run to resume" in capsys.readouterr().err

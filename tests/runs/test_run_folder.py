@@ -154,19 +154,20 @@ def test_remove_refuses_run_of_another_process(tmp_path) -> None:
     assert not tmp_path.exists()
 
 
-def test_remove_deletes_run_files_only(setting, tmp_path) -> None:
-    out = shutil.copytree(setting[2], tmp_path / "run")
-    for name in ("notes.txt", "events/notes.txt", "checkpoints/notes.txt", "model.notes.txt"):
-        (out / name).write_text("mine")
-    shutil.rmtree(out / "export")
+def test_remove_deletes_run_files_only(finished_run, tmp_path) -> None:
+    out = shutil.copytree(finished_run, tmp_path / "run")
+    (out / "plots").mkdir(exist_ok=True)
+    mine = {"notes.txt", "events/notes.txt", "checkpoints/notes.txt", "model.notes.txt"}
     written_by_evaluate = {"evaluation.json", "report.html", "predictions.csv", "confusion.csv"}
+    for name in (*mine, *written_by_evaluate, "plots/confusion.png"):
+        (out / name).write_text("kept")
     run_folder.remove(out, only_working=True)
     left = contents(out).keys()
     assert {"checkpoints/notes.txt", "events/notes.txt", "model.meta", "metrics.json"} <= left
     assert not any(name.startswith("checkpoints/stage") or "tfevents" in name for name in left)
     run_folder.remove(out)
+    assert (out / "plots" / "confusion.png").is_file()
     left = {name for name in contents(out) if not name.startswith("plots/")}
-    mine = {"notes.txt", "events/notes.txt", "checkpoints/notes.txt", "model.notes.txt"}
     assert left == mine | written_by_evaluate
 
 

@@ -136,7 +136,8 @@ def test_sigterm_finishes_requests_in_flight(run):
         assert process.wait(timeout=20) == 0
 
 
-def test_taken_port_and_wrong_arguments_are_errors(run, capsys):
+def test_taken_port_and_wrong_arguments_are_errors(finished_run, capsys):
+    run = finished_run
     with server._bound("127.0.0.1", 0) as taken:
         port = str(taken.getsockname()[1])
         assert main(["serve", str(run), "--port", port]) == 1
@@ -158,6 +159,7 @@ def test_loopback_addresses(host, expected):
     assert server.is_loopback(host) is expected
 
 
+@pytest.mark.slow
 def test_errors_are_hidden_from_other_machines(run):
     assert server._confident_errors(run, False) == "they are shown only to this machine"
     assert len(server._confident_errors(run, True).all) > 0

@@ -14,7 +14,7 @@ from PIL import Image
 from recipes.cli import main
 from transfer import Classifier
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("memory_is_returned")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("memory_is_returned", "no_report")]
 
 SIZE = 64
 CLASSES = ["blue", "green", "red"]
