@@ -4,6 +4,7 @@ import glob
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -13,8 +14,10 @@ from commands import largest_difference, metrics
 from conftest import make_image_folder
 from PIL import Image
 from served_runs import started
+from sklearn.datasets import load_digits
 
 from recipes.cli import main
+from transfer import open_source
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -29,6 +32,16 @@ def _a_clone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def few_digits(tmp_path, monkeypatch):
+    """400 of the 1,797 digits, prepared in a folder of the test."""
+    digits = load_digits()
+    few = SimpleNamespace(images=digits.images[:400], target=digits.target[:400])
+    monkeypatch.setattr("sklearn.datasets.load_digits", lambda: few)
+    monkeypatch.setattr("tensorflow_datasets.core.constants.DATA_DIR", str(tmp_path / "tfds"))
+    open_source("digits")  # prints as it prepares them
+
+
 def run(example, capsys):
     expected = re.findall(r"print\(.*\)  # (.*)$", example, re.MULTILINE)
     exec(compile(example, "README.md", "exec"), {})
@@ -36,7 +49,7 @@ def run(example, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_a_clone")
+@pytest.mark.usefixtures("_a_clone", "few_digits")
 def test_fine_tuning_example_equals_command_bit_for_bit(tmp_path, capsys):
     run(EXAMPLES[0], capsys)
     flags = ["--freeze-until", "pool4", "--epochs", "2", "--out", "command"]
@@ -44,6 +57,7 @@ def test_fine_tuning_example_equals_command_bit_for_bit(tmp_path, capsys):
     assert largest_difference(tmp_path / "runs/digits/model", tmp_path / "command/model") == 0
     ours, theirs = metrics(tmp_path / "runs/digits"), metrics(tmp_path / "command")
     assert ours["eval"] == theirs["eval"]
+    assert ours["eval"]["num_examples"] == 80
     assert (tmp_path / "exported" / "keras").is_dir()
 
 
