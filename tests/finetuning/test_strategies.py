@@ -18,12 +18,11 @@ from transfer.runs.run_folder import read_history
 
 SGD = ("--optimizer", "sgd", "--learning-rate", "0.01", "--clip-norm", "0.5")
 RUNS = {
-    "fc7": ("--freeze-until", "fc7", *SGD, "--class-weights", "balanced"),
-    "pool1": ("--freeze-until", "pool1", *SGD, "--weight-decay", "0.1"),
+    "fc7": ("--freeze-until", "fc7", *SGD, "--class-weights", "balanced", "--views", "2"),
+    # Before pool1: one worker caches activations with mixup, two workers do not.
+    "schedule": ("--schedule", "fc7:1:0.01,pool1:3:0.001", "--early-stopping", "1"),
+    "pool1": ("--freeze-until", "pool1", *SGD, "--weight-decay", "0.1", "--mixup", "0.4"),
     "none": ("--freeze-until", "none", *SGD, "--augment"),
-    "mixup": ("--freeze-until", "fc7", *SGD, "--mixup", "0.4"),
-    "views": ("--freeze-until", "fc7", *SGD, "--views", "2"),
-    "schedule": ("--schedule", "fc7:2:0.01,pool1:4:0.001", "--early-stopping", "2"),
     "lbfgs": ("--solver", "lbfgs", "--lbfgs-c", "1"),
 }
 TOLERANCE = {"schedule": 1e-3, "lbfgs": 1e-3}  # Adam and lbfgs amplify rounding errors
@@ -36,7 +35,7 @@ def flags(root: Path, name: str, *more: object) -> list[str]:
     words = ["--model", root / "tiny", "--image-folder", root / "photos", "--feed", "keep_prob=1"]
     words += ["--batch-size", 7, *RUNS[name], *more]
     if "--epochs" not in words and "--schedule" not in words:
-        words += ["--epochs", 2]
+        words += ["--epochs", 1]
     return [str(word) for word in words]
 
 
@@ -80,7 +79,7 @@ def assert_same_runs(root: Path, out: Path, names: Iterable[str] = RUNS) -> None
 
 @pytest.mark.slow
 def test_two_devices_equal_one(root):
-    out, names = root / "mirrored", ("fc7", "none", "mixup", "schedule")
+    out, names = root / "mirrored", ("fc7", "schedule", "pool1", "none")
     finished(Process(SCRIPT, "mirrored", as_json(root, out, "--cache", "memory", names=names)))
     assert_same_runs(root, out, names)
 
@@ -92,7 +91,7 @@ def test_two_processes_equal_one(root):
     finished(*start_workers(SCRIPT, "multi_worker", runs))
     assert_same_runs(root, out)
     # Each image is computed by one of the two.
-    for name in ("fc7", "pool1"):
+    for name in ("fc7", "schedule"):
         found = metrics(out / name)["activations"]
         assert found == metrics(root / "one" / name)["activations"]
 
@@ -134,10 +133,12 @@ def test_worker_stops_if_other_is_killed_and_run_is_resumable(root, victim):
     assert "another worker is gone" in says.splitlines()[-1]
     assert "--resume" in says.splitlines()[-1]
     workers[victim].wait()
+    if victim == 1:  # the chief, which writes the folder, ended in order: the easier case
+        return
     epochs = len(read_history(out)["epoch"]) + 2
     finished(*run(epochs))
     assert metrics(out)["train"]["epochs"] == epochs
-    whole = root / f"whole-{victim}"
+    whole = root / "whole"
     assert main(["finetune", *flags(root, "fc7", "--epochs", epochs, "--out", whole)]) == 0
     assert largest_difference(whole / "model", out / "model") < 1e-4
 
