@@ -80,39 +80,40 @@ def test_invalid_combination_is_refused_before_the_first_run(tmp_path, request_f
 
 
 def test_study_with_another_model_or_other_images_is_not_continued(
-    tmp_path, request_for_runs, saved_vgg, tiny_card
+    tmp_path, request_for_runs, own_model, saved_vgg, tiny_card
 ):
     """Their results would stand in one table."""
     axes = {"seed": [0]}
+    wanted = dataclasses.replace(request_for_runs, graph=load_meta_graph(own_model))
 
     def begin(request):
         with module._opened(tmp_path / "study", request, axes):
             pass
 
-    begin(request_for_runs)
-    begin(request_for_runs)
-    train = request_for_runs.train
+    begin(wanted)
+    begin(wanted)
+    train = wanted.train
     fewer = {"train": train.where(np.arange(len(train)) > 0)}
     others = {
         "images_sha256": fewer,
         "feed": {"feeds": {"keep_prob:0": 0.5}},
-        "epochs": {"options": dataclasses.replace(request_for_runs.options, epochs=3)},
+        "epochs": {"options": dataclasses.replace(wanted.options, epochs=3)},
     }
     for name, changed in others.items():
         with pytest.raises(ValueError, match=f"{name}="):
-            begin(dataclasses.replace(request_for_runs, **changed))
+            begin(dataclasses.replace(wanted, **changed))
     # Studies of earlier versions recorded the hashes among the options, or not at all.
     content, config = (tmp_path / "study" / name for name in ("study.json", "config.yaml"))
     hashes = run_folder.read_json(content)
     content.unlink()
     config.write_text(config.read_text() + run_folder.to_yaml(hashes))
     with pytest.raises(ValueError, match="images_sha256="):
-        begin(dataclasses.replace(request_for_runs, **fewer))
-    begin(request_for_runs)
+        begin(dataclasses.replace(wanted, **fewer))
+    begin(wanted)
     assert "_sha256" not in config.read_text()
     assert run_folder.read_json(content) == hashes
     content.unlink()
-    begin(request_for_runs)
-    saved_vgg(request_for_runs.graph.prefix, card=tiny_card, num_classes=7)
+    begin(wanted)
+    saved_vgg(wanted.graph.prefix, card=tiny_card, num_classes=7)
     with pytest.raises(ValueError, match="model_sha256="):
-        begin(request_for_runs)
+        begin(wanted)

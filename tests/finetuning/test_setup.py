@@ -32,7 +32,7 @@ def test_splits_without_images_are_refused(tmp_path, model, image_folder, role):
 
 @pytest.mark.parametrize("is_one", [False, True])
 def test_images_that_changed_between_two_runs_have_other_ids(
-    tmp_path, model, image_folder, monkeypatch, is_one
+    tmp_path, model, own_image_folder, monkeypatch, is_one
 ):
     """The caller may pass the same splits again; activations are cached by the ids."""
 
@@ -46,13 +46,13 @@ def test_images_that_changed_between_two_runs_have_other_ids(
 
     seen = []
     monkeypatch.setattr(setup, "_inspect_images", inspect)
-    train, held_out = open_source(image_folder=str(image_folder)).train_and_eval_splits()
+    train, held_out = open_source(image_folder=str(own_image_folder)).train_and_eval_splits()
     request = RunRequest(load_meta_graph(model), train, train if is_one else held_out)
     for _ in range(2):
         with pytest.raises(Reached):
             setup.prepare(request)
         for split in (train, held_out):
-            path = image_folder / split.names[0]
+            path = own_image_folder / split.names[0]
             path.write_bytes(path.read_bytes() + b" ")
     for before, after in zip(*seen, strict=True):
         assert before[0] != after[0]
