@@ -363,6 +363,7 @@ def test_workers_fill_one_entry_that_any_number_of_workers_reads(model, folder, 
         np.testing.assert_array_equal(rows, expected[here])
 
 
+@pytest.mark.slow
 def test_cached_random_view_is_that_of_the_name(model, tmp_path):
     """A view is seeded by the name, which for arrays is the position."""
     backbone = Backbone(load_meta_graph(model))

@@ -78,6 +78,7 @@ def test_batches_in_order_are_those_of_each_member(joined, members):
     assert labels.tolist() == train.labels.tolist()
 
 
+@pytest.mark.slow
 def test_random_views_are_those_of_each_member(joined, members):
     """They are cached for the member, and must be the same without a cache."""
     train, _ = join([Member("nested", *joined)], joined[0].source.class_names)

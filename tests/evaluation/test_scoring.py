@@ -77,6 +77,7 @@ def test_run_that_another_process_continues_is_not_evaluated(run):
         evaluate_run(run)
 
 
+@pytest.mark.slow
 def test_model_without_a_run_is_evaluated_on_the_images_given(run, tmp_path, capsys):
     model = run / run_folder.MODEL
     folder = run_folder.read_config(run)["image_folder"]

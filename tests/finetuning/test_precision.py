@@ -100,6 +100,7 @@ def test_auto_keeps_float32_where_int8_disagrees(run, monkeypatch, capsys):
     assert "precision: float32; the int8 features differ" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_int8_is_refused_where_it_disagrees(tmp_path, model, image_folder, monkeypatch, capsys):
     monkeypatch.setattr(agreement, "MAX_ERROR", 1e-6)
     out = tmp_path / "out"

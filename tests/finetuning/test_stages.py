@@ -150,7 +150,7 @@ def test_inner_cut_equals_full_training_with_zero_rate_before_it(model):
         np.testing.assert_allclose(one, other, atol=1e-5, err_msg=one.path)
 
 
-@pytest.mark.slow_variants
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, head, backbone",
     [

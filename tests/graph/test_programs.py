@@ -87,6 +87,7 @@ def node_of(graph_def, name, op, *inputs, dtype=DT_FLOAT):
     return node
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_products_of_long_identity_chain_are_fast():
     """A file of 150 kB."""

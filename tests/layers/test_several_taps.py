@@ -167,6 +167,7 @@ def test_configuration_without_taps_of_earlier_versions_is_read(model):
     assert Backbone.from_config(config).network.taps == {}
 
 
+@pytest.mark.slow
 def test_taps_of_a_network_with_fixed_batch_size_are_padded():
     def build():
         x = tf1.placeholder(tf.float32, [2, 3], name="x")

@@ -87,6 +87,7 @@ def test_everything_after_a_tensor_before_the_taps_is_trained(run, tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_lbfgs_solves_the_head_on_all_taps(run, tmp_path):
     photos, model = run.parent / "photos", run.parent / "model" / "tiny"
     flags = ["--tap", "pool1,fc7", "--solver", "lbfgs", "--image-folder", str(photos)]

@@ -77,6 +77,7 @@ def test_resume_keeps_the_groups(manifest, run, model, tmp_path):
     assert metrics(out)["eval"]["num_groups"] == metrics(run)["eval"]["num_groups"]
 
 
+@pytest.mark.slow
 def test_logistic_regression_with_groups(manifest, model, tmp_path):
     flags = ["--model", model, "--csv", manifest, "--group-by", "patient", "--solver", "lbfgs"]
     assert main(["finetune", *map(str, flags), "--out", str(tmp_path / "run")]) == 0

@@ -67,6 +67,7 @@ def test_table_and_csv_formats(run, image_folder, capsys):
     assert [row["rank"] for row in rows[:2]] == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_predictions_below_the_threshold_are_marked(run, image_folder, capsys):
     capsys.readouterr()
     assert predict(run, image_folder, "--format", "jsonl") == 0

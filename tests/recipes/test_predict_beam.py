@@ -21,6 +21,7 @@ def lines(folder: Path, pattern: str) -> dict[str, dict]:
     return {one["image"]: one for one in found}
 
 
+@pytest.mark.slow
 def test_beam_predictions_equal_those_of_predict(run, own_image_folder, tmp_path, capsys):
     (own_image_folder / "red" / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
     out = tmp_path / "out" / "predictions"

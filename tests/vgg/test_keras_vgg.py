@@ -156,6 +156,7 @@ def test_other_layers_are_refused_by_name(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rescaling_layer_sets_preprocessing(tmp_path):
     for layer, expected in (
         (keras.layers.Rescaling(1 / 255), "unit"),
@@ -180,6 +181,7 @@ def test_global_average_pooling_before_head_is_kept(tmp_path, suffix):
     assert_same(graph, model)
 
 
+@pytest.mark.slow
 def test_ambiguous_head_is_left_out_by_name(tmp_path, capsys):
     model = vgg(top="average", fc=SMALL.blocks[-1][-1])
     path = save(model, tmp_path / "m.weights.h5")
@@ -238,6 +240,7 @@ def test_saved_model_without_keras_model_is_used_as_it_is(tmp_path):
         containers.read(tmp_path)
 
 
+@pytest.mark.slow
 def test_head_of_kerashub_classifier_is_in_another_file(tmp_path):
     """Its 7x7 convolution takes the feature map of 2x2 pixels here, with a 2x2 kernel."""
     model = vgg(top=None)

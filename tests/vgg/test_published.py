@@ -503,6 +503,7 @@ def test_matlab_integers_are_not_expanded():
     np.testing.assert_array_equal(values, [[0, 2, 4], [1, 3, 5]])
 
 
+@pytest.mark.slow
 def test_zip_bomb_is_not_decompressed(tmp_path):
     with (
         zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
