@@ -158,8 +158,13 @@ def test_resumed_runs_keep_their_held_out_images(tmp_path, model, smooth_folder,
         image = Image.open(path).convert("RGB")
         image.save(path.with_name(f"copy-{path.stem}.jpg"), quality=60)
     out = tmp_path / "run"
+    split = run_data.train_and_eval_splits
+
+    def without_comparison(*words, max_compared, **options):
+        return split(*words, max_compared=0, **options)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_data, "MAX_COMPARED", 0)
+        patch.setattr(run_data, "train_and_eval_splits", without_comparison)
         assert finetune(out, model, smooth_folder, "--epochs", 1) == 0
     held_out = (out / "held_out.txt").read_text()
     assert "near-duplicates of training images" in capsys.readouterr().err
