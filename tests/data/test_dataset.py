@@ -469,7 +469,7 @@ def undecoded(monkeypatch):
     return batches
 
 
-@pytest.mark.parametrize("size", [2, 100, 16_384, 40_000])
+@pytest.mark.parametrize("size", [2, 100, 16_384, pytest.param(40_000, marks=pytest.mark.slow)])
 def test_shuffled_is_a_permutation_for_any_size(undecoded, size):
     split = Numbered(train=size).source.split("train")
     batches = undecoded(split, shuffle_seed=7)

@@ -37,6 +37,7 @@ def test_each_tower_equals_plain_tensorflow_session(tmp_path, program, inputs):
         assert_close(layer(x), stock.run(f"{tap}:0", {"images:0": whole}))
 
 
+@pytest.mark.slow
 def test_concatenated_towers_accept_any_batch_size(tmp_path):
     prefix = strangers.save(strangers.towers_of_a_split, tmp_path / "m")
     layer, x = Backbone(load_meta_graph(prefix), "concat"), images(5, 16, 16, 3)

@@ -45,6 +45,7 @@ def test_beam_predictions_equal_those_of_predict(run, own_image_folder, tmp_path
     assert failed["error"]
 
 
+@pytest.mark.slow
 def test_options_after_two_dashes_go_to_beam(run, image_folder, tmp_path, capsys):
     out = tmp_path / "predictions"
     words = ["predict-beam", str(run), f"{image_folder}/red/*", "--output", str(out)]
