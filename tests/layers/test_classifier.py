@@ -185,3 +185,5 @@ def test_pixels_of_another_range_are_refused_or_warned_of(model, caplog):
     ):
         with pytest.raises(ValueError, match=message):
             classifier.probabilities(wrong)
+    with pytest.raises(ValueError, match="booleans"):
+        tf.function(classifier.probabilities)(tf.constant(images > 0))

@@ -22,14 +22,15 @@ def check_range(arrays: Iterable[np.ndarray], scale: float | None = None) -> Non
     Raises:
         ValueError: if pixels are booleans without a factor, not finite, or far above 255.
     """
-    arrays = [array for array in arrays if array.size]
+    arrays = [*arrays]
     has_hint = scale == 1
     if scale in (None, 1) and any(array.dtype == bool for array in arrays):
         hint = ": if True is white, give scale=255" if has_hint else ""
         raise ValueError(f"pixels are booleans; expected 0 to 255{hint}")
-    if not arrays:
+    highest = [array.max() for array in arrays if array.size]
+    if not highest:
         return
-    largest = (scale or 1) * float(np.max([array.max() for array in arrays]))
+    largest = (scale or 1) * float(np.max(highest))
     if not largest < _LIMIT:  # NaN too
         times = "" if scale in (None, 1) else f" times scale={scale:g}"
         hint = ": if white is 65535, give scale=255/65535" if has_hint else ""

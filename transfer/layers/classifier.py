@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from transfer.core.files import read_names
@@ -141,10 +142,12 @@ class Classifier(keras.Model):
             images: see ``call``. If eager pixels are at most 1, a warning says so.
 
         Raises:
-            ValueError: if eager pixels are booleans, not finite, or far above 255.
+            ValueError: if pixels are booleans, or eager ones not finite or far above 255.
         """
-        if tf.executing_eagerly():
-            check_range([tf.convert_to_tensor(images).numpy()])
+        pixels = tf.convert_to_tensor(images)
+        # In a function, only their dtype is known.
+        is_known = tf.executing_eagerly()
+        check_range([pixels.numpy() if is_known else np.empty(0, pixels.dtype.as_numpy_dtype)])
         return tf.nn.softmax(self(images, training=False))
 
     def probabilities_of_resized(self, pixels: tf.Tensor) -> tf.Tensor:
