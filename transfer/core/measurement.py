@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import statistics
 import subprocess
@@ -95,6 +96,13 @@ def reset_peak_rss() -> bool:
     except OSError:
         return False
     return True
+
+
+def num_cpus() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def available_memory_mb() -> float:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+from transfer.core import measurement
 from transfer.core.distribution import NO_LABEL, shards_of_batches
 from transfer.data.unreadable import UnreadableImageError, check_readable
 from transfer.images.augment import random_view
@@ -19,6 +20,7 @@ from transfer.images.decoding import decode, reason
 from transfer.images.preprocess import Preprocess
 
 _MAX_AS_TF_DATA = 2**24
+_READ_AHEAD = 2  # batches
 
 
 class Examples(Protocol):
@@ -54,10 +56,10 @@ class Batches:
         # first batch, and they need no conversion.
         to_pair = tf.autograph.experimental.do_not_convert(self._to_pair)
         return (
-            examples.map(to_pair, num_parallel_calls=tf.data.AUTOTUNE)
+            examples.map(to_pair, num_parallel_calls=measurement.num_cpus())
             .batch(rows)
             .apply(tf.data.experimental.assert_cardinality(len(self)))
-            .prefetch(tf.data.AUTOTUNE)
+            .prefetch(_READ_AHEAD)
         )
 
     def _examples(self) -> tuple[tf.data.Dataset, int]:

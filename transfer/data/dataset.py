@@ -25,6 +25,7 @@ from transfer.data.groups import connected
 from transfer.data.holdout import stratified_holdout
 from transfer.data.names import Names
 from transfer.data.near_duplicates import near_duplicates
+from transfer.data.pipeline import without_autotuning
 from transfer.data.tfds import tfds
 from transfer.data.unreadable import UnreadableImageError, find_unreadable
 from transfer.images.image_files import PassedOver
@@ -282,6 +283,9 @@ class Split:
 
     def examples(self, positions: np.ndarray) -> tf.data.Dataset:
         """The examples at the given positions, int64 ``[n]`` in any order; reads no others."""
+        return without_autotuning(self._examples(positions))
+
+    def _examples(self, positions: np.ndarray) -> tf.data.Dataset:
         sizes = [len(indices) for _, indices in self.parts]
         part_of = np.repeat(np.arange(len(sizes)), sizes)[positions]
         indices = np.concatenate([indices for _, indices in self.parts])[positions]

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 from PIL import Image
 
+from transfer.core import measurement
 from transfer.data.dataset import Source
 from transfer.data.labelled_files import digest, state_of
 from transfer.images import image_files
@@ -184,7 +185,7 @@ def source_of_arrays(
                 "label": tf.gather(tf.constant(labels, tf.int64), position),
                 "name": tf.strings.join(["train", tf.strings.as_string(position)], "/"),
             },
-            num_parallel_calls=tf.data.AUTOTUNE,
+            num_parallel_calls=measurement.num_cpus(),
         )
 
     @functools.cache

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from transfer.core import measurement
 from transfer.data.dataset import Source
 from transfer.data.names import Names
 from transfer.images.image_files import PassedOver
@@ -70,7 +71,7 @@ def labelled_files(
         if may_read is not None:
             columns.append(may_read)
         return tf.data.Dataset.from_tensor_slices(tuple(c[positions] for c in columns)).map(
-            read, num_parallel_calls=tf.data.AUTOTUNE
+            read, num_parallel_calls=measurement.num_cpus()
         )
 
     def ids(split_name: str) -> np.ndarray:

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow_datasets.core.file_adapters import FileFormat
 
+from transfer.data.pipeline import without_autotuning
 from transfer.data.tfds import tfds
 
 # Layout of a record: its length, uint64, and a checksum; the data; a checksum. See
@@ -109,7 +110,8 @@ class TFRecords:
         def summary(records: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             return tf.strings.length(records), labels_of(records, label_key)
 
-        batches = tf.data.TFRecordDataset(self._files).batch(_PASSED_TOGETHER).map(summary)
+        records = without_autotuning(tf.data.TFRecordDataset(self._files))
+        batches = records.batch(_PASSED_TOGETHER).map(summary)
         lengths, labels = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         try:
             for length, label in batches.as_numpy_iterator():

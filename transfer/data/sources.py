@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +21,15 @@ from transfer.data.tfds_dataset import (
 
 logger = logging.getLogger(__name__)
 
+StrPath = str | os.PathLike[str]
+
 
 def open_source(
     dataset: str = "",
     *,
-    data_dir: str | None = None,
-    image_folder: str | None = None,
-    csv: str | None = None,
+    data_dir: StrPath | None = None,
+    image_folder: StrPath | None = None,
+    csv: StrPath | None = None,
     group_by: str | None = None,
     min_classes: int = 2,
 ) -> Source:
@@ -65,7 +68,7 @@ def open_source(
         >>> len(train), len(held_out)
         (1438, 359)
     """
-    given = {
+    given: dict[str, StrPath | None] = {
         "dataset": dataset or None,
         "data_dir": data_dir,
         "image_folder": image_folder,
@@ -100,16 +103,17 @@ def open_source(
     return replace(source, origin=origin)
 
 
-def manifest_location(csv: str) -> str:
+def manifest_location(csv: StrPath) -> str:
     """The absolute path of a manifest, or its URL if it is not a local file."""
-    local = csv.removeprefix("file://")
+    given = os.fspath(csv)
+    local = given.removeprefix("file://")
     if "://" in local:
-        return csv
+        return given
     path = Path(local).expanduser()
     return str(path.parent.resolve() / path.name)
 
 
-def _check_one(given: Mapping[str, str | None]) -> None:
+def _check_one(given: Mapping[str, StrPath | None]) -> None:
     """Refuse more than one of image folder, manifest, and dataset with its data dir."""
     kinds = [name for name in ("image_folder", "csv") if given[name] is not None]
     kinds += [name for name in ("dataset", "data_dir") if given[name] is not None][:1]
@@ -118,11 +122,11 @@ def _check_one(given: Mapping[str, str | None]) -> None:
         raise ValueError(f"{both} exclude each other: images come from one place; give one of them")
 
 
-def _absolute(path: str | None) -> str | None:
+def _absolute(path: StrPath | None) -> str | None:
     return None if path is None else str(Path(path).expanduser().resolve())
 
 
-def _open_dataset(dataset: str, data_dir: str | None) -> Source:
+def _open_dataset(dataset: str, data_dir: StrPath | None) -> Source:
     if data_dir is not None:
         directory = Path(data_dir).expanduser()
         if not directory.is_dir() and dataset != "digits":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 from ai_edge_litert.interpreter import Interpreter
 
+from transfer.core import measurement
 from transfer.layers.graph_layer import GraphLayer
 from transfer.quantization.frozen_graph import frozen
 
@@ -42,7 +42,9 @@ def quantize(layer: GraphLayer[Any], images: np.ndarray) -> Callable[[Any], np.n
         tf.lite.OpsSet.TFLITE_BUILTINS,
     ]
     try:
-        interpreter = Interpreter(model_content=converter.convert(), num_threads=_num_cpus())
+        interpreter = Interpreter(
+            model_content=converter.convert(), num_threads=measurement.num_cpus()
+        )
         interpreter.allocate_tensors()  # where XNNPACK refuses scales that it cannot represent
     except Exception as error:  # LiteRT has no specific exception type
         reason = " ".join(str(error).split())[:300]
@@ -62,10 +64,3 @@ def quantize(layer: GraphLayer[Any], images: np.ndarray) -> Callable[[Any], np.n
         return interpreter.get_tensor(output["index"])
 
     return run
-
-
-def _num_cpus() -> int:
-    """Processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
