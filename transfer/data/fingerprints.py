@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+from transfer.core import measurement
 from transfer.images.decoding import decode, read_tensor
 from transfer.images.orientation import orientation, oriented
 
@@ -136,7 +137,7 @@ def fingerprints(
 
     examples = images.encoded().map(
         lambda example: (example["name"], example["image"], _thumbnail(example["image"])),
-        num_parallel_calls=tf.data.AUTOTUNE,
+        num_parallel_calls=measurement.num_cpus(),
     )
     # Images that cannot be decoded are left out, and so are those around one that cannot be read.
     names = enumerate(images.names)
@@ -165,6 +166,7 @@ def _fingerprint(file: bytes) -> tuple[bytes, bool, Any]:
         return digest, False, 0
 
 
+@tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
 def _thumbnail(file: tf.Tensor) -> tf.Tensor:
     """Thumbnail, uint8 ``[32, 32]``; large JPEGs are decoded at a reduced scale."""
     is_jpeg = tf.equal(tf.strings.substr(file, 0, 2), b"\xff\xd8")
