@@ -14,7 +14,7 @@ from transfer.images.preprocess import Preprocess
 
 logger = logging.getLogger(__name__)
 
-NUM_CALIBRATION = 32
+NUM_CALIBRATION = 16
 """Images that determine the ranges. More take time, but make no difference to the features
 (docs/performance.md)."""
 NUM_COMPARED = 16
@@ -37,7 +37,7 @@ class CalibrationImages:
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """The images to calibrate and those to compare on, float32 ``[num_images, height, width,
-        channels]`` each. Fewer than six are both, which is logged as a warning.
+        channels]`` each. Fewer than four are both, which is logged as a warning.
 
         Raises:
             ValueError, OSError: if images cannot be decoded.
