@@ -1,8 +1,9 @@
 """Time, memory and disk space of a fine-tuning run at each cut, from a short measurement.
 
-The forward pass of the network, reading images, and a training step of the head and of the whole
-network are timed. The parts before and after a cut take their shares of the multiply-adds. A run
-takes: setup + images up to the cut once + epochs of steps from the cut on.
+The forward pass of the network, reading images, and from each cut on a training step and the rest
+of the forward pass are timed; those of parts that would not fit in memory are derived from the
+shares of the multiply-adds. A run takes: setup + images up to the cut once + epochs of steps from
+the cut on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import tensorflow as tf
 
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
 from transfer.core import measurement
-from transfer.data.dataset import Split
 from transfer.finetuning.context import RunContext
 from transfer.finetuning.hyperparameters import (
     StageRequest,
@@ -29,7 +29,6 @@ from transfer.finetuning.hyperparameters import (
 )
 from transfer.finetuning.stage import new_trainer
 from transfer.graph.cuts import Cut, list_cuts
-from transfer.images.preprocess import Preprocess
 from transfer.training.optimizers import make_optimizer
 
 logger = logging.getLogger(__name__)
@@ -43,6 +42,9 @@ _FORWARD_AND_BACKWARD = 3.0
 # head. The fixed time of an epoch (validation, checkpoint, history) in such steps, and that of the
 # evaluation at the end, which writes and loads the model, relative to set-up.
 _STEP_IN_RUN, _EPOCH_STEPS, _EVALUATION = 1.8, 25, 0.2
+# At the end of each epoch a parameter and the two values of the optimizer are copied, and written
+# while training goes on, which slows down its steps: as measured on two cores.
+_CHECKPOINT_S = 3 * 4 * 2e-9
 # Copies of a trained parameter in memory: gradient, two of the optimizer, three of the checkpoint.
 _COPIES_IN_MEMORY = 6
 # On disk: two checkpoints with the parameter and two values of the optimizer each.
@@ -52,23 +54,36 @@ _KEPT = 10  # activations of a stage that are kept for the backward pass, relati
 
 
 @dataclass(frozen=True)
+class PartSpeeds:
+    """Measured times of the part from a cut on, in seconds.
+
+    ``forward`` is that of an image in inference, ``train`` that of one in a training step, beyond
+    that of the head; ``trace`` the time to trace the step.
+    """
+
+    forward: float
+    train: float
+    trace: float
+
+
+@dataclass(frozen=True)
 class Speeds:
     """Measured times in seconds.
 
-    ``setup`` is the time until the first image is computed; ``read`` the time by which reading,
-    decoding and preprocessing lengthen the forward pass of an image, ``forward``, as they overlap
-    with it. ``head_step`` is a training step of the head alone, ``head_trace`` the time to trace
-    it, ``whole_trace`` that of the whole network; ``step_factor`` is the time of a training step
-    relative to the forward pass of its images; ``update`` that of the optimizer for one parameter.
+    ``setup`` is the time until the first image is computed; ``start`` that until a pipeline has
+    its first image; ``read`` the time by which reading, decoding and preprocessing lengthen the
+    forward pass of an image, ``forward``, as they overlap with it. ``head_step`` is a training step
+    of the head alone, ``head_trace`` the time to trace it; ``parts`` maps cuts to the parts
+    from there on; ``update`` is the time of the optimizer for one parameter.
     """
 
     setup: float
+    start: float
     read: float
     forward: float
     head_step: float
     head_trace: float
-    whole_trace: float
-    step_factor: float
+    parts: Mapping[str, PartSpeeds]
     update: float
 
 
@@ -153,24 +168,26 @@ def _cost(
     of_head = sum(math.prod(variable.shape) for variable in head.trainable_variables)
     of_backbone = cuts[0].trained + _before_first(context) if cut is None else cut.trained
     trained = of_head + of_backbone
-    before = 0.0 if cut is None else speeds.forward * _share(cut, cuts)
-    after = speeds.forward - before
-    step = speeds.head_step + batch * speeds.step_factor * after
-    step += speeds.update * of_backbone
+    part = speeds.parts.get(name) or _derived(speeds, cut, cuts)
+    before = max(0.0, speeds.forward - part.forward)
+    step = speeds.head_step + speeds.update * of_backbone
+    of_image = part.train
     is_recomputed = options.augment and not options.views
     views = 0 if is_recomputed else max(1, options.views)
     of_frozen = before + speeds.read  # of an image that is not cached
+    starts = 0  # of pipelines, in each epoch
     if cut is None or is_recomputed or options.cache == "off":
-        step += batch * of_frozen
+        of_image += of_frozen
+        starts += 1
         num_extracted = 0
     else:
         num_extracted = num_held_out + max(0, num_train * views - cached.get(name, 0))
-    validate = num_held_out * (after + (of_frozen if cut is None else 0.0))
-    epoch = steps * step + validate + _EPOCH_STEPS * speeds.head_step
-    trained_share = after / speeds.forward if speeds.forward else 1.0
-    trace = speeds.head_trace + trained_share * max(0.0, speeds.whole_trace - speeds.head_trace)
-    extract = num_extracted * of_frozen
-    train = epochs * epoch + trace
+    validate = num_held_out * (part.forward + (of_frozen if cut is None else 0.0))
+    starts += cut is None
+    epoch = steps * step + num_train * of_image + validate
+    epoch += starts * speeds.start + _EPOCH_STEPS * speeds.head_step + _CHECKPOINT_S * trained
+    extract = num_extracted * of_frozen + (2 * speeds.start if num_extracted else 0.0)
+    train = epochs * epoch + part.trace
     evaluate = _EVALUATION * speeds.setup + validate
 
     stored = 0.0 if cut is None or cut.num_bytes is None else float(cut.num_bytes)
@@ -201,34 +218,44 @@ def _measure(context: RunContext, cuts: list[Cut], setup_s: float) -> Speeds:
     layer = Compiled(backbone.split(cuts[-1].tensor)[0])
     images = tf.random.stateless_uniform([size, *preprocess.shape], [0, 0])
     forward = _seconds(lambda: layer(images).numpy()) / size
-    few = context.train.where(np.arange(len(context.train)) < num_batches * EXTRACTION_BATCH)
-    read = max(0.0, _seconds_per_image(layer, few, preprocess) - forward)
-    head_step, head_trace = _step(context, _name(cuts[-1]), EXTRACTION_BATCH)
-    head_step *= _STEP_IN_RUN
+    start, per_image = _reading(layer, context, num_batches * EXTRACTION_BATCH)
+    read = max(0.0, per_image - forward)
+    head_step, _, head_trace = _step(context, _name(cuts[-1]), EXTRACTION_BATCH)
     update = _update_seconds(context)
-    factor, whole_trace = _FORWARD_AND_BACKWARD, head_trace
-    trained = cuts[0].trained + _before_first(context)
-    fits = _COPIES_IN_MEMORY * _BYTES * trained / 1e6 < measurement.available_memory_mb() / 2
-    if trained and fits and forward:
-        seconds, whole_trace = _step(context, NONE, size)
-        factor = max((seconds - head_step - update * trained) / (size * forward), 1.0)
-    return Speeds(setup_s, read, forward, head_step, head_trace, whole_trace, factor, update)
+    whole = cuts[0].trained + _before_first(context)
+    parts = {}
+    for name, trained in {NONE: whole, **{_name(cut): cut.trained for cut in cuts}}.items():
+        memory_mb = _COPIES_IN_MEMORY * _BYTES * trained / 1e6
+        if trained and memory_mb < measurement.available_memory_mb() / 2:
+            step, inference, trace = _step(context, name, size)
+            train = max(0.0, step - head_step - update * trained) / size
+            parts[name] = PartSpeeds(inference / size, train, trace)
+    head_step *= _STEP_IN_RUN
+    return Speeds(setup_s, start, read, forward, head_step, head_trace, parts, update)
 
 
-def _seconds_per_image(layer: Compiled, split: Split, preprocess: Preprocess) -> float:
-    """Seconds to read and compute an image, while the next ones are read; without the start of the
-    pipeline, if there are several batches."""
-    start = time.perf_counter()
-    ends = []
-    for _ in stream(layer, split.batches(preprocess, EXTRACTION_BATCH)):
-        ends.append(time.perf_counter())
-    if len(ends) < 3:
-        return (ends[-1] - start) / len(split)
-    return (ends[-1] - ends[0]) / (len(split) - EXTRACTION_BATCH)
+def _reading(layer: Compiled, context: RunContext, num_images: int) -> tuple[float, float]:
+    """Seconds until a pipeline has its first image, and to read and compute an image, while the
+    next ones are read."""
+    split = max(context.train, context.held_out, key=len)
+    preprocess = context.classifier.preprocess
+
+    def seconds(count: int) -> float:
+        few = split.where(np.arange(len(split)) < count)
+        start = time.perf_counter()
+        for _ in stream(layer, few.batches(preprocess, EXTRACTION_BATCH)):
+            pass
+        return time.perf_counter() - start
+
+    seconds(1)  # traces
+    of_one, count = seconds(1), min(len(split), num_images)
+    per_image = (seconds(count) - of_one) / max(1, count - 1)
+    return max(0.0, of_one - per_image), max(0.0, per_image)
 
 
-def _step(context: RunContext, cut: str, batch: int) -> tuple[float, float]:
-    """Seconds of a training step with a cut, for random inputs, and of tracing it."""
+def _step(context: RunContext, cut: str, batch: int) -> tuple[float, float, float]:
+    """Seconds of a training step with a cut, for random inputs, of inference of the same part, and
+    of tracing the step."""
     classifier = context.classifier
     frozen, model = classifier.split(cut)
     steps = context.steps_per_epoch
@@ -245,7 +272,8 @@ def _step(context: RunContext, cut: str, batch: int) -> tuple[float, float]:
     trainer.train_step(inputs, labels)
     first = time.perf_counter() - start
     seconds = _seconds(lambda: trainer.train_step(inputs, labels))
-    return seconds, max(0.0, first - seconds)
+    inference = Compiled(model)
+    return seconds, _seconds(lambda: inference(inputs).numpy()), max(0.0, first - seconds)
 
 
 def _update_seconds(context: RunContext, size: int = 2**22) -> float:
@@ -271,6 +299,12 @@ def _kept_bytes(cut: Cut | None, cuts: list[Cut]) -> float:
     sizes = [float(other.num_bytes or 0) for other in cuts]
     first = 0 if cut is None else cuts.index(cut) + 1
     return _KEPT * sum(sizes[first:]) + (0.0 if cut is None else sizes[first - 1])
+
+
+def _derived(speeds: Speeds, cut: Cut | None, cuts: list[Cut]) -> PartSpeeds:
+    """The part from a cut on, where it was not measured."""
+    forward = speeds.forward * (1.0 if cut is None else 1.0 - _share(cut, cuts))
+    return PartSpeeds(forward, _FORWARD_AND_BACKWARD * forward, speeds.head_trace)
 
 
 def _share(cut: Cut, cuts: list[Cut]) -> float:
