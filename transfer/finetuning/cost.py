@@ -73,8 +73,8 @@ class Speeds:
     ``setup`` is the time until the first image is computed; ``start`` that until a pipeline has
     its first image; ``read`` the time by which reading, decoding and preprocessing lengthen the
     forward pass of an image, ``forward``, as they overlap with it. ``head_step`` is a training step
-    of the head alone, ``head_trace`` the time to trace it; ``parts`` maps cuts to the parts
-    from there on; ``update`` is the time of the optimizer for one parameter.
+    of the head alone, ``head_trace`` the time to trace it; ``parts`` maps cuts to the parts from
+    there on; ``update`` is the time of the optimizer for one parameter.
     """
 
     setup: float
@@ -169,7 +169,7 @@ def _cost(
     of_backbone = cuts[0].trained + _before_first(context) if cut is None else cut.trained
     trained = of_head + of_backbone
     part = speeds.parts.get(name) or _derived(speeds, cut, cuts)
-    before = max(0.0, speeds.forward - part.forward)
+    before = 0.0 if cut is None else max(0.0, speeds.forward - part.forward)
     step = speeds.head_step + speeds.update * of_backbone
     of_image = part.train
     is_recomputed = options.augment and not options.views
