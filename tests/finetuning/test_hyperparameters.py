@@ -125,6 +125,8 @@ def test_unknown_choice_is_refused():
         FineTuneOptions(solver="x").check()
     with pytest.raises(ValueError, match="solver=lbfgs does not use hidden"):
         FineTuneOptions(lbfgs_c=1.0, hidden=(8,)).check()
+    with pytest.raises(ValueError, match="mixup=0.2 and cutmix=1.0 exclude each other"):
+        FineTuneOptions(mixup=0.2, cutmix=1.0).check()
     with pytest.raises(ValueError, match="track must be mlflow or wandb, got 'foo'"):
         FineTuneOptions(track="foo").check()
     for name in ("learning_rate", "lbfgs_c", "cache_limit"):

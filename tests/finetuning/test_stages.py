@@ -53,6 +53,17 @@ def test_schedule_unfreezes_stage_by_stage(tmp_path, model, image_folder):
     assert others == ["pool2:1:0.001", "none:2:0.0005"]
 
 
+def test_cutmix_is_refused_where_activations_have_no_height_and_width(
+    tmp_path, model, image_folder, capsys
+):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder, "--cutmix", 1) == 1
+    assert "the activations at fc7 have no height and width; use --mixup N, or" in (
+        capsys.readouterr().err
+    )
+    assert finetune(out, model, image_folder, "--cutmix", 1, "--freeze-until", "pool2") == 0
+
+
 @pytest.mark.slow
 def test_stage_does_not_change_frozen_weights(tmp_path, model, image_folder):
     out = tmp_path / "run"

@@ -117,7 +117,7 @@ def trains_cached_head(options: FineTuneOptions, backbone: Backbone, num_workers
     """
     if options.solver != "gradient" or options.cache == "off":
         return False
-    if (options.augment and not options.views) or (options.mixup and num_workers > 1):
+    if (options.augment and not options.views) or (options.is_mixed and num_workers > 1):
         return False
     cuts = {stage.cut for stage in requested_stages(options)} - {"tap"}
     if "none" in cuts or is_seeded(backbone.network.graph_def):

@@ -55,7 +55,7 @@ class Inputs:
         views = self._view_seeds
         if options.augment and not options.views:
             views = []  # new ones in each epoch
-        if options.mixup and context.replicas.num_workers > 1:
+        if options.is_mixed and context.replicas.num_workers > 1:
             views = []  # the paired images may live on different workers
         here, here_held_out = (
             None if mine.all() else mine for mine in (self._mine_train, self._mine_held_out)

@@ -36,6 +36,7 @@ OF_GRADIENT_DESCENT = (
     "dropout",
     "label_smoothing",
     "mixup",
+    "cutmix",
     "max_to_keep",
     "keep_checkpoint_every_n_hours",
 )
@@ -146,6 +147,9 @@ class FineTuneOptions:
     mixup: float = 0.0
     """Parameter of the Beta distribution of mixup, e.g. 0.2; 0 turns it off. With a frozen part,
     the activations at the cut are mixed instead of the images."""
+    cutmix: float = 0.0
+    """Parameter of the Beta distribution of CutMix, e.g. 1; 0 turns it off. A box of each image, or
+    of the feature maps at the cut, is replaced by that of another image."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: weight classes inversely to their frequency."""
     augment: bool = False
@@ -205,6 +209,7 @@ class FineTuneOptions:
             "weight_decay": 0,
             "l2_sp": 0,
             "mixup": 0,
+            "cutmix": 0,
             "views": 0,
             "checkpoint_minutes": 0,
         }
@@ -228,6 +233,10 @@ class FineTuneOptions:
             raise ValueError(f"label_smoothing must be 0 to 1, got {self.label_smoothing}")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be at least 0 and less than 1, got {self.ema}")
+        if self.mixup and self.cutmix:
+            raise ValueError(
+                f"mixup={self.mixup} and cutmix={self.cutmix} exclude each other; leave out one"
+            )
         if self.l2_sp and self.random_weights:
             raise ValueError("l2_sp pulls weights to pretrained ones; random_weights has none")
         if self.freeze_from is not None and self.schedule is not None:
@@ -262,6 +271,11 @@ class FineTuneOptions:
             name for name in OF_GRADIENT_DESCENT if getattr(self, name) != getattr(defaults, name)
         ]
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether examples are combined with others of their batch."""
+        return bool(self.mixup or self.cutmix)
+
     def head_only(self) -> "FineTuneOptions":
         """The same options for a run that trains the head only."""
         return replace(self, **HEAD_ONLY)
@@ -277,6 +291,7 @@ class FineTuneOptions:
             "hidden": self.hidden,
             "dropout": self.dropout,
             "mixup": self.mixup,
+            "cutmix": self.cutmix,
             "label_smoothing": self.label_smoothing,
             "augment (without views)": self.augment and not self.views,
             "early_stopping": self.early_stopping,

@@ -109,6 +109,8 @@ def prepare(request: RunRequest) -> RunContext:
     replicas.check_same("choice of images", fingerprint)
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
     stages = _stages(resolved, classifier, features, train)
+    if resolved.cutmix:
+        _check_feature_maps(resolved.cutmix, classifier, stages)
     _check_accumulation(resolved.accumulate, stages, -(-len(train) // resolved.batch_size))
     _check_used(request, classifier.backbone, stages)
     num_images = len(train) * max(1, resolved.views) + len(request.held_out)
@@ -233,11 +235,23 @@ def _check_replicas(options: FineTuneOptions, replicas: Replicas) -> None:
             f"accumulate=N is for one replica, and there are {replicas.count}: each takes its part "
             "of a batch, so a larger batch_size needs no more memory than theirs"
         )
-    if options.views and options.mixup and replicas.num_workers > 1:
+    if options.views and options.is_mixed and replicas.num_workers > 1:
         raise ValueError(
-            "views=N caches activations; mixup may pair images that live on different workers, so "
+            "views=N caches activations; mixup and cutmix may pair images of different workers, so "
             "their activations cannot be cached; leave out one of the two"
         )
+
+
+def _check_feature_maps(cutmix: float, classifier: Classifier, stages: Sequence[Stage]) -> None:
+    images = keras.KerasTensor((1, *classifier.preprocess.shape))
+    for stage in stages:
+        frozen, _ = classifier.split(stage.cut)
+        if frozen is not None and len(frozen.compute_output_spec(images).shape) != 4:
+            raise ValueError(
+                f"cutmix={cutmix} combines images or feature maps, and the activations at "
+                f"{stage.cut} have no height and width; use mixup=N, or freeze_until=CUT with an "
+                "earlier cut"
+            )
 
 
 @contextlib.contextmanager

@@ -256,6 +256,7 @@ def new_trainer(context: RunContext, model: keras.Model, groups: list[ParameterG
         label_smoothing=options.label_smoothing,
         class_weights=_class_weights(context),
         mixup=options.mixup,
+        cutmix=options.cutmix,
         clip_norm=options.clip_norm,
         l2_sp=context.l2_sp,
         seed=options.seed,

@@ -25,6 +25,7 @@ from transfer.core.private_api import averages
 from transfer.training.epoch_lines import EpochLines
 from transfer.training.l2_sp import L2SP
 from transfer.training.loss_scale import LossScale
+from transfer.training.mixing import UNMIXED, Mixing, cutmix, mixup
 from transfer.training.optimizers import is_for_replicas
 
 Batch = tuple[Any, Any]
@@ -96,11 +97,12 @@ class Trainer:
             ``None`` weights all classes equally.
         mixup: parameter of the Beta distribution of mixup (arXiv 1710.09412); 0 turns it off. The
             inputs of ``model`` are mixed: images, or activations.
+        cutmix: the same of CutMix (arXiv 1905.04899), for images and feature maps; without mixup.
         clip_norm: clip the global norm of a step's gradients to this value; ``None`` does not clip.
         l2_sp: penalty on the distance of weights from their pretrained values. The losses that are
             reported do not include it.
         frozen: applied to the inputs first, in inference mode and without gradients.
-        seed: seed of mixup; each step draws new random numbers.
+        seed: seed of mixup and CutMix; each step draws new random numbers.
         random_states: variables of ``frozen`` that change in each step: states of random layers.
         replicas: devices and processes that train together. Each process gets its part of each
             batch.
@@ -120,6 +122,7 @@ class Trainer:
     label_smoothing: float = 0.0
     class_weights: np.ndarray | None = None
     mixup: float = 0.0
+    cutmix: float = 0.0
     clip_norm: float | None = None
     l2_sp: L2SP | None = None
     frozen: Callable[[Any], Any] | None = None
@@ -166,11 +169,11 @@ class Trainer:
             inputs = tf.stop_gradient(self.frozen(inputs))
         weights = tf.cast(labels >= 0, tf.float32)
         num_examples, num_stops = sum_over_replicas([tf.reduce_sum(weights), stop])
-        mix = self._mixing(step)
+        mixing = self._mixing(step, inputs)
         variables = [variable for group in self.groups for variable in group.variables]
         with tf.GradientTape() as tape:
-            logits = self.model(mix(inputs), training=True)
-            losses = self._losses(labels, logits, mix) * weights
+            logits = self.model(mixing.inputs(inputs), training=True)
+            losses = self._losses(labels, logits, mixing) * weights
             loss = tf.reduce_sum(losses) / num_examples
             scaled = loss if self.loss_scale is None else self.loss_scale.scaled(loss)
         gradients = tape.gradient(scaled, [variable.value for variable in variables])
@@ -201,33 +204,22 @@ class Trainer:
         for group in self.groups:
             group.optimizer.apply([next(remaining) for _ in group.variables], group.variables)
 
-    def _mixing(self, step: tf.Tensor) -> Callable[[tf.Tensor], tf.Tensor]:
-        """A function that applies mixup to the examples of a batch.
-
-        Each example is mixed with its counterpart from the other end of the batch, which is in
-        random order; one mixing weight is drawn per batch.
-        """
-        if not self.mixup:
-            return lambda values: values
+    def _mixing(self, step: tf.Tensor, inputs: tf.Tensor) -> Mixing:
         seed = tf.stack([tf.cast(self.seed, tf.int64), step])
-        # Draws for a small parameter underflow in float32; two of them would give one half.
-        dtype = tf.float64 if self.mixup < 0.1 else tf.float32
-        draws = tf.random.stateless_gamma([2], seed, tf.constant(self.mixup, dtype), dtype=dtype)
-        first, second = tf.unstack(draws)
-        share = tf.cast(first / (first + second), tf.float32)  # Beta(mixup, mixup)
-        return lambda values: share * values + (1 - share) * tf.reverse(values, [0])
+        if self.mixup:
+            return mixup(self.mixup, seed)
+        return cutmix(self.cutmix, seed, inputs) if self.cutmix else UNMIXED
 
-    def _losses(
-        self, labels: tf.Tensor, logits: tf.Tensor, mix: Callable[[tf.Tensor], tf.Tensor]
-    ) -> tf.Tensor:
+    def _losses(self, labels: tf.Tensor, logits: tf.Tensor, mixing: Mixing) -> tf.Tensor:
         """Softmax cross-entropy, with the targets smoothed as in arXiv 1512.00567, section 7, and
         class weights as in ``keras.Model.fit``."""
         targets = tf.one_hot(labels, logits.shape[-1])
         targets = targets * (1 - self.label_smoothing) + self.label_smoothing / logits.shape[-1]
-        losses = tf.nn.softmax_cross_entropy_with_logits(mix(targets), logits)
+        losses = tf.nn.softmax_cross_entropy_with_logits(mixing.targets(targets), logits)
         if self.class_weights is not None:
             weights = tf.constant(self.class_weights, tf.float32)
-            losses *= mix(tf.gather(weights, tf.maximum(labels, 0)))  # NO_LABEL counts for nothing
+            of_each = tf.gather(weights, tf.maximum(labels, 0))  # NO_LABEL counts for nothing
+            losses *= mixing.targets(of_each)
         return losses
 
     def train_step(self, inputs: Any, labels: Any, stop: bool = False) -> tuple[float, int, int]:
