@@ -15,7 +15,7 @@ def test_a_rise_of_the_held_out_loss_is_named_with_its_epochs_and_remedies():
     assert "lowest after epoch 3 (0.39) and is 1.07 after epoch 43" in line
     assert "early_stopping=3, epochs=3 or solver=ridge" in line
     (line,) = describe_overfitting({"val_loss": losses}, head_only=False)
-    assert "ridge" not in line
+    assert "early_stopping=3, epochs=3 or mixup=0.2" in line
 
 
 def test_one_bad_epoch_and_noise_are_not_overfitting():

@@ -77,7 +77,7 @@ def describe_overfitting(history: Mapping[str, Sequence[float]], *, head_only: b
     if not smooth[-1] > _RISE * smooth.min():
         return []
     best = int(np.argmin(losses)) + 1
-    remedies = ["early_stopping=3", f"epochs={best}"] + ["solver=ridge"] * head_only
+    remedies = ["early_stopping=3", f"epochs={best}", "solver=ridge" if head_only else "mixup=0.2"]
     return [
         f"the run overfits: the held-out loss was lowest after epoch {best} ({min(losses):.3g}) "
         f"and is {losses[-1]:.3g} after epoch {len(losses)}, so that its probabilities are too "
