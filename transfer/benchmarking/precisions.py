@@ -31,7 +31,7 @@ _PASSES = 5  # of which the fastest counts: other programs may slow one down
 _EXPLAINED = """\
 A forward pass of the network, without the input pipeline. Largest difference: of a feature from
 float32; error: root mean square of the difference, relative to the standard deviation over the
-images. Limit: large matrix products in the same precision."""
+images. Limit: convolutions of many channels in the same precision."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PrecisionResult:
     ``ratio`` is the speed relative to float32. ``largest_difference`` is the largest absolute
     difference of a feature from float32, ``error`` their ``feature_error``. ``gflops`` counts the
     multiplications and additions of the forward pass, ``None`` if they are unknown;
-    ``limit_gflops`` is the rate of large matrix products in this precision.
+    ``limit_gflops`` is the rate of convolutions of many channels in this precision.
     """
 
     precision: str
