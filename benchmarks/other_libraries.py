@@ -192,15 +192,16 @@ def openvino(
     works: dict[tuple[str, str], Work], graph: MetaGraph, images: np.ndarray, labels: np.ndarray
 ) -> None:
     """Features by OpenVINO in float32; it does not train."""
-    from openvino import Core, convert_model
-
     from transfer.quantization.frozen_graph import frozen
+    from transfer.quantization.openvino import compiled, without_telemetry
+
+    with without_telemetry():
+        from openvino import convert_model
 
     layer, _ = (backbone := Backbone(graph, "pool5")).split(backbone.network.output)
     model = convert_model(frozen(layer, images.shape[1:]).graph.as_graph_def())
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = Core().compile_model(model, "CPU", settings)
-    works["forward, pool5", "OpenVINO"] = lambda: compiled(images)[0].mean((1, 2))
+    forward = compiled(model)
+    works["forward, pool5", "OpenVINO"] = lambda: forward(images).mean((1, 2))
 
 
 if __name__ == "__main__":

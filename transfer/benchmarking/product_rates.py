@@ -24,9 +24,8 @@ _REPEAT = 4
 def product_gflops(precision: str, engine: Engine) -> float:
     """Multiplications and additions per second of convolutions of many channels, in units of 1e9.
 
-    The products are those of convolutions with many channels, each of the result of the one before,
-    computed by the library that computes the network: LiteRT or OpenVINO for int8, TensorFlow for
-    the others.
+    Each is of the result of the one before. The library is that which computes the network: LiteRT
+    or OpenVINO for int8, TensorFlow for the others.
 
     Args:
         precision: ``float32``, ``int8``, ``mixed_bfloat16`` or ``mixed_float16``.

@@ -21,15 +21,13 @@ from transfer.data.tfds_dataset import (
 
 logger = logging.getLogger(__name__)
 
-StrPath = str | os.PathLike[str]
-
 
 def open_source(
     dataset: str = "",
     *,
-    data_dir: StrPath | None = None,
-    image_folder: StrPath | None = None,
-    csv: StrPath | None = None,
+    data_dir: str | Path | None = None,
+    image_folder: str | Path | None = None,
+    csv: str | Path | None = None,
     group_by: str | None = None,
     min_classes: int = 2,
 ) -> Source:
@@ -68,7 +66,7 @@ def open_source(
         >>> len(train), len(held_out)
         (1438, 359)
     """
-    given: dict[str, StrPath | None] = {
+    given: dict[str, str | Path | None] = {
         "dataset": dataset or None,
         "data_dir": data_dir,
         "image_folder": image_folder,
@@ -103,7 +101,7 @@ def open_source(
     return replace(source, origin=origin)
 
 
-def manifest_location(csv: StrPath) -> str:
+def manifest_location(csv: str | Path) -> str:
     """The absolute path of a manifest, or its URL if it is not a local file."""
     given = os.fspath(csv)
     local = given.removeprefix("file://")
@@ -113,7 +111,7 @@ def manifest_location(csv: StrPath) -> str:
     return str(path.parent.resolve() / path.name)
 
 
-def _check_one(given: Mapping[str, StrPath | None]) -> None:
+def _check_one(given: Mapping[str, str | Path | None]) -> None:
     """Refuse more than one of image folder, manifest, and dataset with its data dir."""
     kinds = [name for name in ("image_folder", "csv") if given[name] is not None]
     kinds += [name for name in ("dataset", "data_dir") if given[name] is not None][:1]
@@ -122,11 +120,11 @@ def _check_one(given: Mapping[str, StrPath | None]) -> None:
         raise ValueError(f"{both} exclude each other: images come from one place; give one of them")
 
 
-def _absolute(path: StrPath | None) -> str | None:
+def _absolute(path: str | Path | None) -> str | None:
     return None if path is None else str(Path(path).expanduser().resolve())
 
 
-def _open_dataset(dataset: str, data_dir: StrPath | None) -> Source:
+def _open_dataset(dataset: str, data_dir: str | Path | None) -> Source:
     if data_dir is not None:
         directory = Path(data_dir).expanduser()
         if not directory.is_dir() and dataset != "digits":

@@ -175,15 +175,14 @@ def _cost(
     is_recomputed = options.augment and not options.views
     views = 0 if is_recomputed else max(1, options.views)
     of_frozen = before + speeds.read  # of an image that is not cached
-    starts = 0  # of pipelines, in each epoch
-    if cut is None or is_recomputed or options.cache == "off":
+    reads_images = cut is None or is_recomputed or options.cache == "off"
+    starts = reads_images + (cut is None)  # of pipelines in an epoch: to train, and to validate
+    if reads_images:
         of_image += of_frozen
-        starts += 1
         num_extracted = 0
     else:
         num_extracted = num_held_out + max(0, num_train * views - cached.get(name, 0))
     validate = num_held_out * (part.forward + (of_frozen if cut is None else 0.0))
-    starts += cut is None
     epoch = steps * step + num_train * of_image + validate
     epoch += starts * speeds.start + _EPOCH_STEPS * speeds.head_step + _CHECKPOINT_S * trained
     extract = num_extracted * of_frozen + (2 * speeds.start if num_extracted else 0.0)
@@ -220,16 +219,19 @@ def _measure(context: RunContext, cuts: list[Cut], setup_s: float) -> Speeds:
     forward = _seconds(lambda: layer(images).numpy()) / size
     start, per_image = _reading(layer, context, num_batches * EXTRACTION_BATCH)
     read = max(0.0, per_image - forward)
-    head_step, _, head_trace = _step(context, _name(cuts[-1]), EXTRACTION_BATCH)
+    head = _name(cuts[-1])
+    head_step, head_trace = _step(context, head, *_part(context, head, EXTRACTION_BATCH))
     update = _update_seconds(context)
     whole = cuts[0].trained + _before_first(context)
     parts = {}
     for name, trained in {NONE: whole, **{_name(cut): cut.trained for cut in cuts}}.items():
         memory_mb = _COPIES_IN_MEMORY * _BYTES * trained / 1e6
         if trained and memory_mb < measurement.available_memory_mb() / 2:
-            step, inference, trace = _step(context, name, size)
+            model, inputs = _part(context, name, size)
+            step, trace = _step(context, name, model, inputs)
             train = max(0.0, step - head_step - update * trained) / size
-            parts[name] = PartSpeeds(inference / size, train, trace)
+            inference = forward if name == NONE else _inference_seconds(model, inputs) / size
+            parts[name] = PartSpeeds(inference, train, trace)
     head_step *= _STEP_IN_RUN
     return Speeds(setup_s, start, read, forward, head_step, head_trace, parts, update)
 
@@ -253,27 +255,35 @@ def _reading(layer: Compiled, context: RunContext, num_images: int) -> tuple[flo
     return max(0.0, of_one - per_image), max(0.0, per_image)
 
 
-def _step(context: RunContext, cut: str, batch: int) -> tuple[float, float, float]:
-    """Seconds of a training step with a cut, for random inputs, of inference of the same part, and
-    of tracing the step."""
-    classifier = context.classifier
-    frozen, model = classifier.split(cut)
-    steps = context.steps_per_epoch
+def _part(context: RunContext, cut: str, batch: int) -> tuple[keras.Model, np.ndarray]:
+    """The part of the classifier from a cut on, and its inputs for a batch of random images."""
+    frozen, model = context.classifier.split(cut)
+    shape = (batch, *context.classifier.preprocess.shape)
+    images = tf.random.stateless_uniform(shape, [0, 0])
+    return model, np.asarray(images if frozen is None else frozen(images))
+
+
+def _inference_seconds(model: keras.Model, inputs: np.ndarray) -> float:
+    inference = Compiled(model)
+    return _seconds(lambda: inference(inputs).numpy())
+
+
+def _step(
+    context: RunContext, cut: str, model: keras.Model, inputs: np.ndarray
+) -> tuple[float, float]:
+    """Seconds of a training step of the part from a cut on, and of tracing it."""
+    classifier, steps = context.classifier, context.steps_per_epoch
     request = StageRequest(cut, 1, 1e-9, 1.0)  # changes the weights by next to nothing
     stage = resolve(request, classifier, np.zeros((1, 1)), steps)
     trainer = new_trainer(
         context, model, parameter_groups(context.options, classifier, stage, steps)
     )
-    shape = (batch, *classifier.preprocess.shape)
-    inputs = tf.random.stateless_uniform(shape, [0, 0])
-    inputs = inputs.numpy() if frozen is None else np.asarray(frozen(inputs))
-    labels = np.zeros(batch, np.int64)
+    labels = np.zeros(len(inputs), np.int64)
     start = time.perf_counter()
     trainer.train_step(inputs, labels)
     first = time.perf_counter() - start
     seconds = _seconds(lambda: trainer.train_step(inputs, labels))
-    inference = Compiled(model)
-    return seconds, _seconds(lambda: inference(inputs).numpy()), max(0.0, first - seconds)
+    return seconds, max(0.0, first - seconds)
 
 
 def _update_seconds(context: RunContext, size: int = 2**22) -> float:

@@ -39,7 +39,7 @@ def quantize(layer: GraphLayer[Any], images: np.ndarray) -> Callable[[Any], np.n
     Raises:
         ValueError: if OpenVINO cannot convert the network.
     """
-    with _silent_import():
+    with without_telemetry():
         import nncf
         import openvino
         from nncf.quantization.range_estimator import RangeEstimatorParametersSet
@@ -61,18 +61,26 @@ def quantize(layer: GraphLayer[Any], images: np.ndarray) -> Callable[[Any], np.n
                     disable_bias_correction=True,
                 ),
             )
-        # Processors with bfloat16 would otherwise use it for the operations that stay float.
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-        compiled = openvino.Core().compile_model(quantized, "CPU", settings)
+        return compiled(quantized)
     except Exception as error:  # OpenVINO and NNCF raise many types
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"OpenVINO cannot compute this network in int8: {reason}") from error
+
+
+def compiled(model: Any) -> Callable[[Any], np.ndarray]:
+    """An OpenVINO model on the processor, as a function of images with float32 results."""
+    with without_telemetry():
+        import openvino
+
+    # Processors with bfloat16 would otherwise use it for the operations that are float.
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    run = openvino.Core().compile_model(model, "CPU", settings)
     # A copy, because the next call writes to the same memory.
-    return lambda batch: np.array(compiled(np.asarray(batch, np.float32))[0])
+    return lambda batch: np.array(run(np.asarray(batch, np.float32))[0])
 
 
 @contextlib.contextmanager
-def _silent_import() -> Iterator[None]:
+def without_telemetry() -> Iterator[None]:
     """Import OpenVINO and NNCF without their telemetry.
 
     Otherwise both report each import and conversion to a server, without asking. They do without
