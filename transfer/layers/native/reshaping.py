@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -153,7 +154,7 @@ def _strided_slice(walk: Walk, node: NodeDef) -> Any:
             key.append(slice(*bounds, None if step == 1 else step))
         axis += 1
     if flipped:
-        images = walk.operation(node, ops.flip, images, axis=tuple(flipped))
+        images = _flip(walk, node, images, flipped)
     if all(part == slice(None) for part in key):
         return images
     return walk.operation(node, _item, images, tuple(key))
@@ -165,7 +166,13 @@ def _reverse(walk: Walk, node: NodeDef) -> Any:
     axes = [int(axis) % len(images.shape) for axis in np.ravel(walk.static(node, 1))]
     if 0 in axes:
         walk.refuse(node, "it reverses the batch")
-    return walk.operation(node, ops.flip, images, axis=tuple(axes))
+    return _flip(walk, node, images, axes)
+
+
+def _flip(walk: Walk, node: NodeDef, images: Any, axes: Iterable[int]) -> Any:
+    for axis in axes:  # Keras 3.12 and older take one axis only on TensorFlow
+        images = walk.operation(node, ops.flip, images, axis=axis)
+    return images
 
 
 @rule("Tile")
