@@ -19,8 +19,20 @@ from recipes.image_flags import Images
 from recipes.startup import job
 
 
-def plan(images: Images = None, /, config: FinetuneConfig = DEFAULTS) -> int:
-    """Estimate accuracy, time, memory and disk space of a run before it is started."""
+def plan(
+    images: Images = None,
+    /,
+    config: FinetuneConfig = DEFAULTS,
+    *,
+    trial_minutes: float | None = None,
+) -> int:
+    """Estimate accuracy, time, memory and disk space of a run before it is started.
+
+    Args:
+        trial_minutes: Try full fine-tuning on some of the training images, and compare it with a
+            head, if that takes at most this many minutes; 0 does not. [default: a tenth of the
+            time of full fine-tuning, at most 10]
+    """
     config = config.with_images(images)
     with job():
         from recipes.finetune_request import request
@@ -29,7 +41,7 @@ def plan(images: Images = None, /, config: FinetuneConfig = DEFAULTS) -> int:
         if given := given_of(config, strategy=("auto", "none")):
             raise ValueError(f"plan is for one device; leave out {given}")
         with console.skip_suggested():
-            result = forecast(request(replace(config, out=None)))
+            result = forecast(request(replace(config, out=None)), trial_minutes)
         lines = describe(result, recommended(config, result.options))
     print("\n".join(map(console.with_flags, lines)))
     return 0

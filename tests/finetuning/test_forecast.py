@@ -5,6 +5,7 @@ import pytest
 
 from transfer import fine_tune, load_meta_graph, open_source
 from transfer.finetuning import cost as cost_module
+from transfer.finetuning import forecast as forecast_module
 from transfer.finetuning.cost import CutCost
 from transfer.finetuning.forecast import forecast
 from transfer.finetuning.options import FineTuneOptions
@@ -17,7 +18,9 @@ def test_forecast_agrees_with_the_runs(model, image_folder, tmp_path, monkeypatc
     splits = open_source(image_folder=str(image_folder)).train_and_eval_splits()
     options = FineTuneOptions(cache_dir=tmp_path / "cache", tap="auto", epochs=1)
     graph = load_meta_graph(model)
-    result = forecast(RunRequest(graph, *splits, options))
+    result = forecast(RunRequest(graph, *splits, options), trial_minutes=60)
+    assert result.trial is not None
+    assert result.trial.num_train + result.trial.num_test == len(splits[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
     costs = {cost.cut: cost for cost in result.costs}
     assert list(costs)[-1] == "none"
@@ -35,6 +38,18 @@ def test_forecast_agrees_with_the_runs(model, image_folder, tmp_path, monkeypatc
         assert run.metrics["cut"] == cost.cut
         found = run.metrics["activations"]["found"]
         assert found == (result.choice.num_images if cut == "tap" else 0)
+
+
+def test_full_fine_tuning_is_not_tried_by_default_where_it_is_the_whole_run(
+    model, image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cost_module, "_TIMED_S", 0.01)
+    monkeypatch.setattr(forecast_module, "try_full", None)  # a call raises a TypeError
+    splits = open_source(image_folder=str(image_folder)).train_and_eval_splits()
+    options = FineTuneOptions(cache_dir=tmp_path / "cache", tap="fc7")
+    result = forecast(RunRequest(load_meta_graph(model), *splits, options))
+    assert result.trial is None
+    assert result.trial_s > result.costs[-1].total_s / 10
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -11,23 +13,33 @@ import keras
 from tabulate import tabulate
 
 from transfer.core import measurement
-from transfer.finetuning.cost import CutCost, measure_costs
+from transfer.data.dataset import Split
+from transfer.finetuning.cost import NONE, CutCost, measure_costs
+from transfer.finetuning.full_trial import FullTrial, is_affordable, trial_seconds, try_full
 from transfer.finetuning.hyperparameters import choose_solver
 from transfer.finetuning.options import HEAD_ONLY
 from transfer.finetuning.request import RunRequest
 from transfer.finetuning.setup import prepare
-from transfer.finetuning.tap_choice import AUTO, TapChoice, choose_tap
+from transfer.finetuning.tap_choice import AUTO, TapChoice, choose_tap, drawn
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Forecast:
     """``choice`` has the accuracy of a head on each tap, ``costs`` the time, memory and disk space
-    of a run at each cut of the network up to the best tap, from the tap to ``none``."""
+    of a run at each cut of the network up to the best tap, from the tap to ``none``.
+
+    ``trial`` compares full fine-tuning with the head, if it was tried. ``trial_s`` are the seconds
+    that this takes, ``None`` if the whole network cannot be trained, or has too few images.
+    """
 
     choice: TapChoice
     costs: Sequence[CutCost]
     num_train: int
     num_held_out: int
+    trial: FullTrial | None = None
+    trial_s: float | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -35,13 +47,18 @@ class Forecast:
         return {"tap": self.choice.best.tap, **HEAD_ONLY}
 
 
-def forecast(request: RunRequest) -> Forecast:
+def forecast(request: RunRequest, trial_minutes: float | None = None) -> Forecast:
     """Estimate accuracy and cost of the runs that a request could become; writes only features, to
     the activation cache.
+
+    What full fine-tuning gains is tried on as many training images as the taps are compared on, if
+    that is affordable.
 
     Args:
         request: as for ``fine_tune``. ``tap`` is compared with others, ``freeze_until`` is not
             used. Times are those of float32, whatever the ``precision``.
+        trial_minutes: the longest time that this trial may take; 0 does not try. Default: a tenth
+            of the time of full fine-tuning, and at most 10 minutes.
 
     Raises:
         ValueError, OSError: as for ``fine_tune``; also for several stages or replicas, and if a
@@ -98,7 +115,24 @@ def forecast(request: RunRequest) -> Forecast:
     )
     ridge_s = choice.best.fit_s * len(context.train) / choice.num_images
     costs = measure_costs(context, setup_s, cached, ridge_s if solver == "ridge" else None)
-    return Forecast(choice, costs, len(context.train), len(context.held_out))
+    result = Forecast(choice, costs, len(context.train), len(context.held_out))
+    return _with_trial(result, request, context.train, trial_minutes)
+
+
+def _with_trial(
+    result: Forecast, request: RunRequest, train: Split, minutes: float | None
+) -> Forecast:
+    full = result.costs[-1]
+    if full.cut != NONE:
+        return result
+    few, options = drawn(train, result.choice.num_images, request.options.seed), request.options
+    seconds = trial_seconds(full, options, len(few), result.num_train, result.num_held_out)
+    if not is_affordable(seconds, full, None if minutes is None else 60 * minutes):
+        return replace(result, trial_s=seconds)
+    if request.verbose:
+        logger.info(f"full fine-tuning is tried on {len(few)} training images, {_time(seconds)}")
+    trial = try_full(request, few, result.choice.best.tap)
+    return replace(result, trial=trial, trial_s=None if trial is None else seconds)
 
 
 def describe(forecast: Forecast, run: str = "") -> Iterator[str]:
@@ -134,9 +168,26 @@ def describe(forecast: Forecast, run: str = "") -> Iterator[str]:
         total = {cost.cut: _time(cost.total_s) for cost in costs}
         shown = ", ".join(f"freeze_until={cut} in {total[cut]}" for cut in others)
         yield (
-            f"  more training is estimated in time only: {shown}; it gains most with many images, "
-            "or images unlike those of the pretraining"
+            f"  more training: {shown}; it gains most with many images, or images unlike those of "
+            "the pretraining"
         )
+    if forecast.trial is not None:
+        yield from _describe_trial(forecast.trial)
+    elif forecast.trial_s is not None:
+        minutes = math.ceil(forecast.trial_s / 60)
+        yield (
+            "  what full fine-tuning gains was not tried, as that takes "
+            f"{_time(forecast.trial_s)}; trial_minutes={minutes} tries it"
+        )
+
+
+def _describe_trial(trial: FullTrial) -> Iterator[str]:
+    low, high = trial.interval
+    yield (
+        f"  an estimate from {trial.num_train:,} training images, tested on {trial.num_test:,} "
+        f"others: full fine-tuning {trial.accuracy:.3f}, the head {trial.head_accuracy:.3f}"
+    )
+    yield f"  difference {trial.gain:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
 
 
 def _table(header: list[str], rows: Sequence[tuple[object, ...]]) -> list[str]:

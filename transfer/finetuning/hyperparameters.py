@@ -169,6 +169,14 @@ def default_batch_size(num_images: int, *, is_cached_head: bool) -> int:
     return min(batch, num_images)
 
 
+def default_epochs(steps_per_epoch: int, *, only_head: bool) -> int:
+    """The epochs of about 2000 steps for a head, 900 for more, within limits."""
+    steps, (fewest, most) = (
+        (HEAD_STEPS, HEAD_EPOCHS) if only_head else (BACKBONE_STEPS, BACKBONE_EPOCHS)
+    )
+    return min(max(-(-steps // steps_per_epoch), fewest), most)
+
+
 def resolve(
     request: StageRequest,
     classifier: Classifier,
@@ -216,10 +224,7 @@ def resolve(
         rate = BACKBONE_LEARNING_RATE
     epochs = request.epochs
     if epochs is None:
-        steps, (min_epochs, max_epochs) = (
-            (HEAD_STEPS, HEAD_EPOCHS) if only_head else (BACKBONE_STEPS, BACKBONE_EPOCHS)
-        )
-        epochs = min(max(-(-steps // steps_per_epoch), min_epochs), max_epochs)
+        epochs = default_epochs(steps_per_epoch, only_head=only_head)
     return Stage(cut, epochs, rate, 1.0 if scale is None else scale, freeze_from)
 
 

@@ -103,7 +103,7 @@ def choose_tap(
     """
     candidates = candidate_taps(graph, options, feeds)
     work = sum(_multiply_adds(planned) for planned in candidates.values())
-    few = _drawn(train, max(_MIN_IMAGES, min(MAX_IMAGES, _MAX_WORK // max(1, work))), options.seed)
+    few = drawn(train, max(_MIN_IMAGES, min(MAX_IMAGES, _MAX_WORK // max(1, work))), options.seed)
     features = {}
     for tap, planned in progress(list(candidates.items())):
         backbone = Backbone(
@@ -290,7 +290,7 @@ def _learning_curve(fewer: Sequence[float], more: Sequence[float], share: float)
     return float(np.clip(math.log(errors[1] / errors[0]) / math.log(share), 0, 1))
 
 
-def _drawn(train: Split, most: int, seed: int) -> Split:
+def drawn(train: Split, most: int, seed: int) -> Split:
     """About this number of the images.
 
     Whole batches if they have enough images of each class, since a run computes batches as a whole,
