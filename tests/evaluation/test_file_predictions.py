@@ -80,6 +80,13 @@ def test_ignored_files_are_logged(run, own_image_folder, caplog):
     assert "1 of 25 files ignored" in caplog.text
 
 
+def test_folder_without_images_is_named(run, image_folder, tmp_path, caplog):
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    photo = next(image_folder.rglob("*.png"))
+    assert len([*predict(run, [tmp_path / "empty", photo])]) == 1
+    assert f"no images in the folder '{tmp_path / 'empty'}'" in caplog.text
+
+
 def test_paths_are_consumed_lazily(run, image_folder):
     def paths():
         for number in range(100):

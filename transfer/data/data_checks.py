@@ -45,7 +45,7 @@ def duplicates(images: ImageScan) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Leaks:
-    """Held-out images that are also training images: the same file under another name, or a
+    """Held-out images that are also training images: the same file, under one name or two, or a
     near-duplicate, such as a re-encoded or resized copy."""
 
     num_identical: int = 0
@@ -56,8 +56,8 @@ class Leaks:
         lines = []
         if self.num_identical:
             lines.append(
-                f"{self.num_identical} images are both trained and evaluated on, under two names, "
-                "so that the accuracy is too high"
+                f"{self.num_identical} images are both trained and evaluated on, some perhaps "
+                "under two names, so that the accuracy is too high"
             )
         if self.num_near:
             lines.append(

@@ -231,7 +231,15 @@ def _files(paths: Iterable[str | Path]) -> Iterator[Path]:
     passed_over = PassedOver()
     for path in paths:
         path = Path(os.path.expanduser(path))  # that of Path refuses ~name.jpg
-        yield from image_files.find(path, passed_over, in_order=True) if path.is_dir() else (path,)
+        if not path.is_dir():
+            yield path
+            continue
+        is_empty = True
+        for file in image_files.find(path, passed_over, in_order=True):
+            is_empty = False
+            yield file
+        if is_empty:
+            logger.warning(f"no images in the folder {printable(path)!r}")
     for line in passed_over.describe():
         logger.warning(line)
 

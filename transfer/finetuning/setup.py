@@ -275,6 +275,7 @@ def _inspect_images(train: Split, held_out: Split, verbose: int) -> tuple[dict[s
     lines = data_checks.describe_balance(train.source.class_names, train.labels, held_out.labels)
     splits = {"training": train, "held_out": held_out}
     count = len(train) + len(held_out)
+    leaks = data_checks.Leaks()  # also if the caller validates on the training images
     if count <= MAX_COMPARED:
         show = (lambda it: measurement.progress(it, "images", "image")) if verbose else iter
         prints = {role: split.fingerprints(show) for role, split in splits.items()}
@@ -285,22 +286,21 @@ def _inspect_images(train: Split, held_out: Split, verbose: int) -> tuple[dict[s
                 found = find_unreadable(split)
                 reasons |= {name: found.get(name, _AT_SECOND_ATTEMPT) for name in split.names}
             raise UnreadableImageError(reasons)
-        leaks = data_checks.Leaks()
-        if train is not held_out:  # else the caller validates on the training images
+        if train is not held_out:
             leaks = data_checks.find_leaks(prints["training"], prints["held_out"])
-        num_leaks = leaks.num_identical + leaks.num_near
-        lines += [f"{line}; vgg-transfer check-data lists them" for line in leaks.describe()]
     else:
-        num_leaks = 0
+        if train is not held_out:
+            leaks = data_checks.Leaks(int(np.isin(held_out.ids, train.ids).sum()))
         lines.append(
             f"{count:,} images are more than the {MAX_COMPARED:,} that are compared before "
             "training, so near-duplicates may be both trained and evaluated on; vgg-transfer "
             "check-data compares any number"
         )
+    lines += [f"{line}; vgg-transfer check-data lists them" for line in leaks.describe()]
     lines += describe_shared(train.groups, held_out.groups, held_out.names)
     for line in lines:
         logger.warning(line)
-    return run_data.digests(train, held_out), num_leaks
+    return run_data.digests(train, held_out), leaks.num_identical + leaks.num_near
 
 
 def _classifier(
