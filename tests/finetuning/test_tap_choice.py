@@ -105,9 +105,9 @@ def test_images_are_drawn_from_all_classes(smooth_folder):
     from transfer import open_source
 
     split = open_source(image_folder=str(smooth_folder)).split("train")
-    drawn = tap_choice._drawn(split, 20, seed=0)
+    drawn = tap_choice.drawn(split, 20, seed=0)
     assert np.bincount(drawn.labels).tolist() == [10, 10]
-    assert tap_choice._drawn(split, 60, seed=0) is split
+    assert tap_choice.drawn(split, 60, seed=0) is split
 
 
 def test_rare_class_is_not_missed(smooth_folder):
@@ -116,7 +116,7 @@ def test_rare_class_is_not_missed(smooth_folder):
     split = open_source(image_folder=str(smooth_folder)).split("train")
     is_second = np.cumsum(split.labels == 1)
     split = split.where((split.labels == 0) | (is_second <= 2))  # 30 images and 2
-    drawn = tap_choice._drawn(split, 6, seed=0)
+    drawn = tap_choice.drawn(split, 6, seed=0)
     assert np.bincount(drawn.labels).tolist() == [5, 2]
 
 
@@ -125,6 +125,6 @@ def test_whole_batches_are_drawn_where_they_have_all_classes(smooth_folder, monk
 
     monkeypatch.setattr(tap_choice, "EXTRACTION_BATCH", 6)
     split = open_source(image_folder=str(smooth_folder)).split("train")
-    drawn = tap_choice._drawn(split, 24, seed=0)
+    drawn = tap_choice.drawn(split, 24, seed=0)
     positions = np.flatnonzero(np.isin(split.ids, drawn.ids))
     assert positions.tolist() == [*range(6), *range(18, 24), *range(36, 42), *range(54, 60)]

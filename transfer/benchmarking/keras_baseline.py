@@ -35,7 +35,8 @@ def check(options: FineTuneOptions) -> None:
     Raises:
         ValueError: names those that it does not use.
     """
-    default = FineTuneOptions()  # with lr_schedule=auto, for which the baseline takes constant
+    # With lr_schedule=auto the baseline takes constant; it has no label smoothing.
+    default = FineTuneOptions(label_smoothing=options.label_smoothing or None)
     unused = [
         f"{name}={getattr(options, name)}"
         for name in _UNUSED

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 from typing import Any, Literal, cast
 
+import numpy as np
+
+from transfer.activations.features import extract_features
 from transfer.core import measurement
 from transfer.data.dataset import Split
 from transfer.finetuning.hyperparameters import (
@@ -13,14 +17,23 @@ from transfer.finetuning.hyperparameters import (
     choose_solver,
     default_batch_size,
     trains_cached_head,
+    trains_head_only,
 )
+from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.request import RunRequest
-from transfer.finetuning.tap_choice import choose_tap
+from transfer.finetuning.tap_choice import choose_tap, drawn
+from transfer.images.preprocess import Preprocess
 from transfer.layers.backbone import Backbone
 from transfer.runs import run_folder
-from transfer.training.ridge import is_solvable
+from transfer.training.ridge import fit_ridge, is_solvable
 
 logger = logging.getLogger(__name__)
+
+SMOOTHING, MAX_SMOOTHING = 0.25, 0.1
+"""Label smoothing relative to the error of a head, and its maximum; measured in
+docs/fine-tuning.md."""
+ERROR_IMAGES = 500
+"""Training images on which this error is estimated: to two percent."""
 
 
 def best_tap(request: RunRequest, train: Split) -> str:
@@ -85,6 +98,75 @@ def epochs_of(request: RunRequest) -> int | None:
         return options.epochs
     recorded = _recorded(request).get("epochs")
     return recorded if isinstance(recorded, int) and recorded >= 1 else None
+
+
+def label_smoothing_of(
+    request: RunRequest, train: Split, backbone: Backbone, preprocess: Preprocess
+) -> float:
+    """The label smoothing that was given, else that of the resumed run, else the default.
+
+    Where more than a head is trained, training ends confident of the training images, however many
+    of the others it gets wrong. How many that will be is known beforehand, roughly: a head on the
+    pretrained features is solved for on some of the training images, and predicts each from the
+    others.
+
+    Args:
+        request: the run, with its solver.
+        train: its training images.
+        backbone: with pretrained weights.
+        preprocess: applied to each image.
+    """
+    options, replicas = request.options, request.replicas
+    if options.label_smoothing is not None:
+        return options.label_smoothing
+    if isinstance(recorded := _recorded(request).get("label_smoothing"), float):
+        return recorded
+    if options.solver != "gradient" or options.is_mixed or trains_head_only(options, backbone):
+        return 0.0
+    smoothing = _smoothing(request, train, backbone, preprocess) if replicas.is_chief else 0.0
+    return float(replicas.from_chief(str(smoothing)))
+
+
+def _smoothing(
+    request: RunRequest, train: Split, backbone: Backbone, preprocess: Preprocess
+) -> float:
+    # The run is that with this label smoothing, given: layers with dropout draw seeds.
+    state = random.getstate()
+    error = head_error(backbone, train, preprocess, request.options)
+    random.setstate(state)
+    if error is None:
+        return 0.0
+    smoothing = round(min(MAX_SMOOTHING, SMOOTHING * error), 4)
+    logger.info(
+        f"label_smoothing: {smoothing:g}; a head on frozen features gets {error:.1%} of the "
+        "training images wrong in cross-validation"
+    )
+    return smoothing
+
+
+def head_error(
+    backbone: Backbone, train: Split, preprocess: Preprocess, options: FineTuneOptions
+) -> float | None:
+    """The leave-one-out error of a head on some of the training images, 0 to 1; ``None`` if no
+    class has images that could be left out. The features are cached, where runs find them."""
+    few = drawn(train, ERROR_IMAGES, options.seed)
+    if len(np.unique(few.labels)) < 2:
+        return None
+    features = extract_features(
+        backbone,
+        few,
+        preprocess,
+        cache="disk" if options.cache == "disk" else "memory",
+        cache_dir=options.cache_dir,
+        cache_limit=options.cache_limit,
+    )
+    solution = fit_ridge(
+        features.values, features.labels, len(features.class_names), groups=few.groups
+    )
+    if solution.out_of_sample is None or solution.scored is None:
+        return None
+    is_wrong = solution.out_of_sample.argmax(-1) != features.labels
+    return float(is_wrong[solution.scored].mean())
 
 
 def precision_of(request: RunRequest) -> dict[str, str]:

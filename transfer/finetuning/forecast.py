@@ -87,7 +87,9 @@ def forecast(request: RunRequest, trial_minutes: float | None = None) -> Forecas
     keras.utils.set_random_seed(options.seed)
     own = None if options.tap == AUTO else options.tap
     # More than a head is trained by gradient descent, whatever solves for the head.
-    options = replace(options.head_only(), solver="gradient", precision="float32")
+    options = replace(
+        options.head_only(), solver="gradient", precision="float32", label_smoothing=0.0
+    )
     start = time.perf_counter()
     context = prepare(replace(request, options=replace(options, tap=own)))
     # A later run finds the fingerprints of the images on disk.

@@ -119,10 +119,15 @@ def trains_cached_head(options: FineTuneOptions, backbone: Backbone, num_workers
         return False
     if (options.augment and not options.views) or (options.is_mixed and num_workers > 1):
         return False
+    return trains_head_only(options, backbone) and not is_seeded(backbone.network.graph_def)
+
+
+def trains_head_only(options: FineTuneOptions, backbone: Backbone) -> bool:
+    """Whether the cut of each stage of a run is the tap."""
     cuts = {stage.cut for stage in requested_stages(options)} - {"tap"}
-    if "none" in cuts or is_seeded(backbone.network.graph_def):
-        return False
-    return all(backbone.tensor(cut) == backbone.network.output for cut in cuts)
+    return "none" not in cuts and all(
+        backbone.tensor(cut) == backbone.network.output for cut in cuts
+    )
 
 
 def choose_solver(

@@ -27,6 +27,7 @@ from transfer.finetuning.defaults import (
     batch_size_of,
     best_tap,
     epochs_of,
+    label_smoothing_of,
     precision_of,
     solver_of,
 )
@@ -363,6 +364,7 @@ def _classifier(
             "image_size": size if isinstance(size, int) else show_size(size),
             "batch_size": batch_size_of(request, train, backbone),
             "epochs": epochs_of(request),
+            "label_smoothing": label_smoothing_of(request, train, backbone, preprocess),
         }
     )
     return classifier, features, ResolvedOptions(**resolved), planned.tensors

@@ -1,0 +1,77 @@
+"""The default label smoothing follows from the error of a head on frozen features."""
+
+import numpy as np
+import pytest
+from commands import saved_values
+
+from transfer import fine_tune, open_source
+from transfer.finetuning import defaults
+from transfer.runs import run_folder
+
+
+@pytest.fixture
+def splits(smooth_folder):
+    """Images of random colours, half of which a head gets wrong."""
+    return open_source(image_folder=str(smooth_folder)).train_and_eval_splits()
+
+
+def smoothing_of(result):
+    return run_folder.read_config(result.run_dir).get("label_smoothing")
+
+
+def test_run_equals_that_with_the_value_given(model, splits, tmp_path):
+    options = {"freeze_until": "pool2", "epochs": 2, "cache_dir": tmp_path / "cache"}
+    chosen = fine_tune(model, *splits, run_dir=tmp_path / "chosen", **options)
+    assert smoothing_of(chosen) == defaults.MAX_SMOOTHING
+    given = fine_tune(
+        model, *splits, run_dir=tmp_path / "given", label_smoothing=smoothing_of(chosen), **options
+    )
+    before, after = (saved_values(result.run_dir / "model") for result in (chosen, given))
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_smoothing_is_a_quarter_of_the_error_and_is_kept(model, splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(defaults, "head_error", lambda *_: 0.2)
+    options = {"freeze_until": "none", "cache_dir": tmp_path / "cache"}
+    first = fine_tune(model, *splits, run_dir=tmp_path / "run", epochs=1, **options)
+    assert smoothing_of(first) == 0.05
+    monkeypatch.setattr(defaults, "head_error", None)  # a call raises a TypeError
+    again = fine_tune(model, *splits, run_dir=tmp_path / "run", epochs=2, resume=True, **options)
+    assert smoothing_of(again) == 0.05
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"freeze_until": "tap", "solver": "gradient"},
+        {"freeze_until": "tap", "solver": "ridge"},
+        {"freeze_until": "none", "label_smoothing": 0.0},
+        {"freeze_until": "none", "mixup": 0.2},
+        {"freeze_until": "none", "cutmix": 1.0},
+    ],
+)
+def test_nothing_is_smoothed_where_it_is_not_needed(model, splits, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(defaults, "head_error", None)
+    epochs = {} if options.get("solver") == "ridge" else {"epochs": 1}
+    cache_dir = tmp_path / "cache"
+    result = fine_tune(
+        model, *splits, run_dir=tmp_path / "run", cache_dir=cache_dir, **options, **epochs
+    )
+    assert not smoothing_of(result)  # a solver records none
+
+
+def test_classes_of_one_image_have_no_error(model, splits, tmp_path):
+    train, held_out = splits
+    first = np.unique(train.labels, return_index=True)[1]
+    few = train.where(np.isin(np.arange(len(train)), first))
+    result = fine_tune(
+        model,
+        few,
+        held_out,
+        run_dir=tmp_path / "run",
+        freeze_until="pool2",
+        epochs=1,
+        cache_dir=tmp_path / "cache",
+    )
+    assert smoothing_of(result) == 0.0
