@@ -213,3 +213,8 @@ def test_large_batches_are_computed_in_parts_if_they_are_not_cached(
     assert finetune(tmp_path / "recomputed", model, image_folder, *flags) == 0
     assert frozen == [None, None]
     assert largest_difference(tmp_path / "cached/model", tmp_path / "recomputed/model") < 1e-5
+
+
+@pytest.mark.parametrize(("value", "given"), [(None, []), (0.0, []), (0.1, ["label_smoothing"])])
+def test_no_label_smoothing_does_not_ask_for_gradient_descent(value, given):
+    assert FineTuneOptions(label_smoothing=value).of_gradient_descent == given

@@ -41,8 +41,8 @@ def changed(model, out):
 @pytest.mark.slow
 def test_schedule_unfreezes_stage_by_stage(tmp_path, model, image_folder):
     out = tmp_path / "run"
-    flags = ["--schedule", "fc7:2,pool2:1:0.001,none:2:0.0005", "--cache-dir", tmp_path / "cache"]
-    assert finetune(out, model, image_folder, *flags) == 0
+    flags = ["--schedule", "fc7:2,pool2:1:0.001,none:2:0.0005", "--label-smoothing", 0]
+    assert finetune(out, model, image_folder, *flags, "--cache-dir", tmp_path / "cache") == 0
     assert [int(row["epoch"]) for row in history(out)] == [0, 1, 2, 3, 4]
     found = metrics(out)
     assert (found["train"]["epochs"], found["train"]["steps"], found["cut"]) == (5, 20, "none")

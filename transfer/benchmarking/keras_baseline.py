@@ -7,6 +7,7 @@ The same network, images in the same order, head, optimizer, learning rate and e
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -35,8 +36,8 @@ def check(options: FineTuneOptions) -> None:
     Raises:
         ValueError: names those that it does not use.
     """
-    # With lr_schedule=auto the baseline takes constant; it has no label smoothing.
-    default = FineTuneOptions(label_smoothing=options.label_smoothing or None)
+    default = FineTuneOptions()  # with lr_schedule=auto, for which the baseline takes constant
+    options = replace(options, label_smoothing=options.label_smoothing or None)  # it has none
     unused = [
         f"{name}={getattr(options, name)}"
         for name in _UNUSED

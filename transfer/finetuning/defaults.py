@@ -156,7 +156,7 @@ def head_error(
         backbone,
         few,
         preprocess,
-        cache="disk" if options.cache == "disk" else "memory",
+        cache="disk" if options.cache == "disk" and not options.random_weights else "memory",
         cache_dir=options.cache_dir,
         cache_limit=options.cache_limit,
     )

@@ -269,10 +269,9 @@ class FineTuneOptions:
     def of_gradient_descent(self) -> list[str]:
         """The options that were given and that only ``solver="gradient"`` uses. No label smoothing
         is what the other solvers do."""
-        defaults = FineTuneOptions(label_smoothing=self.label_smoothing or None)
-        return [
-            name for name in OF_GRADIENT_DESCENT if getattr(self, name) != getattr(defaults, name)
-        ]
+        given, defaults = vars(self), vars(FineTuneOptions())
+        given = {**given, "label_smoothing": self.label_smoothing or None}
+        return [name for name in OF_GRADIENT_DESCENT if given[name] != defaults[name]]
 
     @property
     def is_mixed(self) -> bool:
