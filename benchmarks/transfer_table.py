@@ -28,9 +28,9 @@ ROWS = {
     "frozen, ridge": ["--freeze-until", "fc7", "--solver", "ridge"],
     "all layers": ["--tap", "all", "--solver", "ridge"],
     "frozen, lbfgs": ["--freeze-until", "fc7", "--solver", "lbfgs"],
-    "from pool5": ["--freeze-until", "pool5"],
-    "full": ["--freeze-until", "none"],
-    "scratch": ["--freeze-until", "none", "--random-weights"],
+    "from pool5": ["--freeze-until", "pool5", "--label-smoothing", "0"],
+    "full": ["--freeze-until", "none", "--label-smoothing", "0"],
+    "scratch": ["--freeze-until", "none", "--label-smoothing", "0", "--random-weights"],
 }
 SEEDS = range(3)
 

@@ -34,3 +34,16 @@ def test_path_is_checked(tmp_path):
         npy_files.check_path(tmp_path / "p.csv", "probabilities")
     with pytest.raises(FileNotFoundError, match="absent.* is not a folder"):
         npy_files.check_path(tmp_path / "absent" / "p.npy", "probabilities")
+
+
+def test_slices_of_a_file_are_read(tmp_path):
+    values = np.arange(24, dtype=np.float32).reshape(12, 2)
+    with npy_files.row_writer(tmp_path / "rows.npy", 2) as append:
+        append(values[:5])
+        append(values[5:])
+    rows = npy_files.FileRows(tmp_path / "rows.npy")
+    assert (len(rows), rows.shape) == (12, (12, 2))
+    for chosen in (slice(0, 3), slice(10, 20), slice(4, 4), slice(None)):
+        np.testing.assert_array_equal(rows[chosen], values[chosen])
+    with pytest.raises(ValueError, match="consecutive rows"):
+        rows[::2]

@@ -45,7 +45,8 @@ def test_out_of_fold_scores_equal_those_of_scikit_learn():
     features, labels = clusters(20)
     features = features - features.mean(0)
     folds = label_errors._folds(labels, None)
-    for rows, scores in label_errors._out_of_fold(features, labels, 3, folds, 0.3):
+    heads = label_errors._Sums.of(features, labels, 3, folds).heads(0.3)
+    for rows, scores in label_errors._out_of_fold(features, labels, folds, heads):
         rest = np.setdiff1d(np.arange(60), rows)
         targets = np.eye(3)[labels[rest]] - np.bincount(labels[rest]) / len(rest)
         ridge = Ridge(0.3 * len(rest), fit_intercept=False).fit(features[rest], targets)
@@ -56,8 +57,19 @@ def test_out_of_fold_scores_equal_those_of_scikit_learn():
 def test_images_of_a_group_are_in_one_fold():
     _, labels = clusters(20)
     groups = np.arange(60) // 4
-    for fold in label_errors._folds(labels, groups):
-        assert not {*groups[fold]} & {*np.delete(groups, fold)}
+    folds = label_errors._folds(labels, groups)
+    for number in range(folds.max() + 1):
+        assert not {*groups[folds == number]} & {*groups[folds != number]}
+
+
+def test_features_may_be_read_in_parts(monkeypatch):
+    features, labels = clusters()
+    labels[[3, 150]] = 2, 0
+    whole = find_label_errors(features, labels)
+    monkeypatch.setattr(label_errors, "_ROWS", 70)
+    parts = find_label_errors(features, labels)
+    np.testing.assert_array_equal(parts.positions, whole.positions)
+    np.testing.assert_allclose(parts.probabilities, whole.probabilities, rtol=1e-4)
 
 
 def test_two_images_per_class_are_needed():

@@ -7,12 +7,13 @@ import itertools
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from transfer.core.distribution import NO_LABEL, Replicas
+from transfer.core.npy_files import Rows
 from transfer.core.private_api import is_onednn_on
 from transfer.data.batches import shuffled
 from transfer.graph.network_function import compiled_per_rank
@@ -30,12 +31,6 @@ def kernels() -> dict[str, str]:
         return {"kernels": "gpu"}
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     return {"kernels": "eigen"} if is_x86 and not is_onednn_on() else {}
-
-
-class Rows(Protocol):
-    """An array, or an array-like object that reads from disk."""
-
-    def __getitem__(self, positions: Any) -> np.ndarray: ...
 
 
 class JoinedRows:

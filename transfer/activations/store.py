@@ -23,7 +23,6 @@ from transfer.activations.extraction import (
     EXTRACTION_BATCH,
     Compiled,
     JoinedRows,
-    Rows,
     extract,
     in_dtype,
     kernels,
@@ -32,6 +31,7 @@ from transfer.activations.extraction import (
 )
 from transfer.core import measurement
 from transfer.core.distribution import Replicas
+from transfer.core.npy_files import Rows
 from transfer.data import labelled_files
 from transfer.data.batches import Batches
 from transfer.data.dataset import Split

@@ -1,14 +1,54 @@
-"""Arrays written to ``.npy`` files row by row, without being in memory."""
+"""Arrays in ``.npy`` files that are written and read in parts, without being in memory."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from transfer.core.files import replacing
+
+
+class Rows(Protocol):
+    """An array, or an array-like object that reads from disk."""
+
+    def __getitem__(self, positions: Any) -> np.ndarray: ...
+
+
+class FileRows:
+    """Acts as the array in a ``.npy`` file, of which slices of rows are read. Unlike pages of a
+    memory-mapped file, what was read takes no memory later.
+
+    Args:
+        path: a file in the order of C, such as from ``row_writer``.
+    """
+
+    def __init__(self, path: Path):
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, self._dtype = np.lib.format.read_array_header_1_0(file)
+            self._start = file.tell()
+        self._path = path
+        self.shape: tuple[int, ...] = shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        first, last, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError(f"expected a slice of consecutive rows, got {rows}")
+        row_size = int(np.prod(self.shape[1:]))
+        values = np.fromfile(
+            self._path,
+            self._dtype,
+            count=max(0, last - first) * row_size,
+            offset=self._start + first * row_size * self._dtype.itemsize,
+        )
+        return values.reshape(-1, *self.shape[1:])
 
 
 def check_path(path: Path, contents: str) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -14,6 +15,7 @@ import scipy.special
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
+from transfer.core.npy_files import Rows
 from transfer.training.folds import grouped_folds
 
 FOLDS = 5
@@ -25,6 +27,7 @@ MOST_LISTED = 0.02
 """Maximum share of the labels that are listed, in datasets of more than 500 images; else 10."""
 _PRIOR = (3, 150)  # Beta distribution of the share of wrong labels: about 1 %, as in tidy datasets
 _SAMPLE = 20_000  # images on which penalty and calibration are chosen
+_ROWS = 8192  # images whose features are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class LabelErrors:
 
 
 def find_label_errors(
-    features: np.ndarray, labels: np.ndarray, groups: np.ndarray | None = None
+    features: Rows, labels: np.ndarray, groups: np.ndarray | None = None
 ) -> LabelErrors:
     """Labels that are probably wrong, by out-of-fold predictions from features.
 
@@ -57,7 +60,8 @@ def find_label_errors(
     be improbable enough.
 
     Args:
-        features: float ``[num_examples, width]``.
+        features: float ``[num_examples, width]``, or an object that reads slices of them from disk:
+            some thousand images are in memory at a time.
         labels: int ``[num_examples]``.
         groups: int ``[num_examples]``; images of a group, e.g. of one patient, are never used to
             judge one another.
@@ -83,18 +87,19 @@ def find_label_errors(
         raise ValueError("labels can be checked where each class has at least 2 images")
     if (counts > 0).sum() < 2:
         raise ValueError(f"labels have {(counts > 0).sum()} class; expected at least 2")
-    scaled = StandardScaler().fit_transform(np.asarray(features, np.float32))
-    sample = np.arange(len(labels))
+    chosen = np.arange(len(labels))
     if len(labels) > _SAMPLE:
-        sample = np.sort(np.random.default_rng(0).choice(len(labels), _SAMPLE, replace=False))
+        chosen = np.sort(np.random.default_rng(0).choice(len(labels), _SAMPLE, replace=False))
+    scaled, sample = _standardised(features, len(labels), chosen)
     calibration = _calibrate(
-        scaled[sample], labels[sample], len(counts), None if groups is None else groups[sample]
+        sample, labels[chosen], len(counts), None if groups is None else groups[chosen]
     )
     right = np.ones(len(labels))
     suggestions = np.zeros(len(labels), np.int64)
     suggested = np.zeros(len(labels))
     folds = _folds(labels, groups)
-    for rows, scores in _out_of_fold(scaled, labels, len(counts), folds, calibration.penalty):
+    heads = _Sums.of(scaled, labels, len(counts), folds).heads(calibration.penalty)
+    for rows, scores in _out_of_fold(scaled, labels, folds, heads):
         posterior = calibration.posterior(scores, labels[rows])
         each = np.arange(len(rows))
         right[rows] = posterior[each, labels[rows]]
@@ -131,9 +136,10 @@ def _calibrate(
 ) -> _Calibration:
     """Choose the penalty with the highest likelihood of out-of-fold labels."""
     folds = _folds(labels, groups)
+    sums = _Sums.of(features, labels, num_classes, folds)
     best = (np.inf, _Calibration(PENALTIES[0], 1.0, 0.0))
     for penalty in PENALTIES:
-        parts = [*_out_of_fold(features, labels, num_classes, folds, penalty)]
+        parts = [*_out_of_fold(features, labels, folds, sums.heads(penalty))]
         if not parts:
             break
         scores = np.concatenate([scores for _, scores in parts]).astype(np.float64)
@@ -163,54 +169,114 @@ def _fit(scores: np.ndarray, labels: np.ndarray, penalty: float) -> tuple[float,
     return float(result.fun), calibration
 
 
-def _folds(labels: np.ndarray, groups: np.ndarray | None) -> list[np.ndarray]:
-    """Positions of the images in each fold, classes in equal parts."""
+class _Scaled:
+    """Acts as rows scaled to mean 0 and variance 1, which are computed when they are read."""
+
+    def __init__(self, features: Rows, scaler: StandardScaler):
+        self._features, self._scaler = features, scaler
+
+    def __getitem__(self, positions: Any) -> np.ndarray:
+        return np.asarray(self._scaler.transform(np.asarray(self._features[positions], np.float32)))
+
+
+def _standardised(
+    features: Rows, num_examples: int, chosen: np.ndarray
+) -> tuple[_Scaled, np.ndarray]:
+    """The features, scaled, and the rows of them at sorted positions."""
+    scaler, sample = StandardScaler(), []
+    for rows, values in _parts(features, num_examples):
+        values = values.astype(np.float32, copy=False)
+        scaler.partial_fit(values)
+        sample.append(values[np.isin(rows, chosen)])
+    return _Scaled(features, scaler), scaler.transform(np.concatenate(sample))
+
+
+def _folds(labels: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    """Number of the fold of each image, int ``[num_examples]``, classes in equal parts."""
     num_folds = min(FOLDS, int(np.bincount(labels).max()))
     if groups is not None:
         num_folds = min(num_folds, len(np.unique(groups)))
         if num_folds < 2:
             raise ValueError("labels can be checked where there are at least 2 groups of images")
-        return [rest for _, rest in grouped_folds(labels, groups, num_folds, seed=0)]
+        return _numbers(grouped_folds(labels, groups, num_folds, seed=0), len(labels))
     splitter = StratifiedKFold(num_folds, shuffle=True, random_state=0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # classes with fewer images than folds
-        return [rest for _, rest in splitter.split(labels, labels)]
+        return _numbers(splitter.split(labels, labels), len(labels))
+
+
+def _numbers(folds: Iterable[tuple[np.ndarray, np.ndarray]], num_examples: int) -> np.ndarray:
+    numbers = np.empty(num_examples, np.int64)
+    for number, (_, rest) in enumerate(folds):
+        numbers[rest] = number
+    return numbers
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over the images of each fold: products of features, float64 ``[folds, width, width]``,
+    features by class ``[folds, width, num_classes]``, and images ``[folds, num_classes]``."""
+
+    products: np.ndarray
+    moments: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, features: Rows, labels: np.ndarray, num_classes: int, folds: np.ndarray) -> _Sums:
+        num_folds, width = int(folds.max()) + 1, features[:1].shape[1]
+        products = np.zeros((num_folds, width, width))
+        moments = np.zeros((num_folds, width, num_classes))
+        counts = np.zeros((num_folds, num_classes))
+        np.add.at(counts, (folds, labels), 1)
+        for rows, values in _parts(features, len(labels)):
+            for number in range(num_folds):
+                some = folds[rows] == number
+                of_fold, own = values[some], labels[rows][some]
+                one_hot = scipy.sparse.csr_matrix(
+                    (np.ones(len(own), np.float32), (np.arange(len(own)), own)),
+                    (len(own), num_classes),
+                )
+                products[number] += of_fold.T @ of_fold
+                moments[number] += (one_hot.T @ of_fold).T
+        return cls(products, moments, counts)
+
+    def heads(self, penalty: float) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """For each fold the ridge regression of the one-hot labels of the other folds on features
+        of mean 0 and variance 1: kernel, float32 ``[width, num_classes]``, intercept, and bool
+        ``[num_classes]``, whether the other folds have images of a class.
+
+        Closed form: the sums over the other folds are the total minus those of the fold.
+        """
+        products, moments = self.products.sum(0), self.moments.sum(0)
+        heads = []
+        for number in range(len(self.counts)):
+            rest = self.counts.sum(0) - self.counts[number]
+            mean = rest / rest.sum()  # the intercept, since the features have mean 0
+            ridge = products - self.products[number] + penalty * rest.sum() * np.eye(len(products))
+            others = moments - self.moments[number]
+            centred = others - np.outer(others.sum(1), mean)
+            kernel = scipy.linalg.solve(ridge, centred, assume_a="pos").astype(np.float32)
+            heads.append((kernel, mean.astype(np.float32), rest > 0))
+        return heads
 
 
 def _out_of_fold(
-    features: np.ndarray,
+    features: Rows,
     labels: np.ndarray,
-    num_classes: int,
-    folds: list[np.ndarray],
-    penalty: float,
+    folds: np.ndarray,
+    heads: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Positions and scores, ``[n, num_classes]``, of the images of each fold, from a ridge
-    regression of the one-hot labels of the other folds on features of mean 0 and variance 1.
-
-    Closed form: the sums over the other folds are the total minus those of the fold. Images whose
-    class is in no other fold are left out.
-    """
-    one_hot = scipy.sparse.csr_matrix(
-        (np.ones(len(labels), np.float32), (np.arange(len(labels)), labels)),
-        (len(labels), num_classes),
-    )
-    gram, moments, counts = _sums(features, one_hot)
-    for fold in folds:
-        minus = _sums(features[fold], one_hot[fold])
-        rest = counts - minus[2]
-        mean = rest / rest.sum()  # the intercept, since the features have mean 0
-        ridge = gram - minus[0] + penalty * rest.sum() * np.eye(len(gram))
-        centred = moments - minus[1] - np.outer((moments - minus[1]).sum(1), mean)
-        kernel = scipy.linalg.solve(ridge, centred, assume_a="pos").astype(np.float32)
-        rows = fold[rest[labels[fold]] > 0]
-        yield rows, features[rows] @ kernel + mean.astype(np.float32)
+    """Positions and scores, ``[n, num_classes]``, of images by the heads of their folds. Images
+    whose class is in no other fold are left out."""
+    for rows, values in _parts(features, len(labels)):
+        for number, (kernel, intercept, has_images) in enumerate(heads):
+            some = (folds[rows] == number) & has_images[labels[rows]]
+            if some.any():
+                yield rows[some], values[some] @ kernel + intercept
 
 
-def _sums(
-    features: np.ndarray, one_hot: scipy.sparse.csr_matrix
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Products of features ``[width, width]``, their sums by class ``[width, num_classes]``, and
-    the number of images of each class; float64."""
-    gram = (features.T @ features).astype(np.float64)
-    moments = np.asarray((one_hot.T @ features).T, np.float64)
-    return gram, moments, np.asarray(one_hot.sum(0), np.float64).ravel()
+def _parts(features: Rows, num_examples: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Positions and features of some thousand images at a time."""
+    for start in range(0, num_examples, _ROWS):
+        rows = np.arange(start, min(start + _ROWS, num_examples))
+        yield rows, np.asarray(features[start : start + _ROWS])

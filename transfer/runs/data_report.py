@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import keras
 import numpy as np
 
-from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, extract
+from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
 from transfer.activations.fingerprints import remembered
+from transfer.core import npy_files
 from transfer.data import data_checks
 from transfer.data.dataset import Source, Split
 from transfer.data.label_errors import find_label_errors
@@ -188,8 +192,13 @@ def _check_labels(
     backbone = Backbone(graph)
     preprocess = graph.preprocess(backbone.network.input, mode)
     batches = progress(split.batches(preprocess, EXTRACTION_BATCH))
-    features = extract(Compiled(backbone), batches, len(split))
-    errors = find_label_errors(features, split.labels, split.groups)
+    width = backbone.compute_output_spec(keras.KerasTensor((1, *preprocess.shape))).shape[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "features.npy")  # in memory, a million images may take 16 GB
+        with npy_files.row_writer(path, width) as append:
+            for values, _ in stream(Compiled(backbone), batches):
+                append(values)
+        errors = find_label_errors(npy_files.FileRows(path), split.labels, split.groups)
     to_review = [
         LabelToReview(
             image=split.names[position],
