@@ -23,7 +23,7 @@ from tabulate import tabulate
 
 from transfer import fine_tune, load_meta_graph, open_source
 from transfer.data.dataset import Split
-from transfer.finetuning.forecast import Forecast, forecast
+from transfer.finetuning.forecast import Forecast, forecast, with_trial
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.request import RunRequest
 from transfer.models.meta_graph import MetaGraph
@@ -84,7 +84,7 @@ def compare(
 
     def plan(tap: str, trial_minutes: float = 0.0) -> Forecast:
         request = RunRequest(graph, *splits, FineTuneOptions(**options, tap=tap))
-        return forecast(request, trial_minutes)
+        return with_trial(forecast(request), request, trial_minutes)
 
     def run(result: Forecast, cut: str) -> float:
         given = {**options, "tap": result.choice.best.tap}

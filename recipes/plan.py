@@ -8,7 +8,8 @@ Takes the flags of ``finetune``.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -34,16 +35,22 @@ def plan(
             time of full fine-tuning, at most 10]
     """
     config = config.with_images(images)
+    results = sys.stdout
+
+    def show(lines: Iterable[str]) -> None:
+        print("\n".join(map(console.with_flags, lines)), file=results, flush=True)
+
     with job():
         from recipes.finetune_request import request
-        from transfer.finetuning.forecast import describe, forecast
+        from transfer.finetuning.forecast import describe, describe_trial, forecast, with_trial
 
         if given := given_of(config, strategy=("auto", "none")):
             raise ValueError(f"plan is for one device; leave out {given}")
         with console.skip_suggested():
-            result = forecast(request(replace(config, out=None)), trial_minutes)
-        lines = describe(result, recommended(config, result.options))
-    print("\n".join(map(console.with_flags, lines)))
+            asked = request(replace(config, out=None))
+            result = forecast(asked)
+        show(describe(result, recommended(config, result.options)))
+        show(describe_trial(with_trial(result, asked, trial_minutes)))
     return 0
 
 

@@ -36,14 +36,14 @@ def test_path_is_checked(tmp_path):
         npy_files.check_path(tmp_path / "absent" / "p.npy", "probabilities")
 
 
-def test_slices_of_a_file_are_read(tmp_path):
+def test_slices_of_a_file_are_read():
     values = np.arange(24, dtype=np.float32).reshape(12, 2)
-    with npy_files.row_writer(tmp_path / "rows.npy", 2) as append:
-        append(values[:5])
-        append(values[5:])
-    rows = npy_files.FileRows(tmp_path / "rows.npy")
-    assert (len(rows), rows.shape) == (12, (12, 2))
-    for chosen in (slice(0, 3), slice(10, 20), slice(4, 4), slice(None)):
-        np.testing.assert_array_equal(rows[chosen], values[chosen])
-    with pytest.raises(ValueError, match="consecutive rows"):
-        rows[::2]
+    with npy_files.FileRows(2) as rows:
+        rows.append(values[:5])
+        np.testing.assert_array_equal(rows[1:3], values[1:3])
+        rows.append(values[5:].astype(np.float64))
+        assert (len(rows), rows.shape) == (12, (12, 2))
+        for chosen in (slice(0, 3), slice(10, 20), slice(4, 4), slice(None)):
+            np.testing.assert_array_equal(rows[chosen], values[chosen])
+        with pytest.raises(ValueError, match="consecutive rows"):
+            rows[::2]

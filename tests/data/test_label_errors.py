@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import Ridge
 
+from transfer.core.npy_files import FileRows
 from transfer.data import label_errors
 from transfer.data.label_errors import find_label_errors
 
@@ -67,7 +68,9 @@ def test_features_may_be_read_in_parts(monkeypatch):
     labels[[3, 150]] = 2, 0
     whole = find_label_errors(features, labels)
     monkeypatch.setattr(label_errors, "_ROWS", 70)
-    parts = find_label_errors(features, labels)
+    with FileRows(features.shape[1]) as rows:
+        rows.append(features)
+        parts = find_label_errors(rows, labels)
     np.testing.assert_array_equal(parts.positions, whole.positions)
     np.testing.assert_allclose(parts.probabilities, whole.probabilities, rtol=1e-4)
 

@@ -1,11 +1,14 @@
 """The default label smoothing follows from the error of a head on frozen features."""
 
+import types
+
 import numpy as np
 import pytest
 from commands import saved_values
 
 from transfer import fine_tune, open_source
 from transfer.finetuning import defaults
+from transfer.finetuning.options import FineTuneOptions
 from transfer.runs import run_folder
 
 
@@ -39,6 +42,25 @@ def test_smoothing_is_a_quarter_of_the_error_and_is_kept(model, splits, tmp_path
     monkeypatch.setattr(defaults, "head_error", None)  # a call raises a TypeError
     again = fine_tune(model, *splits, run_dir=tmp_path / "run", epochs=2, resume=True, **options)
     assert smoothing_of(again) == 0.05
+
+
+def test_head_may_have_several_taps(model, splits, tmp_path):
+    options = {"freeze_until": "none", "epochs": 1, "cache_dir": tmp_path / "cache"}
+    result = fine_tune(model, *splits, run_dir=tmp_path / "run", tap="all", **options)
+    assert 0 < smoothing_of(result) <= defaults.MAX_SMOOTHING
+
+
+def test_images_of_very_many_classes_are_few(monkeypatch):
+    """Of each class two images are drawn at least."""
+    seen = []
+    monkeypatch.setattr(defaults, "layer_features", lambda _, few, *__: seen.append(few) or 1 / 0)
+    monkeypatch.setattr(defaults, "ERROR_IMAGES", 5)
+    monkeypatch.setattr(defaults, "MAX_ERROR_IMAGES", 10)
+    classifier = types.SimpleNamespace(feature_extractor=None, preprocess=None)
+    source = open_source("digits")
+    with pytest.raises(ZeroDivisionError):
+        defaults.head_error(FineTuneOptions(), source.split("train"), classifier, "")
+    assert 1 < len(np.unique(seen[0].labels)) < 10
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from transfer import fine_tune, load_meta_graph, open_source
 from transfer.finetuning import cost as cost_module
 from transfer.finetuning import forecast as forecast_module
 from transfer.finetuning.cost import CutCost
-from transfer.finetuning.forecast import forecast
+from transfer.finetuning.forecast import forecast, with_trial
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.request import RunRequest
 
@@ -18,7 +18,8 @@ def test_forecast_agrees_with_the_runs(model, image_folder, tmp_path, monkeypatc
     splits = open_source(image_folder=str(image_folder)).train_and_eval_splits()
     options = FineTuneOptions(cache_dir=tmp_path / "cache", tap="auto", epochs=1)
     graph = load_meta_graph(model)
-    result = forecast(RunRequest(graph, *splits, options), trial_minutes=60)
+    request = RunRequest(graph, *splits, options)
+    result = with_trial(forecast(request), request, minutes=60)
     assert result.trial is not None
     assert result.trial.num_train + result.trial.num_test == len(splits[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
@@ -40,16 +41,23 @@ def test_forecast_agrees_with_the_runs(model, image_folder, tmp_path, monkeypatc
         assert found == (result.choice.num_images if cut == "tap" else 0)
 
 
-def test_full_fine_tuning_is_not_tried_by_default_where_it_is_the_whole_run(
-    model, image_folder, tmp_path, monkeypatch
+def test_full_fine_tuning_is_tried_if_it_is_affordable(
+    model, image_folder, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(cost_module, "_TIMED_S", 0.01)
-    monkeypatch.setattr(forecast_module, "try_full", None)  # a call raises a TypeError
     splits = open_source(image_folder=str(image_folder)).train_and_eval_splits()
     options = FineTuneOptions(cache_dir=tmp_path / "cache", tap="fc7")
-    result = forecast(RunRequest(load_meta_graph(model), *splits, options))
-    assert result.trial is None
+    request = RunRequest(load_meta_graph(model), *splits, options)
+    result = forecast(request)
     assert result.trial_s > result.costs[-1].total_s / 10
+    assert with_trial(result, request) is with_trial(result, request, 0) is result
+
+    def fails(*_):
+        raise ValueError("for this reason")
+
+    monkeypatch.setattr(forecast_module, "try_full", fails)
+    assert with_trial(result, request, 60).trial is None
+    assert "full fine-tuning could not be tried: for this reason" in caplog.text
 
 
 @pytest.mark.parametrize(

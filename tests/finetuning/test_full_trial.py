@@ -1,5 +1,7 @@
 """The trial of full fine-tuning uses training images only, and costs what it forecasts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -40,7 +42,16 @@ def request(model, image_folder, **options):
 
 def test_both_runs_have_the_same_disjoint_training_images(model, image_folder, runs):
     given = request(
-        model, image_folder, freeze_until="pool4", shots_per_class=3, l2_sp=0.1, head_start="ridge"
+        model,
+        image_folder,
+        freeze_until="pool4",
+        shots_per_class=3,
+        l2_sp=0.1,
+        head_start="ridge",
+        batch_size=1000,
+        early_stopping=2,
+        track="mlflow",
+        track_files=True,
     )
     trial = try_full(given, given.train, "pool5")
     full, head = runs.requests
@@ -49,6 +60,9 @@ def test_both_runs_have_the_same_disjoint_training_images(model, image_folder, r
     for one in runs.requests:
         assert one.options.tap == "pool5"
         assert one.options.shots_per_class is None
+        assert one.options.batch_size == len(one.train)
+        assert (one.options.early_stopping, one.options.track) == (None, None)
+        one.options.check()
         names = {*one.train.names}, {*one.held_out.names}
         assert names == ({*full.train.names}, {*full.held_out.names})
         assert not names[0] & names[1]
@@ -79,7 +93,7 @@ def test_interrupted_trial_cannot_be_resumed(model, image_folder, monkeypatch):
 
 
 def test_cost_is_that_of_the_images_seen():
-    full = CutCost("none", 3, 0.0, 3000.0, 3100.0, 1.0, 1.0, 1)
+    full = CutCost("none", 3, 0.0, 3000.0, 3100.0, 1.0, 1.0, 1)  # of 1 MB of memory
     options = FineTuneOptions(epochs=3)
     assert trial_seconds(full, options, 100, 100, 0) == pytest.approx(100 + 3000 * 260 / 300)
     assert trial_seconds(full, options, 1000, 10_000, 1000) == pytest.approx(100 + 3000 * 26 / 310)
@@ -87,3 +101,4 @@ def test_cost_is_that_of_the_images_seen():
     assert not is_affordable(311, full, None)
     assert is_affordable(311, full, 320.0)
     assert not is_affordable(1, full, 0.0)
+    assert not is_affordable(1, replace(full, memory_mb=1e9), None)

@@ -10,7 +10,7 @@ from recipes.console import with_flags
 from recipes.finetune_flags import FinetuneConfig
 from recipes.plan import recommended
 from transfer.finetuning.cost import CutCost
-from transfer.finetuning.forecast import Forecast, describe
+from transfer.finetuning.forecast import Forecast, describe, describe_trial
 from transfer.finetuning.full_trial import FullTrial
 from transfer.finetuning.tap_choice import TapChoice, TapScore
 
@@ -44,15 +44,14 @@ def test_tables_have_a_row_per_tap_and_per_cut():
 
 def test_trial_of_full_fine_tuning_is_called_an_estimate():
     trial = FullTrial(0.85, 0.8, (0.01, 0.09), 80, 20)
-    lines = [*describe(replace(forecast(), trial=trial, trial_s=600.0))]
-    assert lines[-2:] == [
+    assert [*describe_trial(replace(forecast(), trial=trial))] == [
         "  an estimate from 80 training images, tested on 20 others: full fine-tuning 0.850, "
         "the head 0.800",
         "  difference +0.050 (95 % interval +0.010 to +0.090)",
     ]
-    assert with_flags([*describe(replace(forecast(), trial_s=600.0))][-1]).endswith(
-        "as that takes 10 min; --trial-minutes 10 tries it"
-    )
+    (line,) = describe_trial(replace(forecast(), few=object(), trial_s=600.0))
+    assert with_flags(line).endswith("as that takes 10 min; --trial-minutes 15 tries it")
+    assert not [*describe_trial(forecast())]
 
 
 @pytest.mark.parametrize("flags", [["--schedule", "fc7:1"], ["--strategy", "mirrored"]])

@@ -16,7 +16,7 @@ from transfer.data.dataset import Split
 from transfer.graph import is_seeded
 from transfer.images.preprocess import Preprocess
 from transfer.layers.backbone import Backbone
-from transfer.layers.graph_layer import Pooling
+from transfer.layers.graph_layer import GraphLayer, Pooling
 from transfer.layers.head import average_over_space
 
 
@@ -99,32 +99,55 @@ def extract_features(
         >>> svm = LinearSVC().fit(features.values, features.labels)
     """
     features = backbone.concatenated()
-    tap = features.network.output
     if preprocess is None:
         preprocess = backbone.graph.preprocess(backbone.network.input)
+    policy = CachePolicy(cache, None if cache_dir is None else Path(cache_dir), cache_limit)
+    split = replace(split)  # with ids read anew, since files may have changed
+    values = layer_features(
+        features, split, preprocess, backbone.graph.name, policy, backbone.pooling
+    )
+    taps = {features.network.output.removesuffix(":0"): values.shape[1]}
+    if backbone.network.taps:
+        taps = _widths(backbone, preprocess)
+    return Features(values, split.labels, [*split.names], split.source.class_names, taps)
+
+
+def layer_features(
+    features: GraphLayer[Any],
+    split: Split,
+    preprocess: Preprocess,
+    model: str,
+    policy: CachePolicy,
+    pooling: Pooling = "avg",
+) -> np.ndarray:
+    """The features of the images of a split, float32 ``[len(split), width]``.
+
+    Args:
+        features: maps preprocessed images to them, or to feature maps.
+        split: the images.
+        preprocess: applied to each.
+        model: name of the model.
+        policy: where activations are cached.
+        pooling: of feature maps over height and width, see ``Backbone``.
+
+    Raises:
+        MemoryError: if they fit neither in the cache nor in memory.
+    """
+    tap = features.network.output
     # The same layer as in a run with this cut, without global average pooling, to share its cache.
     layer, _ = features.split(tap)
     if is_seeded(layer.network.graph_def):
-        cache = "memory"  # a random sample is not to be found by others
+        policy = replace(policy, mode="memory")  # a random sample is not to be found by others
     store = ActivationStore(
-        layer,
-        preprocess,
-        cut=tap.removesuffix(":0"),
-        model=backbone.graph.name,
-        policy=CachePolicy(cache, None if cache_dir is None else Path(cache_dir), cache_limit),
+        layer, preprocess, cut=tap.removesuffix(":0"), model=model, policy=policy
     )
-    split = replace(split)  # with ids read anew, since files may have changed
     rows = store.rows([ExtractionRequest("training", split, None)])
     if rows is None:
         raise MemoryError("the features do not fit in memory; use cache='disk'")
     # Pooled in batches: the activations themselves may not fit in memory.
     batches = Activations(rows, split.labels).batches(EXTRACTION_BATCH)
     inputs = itertools.chain([np.asarray(rows[0][:0], np.float32)], (x for x, _ in batches))
-    values = np.concatenate([_pooled(np.asarray(x), backbone.pooling) for x in inputs])
-    taps = {tap.removesuffix(":0"): values.shape[1]}
-    if backbone.network.taps:
-        taps = _widths(backbone, preprocess)
-    return Features(values, split.labels, [*split.names], split.source.class_names, taps)
+    return np.concatenate([_pooled(np.asarray(x), pooling) for x in inputs])
 
 
 def _pooled(maps: np.ndarray, pooling: Pooling) -> np.ndarray:

@@ -1,8 +1,10 @@
-"""Arrays in ``.npy`` files that are written and read in parts, without being in memory."""
+"""Arrays in files that are written and read in parts, without being in memory."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,20 +21,33 @@ class Rows(Protocol):
 
 
 class FileRows:
-    """Acts as the array in a ``.npy`` file, of which slices of rows are read. Unlike pages of a
-    memory-mapped file, what was read takes no memory later.
+    """Acts as a float32 array ``[num_rows, width]`` in a temporary file, which rows are appended to
+    and slices of rows are read from; a context manager. Unlike pages of a memory-mapped file, what
+    was read takes no memory later. Nothing is left behind, however the process ends.
 
     Args:
-        path: a file in the order of C, such as from ``row_writer``.
+        width: number of columns.
     """
 
-    def __init__(self, path: Path):
-        with path.open("rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, self._dtype = np.lib.format.read_array_header_1_0(file)
-            self._start = file.tell()
-        self._path = path
-        self.shape: tuple[int, ...] = shape
+    def __init__(self, width: int):
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed on exit
+        self.shape = (0, width)
+
+    def __enter__(self) -> FileRows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def append(self, rows: np.ndarray) -> None:
+        """Append rows, float ``[n, width]``.
+
+        Raises:
+            OSError: if the disk is full.
+        """
+        self._file.seek(0, os.SEEK_END)
+        self._file.write(np.ascontiguousarray(rows, np.float32).data)
+        self.shape = (len(self) + len(rows), self.shape[1])
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -41,14 +56,10 @@ class FileRows:
         first, last, step = rows.indices(len(self))
         if step != 1:
             raise ValueError(f"expected a slice of consecutive rows, got {rows}")
-        row_size = int(np.prod(self.shape[1:]))
-        values = np.fromfile(
-            self._path,
-            self._dtype,
-            count=max(0, last - first) * row_size,
-            offset=self._start + first * row_size * self._dtype.itemsize,
-        )
-        return values.reshape(-1, *self.shape[1:])
+        width = self.shape[1]
+        self._file.seek(4 * width * first)
+        values = np.fromfile(self._file, np.float32, max(0, last - first) * width)
+        return values.reshape(-1, width)
 
 
 def check_path(path: Path, contents: str) -> None:

@@ -9,7 +9,10 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from transfer.activations.features import extract_features
+from transfer.activations.cache import default_directory
+from transfer.activations.features import layer_features
+from transfer.activations.samples import FOLDER as SAMPLES
+from transfer.activations.store import CachePolicy
 from transfer.core import measurement
 from transfer.data.dataset import Split
 from transfer.finetuning.hyperparameters import (
@@ -19,11 +22,11 @@ from transfer.finetuning.hyperparameters import (
     trains_cached_head,
     trains_head_only,
 )
-from transfer.finetuning.options import FineTuneOptions
+from transfer.finetuning.options import FineTuneOptions, ResolvedOptions
 from transfer.finetuning.request import RunRequest
 from transfer.finetuning.tap_choice import choose_tap, drawn
-from transfer.images.preprocess import Preprocess
 from transfer.layers.backbone import Backbone
+from transfer.layers.classifier import Classifier
 from transfer.runs import run_folder
 from transfer.training.ridge import fit_ridge, is_solvable
 
@@ -32,8 +35,8 @@ logger = logging.getLogger(__name__)
 SMOOTHING, MAX_SMOOTHING = 0.25, 0.1
 """Label smoothing relative to the error of a head, and its maximum; measured in
 docs/fine-tuning.md."""
-ERROR_IMAGES = 500
-"""Training images on which this error is estimated: to two percent."""
+ERROR_IMAGES, MAX_ERROR_IMAGES = 500, 2000
+"""Training images on which this error is estimated, to two percent, or more for many classes."""
 
 
 def best_tap(request: RunRequest, train: Split) -> str:
@@ -101,7 +104,7 @@ def epochs_of(request: RunRequest) -> int | None:
 
 
 def label_smoothing_of(
-    request: RunRequest, train: Split, backbone: Backbone, preprocess: Preprocess
+    request: RunRequest, options: ResolvedOptions, train: Split, classifier: Classifier
 ) -> float:
     """The label smoothing that was given, else that of the resumed run, else the default.
 
@@ -111,28 +114,28 @@ def label_smoothing_of(
     others.
 
     Args:
-        request: the run, with its solver.
+        request: the run.
+        options: its options, with the other defaults.
         train: its training images.
-        backbone: with pretrained weights.
-        preprocess: applied to each image.
+        classifier: before training.
     """
-    options, replicas = request.options, request.replicas
-    if options.label_smoothing is not None:
-        return options.label_smoothing
-    if isinstance(recorded := _recorded(request).get("label_smoothing"), float):
-        return recorded
+    if request.options.label_smoothing is not None:
+        return request.options.label_smoothing
+    if isinstance(recorded := _recorded(request).get("label_smoothing"), int | float):
+        return float(recorded)
+    backbone = classifier.feature_extractor
     if options.solver != "gradient" or options.is_mixed or trains_head_only(options, backbone):
         return 0.0
-    smoothing = _smoothing(request, train, backbone, preprocess) if replicas.is_chief else 0.0
+    replicas = request.replicas
+    model = request.graph.name
+    smoothing = _smoothing(options, train, classifier, model) if replicas.is_chief else 0.0
     return float(replicas.from_chief(str(smoothing)))
 
 
-def _smoothing(
-    request: RunRequest, train: Split, backbone: Backbone, preprocess: Preprocess
-) -> float:
+def _smoothing(options: ResolvedOptions, train: Split, classifier: Classifier, model: str) -> float:
     # The run is that with this label smoothing, given: layers with dropout draw seeds.
     state = random.getstate()
-    error = head_error(backbone, train, preprocess, request.options)
+    error = head_error(options, train, classifier, model)
     random.setstate(state)
     if error is None:
         return 0.0
@@ -145,27 +148,35 @@ def _smoothing(
 
 
 def head_error(
-    backbone: Backbone, train: Split, preprocess: Preprocess, options: FineTuneOptions
+    options: FineTuneOptions, train: Split, classifier: Classifier, model: str
 ) -> float | None:
     """The leave-one-out error of a head on some of the training images, 0 to 1; ``None`` if no
-    class has images that could be left out. The features are cached, where runs find them."""
+    class has images that could be left out.
+
+    Args:
+        options: of the run.
+        train: its training images.
+        classifier: before training.
+        model: name of the pretrained model.
+    """
     few = drawn(train, ERROR_IMAGES, options.seed)
+    if len(few) > MAX_ERROR_IMAGES:  # of very many classes
+        few = few.where(np.isin(few.labels, np.unique(few.labels)[:: len(few) // ERROR_IMAGES]))
     if len(np.unique(few.labels)) < 2:
         return None
-    features = extract_features(
-        backbone,
+    on_disk = options.cache == "disk" and not options.random_weights
+    folder = (options.cache_dir or default_directory()) / SAMPLES
+    features = layer_features(
+        classifier.feature_extractor,
         few,
-        preprocess,
-        cache="disk" if options.cache == "disk" and not options.random_weights else "memory",
-        cache_dir=options.cache_dir,
-        cache_limit=options.cache_limit,
+        classifier.preprocess,
+        model,
+        CachePolicy("disk" if on_disk else "memory", folder),
     )
-    solution = fit_ridge(
-        features.values, features.labels, len(features.class_names), groups=few.groups
-    )
+    solution = fit_ridge(features, few.labels, len(classifier.labels), groups=few.groups)
     if solution.out_of_sample is None or solution.scored is None:
         return None
-    is_wrong = solution.out_of_sample.argmax(-1) != features.labels
+    is_wrong = solution.out_of_sample.argmax(-1) != few.labels
     return float(is_wrong[solution.scored].mean())
 
 

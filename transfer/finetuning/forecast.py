@@ -30,16 +30,18 @@ class Forecast:
     """``choice`` has the accuracy of a head on each tap, ``costs`` the time, memory and disk space
     of a run at each cut of the network up to the best tap, from the tap to ``none``.
 
-    ``trial`` compares full fine-tuning with the head, if it was tried. ``trial_s`` are the seconds
-    that this takes, ``None`` if the whole network cannot be trained, or has too few images.
+    ``few`` are training images on which full fine-tuning can be compared with the head, in
+    ``trial_s`` seconds; see ``with_trial``. They are ``None`` if the whole network cannot be
+    trained. ``trial`` is the result.
     """
 
     choice: TapChoice
     costs: Sequence[CutCost]
     num_train: int
     num_held_out: int
-    trial: FullTrial | None = None
+    few: Split | None = None
     trial_s: float | None = None
+    trial: FullTrial | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -47,18 +49,13 @@ class Forecast:
         return {"tap": self.choice.best.tap, **HEAD_ONLY}
 
 
-def forecast(request: RunRequest, trial_minutes: float | None = None) -> Forecast:
+def forecast(request: RunRequest) -> Forecast:
     """Estimate accuracy and cost of the runs that a request could become; writes only features, to
     the activation cache.
-
-    What full fine-tuning gains is tried on as many training images as the taps are compared on, if
-    that is affordable.
 
     Args:
         request: as for ``fine_tune``. ``tap`` is compared with others, ``freeze_until`` is not
             used. Times are those of float32, whatever the ``precision``.
-        trial_minutes: the longest time that this trial may take; 0 does not try. Default: a tenth
-            of the time of full fine-tuning, and at most 10 minutes.
 
     Raises:
         ValueError, OSError: as for ``fine_tune``; also for several stages or replicas, and if a
@@ -118,23 +115,42 @@ def forecast(request: RunRequest, trial_minutes: float | None = None) -> Forecas
     ridge_s = choice.best.fit_s * len(context.train) / choice.num_images
     costs = measure_costs(context, setup_s, cached, ridge_s if solver == "ridge" else None)
     result = Forecast(choice, costs, len(context.train), len(context.held_out))
-    return _with_trial(result, request, context.train, trial_minutes)
-
-
-def _with_trial(
-    result: Forecast, request: RunRequest, train: Split, minutes: float | None
-) -> Forecast:
-    full = result.costs[-1]
-    if full.cut != NONE:
+    if costs[-1].cut != NONE:
         return result
-    few, options = drawn(train, result.choice.num_images, request.options.seed), request.options
-    seconds = trial_seconds(full, options, len(few), result.num_train, result.num_held_out)
-    if not is_affordable(seconds, full, None if minutes is None else 60 * minutes):
-        return replace(result, trial_s=seconds)
+    few = drawn(context.train, choice.num_images, options.seed)
+    seconds = trial_seconds(
+        costs[-1], request.options, len(few), len(context.train), len(context.held_out)
+    )
+    return replace(result, few=few, trial_s=seconds)
+
+
+def with_trial(result: Forecast, request: RunRequest, minutes: float | None = None) -> Forecast:
+    """The forecast with what full fine-tuning gains over the head on the best tap, if it is
+    affordable to try it on some of the training images. Writes run folders, which are deleted, to
+    the system's temporary folder.
+
+    Args:
+        result: the forecast.
+        request: that it was made for.
+        minutes: the longest time that this may take; 0 does not try. Default: a tenth of the time
+            of full fine-tuning, and at most 10 minutes.
+    """
+    if result.few is None or result.trial_s is None:
+        return result
+    if not is_affordable(
+        result.trial_s, result.costs[-1], None if minutes is None else 60 * minutes
+    ):
+        return result
     if request.verbose:
-        logger.info(f"full fine-tuning is tried on {len(few)} training images, {_time(seconds)}")
-    trial = try_full(request, few, result.choice.best.tap)
-    return replace(result, trial=trial, trial_s=None if trial is None else seconds)
+        logger.info(
+            f"full fine-tuning is tried on {len(result.few)} training images, "
+            f"{_time(result.trial_s)}"
+        )
+    try:
+        return replace(result, trial=try_full(request, result.few, result.choice.best.tap))
+    except (ValueError, ArithmeticError, OSError, MemoryError) as error:
+        logger.warning(f"full fine-tuning could not be tried: {error}")
+        return replace(result, few=None)
 
 
 def describe(forecast: Forecast, run: str = "") -> Iterator[str]:
@@ -173,23 +189,25 @@ def describe(forecast: Forecast, run: str = "") -> Iterator[str]:
             f"  more training: {shown}; it gains most with many images, or images unlike those of "
             "the pretraining"
         )
-    if forecast.trial is not None:
-        yield from _describe_trial(forecast.trial)
-    elif forecast.trial_s is not None:
-        minutes = math.ceil(forecast.trial_s / 60)
+
+
+def describe_trial(forecast: Forecast) -> Iterator[str]:
+    """Describe what full fine-tuning gains, or how long it takes to try, in lines."""
+    trial = forecast.trial
+    if trial is not None:
+        low, high = trial.interval
+        yield (
+            f"  an estimate from {trial.num_train:,} training images, tested on "
+            f"{trial.num_test:,} others: full fine-tuning {trial.accuracy:.3f}, the head "
+            f"{trial.head_accuracy:.3f}"
+        )
+        yield f"  difference {trial.gain:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
+    elif forecast.few is not None and forecast.trial_s is not None:
+        minutes = math.ceil(1.5 * forecast.trial_s / 60)  # it is measured anew
         yield (
             "  what full fine-tuning gains was not tried, as that takes "
             f"{_time(forecast.trial_s)}; trial_minutes={minutes} tries it"
         )
-
-
-def _describe_trial(trial: FullTrial) -> Iterator[str]:
-    low, high = trial.interval
-    yield (
-        f"  an estimate from {trial.num_train:,} training images, tested on {trial.num_test:,} "
-        f"others: full fine-tuning {trial.accuracy:.3f}, the head {trial.head_accuracy:.3f}"
-    )
-    yield f"  difference {trial.gain:+.3f} (95 % interval {low:+.3f} to {high:+.3f})"
 
 
 def _table(header: list[str], rows: Sequence[tuple[object, ...]]) -> list[str]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from transfer.core import measurement
 from transfer.data.dataset import Split
 from transfer.evaluation import by_group
+from transfer.finetuning import setup
 from transfer.finetuning.cost import NONE, CutCost
 from transfer.finetuning.hyperparameters import BATCH, default_epochs
 from transfer.finetuning.options import FineTuneOptions
@@ -65,8 +70,24 @@ def trial_seconds(
 
 def is_affordable(seconds: float, full: CutCost, most_s: float | None) -> bool:
     """Whether a trial may take this long: up to ``most_s``; by default up to a tenth of the time of
-    full fine-tuning, and ten minutes."""
+    full fine-tuning, and ten minutes. Its memory must be free, too."""
+    if full.memory_mb > measurement.peak_rss_mb() + measurement.available_memory_mb():
+        return False
     return seconds <= (min(_SHARE * full.total_s, _MOST_S) if most_s is None else most_s)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Leave out what is said about the images of a run: those of a trial are drawn here."""
+    loggers = [logging.getLogger(name) for name in (setup.__name__, run.__module__)]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def try_full(request: RunRequest, few: Split, tap: str) -> FullTrial | None:
@@ -88,18 +109,32 @@ def try_full(request: RunRequest, few: Split, tap: str) -> FullTrial | None:
     in_test = np.zeros(len(few), bool)
     in_test[folds[0][1]] = True
     train, test = few.where(~in_test), few.where(in_test)
+    size = request.options.batch_size
     options = replace(
-        request.options, tap=tap, shots_per_class=None, precision="float32", track=None
+        request.options,
+        tap=tap,
+        shots_per_class=None,
+        batch_size=None if size is None else min(size, len(train)),
+        early_stopping=None,  # the test images choose nothing
+        precision="float32",
+        track=None,
+        track_files=False,
     )
     full = replace(options, freeze_until=NONE, freeze_from=None, schedule=None, solver="auto")
     right = []
     with tempfile.TemporaryDirectory() as folder:
         for name, given in (("full", full), ("head", options.head_only())):
             of_trial = replace(
-                request, train=train, held_out=test, options=given, run_dir=Path(folder, name)
+                request,
+                train=train,
+                held_out=test,
+                options=given,
+                run_dir=Path(folder, name),
+                callbacks=(),
             )
             try:
-                logits = run(of_trial).logits
+                with _without_warnings():
+                    logits = run(of_trial).logits
             except Interrupted as error:  # there is nothing to resume
                 raise KeyboardInterrupt from error
             right.append(logits.argmax(-1) == test.labels)

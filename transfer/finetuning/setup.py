@@ -124,6 +124,8 @@ def prepare(request: RunRequest) -> RunContext:
         replicas=replicas,
     )
     resolved = precision.applied(resolved)
+    smoothing = label_smoothing_of(request, resolved, train, classifier)
+    resolved = dataclasses.replace(resolved, label_smoothing=smoothing)
     cut = options.freeze_until if options.freeze_from is None else stages[-1].cut
     run_dir = request.run_dir or run_folder.default_out(train.source.name, cut)
     run_dir = Path(replicas.from_chief(str(run_dir.resolve())))
@@ -266,9 +268,9 @@ def _remembered(options: FineTuneOptions, train: Split, held_out: Split) -> Iter
 
 
 def _inspect_images(train: Split, held_out: Split, verbose: int) -> tuple[dict[str, Any], int]:
-    """Warn about classes without images and, if there are few enough to decode all, about training
-    images among the held-out ones; returns the fingerprint of the images, and how many held-out
-    images are also trained on.
+    """Warn about classes without images, and about training images among the held-out ones: also
+    near-duplicates, if there are few enough images to decode all; returns the fingerprint of the
+    images, and how many held-out images are also trained on.
 
     Raises:
         UnreadableImageError: if some of them cannot be decoded.
@@ -364,7 +366,7 @@ def _classifier(
             "image_size": size if isinstance(size, int) else show_size(size),
             "batch_size": batch_size_of(request, train, backbone),
             "epochs": epochs_of(request),
-            "label_smoothing": label_smoothing_of(request, train, backbone, preprocess),
+            "label_smoothing": options.label_smoothing or 0.0,
         }
     )
     return classifier, features, ResolvedOptions(**resolved), planned.tensors

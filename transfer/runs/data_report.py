@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -13,7 +11,7 @@ import numpy as np
 
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
 from transfer.activations.fingerprints import remembered
-from transfer.core import npy_files
+from transfer.core.npy_files import FileRows
 from transfer.data import data_checks
 from transfer.data.dataset import Source, Split
 from transfer.data.label_errors import find_label_errors
@@ -193,12 +191,10 @@ def _check_labels(
     preprocess = graph.preprocess(backbone.network.input, mode)
     batches = progress(split.batches(preprocess, EXTRACTION_BATCH))
     width = backbone.compute_output_spec(keras.KerasTensor((1, *preprocess.shape))).shape[-1]
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "features.npy")  # in memory, a million images may take 16 GB
-        with npy_files.row_writer(path, width) as append:
-            for values, _ in stream(Compiled(backbone), batches):
-                append(values)
-        errors = find_label_errors(npy_files.FileRows(path), split.labels, split.groups)
+    with FileRows(width) as features:  # in memory, those of a million images may take 16 GB
+        for values, _ in stream(Compiled(backbone), batches):
+            features.append(values)
+        errors = find_label_errors(features, split.labels, split.groups)
     to_review = [
         LabelToReview(
             image=split.names[position],
