@@ -21,6 +21,7 @@ import tensorflow as tf
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
 from transfer.core import measurement
 from transfer.finetuning.context import RunContext
+from transfer.finetuning.defaults import ERROR_IMAGES
 from transfer.finetuning.hyperparameters import (
     StageRequest,
     default_batch_size,
@@ -188,6 +189,11 @@ def _cost(
     extract = num_extracted * of_frozen + (2 * speeds.start if num_extracted else 0.0)
     train = epochs * epoch + part.trace
     evaluate = _EVALUATION * speeds.setup + validate
+    setup = speeds.setup
+    is_default = context.request.options.label_smoothing is None
+    if is_default and not only_head and not options.is_mixed:
+        # The default follows from features of some training images.
+        setup += speeds.start + min(num_train, ERROR_IMAGES) * (speeds.forward + speeds.read)
 
     stored = 0.0 if cut is None or cut.num_bytes is None else float(cut.num_bytes)
     stored *= (num_train * views + num_held_out) * (0.5 if options.cache_dtype == "float16" else 1)
@@ -201,7 +207,7 @@ def _cost(
         epochs=epochs,
         extract_s=extract,
         train_s=train,
-        total_s=speeds.setup + extract + train + evaluate,
+        total_s=setup + extract + train + evaluate,
         memory_mb=memory_mb + in_memory / 1e6,
         disk_mb=on_disk / 1e6,
         trained=trained,

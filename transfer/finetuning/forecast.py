@@ -84,9 +84,7 @@ def forecast(request: RunRequest) -> Forecast:
     keras.utils.set_random_seed(options.seed)
     own = None if options.tap == AUTO else options.tap
     # More than a head is trained by gradient descent, whatever solves for the head.
-    options = replace(
-        options.head_only(), solver="gradient", precision="float32", label_smoothing=0.0
-    )
+    options = replace(options.head_only(), solver="gradient", precision="float32")
     start = time.perf_counter()
     context = prepare(replace(request, options=replace(options, tap=own)))
     # A later run finds the fingerprints of the images on disk.
