@@ -1,5 +1,7 @@
 """A forecast agrees with the run that follows it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,7 @@ from transfer import fine_tune, load_meta_graph, open_source
 from transfer.finetuning import cost as cost_module
 from transfer.finetuning import forecast as forecast_module
 from transfer.finetuning.cost import CutCost
-from transfer.finetuning.forecast import forecast, with_trial
+from transfer.finetuning.forecast import describe_trial, forecast, with_trial
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.request import RunRequest
 
@@ -58,6 +60,9 @@ def test_full_fine_tuning_is_tried_if_it_is_affordable(
     monkeypatch.setattr(forecast_module, "try_full", fails)
     assert with_trial(result, request, 60).trial is None
     assert "full fine-tuning could not be tried: for this reason" in caplog.text
+    costs = [*result.costs[:-1], replace(result.costs[-1], memory_mb=1e9)]
+    assert not [*describe_trial(with_trial(replace(result, costs=costs), request, 60))]
+    assert "it takes 1,000,000,000 MB, and" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -135,9 +135,8 @@ def with_trial(result: Forecast, request: RunRequest, minutes: float | None = No
     """
     if result.few is None or result.trial_s is None:
         return result
-    if not is_affordable(
-        result.trial_s, result.costs[-1], None if minutes is None else 60 * minutes
-    ):
+    full = result.costs[-1]
+    if not is_affordable(result.trial_s, full, None if minutes is None else 60 * minutes):
         return result
     if request.verbose:
         logger.info(
@@ -145,6 +144,9 @@ def with_trial(result: Forecast, request: RunRequest, minutes: float | None = No
             f"{_time(result.trial_s)}"
         )
     try:
+        free_mb = measurement.peak_rss_mb() + measurement.available_memory_mb()
+        if full.memory_mb > free_mb:
+            raise MemoryError(f"it takes {full.memory_mb:,.0f} MB, and {free_mb:,.0f} MB are free")
         return replace(result, trial=try_full(request, result.few, result.choice.best.tap))
     except (ValueError, ArithmeticError, OSError, MemoryError) as error:
         logger.warning(f"full fine-tuning could not be tried: {error}")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from transfer.core import measurement
 from transfer.data.dataset import Split
 from transfer.evaluation import by_group
 from transfer.finetuning import setup
@@ -70,9 +69,7 @@ def trial_seconds(
 
 def is_affordable(seconds: float, full: CutCost, most_s: float | None) -> bool:
     """Whether a trial may take this long: up to ``most_s``; by default up to a tenth of the time of
-    full fine-tuning, and ten minutes. Its memory must be free, too."""
-    if full.memory_mb > measurement.peak_rss_mb() + measurement.available_memory_mb():
-        return False
+    full fine-tuning, and ten minutes."""
     return seconds <= (min(_SHARE * full.total_s, _MOST_S) if most_s is None else most_s)
 
 
