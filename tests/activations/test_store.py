@@ -218,6 +218,17 @@ def test_damaged_rows_of_vanished_images_are_an_error(
         extract_features(backbone, split, Preprocess("unit", 16), cache_dir=directory)
 
 
+def test_features_of_maps_that_do_not_fit_in_memory_are_pooled_as_they_come(
+    model, image_folder, monkeypatch
+):
+    split = open_source(image_folder=str(image_folder)).split("train")
+    backbone = Backbone(load_meta_graph(model), "pool1")
+    expected = extract_features(backbone, split, Preprocess("unit", 16), cache="memory")
+    monkeypatch.setattr("transfer.core.measurement.available_memory_mb", lambda: 0.001)
+    found = extract_features(backbone, split, Preprocess("unit", 16), cache="memory")
+    np.testing.assert_array_equal(found.values, expected.values)
+
+
 @pytest.mark.slow
 def test_all_cache_modes_give_the_same_head(run, finished):
     """Cached and uncached training see the same images in the same order."""
@@ -279,7 +290,7 @@ def test_least_recently_used_activations_are_evicted(run, tmp_path):
 @pytest.mark.usefixtures("first")
 def test_cache_list_and_clear(run, tmp_path, capsys):
     directory = tmp_path / "cache"
-    run("pool1", "--freeze-until", "pool1")
+    run("pool1", "--freeze-until", "pool1", "--label-smoothing", 0)
     capsys.readouterr()
     assert main(["cache", "list", "--cache-dir", str(directory)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import keras
 import numpy as np
 
-from transfer.activations.extraction import EXTRACTION_BATCH, Activations
+from transfer.activations.extraction import EXTRACTION_BATCH, Activations, Compiled, stream
 from transfer.activations.store import ActivationStore, CachePolicy, ExtractionRequest
 from transfer.data.dataset import Split
 from transfer.graph import is_seeded
@@ -129,9 +130,6 @@ def layer_features(
         model: name of the model.
         policy: where activations are cached.
         pooling: of feature maps over height and width, see ``Backbone``.
-
-    Raises:
-        MemoryError: if they fit neither in the cache nor in memory.
     """
     tap = features.network.output
     # The same layer as in a run with this cut, without global average pooling, to share its cache.
@@ -142,12 +140,16 @@ def layer_features(
         layer, preprocess, cut=tap.removesuffix(":0"), model=model, policy=policy
     )
     rows = store.rows([ExtractionRequest("training", split, None)])
-    if rows is None:
-        raise MemoryError("the features do not fit in memory; use cache='disk'")
     # Pooled in batches: the activations themselves may not fit in memory.
-    batches = Activations(rows, split.labels).batches(EXTRACTION_BATCH)
-    inputs = itertools.chain([np.asarray(rows[0][:0], np.float32)], (x for x, _ in batches))
-    return np.concatenate([_pooled(np.asarray(x), pooling) for x in inputs])
+    batches: Iterable[tuple[np.ndarray, Any]]
+    if rows is None:
+        batches, first = stream(Compiled(layer), split.batches(preprocess, EXTRACTION_BATCH)), []
+    else:
+        batches = Activations(rows, split.labels).batches(EXTRACTION_BATCH)
+        first = [np.asarray(rows[0][:0], np.float32)]
+    return np.concatenate(
+        [_pooled(x, pooling) for x in itertools.chain(first, (values for values, _ in batches))]
+    )
 
 
 def _pooled(maps: np.ndarray, pooling: Pooling) -> np.ndarray:
