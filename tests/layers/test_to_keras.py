@@ -191,7 +191,7 @@ def test_classifier_on_several_taps_is_native():
 
 
 def new_classifier(mode="caffe", head=None):
-    head = head or Head(3, hidden=[8], dropout=0.5)
+    head = head or Head(3, hidden=[8], dropout=0.5, seed=0)  # at a kink, gradients would differ
     classifier = Classifier(
         Backbone("pretrained/vgg_small"), head, Preprocess(mode, 64), ["a", "b", "c"]
     )
