@@ -60,6 +60,8 @@ def test_full_fine_tuning_is_tried_if_it_is_affordable(
     monkeypatch.setattr(forecast_module, "try_full", fails)
     assert with_trial(result, request, 60).trial is None
     assert "full fine-tuning could not be tried: for this reason" in caplog.text
+    monkeypatch.setattr(forecast_module, "try_full", lambda *_: None)  # no folds
+    assert not [*describe_trial(with_trial(result, request, 60))]
     costs = [*result.costs[:-1], replace(result.costs[-1], memory_mb=1e9)]
     assert not [*describe_trial(with_trial(replace(result, costs=costs), request, 60))]
     assert "it takes 1,000,000,000 MB, and" in caplog.text

@@ -32,7 +32,7 @@ class Forecast:
 
     ``few`` are training images on which full fine-tuning can be compared with the head, in
     ``trial_s`` seconds; see ``with_trial``. They are ``None`` if the whole network cannot be
-    trained. ``trial`` is the result.
+    trained, or it was tried. ``trial`` is the result.
     """
 
     choice: TapChoice
@@ -147,10 +147,11 @@ def with_trial(result: Forecast, request: RunRequest, minutes: float | None = No
         free_mb = measurement.peak_rss_mb() + measurement.available_memory_mb()
         if full.memory_mb > free_mb:
             raise MemoryError(f"it takes {full.memory_mb:,.0f} MB, and {free_mb:,.0f} MB are free")
-        return replace(result, trial=try_full(request, result.few, result.choice.best.tap))
+        trial = try_full(request, result.few, result.choice.best.tap)
     except (ValueError, ArithmeticError, OSError, MemoryError) as error:
         logger.warning(f"full fine-tuning could not be tried: {error}")
-        return replace(result, few=None)
+        trial = None
+    return replace(result, few=None, trial=trial)
 
 
 def describe(forecast: Forecast, run: str = "") -> Iterator[str]:
