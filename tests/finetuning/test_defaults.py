@@ -34,14 +34,14 @@ def test_run_equals_that_with_the_value_given(model, splits, tmp_path):
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_smoothing_is_a_quarter_of_the_error_and_is_kept(model, splits, tmp_path, monkeypatch):
+def test_smoothing_follows_from_the_error_and_is_kept(model, splits, tmp_path, monkeypatch):
     monkeypatch.setattr(defaults, "head_error", lambda *_: 0.2)
     options = {"freeze_until": "none", "cache_dir": tmp_path / "cache"}
     first = fine_tune(model, *splits, run_dir=tmp_path / "run", epochs=1, **options)
-    assert smoothing_of(first) == 0.05
+    assert smoothing_of(first) == 0.0447  # 0.2**1.5 / 2
     monkeypatch.setattr(defaults, "head_error", None)  # a call raises a TypeError
     again = fine_tune(model, *splits, run_dir=tmp_path / "run", epochs=2, resume=True, **options)
-    assert smoothing_of(again) == 0.05
+    assert smoothing_of(again) == 0.0447
 
 
 def test_head_may_have_several_taps(model, splits, tmp_path):
@@ -56,10 +56,11 @@ def test_images_of_very_many_classes_are_few(monkeypatch):
     monkeypatch.setattr(defaults, "layer_features", lambda _, few, *__: seen.append(few) or 1 / 0)
     monkeypatch.setattr(defaults, "ERROR_IMAGES", 5)
     monkeypatch.setattr(defaults, "MAX_ERROR_IMAGES", 10)
-    classifier = types.SimpleNamespace(feature_extractor=None, preprocess=None)
+    backbone = types.SimpleNamespace(activations=lambda _: None)
+    classifier = types.SimpleNamespace(feature_extractor=backbone, preprocess=None)
     source = open_source("digits")
     with pytest.raises(ZeroDivisionError):
-        defaults.head_error(FineTuneOptions(), source.split("train"), classifier, "")
+        defaults.head_error(FineTuneOptions(), source.split("train"), classifier, "", "none")
     assert 1 < len(np.unique(seen[0].labels)) < 10
 
 

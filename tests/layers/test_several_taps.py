@@ -145,6 +145,24 @@ def test_concatenated_taps_are_one_tensor_to_split_at(model, images):
     assert one.concatenated() is one
 
 
+def test_activations_are_those_of_the_tap_all_or_after_a_cut(model, images):
+    graph = load_meta_graph(model)
+    everything = Backbone(graph, tap="all").concatenated()
+    backbone = Backbone(graph)
+    found = backbone.activations()
+    np.testing.assert_array_equal(found(images), everything(images))
+    assert all(a is b for a, b in zip(found.weights, backbone.weights, strict=True))
+    after = backbone.activations("pool2")(images)
+    np.testing.assert_array_equal(after, everything(images)[:, -after.shape[1] :])
+    assert 0 < after.shape[1] < everything(images).shape[1]
+
+
+def test_activations_of_layer_without_nonlinearity_are_its_output(model, images):
+    _, pooling = Backbone(load_meta_graph(model), tap="pool2").split("conv2_2/Relu")
+    maps = np.ones((2, 8, 8, 16), np.float32)
+    np.testing.assert_array_equal(pooling.activations()(maps), pooling(maps))
+
+
 def numpy_of(features):
     return [value.numpy() for value in features.values()]
 

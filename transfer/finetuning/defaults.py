@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ from transfer.core import measurement
 from transfer.data.dataset import Split
 from transfer.finetuning.hyperparameters import (
     BATCH,
+    Stage,
     choose_solver,
     default_batch_size,
     trains_cached_head,
@@ -32,8 +34,8 @@ from transfer.training.ridge import fit_ridge, is_solvable
 
 logger = logging.getLogger(__name__)
 
-SMOOTHING, MAX_SMOOTHING = 0.25, 0.1
-"""Label smoothing relative to the error of a head, and its maximum; measured in
+SMOOTHING, EXPONENT, MAX_SMOOTHING = 0.5, 1.5, 0.1
+"""Label smoothing is a power of the error of a head, up to a maximum; measured in
 docs/fine-tuning.md."""
 ERROR_IMAGES, MAX_ERROR_IMAGES = 500, 2000
 """Training images on which this error is estimated, to two percent, or more for many classes."""
@@ -104,20 +106,25 @@ def epochs_of(request: RunRequest) -> int | None:
 
 
 def label_smoothing_of(
-    request: RunRequest, options: ResolvedOptions, train: Split, classifier: Classifier
+    request: RunRequest,
+    options: ResolvedOptions,
+    train: Split,
+    classifier: Classifier,
+    stages: Sequence[Stage],
 ) -> float:
     """The label smoothing that was given, else that of the resumed run, else the default.
 
     Where more than a head is trained, training ends confident of the training images, however many
     of the others it gets wrong. How many that will be is known beforehand, roughly: a head on the
-    pretrained features is solved for on some of the training images, and predicts each from the
-    others.
+    pretrained activations of all layers that are trained is solved for on some of the training
+    images, and predicts each from the others.
 
     Args:
         request: the run.
         options: its options, with the other defaults.
         train: its training images.
         classifier: before training.
+        stages: the last one trains the most.
     """
     if request.options.label_smoothing is not None:
         return request.options.label_smoothing
@@ -128,36 +135,40 @@ def label_smoothing_of(
         return 0.0
     replicas = request.replicas
     model = request.graph.name
-    smoothing = _smoothing(options, train, classifier, model) if replicas.is_chief else 0.0
+    cut = stages[-1].cut
+    smoothing = _smoothing(options, train, classifier, model, cut) if replicas.is_chief else 0.0
     return float(replicas.from_chief(str(smoothing)))
 
 
-def _smoothing(options: ResolvedOptions, train: Split, classifier: Classifier, model: str) -> float:
+def _smoothing(
+    options: ResolvedOptions, train: Split, classifier: Classifier, model: str, cut: str
+) -> float:
     # The run is that with this label smoothing, given: layers with dropout draw seeds.
     state = random.getstate()
-    error = head_error(options, train, classifier, model)
+    error = head_error(options, train, classifier, model, cut)
     random.setstate(state)
     if error is None:
         return 0.0
-    smoothing = round(min(MAX_SMOOTHING, SMOOTHING * error), 4)
+    smoothing = round(min(MAX_SMOOTHING, SMOOTHING * error**EXPONENT), 4)
     logger.info(
-        f"label_smoothing: {smoothing:g}; a head on frozen features gets {error:.1%} of the "
-        "training images wrong in cross-validation"
+        f"label_smoothing: {smoothing:g}; a head on the layers to be trained, frozen, gets "
+        f"{error:.1%} of the training images wrong in cross-validation"
     )
     return smoothing
 
 
 def head_error(
-    options: FineTuneOptions, train: Split, classifier: Classifier, model: str
+    options: FineTuneOptions, train: Split, classifier: Classifier, model: str, cut: str
 ) -> float | None:
-    """The leave-one-out error of a head on some of the training images, 0 to 1; ``None`` if no
-    class has images that could be left out.
+    """The leave-one-out error of a head on all activations after a cut, of some of the training
+    images, 0 to 1; ``None`` if no class has images that could be left out.
 
     Args:
         options: of the run.
         train: its training images.
         classifier: before training.
         model: name of the pretrained model.
+        cut: name of a tensor, or ``none`` for the activations of the whole network.
     """
     few = drawn(train, ERROR_IMAGES, options.seed)
     if len(few) > MAX_ERROR_IMAGES:  # of very many classes
@@ -167,7 +178,7 @@ def head_error(
     on_disk = options.cache == "disk" and not options.random_weights
     folder = (options.cache_dir or default_directory()) / SAMPLES
     features = layer_features(
-        classifier.feature_extractor,
+        classifier.feature_extractor.activations(None if cut == "none" else cut),
         few,
         classifier.preprocess,
         model,

@@ -124,7 +124,7 @@ def prepare(request: RunRequest) -> RunContext:
         replicas=replicas,
     )
     resolved = precision.applied(resolved)
-    smoothing = label_smoothing_of(request, resolved, train, classifier)
+    smoothing = label_smoothing_of(request, resolved, train, classifier, stages)
     resolved = dataclasses.replace(resolved, label_smoothing=smoothing)
     cut = options.freeze_until if options.freeze_from is None else stages[-1].cut
     run_dir = request.run_dir or run_folder.default_out(train.source.name, cut)

@@ -23,6 +23,7 @@ from transfer.graph import (
     SEED,
     Network,
     Variable,
+    activations,
     ancestors,
     canonical,
     concatenated,
@@ -31,6 +32,7 @@ from transfer.graph import (
     find_scales,
     infer,
     is_seeded,
+    operation_of,
     split_tensor_name,
     taps,
 )
@@ -308,6 +310,31 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
         network = concatenated(self.network, self.pooling or "avg")
         return GraphLayer(
             network, variables, shared=self.shared, dtype=self.mixed_precision, name=self.name
+        )
+
+    def activations(self, after: str | None = None) -> GraphLayer[Tensor]:
+        """All activations as one feature vector: of the output of each nonlinearity the average and
+        the maximum over height and width. Weights are shared, not copied. A layer without
+        nonlinearities is ``concatenated``.
+
+        Args:
+            after: tensor that separates the input from the tap; activations before it are left out.
+        """
+        found = activations(self.network)
+        if after is not None:
+            later = cut(self.network, self.tensor(after))[1].graph_def.node
+            names = {node.name for node in later}
+            found = [tensor for tensor in found if operation_of(tensor) in names]
+        if not found:
+            return self.concatenated()
+        network = replace(self.network, output=found[-1], taps={name: name for name in found})
+        variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
+        return GraphLayer(
+            concatenated(network, "avg_max"),
+            variables,
+            shared=self.shared,
+            dtype=self.mixed_precision,
+            name=self.name,
         )
 
     def in_inference_mode(self) -> GraphLayer[Output]:
