@@ -374,6 +374,24 @@ def test_workers_fill_one_entry_that_any_number_of_workers_reads(model, folder, 
         np.testing.assert_array_equal(rows, expected[here])
 
 
+def test_missing_images_are_counted_before_they_are_computed(model, tmp_path):
+    _, held_out = open_source("digits").train_and_eval_splits()
+    few = held_out.where(np.arange(len(held_out)) < 40)
+    requests = [ExtractionRequest("held-out", few, None), ExtractionRequest("training", few, None)]
+    layer, _ = Backbone(load_meta_graph(model)).split("pool1")
+
+    def store(policy):
+        return ActivationStore(layer, Preprocess("none", 16), cut="pool1", model="", policy=policy)
+
+    on_disk = store(CachePolicy(directory=tmp_path))
+    assert on_disk.num_missing(requests) == 80
+    on_disk.rows(requests[:1])
+    assert on_disk.num_missing(requests) == on_disk.num_extracted == 40
+    assert store(CachePolicy("memory")).num_missing(requests) == 80
+    (tmp_path / "file").touch()
+    assert store(CachePolicy(directory=tmp_path / "file")).num_missing(requests) == 80
+
+
 @pytest.mark.slow
 def test_cached_random_view_is_that_of_the_name(model, tmp_path):
     """A view is seeded by the name, which for arrays is the position."""

@@ -41,6 +41,9 @@ def test_forecast_agrees_with_the_runs(model, image_folder, tmp_path, monkeypatc
         assert run.metrics["cut"] == cost.cut
         found = run.metrics["activations"]["found"]
         assert found == (result.choice.num_images if cut == "tap" else 0)
+    again = {cost.cut: cost.extract_s for cost in forecast(request).costs}
+    assert again.pop(head.cut) == again.pop("none") == 0  # all activations are cached
+    assert all(again.values())
 
 
 def test_full_fine_tuning_is_tried_if_it_is_affordable(

@@ -167,6 +167,19 @@ class ActivationStore:
             for members in parts
         ]
 
+    def num_missing(self, requests: Sequence[ExtractionRequest]) -> int:
+        """How many images ``rows`` would compute, as they are not in the cache."""
+        parts = [part for request in requests for part in request.of_members()]
+        if self._policy.mode == "disk":
+            cache = self._cache(self._policy.directory or default_directory())
+            with contextlib.suppress(OSError):  # a folder that cannot be used
+                entries = self._entries(cache, self._layer.digest(), parts)
+                return sum(
+                    int(whole_batches(entry.missing(part.row_ids)).sum())
+                    for entry, part in zip(entries, parts, strict=True)
+                )
+        return sum(len(part.needed) for part in parts)
+
     def _rows(self, requests: Sequence[ExtractionRequest]) -> list[Rows] | None:
         if self._policy.mode == "off":
             return None
@@ -196,12 +209,9 @@ class ActivationStore:
 
     def _on_disk(self, requests: Sequence[ExtractionRequest]) -> list[Rows]:
         directory = self._policy.directory or default_directory()
-        worker = self._replicas.worker, self._replicas.num_workers
-        cache = Cache(directory, int(self._policy.limit_gb * 1e9), worker)
-        digest, shape = self._layer.digest(), self._row_shape
-        entries = [
-            cache.entry(self._key(item, digest), shape, self._policy.dtype) for item in requests
-        ]
+        cache = self._cache(directory)
+        digest = self._layer.digest()
+        entries = self._entries(cache, digest, requests)
         by_folder = {entry.folder: entry for entry in entries}  # parts of one split have one entry
         entries = [by_folder[entry.folder] for entry in entries]
         with contextlib.ExitStack() as locks:
@@ -227,6 +237,16 @@ class ActivationStore:
                 entry.read(item.row_ids, functools.partial(self._restore, entry, item, digest))
                 for entry, item in zip(entries, requests, strict=True)
             ]
+
+    def _cache(self, directory: Path) -> Cache:
+        worker = self._replicas.worker, self._replicas.num_workers
+        return Cache(directory, int(self._policy.limit_gb * 1e9), worker)
+
+    def _entries(
+        self, cache: Cache, digest: str, requests: Sequence[ExtractionRequest]
+    ) -> list[Entry]:
+        shape, dtype = self._row_shape, self._policy.dtype
+        return [cache.entry(self._key(item, digest), shape, dtype) for item in requests]
 
     def _compute(self, entry: Entry, request: ExtractionRequest, missing: np.ndarray) -> None:
         """Compute the batches that have missing rows, and append these rows."""

@@ -28,6 +28,7 @@ from transfer.finetuning.hyperparameters import (
     parameter_groups,
     resolve,
 )
+from transfer.finetuning.inputs import num_missing
 from transfer.finetuning.stage import new_trainer
 from transfer.graph.cuts import Cut, list_cuts
 from transfer.training.optimizers import make_optimizer
@@ -112,7 +113,6 @@ class CutCost:
 def measure_costs(
     context: RunContext,
     setup_s: float,
-    cached: Mapping[str, int] | None = None,
     ridge_s: float | None = None,
 ) -> list[CutCost]:
     """Costs of a run for each stage of the network, from the tap to the input, and ``none``.
@@ -120,7 +120,6 @@ def measure_costs(
     Args:
         context: a run that has been set up; its classifier is changed by training steps.
         setup_s: the time that this took.
-        cached: maps cuts to the number of training images whose activations are in the cache.
         ridge_s: the seconds to solve for the head, if the run does not train it in epochs.
 
     Raises:
@@ -132,11 +131,12 @@ def measure_costs(
     if not cuts:
         raise ValueError("the network has no layers with weights before its tap, so no cuts")
     memory = measurement.peak_rss_mb()
+    missing = {_name(cut): _num_missing(context, _name(cut)) for cut in cuts}
     speeds = _measure(context, cuts, setup_s)
     places: list[Cut | None] = [*reversed(cuts)]
     if cuts[0].trained + _before_first(context):  # else nothing in the backbone can be trained
         places.append(None)
-    costs = [_cost(context, cut, cuts, speeds, memory, cached or {}) for cut in places]
+    costs = [_cost(context, cut, cuts, speeds, memory, missing) for cut in places]
     if ridge_s is not None:
         head = costs[0]
         saved = head.train_s - ridge_s - speeds.head_trace  # the evaluation is traced all the same
@@ -152,7 +152,7 @@ def _cost(
     cuts: list[Cut],
     speeds: Speeds,
     memory_mb: float,
-    cached: Mapping[str, int],
+    missing: Mapping[str, int],
 ) -> CutCost:
     options, head = context.options, context.classifier.head
     name = NONE if cut is None else _name(cut)
@@ -182,7 +182,7 @@ def _cost(
         of_image += of_frozen
         num_extracted = 0
     else:
-        num_extracted = num_held_out + max(0, num_train * views - cached.get(name, 0))
+        num_extracted = missing[name]
     validate = num_held_out * (part.forward + (of_frozen if cut is None else 0.0))
     epoch = steps * step + num_train * of_image + validate
     epoch += starts * speeds.start + _EPOCH_STEPS * speeds.head_step + _CHECKPOINT_S * trained
@@ -212,6 +212,14 @@ def _cost(
         disk_mb=on_disk / 1e6,
         trained=trained,
     )
+
+
+def _num_missing(context: RunContext, cut: str) -> int:
+    """Images that a run computes the activations at a cut of. Before training steps, which change
+    the weights that they are cached for."""
+    frozen, _ = context.classifier.split(cut)
+    assert frozen is not None
+    return num_missing(context, cut, frozen)
 
 
 def _measure(context: RunContext, cuts: list[Cut], setup_s: float) -> Speeds:

@@ -101,17 +101,12 @@ def forecast(request: RunRequest) -> Forecast:
     output = context.classifier.feature_extractor.network.output
     if best == "all" or "," in best or request.graph.tensor(best) != output:
         context = prepare(replace(request, options=replace(options, tap=best)))
-        output = context.classifier.feature_extractor.network.output
-    is_found = options.cache == "disk" and options.cache_dtype == "float32"
-    is_found = is_found and request.options.precision == "float32"
-    is_found = is_found and not (options.augment or options.views)
-    cached = {output.removesuffix(":0"): choice.num_images} if is_found else {}
     as_given = replace(request.options.head_only(), tap=best)
     solver = choose_solver(
         as_given, context.classifier.backbone, len(context.train), choice.best.width
     )
     ridge_s = choice.best.fit_s * len(context.train) / choice.num_images
-    costs = measure_costs(context, setup_s, cached, ridge_s if solver == "ridge" else None)
+    costs = measure_costs(context, setup_s, ridge_s if solver == "ridge" else None)
     result = Forecast(choice, costs, len(context.train), len(context.held_out))
     if costs[-1].cut != NONE:
         return result

@@ -15,11 +15,62 @@ from transfer.data.dataset import Split
 from transfer.data.epochs import Epochs
 from transfer.evaluation.prediction import predict_logits, summarize
 from transfer.finetuning.context import RunContext
+from transfer.finetuning.options import ResolvedOptions
 from transfer.finetuning.precision import calibration_images
 from transfer.graph import is_seeded
 from transfer.layers.graph_layer import GraphLayer
 from transfer.quantization.prefix import QuantizedPrefix
 from transfer.training.trainer import epoch_seed
+
+
+def num_missing(context: RunContext, cut: str, frozen: GraphLayer) -> int:
+    """How many images a stage of a run in float32 would compute the activations at a cut of, as
+    they are not in the cache."""
+    if is_seeded(frozen.network.graph_def):
+        return len(context.train) + len(context.held_out)
+    return _store(context, cut, frozen, Compiled(frozen)).num_missing(_requests(context))
+
+
+def _requests(context: RunContext) -> list[ExtractionRequest]:
+    """The held-out images, and each view of the training images that is cached."""
+    options, assigned = context.options, context.replicas.examples_of_worker
+    views = _view_seeds(options)
+    if options.augment and not options.views:
+        views = []  # new ones in each epoch
+    if options.is_mixed and context.replicas.num_workers > 1:
+        views = []  # the paired images may live on different workers
+    here, here_held_out = (
+        None if mine.all() else mine
+        for mine in (
+            assigned(len(split), EXTRACTION_BATCH) for split in (context.train, context.held_out)
+        )
+    )
+    held_out = ExtractionRequest("held-out", context.held_out, None, here_held_out)
+    return [
+        held_out,
+        *(ExtractionRequest("training", context.train, view, here) for view in views),
+    ]
+
+
+def _view_seeds(options: ResolvedOptions) -> list[int | None]:
+    """The seed of each view of the training images; ``None`` without random views."""
+    return [epoch_seed(options.seed, view) for view in range(options.views)] or [None]
+
+
+def _store(
+    context: RunContext, cut: str, frozen: GraphLayer, compiled: Compiled | QuantizedPrefix
+) -> ActivationStore:
+    return ActivationStore(
+        frozen,
+        context.classifier.preprocess,
+        cut=cut,
+        model=context.request.origin["model"],
+        policy=context.cache_policy,
+        compiled=compiled,
+        precision=compiled.key() if isinstance(compiled, QuantizedPrefix) else None,
+        replicas=context.replicas,
+        progress=context.progress,
+    )
 
 
 class Inputs:
@@ -52,29 +103,9 @@ class Inputs:
         self._is_recomputed = is_int8 = isinstance(compiled, QuantizedPrefix)
         if is_seeded(frozen.network.graph_def):
             return
-        views = self._view_seeds
-        if options.augment and not options.views:
-            views = []  # new ones in each epoch
-        if options.is_mixed and context.replicas.num_workers > 1:
-            views = []  # the paired images may live on different workers
-        here, here_held_out = (
-            None if mine.all() else mine for mine in (self._mine_train, self._mine_held_out)
-        )
-        held_out = ExtractionRequest("held-out", context.held_out, None, here_held_out)
-        requests = [held_out]
-        requests += [ExtractionRequest("training", context.train, view, here) for view in views]
-        store = ActivationStore(
-            frozen,
-            context.classifier.preprocess,
-            cut=cut,
-            model=context.request.origin["model"],
-            policy=context.cache_policy,
-            compiled=compiled,
-            precision=compiled.key() if isinstance(compiled, QuantizedPrefix) else None,
-            replicas=context.replicas,
-            progress=context.progress,
-        )
-        rows = store.rows(requests)
+        held_out, *views = _requests(context)
+        store = _store(context, cut, frozen, compiled)
+        rows = store.rows([held_out, *views])
         self.num_extracted, self.num_found = store.num_extracted, store.num_found
         # If the rows of one worker do not fit, no worker uses its cached rows: together they would
         # miss some images.
@@ -84,13 +115,7 @@ class Inputs:
             return
         self._held_out = Activations(rows[:1], held_out.needed.labels)
         if views:
-            self._train = Activations(rows[1:], context.train.labels, here)
-
-    @property
-    def _view_seeds(self) -> list[int | None]:
-        """The seed of each view of the training images; ``None`` without random views."""
-        options = self._context.options
-        return [epoch_seed(options.seed, view) for view in range(options.views)] or [None]
+            self._train = Activations(rows[1:], context.train.labels, views[0].here)
 
     @property
     def frozen(self) -> GraphLayer | None:
@@ -116,7 +141,7 @@ class Inputs:
         view: int | np.ndarray | None = seed if options.augment else None
         if options.views:  # they did not fit in the cache; the same as if they did
             views = (np.arange(len(self._context.train)) + epoch) % options.views
-            view = np.array(self._view_seeds, np.int64)[views]
+            view = np.array(_view_seeds(self._context.options), np.int64)[views]
         num_parts = 1
         if self._is_recomputed and options.batch_size % EXTRACTION_BATCH == 0:
             num_parts = options.batch_size // EXTRACTION_BATCH
@@ -150,7 +175,9 @@ class Inputs:
         width = context.classifier.head.classifier.kernel.shape[0]
         if self._train is None:
             shard = _shard(context.train, mine)
-            views = [self._computed(shard, view_seed=seed) for seed in self._view_seeds]
+            views = [
+                self._computed(shard, view_seed=seed) for seed in _view_seeds(self._context.options)
+            ]
         else:
             # One ``Activations`` per view, with the rows of this worker.
             labels = context.train.labels[mine]
