@@ -314,8 +314,8 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
 
     def activations(self, after: str | None = None) -> GraphLayer[Tensor]:
         """All activations as one feature vector: of the output of each nonlinearity the average and
-        the maximum over height and width. Weights are shared, not copied. A layer without
-        nonlinearities is ``concatenated``.
+        the maximum over height and width, in inference mode. Weights are shared, not copied. A
+        layer without nonlinearities is ``concatenated``.
 
         Args:
             after: tensor that separates the input from the tap; activations before it are left out.
@@ -327,7 +327,9 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
             found = [tensor for tensor in found if operation_of(tensor) in names]
         if not found:
             return self.concatenated()
-        network = replace(self.network, output=found[-1], taps={name: name for name in found})
+        taps_found = {tensor: tensor for tensor in found}
+        # The graph for training may name them differently.
+        network = replace(self.network, output=found[-1], taps=taps_found, training=None)
         variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
         return GraphLayer(
             concatenated(network, "avg_max"),
