@@ -251,16 +251,7 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
                 f"dtype={dtype!r} computes convolutions and matrix products in lower precision, "
                 "and the network has none in float32"
             )
-        variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
-        layer: GraphLayer[Output] = GraphLayer(
-            self.network,
-            variables,
-            pooling=self.pooling,
-            shared=self.shared,
-            dtype=dtype,
-            name=self.name,
-        )
-        return layer
+        return self._with_network(self.network, pooling=self.pooling, dtype=dtype)
 
     def split(self, at: str) -> tuple[GraphLayer[Tensor], GraphLayer[Output]]:
         """Split in two: ``suffix(prefix(x))`` equals ``self(x)``. Weights are shared, not copied.
@@ -275,7 +266,6 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
             ValueError: if it is not between input and tap, a branch bypasses it, or the name is
                 ambiguous.
         """
-        variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
         first, second = cut(self.network, self.tensor(at))
         if second.input != self.network.input:
             nodes = {node.name: node for node in self.network.graph_def.node}
@@ -283,13 +273,8 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
             second = replace(second, input_dtype=dtype_of(nodes[operation], index))
             with contextlib.suppress(ValueError):  # shapes cannot be inferred without a batch size
                 second = replace(second, input_shape=infer(self.network).get(second.input))
-        options: dict[str, Any] = {"shared": self.shared, "dtype": self.mixed_precision}
-        prefix: GraphLayer[Tensor] = GraphLayer(
-            first, variables, name=f"{self.name}_prefix", **options
-        )
-        suffix: GraphLayer[Output] = GraphLayer(
-            second, variables, pooling=self.pooling, name=f"{self.name}_suffix", **options
-        )
+        prefix = self._with_network(first, name=f"{self.name}_prefix")
+        suffix = self._with_network(second, pooling=self.pooling, name=f"{self.name}_suffix")
         return prefix, suffix
 
     def concatenated(self) -> GraphLayer[Tensor]:
@@ -306,11 +291,7 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
         """
         if not self.network.taps:
             return cast("GraphLayer[Tensor]", self)
-        variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
-        network = concatenated(self.network, self.pooling or "avg")
-        return GraphLayer(
-            network, variables, shared=self.shared, dtype=self.mixed_precision, name=self.name
-        )
+        return self._with_network(concatenated(self.network, self.pooling or "avg"))
 
     def activations(self, after: str | None = None) -> GraphLayer[Tensor]:
         """All activations as one feature vector: of the output of each nonlinearity the average and
@@ -330,28 +311,19 @@ class GraphLayer(keras.layers.Layer, Generic[Output]):
         taps_found = {tensor: tensor for tensor in found}
         # The graph for training may name them differently.
         network = replace(self.network, output=found[-1], taps=taps_found, training=None)
-        variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
-        return GraphLayer(
-            concatenated(network, "avg_max"),
-            variables,
-            shared=self.shared,
-            dtype=self.mixed_precision,
-            name=self.name,
-        )
+        return self._with_network(concatenated(network, "avg_max"))
 
     def in_inference_mode(self) -> GraphLayer[Output]:
         """The same layer, with the same weights, which ignores ``training=True``: dropout of the
         graph stays off, and gradients pass through."""
-        variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
         network = replace(self.network, training=None)
-        return GraphLayer(
-            network,
-            variables,
-            pooling=self.pooling,
-            shared=self.shared,
-            dtype=self.mixed_precision,
-            name=self.name,
-        )
+        return self._with_network(network, pooling=self.pooling)
+
+    def _with_network(self, network: Network, **options: Any) -> GraphLayer[Any]:
+        """A layer that computes another network with the weights of this one, in its precision."""
+        variables = dict(zip(self.variable_names, self.graph_variables, strict=True))
+        like_this = {"shared": self.shared, "dtype": self.mixed_precision, "name": self.name}
+        return GraphLayer(network, variables, **like_this | options)
 
     def tensor(self, name: str) -> str:
         """The full name of a tensor of the network, from a full or short name.
