@@ -385,6 +385,7 @@ def test_missing_images_are_counted_before_they_are_computed(model, tmp_path):
 
     on_disk = store(CachePolicy(directory=tmp_path))
     assert on_disk.num_missing(requests) == 80
+    assert not [*tmp_path.iterdir()]
     on_disk.rows(requests[:1])
     assert on_disk.num_missing(requests) == on_disk.num_extracted == 40
     assert store(CachePolicy("memory")).num_missing(requests) == 80

@@ -78,7 +78,9 @@ class Cache:
         self.limit_bytes = limit_bytes
         self._worker = worker
 
-    def entry(self, key: dict[str, Any], row_shape: Sequence[int], dtype: str) -> Entry:
+    def entry(
+        self, key: dict[str, Any], row_shape: Sequence[int], dtype: str, *, begin: bool = True
+    ) -> Entry:
         """The entry of a key, which must contain everything that a row depends on except its
         example.
 
@@ -86,6 +88,7 @@ class Cache:
             key: a JSON object.
             row_shape: shape of the activations of one example.
             dtype: float32 or float16.
+            begin: begin the entry, or mark it as used. ``False`` changes nothing on disk.
 
         Raises:
             OSError: if there is no such entry yet, and the directory cannot be written to.
@@ -93,7 +96,9 @@ class Cache:
         described = {"layout": _LAYOUT, **key, "row_shape": list(row_shape), "dtype": dtype}
         text = json.dumps(described, indent=1, sort_keys=True)
         folder = self.directory / _digest(text.encode())
-        self._touch_key(folder, text)
+        if begin:
+            self._touch_key(folder, text)
+            files.make_folder(self.directory / _LOCKS)
         ensure = functools.partial(self._ensure_key, folder, text)
         lock = self._lock(folder.name, self._worker)
         return Entry(folder, lock, tuple(row_shape), np.dtype(dtype), ensure)
@@ -251,11 +256,11 @@ class Cache:
         # a run write at the same time, so each has its own lock.
         index, count = worker
         suffix = f"-{index}-of-{count}" if count > 1 else ""
-        files.make_folder(self.directory / _LOCKS)
         return files.lock(self.directory / _LOCKS / f"{digest}{suffix}.lock")
 
     def _all_locks(self, digest: str) -> Iterable[FileLock]:
         """The lock of an entry, and those of all workers that have written it."""
+        files.make_folder(self.directory / _LOCKS)
         yield self._lock(digest)
         with os.scandir(self.directory / _LOCKS) as items:
             names = [match for item in items if (match := _LOCK.fullmatch(item.name))]

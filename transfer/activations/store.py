@@ -168,12 +168,12 @@ class ActivationStore:
         ]
 
     def num_missing(self, requests: Sequence[ExtractionRequest]) -> int:
-        """How many images ``rows`` would compute, as they are not in the cache."""
+        """How many images ``rows`` would compute, as they are not in the cache. Writes nothing."""
         parts = [part for request in requests for part in request.of_members()]
         if self._policy.mode == "disk":
             cache = self._cache(self._policy.directory or default_directory())
             with contextlib.suppress(OSError):  # a folder that cannot be used
-                entries = self._entries(cache, self._layer.digest(), parts)
+                entries = self._entries(cache, self._layer.digest(), parts, begin=False)
                 return sum(
                     int(whole_batches(entry.missing(part.row_ids)).sum())
                     for entry, part in zip(entries, parts, strict=True)
@@ -243,10 +243,16 @@ class ActivationStore:
         return Cache(directory, int(self._policy.limit_gb * 1e9), worker)
 
     def _entries(
-        self, cache: Cache, digest: str, requests: Sequence[ExtractionRequest]
+        self,
+        cache: Cache,
+        digest: str,
+        requests: Sequence[ExtractionRequest],
+        *,
+        begin: bool = True,
     ) -> list[Entry]:
         shape, dtype = self._row_shape, self._policy.dtype
-        return [cache.entry(self._key(item, digest), shape, dtype) for item in requests]
+        keys = [self._key(request, digest) for request in requests]
+        return [cache.entry(key, shape, dtype, begin=begin) for key in keys]
 
     def _compute(self, entry: Entry, request: ExtractionRequest, missing: np.ndarray) -> None:
         """Compute the batches that have missing rows, and append these rows."""

@@ -111,9 +111,7 @@ class CutCost:
 
 
 def measure_costs(
-    context: RunContext,
-    setup_s: float,
-    ridge_s: float | None = None,
+    context: RunContext, setup_s: float, ridge_s: float | None = None
 ) -> list[CutCost]:
     """Costs of a run for each stage of the network, from the tap to the input, and ``none``.
 
@@ -131,7 +129,8 @@ def measure_costs(
     if not cuts:
         raise ValueError("the network has no layers with weights before its tap, so no cuts")
     memory = measurement.peak_rss_mb()
-    missing = {_name(cut): _num_missing(context, _name(cut)) for cut in cuts}
+    # Before training steps, which change the weights that activations are cached for.
+    missing = {name: num_missing(context, name) for name in map(_name, cuts)}
     speeds = _measure(context, cuts, setup_s)
     places: list[Cut | None] = [*reversed(cuts)]
     if cuts[0].trained + _before_first(context):  # else nothing in the backbone can be trained
@@ -212,14 +211,6 @@ def _cost(
         disk_mb=on_disk / 1e6,
         trained=trained,
     )
-
-
-def _num_missing(context: RunContext, cut: str) -> int:
-    """Images that a run computes the activations at a cut of. Before training steps, which change
-    the weights that they are cached for."""
-    frozen, _ = context.classifier.split(cut)
-    assert frozen is not None
-    return num_missing(context, cut, frozen)
 
 
 def _measure(context: RunContext, cuts: list[Cut], setup_s: float) -> Speeds:

@@ -23,33 +23,35 @@ from transfer.quantization.prefix import QuantizedPrefix
 from transfer.training.trainer import epoch_seed
 
 
-def num_missing(context: RunContext, cut: str, frozen: GraphLayer) -> int:
-    """How many images a stage of a run in float32 would compute the activations at a cut of, as
-    they are not in the cache."""
+def num_missing(context: RunContext, cut: str) -> int:
+    """How many images a stage of a run on one device in float32 would compute the activations at a
+    cut of, as they are not in the cache. Writes nothing."""
+    requests = _requests(context)
+    frozen, _ = context.classifier.feature_extractor.split(cut)
     if is_seeded(frozen.network.graph_def):
-        return len(context.train) + len(context.held_out)
-    return _store(context, cut, frozen, Compiled(frozen)).num_missing(_requests(context))
+        return sum(len(request.needed) for request in requests)
+    return _store(context, cut, frozen, Compiled(frozen)).num_missing(requests)
 
 
-def _requests(context: RunContext) -> list[ExtractionRequest]:
-    """The held-out images, and each view of the training images that is cached."""
-    options, assigned = context.options, context.replicas.examples_of_worker
+def _requests(
+    context: RunContext, here: np.ndarray | None = None, here_held_out: np.ndarray | None = None
+) -> list[ExtractionRequest]:
+    """The held-out images, and each view of the training images that is cached.
+
+    Args:
+        context: the run.
+        here: see ``ExtractionRequest``, for the training images.
+        here_held_out: the same for the held-out images.
+    """
+    options = context.options
     views = _view_seeds(options)
     if options.augment and not options.views:
         views = []  # new ones in each epoch
     if options.is_mixed and context.replicas.num_workers > 1:
         views = []  # the paired images may live on different workers
-    here, here_held_out = (
-        None if mine.all() else mine
-        for mine in (
-            assigned(len(split), EXTRACTION_BATCH) for split in (context.train, context.held_out)
-        )
-    )
     held_out = ExtractionRequest("held-out", context.held_out, None, here_held_out)
-    return [
-        held_out,
-        *(ExtractionRequest("training", context.train, view, here) for view in views),
-    ]
+    training = [ExtractionRequest("training", context.train, view, here) for view in views]
+    return [held_out, *training]
 
 
 def _view_seeds(options: ResolvedOptions) -> list[int | None]:
@@ -103,7 +105,10 @@ class Inputs:
         self._is_recomputed = is_int8 = isinstance(compiled, QuantizedPrefix)
         if is_seeded(frozen.network.graph_def):
             return
-        held_out, *views = _requests(context)
+        here, here_held_out = (
+            None if mine.all() else mine for mine in (self._mine_train, self._mine_held_out)
+        )
+        held_out, *views = _requests(context, here, here_held_out)
         store = _store(context, cut, frozen, compiled)
         rows = store.rows([held_out, *views])
         self.num_extracted, self.num_found = store.num_extracted, store.num_found
@@ -115,7 +120,7 @@ class Inputs:
             return
         self._held_out = Activations(rows[:1], held_out.needed.labels)
         if views:
-            self._train = Activations(rows[1:], context.train.labels, views[0].here)
+            self._train = Activations(rows[1:], context.train.labels, here)
 
     @property
     def frozen(self) -> GraphLayer | None:
