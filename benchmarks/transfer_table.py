@@ -28,9 +28,10 @@ ROWS = {
     "frozen, ridge": ["--freeze-until", "fc7", "--solver", "ridge"],
     "all layers": ["--tap", "all", "--solver", "ridge"],
     "frozen, lbfgs": ["--freeze-until", "fc7", "--solver", "lbfgs"],
-    "from pool5": ["--freeze-until", "pool5", "--label-smoothing", "0"],
-    "full": ["--freeze-until", "none", "--label-smoothing", "0"],
-    "scratch": ["--freeze-until", "none", "--label-smoothing", "0", "--random-weights"],
+    "from pool5": ["--freeze-until", "pool5"],
+    "full": ["--freeze-until", "none"],
+    "LP-FT": ["--freeze-until", "none", "--head-start", "ridge"],
+    "scratch": ["--freeze-until", "none", "--random-weights"],
 }
 SEEDS = range(3)
 

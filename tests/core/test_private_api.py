@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRIVATE = re.compile(
     r"^\s*(?:from|import) (?:tensorflow\.python|keras\.src)\b|__internal__"
     r"|\._get_variable_index|\._momentums|\._velocities|def _all_reduce|def _use_weight_decay"
-    r"|\._keras_history",
+    r"|def _update_model_variables|\._keras_history",
     re.MULTILINE,
 )
 
@@ -73,7 +73,14 @@ def test_momentum_is_that_of_the_variable():
     np.testing.assert_allclose(private_api.momentum(sgd, variables[1].value), [-0.2] * 3)
 
 
-@pytest.mark.parametrize("name", ["_use_weight_decay", "_all_reduce_sum_gradients"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_use_weight_decay",
+        "_all_reduce_sum_gradients",
+        "_update_model_variables_moving_average",
+    ],
+)
 def test_keras_calls_overridden_methods(name):
     overridden = getattr(private_api.OptimizerOverrides, name)
     calls = []
@@ -83,12 +90,35 @@ def test_keras_calls_overridden_methods(name):
         return overridden(self, argument)
 
     kind = type("Counted", (private_api.OptimizerOverrides, keras.optimizers.SGD), {name: counted})
-    optimizer = kind(0.1, weight_decay=0.1)
+    optimizer = kind(0.1, weight_decay=0.1, use_ema=True)
     variables = [keras.Variable(np.ones((2, 2), np.float32)), keras.Variable(np.ones(2, "float32"))]
     optimizer.apply([tf.zeros((2, 2)), tf.zeros(2)], variables)
     assert calls, f"Keras {keras.__version__} does not call {name}"
     np.testing.assert_allclose(variables[0].numpy(), 0.99)  # decayed
     np.testing.assert_array_equal(variables[1].numpy(), 1.0)
+
+
+def test_average_covers_the_last_quarter_of_the_steps_at_most():
+    """With an infinite decay, polynomial-decay averaging: a mean with weights that grow with the
+    third power of the step, of which the last quarter has about two thirds."""
+    kind = type("Averaging", (private_api.OptimizerOverrides, keras.optimizers.SGD), {})
+    growing, constant = (kind(1.0, use_ema=True, ema_momentum=decay) for decay in (1.0, 0.5))
+    weights = []
+    values = {name: keras.Variable(np.zeros(1, np.float32)) for name in ("growing", "constant")}
+    for _ in range(40):
+        growing.apply([tf.constant([-1.0])], [values["growing"]])
+        constant.apply([tf.constant([-1.0])], [values["constant"]])
+        weights.append(values["growing"].numpy()[0])
+    steps = np.arange(1, 41)
+    rising = steps * (steps + 1) * (steps + 2)  # the solution of the recurrence
+    expected = (rising * weights).sum() / rising.sum()
+    np.testing.assert_allclose(private_api.averages(growing)[0].numpy(), expected, rtol=1e-5)
+    # A decay of one half is reached in the fifth step.
+    average = 0.0
+    for step, value in enumerate(weights):
+        decay = min(0.5, step / (step + 4))
+        average = decay * average + (1 - decay) * value
+    np.testing.assert_allclose(private_api.averages(constant)[0].numpy(), average, rtol=1e-5)
 
 
 def test_operations_of_keras_can_be_named():

@@ -1,5 +1,6 @@
-"""The default label smoothing follows from the error of a head on frozen features."""
+"""Defaults of training more than a head: label smoothing, and the moving average."""
 
+import re
 import types
 
 import numpy as np
@@ -22,13 +23,16 @@ def smoothing_of(result):
     return run_folder.read_config(result.run_dir).get("label_smoothing")
 
 
-def test_run_equals_that_with_the_value_given(model, splits, tmp_path):
+def ema_of(result):
+    return run_folder.read_config(result.run_dir).get("ema")
+
+
+def test_run_equals_that_with_the_values_given(model, splits, tmp_path):
     options = {"freeze_until": "pool2", "epochs": 2, "cache_dir": tmp_path / "cache"}
     chosen = fine_tune(model, *splits, run_dir=tmp_path / "chosen", **options)
-    assert smoothing_of(chosen) == defaults.MAX_SMOOTHING
-    given = fine_tune(
-        model, *splits, run_dir=tmp_path / "given", label_smoothing=smoothing_of(chosen), **options
-    )
+    values = {"label_smoothing": smoothing_of(chosen), "ema": ema_of(chosen)}
+    assert values == {"label_smoothing": defaults.MAX_SMOOTHING, "ema": 0.999}
+    given = fine_tune(model, *splits, run_dir=tmp_path / "given", **values, **options)
     before, after = (saved_values(result.run_dir / "model") for result in (chosen, given))
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
@@ -42,6 +46,15 @@ def test_smoothing_follows_from_the_error_and_is_kept(model, splits, tmp_path, m
     monkeypatch.setattr(defaults, "head_error", None)  # a call raises a TypeError
     again = fine_tune(model, *splits, run_dir=tmp_path / "run", epochs=2, resume=True, **options)
     assert smoothing_of(again) == 0.0447
+
+
+def test_run_from_before_the_average_is_resumed_without(model, splits, tmp_path):
+    options = {"freeze_until": "none", "cache_dir": tmp_path / "cache", "label_smoothing": 0.0}
+    fine_tune(model, *splits, run_dir=tmp_path / "run", epochs=1, ema=0.0, **options)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(re.sub("^ema: .*\n", "", config.read_text(), flags=re.M))
+    again = fine_tune(model, *splits, run_dir=tmp_path / "run", epochs=2, resume=True, **options)
+    assert ema_of(again) == 0
 
 
 def test_head_may_have_several_taps(model, splits, tmp_path):
@@ -82,6 +95,7 @@ def test_nothing_is_smoothed_where_it_is_not_needed(model, splits, tmp_path, mon
         model, *splits, run_dir=tmp_path / "run", cache_dir=cache_dir, **options, **epochs
     )
     assert not smoothing_of(result)  # a solver records none
+    assert (ema_of(result) or 0) == (0 if options["freeze_until"] == "tap" else 0.999)
 
 
 def test_classes_of_one_image_have_no_error(model, splits, tmp_path):

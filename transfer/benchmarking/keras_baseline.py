@@ -37,7 +37,10 @@ def check(options: FineTuneOptions) -> None:
         ValueError: names those that it does not use.
     """
     default = FineTuneOptions()  # with lr_schedule=auto, for which the baseline takes constant
-    options = replace(options, label_smoothing=options.label_smoothing or None)  # it has none
+    # It has neither, as in what it is compared with.
+    options = replace(
+        options, label_smoothing=options.label_smoothing or None, ema=options.ema or None
+    )
     unused = [
         f"{name}={getattr(options, name)}"
         for name in _UNUSED

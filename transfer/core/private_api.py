@@ -84,6 +84,11 @@ class OptimizerOverrides:
 
     Gradients are not summed over replicas: the trainer has already done so before clipping. Keras
     would sum them again, and has no option to disable that.
+
+    The moving average of the weights covers at most the last quarter of the steps: after t of them
+    its decay is t / (t + 4), up to ``ema_momentum`` (polynomial-decay averaging with an exponent of
+    3, arXiv 1212.1824). With Keras' constant decay, it would mostly consist of the first weights
+    until many more steps are taken than it covers.
     """
 
     def _use_weight_decay(self, variable: Any) -> bool:
@@ -91,6 +96,15 @@ class OptimizerOverrides:
 
     def _all_reduce_sum_gradients(self, grads_and_vars: Any) -> Any:
         return grads_and_vars
+
+    def _update_model_variables_moving_average(self, trainable_variables: Any) -> None:
+        optimizer: Any = self
+        steps = tf.cast(optimizer.iterations, tf.float32)
+        decay = tf.minimum(optimizer.ema_momentum, steps / (steps + 4))
+        pairs = zip(trainable_variables, optimizer._model_variables_moving_average, strict=True)
+        for variable, average in pairs:
+            kept = tf.cast(decay, variable.dtype)
+            average.assign(kept * average + (1 - kept) * variable)
 
 
 def rename_operation(tensor: Any, name: str) -> None:

@@ -21,7 +21,7 @@ import tensorflow as tf
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
 from transfer.core import measurement
 from transfer.finetuning.context import RunContext
-from transfer.finetuning.defaults import ERROR_IMAGES
+from transfer.finetuning.defaults import EMA, ERROR_IMAGES
 from transfer.finetuning.hyperparameters import (
     StageRequest,
     default_batch_size,
@@ -29,6 +29,7 @@ from transfer.finetuning.hyperparameters import (
     resolve,
 )
 from transfer.finetuning.inputs import num_missing
+from transfer.finetuning.options import ResolvedOptions
 from transfer.finetuning.stage import new_trainer
 from transfer.graph.cuts import Cut, list_cuts
 from transfer.training.optimizers import make_optimizer
@@ -44,13 +45,14 @@ _FORWARD_AND_BACKWARD = 3.0
 # head. The fixed time of an epoch (validation, checkpoint, history) in such steps, and that of the
 # evaluation at the end, which writes and loads the model, relative to set-up.
 _STEP_IN_RUN, _EPOCH_STEPS, _EVALUATION = 1.8, 25, 0.2
-# At the end of each epoch a parameter and the two values of the optimizer are copied, and written
-# while training goes on, which slows down its steps: as measured on two cores.
-_CHECKPOINT_S = 3 * 4 * 2e-9
-# Copies of a trained parameter in memory: gradient, two of the optimizer, three of the checkpoint.
-_COPIES_IN_MEMORY = 6
-# On disk: two checkpoints with the parameter and two values of the optimizer each.
-_COPIES_ON_DISK = 6
+# At the end of each epoch a parameter and the three values of the optimizer, one of which is the
+# moving average, are copied, and written while training goes on, which slows down its steps: as
+# measured on two cores.
+_CHECKPOINT_S = 4 * 4 * 2e-9
+# Copies of a trained parameter in memory: gradient, three of the optimizer, four of the checkpoint.
+_COPIES_IN_MEMORY = 8
+# On disk: two checkpoints with the parameter and three values of the optimizer each.
+_COPIES_ON_DISK = 8
 _BYTES = 4
 _KEPT = 10  # activations of a stage that are kept for the backward pass, relative to its output
 
@@ -225,15 +227,17 @@ def _measure(context: RunContext, cuts: list[Cut], setup_s: float) -> Speeds:
     start, per_image = _reading(layer, context, num_batches * EXTRACTION_BATCH)
     read = max(0.0, per_image - forward)
     head = _name(cuts[-1])
-    head_step, head_trace = _step(context, head, *_part(context, head, EXTRACTION_BATCH))
-    update = _update_seconds(context)
+    of_head = _options(context, only_head=True)
+    options = _options(context, only_head=False)
+    head_step, head_trace = _step(context, of_head, head, *_part(context, head, EXTRACTION_BATCH))
+    update = _update_seconds(options)
     whole = cuts[0].trained + _before_first(context)
     parts = {}
     for name, trained in {NONE: whole, **{_name(cut): cut.trained for cut in cuts}}.items():
         memory_mb = _COPIES_IN_MEMORY * _BYTES * trained / 1e6
         if trained and memory_mb < measurement.available_memory_mb() / 2:
             model, inputs = _part(context, name, size)
-            step, trace = _step(context, name, model, inputs)
+            step, trace = _step(context, options, name, model, inputs)
             train = max(0.0, step - head_step - update * trained) / size
             inference = forward if name == NONE else _inference_seconds(model, inputs) / size
             parts[name] = PartSpeeds(inference, train, trace)
@@ -260,6 +264,13 @@ def _reading(layer: Compiled, context: RunContext, num_images: int) -> tuple[flo
     return max(0.0, of_one - per_image), max(0.0, per_image)
 
 
+def _options(context: RunContext, *, only_head: bool) -> ResolvedOptions:
+    """Those of a run at a cut: whether there is a moving average depends on it by default."""
+    if context.request.options.ema is not None:
+        return context.options
+    return replace(context.options, ema=0.0 if only_head else EMA)
+
+
 def _part(context: RunContext, cut: str, batch: int) -> tuple[keras.Model, np.ndarray]:
     """The part of the classifier from a cut on, and its inputs for a batch of random images."""
     frozen, model = context.classifier.split(cut)
@@ -274,15 +285,13 @@ def _inference_seconds(model: keras.Model, inputs: np.ndarray) -> float:
 
 
 def _step(
-    context: RunContext, cut: str, model: keras.Model, inputs: np.ndarray
+    context: RunContext, options: ResolvedOptions, cut: str, model: keras.Model, inputs: np.ndarray
 ) -> tuple[float, float]:
     """Seconds of a training step of the part from a cut on, and of tracing it."""
     classifier, steps = context.classifier, context.steps_per_epoch
     request = StageRequest(cut, 1, 1e-9, 1.0)  # changes the weights by next to nothing
     stage = resolve(request, classifier, np.zeros((1, 1)), steps)
-    trainer = new_trainer(
-        context, model, parameter_groups(context.options, classifier, stage, steps)
-    )
+    trainer = new_trainer(context, model, parameter_groups(options, classifier, stage, steps))
     labels = np.zeros(len(inputs), np.int64)
     start = time.perf_counter()
     trainer.train_step(inputs, labels)
@@ -291,10 +300,10 @@ def _step(
     return seconds, max(0.0, first - seconds)
 
 
-def _update_seconds(context: RunContext, size: int = 2**22) -> float:
+def _update_seconds(options: ResolvedOptions, size: int = 2**22) -> float:
     """Seconds in which the optimizer updates one parameter."""
     variable = keras.Variable(np.zeros(size, np.float32))
-    optimizer = make_optimizer(context.options.optimizer, 1e-9)
+    optimizer = make_optimizer(options.optimizer, 1e-9, ema=options.ema)
     optimizer.build([variable])
     gradient = tf.ones(size)
     return _seconds(lambda: optimizer.apply([gradient], [variable])) / size

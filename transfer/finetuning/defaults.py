@@ -39,6 +39,8 @@ SMOOTHING, EXPONENT, MAX_SMOOTHING = 0.5, 1.5, 0.1
 docs/fine-tuning.md."""
 ERROR_IMAGES, MAX_ERROR_IMAGES = 500, 2000
 """Training images on which this error is estimated, to two percent, or more for many classes."""
+EMA = 0.999
+"""Decay of the moving average of the weights."""
 
 
 def best_tap(request: RunRequest, train: Split) -> str:
@@ -189,6 +191,22 @@ def head_error(
         return None
     is_wrong = solution.out_of_sample.argmax(-1) != few.labels
     return float(is_wrong[solution.scored].mean())
+
+
+def ema_of(request: RunRequest, options: ResolvedOptions, classifier: Classifier) -> float:
+    """The decay of the moving average that was given, else that of the resumed run, else the
+    default.
+
+    Where more than a head is trained, the loss on held-out images jumps from epoch to epoch as long
+    as the learning rate is high. That of the average does not; and at the end, when the learning
+    rate has fallen to zero, it hardly differs from that of the weights.
+    """
+    if request.options.ema is not None:
+        return request.options.ema
+    if recorded := _recorded(request):
+        return float(recorded.get("ema", 0.0))
+    is_head = trains_head_only(options, classifier.feature_extractor)
+    return EMA if options.solver == "gradient" and not is_head else 0.0
 
 
 def precision_of(request: RunRequest) -> dict[str, str]:

@@ -128,9 +128,10 @@ class FineTuneOptions:
     l2_sp: float = 0.0
     """Strength of an L2 penalty on the distance of the backbone's trained weights from the
     pretrained ones (L2-SP); 0 turns it off. The losses that are logged do not include it."""
-    ema: float = 0.0
-    """Decay per step of a moving average of the trained weights, e.g. 0.99, which is what is
-    evaluated and written; 0 turns it off."""
+    ema: float | None = None
+    """Decay per step of a moving average of the trained weights, which is what is evaluated and
+    written; 0 turns it off. The average covers the last 1 / (1 - decay) steps, but at most a
+    quarter of all. [default: 0 for a head only, else 0.999]"""
     clip_norm: float | None = None
     """Clip the global norm of a step's gradients to this value. [default: off]"""
     accumulate: int = 1
@@ -233,7 +234,7 @@ class FineTuneOptions:
                 )
         if not 0 <= (self.label_smoothing or 0) < 1:
             raise ValueError(f"label_smoothing must be 0 to 1, got {self.label_smoothing}")
-        if not 0 <= self.ema < 1:
+        if not 0 <= (self.ema or 0) < 1:
             raise ValueError(f"ema must be at least 0 and less than 1, got {self.ema}")
         if self.mixup and self.cutmix:
             raise ValueError(
@@ -267,10 +268,10 @@ class FineTuneOptions:
 
     @property
     def of_gradient_descent(self) -> list[str]:
-        """The options that were given and that only ``solver="gradient"`` uses. No label smoothing
-        is what the other solvers do."""
+        """The options that were given and that only ``solver="gradient"`` uses. Without label
+        smoothing or a moving average is what the other solvers do."""
         given, defaults = vars(self), vars(FineTuneOptions())
-        given = {**given, "label_smoothing": self.label_smoothing or None}
+        given = {**given, "label_smoothing": self.label_smoothing or None, "ema": self.ema or None}
         return [name for name in OF_GRADIENT_DESCENT if given[name] != defaults[name]]
 
     @property
@@ -328,6 +329,7 @@ class ResolvedOptions(FineTuneOptions):
     image_size: int | str = field()
     batch_size: int = field()
     label_smoothing: float = field()
+    ema: float = field()
 
 
 def parse_tap(tap: str | None) -> str | list[str] | None:

@@ -26,6 +26,7 @@ from transfer.finetuning.context import RunContext
 from transfer.finetuning.defaults import (
     batch_size_of,
     best_tap,
+    ema_of,
     epochs_of,
     label_smoothing_of,
     precision_of,
@@ -125,7 +126,8 @@ def prepare(request: RunRequest) -> RunContext:
     )
     resolved = precision.applied(resolved)
     smoothing = label_smoothing_of(request, resolved, train, classifier, stages)
-    resolved = dataclasses.replace(resolved, label_smoothing=smoothing)
+    ema = ema_of(request, resolved, classifier)
+    resolved = dataclasses.replace(resolved, label_smoothing=smoothing, ema=ema)
     cut = options.freeze_until if options.freeze_from is None else stages[-1].cut
     run_dir = request.run_dir or run_folder.default_out(train.source.name, cut)
     run_dir = Path(replicas.from_chief(str(run_dir.resolve())))
@@ -367,6 +369,7 @@ def _classifier(
             "batch_size": batch_size_of(request, train, backbone),
             "epochs": epochs_of(request),
             "label_smoothing": options.label_smoothing or 0.0,
+            "ema": options.ema or 0.0,
         }
     )
     return classifier, features, ResolvedOptions(**resolved), planned.tensors

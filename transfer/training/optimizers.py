@@ -75,7 +75,8 @@ def make_optimizer(
         weight_decay: decoupled weight decay of kernels, multiplied by the learning rate per step.
         accumulate: number of calls of ``apply`` whose gradients are averaged for one update.
         ema: decay per call of ``apply`` of a moving average of the weights, which ``Trainer``
-            evaluates and ends with; 0 keeps none.
+            evaluates and ends with; 0 keeps none. In the first steps it is smaller, see
+            ``OptimizerOverrides``.
 
     Raises:
         ValueError: if the kind is unknown.
