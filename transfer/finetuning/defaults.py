@@ -187,10 +187,10 @@ def head_error(
         CachePolicy("disk" if on_disk else "memory", folder),
     )
     solution = fit_ridge(features, few.labels, len(classifier.labels), groups=few.groups)
-    if solution.out_of_sample is None or solution.scored is None:
+    if (left_out := solution.left_out(few.labels)) is None:
         return None
-    is_wrong = solution.out_of_sample.argmax(-1) != few.labels
-    return float(is_wrong[solution.scored].mean())
+    logits, labels = left_out
+    return float((logits.argmax(-1) != labels).mean())
 
 
 def ema_of(request: RunRequest, options: ResolvedOptions, classifier: Classifier) -> float:

@@ -87,9 +87,9 @@ def describe(solution: Solution, labels: np.ndarray) -> dict[str, Any]:
         "penalty": solution.penalty,
         "temperature": solution.temperature,
     }
-    if solution.out_of_sample is None or solution.scored is None:
+    if (left_out := solution.left_out(labels)) is None:
         return summary
-    logits, labels = solution.out_of_sample[solution.scored], labels[solution.scored]
+    logits, labels = left_out
     metrics = summarize(logits, labels)
     confidence = probabilities(logits).max(-1)
     return summary | {

@@ -272,8 +272,10 @@ def _head(values: np.ndarray, labels: np.ndarray, groups: np.ndarray | None) -> 
 
 
 def _left_out_accuracy(head: Solution, labels: np.ndarray) -> float:
-    left_out = head.out_of_sample
-    return 0.0 if left_out is None else float((left_out.argmax(-1) == labels).mean())
+    if (left_out := head.left_out(labels)) is None:
+        return 0.0
+    logits, labels = left_out
+    return float((logits.argmax(-1) == labels).mean())
 
 
 def _learning_curve(fewer: Sequence[float], more: Sequence[float], share: float) -> float:

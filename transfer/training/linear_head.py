@@ -42,6 +42,25 @@ class Solution:
     out_of_sample: np.ndarray | None = None
     scored: np.ndarray | None = None
 
+    def left_out(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """The logits of the examples that could be predicted from others, float32
+        ``[num_scored, num_classes]``, and their labels; ``None`` if there are none.
+
+        Args:
+            labels: int ``[num_examples]``, of the examples that the head was fitted to.
+
+        Example:
+            >>> from sklearn.datasets import load_iris
+            >>> from transfer.training.ridge import fit_ridge
+            >>> features, labels = load_iris(return_X_y=True)
+            >>> logits, left_out = fit_ridge(features, labels, num_classes=3).left_out(labels)
+            >>> round(float((logits.argmax(-1) == left_out).mean()), 2)
+            0.84
+        """
+        if self.out_of_sample is None or self.scored is None:
+            return None
+        return self.out_of_sample[self.scored], labels[self.scored]
+
     def to_head(self, **options: Any) -> Head:
         """A ``Head`` with these weights, which takes the features that they were fitted to.
 

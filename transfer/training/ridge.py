@@ -74,8 +74,8 @@ def fit_ridge(
         >>> from transfer.training.ridge import fit_ridge
         >>> features, labels = load_iris(return_X_y=True)
         >>> solution = fit_ridge(features, labels, num_classes=3)
-        >>> round(float((solution.out_of_sample.argmax(-1) == labels).mean()), 2)
-        0.84
+        >>> solution.kernel.shape
+        (4, 3)
     """
     present, classes = np.unique(labels, return_inverse=True)
     if len(present) < 2:
