@@ -85,10 +85,10 @@ class OptimizerOverrides:
     Gradients are not summed over replicas: the trainer has already done so before clipping. Keras
     would sum them again, and has no option to disable that.
 
-    The moving average of the weights covers at most the last quarter of the steps: after t of them
-    its decay is t / (t + 4), up to ``ema_momentum`` (polynomial-decay averaging with an exponent of
-    3, arXiv 1212.1824). With Keras' constant decay, it would mostly consist of the first weights
-    until many more steps are taken than it covers.
+    The moving average of the weights covers at most half of the steps so far: after t of them its
+    decay is t / (t + 2), up to ``ema_momentum``, so that the weight of a step grows with its number
+    (polynomial-decay averaging, arXiv 1212.1824). With Keras' constant decay, it would consist
+    mostly of the first weights until many more steps are taken than it covers.
     """
 
     def _use_weight_decay(self, variable: Any) -> bool:
@@ -100,7 +100,7 @@ class OptimizerOverrides:
     def _update_model_variables_moving_average(self, trainable_variables: Any) -> None:
         optimizer: Any = self
         steps = tf.cast(optimizer.iterations, tf.float32)
-        decay = tf.minimum(optimizer.ema_momentum, steps / (steps + 4))
+        decay = tf.minimum(optimizer.ema_momentum, steps / (steps + 2))
         pairs = zip(trainable_variables, optimizer._model_variables_moving_average, strict=True)
         for variable, average in pairs:
             kept = tf.cast(decay, variable.dtype)

@@ -130,8 +130,8 @@ class FineTuneOptions:
     pretrained ones (L2-SP); 0 turns it off. The losses that are logged do not include it."""
     ema: float | None = None
     """Decay per step of a moving average of the trained weights, which is what is evaluated and
-    written; 0 turns it off. The average covers the last 1 / (1 - decay) steps, but at most a
-    quarter of all. [default: 0 for a head only, else 0.999]"""
+    written; 0 turns it off. The average covers the last 1 / (1 - decay) steps, but at most
+    half of those so far. [default: 0 for a head only, else 0.999]"""
     clip_norm: float | None = None
     """Clip the global norm of a step's gradients to this value. [default: off]"""
     accumulate: int = 1
