@@ -10,7 +10,7 @@ from typing import Literal
 import keras
 import numpy as np
 
-from transfer.finetuning.options import FineTuneOptions
+from transfer.finetuning.options import FineTuneOptions, ResolvedOptions
 from transfer.graph import is_seeded
 from transfer.graph.cuts import blocks, list_cuts, stopped
 from transfer.layers.backbone import Backbone
@@ -269,7 +269,7 @@ def rms(features: np.ndarray) -> float:
 
 
 def parameter_groups(
-    options: FineTuneOptions, classifier: Classifier, stage: Stage, steps_per_epoch: int
+    options: ResolvedOptions, classifier: Classifier, stage: Stage, steps_per_epoch: int
 ) -> list[ParameterGroup]:
     """Optimizers and the variables they update: the head's, then those of the backbone's blocks."""
     _, trained = classifier.split(stage.cut, stage.freeze_from)
