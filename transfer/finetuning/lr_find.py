@@ -87,7 +87,8 @@ def find_learning_rate(
 def _trial(context: RunContext, *, lowest: float, highest: float, steps: int) -> RangeTest:
     (stage,) = context.stages
     frozen, model = context.split(stage)
-    groups = parameter_groups(context.options, context.classifier, stage, context.steps_per_epoch)
+    options = replace(context.options, ema=0.0)  # the losses are those of the weights
+    groups = parameter_groups(options, context.classifier, stage, context.steps_per_epoch)
     trainer = new_trainer(context, model, groups)
     inputs = Inputs(context, stage.cut, frozen)
     if context.options.head_start == "ridge":
