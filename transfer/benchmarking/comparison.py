@@ -13,7 +13,7 @@ from transfer.activations.cache import Cache
 from transfer.benchmarking import report
 from transfer.benchmarking.limits import LIMITS
 from transfer.core import measurement
-from transfer.finetuning.options import FineTuneOptions, parse_tap
+from transfer.finetuning.options import OFF, FineTuneOptions, parse_tap
 from transfer.finetuning.tap_choice import AUTO
 from transfer.graph import canonical, concatenated, cut, operation_of
 from transfer.graph.cuts import Cut, default_cuts, list_cuts
@@ -98,7 +98,7 @@ class Comparison:
         is_head = cut_name == "tap" or canonical(cut_name) == self.cuts[-1].tensor
         chosen = self.options.head_only() if is_head else self.options
         if self.baselines:  # which have none
-            chosen = replace(chosen, label_smoothing=0.0, ema=0.0)
+            chosen = replace(chosen, **OFF)
         for seed in range(self.options.seed, self.options.seed + self.seeds):
             options = replace(
                 replace(chosen, l2_sp=0.0) if scratch else chosen,

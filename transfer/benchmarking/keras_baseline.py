@@ -36,16 +36,9 @@ def check(options: FineTuneOptions) -> None:
     Raises:
         ValueError: names those that it does not use.
     """
-    default = FineTuneOptions()  # with lr_schedule=auto, for which the baseline takes constant
-    # It has neither, as in what it is compared with.
-    options = replace(
-        options, label_smoothing=options.label_smoothing or None, ema=options.ema or None
-    )
-    unused = [
-        f"{name}={getattr(options, name)}"
-        for name in _UNUSED
-        if getattr(options, name) not in (getattr(default, name), "constant")
-    ]
+    if options.lr_schedule == "constant":  # what the baseline takes for auto
+        options = replace(options, lr_schedule="auto")
+    unused = [f"{name}={getattr(options, name)}" for name in options.changed(_UNUSED)]
     if unused:
         raise ValueError(
             f"the baseline with keras.Model.fit does not use {', '.join(unused)}, so that it would "

@@ -193,7 +193,7 @@ def head_error(
     return float((logits.argmax(-1) != labels).mean())
 
 
-def ema_of(request: RunRequest, options: ResolvedOptions, classifier: Classifier) -> float:
+def ema_of(request: RunRequest, backbone: Backbone) -> float:
     """The decay of the moving average that was given, else that of the resumed run, else the
     default.
 
@@ -201,12 +201,13 @@ def ema_of(request: RunRequest, options: ResolvedOptions, classifier: Classifier
     as the learning rate is high. That of the average does not; and at the end, when the learning
     rate has fallen to zero, it hardly differs from that of the weights.
     """
-    if request.options.ema is not None:
-        return request.options.ema
+    options = request.options
+    if options.ema is not None:
+        return options.ema
     if recorded := _recorded(request):
         return float(recorded.get("ema", 0.0))
-    is_head = trains_head_only(options, classifier.feature_extractor)
-    return EMA if options.solver == "gradient" and not is_head else 0.0
+    is_head = options.solver != "gradient" or trains_head_only(options, backbone)
+    return 0.0 if is_head else EMA
 
 
 def precision_of(request: RunRequest) -> dict[str, str]:

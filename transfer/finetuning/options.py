@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
@@ -52,6 +52,9 @@ HEAD_ONLY: dict[str, Any] = {
     "l2_sp": 0.0,
 }
 """Values of the options that say what is trained, for a run that trains the head only."""
+
+OFF: dict[str, Any] = {"label_smoothing": 0.0, "ema": 0.0}
+"""Values that turn off what is on by default where more than a head is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,11 +271,15 @@ class FineTuneOptions:
 
     @property
     def of_gradient_descent(self) -> list[str]:
-        """The options that were given and that only ``solver="gradient"`` uses. Without label
-        smoothing or a moving average is what the other solvers do."""
-        given, defaults = vars(self), vars(FineTuneOptions())
-        given = {**given, "label_smoothing": self.label_smoothing or None, "ema": self.ema or None}
-        return [name for name in OF_GRADIENT_DESCENT if given[name] != defaults[name]]
+        """The options that were given and that only ``solver="gradient"`` uses."""
+        return self.changed(OF_GRADIENT_DESCENT)
+
+    def changed(self, names: Iterable[str]) -> list[str]:
+        """Those of some options that are neither at their default nor ``OFF``, which is what
+        training without such an option does."""
+        values, defaults = vars(self), vars(FineTuneOptions())
+        unchanged = {name: (defaults[name], OFF.get(name, defaults[name])) for name in names}
+        return [name for name in unchanged if values[name] not in unchanged[name]]
 
     @property
     def is_mixed(self) -> bool:

@@ -126,8 +126,7 @@ def prepare(request: RunRequest) -> RunContext:
     )
     resolved = precision.applied(resolved)
     smoothing = label_smoothing_of(request, resolved, train, classifier, stages)
-    ema = ema_of(request, resolved, classifier)
-    resolved = dataclasses.replace(resolved, label_smoothing=smoothing, ema=ema)
+    resolved = dataclasses.replace(resolved, label_smoothing=smoothing)
     cut = options.freeze_until if options.freeze_from is None else stages[-1].cut
     run_dir = request.run_dir or run_folder.default_out(train.source.name, cut)
     run_dir = Path(replicas.from_chief(str(run_dir.resolve())))
@@ -369,7 +368,7 @@ def _classifier(
             "batch_size": batch_size_of(request, train, backbone),
             "epochs": epochs_of(request),
             "label_smoothing": options.label_smoothing or 0.0,
-            "ema": options.ema or 0.0,
+            "ema": ema_of(request, backbone),
         }
     )
     return classifier, features, ResolvedOptions(**resolved), planned.tensors
