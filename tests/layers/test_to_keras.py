@@ -66,17 +66,36 @@ def test_a_difference_is_an_error(monkeypatch):
         to_keras(layer)
 
 
-def test_a_different_gradient_is_an_error(monkeypatch):
-    layer = Program(GRAPHS["dense"]).layer()
-    call = GraphLayer.call
+@pytest.fixture
+def dense_with_other_gradients(monkeypatch):
+    """A layer whose gradients are 1 % too large in its first calls, as many as the argument."""
 
-    def with_other_gradient(*args, **options):
-        outputs = call(*args, **options)
-        return outputs + 0.01 * (outputs - tf.stop_gradient(outputs))
+    def layer(num_calls):
+        call, calls = GraphLayer.call, []
 
-    monkeypatch.setattr(GraphLayer, "call", with_other_gradient)
+        def with_other_gradient(*args, **options):
+            outputs = call(*args, **options)
+            calls.append(outputs)
+            scale = 0.01 if len(calls) <= num_calls else 0.0
+            return outputs + scale * (outputs - tf.stop_gradient(outputs))
+
+        monkeypatch.setattr(GraphLayer, "call", with_other_gradient)
+        return Program(GRAPHS["dense"]).layer()
+
+    return layer
+
+
+def test_a_different_gradient_is_an_error(dense_with_other_gradients):
+    layer = dense_with_other_gradients(num_calls=3)
     with pytest.raises(ValueError, match=r"gradients with respect to the input differ by 0\.01"):
         to_keras(layer)
+
+
+def test_gradients_that_differ_on_one_input_are_compared_on_others(
+    dense_with_other_gradients, compared
+):
+    to_keras(dense_with_other_gradients(num_calls=1))
+    assert compared[0].gradients <= 1e-4
 
 
 def test_layers_are_named_after_scopes():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ _FACTORS = {"float16": 1e3, "bfloat16": 1e4}
 _NEGLIGIBLE = 1e-5
 """Gradients smaller than this fraction of the largest of all are rounding errors."""
 _IMAGES = 2
+_DRAWS = 3
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,28 @@ def compare(
     """Compare a native model with what it was made from, on random inputs.
 
     The gradients of the native model with respect to its weights are propagated to the variables
-    from which the weights were computed, and compared there.
+    from which the weights were computed, and compared there. Gradients that differ are compared on
+    other inputs too: a value within rounding of zero can be on either side of a ReLU.
 
     Raises:
         ValueError: if they differ by more than ``OUTPUTS`` or ``GRADIENTS``; says by how much.
     """
-    generator = np.random.default_rng(0)
+    for seed in range(_DRAWS - 1):
+        with contextlib.suppress(_GradientsDifferError):
+            return _compare(model, source, parts, np.random.default_rng(seed))
+    return _compare(model, source, parts, np.random.default_rng(_DRAWS - 1))
+
+
+class _GradientsDifferError(ValueError):
+    pass
+
+
+def _compare(
+    model: keras.Model,
+    source: Callable[[tf.Tensor], Any],
+    parts: Sequence[Part],
+    generator: np.random.Generator,
+) -> Difference:
     shape = (_IMAGES, *model.input_shape[1:])
     dtype = tf.as_dtype(model.input.dtype)
     images: np.ndarray = generator.standard_normal(shape)
@@ -97,7 +115,8 @@ def compare(
         if not is_trainable:  # TensorFlow's fused batch norm gives none for its statistics
             continue
         difference = _relative(our, their, floor)
-        _check(f"gradients with respect to {name}", difference, GRADIENTS * factor)
+        what = f"gradients with respect to {name}"
+        _check(what, difference, GRADIENTS * factor, _GradientsDifferError)
         worst = max(worst, difference)
     return Difference(outputs, worst)
 
@@ -136,9 +155,11 @@ def _largest(values: Any) -> float:
     return float(np.max(np.abs(np.asarray(values)), initial=0.0))
 
 
-def _check(what: str, difference: float, tolerance: float) -> None:
+def _check(
+    what: str, difference: float, tolerance: float, error: type[ValueError] = ValueError
+) -> None:
     if not difference <= tolerance:
-        raise ValueError(
+        raise error(
             f"the native Keras model is not the same as the layer: its {what} differ by "
             f"{difference:.1g} of the largest value; expected at most {tolerance:g}"
         )
