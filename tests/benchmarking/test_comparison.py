@@ -142,6 +142,19 @@ def test_rows_of_the_tap_train_a_head_only(comparison, tmp_path):
     assert [run.options.l2_sp for run in wanted.runs(tmp_path)] == [0, 0.01]
 
 
+def test_short_name_of_the_tap_is_a_row_of_a_head(tmp_path):
+    graph = load_meta_graph("embedded")
+    options = FineTuneOptions(tap="fc6_dropout/SelectV2:0", l2_sp=0.01)
+    labels, cuts = labels_of(graph, options, "tap,fc6_dropout,pool4")
+    assert labels == {
+        "tap": "fc6_dropout/SelectV2:0",
+        "fc6_dropout": "fc6_dropout/SelectV2:0",
+        "pool4": "pool4:0",
+    }
+    runs = Comparison(options, labels, cuts, seeds=1).runs(tmp_path)
+    assert [run.options.l2_sp for run in runs] == [0, 0, 0.01]
+
+
 def test_default_cuts_are_tap_and_middle_poolings(graph):
     network = graph.network("fc7:0", "images:0", {}, False)
     assert default_cuts(network, 16) == [network.output, "pool1:0"]

@@ -66,7 +66,8 @@ class Comparison:
     Args:
         options: of all runs; the rows set ``freeze_until``, ``random_weights``, ``solver``,
             ``seed`` and ``cache_dir``.
-        labels: cuts, ``none`` for full fine-tuning, ``scratch`` for training from random weights.
+        labels: cuts, ``tap``, ``none`` for full fine-tuning, ``scratch`` for training from random
+            weights; with the tensor of each, see ``labels_of``.
         cuts: all cuts of the network, with their multiply-adds.
         seeds: number of runs per row, with consecutive seeds from ``options.seed``.
         baselines: ``keras`` and ``keras-onednn`` add rows with ``keras.Model.fit``.
@@ -74,7 +75,7 @@ class Comparison:
     """
 
     options: FineTuneOptions
-    labels: Sequence[str]
+    labels: Mapping[str, str]
     cuts: Sequence[Cut]
     seeds: int = 3
     baselines: Sequence[str] = ()
@@ -95,7 +96,7 @@ class Comparison:
     ) -> Iterator[Run]:
         row = out / label.replace("/", "-").replace(" ", "-")
         # The options of what is trained below the tap, such as l2_sp, are for the other rows.
-        is_head = cut_name == "tap" or canonical(cut_name) == self.cuts[-1].tensor
+        is_head = cut_name == "tap" or self.labels.get(label) == self.cuts[-1].tensor
         chosen = self.options.head_only() if is_head else self.options
         if self.baselines:  # which have none
             chosen = replace(chosen, **OFF)
@@ -123,14 +124,15 @@ def labels_of(
     options: FineTuneOptions,
     cuts: str | None,
     feeds: Mapping[str, float | bool] | None = None,
-) -> tuple[list[str], list[Cut]]:
-    """The rows to compare, and all cuts of the network.
+) -> tuple[dict[str, str], list[Cut]]:
+    """The rows to compare with the tensor up to which each is frozen, ``none`` or ``scratch``, and
+    all cuts of the network.
 
     Args:
         graph: the model.
         options: of the runs; ``tap`` is not ``auto``.
-        cuts: names separated by commas. Default: the tap, the middle poolings, ``none`` and
-            ``scratch``.
+        cuts: names separated by commas, short ones and ``tap`` included. Default: the tap, the
+            middle poolings, ``none`` and ``scratch``.
         feeds: values of placeholders, see ``Backbone``.
 
     Raises:
@@ -149,10 +151,16 @@ def labels_of(
     labels = cuts.split(",") if cuts else [*default_cuts(network, size), "none", SCRATCH]
     labels = [label.strip().removesuffix(":0") for label in labels]
     own = {node.name for node in network.graph_def.node}  # also that of concatenated taps
+    tensors = {}
     for label in labels:
-        if label not in ("none", SCRATCH):
-            cut(network, label if operation_of(label) in own else graph.tensor(label))
-    return labels, list_cuts(network, size)
+        if label in ("none", SCRATCH):
+            tensors[label] = label
+            continue
+        is_own = operation_of(label) in own
+        tensor = network.output if label == "tap" else label if is_own else graph.tensor(label)
+        cut(network, tensor)
+        tensors[label] = canonical(tensor)
+    return tensors, list_cuts(network, size)
 
 
 def compare(comparison: Comparison, out: Path, start: Start) -> tuple[str, int]:
