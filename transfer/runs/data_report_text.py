@@ -101,7 +101,8 @@ def describe(
 
 def _doubts(labels: LabelReport) -> Iterator[str]:
     for row in labels.to_review:
+        word = "rather" if row.its_probability > row.probability else "or"
         yield (
-            f"{row.image}: {row.label} {row.probability:.3f}, rather "
+            f"{row.image}: {row.label} {row.probability:.3f}, {word} "
             f"{row.looks_like} {row.its_probability:.3f}"
         )
