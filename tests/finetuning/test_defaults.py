@@ -3,6 +3,7 @@
 import re
 import types
 
+import keras
 import numpy as np
 import pytest
 from commands import saved_values
@@ -38,14 +39,26 @@ def test_run_equals_that_with_the_values_given(model, splits, tmp_path):
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-def test_smoothing_follows_from_the_error_and_is_kept(model, splits, tmp_path, monkeypatch):
-    monkeypatch.setattr(defaults, "head_error", lambda *_: 0.2)
+def test_smoothing_follows_from_the_margin_and_is_kept(model, splits, tmp_path, monkeypatch):
+    monkeypatch.setattr(defaults, "head_margin", lambda *_: 5.0)
     options = {"freeze_until": "none", "cache_dir": tmp_path / "cache"}
     first = fine_tune(model, *splits, run_dir=tmp_path / "run", epochs=1, **options)
-    assert smoothing_of(first) == 0.0447  # 0.2**1.5 / 2
-    monkeypatch.setattr(defaults, "head_error", None)  # a call raises a TypeError
+    train, _ = splits
+    num_classes, odds = len(train.source.class_names), np.exp(5.0)
+    expected = num_classes / (odds + num_classes - 1) + 1 / (len(train) + 2)
+    assert smoothing_of(first) == pytest.approx(expected, abs=1e-4)
+    monkeypatch.setattr(defaults, "head_margin", None)  # a call raises a TypeError
     again = fine_tune(model, *splits, run_dir=tmp_path / "run", epochs=2, resume=True, **options)
-    assert smoothing_of(again) == 0.0447
+    assert smoothing_of(again) == smoothing_of(first)
+
+
+@pytest.mark.parametrize(("margin", "num_classes"), [(3.5, 2), (5.0, 10), (10.0, 1000)])
+def test_loss_is_lowest_at_the_margin(margin, num_classes):
+    smoothing = defaults._smoothing_for(margin, num_classes, num_images=10**9)
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
+    target = np.eye(1, num_classes)
+    losses = {m: float(loss(target, m * target)) for m in margin + np.linspace(-1, 1, 21)}
+    assert min(losses, key=losses.get) == pytest.approx(margin, abs=0.11)
 
 
 def test_run_from_before_the_average_is_resumed_without(model, splits, tmp_path):
@@ -67,13 +80,13 @@ def test_images_of_very_many_classes_are_few(monkeypatch):
     """Of each class two images are drawn at least."""
     seen = []
     monkeypatch.setattr(defaults, "layer_features", lambda _, few, *__: seen.append(few) or 1 / 0)
-    monkeypatch.setattr(defaults, "ERROR_IMAGES", 5)
-    monkeypatch.setattr(defaults, "MAX_ERROR_IMAGES", 10)
+    monkeypatch.setattr(defaults, "MARGIN_IMAGES", 5)
+    monkeypatch.setattr(defaults, "MAX_MARGIN_IMAGES", 10)
     backbone = types.SimpleNamespace(activations=lambda _: None)
     classifier = types.SimpleNamespace(feature_extractor=backbone, preprocess=None)
     source = open_source("digits")
     with pytest.raises(ZeroDivisionError):
-        defaults.head_error(FineTuneOptions(), source.split("train"), classifier, "", "none")
+        defaults.head_margin(FineTuneOptions(), source.split("train"), classifier, "", "none")
     assert 1 < len(np.unique(seen[0].labels)) < 10
 
 
@@ -88,7 +101,7 @@ def test_images_of_very_many_classes_are_few(monkeypatch):
     ],
 )
 def test_nothing_is_smoothed_where_it_is_not_needed(model, splits, tmp_path, monkeypatch, options):
-    monkeypatch.setattr(defaults, "head_error", None)
+    monkeypatch.setattr(defaults, "head_margin", None)
     epochs = {} if options.get("solver") == "ridge" else {"epochs": 1}
     cache_dir = tmp_path / "cache"
     result = fine_tune(
@@ -98,7 +111,7 @@ def test_nothing_is_smoothed_where_it_is_not_needed(model, splits, tmp_path, mon
     assert (ema_of(result) or 0) == (0 if options["freeze_until"] == "tap" else 0.999)
 
 
-def test_classes_of_one_image_have_no_error(model, splits, tmp_path):
+def test_classes_of_one_image_have_no_margin(model, splits, tmp_path):
     train, held_out = splits
     first = np.unique(train.labels, return_index=True)[1]
     few = train.where(np.isin(np.arange(len(train)), first))

@@ -21,7 +21,7 @@ import tensorflow as tf
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
 from transfer.core import measurement
 from transfer.finetuning.context import RunContext
-from transfer.finetuning.defaults import EMA, ERROR_IMAGES
+from transfer.finetuning.defaults import EMA, MARGIN_IMAGES
 from transfer.finetuning.hyperparameters import (
     StageRequest,
     default_batch_size,
@@ -194,7 +194,7 @@ def _cost(
     is_default = context.request.options.label_smoothing is None
     if is_default and not only_head and not options.is_mixed:
         # The default follows from features of some training images.
-        setup += speeds.start + min(num_train, ERROR_IMAGES) * (speeds.forward + speeds.read)
+        setup += speeds.start + min(num_train, MARGIN_IMAGES) * (speeds.forward + speeds.read)
 
     stored = 0.0 if cut is None or cut.num_bytes is None else float(cut.num_bytes)
     stored *= (num_train * views + num_held_out) * (0.5 if options.cache_dtype == "float16" else 1)

@@ -34,11 +34,9 @@ from transfer.training.ridge import fit_ridge, is_solvable
 
 logger = logging.getLogger(__name__)
 
-SMOOTHING, EXPONENT, MAX_SMOOTHING = 0.5, 1.5, 0.1
-"""Label smoothing is a power of the error of a head, up to a maximum; measured in
-docs/fine-tuning.md."""
-ERROR_IMAGES, MAX_ERROR_IMAGES = 500, 2000
-"""Training images on which this error is estimated, to two percent, or more for many classes."""
+MAX_SMOOTHING = 0.1
+MARGIN_IMAGES, MAX_MARGIN_IMAGES = 500, 2000
+"""Training images from which label smoothing is estimated, or more for many classes."""
 EMA = 0.999
 """Decay of the moving average of the weights."""
 
@@ -116,10 +114,10 @@ def label_smoothing_of(
 ) -> float:
     """The label smoothing that was given, else that of the resumed run, else the default.
 
-    Where more than a head is trained, training ends confident of the training images, however many
-    of the others it gets wrong. How many that will be is known beforehand, roughly: a head on the
-    pretrained activations of all layers that are trained is solved for on some of the training
-    images, and predicts each from the others.
+    Where more than a head is trained, training ends as certain of the training images as its loss
+    asks for, and too certain of others. How certain it may be of the former is known beforehand,
+    roughly: as certain as a head on the pretrained activations of all layers that are trained, if
+    its temperature makes it as certain of left-out images as it should be.
 
     Args:
         request: the run.
@@ -147,23 +145,37 @@ def _smoothing(
 ) -> float:
     # The run is that with this label smoothing, given: layers with dropout draw seeds.
     state = random.getstate()
-    error = head_error(options, train, classifier, model, cut)
+    margin = head_margin(options, train, classifier, model, cut)
     random.setstate(state)
-    if error is None:
+    if margin is None:
         return 0.0
-    smoothing = round(min(MAX_SMOOTHING, SMOOTHING * error**EXPONENT), 4)
+    smoothing = _smoothing_for(margin, len(classifier.labels), len(train))
     logger.info(
-        f"label_smoothing: {smoothing:g}; a head on the layers to be trained, frozen, gets "
-        f"{error:.1%} of the training images wrong in cross-validation"
+        f"label_smoothing: {smoothing:g}, with which training ends as certain of the training "
+        "images as a head on the layers to be trained, frozen, that is calibrated in "
+        "cross-validation"
     )
     return smoothing
 
 
-def head_error(
+def _smoothing_for(margin: float, num_classes: int, num_images: int) -> float:
+    """The label smoothing with which the loss is lowest at a margin of the logits.
+
+    The log odds of the smoothed label of an image and of another class are the margin. As in the
+    calibration of the head, labels are as if one more image had another one.
+    """
+    smoothing = num_classes / (np.exp(margin) + num_classes - 1) + 1 / (num_images + 2)
+    return round(float(min(MAX_SMOOTHING, smoothing)), 4)
+
+
+def head_margin(
     options: FineTuneOptions, train: Split, classifier: Classifier, model: str, cut: str
 ) -> float | None:
-    """The leave-one-out error of a head on all activations after a cut, of some of the training
-    images, 0 to 1; ``None`` if no class has images that could be left out.
+    """How much the logit of an image's class exceeds the mean of the others, 0 or more, with a head
+    on all activations after a cut, on the training images that it is fitted to. Its temperature is
+    that with which the predictions of each image from the others have the lowest log loss.
+
+    ``None`` if no class has images that could be left out.
 
     Args:
         options: of the run.
@@ -172,10 +184,11 @@ def head_error(
         model: name of the pretrained model.
         cut: name of a tensor, or ``none`` for the activations of the whole network.
     """
-    few = drawn(train, ERROR_IMAGES, options.seed)
-    if len(few) > MAX_ERROR_IMAGES:  # of very many classes
-        few = few.where(np.isin(few.labels, np.unique(few.labels)[:: len(few) // ERROR_IMAGES]))
-    if len(np.unique(few.labels)) < 2:
+    few = drawn(train, MARGIN_IMAGES, options.seed)
+    if len(few) > MAX_MARGIN_IMAGES:  # of very many classes
+        few = few.where(np.isin(few.labels, np.unique(few.labels)[:: len(few) // MARGIN_IMAGES]))
+    present, classes = np.unique(few.labels, return_inverse=True)
+    if len(present) < 2:
         return None
     on_disk = options.cache == "disk" and not options.random_weights
     folder = (options.cache_dir or default_directory()) / SAMPLES
@@ -186,11 +199,13 @@ def head_error(
         model,
         CachePolicy("disk" if on_disk else "memory", folder),
     )
-    solution = fit_ridge(features, few.labels, len(classifier.labels), groups=few.groups)
-    if (left_out := solution.left_out(few.labels)) is None:
+    solution = fit_ridge(features, classes, len(present), groups=few.groups)
+    if solution.out_of_sample is None:
         return None
-    logits, labels = left_out
-    return float((logits.argmax(-1) != labels).mean())
+    logits = features @ solution.kernel + solution.bias
+    own = logits[np.arange(len(classes)), classes]
+    others = (logits.sum(-1) - own) / (len(present) - 1)
+    return max(0.0, float((own - others).mean()))
 
 
 def ema_of(request: RunRequest, backbone: Backbone) -> float:
