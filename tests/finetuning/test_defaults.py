@@ -44,7 +44,7 @@ def test_smoothing_follows_from_the_margin_and_is_kept(model, splits, tmp_path, 
     options = {"freeze_until": "none", "cache_dir": tmp_path / "cache"}
     first = fine_tune(model, *splits, run_dir=tmp_path / "run", epochs=1, **options)
     train, _ = splits
-    num_classes, odds = len(train.source.class_names), np.exp(5.0)
+    num_classes, odds = len(train.source.class_names), np.exp(5.0) / 2
     expected = num_classes / (odds + num_classes - 1) + 1 / (len(train) + 2)
     assert smoothing_of(first) == pytest.approx(expected, abs=1e-4)
     monkeypatch.setattr(defaults, "head_margin", None)  # a call raises a TypeError
@@ -52,13 +52,13 @@ def test_smoothing_follows_from_the_margin_and_is_kept(model, splits, tmp_path, 
     assert smoothing_of(again) == smoothing_of(first)
 
 
-@pytest.mark.parametrize(("margin", "num_classes"), [(3.5, 2), (5.0, 10), (10.0, 1000)])
-def test_loss_is_lowest_at_the_margin(margin, num_classes):
+@pytest.mark.parametrize(("margin", "num_classes"), [(4.0, 2), (5.5, 10), (11.0, 1000)])
+def test_loss_is_lowest_below_the_margin(margin, num_classes):
     smoothing = defaults._smoothing_for(margin, num_classes, num_images=10**9)
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
     target = np.eye(1, num_classes)
-    losses = {m: float(loss(target, m * target)) for m in margin + np.linspace(-1, 1, 21)}
-    assert min(losses, key=losses.get) == pytest.approx(margin, abs=0.11)
+    losses = {m: float(loss(target, m * target)) for m in margin + np.linspace(-2, 1, 301)}
+    assert min(losses, key=losses.get) == pytest.approx(margin - np.log(2), abs=0.02)
 
 
 def test_run_from_before_the_average_is_resumed_without(model, splits, tmp_path):

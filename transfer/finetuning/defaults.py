@@ -34,7 +34,9 @@ from transfer.training.ridge import fit_ridge, is_solvable
 
 logger = logging.getLogger(__name__)
 
-MAX_SMOOTHING = 0.1
+MAX_SMOOTHING, SHARPENING = 0.1, np.log(2)
+"""Most label smoothing; and how much less certain of the training images training should be than a
+head, as it also fits the features to them. Measured in docs/fine-tuning.md."""
 MARGIN_IMAGES, MAX_MARGIN_IMAGES = 500, 2000
 """Training images from which label smoothing is estimated, or more for many classes."""
 EMA = 0.999
@@ -116,8 +118,8 @@ def label_smoothing_of(
 
     Where more than a head is trained, training ends as certain of the training images as its loss
     asks for, and too certain of others. How certain it may be of the former is known beforehand,
-    roughly: as certain as a head on the pretrained activations of all layers that are trained, if
-    its temperature makes it as certain of left-out images as it should be.
+    roughly: nearly as certain as a head on the pretrained activations of all layers that are
+    trained, if its temperature makes it as certain of left-out images as it should be.
 
     Args:
         request: the run.
@@ -151,20 +153,21 @@ def _smoothing(
         return 0.0
     smoothing = _smoothing_for(margin, len(classifier.labels), len(train))
     logger.info(
-        f"label_smoothing: {smoothing:g}, with which training ends as certain of the training "
-        "images as a head on the layers to be trained, frozen, that is calibrated in "
-        "cross-validation"
+        f"label_smoothing: {smoothing:g}; a head on the layers to be trained, frozen, that is "
+        f"calibrated in cross-validation has a margin of {margin:.1f} on its training images"
     )
     return smoothing
 
 
 def _smoothing_for(margin: float, num_classes: int, num_images: int) -> float:
-    """The label smoothing with which the loss is lowest at a margin of the logits.
+    """The label smoothing for a margin of the logits.
 
-    The log odds of the smoothed label of an image and of another class are the margin. As in the
-    calibration of the head, labels are as if one more image had another one.
+    The loss is lowest where the log odds of the smoothed label of an image and of another class are
+    the margin, less ``SHARPENING``; and labels are as if one more image had another one, as in the
+    calibration of the head.
     """
-    smoothing = num_classes / (np.exp(margin) + num_classes - 1) + 1 / (num_images + 2)
+    odds = np.exp(margin - SHARPENING)
+    smoothing = num_classes / (odds + num_classes - 1) + 1 / (num_images + 2)
     return round(float(min(MAX_SMOOTHING, smoothing)), 4)
 
 
