@@ -148,8 +148,8 @@ class FineTuneOptions:
     """Dropout rate of the features while training."""
     label_smoothing: float | None = None
     """Label smoothing, 0 to 1: the part of the target that is spread over all classes. [default: 0
-    for a head only, and with mixup or cutmix; else it follows from the cross-validated error of a
-    head on the layers to be trained, at most 0.1]"""
+    for a head only, and with mixup or cutmix; else it follows from how certain a head on the
+    layers to be trained is of its images, at most 0.1]"""
     mixup: float = 0.0
     """Parameter of the Beta distribution of mixup, e.g. 0.2; 0 turns it off. With a frozen part,
     the activations at the cut are mixed instead of the images."""
