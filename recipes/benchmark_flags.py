@@ -15,9 +15,9 @@ class BenchmarkConfig(FinetuneConfig):
     """Flags of ``vgg-transfer benchmark``, with their defaults."""
 
     cuts: str | None = None
-    """Cuts to compare, separated by commas, e.g. 'fc7,pool4,none': tensors to freeze up to; none
-    (full fine-tuning); scratch (full training from random weights). [default: the tap, the two
-    middle pooling layers, none and scratch]"""
+    """Cuts to compare, separated by commas, e.g. 'fc7,pool4,none': tensors to freeze up to; tap (a
+    head only); none (full fine-tuning); scratch (full training from random weights). [default: the
+    tap, the two middle pooling layers, none and scratch]"""
     seeds: int = 3
     """Runs per cut, with consecutive seeds starting at --seed."""
     grid: str | None = None
