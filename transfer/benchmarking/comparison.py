@@ -151,16 +151,12 @@ def labels_of(
     labels = cuts.split(",") if cuts else [*default_cuts(network, size), "none", SCRATCH]
     labels = [label.strip().removesuffix(":0") for label in labels]
     own = {node.name for node in network.graph_def.node}  # also that of concatenated taps
-    tensors = {}
+    tensors = {"none": "none", SCRATCH: SCRATCH, "tap": canonical(network.output)}
     for label in labels:
-        if label in ("none", SCRATCH):
-            tensors[label] = label
-            continue
-        is_own = operation_of(label) in own
-        tensor = network.output if label == "tap" else label if is_own else graph.tensor(label)
-        cut(network, tensor)
-        tensors[label] = canonical(tensor)
-    return tensors, list_cuts(network, size)
+        if label not in tensors:
+            tensors[label] = canonical(label if operation_of(label) in own else graph.tensor(label))
+            cut(network, tensors[label])
+    return {label: tensors[label] for label in labels}, list_cuts(network, size)
 
 
 def compare(comparison: Comparison, out: Path, start: Start) -> tuple[str, int]:

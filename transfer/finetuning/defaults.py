@@ -163,8 +163,8 @@ def _smoothing_for(margin: float, num_classes: int, num_images: int) -> float:
     """The label smoothing for a margin of the logits.
 
     The loss is lowest where the log odds of the smoothed label of an image and of another class are
-    the margin, less ``SHARPENING``; and labels are as if one more image had another one, as in the
-    calibration of the head.
+    the margin, less ``SHARPENING``. To this comes Laplace's estimate of the rate of errors from
+    images without one, 1 / (num_images + 2), as in the calibration of the head.
     """
     odds = np.exp(margin - SHARPENING)
     smoothing = num_classes / (odds + num_classes - 1) + 1 / (num_images + 2)
