@@ -12,6 +12,7 @@ from commands import finetune, largest_difference, metrics
 from conftest import make_run
 
 from recipes.cli import main
+from transfer.training.checkpoints import RunCheckpoint
 from transfer.training.trainer import Trainer
 
 FLAGS = ("--freeze-until", "pool2", "--cache", "memory")
@@ -113,7 +114,22 @@ def test_removed_run_folder_is_an_error(tmp_path, setting, monkeypatch, capsys):
     status = finetune_with_a_fault(monkeypatch, out, setting, remove)
     assert status == 1
     assert "was removed while the run went on" in error_of(capsys)
-    assert not (out / "checkpoints").exists()
+    assert not [path for path in out.rglob("*") if path.is_file()]
+
+
+@pytest.mark.slow
+def test_run_folder_removed_after_training_is_an_error(tmp_path, setting, monkeypatch, capsys):
+    model, photos, _ = setting
+    out, end = tmp_path / "run", RunCheckpoint.end
+
+    def remove_then(self):
+        end(self)
+        out.rename(tmp_path / "trash")
+
+    monkeypatch.setattr(RunCheckpoint, "end", remove_then)
+    assert finetune(out, model, photos, *FLAGS) == 1
+    assert "was removed while the run went on" in error_of(capsys)
+    assert not out.exists()
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
 import itertools
+import os
 import threading
 import time
 from concurrent.futures import wait
@@ -6,6 +7,7 @@ from concurrent.futures import wait
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from test_trainer import assert_same, batches, fit, new_model, new_trainer, weights
 
 from transfer.core import files
@@ -181,6 +183,33 @@ def test_removed_folder_is_not_recreated(tmp_path):
     with pytest.raises(FileNotFoundError, match="was removed while the run went on"):
         fit(trainer, epochs=2, checkpoint=checkpoint)
     assert not (tmp_path / "run").exists()
+
+
+def test_folder_removed_while_a_checkpoint_is_written_is_noticed(tmp_path, monkeypatch):
+    checkpoint = RunCheckpoint(tmp_path / "run")
+    write = tf.train.Checkpoint.write
+
+    def write_after_removal(self, path):  # TensorFlow creates the folders of ``path`` again
+        (tmp_path / "run").rename(tmp_path / "trash")
+        return write(self, path)
+
+    monkeypatch.setattr(tf.train.Checkpoint, "write", write_after_removal)
+    with pytest.raises(FileNotFoundError, match="was removed while the run went on"):
+        fit(new_trainer(), epochs=1, checkpoint=checkpoint)
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+
+
+def test_folder_removed_while_files_are_synced_is_noticed(tmp_path, monkeypatch):
+    checkpoint = RunCheckpoint(tmp_path / "run")
+
+    def remove(path):
+        if (tmp_path / "run").exists():
+            (tmp_path / "run").rename(tmp_path / "trash")
+        os.open(path, os.O_RDONLY)
+
+    monkeypatch.setattr(files, "sync", remove)
+    with pytest.raises(FileNotFoundError, match="was removed while the run went on"):
+        fit(new_trainer(), epochs=1, checkpoint=checkpoint)
 
 
 def test_best_weights_are_kept_with_last_checkpoint(tmp_path):

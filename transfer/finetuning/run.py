@@ -291,6 +291,7 @@ def _train_and_evaluate(
 
 def _save(context: RunContext, epochs: int, **options: Any) -> None:
     prefix = context.run_dir / run_folder.MODEL
+    run_folder.check_present(context.run_dir)  # else its folder is created for the model
     graph, train = context.request.graph, context.train
     cuts = ", then ".join(stage.cut for stage in context.stages)
     freeze_from = context.stages[-1].freeze_from

@@ -113,6 +113,18 @@ def opened(
         yield
 
 
+def check_present(run: Path) -> None:
+    """Check that the folder of a run that goes on still holds its configuration.
+
+    Raises:
+        FileNotFoundError: if it does not, with what happened.
+    """
+    if not _has_begun(run):
+        raise FileNotFoundError(
+            f"{str(run)!r} was removed while the run went on, or its {CONFIG}; the run is lost"
+        )
+
+
 def remove(run: Path, *, only_working: bool = False) -> None:
     """Delete the files of a run and its folder, or only its checkpoints and events. Other files and
     their folders are kept.

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from transfer.training.trainer import EpochSums, Trainer
 _SYNC_S = 1.0
 """Seconds between two times at which files are synced, and then old ones deleted: syncing takes as
 long as writing."""
+_MARK = "mark.lock"
+"""A file in the temporary folder of a checkpoint, which shows that it is still the same folder."""
 _LEFT = re.compile(r"\.writing-(step|best)-\d+(_temp|\.index|\.data-\d{5}-of-\d{5})")
 """Temporary files that earlier versions left behind when they were killed."""
 # Raised by TensorFlow's readers for files that are truncated, changed, or of another model.
@@ -235,33 +238,43 @@ class RunCheckpoint:
         if not steps:  # the folder was removed
             return
         bests = [f"best-{number}" for number in self._numbers("best")]
-        for name in (*steps[-self._keep :], *bests[-1:]):
-            for path in self.directory.glob(f"{name}.*"):
-                files.sync(path)
-        files.sync(self.directory)
+        with self._explained(steps[-1]):
+            for name in (*steps[-self._keep :], *bests[-1:]):
+                for path in self.directory.glob(f"{name}.*"):
+                    files.sync(path)
+            files.sync(self.directory)
         for name in (*steps[: -self._keep], *bests[:-1]):
             self._delete(name)
         self._synced_at, self._is_unsynced = time.monotonic(), False
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
-        path = self.directory / name
-        try:
+        with self._explained(name):
             self._remove_drafts()
             with files.draft_folder(self.directory) as draft:
+                mark = draft / _MARK
+                mark.touch()
                 tf.train.Checkpoint(**state).write(str(draft / name))
+                mark.unlink()  # fails if the folder was removed and TensorFlow created it again
                 # TensorFlow does not write the index atomically. Here it is complete, and moved
                 # last.
                 for part in sorted(draft.iterdir()):
                     os.replace(part, self.directory / part.name)
+
+    @contextlib.contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        """Explain errors of writing checkpoint ``name``, and what is left."""
+        try:
+            yield
         except (OSError, tf.errors.OpError) as error:
-            if not self.directory.is_dir():
+            is_missing = isinstance(error, (FileNotFoundError, tf.errors.NotFoundError))
+            if is_missing or not self.directory.is_dir():
                 raise FileNotFoundError(
                     f"{str(self.directory)!r} was removed while the run went on; its checkpoints "
                     "are lost"
                 ) from error
             complete = [f"step-{number}" for number in self._numbers("step")]
             raise OSError(
-                f"cannot write checkpoint {str(path)!r} ({_first_line(error)}); "
+                f"cannot write checkpoint {str(self.directory / name)!r} ({_first_line(error)}); "
                 + (f"{complete[-1]} is complete: " if complete else "there is no earlier one: ")
                 + "free disk space or repair the folder, and continue with resume=True"
             ) from error
