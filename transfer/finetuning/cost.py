@@ -45,10 +45,11 @@ _FORWARD_AND_BACKWARD = 3.0
 # head. The fixed time of an epoch (validation, checkpoint, history) in such steps, and that of the
 # evaluation at the end, which writes and loads the model, relative to set-up.
 _STEP_IN_RUN, _EPOCH_STEPS, _EVALUATION = 1.8, 25, 0.2
-# At the end of each epoch a parameter and the three values of the optimizer, one of which is the
-# moving average, are copied, and written while training goes on, which slows down its steps: as
-# measured on two cores.
-_CHECKPOINT_S = 4 * 4 * 2e-9
+# At the end of each epoch a parameter, its best value and the three values of the optimizer, one of
+# which is the moving average, are copied, and written while training goes on, which slows down its
+# steps: as measured on two cores, for epochs of which each is the best so far, as is usual with the
+# default label smoothing.
+_CHECKPOINT_S = 5 * 4 * 5e-9
 # Copies of a trained parameter in memory: gradient, three of the optimizer, four of the checkpoint.
 _COPIES_IN_MEMORY = 8
 # On disk: two checkpoints with the parameter and three values of the optimizer each.
