@@ -21,7 +21,7 @@ import tensorflow as tf
 from transfer.activations.extraction import EXTRACTION_BATCH, Compiled, stream
 from transfer.core import measurement
 from transfer.finetuning.context import RunContext
-from transfer.finetuning.defaults import EMA, MARGIN_IMAGES
+from transfer.finetuning.defaults import EMA
 from transfer.finetuning.hyperparameters import (
     StageRequest,
     default_batch_size,
@@ -29,6 +29,7 @@ from transfer.finetuning.hyperparameters import (
     resolve,
 )
 from transfer.finetuning.inputs import num_missing
+from transfer.finetuning.label_smoothing import MARGIN_IMAGES
 from transfer.finetuning.options import ResolvedOptions
 from transfer.finetuning.stage import new_trainer
 from transfer.graph.cuts import Cut, list_cuts
