@@ -96,7 +96,7 @@ def head_margin(
     solution = fit_ridge(features, classes, len(present), groups=few.groups)
     if solution.out_of_sample is None:
         return None
-    logits = features @ solution.kernel + solution.bias
+    logits = solution.logits(features)
     own = logits[np.arange(len(classes)), classes]
     others = (logits.sum(-1) - own) / (len(present) - 1)
     return max(0.0, float((own - others).mean()))

@@ -262,7 +262,7 @@ def _fit(
     """The leave-one-out accuracy of a head on the training images of a fold, and its predictions
     for the others, int ``[len(test)]``."""
     head = _head(values[train], labels[train], groups)
-    predicted = (values[test] @ head.kernel + head.bias).argmax(-1)
+    predicted = head.logits(values[test]).argmax(-1)
     return _left_out_accuracy(head, labels[train]), predicted
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import itertools
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -276,12 +275,13 @@ def create(out: Path) -> Path:
     """Create a folder that no other run has, and return it: ``out``, or if that exists, the first
     of ``out-2``, ``out-3`` and so on that does not."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        folder = out if number == 1 else out.with_name(f"{out.name}-{number}")
+    folder, number = out, 1
+    while True:
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
             return folder
-    raise AssertionError
+        number += 1
+        folder = out.with_name(f"{out.name}-{number}")
 
 
 def default_out(*words: str) -> Path:

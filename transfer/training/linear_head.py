@@ -18,12 +18,11 @@ about e^-30 times theirs."""
 class Solution:
     """A linear head, fitted to fixed features.
 
-    ``kernel`` float32 ``[width, num_classes]`` and ``bias`` float32 ``[num_classes]``: logits are
-    ``features @ kernel + bias``; they include the standardisation of the features, and
-    ``temperature``, by which the scores of ridge regression were multiplied. ``penalty`` is the
-    strength of the L2 penalty; ``scores`` maps each candidate to its mean log loss (nats) in
-    cross-validation, and is empty if the penalty was given or there were too few examples.
-    ``converged`` is false if the maximum number of iterations was reached.
+    ``kernel`` float32 ``[width, num_classes]`` and ``bias`` float32 ``[num_classes]`` include the
+    standardisation of the features, and ``temperature``, by which the scores of ridge regression
+    were multiplied. ``penalty`` is the strength of the L2 penalty; ``scores`` maps each candidate
+    to its mean log loss (nats) in cross-validation, and is empty if the penalty was given or there
+    were too few examples. ``converged`` is false if the maximum number of iterations was reached.
 
     ``out_of_sample`` are logits float32 ``[num_examples, num_classes]``, those of each example
     predicted from the others with the same penalty and temperature, and ``None`` where there are
@@ -41,6 +40,22 @@ class Solution:
     converged: bool = True
     out_of_sample: np.ndarray | None = None
     scored: np.ndarray | None = None
+
+    def logits(self, features: np.ndarray) -> np.ndarray:
+        """The logits of features, float32 ``[num_examples, num_classes]``.
+
+        Args:
+            features: float32 ``[num_examples, width]``.
+
+        Example:
+            >>> from sklearn.datasets import load_iris
+            >>> from transfer.training.ridge import fit_ridge
+            >>> features, labels = load_iris(return_X_y=True)
+            >>> logits = fit_ridge(features, labels, num_classes=3).logits(features)
+            >>> round(float((logits.argmax(-1) == labels).mean()), 2)
+            0.85
+        """
+        return np.asarray(features @ self.kernel + self.bias, np.float32)
 
     def left_out(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         """The logits of the examples that could be predicted from others, float32
