@@ -15,7 +15,7 @@ _GROUPS = {
     "What is trained": "freeze_from schedule keep_dropout backbone_lr_scale block_lr_decay",
     "Optimization": "batch_size optimizer lr_schedule warmup_epochs weight_decay l2_sp ema "
     "clip_norm accumulate early_stopping label_smoothing mixup cutmix class_weights",
-    "Head": "solver lbfgs_c head_start hidden dropout",
+    "Head": "solver lbfgs_c head_start hidden dropout calibrate",
     "Activation cache": "cache cache_dir cache_limit cache_dtype",
     "Precision": "precision int8_engine",
     "Run": "seed deterministic strategy checkpoint_minutes max_to_keep "

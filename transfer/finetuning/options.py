@@ -158,6 +158,10 @@ class FineTuneOptions:
     of the feature maps at the cut, is replaced by that of another image."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: weight classes inversely to their frequency."""
+    calibrate: bool = False
+    """After training, scale the logits by the temperature with the lowest log loss on the held-out
+    images. Predicted classes stay the same; log loss and calibration error on these images are then
+    slightly optimistic, and metrics.json has cross-fitted ones."""
     augment: bool = False
     """Train on random shifts and flips, new ones in each epoch. The frozen part is then recomputed
     in each epoch, unless views is set."""

@@ -24,6 +24,7 @@ from transfer.finetuning.advice import (
     describe_overfitting,
     describe_rare_classes,
 )
+from transfer.finetuning.calibration import calibrate, report
 from transfer.finetuning.context import RunContext
 from transfer.finetuning.inputs import Inputs
 from transfer.finetuning.options import OF_GRADIENT_DESCENT, FineTuneOptions, options_from
@@ -271,13 +272,14 @@ def _train_and_evaluate(
             num_found += inputs.num_found
         progress = trainer.progress
     with clock("eval_s"):
+        calibrated = _calibrated(context, inputs)
         classifier, evaluation, logits = _save_and_evaluate(context, inputs, progress)
     growth = _growth(context, inputs, logits)
     replicas = context.replicas
     num_extracted, num_found = replicas.total(num_extracted), replicas.total(num_found)
     if not replicas.is_chief:
         return classifier, {}, logits
-    metrics = _metrics(context, progress, evaluation) | growth
+    metrics = _metrics(context, progress, evaluation) | calibrated | growth
     metrics["time"] = seconds = clock.seconds
     num_trained = progress.steps_now / context.steps_per_epoch * len(context.train)
     metrics["throughput"] = {
@@ -328,6 +330,17 @@ def _save_and_evaluate(
         card_path = prefix.with_name(f"{prefix.name}.json")
         write_card(card_path, replace(read_card(card_path), eval=evaluation))
     return classifier, evaluation, logits
+
+
+def _calibrated(context: RunContext, inputs: Inputs) -> dict[str, Any]:
+    """With ``calibrate``, scale the head, and return the entry of ``metrics.json``."""
+    if not context.options.calibrate:
+        return {}
+    _, trained = context.classifier.split(context.last_cut)
+    logits, held_out = inputs.predictor(trained)(), context.held_out
+    found = calibrate(context.classifier.head, logits, held_out.labels, held_out.groups)
+    report(found, len(held_out))
+    return {"calibration": found}
 
 
 def _growth(context: RunContext, inputs: Inputs, logits: np.ndarray) -> dict[str, Any]:

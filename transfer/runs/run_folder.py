@@ -32,7 +32,7 @@ PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
 _MAY_DIFFER = (
     *("epochs", "fc_epochs", "out", "strategy", "track", "track_files"),
-    *("cache_dir", "cache_limit", "checkpoint_minutes"),
+    *("cache_dir", "cache_limit", "checkpoint_minutes", "calibrate"),
 )
 """Options that may differ in a resumed run."""
 _MAX_JSON_BYTES = 2**26  # metrics of tens of thousands of classes
