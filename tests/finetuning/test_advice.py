@@ -4,6 +4,7 @@ import numpy as np
 
 from transfer.finetuning.advice import (
     describe_leaks,
+    describe_old_evaluation,
     describe_overfitting,
     describe_rare_classes,
 )
@@ -38,3 +39,11 @@ def test_classes_with_fewer_than_five_training_images_are_named_rarest_first():
 def test_held_out_images_that_are_trained_on_are_counted():
     assert describe_leaks(0) == []
     assert describe_leaks(3)[0].startswith("3 of the held-out images are also trained on")
+
+
+def test_files_of_an_evaluation_of_another_model_are_named():
+    (line,) = describe_old_evaluation("runs/a", {"loss": 0.5443}, 0.5047)
+    assert "predictions.csv are of the model before, with a loss of 0.5443" in line
+    assert line.endswith("vgg-transfer evaluate runs/a")
+    assert describe_old_evaluation("runs/a", {"loss": 0.5443}, 0.5443) == []
+    assert describe_old_evaluation("runs/a", {}, 0.5443) == []

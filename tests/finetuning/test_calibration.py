@@ -8,6 +8,7 @@ from commands import metrics, saved_values
 
 from transfer import Head, evaluate, fine_tune, open_source
 from transfer.finetuning.calibration import calibrate
+from transfer.runs import run_folder
 
 
 @pytest.fixture
@@ -61,13 +62,17 @@ def test_images_of_a_group_are_left_out_together():
     assert "cross_fitted" not in calibrate(new_head(), logits, labels, np.zeros(60))
 
 
-def test_finished_run_is_calibrated(model, splits, tmp_path):
+def test_finished_run_is_calibrated(model, splits, tmp_path, caplog):
     options = {"freeze_until": "pool2", "epochs": 2, "cache_dir": tmp_path / "cache"}
     plain = fine_tune(model, *splits, run_dir=tmp_path / "plain", **options)
     whole = fine_tune(model, *splits, run_dir=tmp_path / "whole", calibrate=True, **options)
+    run_folder.write_json(plain.run_dir / run_folder.EVALUATION, plain.metrics["eval"])
+    fine_tune(model, *splits, run_dir=tmp_path / "plain", resume=True, **options)
+    assert "of the model before" not in caplog.text
     later = fine_tune(
         model, *splits, run_dir=tmp_path / "plain", calibrate=True, resume=True, **options
     )
+    assert "evaluation.json and predictions.csv are of the model before" in caplog.text
     values = saved_values(tmp_path / "whole" / "model")
     assert all(
         np.array_equal(values[k], v) for k, v in saved_values(later.run_dir / "model").items()

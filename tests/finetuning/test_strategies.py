@@ -23,7 +23,7 @@ RUNS = {
     "schedule": ("--schedule", "fc7:1:0.01,pool1:3:0.001", "--early-stopping", "1"),
     "pool1": ("--freeze-until", "pool1", *SGD, "--weight-decay", "0.1", "--mixup", "0.4"),
     "none": ("--freeze-until", "none", *SGD, "--augment"),
-    "lbfgs": ("--solver", "lbfgs", "--lbfgs-c", "1"),
+    "lbfgs": ("--solver", "lbfgs", "--lbfgs-c", "1", "--calibrate"),
 }
 TOLERANCE = {"schedule": 1e-3, "lbfgs": 1e-3}  # Adam and lbfgs amplify rounding errors
 
@@ -79,7 +79,7 @@ def assert_same_runs(root: Path, out: Path, names: Iterable[str] = RUNS) -> None
 
 @pytest.mark.slow
 def test_two_devices_equal_one(root):
-    out, names = root / "mirrored", ("pool1", "none")  # from the cache, and without
+    out, names = root / "mirrored", ("pool1", "none", "lbfgs")  # from the cache, and without
     finished(Process(SCRIPT, "mirrored", as_json(root, out, "--cache", "memory", names=names)))
     assert_same_runs(root, out, names)
 

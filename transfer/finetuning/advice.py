@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -81,5 +83,23 @@ def describe_overfitting(history: Mapping[str, Sequence[float]], *, head_only: b
     return [
         f"the run overfits: the held-out loss was lowest after epoch {best} ({min(losses):.3g}) "
         f"and is {losses[-1]:.3g} after epoch {len(losses)}, so that its probabilities are too "
-        f"high; {', '.join(remedies[:-1])} or {remedies[-1]} helps"
+        f"high; {', '.join(remedies[:-1])} or {remedies[-1]} helps; calibrate=True corrects only "
+        "the probabilities"
+    ]
+
+
+def describe_old_evaluation(run: str, evaluation: Mapping[str, Any], loss: float) -> list[str]:
+    """A warning if the files of ``evaluate`` in the folder of a resumed run are of another model.
+
+    Args:
+        run: the folder.
+        evaluation: content of ``evaluation.json``; empty if there is none.
+        loss: log loss of the run's model on the held-out images.
+    """
+    before = evaluation.get("loss", loss)
+    if math.isclose(before, loss, rel_tol=1e-5):
+        return []
+    return [
+        f"report.html, evaluation.json and predictions.csv are of the model before, with a loss of "
+        f"{before:.4g}; write them again: vgg-transfer evaluate {run}"
     ]

@@ -42,7 +42,7 @@ def calibrate(
     """
     temperature, _ = fit_temperature(logits, labels)
     for variable in (head.classifier.kernel, head.classifier.bias):
-        variable.assign(variable * temperature)
+        variable.assign(variable.numpy() * temperature)
     found = {"temperature": temperature, "before": _scores(logits, labels)}
     groups = np.arange(len(labels)) if groups is None else groups
     num_groups = len(np.unique(groups))

@@ -21,6 +21,7 @@ from transfer.exports.meta_graph import save_classifier
 from transfer.finetuning import tracking
 from transfer.finetuning.advice import (
     describe_leaks,
+    describe_old_evaluation,
     describe_overfitting,
     describe_rare_classes,
 )
@@ -180,13 +181,13 @@ def run(request: RunRequest) -> FineTuneResult:
             replicas.barrier()  # no worker exits while the chief may still need it
     history = run_folder.read_history(context.run_dir)
     if replicas.is_chief:
-        for line in _advice(context, history):
+        for line in _advice(context, history, metrics["eval"]["loss"]):
             logger.warning(line)
     return FineTuneResult(classifier, metrics, history, context.run_dir, logits)
 
 
-def _advice(context: RunContext, history: dict[str, list[float]]) -> list[str]:
-    """What looks wrong in the finished run."""
+def _advice(context: RunContext, history: dict[str, list[float]], loss: float) -> list[str]:
+    """What looks wrong in the finished run, which has this log loss."""
     options, train = context.options, context.train
     lines = describe_leaks(context.num_leaks)
     if options.shots_per_class is None:  # else few images were asked for
@@ -195,6 +196,10 @@ def _advice(context: RunContext, history: dict[str, list[float]]) -> list[str]:
         tap = context.classifier.feature_extractor.network.output.removesuffix(":0")
         head_only = [stage.cut for stage in context.stages] == [tap]
         lines += describe_overfitting(history, head_only=head_only)
+    evaluation = context.run_dir / run_folder.EVALUATION
+    if evaluation.is_file():
+        results = run_folder.read_json(evaluation)
+        lines += describe_old_evaluation(str(context.run_dir), results, loss)
     return lines
 
 
