@@ -37,7 +37,7 @@ def calibrate(
     Returns:
         The entry ``calibration`` of ``metrics.json``: ``temperature``, the factor of the logits,
         and ``loss`` (nats) and ``calibration_error`` (0 to 1) ``before``, and ``cross_fitted``:
-        each image with the temperature of four fifths of the others. The latter is missing if all
+        each fifth of the images with the temperature of the others. The latter is missing if all
         images are of one group.
     """
     temperature, _ = fit_temperature(logits, labels)
