@@ -44,10 +44,10 @@ def compare_cuts(config: BenchmarkConfig) -> tuple[str, Path, int]:
     comparison = Comparison(
         options, labels, cuts, config.seeds, config.baseline, config.keep_models
     )
-    flags, defaults = asdict(config), asdict(DEFAULTS)
+    flags, defaults, fixed = asdict(config), asdict(DEFAULTS), ("epochs", "calibrate")
     with (
         console.resumable("benchmark"),
-        run_folder.opened(out, flags, resume=config.resume, defaults=defaults, fixed=("epochs",)),
+        run_folder.opened(out, flags, resume=config.resume, defaults=defaults, fixed=fixed),
         interruption.resumable(out),  # which ends the process of the current run
     ):
         table, num_failed = compare(comparison, out, lambda run: _start(run, config))

@@ -98,6 +98,7 @@ def test_study_with_another_model_or_other_images_is_not_continued(
         "images_sha256": fewer,
         "feed": {"feeds": {"keep_prob:0": 0.5}},
         "epochs": {"options": dataclasses.replace(wanted.options, epochs=3)},
+        "calibrate": {"options": dataclasses.replace(wanted.options, calibrate=True)},
     }
     for name, changed in others.items():
         with pytest.raises(ValueError, match=f"{name}="):

@@ -17,6 +17,9 @@ def test_a_rise_of_the_held_out_loss_is_named_with_its_epochs_and_remedies():
     assert "early_stopping=3, epochs=3 or solver=ridge" in line
     (line,) = describe_overfitting({"val_loss": losses}, head_only=False)
     assert "early_stopping=3, epochs=3 or mixup=0.2" in line
+    assert "so that its probabilities are too high" in line
+    (line,) = describe_overfitting({"val_loss": losses}, head_only=True, is_calibrated=True)
+    assert line.endswith("before the temperature; early_stopping=3, epochs=3 or solver=ridge helps")
 
 
 def test_one_bad_epoch_and_noise_are_not_overfitting():
@@ -42,8 +45,8 @@ def test_held_out_images_that_are_trained_on_are_counted():
 
 
 def test_files_of_an_evaluation_of_another_model_are_named():
-    (line,) = describe_old_evaluation("runs/a", {"loss": 0.5443}, 0.5047)
+    (line,) = describe_old_evaluation("runs/a", 0.5443, 0.5047)
     assert "predictions.csv are of the model before, with a loss of 0.5443" in line
     assert line.endswith("vgg-transfer evaluate runs/a")
-    assert describe_old_evaluation("runs/a", {"loss": 0.5443}, 0.5443) == []
-    assert describe_old_evaluation("runs/a", {}, 0.5443) == []
+    assert describe_old_evaluation("runs/a", 0.5443, 0.5443) == []
+    assert describe_old_evaluation("runs/a", None, 0.5443) == []

@@ -7,8 +7,10 @@ import scipy.special
 from commands import metrics, saved_values
 
 from transfer import Head, evaluate, fine_tune, open_source
+from transfer.evaluation.prediction import summarize
 from transfer.finetuning.calibration import calibrate
 from transfer.runs import run_folder
+from transfer.training.ridge import fit_temperature
 
 
 @pytest.fixture
@@ -54,19 +56,34 @@ def test_temperature_is_that_of_the_lowest_loss(factor):
 
 
 def test_images_of_a_group_are_left_out_together():
-    logits, labels = drawn(2.0, num_images=60)
-    groups = np.arange(60) // 20
-    groups[labels == labels[0]] = 0
-    found = calibrate(new_head(), logits, labels, groups)
-    assert found["cross_fitted"] != calibrate(new_head(), logits, labels)["cross_fitted"]
-    assert "cross_fitted" not in calibrate(new_head(), logits, labels, np.zeros(60))
+    """The logits of one group are too large, those of the other too small."""
+    logits, labels = drawn(1.0, num_images=400)
+    groups = np.arange(400) % 2
+    logits[groups == 0] *= 4
+    logits[groups == 1] /= 4
+    scaled = logits.copy()
+    for group in (0, 1):
+        mine = groups == group
+        scaled[mine] *= fit_temperature(logits[~mine], labels[~mine])[0]
+    found = calibrate(new_head(), logits, labels, groups)["cross_fitted"]
+    assert found["loss"] == pytest.approx(summarize(scaled, labels)["loss"], rel=1e-5)
+    mixed = calibrate(new_head(), logits, labels)["cross_fitted"]
+    assert found["loss"] > 2 * mixed["loss"]
+    assert "cross_fitted" not in calibrate(new_head(), logits, labels, np.zeros(400))
+
+
+def test_logits_must_be_finite():
+    logits, labels = drawn(1.0, num_images=10)
+    logits[3, 2] = np.inf
+    with pytest.raises(ValueError, match="logits of held-out images are not finite"):
+        calibrate(new_head(), logits, labels)
 
 
 def test_finished_run_is_calibrated(model, splits, tmp_path, caplog):
     options = {"freeze_until": "pool2", "epochs": 2, "cache_dir": tmp_path / "cache"}
     plain = fine_tune(model, *splits, run_dir=tmp_path / "plain", **options)
     whole = fine_tune(model, *splits, run_dir=tmp_path / "whole", calibrate=True, **options)
-    run_folder.write_json(plain.run_dir / run_folder.EVALUATION, plain.metrics["eval"])
+    (plain.run_dir / run_folder.EVALUATION).write_text("{")  # is not read
     fine_tune(model, *splits, run_dir=tmp_path / "plain", resume=True, **options)
     assert "of the model before" not in caplog.text
     later = fine_tune(

@@ -81,7 +81,7 @@ def test_interrupted_study_is_resumed_by_the_command_that_it_prints(
     assert seen[1][1:] == ({"shots_per_class": [2, 3], "seed": [0, 1, 2]}, True)
 
 
-def test_comparison_is_not_resumed_with_other_epochs(
+def test_comparison_is_not_resumed_with_what_a_run_may_change(
     tmp_path, model, image_folder, monkeypatch, capsys
 ):
     monkeypatch.setattr(benchmark_job, "compare", lambda *_: ("", 0))
@@ -90,6 +90,8 @@ def test_comparison_is_not_resumed_with_other_epochs(
     assert benchmark(tmp_path / "b", model, image_folder, *flags, 2, "--resume") == 0
     assert benchmark(tmp_path / "b", model, image_folder, *flags, 3, "--resume") == 1
     assert "--epochs 2, now 3" in capsys.readouterr().err
+    assert benchmark(tmp_path / "b", model, image_folder, *flags, 2, "--calibrate", "--resume") == 1
+    assert "--calibrate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,20 @@ def test_folder_removed_while_files_are_synced_is_noticed(tmp_path, monkeypatch)
         fit(new_trainer(), epochs=1, checkpoint=checkpoint)
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), FileNotFoundError()])
+def test_checkpoint_that_cannot_be_synced_does_not_count_as_complete(tmp_path, monkeypatch, error):
+    checkpoint = RunCheckpoint(tmp_path)
+    trainer = fit(new_trainer(), epochs=1, checkpoint=checkpoint)
+
+    def fail(path):
+        raise error
+
+    monkeypatch.setattr(files, "sync", fail)
+    monkeypatch.setattr(checkpoints, "_SYNC_S", 0)
+    with pytest.raises(OSError, match="cannot write checkpoint .*step-2.*; step-1 is complete"):
+        fit(trainer, epochs=2, checkpoint=checkpoint)
+
+
 def test_best_weights_are_kept_with_last_checkpoint(tmp_path):
     losses = iter([3.0, 1.0, 2.0, 1.5])
     seen = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -56,12 +55,15 @@ def describe_rare_classes(class_names: Sequence[str], labels: np.ndarray) -> lis
     ]
 
 
-def describe_overfitting(history: Mapping[str, Sequence[float]], *, head_only: bool) -> list[str]:
+def describe_overfitting(
+    history: Mapping[str, Sequence[float]], *, head_only: bool, is_calibrated: bool = False
+) -> list[str]:
     """A warning if the held-out loss rose after its minimum.
 
     Args:
         history: columns of ``history.csv``, one value per epoch; see ``FineTuneResult.history``.
         head_only: whether only the head was trained.
+        is_calibrated: whether the classifier got a temperature after training.
 
     Example:
         >>> from transfer.finetuning.advice import describe_overfitting
@@ -80,24 +82,29 @@ def describe_overfitting(history: Mapping[str, Sequence[float]], *, head_only: b
         return []
     best = int(np.argmin(losses)) + 1
     remedies = ["early_stopping=3", f"epochs={best}", "solver=ridge" if head_only else "mixup=0.2"]
-    return [
+    line = (
         f"the run overfits: the held-out loss was lowest after epoch {best} ({min(losses):.3g}) "
-        f"and is {losses[-1]:.3g} after epoch {len(losses)}, so that its probabilities are too "
-        f"high; {', '.join(remedies[:-1])} or {remedies[-1]} helps; calibrate=True corrects only "
+        f"and is {losses[-1]:.3g} after epoch {len(losses)}"
+    )
+    helps = f"{', '.join(remedies[:-1])} or {remedies[-1]} helps"
+    if is_calibrated:
+        return [f"{line}, before the temperature; {helps}"]
+    return [
+        f"{line}, so that its probabilities are too high; {helps}; calibrate=True corrects only "
         "the probabilities"
     ]
 
 
-def describe_old_evaluation(run: str, evaluation: Mapping[str, Any], loss: float) -> list[str]:
+def describe_old_evaluation(run: str, before: float | None, loss: float) -> list[str]:
     """A warning if the files of ``evaluate`` in the folder of a resumed run are of another model.
 
     Args:
         run: the folder.
-        evaluation: content of ``evaluation.json``; empty if there is none.
-        loss: log loss of the run's model on the held-out images.
+        before: log loss of the model on the held-out images before the run was resumed; ``None`` if
+            there was none, or no such files.
+        loss: the same of the run's model now.
     """
-    before = evaluation.get("loss", loss)
-    if math.isclose(before, loss, rel_tol=1e-5):
+    if before is None or math.isclose(before, loss, rel_tol=1e-5):
         return []
     return [
         f"report.html, evaluation.json and predictions.csv are of the model before, with a loss of "

@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.model_selection import GroupKFold
 
 from transfer.evaluation.metrics import expected_calibration_error
-from transfer.evaluation.prediction import probabilities, summarize
+from transfer.evaluation.prediction import probabilities, row_blocks, summarize
 from transfer.layers.head import Head
 from transfer.training.ridge import fit_temperature
 
@@ -37,9 +37,17 @@ def calibrate(
     Returns:
         The entry ``calibration`` of ``metrics.json``: ``temperature``, the factor of the logits,
         and ``loss`` (nats) and ``calibration_error`` (0 to 1) ``before``, and ``cross_fitted``:
-        each fifth of the images with the temperature of the others. The latter is missing if all
+        each fold, of at most five, with the temperature of the others. The latter is missing if all
         images are of one group.
+
+    Raises:
+        ValueError: if logits are not finite.
     """
+    if not np.isfinite(logits).all():
+        raise ValueError(
+            "logits of held-out images are not finite, so there is no temperature to calibrate "
+            "them; a lower learning_rate may keep the weights finite"
+        )
     temperature, _ = fit_temperature(logits, labels)
     for variable in (head.classifier.kernel, head.classifier.bias):
         variable.assign(variable.numpy() * temperature)
@@ -68,8 +76,9 @@ def report(found: dict[str, Any], num_images: int) -> None:
 
 
 def _scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    predictions, confidence = logits.argmax(-1), probabilities(logits).max(-1)
+    confidence = [probabilities(logits[rows]).max(-1) for rows in row_blocks(logits)]
+    is_right = logits.argmax(-1) == labels
     return {
         "loss": summarize(logits, labels)["loss"],
-        "calibration_error": expected_calibration_error(confidence, predictions == labels),
+        "calibration_error": expected_calibration_error(np.concatenate(confidence), is_right),
     }

@@ -176,18 +176,30 @@ def run(request: RunRequest) -> FineTuneResult:
             context = replace(context, request=replace(context.request, callbacks=callbacks))
             classifier, metrics, logits = _train_and_evaluate(context, clock, signals)
             if replicas.is_chief:
+                evaluated = _evaluated_loss(context.run_dir)
                 run_folder.write_json(context.run_dir / run_folder.METRICS, metrics)
                 tracker.finish(metrics)
             replicas.barrier()  # no worker exits while the chief may still need it
     history = run_folder.read_history(context.run_dir)
     if replicas.is_chief:
-        for line in _advice(context, history, metrics["eval"]["loss"]):
+        loss = metrics["eval"]["loss"]
+        lines = describe_old_evaluation(str(context.run_dir), evaluated, loss)
+        for line in (*_advice(context, history), *lines):
             logger.warning(line)
     return FineTuneResult(classifier, metrics, history, context.run_dir, logits)
 
 
-def _advice(context: RunContext, history: dict[str, list[float]], loss: float) -> list[str]:
-    """What looks wrong in the finished run, which has this log loss."""
+def _evaluated_loss(run_dir: Path) -> float | None:
+    """The log loss in ``metrics.json``, if there are files of ``evaluate`` beside it."""
+    if not (run_dir / run_folder.EVALUATION).is_file():
+        return None
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing or damaged
+        return float(run_folder.read_json(run_dir / run_folder.METRICS)["eval"]["loss"])
+    return None
+
+
+def _advice(context: RunContext, history: dict[str, list[float]]) -> list[str]:
+    """What looks wrong in the finished run."""
     options, train = context.options, context.train
     lines = describe_leaks(context.num_leaks)
     if options.shots_per_class is None:  # else few images were asked for
@@ -195,11 +207,7 @@ def _advice(context: RunContext, history: dict[str, list[float]], loss: float) -
     if options.early_stopping is None:
         tap = context.classifier.feature_extractor.network.output.removesuffix(":0")
         head_only = [stage.cut for stage in context.stages] == [tap]
-        lines += describe_overfitting(history, head_only=head_only)
-    evaluation = context.run_dir / run_folder.EVALUATION
-    if evaluation.is_file():
-        results = run_folder.read_json(evaluation)
-        lines += describe_old_evaluation(str(context.run_dir), results, loss)
+        lines += describe_overfitting(history, head_only=head_only, is_calibrated=options.calibrate)
     return lines
 
 

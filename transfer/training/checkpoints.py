@@ -33,8 +33,9 @@ from transfer.training.trainer import EpochSums, Trainer
 _SYNC_S = 1.0
 """Seconds between two times at which files are synced, and then old ones deleted: syncing takes as
 long as writing."""
-_MARK = "mark.lock"
-"""A file in the temporary folder of a checkpoint, which shows that it is still the same folder."""
+_MARK = "mark.index"
+"""A file in the temporary folder of a checkpoint, which shows that it is still the same folder. If
+it is left over, it is deleted with the files of checkpoints, as it is named like one."""
 _LEFT = re.compile(r"\.writing-(step|best)-\d+(_temp|\.index|\.data-\d{5}-of-\d{5})")
 """Temporary files that earlier versions left behind when they were killed."""
 # Raised by TensorFlow's readers for files that are truncated, changed, or of another model.
@@ -266,13 +267,14 @@ class RunCheckpoint:
         try:
             yield
         except (OSError, tf.errors.OpError) as error:
+            complete = [f"step-{number}" for number in self._numbers("step")]
+            complete = [step for step in complete if step != name]
             is_missing = isinstance(error, (FileNotFoundError, tf.errors.NotFoundError))
-            if is_missing or not self.directory.is_dir():
+            if not self.directory.is_dir() or (is_missing and not complete):
                 raise FileNotFoundError(
                     f"{str(self.directory)!r} was removed while the run went on; its checkpoints "
                     "are lost"
                 ) from error
-            complete = [f"step-{number}" for number in self._numbers("step")]
             raise OSError(
                 f"cannot write checkpoint {str(self.directory / name)!r} ({_first_line(error)}); "
                 + (f"{complete[-1]} is complete: " if complete else "there is no earlier one: ")
