@@ -23,8 +23,7 @@ import numpy as np
 from transfer.benchmarking.grid import show_grid, show_value
 from transfer.core import measurement
 from transfer.core.files import replacing
-from transfer.evaluation.image_scores import score_images
-from transfer.evaluation.metrics import expected_calibration_error
+from transfer.evaluation.metrics import calibration_error
 from transfer.finetuning.model_plan import plan_model
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.request import RunRequest
@@ -258,9 +257,7 @@ def _do(request: RunRequest, keep_models: bool) -> None:
     is_measured = measurement.reset_peak_rss()
     result = run(dataclasses.replace(request, resume=True))
     peak = result.metrics["memory"]["peak_rss_mb"] if is_measured else None
-    scores = score_images(result.logits, request.held_out.labels)
-    right = scores.predictions == request.held_out.labels
-    error = expected_calibration_error(scores.confidences, right)
+    error = calibration_error(result.logits, request.held_out.labels)
     measured = {"calibration_error": error, "peak_mb": peak}
     run_folder.add_to_metrics(folder, _MEASURED, measured)
     if not keep_models:

@@ -157,6 +157,17 @@ def expected_calibration_error(confidence: np.ndarray, right: np.ndarray) -> flo
     return float(sum(gaps) / len(right))
 
 
+def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The expected calibration error of predictions, 0 to 1.
+
+    Args:
+        logits: float ``[num_examples, num_classes]``.
+        labels: int ``[num_examples]``.
+    """
+    scores = score_images(logits, labels)
+    return expected_calibration_error(scores.confidences, scores.predictions == labels)
+
+
 def confused_pairs(predictions: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The pairs of classes that are confused, most frequent first.
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from sklearn.model_selection import GroupKFold
 
-from transfer.evaluation.metrics import expected_calibration_error
-from transfer.evaluation.prediction import probabilities, row_blocks, summarize
+from transfer.evaluation.metrics import calibration_error
+from transfer.evaluation.prediction import summarize
 from transfer.layers.head import Head
 from transfer.training.ridge import fit_temperature
 
@@ -76,9 +76,7 @@ def report(found: dict[str, Any], num_images: int) -> None:
 
 
 def _scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    confidence = [probabilities(logits[rows]).max(-1) for rows in row_blocks(logits)]
-    is_right = logits.argmax(-1) == labels
     return {
         "loss": summarize(logits, labels)["loss"],
-        "calibration_error": expected_calibration_error(np.concatenate(confidence), is_right),
+        "calibration_error": calibration_error(logits, labels),
     }

@@ -11,8 +11,8 @@ import keras
 import numpy as np
 
 from transfer.activations.extraction import Compiled
-from transfer.evaluation.metrics import expected_calibration_error
-from transfer.evaluation.prediction import probabilities, summarize
+from transfer.evaluation.metrics import calibration_error
+from transfer.evaluation.prediction import summarize
 from transfer.finetuning.context import RunContext
 from transfer.finetuning.inputs import Inputs
 from transfer.training.linear_head import Solution
@@ -91,14 +91,11 @@ def describe(solution: Solution, labels: np.ndarray) -> dict[str, Any]:
         return summary
     logits, labels = left_out
     metrics = summarize(logits, labels)
-    confidence = probabilities(logits).max(-1)
     return summary | {
         "cross_validation": {
             "accuracy": metrics["accuracy"],
             "loss": metrics["loss"],
-            "calibration_error": expected_calibration_error(
-                confidence, logits.argmax(-1) == labels
-            ),
+            "calibration_error": calibration_error(logits, labels),
             "num_examples": len(labels),
         }
     }
