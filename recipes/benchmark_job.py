@@ -44,7 +44,7 @@ def compare_cuts(config: BenchmarkConfig) -> tuple[str, Path, int]:
     comparison = Comparison(
         options, labels, cuts, config.seeds, config.baseline, config.keep_models
     )
-    flags, defaults, fixed = asdict(config), asdict(DEFAULTS), ("epochs", "calibrate")
+    flags, defaults, fixed = asdict(config), asdict(DEFAULTS), run_folder.CHANGES_RESULT
     with (
         console.resumable("benchmark"),
         run_folder.opened(out, flags, resume=config.resume, defaults=defaults, fixed=fixed),

@@ -190,7 +190,7 @@ def _opened(
         run_folder.check(out, resume=False)
     names = [option.name for option in dataclasses.fields(FineTuneOptions)]
     free = ("grid", "keep_models", *content, *(name for name in names if name in axes), *_PLACES)
-    fixed = {"epochs", "calibrate"} - {*axes}
+    fixed = {*run_folder.CHANGES_RESULT} - {*axes}
     # Studies of earlier versions did not record these, nor options that came later.
     recorded = {name: config.get(name, ()) for name in ("feed", "rename")}
     defaults = vars(FineTuneOptions()) | recorded

@@ -30,9 +30,12 @@ CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
+CHANGES_RESULT = ("epochs", "fc_epochs", "calibrate")
+"""Options that may differ in a resumed run although its result depends on them."""
 _MAY_DIFFER = (
-    *("epochs", "fc_epochs", "out", "strategy", "track", "track_files"),
-    *("cache_dir", "cache_limit", "checkpoint_minutes", "calibrate"),
+    *CHANGES_RESULT,
+    *("out", "strategy", "track", "track_files"),
+    *("cache_dir", "cache_limit", "checkpoint_minutes"),
 )
 """Options that may differ in a resumed run."""
 _MAX_JSON_BYTES = 2**26  # metrics of tens of thousands of classes
@@ -90,7 +93,7 @@ def opened(
         resume: continue the run in the folder.
         defaults: values of options that did not exist when a resumed run was started.
         may_differ: options, in addition to the epochs, that may differ in a resumed run.
-        fixed: options that may not differ, such as the epochs of runs that are compared.
+        fixed: options that may not differ, such as ``CHANGES_RESULT`` of runs that are compared.
 
     Raises:
         BlockingIOError: if another process uses the folder.

@@ -267,8 +267,8 @@ class RunCheckpoint:
         try:
             yield
         except (OSError, tf.errors.OpError) as error:
-            complete = [f"step-{number}" for number in self._numbers("step")]
-            complete = [step for step in complete if step != name]
+            steps = [f"step-{number}" for number in self._numbers("step")]
+            complete = [step for step in steps if step != name]
             is_missing = isinstance(error, (FileNotFoundError, tf.errors.NotFoundError))
             if not self.directory.is_dir() or (is_missing and not complete):
                 raise FileNotFoundError(
