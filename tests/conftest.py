@@ -299,6 +299,14 @@ def smooth_folder(tmp_path: Path) -> Path:
     return tmp_path / "smooth"
 
 
+@pytest.fixture
+def splits(smooth_folder: Path) -> tuple[Any, Any]:
+    """Training and held-out images of ``smooth_folder``, half of which a head gets wrong."""
+    from transfer.data.sources import open_source
+
+    return open_source(image_folder=str(smooth_folder)).train_and_eval_splits()
+
+
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tfds data directory with the embedded digits, prepared once."""

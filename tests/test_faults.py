@@ -41,12 +41,13 @@ def mounted(path, options):
 
 
 def finetune_with_a_fault(monkeypatch, out, setting, fault, *flags):
-    """Exit status of a run in which ``fault`` is called after the first epoch."""
+    """Exit status of a run in which ``fault`` is called after the first epoch's checkpoint."""
     model, photos, _ = setting
     train_epoch = Trainer.train_epoch
 
     def then(self, *arguments, **options):
         if self.epoch == 1:
+            options["checkpoint"].wait()  # it would meet the fault at one moment or another
             fault()
         return train_epoch(self, *arguments, **options)
 
@@ -109,12 +110,12 @@ def test_removed_run_folder_is_an_error(tmp_path, setting, monkeypatch, capsys):
     out = tmp_path / "run"
 
     def remove():
-        out.rename(tmp_path / "trash")  # at once: rmtree would race with the checkpoint's writer
+        out.rename(tmp_path / "trash")
 
     status = finetune_with_a_fault(monkeypatch, out, setting, remove)
     assert status == 1
     assert "was removed while the run went on" in error_of(capsys)
-    assert not [path for path in out.rglob("*") if path.is_file()]
+    assert not (out / "checkpoints").exists()
 
 
 @pytest.mark.slow

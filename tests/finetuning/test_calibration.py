@@ -6,16 +6,11 @@ import scipy.optimize
 import scipy.special
 from commands import metrics, saved_values
 
-from transfer import Head, evaluate, fine_tune, open_source
+from transfer import Head, evaluate, fine_tune
 from transfer.evaluation.prediction import summarize
 from transfer.finetuning.calibration import calibrate
 from transfer.runs import run_folder
 from transfer.training.ridge import fit_temperature
-
-
-@pytest.fixture
-def splits(smooth_folder):
-    return open_source(image_folder=str(smooth_folder)).train_and_eval_splits()
 
 
 def drawn(factor, num_images=4000, num_classes=5):

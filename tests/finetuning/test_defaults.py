@@ -6,16 +6,10 @@ import numpy as np
 import pytest
 from commands import saved_values
 
-from transfer import fine_tune, open_source
+from transfer import fine_tune
 from transfer.finetuning import defaults
 from transfer.finetuning.label_smoothing import MAX_SMOOTHING
 from transfer.runs import run_folder
-
-
-@pytest.fixture
-def splits(smooth_folder):
-    """Images of random colours, half of which a head gets wrong."""
-    return open_source(image_folder=str(smooth_folder)).train_and_eval_splits()
 
 
 def smoothing_of(result):

@@ -12,12 +12,6 @@ from transfer.finetuning.options import FineTuneOptions
 from transfer.runs import run_folder
 
 
-@pytest.fixture
-def splits(smooth_folder):
-    """Images of random colours, half of which a head gets wrong."""
-    return open_source(image_folder=str(smooth_folder)).train_and_eval_splits()
-
-
 def smoothing_of(result):
     return run_folder.read_config(result.run_dir).get("label_smoothing")
 
