@@ -98,10 +98,14 @@ def test_keras_calls_overridden_methods(name):
     np.testing.assert_array_equal(variables[1].numpy(), 1.0)
 
 
-def test_average_covers_half_of_the_steps_at_most():
+@pytest.mark.parametrize("accumulate", [None, 4])
+def test_average_covers_half_of_the_steps_at_most(accumulate):
     """Without a limit, a mean whose weights grow with the number of the step."""
     kind = type("Averaging", (private_api.OptimizerOverrides, keras.optimizers.SGD), {})
-    growing, constant = (kind(1.0, use_ema=True, ema_momentum=decay) for decay in (1.0, 0.5))
+    growing, constant = (
+        kind(1.0, use_ema=True, ema_momentum=decay, gradient_accumulation_steps=accumulate)
+        for decay in (1.0, 0.5)
+    )
     weights = []
     values = {name: keras.Variable(np.zeros(1, np.float32)) for name in ("growing", "constant")}
     for _ in range(40):

@@ -99,7 +99,8 @@ class OptimizerOverrides:
 
     def _update_model_variables_moving_average(self, trainable_variables: Any) -> None:
         optimizer: Any = self
-        steps = tf.cast(optimizer.iterations, tf.float32)
+        # ``iterations`` counts updates; with accumulated gradients, this is called more often.
+        steps = tf.cast(optimizer._iterations, tf.float32)
         decay = tf.minimum(optimizer.ema_momentum, steps / (steps + 2))
         pairs = zip(trainable_variables, optimizer._model_variables_moving_average, strict=True)
         for variable, average in pairs:
