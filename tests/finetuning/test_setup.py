@@ -39,13 +39,13 @@ def test_images_that_changed_between_two_runs_have_other_ids(
     class Reached(Exception):
         pass
 
-    def inspect(train, held_out, verbose):
+    def inspect(train, held_out, options, verbose):
         assert (train is held_out) == is_one  # they are compared unless it is one split
         seen.append((train.ids.tolist(), held_out.ids.tolist()))
         raise Reached
 
     seen = []
-    monkeypatch.setattr(setup, "_inspect_images", inspect)
+    monkeypatch.setattr(setup, "inspect_images", inspect)
     train, held_out = open_source(image_folder=str(own_image_folder)).train_and_eval_splits()
     request = RunRequest(load_meta_graph(model), train, train if is_one else held_out)
     for _ in range(2):
@@ -57,20 +57,6 @@ def test_images_that_changed_between_two_runs_have_other_ids(
     for before, after in zip(*seen, strict=True):
         assert before[0] != after[0]
         assert before[1:] == after[1:]
-
-
-@pytest.mark.parametrize("most", [23, 10_000])
-def test_images_that_are_both_trained_and_evaluated_on_are_reported(
-    image_folder, monkeypatch, caplog, most
-):
-    """Also where there are too many to decode all."""
-    monkeypatch.setattr(setup, "MAX_COMPARED", most)
-    source = open_source(image_folder=str(image_folder))
-    train, held_out = source.train_and_eval_splits()
-    both = source.split("+".join(source.split_names))
-    assert setup._inspect_images(train, held_out, 0)[1] == 0
-    assert setup._inspect_images(both, held_out, 0)[1] == len(held_out)
-    assert f"{len(held_out)} images are both trained and evaluated on" in caplog.text
 
 
 def test_options_without_effect_are_reported(model, image_folder, caplog):

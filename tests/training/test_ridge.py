@@ -84,7 +84,7 @@ def test_weights_act_as_repeated_groups():
     )
     first = np.unique(groups, return_index=True)[1]
     np.testing.assert_allclose(
-        weighted.left_out(30.0, None),
+        weighted.left_out(30.0, []),
         repeated.left_out(30.0, ridge._members(groups))[first],
         atol=1e-4,
     )

@@ -13,7 +13,7 @@ import numpy as np
 
 from transfer.data.dataset import Split
 from transfer.evaluation import by_group
-from transfer.finetuning import setup
+from transfer.finetuning import image_inspection, setup
 from transfer.finetuning.cost import NONE, CutCost
 from transfer.finetuning.hyperparameters import BATCH, default_epochs
 from transfer.finetuning.options import FineTuneOptions
@@ -76,7 +76,8 @@ def is_affordable(seconds: float, full: CutCost, most_s: float | None) -> bool:
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
     """Leave out what is said about the images of a run: those of a trial are drawn here."""
-    loggers = [logging.getLogger(name) for name in (setup.__name__, run.__module__)]
+    modules = (setup.__name__, image_inspection.__name__, run.__module__)
+    loggers = [logging.getLogger(name) for name in modules]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -5,22 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from transfer.activations.fingerprints import remembered
 from transfer.activations.samples import sample_features
 from transfer.core import measurement
 from transfer.core.distribution import Replicas
-from transfer.data import data_checks
-from transfer.data.dataset import MAX_COMPARED, Split, few_shot
-from transfer.data.groups import describe_shared
-from transfer.data.unreadable import UnreadableImageError, find_unreadable
+from transfer.data.dataset import Split, few_shot
 from transfer.exports.meta_graph import check_savable
 from transfer.finetuning.context import RunContext
 from transfer.finetuning.defaults import (
@@ -38,6 +33,7 @@ from transfer.finetuning.hyperparameters import (
     resolve,
     rms,
 )
+from transfer.finetuning.image_inspection import inspect_images
 from transfer.finetuning.model_plan import plan_model
 from transfer.finetuning.options import FineTuneOptions, ResolvedOptions
 from transfer.finetuning.precision import calibration_images, choose
@@ -52,7 +48,7 @@ from transfer.layers.backbone import Backbone
 from transfer.layers.classifier import Classifier
 from transfer.layers.graph_layer import GraphLayer
 from transfer.layers.head import Head
-from transfer.runs import run_data, run_folder
+from transfer.runs import run_folder
 from transfer.runs.growth import Growth
 from transfer.training.l2_sp import L2SP
 
@@ -61,7 +57,6 @@ logger = logging.getLogger(__name__)
 # Standard deviation of the initial logits. A new head with confident logits needs steps to unlearn
 # them, and their gradients meanwhile disturb the backbone's weights.
 FIRST_LOGITS = 0.1
-_AT_SECOND_ATTEMPT = "was read at the second attempt only; run the command again"
 # Options that may differ between workers: locations of files.
 _PLACES = ("model", "data_dir", "image_folder", "csv", "add", "out", "cache_dir", "cache_limit")
 
@@ -96,10 +91,8 @@ def prepare(request: RunRequest) -> RunContext:
             f"batch_size={options.batch_size} does not fit {len(train)} training images; "
             f"choose 1 to {len(train)}"
         )
-    start = time.perf_counter()
-    with _remembered(options, train, request.held_out):
-        fingerprint, num_leaks = _inspect_images(train, request.held_out, request.verbose)
-    inspect_s = time.perf_counter() - start
+    inspected = inspect_images(train, request.held_out, options, verbose=request.verbose)
+    train = inspected.train
     if options.tap == AUTO:
         tap = best_tap(request, train) if replicas.is_chief else ""
         options = dataclasses.replace(options, tap=replicas.from_chief(tap))
@@ -108,7 +101,7 @@ def prepare(request: RunRequest) -> RunContext:
     classifier, features, resolved, taps = _classifier(request, train)
     if request.growth is not None:
         _check_model(request.growth, classifier.backbone)
-    replicas.check_same("choice of images", fingerprint)
+    replicas.check_same("choice of images", inspected.fingerprint)
     _check_repeatable(classifier, request.held_out, options.keep_dropout)
     stages = _stages(resolved, classifier, features, train)
     if resolved.cutmix:
@@ -138,10 +131,10 @@ def prepare(request: RunRequest) -> RunContext:
         stages=stages,
         train=train,
         held_out=request.held_out,
-        fingerprint=fingerprint,
-        num_leaks=num_leaks,
+        fingerprint=inspected.fingerprint,
+        num_leaks=inspected.num_leaks,
         taps=taps,
-        inspect_s=inspect_s,
+        inspect_s=inspected.seconds,
         measured=precision.measured,
         l2_sp=_l2_sp(resolved, classifier.backbone, stages) if resolved.l2_sp else None,
     )
@@ -256,55 +249,6 @@ def _check_feature_maps(cutmix: float, classifier: Classifier, stages: Sequence[
                 f"{stage.cut} have no height and width; use mixup=N, or freeze_until=CUT with an "
                 "earlier cut"
             )
-
-
-@contextlib.contextmanager
-def _remembered(options: FineTuneOptions, train: Split, held_out: Split) -> Iterator[None]:
-    """If the cache is on disk, also cache fingerprints of images there."""
-    with contextlib.ExitStack() as stack:
-        if options.cache == "disk":
-            for source in {id(split.source): split.source for split in (train, held_out)}.values():
-                stack.enter_context(remembered(source, options.cache_dir))
-        yield
-
-
-def _inspect_images(train: Split, held_out: Split, verbose: int) -> tuple[dict[str, Any], int]:
-    """Warn about classes without images, and about training images among the held-out ones: also
-    near-duplicates, if there are few enough images to decode all; returns the fingerprint of the
-    images, and how many held-out images are also trained on.
-
-    Raises:
-        UnreadableImageError: if some of them cannot be decoded.
-    """
-    lines = data_checks.describe_balance(train.source.class_names, train.labels, held_out.labels)
-    splits = {"training": train, "held_out": held_out}
-    count = len(train) + len(held_out)
-    leaks = data_checks.Leaks()  # also if the caller validates on the training images
-    if count <= MAX_COMPARED:
-        show = (lambda it: measurement.progress(it, "images", "image")) if verbose else iter
-        prints = {role: split.fingerprints(show) for role, split in splits.items()}
-        unreadable = [split.where(~prints[role]["readable"]) for role, split in splits.items()]
-        if any(map(len, unreadable)):
-            reasons: dict[str, str] = {}
-            for split in unreadable:
-                found = find_unreadable(split)
-                reasons |= {name: found.get(name, _AT_SECOND_ATTEMPT) for name in split.names}
-            raise UnreadableImageError(reasons)
-        if train is not held_out:
-            leaks = data_checks.find_leaks(prints["training"], prints["held_out"])
-    else:
-        if train is not held_out:
-            leaks = data_checks.Leaks(int(np.isin(held_out.ids, train.ids).sum()))
-        lines.append(
-            f"{count:,} images are more than the {MAX_COMPARED:,} that are compared before "
-            "training, so near-duplicates may be both trained and evaluated on; vgg-transfer "
-            "check-data compares any number"
-        )
-    lines += [f"{line}; vgg-transfer check-data lists them" for line in leaks.describe()]
-    lines += describe_shared(train.groups, held_out.groups, held_out.names)
-    for line in lines:
-        logger.warning(line)
-    return run_data.digests(train, held_out), leaks.num_identical + leaks.num_near
 
 
 def _classifier(

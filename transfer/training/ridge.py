@@ -192,27 +192,25 @@ class _Decomposition:
         kernel /= self.scales[:, None]
         return kernel, self.intercept - self.means @ kernel
 
-    def left_out(self, penalty: float, members: Sequence[np.ndarray] | None) -> np.ndarray:
+    def left_out(self, penalty: float, members: Sequence[np.ndarray]) -> np.ndarray:
         """Scores of each example by the solution for the others: ``[num_examples, num_classes]``.
 
         Args:
             penalty: strength of the L2 penalty.
-            members: positions of the examples of each group, of which all are left out together;
-                ``None`` if each is a group.
+            members: positions of the examples of each group of several, which are left out
+                together.
         """
         shrinkage = self.eigenvalues / (self.eigenvalues + penalty)
         roots = self.roots[:, None]
         fitted = self.left @ (shrinkage[:, None] * self.projected).astype(self.left.dtype)
         residuals = roots * (self.targets - self.intercept) - fitted
         share = self.roots / np.sqrt(np.sum(self.roots**2))  # of the intercept in the hat matrix
-        if members is None:
-            leverage = share**2 + np.einsum("ij,ij,j->i", self.left, self.left, shrinkage)
-            residuals /= np.maximum(1 - leverage, 1e-9)[:, None]
-        else:
-            for group in members:
-                hat_root = np.column_stack([share[group], self.left[group] * np.sqrt(shrinkage)])
-                residuals[group] = _without(hat_root.astype(np.float64), residuals[group])
-        return self.targets - residuals / roots
+        leverage = share**2 + np.einsum("ij,ij,j->i", self.left, self.left, shrinkage)
+        others = residuals / np.maximum(1 - leverage, 1e-9)[:, None]
+        for group in members:
+            hat_root = np.column_stack([share[group], self.left[group] * np.sqrt(shrinkage)])
+            others[group] = _without(hat_root.astype(np.float64), residuals[group])
+        return self.targets - others / roots
 
     def _columns(self) -> Iterator[np.ndarray]:
         return _columns(self.features, self.roots, self.means, self.scales)
@@ -313,9 +311,7 @@ def _learnable(classes: np.ndarray, groups: np.ndarray) -> np.ndarray:
     return np.asarray(np.bincount(pairs[0])[classes] > 1)
 
 
-def _members(groups: np.ndarray) -> list[np.ndarray] | None:
-    """Positions of the members of each group; ``None`` if each has one."""
-    sizes = np.bincount(groups)
-    if len(sizes) == len(groups):
-        return None
-    return np.split(np.argsort(groups, kind="stable"), np.cumsum(sizes)[:-1])
+def _members(groups: np.ndarray) -> list[np.ndarray]:
+    """Positions of the members of each group of several."""
+    parts = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
+    return [part for part in parts if len(part) > 1]
