@@ -13,6 +13,7 @@ from recipes.finetune_request import request
 from recipes.flag_values import given_of, options_of
 from transfer.benchmarking import keras_baseline, precisions, study_report
 from transfer.benchmarking.comparison import Comparison, Run, compare, labels_of
+from transfer.benchmarking.content import check_content, content_of, keep_content
 from transfer.benchmarking.grid import parse_grid
 from transfer.benchmarking.study import study
 from transfer.core import child_process, files
@@ -36,9 +37,9 @@ def compare_cuts(config: BenchmarkConfig) -> tuple[str, Path, int]:
     options = options_of(FineTuneOptions, config)
     if config.baseline:
         keras_baseline.check(options)
-    labels, cuts = labels_of(config.open_model(), options, config.cuts, config.feeds)
-    if config.image_folder or config.csv:  # its warnings, which in the runs go to their log files
-        config.open()
+    runs = request(replace(config, out=None, resume=False))
+    labels, cuts = labels_of(runs.graph, options, config.cuts, config.feeds)
+    content = content_of(runs)
     out = _out(config, "benchmark").resolve()
     config = replace(config, cuts=",".join(labels), out=out)
     comparison = Comparison(
@@ -50,6 +51,8 @@ def compare_cuts(config: BenchmarkConfig) -> tuple[str, Path, int]:
         run_folder.opened(out, flags, resume=config.resume, defaults=defaults, fixed=fixed),
         interruption.resumable(out),  # which ends the process of the current run
     ):
+        check_content(out, content)
+        keep_content(out, content)
         table, num_failed = compare(comparison, out, lambda run: _start(run, config))
     return table, out, num_failed
 

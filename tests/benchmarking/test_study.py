@@ -113,6 +113,7 @@ def test_study_with_another_model_or_other_images_is_not_continued(
     begin(wanted)
     assert "_sha256" not in config.read_text()
     assert run_folder.read_json(content) == hashes
+    assert hashes.keys() == {"model_sha256", "images_sha256", "files_sha256"}
     content.unlink()
     begin(wanted)
     saved_vgg(wanted.graph.prefix, card=tiny_card, num_classes=7)

@@ -6,6 +6,7 @@ import shlex
 import signal
 
 import pytest
+from PIL import Image
 
 from recipes import benchmark_job
 from recipes.benchmark_flags import BenchmarkConfig
@@ -92,6 +93,21 @@ def test_comparison_is_not_resumed_with_what_a_run_may_change(
     assert "--epochs 2, now 3" in capsys.readouterr().err
     assert benchmark(tmp_path / "b", model, image_folder, *flags, 2, "--calibrate", "--resume") == 1
     assert "--calibrate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--cuts", "fc7"], ["--grid", "seed=0"]])
+def test_benchmark_is_not_continued_with_other_images_of_the_same_names(
+    tmp_path, model, own_image_folder, monkeypatch, capsys, flags
+):
+    monkeypatch.setattr(benchmark_job, "compare", lambda *_: ("", 0))
+    flags = [*flags, "--epochs", 1]
+    resume = ["--resume"] if "--cuts" in flags else []
+    assert benchmark(tmp_path / "b", model, own_image_folder, *flags) == 0
+    assert benchmark(tmp_path / "b", model, own_image_folder, *flags, *resume) == 0
+    path = next(own_image_folder.rglob("*.png"))
+    Image.effect_noise((32, 32), 50).convert("RGB").save(path)
+    assert benchmark(tmp_path / "b", model, own_image_folder, *flags, *resume) == 1
+    assert "other images (files_sha256=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

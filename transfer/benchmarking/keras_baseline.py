@@ -26,7 +26,7 @@ from transfer.training.trainer import epoch_seed
 _UNUSED = (
     *("freeze_from", "schedule", "head_start", "block_lr_decay", "weight_decay", "l2_sp", "ema"),
     *("clip_norm", "accumulate", "early_stopping", "label_smoothing", "mixup", "cutmix"),
-    *("class_weights", "views", "precision", "lr_schedule"),
+    *("class_weights", "views", "precision", "lr_schedule", "calibrate"),
 )
 
 

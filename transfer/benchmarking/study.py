@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from transfer.benchmarking.content import check_content, content_of, keep_content
 from transfer.benchmarking.grid import show_grid, show_value
 from transfer.core import measurement
 from transfer.core.files import replacing
@@ -32,15 +33,13 @@ from transfer.finetuning.tap_choice import AUTO
 from transfer.graph import cut
 from transfer.images.preprocess import parse_size
 from transfer.models import retention
-from transfer.runs import run_data, run_folder
+from transfer.runs import run_folder
 from transfer.runs.interruption import Interrupted
 
 logger = logging.getLogger(__name__)
 
 PREDICTIONS = "predictions.npy"
 """Predicted classes of the held-out images, the last file of a run of a study."""
-CONTENT = "study.json"
-"""Hashes of the model and of the images."""
 RUNS = "runs"
 _MEASURED = "study"  # entry of metrics.json
 # Options that say where and how often files are written. Results do not depend on them.
@@ -183,9 +182,9 @@ def _opened(
     options = {name: value for name, value in vars(request.options).items() if name not in axes}
     config = {**request.origin, **options, "grid": show_grid(axes), "out": out}
     config |= {"feed": [*config.get("feed", ())], "keep_models": keep_models}
-    content = _content(request)
+    content = content_of(request)
     if has_begun:
-        _check_content(out, content)
+        check_content(out, content)
     else:
         run_folder.check(out, resume=False)
     names = [option.name for option in dataclasses.fields(FineTuneOptions)]
@@ -197,42 +196,8 @@ def _opened(
     with run_folder.opened(
         out, config, resume=has_begun, defaults=defaults, may_differ=free, fixed=fixed
     ):
-        run_folder.write_json(out / CONTENT, content)  # config.yaml has what are flags only
+        keep_content(out, content)
         yield
-
-
-def _check_content(out: Path, content: Mapping[str, Any]) -> None:
-    """Refuse to continue a study with another model, or with other images."""
-    path = out / CONTENT
-    # Studies of earlier versions recorded it among their options, or not at all.
-    began = run_folder.read_json(path) if path.is_file() else run_folder.read_config(out)
-    different = [
-        f"{name}={began[name]!r}, now {value!r}"
-        for name, value in content.items()
-        if began.get(name, value) != value
-    ]
-    if different:
-        raise ValueError(
-            f"cannot continue the study in {str(out)!r} with another model or other images "
-            f"({'; '.join(different)}); start a new study, in another run_dir"
-        )
-
-
-def _content(request: RunRequest) -> dict[str, Any]:
-    """Hashes of the model and of the names and labels of the images: with other ones in the same
-    places, results would not be comparable."""
-    graph = request.graph
-    model = hashlib.sha256(graph.graph_def.SerializeToString(deterministic=True))
-    prefix = graph.checkpoint_prefix
-    # The index has checksums of all weights; a checkpoint of version 1 is a single file.
-    for path in () if prefix is None else (Path(f"{prefix}.index"), prefix):
-        if path.is_file():
-            model.update(path.read_bytes())
-            break
-    images = hashlib.sha256()
-    for split in (request.train, request.held_out):
-        images.update(run_data.digest(split, of_files=False)["sha256"].encode())
-    return {"model_sha256": model.hexdigest(), "images_sha256": images.hexdigest()}
 
 
 def _name(point: Mapping[str, Any], options: FineTuneOptions) -> str:

@@ -39,6 +39,16 @@ class Inspected:
     seconds: float
 
 
+@contextlib.contextmanager
+def remembered_images(options: FineTuneOptions, train: Split, held_out: Split) -> Iterator[None]:
+    """If the cache is on disk, also cache fingerprints of images there."""
+    with contextlib.ExitStack() as stack:
+        if options.cache == "disk":
+            for source in {id(split.source): split.source for split in (train, held_out)}.values():
+                stack.enter_context(remembered(source, options.cache_dir))
+        yield
+
+
 def inspect_images(
     train: Split, held_out: Split, options: FineTuneOptions, *, verbose: int
 ) -> Inspected:
@@ -61,7 +71,7 @@ def inspect_images(
             "check-data compares any number"
         )
     else:
-        with _remembered(options, train, held_out):
+        with remembered_images(options, train, held_out):
             prints, of_held_out = _fingerprints([train, held_out], verbose)
         leaks = data_checks.find_leaks(prints, of_held_out) if is_other else data_checks.Leaks()
         if copies := near_duplicates(prints):
@@ -79,16 +89,6 @@ def inspect_images(
         leaks.num_identical + leaks.num_near,
         time.perf_counter() - start,
     )
-
-
-@contextlib.contextmanager
-def _remembered(options: FineTuneOptions, train: Split, held_out: Split) -> Iterator[None]:
-    """If the cache is on disk, also cache fingerprints of images there."""
-    with contextlib.ExitStack() as stack:
-        if options.cache == "disk":
-            for source in {id(split.source): split.source for split in (train, held_out)}.values():
-                stack.enter_context(remembered(source, options.cache_dir))
-        yield
 
 
 def _fingerprints(splits: list[Split], verbose: int) -> list[np.ndarray]:
