@@ -15,7 +15,6 @@ import random
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_dat
 
 from transfer.activations.cache import Cache, default_directory
 from transfer.activations.entry import Entry
-from transfer.activations.extraction import Compiled, kernels
+from transfer.activations.extraction import Compiled, kernels, versions
 from transfer.data.dataset import Split
 from transfer.data.holdout import stratified_holdout
 from transfer.data.image_arrays import ImageArrays, source_of_arrays
@@ -267,7 +266,7 @@ def _extractor(
         "preprocess": steps.mode,
         "image_size": steps.plain_size,
         "channels": steps.channels,
-        "versions": {package: version(package) for package in ("vgg-transfer", "tensorflow")},
+        **versions(),
         **kernels(),
     }
     return _Extractor(Compiled(features), steps, widths, key)

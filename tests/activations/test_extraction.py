@@ -2,7 +2,13 @@ import numpy as np
 import pytest
 
 from transfer.activations import extraction
-from transfer.activations.extraction import Activations, extract, stream, whole_batches
+from transfer.activations.extraction import (
+    EXTRACTION_BATCH,
+    Activations,
+    extract,
+    stream,
+    whole_batches,
+)
 
 IMAGES = np.random.default_rng(0).random((10, 2), np.float32)
 LABELS = np.arange(10)
@@ -85,3 +91,18 @@ def test_kernels_are_named_unless_they_are_usual(monkeypatch, machine, has_onedn
     monkeypatch.setattr(extraction, "is_onednn_on", lambda: has_onednn)
     monkeypatch.setattr(extraction.tf.config, "list_logical_devices", lambda kind: gpus)
     assert extraction.kernels() == expected
+
+
+def test_filled_batches_are_computed_in_one_size():
+    images = np.arange(3.0, dtype=np.float32).reshape(3, 1, 1, 1)
+    sizes = []
+
+    def prefix(batch):
+        sizes.append(len(batch))
+        return batch[:, 0, 0]
+
+    batches = [(images[:2], np.zeros(2)), (images[2:], np.zeros(1))]
+    for fill, expected in ((False, [2, 1]), (True, [EXTRACTION_BATCH] * 2)):
+        sizes.clear()
+        assert extract(prefix, batches, 3, fill=fill).ravel().tolist() == [0, 1, 2]
+        assert sizes == expected

@@ -18,6 +18,8 @@ from transfer.activations.store import ActivationStore, CachePolicy, ExtractionR
 from transfer.core.distribution import Replicas
 from transfer.data.image_arrays import ImageArrays, source_of_arrays
 from transfer.images.preprocess import Preprocess
+from transfer.runs import run_folder
+from transfer.runs.evaluation import evaluate_run
 
 NUM_TRAINING, NUM_HELD_OUT = 64, 16  # two batches, and one
 
@@ -245,8 +247,14 @@ def test_float16_cache_has_half_the_size(run, tmp_path):
     single, _ = run("single", "--freeze-until", "pool1")
     half, _ = run("half", "--freeze-until", "pool1", "--cache-dtype", "float16")
     sizes = sorted(path.stat().st_size for path in (tmp_path / "cache").glob("*/rows*.bin"))
-    assert sizes == sorted(n * 8 * 8 * 8 * b for n in (16, 64) for b in (2, 4))
+    # The held-out images are in float32, computed once, so that metrics are those of the model.
+    assert sizes == [n * 8 * 8 * 8 * b for n, b in ((16, 4), (64, 2), (64, 4))]
     assert 0 < largest_difference(single, half) < 0.01
+    recorded = run_folder.read_json(half.parent / "metrics.json")["eval"]
+    found = evaluate_run(half.parent)
+    assert {name: found[name] for name in ("accuracy", "loss")} == {
+        name: recorded[name] for name in ("accuracy", "loss")
+    }
 
 
 @pytest.mark.slow
@@ -417,3 +425,19 @@ def test_cached_random_view_is_that_of_the_name(model, tmp_path):
     again, count = rows(images[::-1], disk, 3)
     assert count == 6
     np.testing.assert_array_equal(again, reverse)
+
+
+def test_preprocessing_of_a_subclass_is_not_cached_on_disk(model, image_folder, tmp_path):
+    """The key has the settings of a ``Preprocess`` only."""
+
+    class Inverted(Preprocess):
+        def call(self, images):
+            return 255.0 - super().call(images)
+
+    backbone = Backbone(load_meta_graph(model), "pool2")
+    split = open_source(image_folder=str(image_folder)).split("train")
+    found = [
+        extract_features(backbone, split, kind("unit", 16), cache="disk", cache_dir=tmp_path).values
+        for kind in (Preprocess, Inverted)
+    ]
+    assert np.abs(found[0] - found[1]).max() > 0.01

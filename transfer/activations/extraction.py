@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import importlib.util
 import itertools
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +23,14 @@ from transfer.graph.network_function import compiled_per_rank
 EXTRACTION_BATCH = 32
 """Images per batch in extraction and evaluation. Fixed, because activations depend on the batch
 they are computed in, at float precision."""
+
+
+def versions() -> dict[str, dict[str, str]]:
+    """The field of a cache key for the packages that decode images and compute activations."""
+    packages = ["vgg-transfer", "tensorflow", "pillow"]
+    if importlib.util.find_spec("pillow_heif") is not None:
+        packages.append("pillow-heif")
+    return {"versions": {name: importlib.metadata.version(name) for name in packages}}
 
 
 def kernels() -> dict[str, str]:
@@ -151,6 +161,8 @@ def extract(
     batches: Iterable[tuple[Any, Any]],
     num_examples: int,
     dtype: str = "float32",
+    *,
+    fill: bool = False,
 ) -> np.ndarray:
     """Run the frozen part of a network over all batches, in inference mode.
 
@@ -159,6 +171,7 @@ def extract(
         batches: ``(images, labels)``.
         num_examples: total number of examples in the batches.
         dtype: dtype of the result.
+        fill: see ``stream``.
 
     Returns:
         Activations ``[num_examples, ...]``, in memory.
@@ -168,7 +181,7 @@ def extract(
     """
     inputs: np.ndarray = np.zeros(0, dtype)
     done = 0
-    for outputs, _ in stream(prefix, batches):
+    for outputs, _ in stream(prefix, batches, fill=fill):
         if not done:
             inputs = np.empty((num_examples, *outputs.shape[1:]), dtype)
         if done + len(outputs) > num_examples:
@@ -197,14 +210,30 @@ def in_dtype(rows: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def stream(
-    prefix: Callable[[Any], Any], batches: Iterable[tuple[Any, Any]]
+    prefix: Callable[[Any], Any], batches: Iterable[tuple[Any, Any]], *, fill: bool = False
 ) -> Iterator[tuple[np.ndarray, Any]]:
-    """Yield ``(activations, labels)`` of each batch, with the same values as ``extract``."""
+    """Yield ``(activations, labels)`` of each batch, with the same values as ``extract``.
+
+    Args:
+        prefix: maps preprocessed images to activations.
+        batches: ``(images, labels)``.
+        fill: compute a batch of fewer than ``EXTRACTION_BATCH`` images as one of that size, so that
+            activations do not depend on the number of images. A batch of one image is computed by
+            other kernels than a larger one, which differ at float precision.
+    """
+    if fill:
+        batches = ((_filled(images), labels) for images, labels in batches)
     if isinstance(prefix, Compiled) and prefix.replicas.num_local > 1:
-        yield from prefix.on_replicas(batches)
-        return
-    for images, labels in batches:
-        yield np.asarray(prefix(images)), labels
+        outputs = prefix.on_replicas(batches)
+    else:
+        outputs = ((np.asarray(prefix(images)), labels) for images, labels in batches)
+    for rows, labels in outputs:
+        yield (rows[: len(labels)] if fill else rows), labels
+
+
+def _filled(images: Any) -> Any:
+    missing = EXTRACTION_BATCH - len(images)
+    return np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)]) if missing > 0 else images
 
 
 def whole_batches(missing: np.ndarray, batch_size: int = EXTRACTION_BATCH) -> np.ndarray:

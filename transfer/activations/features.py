@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from transfer.activations.extraction import EXTRACTION_BATCH, Activations, Compiled, stream
-from transfer.activations.store import ActivationStore, CachePolicy, ExtractionRequest
+from transfer.activations.store import TRAINING, ActivationStore, CachePolicy, ExtractionRequest
 from transfer.data.dataset import Split
 from transfer.graph import is_seeded
 from transfer.images.preprocess import Preprocess
@@ -139,7 +139,7 @@ def layer_features(
     store = ActivationStore(
         layer, preprocess, cut=tap.removesuffix(":0"), model=model, policy=policy
     )
-    rows = store.rows([ExtractionRequest("training", split, None)])
+    rows = store.rows([ExtractionRequest(TRAINING, split, None)])
     # Pooled in batches: the activations themselves may not fit in memory.
     batches: Iterable[tuple[np.ndarray, Any]]
     if rows is None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
 from transfer.activations.cache import Cache, default_directory
+from transfer.activations.extraction import versions
 from transfer.data.dataset import Source
 from transfer.data.fingerprints import FINGERPRINT
 
@@ -32,8 +32,7 @@ def remembered(source: Source, cache_dir: Path | None = None) -> Iterator[None]:
         return
     prints = source.fingerprints
     cache = Cache((cache_dir or default_directory()) / FOLDER, _LIMIT_BYTES)
-    packages = {name: version(name) for name in ("tensorflow", "vgg-transfer")}
-    key = {"kind": "fingerprints", "dataset": source.name, **packages}
+    key = {"kind": "fingerprints", "dataset": source.name, **versions()}
 
     def load(ids: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         with contextlib.suppress(OSError, KeyError):

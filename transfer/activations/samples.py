@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import tensorflow as tf
 
 from transfer.activations.cache import Cache, default_directory
 from transfer.activations.entry import Entry
-from transfer.activations.extraction import kernels
+from transfer.activations.extraction import kernels, versions
 from transfer.data.dataset import Split
 from transfer.images.preprocess import Preprocess
 from transfer.layers.graph_layer import GraphLayer
@@ -57,7 +56,7 @@ def sample_features(
         images, _ = next(iter(first.batches(preprocess, NUM_IMAGES)))
         return np.asarray(average_over_space(tf.cast(backbone(images), tf.float32)))
 
-    if not on_disk:
+    if not on_disk or type(preprocess) is not Preprocess:  # whose settings are in the key
         return computed()
     try:
         cache = Cache((cache_dir or default_directory()) / FOLDER, _LIMIT_BYTES)
@@ -87,7 +86,7 @@ def _entry(cache: Cache, backbone: GraphLayer[Any], split: Split, preprocess: Pr
         "dataset": split.source.name,
         # Features depend on the batch they are computed in, at float precision.
         "examples": hashlib.sha256(split.ids.tobytes()).hexdigest(),
-        "versions": {package: version(package) for package in ("vgg-transfer", "tensorflow")},
+        **versions(),
         **kernels(),
     }
     return cache.entry(key, [width], "float32")

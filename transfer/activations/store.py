@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from transfer.activations.extraction import (
     in_dtype,
     kernels,
     stream,
+    versions,
     whole_batches,
 )
 from transfer.core import measurement
@@ -40,13 +40,16 @@ from transfer.layers.graph_layer import GraphLayer
 
 logger = logging.getLogger(__name__)
 
+TRAINING, HELD_OUT = "training", "held-out"
+"""Roles of images."""
+
 
 @dataclass(frozen=True)
 class ExtractionRequest:
     """Images whose activations are needed.
 
     Args:
-        role: ``training`` or ``held-out``.
+        role: ``TRAINING`` or ``HELD_OUT``.
         split: the images.
         view_seed: seed of their random views; ``None`` does not augment.
         here: boolean ``[len(split)]``, the images that this process needs, in whole batches of
@@ -97,7 +100,9 @@ class CachePolicy:
         mode: ``disk`` keeps them for later runs, ``memory`` for this process, ``off`` not at all.
         directory: directory of the cache on disk; ``None`` is ``default_directory()``.
         limit_gb: largest size of that directory, in units of 1e9 bytes.
-        dtype: float16 halves the size and keeps about three significant digits.
+        dtype: of the rows of training images: float16 halves the size and keeps about three
+            significant digits. Held-out images have float32, so that metrics are those of the
+            classifier.
     """
 
     mode: Literal["disk", "memory", "off"] = "disk"
@@ -170,7 +175,7 @@ class ActivationStore:
     def num_missing(self, requests: Sequence[ExtractionRequest]) -> int:
         """How many images ``rows`` would compute, as they are not in the cache. Writes nothing."""
         parts = [part for request in requests for part in request.of_members()]
-        if self._policy.mode == "disk":
+        if self._is_on_disk:
             cache = self._cache(self._policy.directory or default_directory())
             with contextlib.suppress(OSError):  # a folder that cannot be used
                 entries = self._entries(cache, self._layer.digest(), parts, begin=False)
@@ -183,13 +188,14 @@ class ActivationStore:
     def _rows(self, requests: Sequence[ExtractionRequest]) -> list[Rows] | None:
         if self._policy.mode == "off":
             return None
-        if self._policy.mode == "disk":
+        if self._is_on_disk:
             try:
                 return self._on_disk(requests)
             except OSError as error:
                 logger.warning(f"{error}; keeping the activations in memory instead")
         num_images = sum(len(item.needed) for item in requests)
-        needed, free = num_images * self._row_bytes / 1e6, measurement.available_memory_mb()
+        num_bytes = sum(len(item.needed) * self._row_bytes(item) for item in requests)
+        needed, free = num_bytes / 1e6, measurement.available_memory_mb()
         if needed > free / 2:
             logger.info(
                 f"the activations at {self._cut} would take {needed:,.0f} MB and {free:,.0f} MB of "
@@ -199,13 +205,23 @@ class ActivationStore:
             return None
         self.num_found = 0
         self.num_extracted = num_images
-        dtype = self._policy.dtype
         return [
-            extract(self._compiled, self._images(item, item.needed), len(item.needed), dtype)
+            extract(
+                self._compiled,
+                self._images(item, item.needed),
+                len(item.needed),
+                self._dtype(item),
+                fill=item.role == TRAINING,
+            )
             if len(item.needed)
-            else np.zeros((0, *self._row_shape), dtype)
+            else np.zeros((0, *self._row_shape), self._dtype(item))
             for item in requests
         ]
+
+    @property
+    def _is_on_disk(self) -> bool:
+        # The key has the settings of a ``Preprocess``; a subclass may compute anything from them.
+        return self._policy.mode == "disk" and type(self._preprocess) is Preprocess
 
     def _on_disk(self, requests: Sequence[ExtractionRequest]) -> list[Rows]:
         directory = self._policy.directory or default_directory()
@@ -221,7 +237,10 @@ class ActivationStore:
             missing = [
                 entry.missing(item.row_ids) for entry, item in zip(entries, requests, strict=True)
             ]
-            needed = sum(int(mask.sum()) for mask in missing) * self._row_bytes
+            needed = sum(
+                int(mask.sum()) * self._row_bytes(item)
+                for item, mask in zip(requests, missing, strict=True)
+            )
             if needed:
                 cache.make_room(needed, keep=entries)
             self.num_extracted = sum(int(whole_batches(mask).sum()) for mask in missing)
@@ -250,18 +269,22 @@ class ActivationStore:
         *,
         begin: bool = True,
     ) -> list[Entry]:
-        shape, dtype = self._row_shape, self._policy.dtype
-        keys = [self._key(request, digest) for request in requests]
-        return [cache.entry(key, shape, dtype, begin=begin) for key in keys]
+        shape = self._row_shape
+        return [
+            cache.entry(self._key(request, digest), shape, self._dtype(request), begin=begin)
+            for request in requests
+        ]
 
     def _compute(self, entry: Entry, request: ExtractionRequest, missing: np.ndarray) -> None:
         """Compute the batches that have missing rows, and append these rows."""
         computed = whole_batches(missing)
         split, is_new = request.needed.where(computed), missing[computed]
         ids, done = request.row_ids[computed], 0
-        for rows, _ in stream(self._compiled, self._images(request, split)):
+        for rows, _ in stream(
+            self._compiled, self._images(request, split), fill=request.role == TRAINING
+        ):
             batch = slice(done, done + len(rows))
-            new = in_dtype(rows[is_new[batch]], self._policy.dtype)
+            new = in_dtype(rows[is_new[batch]], self._dtype(request))
             entry.append(ids[batch][is_new[batch]], new)
             done += len(rows)
 
@@ -286,7 +309,13 @@ class ActivationStore:
         split = request.needed.where(computed)
         batches = split.batches(self._preprocess, EXTRACTION_BATCH, view_seed=request.view_seed)
         try:
-            rows = extract(self._compiled, batches, len(split), self._policy.dtype)
+            rows = extract(
+                self._compiled,
+                batches,
+                len(split),
+                self._dtype(request),
+                fill=request.role == TRAINING,
+            )
         except (OSError, ValueError) as error:
             raise OSError(
                 f"{damage}, and cannot be computed again: {error}; then continue with resume=True, "
@@ -310,9 +339,11 @@ class ActivationStore:
         images = keras.KerasTensor((EXTRACTION_BATCH, *self._preprocess.shape), "float32")
         return tuple(self._layer.compute_output_spec(images).shape[1:])
 
-    @property
-    def _row_bytes(self) -> int:
-        return int(np.prod(self._row_shape)) * np.dtype(self._policy.dtype).itemsize
+    def _dtype(self, request: ExtractionRequest) -> str:
+        return "float32" if request.role == HELD_OUT else self._policy.dtype
+
+    def _row_bytes(self, request: ExtractionRequest) -> int:
+        return int(np.prod(self._row_shape)) * np.dtype(self._dtype(request)).itemsize
 
     def _key(self, request: ExtractionRequest, digest: str) -> dict[str, Any]:
         """Cache key: everything that a row depends on except the image, and display names."""
@@ -327,12 +358,12 @@ class ActivationStore:
             "dataset": split.source.name,
             "splits": [part for part, indices in split.parts if len(indices)],
             "view_seed": request.view_seed,
-            "versions": {package: version(package) for package in ("vgg-transfer", "tensorflow")},
+            **versions(),
         }
         if self._layer.mixed_precision is not None:
             key["precision"] = self._layer.mixed_precision
         key |= {**self._precision, **kernels()}
-        if request.role == "held-out":
+        if request.role == HELD_OUT:
             # Activations depend on the batch they are computed in, at float precision. An
             # evaluation must be bit-identical whatever was cached before. Workers compute whole
             # batches, so that their number makes no difference.

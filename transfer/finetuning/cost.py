@@ -199,7 +199,8 @@ def _cost(
         setup += speeds.start + min(num_train, MARGIN_IMAGES) * (speeds.forward + speeds.read)
 
     stored = 0.0 if cut is None or cut.num_bytes is None else float(cut.num_bytes)
-    stored *= (num_train * views + num_held_out) * (0.5 if options.cache_dtype == "float16" else 1)
+    of_training = 0.5 if options.cache_dtype == "float16" else 1.0
+    stored *= of_training * num_train * views + num_held_out
     in_memory = _COPIES_IN_MEMORY * _BYTES * trained + batch * _kept_bytes(cut, cuts)
     in_memory += stored if options.cache == "memory" else 0.0
     model = _BYTES * context.classifier.count_params()

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from transfer.activations.extraction import EXTRACTION_BATCH, Activations, Compiled, stream
-from transfer.activations.store import ActivationStore, ExtractionRequest
+from transfer.activations.store import HELD_OUT, TRAINING, ActivationStore, ExtractionRequest
 from transfer.data.dataset import Split
 from transfer.data.epochs import Epochs
 from transfer.evaluation.prediction import predict_logits, summarize
@@ -49,8 +49,8 @@ def _requests(
         views = []  # new ones in each epoch
     if options.is_mixed and context.replicas.num_workers > 1:
         views = []  # the paired images may live on different workers
-    held_out = ExtractionRequest("held-out", context.held_out, None, here_held_out)
-    training = [ExtractionRequest("training", context.train, view, here) for view in views]
+    held_out = ExtractionRequest(HELD_OUT, context.held_out, None, here_held_out)
+    training = [ExtractionRequest(TRAINING, context.train, view, here) for view in views]
     return [held_out, *training]
 
 
