@@ -37,19 +37,33 @@ def plan(
     config = config.with_images(images)
     results = sys.stdout
 
-    def show(lines: Iterable[str]) -> None:
-        print("\n".join(map(console.with_flags, lines)), file=results, flush=True)
+    def show(lines: Iterable[str], command: str | None = None) -> None:
+        for line in lines:
+            is_command = command is not None and command in line  # with paths and values as given
+            print(line if is_command else console.with_flags(line), file=results, flush=True)
 
     with job():
         from recipes.finetune_request import request
         from transfer.finetuning.forecast import describe, describe_trial, forecast, with_trial
+        from transfer.runs import run_folder
 
         if given := given_of(config, strategy=("auto", "none")):
             raise ValueError(f"plan is for one device; leave out {given}")
+        if config.out is not None:
+            run_folder.check(config.out, resume=False)
         with console.skip_suggested():
             asked = request(replace(config, out=None))
             result = forecast(asked)
-        show(describe(result, recommended(config, result.options)))
+        command = recommended(config, result.options)
+        show(describe(result, command), command)
+        advised = result.options
+        if replaced := {
+            name: value
+            for name, value in changed(config).items()
+            if value != advised.get(name, value)
+        }:
+            words = shlex.join(words_of(replaced))
+            show([f"  in place of {words}"], words)
         show(describe_trial(with_trial(result, asked, trial_minutes)))
     return 0
 

@@ -36,9 +36,10 @@ def test_groups_of_the_source_are_kept(source):
     assert len(np.unique(numbers)) == size // 2 - 1
 
 
-def test_a_class_of_one_picture_can_still_be_left_out(source):
+def test_a_class_of_one_picture_can_still_be_left_out(source, caplog):
     train = source.split("train")
     first = np.flatnonzero(train.labels == 0).tolist()
     assert keep_together(train, [first]).groups is None
+    assert f"all training images of {source.class_names[0]!r} are near-duplicates" in caplog.text
     numbers = keep_together(train, [first, [len(train) - 1, len(train) - 2]]).groups
     assert len(np.unique(numbers)) == len(train) - 1

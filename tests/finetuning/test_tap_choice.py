@@ -8,6 +8,7 @@ from sklearn.model_selection import StratifiedKFold
 
 from transfer import load_meta_graph
 from transfer.finetuning import defaults, tap_choice
+from transfer.finetuning.model_plan import plan_model
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.tap_choice import candidate_taps, score_taps
 from transfer.training.ridge import fit_ridge
@@ -93,6 +94,29 @@ def test_candidates_begin_with_the_default_and_are_different_layers(model):
     assert next(iter(candidate_taps(graph, FineTuneOptions(tap="pool1")))) == "pool1"
     with pytest.raises(ValueError, match="tensor 'absent'"):
         candidate_taps(graph, FineTuneOptions(tap="fc7", input="absent"))
+
+
+def test_candidates_can_be_cut_where_the_run_is(model):
+    graph = load_meta_graph(model)
+    for options in ({"freeze_until": "pool2"}, {"schedule": "tap:1,pool2:1"}):
+        taps = candidate_taps(graph, FineTuneOptions(tap="auto", **options))
+        assert "fc7" in taps and "all" not in taps
+    with pytest.raises(ValueError, match="tensor 'absent'"):
+        candidate_taps(graph, FineTuneOptions(tap="auto", freeze_until="absent"))
+
+
+@pytest.mark.parametrize(
+    ("tap", "message"),
+    [
+        ("fc6_dropout/GreaterEqual", "is of bool; features are floating-point"),
+        ("all,fc7", "all in a list of tensors; it stands alone"),
+        ("auto,fc7", "auto in a list of tensors"),
+        (" ", "names no tensor"),
+    ],
+)
+def test_tap_that_gives_no_features_is_refused(model, tap, message):
+    with pytest.raises(ValueError, match=message):
+        plan_model(load_meta_graph(model), FineTuneOptions(tap=tap))
 
 
 def test_resumed_run_keeps_its_tap(tmp_path):

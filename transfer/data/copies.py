@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,6 +10,8 @@ import numpy as np
 
 from transfer.data.dataset import Split
 from transfer.data.groups import connected, with_singles
+
+logger = logging.getLogger(__name__)
 
 
 def keep_together(split: Split, copies: Sequence[Sequence[int]]) -> Split:
@@ -22,10 +25,15 @@ def keep_together(split: Split, copies: Sequence[Sequence[int]]) -> Split:
         copies: lists of positions in the split; see ``near_duplicates``.
     """
     own = np.arange(len(split)) if split.groups is None else split.groups
-    groups = _joined(own, copies)
-    pairs = np.unique(np.stack([split.labels, groups]), axis=1)[0]
-    single = np.flatnonzero(np.bincount(pairs, minlength=len(split.source.class_names)) < 2)
-    kept = [group for group in copies if not np.isin(split.labels[list(group)], single).any()]
+    single = _num_groups(split, _joined(own, copies)) < 2
+    copied = np.flatnonzero(single & (_num_groups(split, own) > 1))
+    if len(copied):
+        names = [repr(split.source.class_names[label]) for label in copied[:5]]
+        logger.warning(
+            f"all training images of {', '.join(names)}{', ...' * (len(copied) > 5)} are "
+            "near-duplicates of each other, so that cross-validated accuracies are too high"
+        )
+    kept = [group for group in copies if not single[split.labels[list(group)]].any()]
     if not kept:
         return split
     groups = _joined(own, kept)
@@ -38,6 +46,12 @@ def keep_together(split: Split, copies: Sequence[Sequence[int]]) -> Split:
     every = np.split(with_singles(np.concatenate(list(numbers.values()))), ends)
     of = dict(zip(numbers, every, strict=True))
     return replace(split, source=replace(split.source, groups=of.__getitem__))
+
+
+def _num_groups(split: Split, groups: np.ndarray) -> np.ndarray:
+    """The number of groups of each class, int ``[num_classes]``."""
+    labels = np.unique(np.stack([split.labels, groups]), axis=1)[0]
+    return np.bincount(labels, minlength=len(split.source.class_names))
 
 
 def _joined(groups: np.ndarray, copies: Sequence[Sequence[int]]) -> np.ndarray:

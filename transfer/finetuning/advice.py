@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from transfer.finetuning.options import FineTuneOptions
+
 _RISE = 1.2
 """The held-out loss has risen if it ends at this many times its minimum, both averaged over a third
 of the epochs."""
@@ -56,20 +58,23 @@ def describe_rare_classes(class_names: Sequence[str], labels: np.ndarray) -> lis
 
 
 def describe_overfitting(
-    history: Mapping[str, Sequence[float]], *, head_only: bool, is_calibrated: bool = False
+    history: Mapping[str, Sequence[float]], options: FineTuneOptions, *, head_only: bool
 ) -> list[str]:
-    """A warning if the held-out loss rose after its minimum.
+    """A warning if the held-out loss rose after its minimum, with options that would help and that
+    the run can have beside its own.
 
     Args:
         history: columns of ``history.csv``, one value per epoch; see ``FineTuneResult.history``.
+        options: those of the run.
         head_only: whether only the head was trained.
-        is_calibrated: whether the classifier got a temperature after training.
 
     Example:
         >>> from transfer.finetuning.advice import describe_overfitting
-        >>> describe_overfitting({"val_loss": [0.5, 0.4, 0.41]}, head_only=True)
+        >>> from transfer.finetuning.options import FineTuneOptions
+        >>> options = FineTuneOptions()
+        >>> describe_overfitting({"val_loss": [0.5, 0.4, 0.41]}, options, head_only=True)
         []
-        >>> (line,) = describe_overfitting({"val_loss": [0.5, 0.4, 0.9]}, head_only=True)
+        >>> (line,) = describe_overfitting({"val_loss": [0.5, 0.4, 0.9]}, options, head_only=True)
         >>> line.split(":")[0]
         'the run overfits'
     """
@@ -81,13 +86,19 @@ def describe_overfitting(
     if not smooth[-1] > _RISE * smooth.min():
         return []
     best = int(np.argmin(losses)) + 1
-    remedies = ["early_stopping=3", f"epochs={best}", "solver=ridge" if head_only else "mixup=0.2"]
+    remedies = ["early_stopping=3"]
+    if options.schedule is None:
+        remedies.append(f"epochs={best}")
+    if head_only and not options.of_trained_heads:
+        remedies.append("solver=ridge")
+    elif not head_only and not options.is_mixed:
+        remedies.append("mixup=0.2")
     line = (
         f"the run overfits: the held-out loss was lowest after epoch {best} ({min(losses):.3g}) "
         f"and is {losses[-1]:.3g} after epoch {len(losses)}"
     )
-    helps = f"{', '.join(remedies[:-1])} or {remedies[-1]} helps"
-    if is_calibrated:
+    helps = " or ".join(filter(None, (", ".join(remedies[:-1]), remedies[-1]))) + " helps"
+    if options.calibrate:
         return [f"{line}, before the temperature; {helps}"]
     return [
         f"{line}, so that its probabilities are too high; {helps}; calibrate=True corrects only "

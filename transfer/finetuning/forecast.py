@@ -14,13 +14,21 @@ from tabulate import tabulate
 
 from transfer.core import measurement
 from transfer.data.dataset import Split
+from transfer.finetuning.context import RunContext
 from transfer.finetuning.cost import NONE, CutCost, measure_costs
 from transfer.finetuning.full_trial import FullTrial, is_affordable, trial_seconds, try_full
 from transfer.finetuning.hyperparameters import choose_solver
 from transfer.finetuning.options import HEAD_ONLY
 from transfer.finetuning.request import RunRequest
 from transfer.finetuning.setup import prepare
-from transfer.finetuning.tap_choice import AUTO, TapChoice, choose_tap, drawn
+from transfer.finetuning.tap_choice import (
+    AUTO,
+    TapChoice,
+    TapScore,
+    candidate_taps,
+    choose_tap,
+    drawn,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +40,8 @@ class Forecast:
 
     ``few`` are training images on which full fine-tuning can be compared with the head, in
     ``trial_s`` seconds; see ``with_trial``. They are ``None`` if the whole network cannot be
-    trained, or it was tried. ``trial`` is the result.
+    trained, or it was tried. ``trial`` is the result. ``given`` is the tap that was given, with the
+    same costs for it, if another one is the best.
     """
 
     choice: TapChoice
@@ -42,6 +51,7 @@ class Forecast:
     few: Split | None = None
     trial_s: float | None = None
     trial: FullTrial | None = None
+    given: tuple[str, Sequence[CutCost]] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -82,7 +92,8 @@ def forecast(request: RunRequest) -> Forecast:
             "solver=lbfgs, lbfgs_c=C and resume=True"
         )
     keras.utils.set_random_seed(options.seed)
-    own = None if options.tap == AUTO else options.tap
+    named = None if options.tap == AUTO else options.tap
+    own = named or next(iter(candidate_taps(request.graph, options.head_only(), request.feeds)))
     # More than a head is trained by gradient descent, whatever solves for the head.
     options = replace(options.head_only(), solver="gradient", precision="float32")
     start = time.perf_counter()
@@ -97,17 +108,21 @@ def forecast(request: RunRequest) -> Forecast:
         lambda taps: measurement.progress(taps, "features", "tap") if request.verbose else taps,
         len(context.held_out),
     )
-    best = choice.best.tap
-    output = context.classifier.feature_extractor.network.output
-    if best == "all" or "," in best or request.graph.tensor(best) != output:
-        context = prepare(replace(request, options=replace(options, tap=best)))
-    as_given = replace(request.options.head_only(), tap=best)
-    solver = choose_solver(
-        as_given, context.classifier.backbone, len(context.train), choice.best.width
-    )
-    ridge_s = choice.best.fit_s * len(context.train) / choice.num_images
-    costs = measure_costs(context, setup_s, ridge_s if solver == "ridge" else None)
-    result = Forecast(choice, costs, len(context.train), len(context.held_out))
+
+    def costs_of(context: RunContext, score: TapScore) -> list[CutCost]:
+        as_given = replace(request.options.head_only(), tap=score.tap)
+        num_train = len(context.train)
+        solver = choose_solver(as_given, context.classifier.backbone, num_train, score.width)
+        ridge_s = score.fit_s * num_train / choice.num_images
+        return measure_costs(context, setup_s, ridge_s if solver == "ridge" else None)
+
+    given = None
+    if choice.best != choice.scores[0]:
+        if named is not None:
+            given = named, costs_of(context, choice.scores[0])
+        context = prepare(replace(request, options=replace(options, tap=choice.best.tap)))
+    costs = costs_of(context, choice.best)
+    result = Forecast(choice, costs, len(context.train), len(context.held_out), given=given)
     if costs[-1].cut != NONE:
         return result
     few = drawn(context.train, choice.num_images, options.seed)
@@ -164,26 +179,35 @@ def describe(forecast: Forecast, run: str = "") -> Iterator[str]:
     ]
     yield from _table(["tap", "features", "accuracy", "95 % interval"], taps)
     yield ""
-    yield (
-        f"runs with the tap {choice.best.tap} on this machine: {forecast.num_train:,} images to "
-        f"train on, {forecast.num_held_out:,} held out"
-    )
     header = ["freeze until", "epochs", "trained", "extraction", "training", "total", "memory MB"]
-    yield from _table([*header, "disk MB"], [_cells(cost) for cost in costs])
-    yield ""
+    for tap, of_tap in ((choice.best.tap, costs), *([forecast.given] if forecast.given else [])):
+        yield (
+            f"runs with the tap {tap} on this machine: {forecast.num_train:,} images to train on, "
+            f"{forecast.num_held_out:,} held out"
+        )
+        yield from _table([*header, "disk MB"], [_cells(cost) for cost in of_tap])
+        yield ""
     options = ", ".join(f"{name}={value!r}" for name, value in forecast.options.items())
     yield f"recommended: {run or options}"
     yield (
         f"  accuracy {choice.nested:.3f}, with the choice of the tap cross-validated as well, "
-        f"{_interval(choice.nested_interval)} on the held-out images, in {_time(costs[0].total_s)}"
+        f"{_interval(choice.nested_interval)} on the held-out images, in {_time(costs[0].total_s)} "
+        "after the start of the program"
     )
+    if costs[0].solver == "gradient":
+        yield (
+            "  this accuracy is that of a head that is solved for; the options of gradient descent "
+            "that were given train one instead"
+        )
     if len(costs) > 1:
         others = dict.fromkeys((costs[len(costs) // 2].cut, costs[-1].cut))
         total = {cost.cut: _time(cost.total_s) for cost in costs}
         shown = ", ".join(f"freeze_until={cut} in {total[cut]}" for cut in others)
+        is_trained = costs[0].solver == "gradient"
+        more = f"more training{'' if is_trained else ', by gradient descent'}"
         yield (
-            f"  more training: {shown}; it gains most with many images, or images unlike those of "
-            "the pretraining"
+            f"  {more}: {shown}; it gains most with many images, or images unlike those of the "
+            "pretraining"
         )
 
 

@@ -294,8 +294,9 @@ class FineTuneOptions:
         """The same options for a run that trains the head only."""
         return replace(self, **HEAD_ONLY)
 
-    def _check_ignored(self, solver: str) -> None:
-        """Refuse options that ridge and lbfgs would ignore."""
+    @property
+    def of_trained_heads(self) -> list[str]:
+        """The options that were given and that a head that is solved for cannot have."""
         ignored = {
             "schedule": self.schedule,
             "freeze_from": self.freeze_from,
@@ -311,8 +312,11 @@ class FineTuneOptions:
             "early_stopping": self.early_stopping,
             "max_to_keep": self.max_to_keep,
         }
-        conflicts = [name for name, value in ignored.items() if value]
-        if conflicts:
+        return [name for name, value in ignored.items() if value]
+
+    def _check_ignored(self, solver: str) -> None:
+        """Refuse options that ridge and lbfgs would ignore."""
+        if conflicts := self.of_trained_heads:
             raise ValueError(
                 f"solver={solver} does not use {', '.join(conflicts)}; leave out one of them"
             )
@@ -344,8 +348,16 @@ class ResolvedOptions(FineTuneOptions):
 
 
 def parse_tap(tap: str | None) -> str | list[str] | None:
-    """The option ``tap`` as ``Backbone`` takes it: one name as it is, several as a list."""
+    """The option ``tap`` as ``Backbone`` takes it: one name as it is, several as a list.
+
+    Raises:
+        ValueError: if it is empty, or a list with ``all`` or ``auto``.
+    """
     names = [name.strip() for name in (tap or "").split(",") if name.strip()]
+    if tap is not None and not names:
+        raise ValueError(f"tap={tap!r} names no tensor; leave it out for the default")
+    if len(names) > 1 and (alone := {"all", "auto"} & {*names}):
+        raise ValueError(f"tap={tap} has {alone.pop()} in a list of tensors; it stands alone")
     return names if len(names) > 1 else tap
 
 

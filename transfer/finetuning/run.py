@@ -207,7 +207,7 @@ def _advice(context: RunContext, history: dict[str, list[float]]) -> list[str]:
     if options.early_stopping is None:
         tap = context.classifier.feature_extractor.network.output.removesuffix(":0")
         head_only = [stage.cut for stage in context.stages] == [tap]
-        lines += describe_overfitting(history, head_only=head_only, is_calibrated=options.calibrate)
+        lines += describe_overfitting(history, options, head_only=head_only)
     return lines
 
 

@@ -15,10 +15,12 @@ from transfer.activations.extraction import EXTRACTION_BATCH
 from transfer.activations.features import extract_features
 from transfer.data.dataset import Split
 from transfer.evaluation import by_group
+from transfer.finetuning.hyperparameters import requested_stages
 from transfer.finetuning.model_plan import plan_model
 from transfer.finetuning.options import FineTuneOptions, parse_tap
-from transfer.graph import infer
+from transfer.graph import cut, infer
 from transfer.graph.cuts import list_cuts
+from transfer.graph.graph_def import operation_of
 from transfer.graph.policy import ForbiddenOpError
 from transfer.layers.backbone import Backbone
 from transfer.models.meta_graph import MetaGraph
@@ -157,6 +159,7 @@ def candidate_taps(
     for name in names:
         try:
             planned = plan_model(graph, replace(options, tap=name), feeds)
+            _check_cuts(graph, planned, options)
             shape = infer(planned.network).get(planned.network.output)
         except (ValueError, OSError, ForbiddenOpError) as error:
             problem = problem or error
@@ -171,6 +174,16 @@ def candidate_taps(
     if not taps:
         raise problem or ValueError(f"{str(graph.prefix)!r} has no tap")
     return taps
+
+
+def _check_cuts(graph: MetaGraph, planned: ModelPlan, options: FineTuneOptions) -> None:
+    """Refuse a tap up to which the network cannot be cut where the options ask for it."""
+    network = planned.network
+    own = {node.name for node in network.graph_def.node}
+    for stage in requested_stages(options):
+        for at in (stage.cut, stage.freeze_from):
+            if at not in (None, "tap", "none"):
+                cut(network, at if operation_of(at) in own else graph.tensor(at))
 
 
 def _multiply_adds(planned: ModelPlan) -> int:
@@ -211,7 +224,8 @@ def score_taps(
     if not folds:
         raise ValueError(
             "taps are compared by cross-validation, for which each class needs at least two "
-            "training images, of two groups if they have groups; name a tap"
+            "training images, of two groups if they have groups; add images, or choose a tap "
+            "yourself: finetune takes any"
         )
     predicted = {tap: np.empty_like(labels) for tap in features}
     nested = np.empty_like(labels)

@@ -22,6 +22,7 @@ from transfer.graph import (
     concatenated,
     constant,
     data_inputs,
+    dtype_of,
     infer,
     operation_of,
     with_nodes,
@@ -82,11 +83,25 @@ def plan(
     if tap != "all":
         tensors = graph.tensor(tap) if isinstance(tap, str) else [*map(graph.tensor, tap)]
     separate = graph.network(tensors, input, feeds, keep_dropout)
+    _check_dtypes(separate)
     network = concatenated(separate, "avg_max" if tap == "all" else "avg")
     prepared = graph.preprocess(network.input, preprocess, image_size)
     check_images(network, prepared)
     graph.match(network.variables, use_ema)
     return ModelPlan(tensors, network, prepared, list(separate.taps.values()))
+
+
+def _check_dtypes(network: Network) -> None:
+    """Refuse taps that are not floating-point numbers, such as the mask of a dropout."""
+    by_name = {node.name: node for node in network.graph_def.node}
+    for tensor in network.outputs:
+        name, _, index = tensor.partition(":")
+        is_input = tensor == network.input
+        dtype = (
+            None if is_input or name not in by_name else dtype_of(by_name[name], int(index or 0))
+        )
+        if dtype is not None and not dtype.is_floating:
+            raise ValueError(f"tap {tensor!r} is of {dtype.name}; features are floating-point")
 
 
 def check_images(network: Network, preprocess: Preprocess) -> None:
