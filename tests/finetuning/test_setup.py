@@ -59,6 +59,13 @@ def test_images_that_changed_between_two_runs_have_other_ids(
         assert before[1:] == after[1:]
 
 
+def test_tap_that_is_the_input_is_reported(model, image_folder, caplog):
+    splits = open_source(image_folder=str(image_folder)).train_and_eval_splits()
+    options = FineTuneOptions(tap="images", cache="memory")
+    setup.prepare(RunRequest(load_meta_graph(model), *splits, options))
+    assert "tap images:0 is the input of the network" in caplog.text
+
+
 def test_options_without_effect_are_reported(model, image_folder, caplog):
     splits = open_source(image_folder=str(image_folder)).train_and_eval_splits()
     graph = load_meta_graph(model)

@@ -382,6 +382,8 @@ def _report(options: FineTuneOptions, tap: str, tensors: list[str], network: Net
         lines.append(f"the graph takes batches of {network.batch_size} only; others are padded")
     for line in lines:
         logger.info(line)
+    if network.output == network.input:
+        logger.warning(f"tap {tap} is the input of the network: the head gets pixels, no features")
 
 
 def _warn_if_prepared_twice(network: Network, mode: str) -> None:
