@@ -54,8 +54,8 @@ def grown(place):
     with pytest.MonkeyPatch.context() as patch:
         compute = store.stream
 
-        def counting(prefix, batches):
-            for rows, labels in compute(prefix, batches):
+        def counting(prefix, batches, **options):
+            for rows, labels in compute(prefix, batches, **options):
                 counts["computed"] += len(rows)
                 yield rows, labels
 
