@@ -87,7 +87,8 @@ class EpochSums:
 
 @dataclass(repr=False)
 class Trainer:
-    """Trains a model; ``fit`` may be called again to continue.
+    """Trains a model; ``fit`` may be called again to continue, unless optimizers keep moving
+    averages of the weights: the first call ends with these in place of the weights.
 
     Args:
         model: maps inputs to logits; called with ``training=True`` during training.
@@ -143,9 +144,9 @@ class Trainer:
                 "optimizers from transfer.training.optimizers, for Keras' own would add them up "
                 "once more"
             )
-        # Callbacks (EarlyStopping, ReduceLROnPlateau, TensorBoard) use these attributes of a model.
         if self.replicas.count > 1 and self.loss_scale is not None:
             raise ValueError(f"loss_scale is for one replica, and there are {self.replicas.count}")
+        # Callbacks (EarlyStopping, ReduceLROnPlateau, TensorBoard) use these attributes of a model.
         self.model.optimizer = self.groups[0].optimizer
         self.model.stop_training = False
         self._is_changing = self._is_asked_to_stop = False
