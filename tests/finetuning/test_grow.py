@@ -54,8 +54,8 @@ def grown(place):
     with pytest.MonkeyPatch.context() as patch:
         compute = store.stream
 
-        def counting(prefix, batches):
-            for rows, labels in compute(prefix, batches):
+        def counting(prefix, batches, **options):
+            for rows, labels in compute(prefix, batches, **options):
                 counts["computed"] += len(rows)
                 yield rows, labels
 
@@ -144,6 +144,21 @@ def test_images_are_added_again(place, grown):
     assert again.metrics["growth"]["old_classes"]["num_examples"] == 6
     train, held_out = run_data.joined_splits(again.run_dir)
     assert (len(train), len(held_out)) == (32, 8)
+
+
+@pytest.mark.slow
+def test_grown_run_is_calibrated(place, tmp_path):
+    splits, out = splits_of(place / "more"), {"run_dir": tmp_path / "run"}
+    cache = {"cache_dir": place / "cache"}
+    whole = grow(place / "run", *splits, run_dir=tmp_path / "whole", calibrate=True, **cache)
+    plain = grow(place / "run", *splits, **out, **cache)
+    later = grow(place / "run", *splits, **out, calibrate=True, resume=True, **cache)
+    assert "calibration" not in plain.metrics
+    assert later.metrics["calibration"] == whole.metrics["calibration"]
+    np.testing.assert_array_equal(later.logits, whole.logits)
+    again = grow(later.run_dir, *splits_of(add_class(tmp_path / "third", "dark", start=40)),
+                 run_dir=tmp_path / "again", **cache)  # fmt: skip
+    assert "calibration" in again.metrics
 
 
 @pytest.mark.slow
