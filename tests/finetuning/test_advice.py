@@ -71,3 +71,10 @@ def test_files_of_an_evaluation_of_another_model_are_named():
     assert line.endswith("vgg-transfer evaluate runs/a")
     assert describe_old_evaluation("runs/a", 0.5443, 0.5443) == []
     assert describe_old_evaluation("runs/a", None, 0.5443) == []
+    only = {"is_evaluated": False}
+    assert describe_old_evaluation("runs/a", 0.5443, 0.5047, **only) == []
+    (line,) = describe_old_evaluation("runs/a", 0.5443, 0.5047, is_exported=True, **only)
+    assert line.startswith("the models in export are of the model before")
+    assert line.endswith("write them again: vgg-transfer export runs/a")
+    (line,) = describe_old_evaluation("runs/a", 0.5443, 0.5047, is_exported=True)
+    assert "predictions.csv and the models in export are of the model before" in line

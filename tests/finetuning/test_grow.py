@@ -147,6 +147,21 @@ def test_images_are_added_again(place, grown):
 
 
 @pytest.mark.slow
+def test_grown_run_is_calibrated(place, tmp_path):
+    splits, out = splits_of(place / "more"), {"run_dir": tmp_path / "run"}
+    cache = {"cache_dir": place / "cache"}
+    whole = grow(place / "run", *splits, run_dir=tmp_path / "whole", calibrate=True, **cache)
+    plain = grow(place / "run", *splits, **out, **cache)
+    later = grow(place / "run", *splits, **out, calibrate=True, resume=True, **cache)
+    assert "calibration" not in plain.metrics
+    assert later.metrics["calibration"] == whole.metrics["calibration"]
+    np.testing.assert_array_equal(later.logits, whole.logits)
+    again = grow(later.run_dir, *splits_of(add_class(tmp_path / "third", "dark", start=40)),
+                 run_dir=tmp_path / "again", **cache)  # fmt: skip
+    assert "calibration" in again.metrics
+
+
+@pytest.mark.slow
 def test_folder_that_grew_adds_only_what_is_new(place, tmp_path):
     """The same folder with a new class and copies of old images under other names."""
     shutil.copytree(place / "photos", tmp_path / "photos")

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import yaml
 
-from transfer import fine_tune, open_source
+from transfer import fine_tune, load_meta_graph, open_source
 from transfer.finetuning import defaults, head_solution, setup
 from transfer.finetuning.inputs import ActivationStore
 from transfer.finetuning.options import FineTuneOptions
+from transfer.finetuning.request import RunRequest
 
 
 class FourImages:
@@ -59,7 +60,20 @@ def test_resumed_run_keeps_its_solver(tmp_path, recorded, expected):
     request = types.SimpleNamespace(
         options=FineTuneOptions(), callbacks=(), resume=True, run_dir=tmp_path
     )
-    assert defaults.solver_of(request, None, 100, 32) == expected
+    recorded = defaults.recorded_options(request)
+    assert defaults.solver_of(request, recorded, None, 100, 32) == expected
+
+
+def test_callbacks_change_the_solver_with_a_log_line(model, splits, tmp_path, caplog):
+    caplog.set_level("INFO", "transfer")
+    line = "solver: gradient, as only its epochs call callbacks"
+    callbacks, graph = [keras.callbacks.Callback()], load_meta_graph(model)
+    for solver in ("auto", "gradient"):
+        options = FineTuneOptions(solver=solver, cache_dir=tmp_path / "cache")
+        context = setup.prepare(RunRequest(graph, *splits, options, callbacks=callbacks))
+        assert context.options.solver == "gradient"
+        assert (line in caplog.text) == (solver == "auto")
+        caplog.clear()
 
 
 @pytest.mark.parametrize("options", [{"solver": "ridge"}, {"solver": "lbfgs"}, {"lbfgs_c": 1.0}])
@@ -84,7 +98,7 @@ def test_taps_are_compared_with_a_progress_bar(monkeypatch):
         request = types.SimpleNamespace(
             graph=None, options=None, feeds={}, verbose=verbose, resume=False, run_dir=None
         )
-        assert defaults.best_tap(request, None) == "fc7"
+        assert defaults.best_tap(request, {}, None) == "fc7"
     assert [progress([]) for progress in wrapped] == [[], ("features", "tap")]
 
 

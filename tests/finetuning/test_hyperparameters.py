@@ -190,9 +190,9 @@ def test_resumed_run_keeps_its_epochs(tmp_path, recorded, options, expected):
     (tmp_path / "config.yaml").write_text(recorded)
     options = FineTuneOptions(**{"solver": "gradient", **options})
     request = types.SimpleNamespace(options=options, resume=True, run_dir=tmp_path)
-    assert defaults.epochs_of(request) == expected
+    assert defaults.epochs_of(request, defaults.recorded_options(request)) == expected
     request.resume = False
-    assert defaults.epochs_of(request) == options.epochs
+    assert defaults.epochs_of(request, defaults.recorded_options(request)) == options.epochs
 
 
 @pytest.mark.slow

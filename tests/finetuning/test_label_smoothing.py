@@ -78,3 +78,16 @@ def test_classes_of_one_image_have_no_margin(model, splits, tmp_path):
         cache_dir=tmp_path / "cache",
     )
     assert smoothing_of(result) == 0.0
+
+
+def test_activations_of_samples_obey_the_cache_limit(model, splits, tmp_path, monkeypatch):
+    seen, layer_features = [], label_smoothing.layer_features
+
+    def spied(*arguments):
+        seen.append(arguments[-1].limit_gb)
+        return layer_features(*arguments)
+
+    monkeypatch.setattr(label_smoothing, "layer_features", spied)
+    options = {"freeze_until": "none", "epochs": 1, "cache_dir": tmp_path / "cache"}
+    fine_tune(model, *splits, run_dir=tmp_path / "run", cache_limit=0.5, **options)
+    assert seen == [0.5]

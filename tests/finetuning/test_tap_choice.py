@@ -122,7 +122,8 @@ def test_tap_that_gives_no_features_is_refused(model, tap, message):
 def test_resumed_run_keeps_its_tap(tmp_path):
     (tmp_path / "config.yaml").write_text("tap: pool1:0\n")
     request = types.SimpleNamespace(resume=True, run_dir=tmp_path)
-    assert defaults.best_tap(request, None) == "pool1:0"
+    recorded = defaults.recorded_options(request)
+    assert defaults.best_tap(request, recorded, None) == "pool1:0"
 
 
 def test_images_are_drawn_from_all_classes(smooth_folder):

@@ -70,3 +70,15 @@ def test_resume_rejects_other_flags(tmp_path, model, image_folder, capsys):
     assert (out / "config.yaml").read_text() == config
     assert main(["finetune", "--resume"]) == 1
     assert "--resume needs the folder of the run" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_resume_with_fewer_epochs_than_there_are_is_refused(tmp_path, model, image_folder, capsys):
+    out = tmp_path / "run"
+    assert finetune(out, model, image_folder, "--epochs", 3) == 0
+    config = (out / "config.yaml").read_text()
+    assert finetune(out, model, image_folder, "--epochs", 2, "--resume") == 1
+    error = capsys.readouterr().err
+    assert "already has 3 epochs, and --epochs 2 would end it before; give --epochs 3 or" in error
+    assert (out / "config.yaml").read_text() == config
+    assert finetune(out, model, image_folder, "--epochs", 3, "--resume") == 0

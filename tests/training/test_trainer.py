@@ -153,6 +153,70 @@ def test_mixup_mixes_inputs_and_targets_with_same_weight():
     assert step(0.4, number=1)[0] != loss != step(0.4, seed=1)[0]
 
 
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixed_classes_have_their_own_weights(kind):
+    """Also in the gradient, for which the weighted targets do not sum to 1."""
+    of_classes = np.array([0.5, 3.0], np.float32)
+    model = keras.Sequential(
+        [keras.Input([2, 2, 2]), keras.layers.Flatten(), keras.layers.Dense(2, use_bias=False)]
+    )
+    group = ParameterGroup(keras.optimizers.SGD(1.0), model.trainable_variables)
+    trainer = Trainer(model, [group], class_weights=of_classes, label_smoothing=0.1, **{kind: 1.0})
+    kernel = new_kernel()
+    model.set_weights([kernel])
+    inputs, labels = INPUTS[:16].reshape([16, 2, 2, 2]), LABELS[:16]
+    mixing = trainer._mixing(tf.constant(0, tf.int64), tf.constant(inputs))
+    share = float(mixing.targets(tf.constant([1.0, 0.0]))[0])
+    assert 0.01 < share < 0.99
+    flat = np.asarray(mixing.inputs(tf.constant(inputs))).reshape([16, 8])
+
+    def loss(kernel):
+        log_p = tf.nn.log_softmax(flat @ kernel)
+        smooth = 0.9 * tf.one_hot(labels, 2) + 0.05
+        of_own = -tf.reduce_sum(smooth * log_p, -1) * of_classes[labels]
+        of_other = -tf.reduce_sum(smooth[::-1] * log_p, -1) * of_classes[labels[::-1]]
+        return tf.reduce_mean(share * of_own + (1 - share) * of_other)
+
+    variable = tf.Variable(kernel)
+    with tf.GradientTape() as tape:
+        expected = loss(variable)
+    assert trainer.train_step(inputs, labels)[0] == pytest.approx(float(expected), rel=1e-5)
+    after = kernel - tape.gradient(expected, variable)
+    np.testing.assert_allclose(weights(model)[0], after, rtol=1e-4, atol=1e-6)
+
+
+def test_callback_changes_the_learning_rates_of_all_groups():
+    model = new_model()
+    layers = model.layers[-1], model.layers[0]
+    groups = [
+        ParameterGroup(keras.optimizers.SGD(rate), layer.trainable_variables)
+        for rate, layer in zip((0.1, 0.01), layers, strict=True)
+    ]
+    trainer = Trainer(model, groups)
+    at_checkpoints = []
+    checkpoint = unittest.mock.Mock()
+    checkpoint.save = lambda _: at_checkpoints.append(
+        [float(group.optimizer.learning_rate) for group in groups]
+    )
+    plateau = keras.callbacks.ReduceLROnPlateau("val_loss", factor=0.5, patience=1)
+    validate = unittest.mock.Mock(return_value={"loss": 1.0})
+    fit(trainer, 3, callbacks=[plateau], validate=validate, checkpoint=checkpoint)
+    expected = [[0.1, 0.01], [0.05, 0.005], [0.025, 0.0025]]
+    np.testing.assert_allclose(at_checkpoints, expected, rtol=1e-6)
+
+
+def test_learning_rate_may_be_zero_for_a_while():
+    model = new_model()
+    groups = [
+        ParameterGroup(keras.optimizers.SGD(rate), layer.trainable_variables)
+        for rate, layer in ((0.1, model.layers[-1]), (0.01, model.layers[0]))
+    ]
+    schedule = keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.2 * epoch)
+    fit(Trainer(model, groups), 2, callbacks=[schedule])
+    rates = [float(group.optimizer.learning_rate) for group in groups]
+    np.testing.assert_allclose(rates, [0.2, 0.02], rtol=1e-6)
+
+
 def test_trainer_learns_and_counts_steps():
     trainer = new_trainer()
     before = weights(trainer.model)

@@ -61,7 +61,7 @@ def write(
 
     Args:
         out: output folder.
-        limits: content of ``limits.json``, see ``benchmark_limits``.
+        limits: content of ``limits.json``, see ``transfer.benchmarking.limits.measure``.
         records: one per run: ``metrics.json`` with ``label`` and ``seed``, or with ``error``.
         cuts: the cuts of the network, with their multiply-adds.
     """

@@ -106,18 +106,39 @@ def describe_overfitting(
     ]
 
 
-def describe_old_evaluation(run: str, before: float | None, loss: float) -> list[str]:
-    """A warning if the files of ``evaluate`` in the folder of a resumed run are of another model.
+def describe_old_evaluation(
+    run: str,
+    before: float | None,
+    loss: float,
+    *,
+    is_evaluated: bool = True,
+    is_exported: bool = False,
+) -> list[str]:
+    """A warning if files of ``evaluate`` or ``export`` in the folder of a resumed run are of
+    another model.
 
     Args:
         run: the folder.
         before: log loss of the model on the held-out images before the run was resumed; ``None`` if
-            there was none, or no such files.
+            there was none.
         loss: the same of the run's model now.
+        is_evaluated: whether the folder has files of ``evaluate``.
+        is_exported: whether the folder has exported models.
     """
     if before is None or math.isclose(before, loss, rel_tol=1e-5):
         return []
+    files, commands = [], []
+    if is_evaluated:
+        files += ["report.html", "evaluation.json", "predictions.csv"]
+        commands.append(f"vgg-transfer evaluate {run}")
+    if is_exported:
+        files.append("the models in export")
+        commands.append(f"vgg-transfer export {run}")
+    if not files:
+        return []
+    *first, last = files
+    names = f"{', '.join(first)} and {last}" if first else last
     return [
-        f"report.html, evaluation.json and predictions.csv are of the model before, with a loss of "
-        f"{before:.4g}; write them again: vgg-transfer evaluate {run}"
+        f"{names} are of the model before, with a loss of {before:.4g}; write them again: "
+        f"{', and '.join(commands)}"
     ]

@@ -25,7 +25,11 @@ def calibrate(
 
     Kernel and bias of the last layer are multiplied by the temperature, so that the predicted
     classes stay, and every export has it. Source: Guo et al. 2017, arXiv 1706.04599, whose
-    temperature is the inverse.
+    temperature is the inverse. Labels are not smoothed. Predictions that are all correct have no
+    such temperature, and keep theirs.
+
+    The temperature is applied only if it lowers the log loss of images that it was not fitted to;
+    see ``cross_fitted`` below.
 
     Args:
         head: built; it is changed.
@@ -35,10 +39,11 @@ def calibrate(
             together; ``None`` if each image is a group.
 
     Returns:
-        The entry ``calibration`` of ``metrics.json``: ``temperature``, the factor of the logits,
-        and ``loss`` (nats) and ``calibration_error`` (0 to 1) ``before``, and ``cross_fitted``:
-        each fold, of at most five, with the temperature of the others. The latter is missing if all
-        images are of one group.
+        The entry ``calibration`` of ``metrics.json``: ``temperature``, the factor of the logits, 1
+        if none is applied; ``fitted``, the factor with the lowest log loss; and ``loss`` (nats) and
+        ``calibration_error`` (0 to 1) ``before``, and ``cross_fitted``: each fold, of at most five,
+        with the temperature of the others. The latter is missing if all images are of one group;
+        the temperature is then applied.
 
     Raises:
         ValueError: if logits are not finite.
@@ -48,31 +53,57 @@ def calibrate(
             "logits of held-out images are not finite, so there is no temperature to calibrate "
             "them; a lower learning_rate may keep the weights finite"
         )
-    temperature, _ = fit_temperature(logits, labels)
-    for variable in (head.classifier.kernel, head.classifier.bias):
-        variable.assign(variable.numpy() * temperature)
-    found = {"temperature": temperature, "before": _scores(logits, labels)}
+    temperature = fitted = _fitted(logits, labels)
+    before, after = _scores(logits, labels), None
     groups = np.arange(len(labels)) if groups is None else groups
     num_groups = len(np.unique(groups))
     if num_groups > 1:
         scaled = np.empty_like(logits)
         for others, fold in GroupKFold(min(_FOLDS, num_groups)).split(logits, groups=groups):
-            scaled[fold] = fit_temperature(logits[others], labels[others])[0] * logits[fold]
-        found["cross_fitted"] = _scores(scaled, labels)
-    return found
+            scaled[fold] = _fitted(logits[others], labels[others]) * logits[fold]
+        after = _scores(scaled, labels)
+        if not after["loss"] < before["loss"]:
+            temperature = 1.0
+    if temperature != 1:
+        for variable in (head.classifier.kernel, head.classifier.bias):
+            variable.assign(variable.numpy() * temperature)
+    found = {"temperature": temperature, "fitted": fitted, "before": before}
+    return found if after is None else found | {"cross_fitted": after}
 
 
 def report(found: dict[str, Any], num_images: int) -> None:
-    """Log what ``calibrate`` found."""
-    before, after = found["before"], found.get("cross_fitted")
-    line = f"calibrated on {num_images:,} held-out images: temperature {found['temperature']:.3g}"
+    """Log what ``calibrate`` found, as a warning if it left the predictions as they were."""
+    before, after, fitted = found["before"], found.get("cross_fitted"), found["fitted"]
+    compared = ""
     if after is not None:
-        line += (
+        compared = (
             f"; log loss {after['loss']:.4f} instead of {before['loss']:.4f}, calibration error "
             f"{after['calibration_error']:.4f} instead of {before['calibration_error']:.4f}, each "
             "image with the temperature of others"
         )
-    logger.info(line)
+    if found["temperature"] != 1:
+        logger.info(
+            f"calibrated on {num_images:,} held-out images: temperature {fitted:.3g}{compared}"
+        )
+    elif fitted == 1:
+        logger.warning(
+            f"calibrate changes nothing: no temperature lowers the log loss of the {num_images:,} "
+            "held-out images, or all of them are classified correctly, for which there is none"
+        )
+    else:
+        logger.warning(
+            f"calibrate changes nothing: the temperature {fitted:.3g} of the {num_images:,} "
+            f"held-out images does not lower the log loss of others{compared}"
+        )
+
+
+def _fitted(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature with the lowest log loss; 1 if all predictions are correct, as the loss then
+    falls with any larger one."""
+    own = logits[np.arange(len(labels)), labels]
+    if (own >= logits.max(-1)).all():
+        return 1.0
+    return fit_temperature(logits, labels, smoothing=0.0)[0]
 
 
 def _scores(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -142,10 +142,9 @@ def measure_costs(
     costs = [_cost(context, cut, cuts, speeds, memory, missing) for cut in places]
     if ridge_s is not None:
         head = costs[0]
-        saved = head.train_s - ridge_s - speeds.head_trace  # the evaluation is traced all the same
-        costs[0] = replace(
-            head, solver="ridge", train_s=head.train_s - saved, total_s=head.total_s - saved
-        )
+        train_s = ridge_s + speeds.head_trace  # the evaluation is traced all the same
+        total_s = head.total_s - head.train_s + train_s
+        costs[0] = replace(head, solver="ridge", train_s=train_s, total_s=total_s)
     return costs
 
 

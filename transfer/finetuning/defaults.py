@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
 from transfer.core import measurement
@@ -32,10 +32,18 @@ EMA = 0.999
 """Decay of the moving average of the weights."""
 
 
-def best_tap(request: RunRequest, train: Split) -> str:
+def recorded_options(request: RunRequest) -> dict[str, Any]:
+    """The configuration of the resumed run; empty for a new run, and for one that has not begun."""
+    if request.resume and request.run_dir is not None:
+        with contextlib.suppress(FileNotFoundError):
+            return run_folder.read_config(request.run_dir)
+    return {}
+
+
+def best_tap(request: RunRequest, recorded: Mapping[str, Any], train: Split) -> str:
     """The tap of the resumed run, else the one that is best on the training images."""
-    if isinstance(recorded := _recorded(request).get("tap"), str):
-        return recorded
+    if isinstance(tap := recorded.get("tap"), str):
+        return tap
     choice = choose_tap(
         request.graph,
         train,
@@ -47,16 +55,22 @@ def best_tap(request: RunRequest, train: Split) -> str:
 
 
 def solver_of(
-    request: RunRequest, backbone: Backbone, num_images: int, width: int
+    request: RunRequest,
+    recorded: Mapping[str, Any],
+    backbone: Backbone,
+    num_images: int,
+    width: int,
 ) -> Literal["gradient", "ridge", "lbfgs"]:
     """The solver that was given, else that of the resumed run, else the default."""
     options = request.options
     if options.solver == "auto" and request.callbacks:
-        return "gradient"  # only its epochs call them
-    if options.solver == "auto" and (config := _recorded(request)):
-        recorded = config.get("solver", "gradient")
-        if recorded in ("gradient", "lbfgs"):
-            return cast("Literal['gradient', 'lbfgs']", recorded)
+        if choose_solver(options, backbone, num_images, width) != "gradient":
+            logger.info("solver: gradient, as only its epochs call callbacks")
+        return "gradient"
+    if options.solver == "auto" and recorded:
+        solver = recorded.get("solver", "gradient")
+        if solver in ("gradient", "lbfgs"):
+            return cast("Literal['gradient', 'lbfgs']", solver)
     num_examples = num_images * max(1, options.views)
     by_ridge = {"solver": "gradient", "head_start": "random"}  # with what does not
     for option, other in by_ridge.items():
@@ -68,14 +82,16 @@ def solver_of(
     return choose_solver(options, backbone, num_images, width)
 
 
-def batch_size_of(request: RunRequest, train: Split, backbone: Backbone) -> int:
+def batch_size_of(
+    request: RunRequest, recorded: Mapping[str, Any], train: Split, backbone: Backbone
+) -> int:
     """The batch size that was given, else that of the resumed run, else the default."""
     options = request.options
     if options.batch_size is not None:
         return options.batch_size
-    recorded = _recorded(request).get("batch_size")
-    if isinstance(recorded, int) and 1 <= recorded <= len(train):
-        return recorded
+    batch_size = recorded.get("batch_size")
+    if isinstance(batch_size, int) and 1 <= batch_size <= len(train):
+        return batch_size
     is_cached_head = trains_cached_head(options, backbone, request.replicas.num_workers)
     default = default_batch_size(len(train), is_cached_head=is_cached_head)
     if default > BATCH:
@@ -86,18 +102,19 @@ def batch_size_of(request: RunRequest, train: Split, backbone: Backbone) -> int:
     return default
 
 
-def epochs_of(request: RunRequest) -> int | None:
+def epochs_of(request: RunRequest, recorded: Mapping[str, Any]) -> int | None:
     """The epochs that were given, else those of the resumed run; ``None`` for the default, and with
     a schedule or a solver, which have none."""
     options = request.options
     if options.epochs is not None or options.schedule or options.solver != "gradient":
         return options.epochs
-    recorded = _recorded(request).get("epochs")
-    return recorded if isinstance(recorded, int) and recorded >= 1 else None
+    epochs = recorded.get("epochs")
+    return epochs if isinstance(epochs, int) and epochs >= 1 else None
 
 
 def label_smoothing_of(
     request: RunRequest,
+    recorded: Mapping[str, Any],
     options: ResolvedOptions,
     train: Split,
     classifier: Classifier,
@@ -107,6 +124,7 @@ def label_smoothing_of(
 
     Args:
         request: the run.
+        recorded: see ``recorded_options``.
         options: its options, with the other defaults.
         train: its training images.
         classifier: before training.
@@ -114,8 +132,8 @@ def label_smoothing_of(
     """
     if request.options.label_smoothing is not None:
         return request.options.label_smoothing
-    if isinstance(recorded := _recorded(request).get("label_smoothing"), int | float):
-        return float(recorded)
+    if isinstance(smoothing := recorded.get("label_smoothing"), int | float):
+        return float(smoothing)
     backbone = classifier.feature_extractor
     if options.solver != "gradient" or options.is_mixed or trains_head_only(options, backbone):
         return 0.0
@@ -128,7 +146,7 @@ def label_smoothing_of(
     return float(replicas.from_chief(str(smoothing)))
 
 
-def ema_of(request: RunRequest, backbone: Backbone) -> float:
+def ema_of(request: RunRequest, recorded: Mapping[str, Any], backbone: Backbone) -> float:
     """The decay of the moving average that was given, else that of the resumed run, else the
     default.
 
@@ -139,25 +157,28 @@ def ema_of(request: RunRequest, backbone: Backbone) -> float:
     options = request.options
     if options.ema is not None:
         return options.ema
-    if recorded := _recorded(request):
+    if recorded:
         return float(recorded.get("ema", 0.0))
     is_head = options.solver != "gradient" or trains_head_only(options, backbone)
     return 0.0 if is_head else EMA
 
 
-def precision_of(request: RunRequest) -> dict[str, str]:
+def calibrate_of(request: RunRequest, recorded: Mapping[str, Any]) -> bool:
+    """Whether to calibrate, as was given, else as in the resumed run or the run that images are
+    added to, else not."""
+    if request.options.calibrate is not None:
+        return request.options.calibrate
+    if not recorded and request.growth is not None:
+        recorded = run_folder.read_config(request.growth.run)
+    return bool(recorded.get("calibrate"))
+
+
+def precision_of(request: RunRequest, recorded: Mapping[str, Any]) -> dict[str, str]:
     """Where they are ``auto``, the precision and its engine are those of the resumed run."""
     options = {name: getattr(request.options, name) for name in ("precision", "int8_engine")}
-    recorded = _recorded(request) if options["precision"] != "float32" else {}
+    if options["precision"] == "float32":
+        return options
     return {
         name: recorded.get(name, value) if value == "auto" else value
         for name, value in options.items()
     }
-
-
-def _recorded(request: RunRequest) -> dict[str, Any]:
-    """The configuration of the resumed run; empty for a new run, and for one that has not begun."""
-    if request.resume and request.run_dir is not None:
-        with contextlib.suppress(FileNotFoundError):
-            return run_folder.read_config(request.run_dir)
-    return {}

@@ -20,8 +20,8 @@ from transfer.models.meta_graph import MetaGraph, load_meta_graph
 from transfer.runs import run_folder
 from transfer.runs.growth import grown_splits
 
-_FREE = ("cache", "cache_dir", "cache_limit", "track", "track_files")
-"""Options that say where files are kept; all others are those of the run."""
+_FREE = ("cache", "cache_dir", "cache_limit", "track", "track_files", "calibrate")
+"""Options that say where files are kept, and ``calibrate``; all others are those of the run."""
 _OF_IMAGES = ("shots_per_class",)
 _CUT = ("freeze_until", "schedule")
 
@@ -60,7 +60,7 @@ def grow(
         verbose: see ``fine_tune``.
         replicas: devices and processes that train together; see ``open_replicas``.
         **options: where files are kept: ``cache``, ``cache_dir``, ``cache_limit``, ``track`` and
-            ``track_files``. Other options must be those of the run.
+            ``track_files``; and ``calibrate``. Other options must be those of the run.
 
     Returns:
         The new run. ``metrics["growth"]`` has the accuracy of the old classes before and after, on
@@ -173,7 +173,8 @@ def grown_request(
 
 
 def grown_options(folder: Path, given: FineTuneOptions) -> FineTuneOptions:
-    """The options of a run, with those that were given for where files are kept.
+    """The options of a run, with those that were given for where files are kept, and with
+    ``calibrate`` as it was given.
 
     Raises:
         FileNotFoundError: if there is no run.

@@ -91,7 +91,7 @@ def head_margin(
         few,
         classifier.preprocess,
         model,
-        CachePolicy("disk" if on_disk else "memory", folder),
+        CachePolicy("disk" if on_disk else "memory", folder, options.cache_limit),
     )
     solution = fit_ridge(features, classes, len(present), groups=few.groups)
     if solution.out_of_sample is None:

@@ -53,8 +53,8 @@ HEAD_ONLY: dict[str, Any] = {
 }
 """Values of the options that say what is trained, for a run that trains the head only."""
 
-OFF: dict[str, Any] = {"label_smoothing": 0.0, "ema": 0.0}
-"""Values that turn off what is on by default where more than a head is trained."""
+OFF: dict[str, Any] = {"label_smoothing": 0.0, "ema": 0.0, "calibrate": False}
+"""Values that turn off options whose default depends on the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,8 @@ class FineTuneOptions:
     chosen by leave-one-out log loss. lbfgs fits scikit-learn's logistic regression. Both need a
     frozen backbone and a head without hidden layers. auto: lbfgs if lbfgs_c is given; ridge for
     such a run, if it has no option of gradient descent such as epochs, and at most 2 GB of
-    features, of which the images or the width are at most 5000; else gradient."""
+    features, of which the images or the width are at most 5000; else gradient, also with Keras
+    callbacks, which only its epochs call."""
     head_start: Literal["random", "ridge"] = "random"
     """The head before the first step of gradient descent. ridge solves for it in closed form, on
     the features of the pretrained network."""
@@ -158,10 +159,12 @@ class FineTuneOptions:
     of the feature maps at the cut, is replaced by that of another image."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: weight classes inversely to their frequency."""
-    calibrate: bool = False
+    calibrate: bool | None = None
     """After training, scale the logits by the temperature with the lowest log loss on the held-out
-    images. Predicted classes stay the same; log loss and calibration error on these images are then
-    slightly optimistic, and metrics.json has cross-fitted ones."""
+    images, if that also lowers the log loss of images that it was not fitted to. Predicted classes
+    stay the same; log loss and calibration error on these images are then slightly optimistic, and
+    metrics.json has cross-fitted ones. [default: as in the run that is resumed or added to, else
+    off]"""
     augment: bool = False
     """Train on random shifts and flips, new ones in each epoch. The frozen part is then recomputed
     in each epoch, unless views is set."""
@@ -173,7 +176,9 @@ class FineTuneOptions:
     """Folder of the activation cache. [default: vgg-transfer/activations in the user's cache
     folder]"""
     cache_limit: float = 20.0
-    """Largest size of that folder in GB; the least recently used entries are evicted."""
+    """Largest size of the activations in that folder in GB; the least recently used entries are
+    evicted. Its subfolders have limits of their own: fingerprints of images 4 GB, features of
+    samples 0.1 GB."""
     cache_dtype: Literal["float32", "float16"] = "float32"
     """float16 halves the size and keeps about three significant digits."""
     precision: Literal["float32", "int8", "mixed_bfloat16", "mixed_float16", "auto"] = "float32"
@@ -240,7 +245,9 @@ class FineTuneOptions:
                     f"{option.name} must be {', '.join(first)} or {last}, got {value!r}"
                 )
         if not 0 <= (self.label_smoothing or 0) < 1:
-            raise ValueError(f"label_smoothing must be 0 to 1, got {self.label_smoothing}")
+            raise ValueError(
+                f"label_smoothing must be at least 0 and less than 1, got {self.label_smoothing}"
+            )
         if not 0 <= (self.ema or 0) < 1:
             raise ValueError(f"ema must be at least 0 and less than 1, got {self.ema}")
         if self.mixup and self.cutmix:
@@ -345,6 +352,7 @@ class ResolvedOptions(FineTuneOptions):
     batch_size: int = field()
     label_smoothing: float = field()
     ema: float = field()
+    calibrate: bool = field()
 
 
 def parse_tap(tap: str | None) -> str | list[str] | None:

@@ -18,6 +18,7 @@ from transfer.core.distribution import Replicas
 from transfer.data.dataset import Split
 from transfer.evaluation.metrics_text import describe_accuracy
 from transfer.exports.meta_graph import save_classifier
+from transfer.exports.writing import EXPORTS
 from transfer.finetuning import tracking
 from transfer.finetuning.advice import (
     describe_leaks,
@@ -111,7 +112,8 @@ def fine_tune(
             with the cut as in ``freeze_until``.
         resume: continue the run in ``run_dir``, or start it if there is none.
         feeds: values of placeholders of the graph, see ``Backbone``.
-        callbacks: Keras callbacks in addition to those that write the run folder.
+        callbacks: Keras callbacks in addition to those that write the run folder. With
+            ``solver="auto"`` they make the run gradient descent, as only its epochs call them.
         verbose: 0 silent, 1 progress bars, 2 log lines (level ``INFO``): one per epoch, at most
             one in five seconds.
         replicas: devices and processes that train together; see ``open_replicas``.
@@ -176,23 +178,27 @@ def run(request: RunRequest) -> FineTuneResult:
             context = replace(context, request=replace(context.request, callbacks=callbacks))
             classifier, metrics, logits = _train_and_evaluate(context, clock, signals)
             if replicas.is_chief:
-                evaluated = _evaluated_loss(context.run_dir)
+                before = _loss_before(context.run_dir)
                 run_folder.write_json(context.run_dir / run_folder.METRICS, metrics)
                 tracker.finish(metrics)
             replicas.barrier()  # no worker exits while the chief may still need it
     history = run_folder.read_history(context.run_dir)
     if replicas.is_chief:
         loss = metrics["eval"]["loss"]
-        lines = describe_old_evaluation(str(context.run_dir), evaluated, loss)
+        lines = describe_old_evaluation(
+            str(context.run_dir),
+            before,
+            loss,
+            is_evaluated=(context.run_dir / run_folder.EVALUATION).is_file(),
+            is_exported=(context.run_dir / EXPORTS).is_dir(),
+        )
         for line in (*_advice(context, history), *lines):
             logger.warning(line)
     return FineTuneResult(classifier, metrics, history, context.run_dir, logits)
 
 
-def _evaluated_loss(run_dir: Path) -> float | None:
-    """The log loss in ``metrics.json``, if there are files of ``evaluate`` beside it."""
-    if not (run_dir / run_folder.EVALUATION).is_file():
-        return None
+def _loss_before(run_dir: Path) -> float | None:
+    """The log loss in the ``metrics.json`` of a finished run that is resumed."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing or damaged
         return float(run_folder.read_json(run_dir / run_folder.METRICS)["eval"]["loss"])
     return None
@@ -226,6 +232,7 @@ def _opened(context: RunContext) -> Iterator[None]:
     is_chief = replicas.is_chief
     if is_chief and context.request.resume:
         check_provenance(context)  # before config.yaml is replaced
+        _check_epochs(context)
     # Earlier versions recorded options of gradient descent whatever the solver.
     unused = OF_GRADIENT_DESCENT if context.options.solver != "gradient" else ()
     may_differ = (*SOURCES, *unused)
@@ -247,6 +254,16 @@ def _opened(context: RunContext) -> Iterator[None]:
                     f"{str(run_dir)!r}; the run folder must be shared by all workers"
                 )
         yield
+
+
+def _check_epochs(context: RunContext) -> None:
+    """Refuse to end a resumed run before the epochs that it has."""
+    epochs, done = context.config.get("epochs"), run_folder.num_epochs(context.run_dir)
+    if epochs is not None and done > epochs:
+        raise ValueError(
+            f"the run in {str(context.run_dir)!r} already has {done} epochs, and epochs={epochs} "
+            f"would end it before; give epochs={done} or more, or start a new run"
+        )
 
 
 def _defaults(context: RunContext) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from transfer.finetuning.context import RunContext
 from transfer.finetuning.defaults import (
     batch_size_of,
     best_tap,
+    calibrate_of,
     ema_of,
     epochs_of,
     label_smoothing_of,
     precision_of,
+    recorded_options,
     solver_of,
 )
 from transfer.finetuning.hyperparameters import (
@@ -93,12 +95,13 @@ def prepare(request: RunRequest) -> RunContext:
         )
     inspected = inspect_images(train, request.held_out, options, verbose=request.verbose)
     train = inspected.train
+    recorded = recorded_options(request)
     if options.tap == AUTO:
-        tap = best_tap(request, train) if replicas.is_chief else ""
+        tap = best_tap(request, recorded, train) if replicas.is_chief else ""
         options = dataclasses.replace(options, tap=replicas.from_chief(tap))
         request = dataclasses.replace(request, options=options)
         keras.utils.set_random_seed(options.seed)  # the run is that with this tap, named
-    classifier, features, resolved, taps = _classifier(request, train)
+    classifier, features, resolved, taps = _classifier(request, recorded, train)
     if request.growth is not None:
         _check_model(request.growth, classifier.backbone)
     replicas.check_same("choice of images", inspected.fingerprint)
@@ -118,7 +121,7 @@ def prepare(request: RunRequest) -> RunContext:
         replicas=replicas,
     )
     resolved = precision.applied(resolved)
-    smoothing = label_smoothing_of(request, resolved, train, classifier, stages)
+    smoothing = label_smoothing_of(request, recorded, resolved, train, classifier, stages)
     resolved = dataclasses.replace(resolved, label_smoothing=smoothing)
     cut = options.freeze_until if options.freeze_from is None else stages[-1].cut
     run_dir = request.run_dir or run_folder.default_out(train.source.name, cut)
@@ -252,7 +255,7 @@ def _check_feature_maps(cutmix: float, classifier: Classifier, stages: Sequence[
 
 
 def _classifier(
-    request: RunRequest, train: Split
+    request: RunRequest, recorded: Mapping[str, Any], train: Split
 ) -> tuple[Classifier, np.ndarray, ResolvedOptions, list[str]]:
     """The classifier before training, the features of a few images, the resolved options, and the
     tensors of several taps."""
@@ -298,21 +301,22 @@ def _classifier(
         classifier.build_from_size()
     check_savable(classifier)
     size = preprocess.size
-    solver = solver_of(request, backbone, len(train), features.shape[1])
+    solver = solver_of(request, recorded, backbone, len(train), features.shape[1])
     request = dataclasses.replace(request, options=dataclasses.replace(options, solver=solver))
     resolved = (
         vars(options)
-        | precision_of(request)
+        | precision_of(request, recorded)
         | {
             "solver": solver,
             "tap": tap,
             "input": network.input,
             "preprocess": preprocess.mode,
             "image_size": size if isinstance(size, int) else show_size(size),
-            "batch_size": batch_size_of(request, train, backbone),
-            "epochs": epochs_of(request),
+            "batch_size": batch_size_of(request, recorded, train, backbone),
+            "epochs": epochs_of(request, recorded),
             "label_smoothing": options.label_smoothing or 0.0,
-            "ema": ema_of(request, backbone),
+            "ema": ema_of(request, recorded, backbone),
+            "calibrate": calibrate_of(request, recorded),
         }
     )
     return classifier, features, ResolvedOptions(**resolved), planned.tensors

@@ -92,7 +92,7 @@ def opened(
         config: the options of the run.
         resume: continue the run in the folder.
         defaults: values of options that did not exist when a resumed run was started.
-        may_differ: options, in addition to the epochs, that may differ in a resumed run.
+        may_differ: options that may differ in a resumed run, in addition to those that always may.
         fixed: options that may not differ, such as ``CHANGES_RESULT`` of runs that are compared.
 
     Raises:
@@ -162,6 +162,12 @@ def _has_begun(out: Path) -> bool:
     return (out / CONFIG).is_file()
 
 
+def num_epochs(run: Path) -> int:
+    """Number of epochs in ``history.csv``, without an incomplete line."""
+    path = run / HISTORY
+    return len(_epoch_lines(path)) if path.is_file() else 0
+
+
 def keep_history(run: Path, epochs: int) -> None:
     """Keep the first ``epochs`` epochs of ``history.csv``; drops later ones, which will be
     repeated, and an incomplete line."""
@@ -170,17 +176,19 @@ def keep_history(run: Path, epochs: int) -> None:
         files.unshare(path)  # a broken link, which the next epoch would write through
         return
     with path.open(newline="", encoding="utf-8") as file:
-        lines = file.readlines()
-    commas = lines[0].count(",") if lines else 0
-    kept = [
-        line
-        for line in lines[1:]
-        if line.endswith("\n") and line.count(",") == commas and float(line.split(",")[0]) < epochs
-    ]
+        header = file.readline()
+    kept = [line for line in _epoch_lines(path) if float(line.split(",")[0]) < epochs]
     if not kept:
         path.unlink()  # with its header, which the next epoch writes again
         return
-    write_text(path, "".join([lines[0], *kept]))
+    write_text(path, "".join([header, *kept]))
+
+
+def _epoch_lines(path: Path) -> list[str]:
+    """The complete lines of ``history.csv`` after its header."""
+    with path.open(newline="", encoding="utf-8") as file:
+        header, *lines = file.readlines() or [""]
+    return [it for it in lines if it.endswith("\n") and it.count(",") == header.count(",")]
 
 
 def read_history(run: Path) -> dict[str, list[float]]:
@@ -241,6 +249,7 @@ def _check_resumed(
         if name not in may_differ
         and began.get(name) != now.get(name)
         and (name in began or now[name])  # an option that is newer than the run, and off
+        and not (began.get(name) is False and name not in now)  # off, which was then recorded
     ]
     if different:
         raise ValueError(

@@ -121,22 +121,29 @@ def fit_ridge(
 
 
 def fit_temperature(
-    scores: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None
+    scores: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray | None = None,
+    *,
+    smoothing: float | None = None,
 ) -> tuple[float, float]:
     """The factor that turns scores into logits with the lowest log loss, a convex problem.
 
-    As in Platt scaling, the labels are slightly smoothed, as if there were one more image: without
-    it, scores that are all correct would ask for an infinite factor.
+    As in Platt scaling, the labels are slightly smoothed by default, as if there were one more
+    image: without it, scores that are all correct would ask for an infinite factor.
 
     Args:
         scores: float ``[num_examples, num_classes]``.
         labels: int ``[num_examples]``.
         weights: weight of each example in the loss, float ``[num_examples]``.
+        smoothing: label smoothing, 0 to 1. Default: 1 / (num_examples + 2).
 
     Returns:
-        The factor, at least 0.01 and at most 1000, and the mean log loss (nats).
+        The factor, at least 0.01 and at most 1000, and the mean log loss of the smoothed labels
+        (nats).
     """
-    smoothing = 1 / (len(labels) + 2)
+    if smoothing is None:
+        smoothing = 1 / (len(labels) + 2)
     rows = np.arange(len(labels))
     targets = (1 - smoothing) * scores[rows, labels] + smoothing * scores.mean(-1)
     low, high = np.log(TEMPERATURES)

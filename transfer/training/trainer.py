@@ -87,7 +87,8 @@ class EpochSums:
 
 @dataclass(repr=False)
 class Trainer:
-    """Trains a model; ``fit`` may be called again to continue.
+    """Trains a model; ``fit`` may be called again to continue, unless optimizers keep moving
+    averages of the weights: the first call ends with these in place of the weights.
 
     Args:
         model: maps inputs to logits; called with ``training=True`` during training.
@@ -111,6 +112,9 @@ class Trainer:
     ``step`` and ``epoch`` count completed steps and epochs, ``sums`` are the sums over the current
     epoch so far, and ``best_loss`` is the lowest validation loss after an epoch. ``epoch_seconds``
     are the wall times of the epochs of this session, without validation.
+
+    Callbacks see the optimizer of the first group as ``model.optimizer``. If they change its
+    learning rate, those of the other groups change by the same factor.
 
     If optimizers keep moving averages of the weights (``use_ema``), the model has these averages
     during validation, at the end of each epoch for the best weights and for callbacks, and after
@@ -143,11 +147,15 @@ class Trainer:
                 "optimizers from transfer.training.optimizers, for Keras' own would add them up "
                 "once more"
             )
-        # Callbacks (EarlyStopping, ReduceLROnPlateau, TensorBoard) use these attributes of a model.
         if self.replicas.count > 1 and self.loss_scale is not None:
             raise ValueError(f"loss_scale is for one replica, and there are {self.replicas.count}")
+        # Callbacks (EarlyStopping, ReduceLROnPlateau, TensorBoard) use these attributes of a model.
         self.model.optimizer = self.groups[0].optimizer
         self.model.stop_training = False
+        rates = [group.optimizer.learning_rate for group in self.groups]
+        are_set = all(isinstance(rate, keras.Variable) for rate in rates)  # not schedules
+        self._rates = [rate for rate in rates if are_set and len(rates) > 1]
+        self._initial_rates = [float(rate.numpy()) for rate in self._rates]
         self._is_changing = self._is_asked_to_stop = False
         self._train_step = tf.function(
             lambda *arguments: self.replicas.run(self._step, *arguments),
@@ -215,12 +223,16 @@ class Trainer:
         class weights as in ``keras.Model.fit``."""
         targets = tf.one_hot(labels, logits.shape[-1])
         targets = targets * (1 - self.label_smoothing) + self.label_smoothing / logits.shape[-1]
-        losses = tf.nn.softmax_cross_entropy_with_logits(mixing.targets(targets), logits)
-        if self.class_weights is not None:
-            weights = tf.constant(self.class_weights, tf.float32)
-            of_each = tf.gather(weights, tf.maximum(labels, 0))  # NO_LABEL counts for nothing
-            losses *= mixing.targets(of_each)
-        return losses
+        if self.class_weights is None:
+            return tf.nn.softmax_cross_entropy_with_logits(mixing.targets(targets), logits)
+        weights = tf.constant(self.class_weights, tf.float32)
+        of_each = tf.gather(weights, tf.maximum(labels, 0))  # NO_LABEL counts for nothing
+        if mixing is UNMIXED:
+            return tf.nn.softmax_cross_entropy_with_logits(targets, logits) * of_each
+        # Each part of a mixed target has the weight of its own label. The operation above takes
+        # targets that sum to 1 only.
+        weighted = mixing.targets(targets * of_each[:, None])
+        return -tf.reduce_sum(weighted * tf.nn.log_softmax(logits), -1)
 
     def train_step(self, inputs: Any, labels: Any, stop: bool = False) -> tuple[float, int, int]:
         """Perform one update. ``stop`` asks all replicas to stop after it.
@@ -270,11 +282,11 @@ class Trainer:
         # Sums in Python: Keras' metrics would take longer than a training step of a head.
         for inputs, labels in batches:
             with uninterrupted(), self._changing():
-                callbacks.on_train_batch_begin(self.sums.num_batches)
+                self._call(callbacks.on_train_batch_begin, self.sums.num_batches)
                 loss, num_right, num_examples = self.train_step(inputs, labels, is_stopped())
                 self._check_finite(loss)
                 self.sums.add(num_examples, num_right, loss)
-                callbacks.on_train_batch_end(self.sums.num_batches - 1, self.sums.means)
+                self._call(callbacks.on_train_batch_end, self.sums.num_batches - 1, self.sums.means)
                 if checkpoint is not None:
                     checkpoint.save_if_due(self)
             if self._is_asked_to_stop:
@@ -323,10 +335,10 @@ class Trainer:
         )
         if checkpoint is not None:
             checkpoint.begin()
-        callback_list.on_train_begin()
+        self._call(callback_list.on_train_begin)
         try:
             while self.epoch < epochs and not self.model.stop_training:
-                callback_list.on_epoch_begin(self.epoch)
+                self._call(callback_list.on_epoch_begin, self.epoch)
                 start = time.perf_counter()
                 logs = self.train_epoch(
                     batches(self.epoch, self.sums.num_batches),
@@ -357,6 +369,20 @@ class Trainer:
                 if checkpoint is not None:
                     checkpoint.end()
 
+    def _call(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call callbacks. If they change the learning rate of the first group, those of the others
+        keep their ratios to it."""
+        if not self._rates or not self._initial_rates[0]:
+            function(*arguments)
+            return
+        first, *others = self._rates
+        before = float(first.numpy())
+        function(*arguments)
+        after = float(first.numpy())
+        if after != before:
+            for rate, initial in zip(others, self._initial_rates[1:], strict=True):
+                rate.assign(after * (initial / self._initial_rates[0]))
+
     def _validated(self, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Validation metrics. On an interrupt, the states of random layers are restored, because
         the validation will be repeated."""
@@ -377,7 +403,7 @@ class Trainer:
                 self.best_loss = logs["val_loss"]
                 if checkpoint is not None:
                     checkpoint.save_best(self)
-            callbacks.on_epoch_end(self.epoch, logs)
+            self._call(callbacks.on_epoch_end, self.epoch, logs)
         self.epoch += 1
         self.sums = EpochSums()
         if checkpoint is not None:
