@@ -69,7 +69,7 @@ def grown(config: FinetuneConfig, run: Path, replicas: Replicas | None = None) -
     else:
         model = settings.get("model") if is_own else config.model
         graph = replace(config, model=str(model)).open_model()
-    train, held_out = _splits(config, min_classes=1)
+    train, held_out = _splits(config, min_classes=1, allow_no_eval=True)
     return grown_request(run, train, held_out, options, graph=graph, **arguments)
 
 
@@ -96,7 +96,11 @@ def _checked(
 
 
 def _splits(
-    config: FinetuneConfig, *, min_classes: int = 2, resumed: Path | None = None
+    config: FinetuneConfig,
+    *,
+    min_classes: int = 2,
+    allow_no_eval: bool = False,
+    resumed: Path | None = None,
 ) -> tuple[Split, Split]:
     source = config.open(min_classes)
     on_disk = remembered(source, config.cache_dir) if config.cache == "disk" else None
@@ -106,6 +110,7 @@ def _splits(
             config.train_split,
             config.eval_split,
             skip_unreadable=config.skip_unreadable,
+            allow_no_eval=allow_no_eval,
             resumed=resumed,
             progress=console.decoding,
         )

@@ -12,7 +12,7 @@ from PIL import Image
 from recipes import finetune_request
 from recipes.cli import main
 from recipes.finetune_flags import FinetuneConfig
-from transfer import evaluate, fine_tune, grow, open_source, predict
+from transfer import Classifier, evaluate, fine_tune, grow, open_source, predict
 from transfer.activations import store
 from transfer.finetuning.grow import grown_request
 from transfer.finetuning.options import FineTuneOptions
@@ -220,14 +220,124 @@ def test_conflicts_and_missing_images_are_refused(place, tmp_path):
         shutil.copytree(place / name, tmp_path / name)
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace(str(place), str(tmp_path)))
+    for path in (tmp_path / "photos" / "blue").iterdir():
+        path.rename(path.with_suffix(".txt"))
     (tmp_path / "photos" / "red" / "05.png").rename(tmp_path / "gone.png")
-    assert "are gone from 'photos', such as 'red/05.png'" in refusal(tmp_path, more, tmp_path)
+    assert "13 of the 24 images of the run in" in refusal(tmp_path, more, tmp_path)
+    shutil.rmtree(tmp_path / "photos" / "blue")
+    shutil.copytree(place / "photos" / "blue", tmp_path / "photos" / "blue")
     shutil.copy(tmp_path / "photos" / "red" / "01.png", tmp_path / "photos" / "red" / "05.png")
     assert "are not those that provenance.json has hashes of" in refusal(tmp_path, more, tmp_path)
     shutil.rmtree(tmp_path / "photos")
-    assert f"{str(tmp_path / 'photos')!r} does not exist" in refusal(tmp_path, more, tmp_path)
+    message = refusal(tmp_path, more, tmp_path)
+    assert f"{str(tmp_path / 'photos')!r} does not exist; move them back, or put a link" in message
     config.write_text(config.read_text().replace("solver: ridge", "solver: gradient"))
     assert "repeat it with solver=ridge" in refusal(tmp_path, more, tmp_path)
+
+
+def copy_as_bmp(place, role, folder, count):
+    """The same pixels as of images of the run, in other files; returns their names without
+    suffix."""
+    names = (place / "run" / f"{role}.txt").read_text().splitlines()[:count]
+    for name in names:
+        target = (folder / name).with_suffix(".bmp")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(place / "photos" / name) as image:
+            image.convert("RGB").save(target)
+    return {name.partition(".")[0] for name in names}
+
+
+def test_copies_are_on_the_side_of_the_images_of_the_run(place, tmp_path, caplog):
+    held_out = copy_as_bmp(place, "held_out", tmp_path / "other", 4)
+    trained = copy_as_bmp(place, "training", tmp_path / "other", 10)
+    add_class(tmp_path / "other")
+    splits = splits_of(tmp_path / "other")
+    assert {name.partition(".")[0] for name in splits[0].names} & held_out
+    assert {name.partition(".")[0] for name in splits[1].names} & trained
+    with caplog.at_level("INFO"):
+        request = grown_request(place / "run", *splits, FineTuneOptions(cache="off"))
+    added = [name.removeprefix("other/").partition(".")[0] for name in request.train.names[20:]]
+    added_held_out = {
+        name.removeprefix("other/").partition(".")[0] for name in request.held_out.names[4:]
+    }
+    assert trained < {*added} and held_out < added_held_out
+    assert len(added) + len(added_held_out) == 22
+    assert request.growth.num_added == (len(added), len(added_held_out))
+    assert "10 images of 'other' look like copies of training images of the run" in caplog.text
+    assert "4 images of 'other' look like copies of images that the run held out" in caplog.text
+
+
+def test_copies_of_held_out_images_alone_are_not_added(place, tmp_path):
+    copy_as_bmp(place, "held_out", tmp_path / "other", 4)
+    assert "0 are already in it, and 4 look like copies of images that it held out" in refusal(
+        place, tmp_path / "other", tmp_path
+    )
+
+
+def test_groups_of_copies_are_moved_as_a_whole(place, tmp_path):
+    copy_as_bmp(place, "held_out", tmp_path / "other", 1)
+    (copied,) = (tmp_path / "other").glob("*/*.bmp")
+    add_class(tmp_path / "other")
+    rows = [f"{copied},red,a", *(f"{tmp_path}/other/green/g{n:02d}.png,green,a" for n in range(3))]
+    rows += [f"{tmp_path}/other/green/g{n:02d}.png,green,b{n}" for n in range(3, 8)]
+    (tmp_path / "more.csv").write_text("\n".join(["path,label,group", *rows, ""]))
+    source = open_source(csv=str(tmp_path / "more.csv"))
+    request = grown_request(
+        place / "run", source.split("train[:8]"), source.split("train[8:]"),
+        FineTuneOptions(cache="off"),
+    )  # fmt: skip
+    assert request.growth.num_added == (4, 5)
+
+
+def test_images_like_both_sides_of_the_run_are_left_out(place, tmp_path, caplog):
+    """A group with a copy of a training image and one of a held-out image."""
+    copy_as_bmp(place, "held_out", tmp_path / "other", 1)
+    copy_as_bmp(place, "training", tmp_path / "other", 1)
+    add_class(tmp_path / "other")
+    copies = sorted((tmp_path / "other").glob("*/*.bmp"))
+    rows = [f"{path},{path.parent.name},a" for path in copies]
+    rows += [f"{tmp_path}/other/green/g{n:02d}.png,green,b{n}" for n in range(8)]
+    (tmp_path / "more.csv").write_text("\n".join(["path,label,group", *rows, ""]))
+    source = open_source(csv=str(tmp_path / "more.csv"))
+    splits = source.split("train[:8]"), source.split("train[8:]")
+    request = grown_request(place / "run", *splits, FineTuneOptions(cache="off"))
+    assert request.growth.num_added == (6, 2)
+    assert "2 images of 'more' look like copies both of training images" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["red", "green"])
+def test_one_image_is_added(place, tmp_path, capsys, name):
+    add_class(tmp_path / "one", name, count=1, start=30)
+    flags = ["finetune", "--add", place / "run", "--image-folder", tmp_path / "one"]
+    assert main([*map(str, flags), "--cache", "off", "--out", str(tmp_path / "run")]) == 0
+    captured = capsys.readouterr()
+    assert f"the 1 new images of '{name}' are all trained on" in captured.err
+    assert "added 1 images to 20 training images" in captured.out
+
+
+@pytest.mark.slow
+def test_images_that_are_gone_are_left_out(place, tmp_path, caplog):
+    for name in ("run", "photos"):
+        shutil.copytree(place / name, tmp_path / name)
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(place / "photos"), str(tmp_path / "photos")))
+    for role in ("held_out", "training"):
+        names = (tmp_path / "run" / f"{role}.txt").read_text().splitlines()
+        (tmp_path / "photos" / names[0]).unlink()
+    result = grow(
+        tmp_path / "run", *splits_of(place / "more"), run_dir=tmp_path / "grown", cache="memory"
+    )
+    assert "2 of the 24 images of the run in" in caplog.text
+    growth = result.metrics["growth"]
+    assert growth["images"]["kept"] == 19
+    assert growth["old_classes"]["num_examples"] == 3
+    _, held_out = run_data.joined_splits(result.run_dir)
+    before = evaluate(
+        Classifier.load(tmp_path / "run"), run_data.members(tmp_path / "run", [])[0].held_out
+    )
+    assert growth["old_classes"]["accuracy_before"] == before["accuracy"]
+    assert len(held_out) == 5
 
 
 def test_placeholders_are_fed_as_in_the_run(place, tmp_path):

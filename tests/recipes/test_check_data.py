@@ -9,7 +9,7 @@ from commands import finetune
 from PIL import Image
 
 from recipes.cli import main
-from transfer.finetuning import setup
+from transfer.finetuning import image_inspection
 from transfer.runs import run_data
 
 
@@ -114,9 +114,7 @@ def test_finetune_warns_about_near_duplicates_across_splits(tmp_path, model, cap
         image = Image.open(root / "train" / "a" / f"{number}.png")
         image.resize((77, 64)).save(root / "test" / "b" / f"copy{number}.jpg", quality=60)
     assert finetune(tmp_path / "with", model, root) == 0
-    warning = (
-        "warning: 3 of the images that are evaluated on are near-duplicates of training images"
-    )
+    warning = "warning: 3 of the images that are evaluated on look like copies of training images"
     assert warning in capsys.readouterr().err
     status, out = check(root, capsys, "--strict", "--model", "none")
     assert status == 1
@@ -127,7 +125,7 @@ def test_finetune_warns_about_near_duplicates_across_splits(tmp_path, model, cap
 def test_finetune_logs_when_near_duplicates_are_not_compared(
     tmp_path, model, image_folder, capsys, monkeypatch
 ):
-    monkeypatch.setattr(setup, "MAX_COMPARED", 23)
+    monkeypatch.setattr(image_inspection, "MAX_COMPARED", 23)
     assert finetune(tmp_path / "run", model, image_folder) == 0
     err = capsys.readouterr().err
     assert "warning: 24 images are more than the 23 that are compared before training" in err
@@ -167,7 +165,7 @@ def test_resumed_runs_keep_their_held_out_images(tmp_path, model, smooth_folder,
         patch.setattr(run_data, "train_and_eval_splits", without_comparison)
         assert finetune(out, model, smooth_folder, "--epochs", 1) == 0
     held_out = (out / "held_out.txt").read_text()
-    assert "near-duplicates of training images" in capsys.readouterr().err
+    assert "look like copies of training images" in capsys.readouterr().err
     assert finetune(out, model, smooth_folder, "--epochs", 2, "--resume") == 0
     assert (out / "held_out.txt").read_text() == held_out
     assert len((out / "history.csv").read_text().splitlines()) == 3
@@ -197,5 +195,5 @@ def test_evaluate_warns_about_copies_of_training_images(tmp_path, model, smooth_
     (other / "b" / "same.png").write_bytes(trained[-1].read_bytes())
     assert main(["evaluate", str(tmp_path / "run"), "--image-folder", str(other)]) == 0
     err = capsys.readouterr().err
-    assert "warning: 3 of the images that are evaluated on are near-duplicates of training" in err
+    assert "warning: 3 of the images that are evaluated on look like copies of training" in err
     assert "warning: 1 images are both trained and evaluated on, some perhaps" in err

@@ -46,7 +46,8 @@ def duplicates(images: ImageScan) -> list[list[int]]:
 @dataclass(frozen=True)
 class Leaks:
     """Held-out images that are also training images: the same file, under one name or two, or a
-    near-duplicate, such as a re-encoded or resized copy."""
+    near-duplicate, such as a re-encoded or resized copy. Near-duplicates may also be different
+    images that look alike, such as two drawings of a digit."""
 
     num_identical: int = 0
     num_near: int = 0
@@ -61,8 +62,8 @@ class Leaks:
             )
         if self.num_near:
             lines.append(
-                f"{self.num_near} of the images that are evaluated on are near-duplicates of "
-                "training images (re-encoded or resized), so that the accuracy is too high"
+                f"{self.num_near} of the images that are evaluated on look like copies of training "
+                "images (near-duplicates), so that the accuracy may be too high"
             )
         return lines
 

@@ -149,10 +149,21 @@ class Source:
         return split
 
     def train_and_eval_splits(
-        self, train_split: str = _AUTO, eval_split: str = _AUTO, *, skip_unreadable: int = 0
+        self,
+        train_split: str = _AUTO,
+        eval_split: str = _AUTO,
+        *,
+        skip_unreadable: int = 0,
+        allow_no_eval: bool = False,
     ) -> tuple[Split, Split]:
         """Training and held-out images, see ``train_and_eval_splits``."""
-        return train_and_eval_splits(self, train_split, eval_split, skip_unreadable=skip_unreadable)
+        return train_and_eval_splits(
+            self,
+            train_split,
+            eval_split,
+            skip_unreadable=skip_unreadable,
+            allow_no_eval=allow_no_eval,
+        )
 
 
 @dataclass(frozen=True)
@@ -344,6 +355,7 @@ def train_and_eval_splits(
     *,
     skip_unreadable: int = 0,
     max_compared: int = MAX_COMPARED,
+    allow_no_eval: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> tuple[Split, Split]:
     """Disjoint splits of training and held-out images.
@@ -360,6 +372,8 @@ def train_and_eval_splits(
             see ``Split.readable``. 0 does not check.
         max_compared: maximum number of training images for the search for near-duplicates; above
             it, the search is skipped.
+        allow_no_eval: hold out none of images that are too few to hold some out, instead of raising
+            an error: for images that are added to those of a run.
         progress: wraps the images that are decoded.
 
     Raises:
@@ -370,7 +384,7 @@ def train_and_eval_splits(
     if skip_unreadable:
         train = train.readable(skip_unreadable, progress)
     if is_automatic(source, eval_split):
-        evaluation = _held_out(train, max_compared, progress)
+        evaluation = _held_out(train, max_compared, allow_no_eval, progress)
         return train.without(evaluation), evaluation
     evaluation = source.split(_first(source, EVAL_SPLITS) if eval_split == _AUTO else eval_split)
     if skip_unreadable:
@@ -388,15 +402,18 @@ def train_and_eval_splits(
 
 
 def _held_out(
-    train: Split, max_compared: int, progress: Callable[[Iterable[Any]], Iterable[Any]]
+    train: Split,
+    max_compared: int,
+    allow_none: bool,
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
 ) -> Split:
     copies: list[list[int]] = []
     if len(train) <= max_compared:
         copies = near_duplicates(train.fingerprints(progress))
     held_out = _hold_out(train, copies)
-    if not held_out.any():  # all images of each class are near-duplicates
+    if not held_out.any() and not allow_none:  # all images of each class are near-duplicates
         held_out = _hold_out(train, [])
-    if not held_out.any():
+    if not held_out.any() and not allow_none:
         of_groups = "" if train.groups is None else f" and {len(np.unique(train.groups))} groups"
         raise ValueError(
             f"{train.source.name!r} has too few images to hold some out for evaluation: "

@@ -14,7 +14,9 @@ import numpy as np
 
 from transfer.core.files import read_names
 from transfer.data.dataset import MAX_COMPARED, Source, Split
+from transfer.data.groups import connected
 from transfer.data.joined import Member, join, unused_prefix
+from transfer.data.near_duplicates import near_duplicates
 from transfer.runs import run_data, run_folder
 
 logger = logging.getLogger(__name__)
@@ -106,6 +108,8 @@ def grown_splits(
     Classes and images of the run come first, in their order; new classes follow in the order of the
     new source. Images that the run held out stay held out. New images that are already in the run,
     the same file or one with the same content, are left out, with the label that they have there.
+    New images that look like copies of others in the run are on the same side as these; see
+    ``_beside_copies``. Images of the run that are gone are left out, unless these are most of them.
 
     Args:
         run: folder of a finished run.
@@ -115,30 +119,41 @@ def grown_splits(
         progress: wraps the images that are decoded, if they were not yet.
 
     Raises:
-        FileNotFoundError, ValueError: if there is no run, its images are gone or have changed, or
-            no image is new.
+        FileNotFoundError, ValueError: if there is no run, its images or most of them are gone or
+            have changed, or no image is new.
     """
     run = run.resolve()
     class_names = read_names(run / run_folder.LABELS)
-    own = run_data.members(run)
+    gone: list[str] = []
+    own = run_data.members(run, gone)
     own_train, own_held_out = run_data.joined_splits(run, own)
     source = train.source
     _check_source(train, held_out, own_train)
     with remember(own_train.source), remember(train.source):
-        _check_unchanged(run, own_train, own_held_out, progress)
+        if gone:
+            _check_gone(run, gone, own_train, own_held_out)
+        else:
+            _check_unchanged(run, own_train, own_held_out, progress)
         known = _Known([own_train, own_held_out], [train, held_out], progress)
         new_train, new_held_out = known.without(train), known.without(held_out)
-    num_known = len(train) + len(held_out) - len(new_train) - len(new_held_out)
-    if not len(new_train) and len(new_held_out):
-        logger.info(f"the {len(new_held_out)} new images are too few to hold some out")
-        new_train, new_held_out = new_held_out, new_train
+        num_known = len(train) + len(held_out) - len(new_train) - len(new_held_out)
+        if num_known:
+            logger.info(f"{num_known} images of {source.name!r} are already in the run")
+        if not len(new_train) and len(new_held_out):
+            logger.info(f"the {len(new_held_out)} new images are too few to hold some out")
+            new_train, new_held_out = new_held_out, new_train
+        num_new = len(new_train) + len(new_held_out)
+        if known.reads_files and num_new:
+            new_train, new_held_out = _beside_copies(
+                (own_train, own_held_out), (new_train, new_held_out), progress
+            )
     if not len(new_train):
+        copies = f", and {num_new} look like copies of images that it held out" if num_new else ""
         raise ValueError(
             f"no image of {source.name!r} can be added to the run in {str(run)!r}: of "
-            f"{len(train) + len(held_out)} images, {num_known} are already in it"
+            f"{len(train) + len(held_out)} images, {num_known} are already in it{copies}"
         )
-    if num_known:
-        logger.info(f"{num_known} images of {source.name!r} are already in the run")
+    _log_not_held_out(new_train, new_held_out)
     prefix = unused_prefix(source.name, [*own_train.names, *own_held_out.names])
     used = np.unique(np.concatenate([new_train.labels, new_held_out.labels]))
     added = [source.class_names[label] for label in used]
@@ -157,6 +172,68 @@ def grown_splits(
     return joined_train, joined_held_out, growth
 
 
+def _beside_copies(
+    own: tuple[Split, Split],
+    new: tuple[Split, Split],
+    progress: Callable[[Iterable[Any]], Iterable[Any]],
+) -> tuple[Split, Split]:
+    """The new images to train on and to hold out, where those that look like copies of images of
+    the run, with the images of their group, are trained on or held out like these: else an image
+    would be both trained and evaluated on. Those that look like copies of both are left out.
+
+    Args:
+        own: training and held-out images of the run.
+        new: new images to train on and to hold out, none of which is in the run.
+        progress: wraps the images that are decoded, if they were not yet.
+    """
+    prints = np.concatenate([split.fingerprints(progress) for split in (*own, *new)])
+    num_trained, num_own = len(own[0]), len(own[0]) + len(own[1])
+    groups = near_duplicates(prints)
+    if new[0].groups is not None and new[1].groups is not None:
+        singles = -1 - np.arange(num_own)
+        groups = connected(np.concatenate([singles, new[0].groups, new[1].groups]), groups)
+    like_trained, like_held_out = np.zeros((2, len(prints)), bool)
+    for group in groups:
+        members = np.array(group)
+        like_trained[members] = (members < num_trained).any()
+        like_held_out[members] = ((members >= num_trained) & (members < num_own)).any()
+    like_trained, like_held_out = like_trained[num_own:], like_held_out[num_own:]
+    if not (like_trained | like_held_out).any():
+        return new
+    name, is_left_out = new[0].source.name, like_trained & like_held_out
+    if count := int((like_trained & ~is_left_out).sum()):
+        logger.info(
+            f"{count} images of {name!r} look like copies of training images of the run, and are "
+            "trained on"
+        )
+    if count := int((like_held_out & ~is_left_out).sum()):
+        logger.warning(
+            f"{count} images of {name!r} look like copies of images that the run held out: they "
+            "are held out, and not trained on"
+        )
+    if count := int(is_left_out.sum()):
+        logger.warning(
+            f"{count} images of {name!r} look like copies both of training images and of images "
+            "that the run held out: they are left out"
+        )
+    is_held_out = np.arange(len(like_trained)) >= len(new[0])
+    is_held_out = (is_held_out | like_held_out) & ~like_trained
+    both = Split(new[0].source, (*new[0].parts, *new[1].parts))
+    return both.where(~is_held_out & ~is_left_out), both.where(is_held_out)
+
+
+def _log_not_held_out(train: Split, held_out: Split) -> None:
+    """Say which classes have new images, none of which is held out."""
+    labels = np.setdiff1d(train.labels, held_out.labels)
+    if len(labels):
+        names = [train.source.class_names[label] for label in labels[:5]]
+        logger.info(
+            f"the {np.isin(train.labels, labels).sum()} new images of "
+            f"{', '.join(map(repr, names))}{', ...' if len(labels) > 5 else ''} are all trained "
+            "on: none of them is held out"
+        )
+
+
 class _Known:
     """The images of a run, to tell which others are among them: by their ids, and, if there are few
     enough to decode all, by the SHA-256 of their files."""
@@ -169,12 +246,12 @@ class _Known:
     ):
         self._progress = progress
         count = sum(map(len, [*splits, *others]))
-        self._reads_files = count <= MAX_COMPARED
-        if not self._reads_files:
+        self.reads_files = count <= MAX_COMPARED
+        if not self.reads_files:
             logger.warning(
                 f"{count:,} images are more than the {MAX_COMPARED:,} whose contents are compared: "
-                "copies of the run's images under other paths count as new, and held-out ones may "
-                "be trained on"
+                "copies of the run's images under other paths, the same files or re-encoded ones, "
+                "count as new, and held-out ones may be trained on"
             )
         self._class_of = {mark: name for split in splits for mark, name in self._marked(split)}
 
@@ -182,7 +259,7 @@ class _Known:
         """Ids and hashes of images, each with the name of the class."""
         classes = [split.source.class_names[label] for label in split.labels]
         marks = [[*map(bytes, split.ids)]]
-        if self._reads_files:
+        if self.reads_files:
             marks.append([*map(bytes, split.fingerprints(self._progress)["sha256"])])
         return [pair for some in marks for pair in zip(some, classes, strict=True)]
 
@@ -223,6 +300,21 @@ def _check_source(train: Split, held_out: Split, own: Split) -> None:
             f"the images of the run are in groups and those of {source.name!r} are not: images of "
             "a held-out group may be trained on; group_by says what groups them"
         )
+
+
+def _check_gone(run: Path, gone: Sequence[str], train: Split, held_out: Split) -> None:
+    """Warn about images of a run that are gone; refuse to go on if these are most of them."""
+    total = len(gone) + len(train) + len(held_out)
+    found = (
+        f"{len(gone)} of the {total} images of the run in {str(run)!r} are gone, such as "
+        f"{', '.join(map(repr, gone[:3]))}"
+    )
+    if 2 * len(gone) > total:
+        raise ValueError(f"{found}; move them back, or start a new run on all images")
+    logger.warning(
+        f"{found}; they are left out, accuracies before and after are those on the {len(held_out)} "
+        "held-out images that are left, and whether the others have changed cannot be checked"
+    )
 
 
 def _check_unchanged(

@@ -42,7 +42,7 @@ def open_data(folder: Path) -> Source:
         return joined_splits(folder)[0].source
     settings = run_folder.read_config(folder)
     check_origin(folder, settings)
-    return open_place(settings)
+    return _open_own(folder, settings)
 
 
 def is_grown(folder: Path) -> bool:
@@ -60,6 +60,21 @@ def open_place(origin: Mapping[str, Any], min_classes: int = 2) -> Source:
         group_by=origin.get("group_by"),
         min_classes=min_classes,
     )
+
+
+def _open_own(folder: Path, origin: Mapping[str, Any], min_classes: int = 2) -> Source:
+    """``open_place`` for images of a run.
+
+    Raises:
+        FileNotFoundError: if they are no longer there; says what to do.
+    """
+    try:
+        return open_place(origin, min_classes)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"the images of the run in {str(folder)!r} are no longer where they were: {error}; "
+            "move them back, or put a link to their new place there (ln -s NEW OLD)"
+        ) from error
 
 
 def sources(folder: Path) -> list[dict[str, Any]]:
@@ -90,8 +105,13 @@ def joined_splits(folder: Path, parts: Sequence[Member] | None = None) -> tuple[
     return join(joined, read_names(folder / run_folder.LABELS), origin)
 
 
-def members(folder: Path) -> list[Member]:
+def members(folder: Path, gone: list[str] | None = None) -> list[Member]:
     """The images of a run by the places that they come from.
+
+    Args:
+        folder: folder of the run.
+        gone: takes the names of images that no longer exist, which are then left out. ``None``
+            refuses them.
 
     Raises:
         FileNotFoundError, ValueError: see ``joined_splits``.
@@ -104,12 +124,12 @@ def members(folder: Path) -> list[Member]:
     for origin in origins:
         check_origin(folder, origin)
         prefix = origin["prefix"]
-        source = open_place(origin, min_classes=1)
+        source = _open_own(folder, origin, min_classes=1)
         if trained is None:
             train = _drawn(folder, source)
         else:
-            train = _named(source, trained[prefix], "was trained on")
-        held_out = _named(source, (held or {}).get(prefix, []), "held out")
+            train = _named(source, trained[prefix], "was trained on", gone=gone)
+        held_out = _named(source, (held or {}).get(prefix, []), "held out", gone=gone)
         found.append(Member(prefix, train, held_out))
     return found
 
@@ -177,8 +197,13 @@ def check_origin(folder: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
-def held_out(folder: Path, source: Source) -> Split:
+def held_out(folder: Path, source: Source, gone: list[str] | None = None) -> Split:
     """The held-out images of a run, by the names it recorded; images added later are ignored.
+
+    Args:
+        folder: folder of the run.
+        source: its images.
+        gone: see ``members``.
 
     Raises:
         ValueError: if some no longer exist, or their list cannot be read.
@@ -187,10 +212,16 @@ def held_out(folder: Path, source: Source) -> Split:
     names = read_names(path)
     if not names:
         raise ValueError(f"{str(path)!r} names no images; name a split or a dataset to evaluate on")
-    return _named(source, names, "held out", "; name a split or a dataset to evaluate on")
+    return _named(source, names, "held out", "; name a split or a dataset to evaluate on", gone)
 
 
-def _named(source: Source, names: Sequence[str], role: str, hint: str = "") -> Split:
+def _named(
+    source: Source,
+    names: Sequence[str],
+    role: str,
+    hint: str = "",
+    gone: list[str] | None = None,
+) -> Split:
     """The images of these names, in their order."""
     place = {name: number for number, name in enumerate(names)}
     # Without a split expression, which would check all labels: a test split may have none.
@@ -208,11 +239,13 @@ def _named(source: Source, names: Sequence[str], role: str, hint: str = "") -> S
     parts = zip(np.split(part_of, ends), np.split(row, ends), strict=True)
     split = Split(source, tuple((source.split_names[part[0]], at) for part, at in parts if len(at)))
     missing = sorted(place.keys() - set(split.names))
-    if missing:
+    if missing and gone is None:
         raise ValueError(
             f"{len(missing)} of the {len(names)} images that the run {role} are gone from "
             f"{source.name!r}, such as {', '.join(map(repr, missing[:3]))}{hint}"
         )
+    if gone is not None:
+        gone += missing
     return split
 
 
@@ -236,6 +269,7 @@ def splits(
     eval_split: str,
     *,
     skip_unreadable: int = 0,
+    allow_no_eval: bool = False,
     resumed: Path | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> tuple[Split, Split]:
@@ -246,6 +280,7 @@ def splits(
         train_split: a split expression, or ``auto``.
         eval_split: a split expression, or ``auto``.
         skip_unreadable: see ``train_and_eval_splits``.
+        allow_no_eval: see ``train_and_eval_splits``.
         resumed: folder of the run to resume, if any.
         progress: wraps the images that are decoded.
 
@@ -269,6 +304,7 @@ def splits(
         eval_split,
         skip_unreadable=skip_unreadable,
         max_compared=max_compared,
+        allow_no_eval=allow_no_eval,
         progress=progress,
     )
 
