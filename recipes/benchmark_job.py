@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from recipes import console
 from recipes.benchmark_flags import DEFAULTS, BenchmarkConfig
@@ -16,6 +18,7 @@ from transfer.benchmarking.comparison import Comparison, Run, compare, labels_of
 from transfer.benchmarking.content import check_content, content_of, keep_content
 from transfer.benchmarking.grid import parse_grid
 from transfer.benchmarking.study import study
+from transfer.benchmarking.study_results import Study
 from transfer.core import child_process, files
 from transfer.finetuning.options import FineTuneOptions
 from transfer.runs import interruption, run_folder
@@ -58,16 +61,33 @@ def compare_cuts(config: BenchmarkConfig) -> tuple[str, Path, int]:
 
 
 def run_grid(config: BenchmarkConfig) -> tuple[str, Path, int]:
-    """Do all runs of a study; see ``compare_cuts``."""
+    """Do all runs of a study; see ``compare_cuts``. Its tables are written also if it is
+    interrupted, that of the runs after each of them."""
     if given := given_of(config, "cuts", "baseline", strategy=("auto", "none")):
         raise ValueError(f"--grid says what to compare; leave out {given}")
     _check_seeds(config)
     axes = parse_grid(config.grid or "")
+    _check_axes(config, axes)
     axes.setdefault("seed", list(range(config.seed, config.seed + config.seeds)))
+    if config.resume:
+        run_folder.check(config.out, resume=True)
+        if config.out is not None and not (config.out / run_folder.CONFIG).is_file():
+            raise FileNotFoundError(f"{str(config.out)!r} holds no study to resume")
     out = _out(config, "study")
     runs = replace(request(replace(config, out=None, resume=False)), verbose=0)
+    latest: list[Study] = []
+
+    def keep(results: Study) -> None:
+        latest[:] = [results]
+        study_report.write_runs(out, results)
+
     with console.resumable("benchmark"), console.each_line_once():
-        result = study(runs, axes, out, keep_models=config.keep_models)
+        try:
+            result = study(runs, axes, out, keep_models=config.keep_models, on_result=keep)
+        except KeyboardInterrupt:
+            for results in latest:
+                study_report.write(out, results)
+            raise
     return study_report.write(out, result), out, len(result.failures)
 
 
@@ -82,6 +102,14 @@ def compare_precisions(config: BenchmarkConfig) -> tuple[str, Path, int]:
     names = [name.strip() for name in (config.precisions or "").split(",")]
     results = precisions.compare_precisions(request(replace(config, out=out)), names)
     return precisions.describe(results), out.resolve(), 0
+
+
+def _check_axes(config: BenchmarkConfig, axes: Mapping[str, Sequence[Any]]) -> None:
+    """Refuse flags that the grid would override."""
+    for name in axes:
+        flags = (name, "seeds") if name == "seed" else (name,)
+        if given := given_of(config, *flags):
+            raise ValueError(f"{name} is an axis of --grid; leave out {given}")
 
 
 def _check_seeds(config: BenchmarkConfig) -> None:

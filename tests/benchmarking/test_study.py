@@ -1,9 +1,12 @@
 """A study on a small network: in one process, resumable, the same results as single runs."""
 
 import dataclasses
+import gc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from transfer import fine_tune, load_meta_graph, open_source
 from transfer.benchmarking import study as module
@@ -11,6 +14,7 @@ from transfer.benchmarking.study import study
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.request import RunRequest
 from transfer.runs import run_folder
+from transfer.runs.interruption import Interrupted
 
 
 @pytest.fixture
@@ -60,23 +64,160 @@ def test_runs_of_a_study_equal_single_runs_and_are_not_repeated(
 
 
 @pytest.mark.slow
-def test_failed_run_is_reported_and_others_continue(tmp_path, request_for_runs):
-    result = study(request_for_runs, {"batch_size": [10_000, 6]}, tmp_path / "study")
-    ((axes, message),) = result.failures
-    assert axes == {"batch_size": 10_000}
-    assert "does not fit" in message
-    assert [outcome.axes for outcome in result.outcomes] == [{"batch_size": 6}]
+def test_memory_of_a_run_is_released(tmp_path, request_for_runs):
+    """Graphs that stay alive hold 45 MB each time."""
+    alive = []
+
+    def count(results):
+        gc.collect()
+        alive.append(sum(isinstance(it, tf.Graph) for it in gc.get_objects()))
+
+    wanted = dataclasses.replace(
+        request_for_runs, options=FineTuneOptions(epochs=1, freeze_until="pool1", cache="off")
+    )
+    study(wanted, {"seed": [0, 1, 2]}, tmp_path / "study", on_result=count)
+    assert alive[1] == alive[2]
 
 
-def test_invalid_combination_is_refused_before_the_first_run(tmp_path, request_for_runs):
-    for axes, message in (
-        ({"epochs": [1, 0]}, "epochs must be at least 1"),
-        ({"tap": ["pool1"], "freeze_until": ["tap", "pool2"]}, "tap=pool1, freeze_until=pool2"),
-        ({"freeze_until": ["absent"]}, "no tensor 'absent'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            study(request_for_runs, axes, tmp_path / "study")
+@pytest.fixture
+def run_made_up(monkeypatch):
+    """Runs write their files without training; values of ``failing`` are raised by batch size."""
+    failing: dict[int, BaseException] = {}
+    done = []
+
+    def do(request, keep_models):
+        done.append(request.options)
+        if error := failing.get(request.options.batch_size):
+            raise error
+        folder = request.run_dir
+        folder.mkdir(parents=True)
+        images = {"training": {"images": 12}, "held_out": {"images": 4, "sha256": "0"}}
+        run_folder.write_json(folder / "provenance.json", {"dataset": images})
+        seconds = {"total_s": 9.0, "extract_s": 1.0, "train_s": 2.0}
+        metrics = {"eval": {"accuracy": 0.5, "loss": 1.0}, "time": seconds}
+        metrics["study"] = {"calibration_error": 0.1, "peak_mb": 900.0}
+        if request.options.calibrate:
+            scores = {"loss": 1.25, "calibration_error": 0.2}
+            metrics["calibration"] = {"temperature": 2.0, "cross_fitted": scores}
+        run_folder.write_json(folder / "metrics.json", metrics)
+        run_folder.write_text(folder / "config.yaml", "epochs: 2\nlearning_rate: 0.006\n")
+        np.save(folder / module.PREDICTIONS, np.zeros(len(request.held_out), np.int32))
+
+    monkeypatch.setattr(module, "_do", do)
+    return SimpleNamespace(failing=failing, done=done)
+
+
+@pytest.mark.parametrize(
+    "error, message",
+    [
+        (tf.errors.ResourceExhaustedError(None, None, "OOM\nhint"), "ResourceExhaustedError: OOM"),
+        (MemoryError(), "MemoryError"),
+        (ValueError("diverged"), "diverged"),
+    ],
+)
+def test_failed_run_is_reported_and_others_continue(
+    tmp_path, request_for_runs, run_made_up, error, message
+):
+    run_made_up.failing[4] = error
+    seen = []
+    result = study(
+        request_for_runs,
+        {"batch_size": [3, 4, 6]},
+        tmp_path / "study",
+        on_result=lambda it: seen.append((len(it.outcomes), len(it.failures))),
+    )
+    assert result.failures == [({"batch_size": 4}, message)]
+    assert [outcome.axes["batch_size"] for outcome in result.outcomes] == [3, 6]
+    assert seen == [(1, 0), (1, 1), (2, 1)]
+
+
+def test_interruption_ends_a_study(tmp_path, request_for_runs, run_made_up):
+    run_made_up.failing[4] = Interrupted(tmp_path / "run", 15)
+    with pytest.raises(Interrupted) as raised:
+        study(request_for_runs, {"batch_size": [3, 4, 6]}, tmp_path / "study")
+    assert (raised.value.run_dir, raised.value.status) == (tmp_path / "study", 143)
+    assert [options.batch_size for options in run_made_up.done] == [3, 4]
+
+
+def test_time_left_is_that_of_the_remaining_runs():
+    assert module._time_left([], 5) == ""
+    assert module._time_left([10.0, 20.0], 5) == " (about 45 s left)"
+    assert module._time_left([600.0], 7) == " (about 60 min left)"
+
+
+def test_finished_runs_are_found_when_axes_are_added_or_reordered(
+    tmp_path, request_for_runs, run_made_up
+):
+    first = study(request_for_runs, {"batch_size": [3, 4], "seed": [0]}, tmp_path / "study")
+    axes = {"seed": [0], "epochs": [2, 3], "batch_size": [3, 4]}
+    again = study(request_for_runs, axes, tmp_path / "study")
+    assert [options.epochs for options in run_made_up.done] == [2, 2, 3, 3]
+    assert [outcome.run for outcome in again.outcomes[:2]] == [it.run for it in first.outcomes]
+
+
+def test_results_are_those_that_the_run_used(tmp_path, request_for_runs, run_made_up):
+    result = study(request_for_runs, {"calibrate": [False, True]}, tmp_path / "study")
+    plain, calibrated = result.outcomes
+    assert (plain.log_loss, plain.calibration_error) == (1.0, 0.1)
+    # Not those of images that the temperature was fitted to.
+    assert (calibrated.log_loss, calibrated.calibration_error) == (1.25, 0.2)
+    assert plain.used == dict.fromkeys(module.USED) | {"epochs": 2, "learning_rate": 0.006}
+    num_classes = len(request_for_runs.train.source.class_names)
+    assert plain.images_per_class == 12 / num_classes
+
+
+@pytest.mark.parametrize(
+    "axes, message",
+    [
+        ({"epochs": [1, 0], "seed": [5]}, "epochs 0, seed 5: epochs must be at least 1"),
+        ({"freeze_until": ["tap", "absent"]}, "freeze_until absent: .* has no tensor 'absent'"),
+        ({"seed": [0, -1]}, "seed -1: seed must be 0 to"),
+        ({"shots_per_class": [2, 500]}, "shots_per_class 500: class 'blue' has 10 training"),
+        ({"batch_size": [6, 10_000]}, "batch_size=10000 does not fit .. training images"),
+        # No combination is possible.
+        ({"tap": ["pool1"], "freeze_until": ["pool2"]}, "tap=pool1, freeze_until=pool2"),
+        (
+            {"solver": ["ridge", "lbfgs"], "freeze_until": ["pool2"]},
+            "solver ridge, freeze_until pool2: solver=ridge fits a head",
+        ),
+    ],
+)
+def test_wrong_value_is_refused_before_the_first_run(tmp_path, request_for_runs, axes, message):
+    options = FineTuneOptions(cache_dir=tmp_path / "cache")
+    with pytest.raises(ValueError, match=message):
+        study(dataclasses.replace(request_for_runs, options=options), axes, tmp_path / "study")
     assert not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    "axes, skipped, reason",
+    [
+        (
+            {"tap": ["fc7", "pool1"], "freeze_until": ["tap", "pool2"]},
+            ("pool1", "pool2"),
+            "tap=pool1, freeze_until=pool2",
+        ),
+        (
+            {"solver": ["ridge", "gradient"], "freeze_until": ["tap", "pool2"]},
+            ("ridge", "pool2"),
+            "solver=ridge fits a head on frozen features",
+        ),
+        ({"solver": ["ridge", "lbfgs"], "lbfgs_c": [1.0, None]}, ("ridge", 1.0), "lbfgs_c=1.0"),
+        ({"l2_sp": [0.0, 0.1], "freeze_until": ["tap", "pool2"]}, (0.1, "tap"), "l2_sp=0.1"),
+        ({"shots_per_class": [1, 2], "batch_size": [2, 4]}, (1, 4), "does not fit 2 training"),
+    ],
+)
+def test_options_that_exclude_each_other_are_skipped(
+    tmp_path, request_for_runs, run_made_up, axes, skipped, reason
+):
+    options = FineTuneOptions(cache_dir=tmp_path / "cache")
+    wanted = dataclasses.replace(request_for_runs, options=options)
+    result = study(wanted, axes, tmp_path / "study")
+    ((point, why),) = result.skipped
+    assert tuple(point.values()) == skipped
+    assert reason in why
+    assert len(result.outcomes) == 3
+    assert not result.failures
 
 
 def test_study_with_another_model_or_other_images_is_not_continued(

@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 from types import SimpleNamespace
 
 import keras
@@ -17,6 +19,7 @@ from transfer.core.distribution import (
     open_replicas,
     shard_indices,
     shards_of_batches,
+    sum_over_replicas,
     take_shard,
 )
 from transfer.data.sources import open_source
@@ -214,3 +217,13 @@ assert len(np.unique(masks, axis=0)) == 4, masks
 def test_dropout_masks_differ_between_replicas():
     status, says = Process("-c", DROPOUT).wait()
     assert status == 0, says
+
+
+def test_graph_with_a_sum_over_one_replica_is_released():
+    """TensorFlow keeps the gradients of reductions, and with them their graphs, for good."""
+    step = tf.function(lambda value: Replicas().run(lambda it: sum_over_replicas([it]), value))
+    graph = weakref.ref(step.get_concrete_function(tf.constant(2.0)).graph)
+    assert step(tf.constant(2.0))[0] == 2.0
+    del step
+    gc.collect()
+    assert graph() is None

@@ -13,6 +13,7 @@ from recipes.benchmark_flags import BenchmarkConfig
 from recipes.cli import main
 from transfer.benchmarking import study as study_module
 from transfer.benchmarking.comparison import Run
+from transfer.benchmarking.study_results import Outcome, Study
 from transfer.core import measurement
 from transfer.finetuning.options import FineTuneOptions
 from transfer.runs.interruption import Interrupted
@@ -68,7 +69,7 @@ def test_interrupted_study_is_resumed_by_the_command_that_it_prints(
 ):
     seen = []
 
-    def interrupted(request, axes, out, *, keep_models):
+    def interrupted(request, axes, out, *, keep_models, on_result):
         seen.append((request.options, axes, keep_models))
         with study_module._opened(out, request, axes, keep_models=keep_models):
             raise Interrupted(out, 2)
@@ -80,6 +81,61 @@ def test_interrupted_study_is_resumed_by_the_command_that_it_prints(
     assert main(shlex.split(command)[1:]) == 130
     assert seen[0] == seen[1]
     assert seen[1][1:] == ({"shots_per_class": [2, 3], "seed": [0, 1, 2]}, True)
+
+
+def test_tables_of_an_interrupted_study_are_written(
+    tmp_path, model, image_folder, monkeypatch, capsys
+):
+    written = []
+
+    def study(request, axes, out, *, keep_models, on_result):
+        out.mkdir()
+        point, labels = {"seed": 0}, request.held_out.labels
+        outcome = Outcome(point, "name", 0.5, 1.0, 0.1, 2.0, 0.5, 1.0, None, labels)
+        on_result(Study(axes, [outcome], [], labels, None))
+        written.extend(path.name for path in out.iterdir())
+        raise Interrupted(out, 2)
+
+    monkeypatch.setattr(benchmark_job, "study", study)
+    assert benchmark(tmp_path / "b", model, image_folder, "--grid", "seed=0,1") == 130
+    assert written == ["runs.csv"]  # a process that is killed later has left it
+    names = {path.name for path in (tmp_path / "b").iterdir()}
+    assert names == {"runs.csv", "tests.csv", "summary.csv", "summary.md", "summary.tex"}
+
+
+def test_failed_runs_but_not_skipped_ones_are_an_error(
+    tmp_path, model, image_folder, monkeypatch, capsys
+):
+    results = {"failures": [], "skipped": [({"seed": 1}, "excluded")]}
+
+    def study(request, axes, out, *, keep_models, on_result):
+        out.mkdir(exist_ok=True)
+        labels = request.held_out.labels
+        outcome = Outcome({"seed": 0}, "name", 0.5, 1.0, 0.1, 2.0, 0.5, 1.0, None, labels)
+        return Study(axes, [outcome], labels=labels, groups=None, **results)
+
+    monkeypatch.setattr(benchmark_job, "study", study)
+    assert benchmark(tmp_path / "b", model, image_folder, "--grid", "seed=0,1") == 0
+    assert "excluded" in capsys.readouterr().out
+    results["failures"] = [({"seed": 1}, "no memory")]
+    assert benchmark(tmp_path / "b", model, image_folder, "--grid", "seed=0,1") == 1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--grid", "seed=0,1", "--seed", 3], "seed is an axis of --grid; leave out --seed"),
+        (["--grid", "seed=0,1", "--seeds", 5], "seed is an axis of --grid; leave out --seeds"),
+        (["--grid", "epochs=1,2", "--epochs", 3], "epochs is an axis of --grid; leave out --epoch"),
+        (["--grid", "seed=0,1", "--resume"], "holds no study to resume"),
+    ],
+)
+def test_study_rejects_flags_that_its_grid_overrides(
+    tmp_path, model, image_folder, capsys, flags, message
+):
+    assert benchmark(tmp_path / "b", model, image_folder, *flags) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
 
 
 def test_comparison_is_not_resumed_with_what_a_run_may_change(

@@ -13,8 +13,8 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,14 @@ import numpy as np
 
 from transfer.benchmarking.content import check_content, content_of, keep_content
 from transfer.benchmarking.grid import show_grid, show_value
+from transfer.benchmarking.study_cells import inapplicable
+from transfer.benchmarking.study_results import Outcome, Study, show_point
 from transfer.core import measurement
 from transfer.core.files import replacing
 from transfer.evaluation.metrics import calibration_error
-from transfer.finetuning.model_plan import plan_model
 from transfer.finetuning.options import FineTuneOptions
 from transfer.finetuning.request import RunRequest
 from transfer.finetuning.run import run
-from transfer.finetuning.tap_choice import AUTO
-from transfer.graph import cut
-from transfer.images.preprocess import parse_size
 from transfer.models import retention
 from transfer.runs import run_folder
 from transfer.runs.interruption import Interrupted
@@ -44,46 +42,12 @@ RUNS = "runs"
 _MEASURED = "study"  # entry of metrics.json
 # Options that say where and how often files are written. Results do not depend on them.
 _PLACES = ("cache_dir", "cache_limit", "checkpoint_minutes")
-_MAX_NAME = 100  # characters
+_MAX_NAME, _MAX_MESSAGE = 100, 500  # characters
+_DIGEST = 12  # characters
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A finished run of a study.
-
-    ``axes`` are its options on the axes; ``accuracy`` (0 to 1), ``log_loss`` (nats) and
-    ``calibration_error`` (0 to 1) are those of the held-out images, and ``predictions`` their
-    predicted classes, int ``[num_held_out]``. Times are in seconds; ``seconds`` is the time of the
-    whole run, ``extract_s`` that of the activations at the cut, which later runs read from the
-    cache. ``peak_mb`` is the peak memory of the process during the run, ``None`` if the system does
-    not tell.
-    """
-
-    axes: dict[str, Any]
-    run: str
-    accuracy: float
-    log_loss: float
-    calibration_error: float
-    seconds: float
-    extract_s: float
-    train_s: float
-    peak_mb: float | None
-    predictions: np.ndarray
-
-
-@dataclass(frozen=True)
-class Study:
-    """The results of a study.
-
-    ``labels`` (int ``[num_held_out]``) and ``groups`` (the same, or ``None``) are those of the
-    held-out images; ``failures`` are the axes of failed runs with their messages.
-    """
-
-    axes: dict[str, list[Any]]
-    outcomes: list[Outcome]
-    failures: list[tuple[dict[str, Any], str]]
-    labels: np.ndarray
-    groups: np.ndarray | None
+USED = ("epochs", "batch_size", "learning_rate", "label_smoothing")
+"""Options whose defaults depend on the run; ``Outcome.used`` has the values that it used."""
 
 
 def study(
@@ -92,6 +56,7 @@ def study(
     out: str | Path,
     *,
     keep_models: bool = False,
+    on_result: Callable[[Study], object] = lambda results: None,
 ) -> Study:
     """Do all runs of a study that are not finished yet, one after the other in this process.
 
@@ -101,10 +66,17 @@ def study(
             all combinations, the values of the last axis in turn.
         out: folder of the study, new, empty, or that of a study to continue.
         keep_models: keep the models of the runs, not only their metrics and predictions.
+        on_result: called with the results so far after each run that is done, also if it failed.
+
+    Returns:
+        The results. A run that fails is among the ``failures``, and the others are still done. A
+        combination whose options exclude each other, such as ``solver="ridge"`` with a cut before
+        the tap, is among the ``skipped``.
 
     Raises:
-        ValueError, OSError: before the first run if options are invalid, or the folder holds
-            something else, or a study with other options outside the axes.
+        ValueError, OSError: before the first run if no combination is possible, a value is invalid
+            whatever the other options are, or the folder holds something else, or a study with
+            other options outside the axes.
         Interrupted: on Ctrl-C or SIGTERM; a later call continues.
 
     Example:
@@ -124,52 +96,63 @@ def study(
     points = [
         dict(zip(listed, values, strict=True)) for values in itertools.product(*listed.values())
     ]
-    _check(request, points)
-    outcomes, failures = [], []
+    reasons = inapplicable(request, points)
+    held_out = request.held_out
+    results = Study(listed, [], [], held_out.labels, held_out.groups)
+    cells = []
+    for point, reason in zip(points, reasons, strict=True):
+        if reason is None:
+            cells.append((point, dataclasses.replace(request.options, **point)))
+        else:
+            results.skipped.append((point, reason))
+            logger.info(f"not applicable: {show_point(point)}: {reason}")
+    num_classes = len(request.train.source.class_names)
     with _opened(out, request, listed, keep_models=keep_models):
-        for number, point in enumerate(points, 1):
-            options = dataclasses.replace(request.options, **point)
-            folder = out / RUNS / _name(point, options)
-            shown = ", ".join(f"{name} {show_value(value)}" for name, value in point.items())
-            is_new = not (folder / PREDICTIONS).is_file()
+        folders = _folders(out / RUNS, cells)
+        num_open = sum(not _is_finished(folder) for folder in folders)
+        seconds: list[float] = []  # of the runs that were done now
+        for number, ((point, options), folder) in enumerate(zip(cells, folders, strict=True), 1):
+            name, is_new = f"{number} of {len(cells)}", not _is_finished(folder)
+            start, problem = time.perf_counter(), ""
             try:
                 if is_new:
-                    logger.info(f"{number} of {len(points)}: {shown}")
+                    logger.info(f"{name}: {show_point(point)}{_time_left(seconds, num_open)}")
                     _do(dataclasses.replace(request, options=options, run_dir=folder), keep_models)
+                results.outcomes.append(_outcome(point, folder, num_classes))
             except Interrupted as error:
                 raise Interrupted(out, error.status - 128) from error
-            except (ValueError, ArithmeticError, OSError) as error:
-                logger.warning(f"the run with {shown} failed: {error}")
-                failures.append((point, str(error)))
-                continue
-            outcomes.append(_outcome(point, folder))
+            except Exception as error:  # also those of resources, which other runs may not exhaust
+                logger.debug(f"the run with {show_point(point)} failed", exc_info=True)
+                problem = _message(error)
+            if problem:
+                logger.warning(f"the run with {show_point(point)} failed: {problem}")
+                results.failures.append((point, problem))
+                gc.collect()  # what the run held, now that its exception refers to it no more
+            elif is_new:
+                done = results.outcomes[-1]
+                logger.info(f"  {name}: accuracy {done.accuracy:.4f} in {done.seconds:,.1f} s")
             if is_new:
-                done = outcomes[-1]
-                logger.info(f"  accuracy {done.accuracy:.4f} in {done.seconds:,.1f} s")
-        _check_images(out, outcomes)
-    held_out = request.held_out
-    return Study(listed, outcomes, failures, held_out.labels, held_out.groups)
+                seconds.append(time.perf_counter() - start)
+                on_result(results)
+        _check_images(out, results.outcomes)
+    return results
 
 
-def _check(request: RunRequest, points: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse invalid options before the slow runs start."""
-    seen = set()
-    for point in points:
-        options = dataclasses.replace(request.options, **point)
-        options.check()
-        size = None if options.image_size is None else parse_size(options.image_size)
-        used = (options.tap, options.input, options.keep_dropout, options.freeze_until, size)
-        if used in seen or options.schedule is not None or options.tap == AUTO:
-            continue
-        seen.add(used)
-        planned = plan_model(request.graph, options, request.feeds)
-        if options.freeze_until not in ("tap", "none"):
-            own = {node.name for node in planned.network.graph_def.node}
-            name = options.freeze_until
-            try:
-                cut(planned.network, name if name in own else request.graph.tensor(name))
-            except ValueError as error:
-                raise ValueError(f"tap={options.tap}, freeze_until={name}: {error}") from error
+def _time_left(seconds: Sequence[float], num_open: int) -> str:
+    """The time that the remaining runs take if they are like those before them, for a log line."""
+    if not seconds:
+        return ""
+    left = sum(seconds) / len(seconds) * (num_open - len(seconds))
+    shown = f"{left:.0f} s" if left < 120 else f"{left / 60:.0f} min"
+    return f" (about {shown if left < 7200 else f'{left / 3600:.1f} h'} left)"
+
+
+def _message(error: Exception) -> str:
+    """The first line of an error, with its kind unless that is usual."""
+    line = (str(error).splitlines() or [""])[0][:_MAX_MESSAGE]
+    if line and isinstance(error, ValueError | ArithmeticError | OSError):
+        return line
+    return f"{type(error).__name__}: {line}".removesuffix(": ")
 
 
 @contextlib.contextmanager
@@ -212,7 +195,27 @@ def _name(point: Mapping[str, Any], options: FineTuneOptions) -> str:
     digest = hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()
     shown = "-".join(f"{name}={show_value(value)}" for name, value in point.items())
     safe = "".join(c if c.isalnum() or c in "=-_.," else "-" for c in shown)
-    return f"{safe[:_MAX_NAME]}-{digest[:12]}"
+    return f"{safe[:_MAX_NAME]}-{digest[:_DIGEST]}"
+
+
+def _folders(runs: Path, cells: Sequence[tuple[dict[str, Any], FineTuneOptions]]) -> list[Path]:
+    """The folder of each run. One that exists is found by its digest: the rest of its name is of
+    the axes, which may have been others when it was done, or in another order."""
+    known: dict[str, list[Path]] = {}
+    for folder in sorted(runs.iterdir()) if runs.is_dir() else ():
+        if folder.is_dir() and folder.name[-_DIGEST - 1 : -_DIGEST] == "-":
+            known.setdefault(folder.name[-_DIGEST:], []).append(folder)
+    chosen = []
+    for point, options in cells:
+        folder = runs / _name(point, options)
+        same = [folder, *known.get(folder.name[-_DIGEST:], ())]
+        begun = [it for it in same if (it / run_folder.CONFIG).is_file()]
+        chosen.append(next((it for it in same if _is_finished(it)), (begun or same)[0]))
+    return chosen
+
+
+def _is_finished(folder: Path) -> bool:
+    return (folder / PREDICTIONS).is_file()
 
 
 def _do(request: RunRequest, keep_models: bool) -> None:
@@ -220,10 +223,11 @@ def _do(request: RunRequest, keep_models: bool) -> None:
     folder = request.run_dir
     assert folder is not None
     is_measured = measurement.reset_peak_rss()
+    start = measurement.peak_rss_mb() if is_measured else None
     result = run(dataclasses.replace(request, resume=True))
     peak = result.metrics["memory"]["peak_rss_mb"] if is_measured else None
     error = calibration_error(result.logits, request.held_out.labels)
-    measured = {"calibration_error": error, "peak_mb": peak}
+    measured = {"calibration_error": error, "peak_mb": peak, "start_mb": start}
     run_folder.add_to_metrics(folder, _MEASURED, measured)
     if not keep_models:
         retention.delete(folder / run_folder.MODEL)
@@ -235,20 +239,29 @@ def _do(request: RunRequest, keep_models: bool) -> None:
         np.save(file, predictions, allow_pickle=False)
 
 
-def _outcome(point: dict[str, Any], folder: Path) -> Outcome:
+def _outcome(point: dict[str, Any], folder: Path, num_classes: int) -> Outcome:
     metrics = run_folder.read_json(folder / run_folder.METRICS)
     evaluation, seconds, measured = metrics["eval"], metrics["time"], metrics[_MEASURED]
+    scores = {"loss": evaluation["loss"], "calibration_error": measured["calibration_error"]}
+    if "calibration" in metrics:  # the temperature was fitted to these images
+        scores = metrics["calibration"].get("cross_fitted", dict.fromkeys(scores))
+    config = run_folder.read_config(folder)
+    training = run_folder.read_json(folder / run_folder.PROVENANCE)["dataset"].get("training", {})
+    num_images = training.get("images")
     return Outcome(
         point,
         folder.name,
         evaluation["accuracy"],
-        evaluation["loss"],
-        measured["calibration_error"],
+        scores["loss"],
+        scores["calibration_error"],
         seconds["total_s"],
         seconds["extract_s"],
         seconds["train_s"],
         measured["peak_mb"],
         np.load(folder / PREDICTIONS, allow_pickle=False),
+        start_mb=measured.get("start_mb"),
+        used={name: config.get(name) for name in USED},
+        images_per_class=None if num_images is None else num_images / num_classes,
     )
 
 

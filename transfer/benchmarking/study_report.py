@@ -1,28 +1,32 @@
-"""Tables, tests and the learning curve of a study."""
+"""Tables and files of a study."""
 
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-from scipy import stats
 from tabulate import tabulate
 
 from transfer.benchmarking.grid import show_value
-from transfer.benchmarking.study import Outcome, Study
+from transfer.benchmarking.learning_curve import learning_curve
+from transfer.benchmarking.study import USED
+from transfer.benchmarking.study_results import (
+    SEED,
+    Row,
+    Study,
+    best_of,
+    by_shots,
+    show_point,
+    summarized,
+)
+from transfer.benchmarking.study_tests import MAX_GROUP_TESTS, leaves_out_mcnemar, pairs
 from transfer.core.csv_files import write_row
 from transfer.core.files import replacing
-from transfer.evaluation.metrics import compare
 from transfer.runs import run_folder
 
 TABLE, SUMMARY, TESTS, CURVE = "runs.csv", "summary", "tests.csv", "learning_curve"
-SEED, SHOTS = "seed", "shots_per_class"
 _MEASURED = (
     "accuracy",
     "log_loss",
@@ -31,239 +35,161 @@ _MEASURED = (
     "extract_s",
     "train_s",
     "peak_mb",
+    "start_mb",
 )
+_SUMMARIZED = ("accuracy", "log_loss", "calibration_error", "seconds", "train_s", "peak_mb")
 _EXPLAINED = """\
 sd: standard deviation over seeds; n: number of seeds. loss: log loss in nats; ECE: expected
-calibration error, 15 bins. p: paired t test over the seeds against the row with the highest mean
-accuracy. tests.csv has all pairs, with McNemar's exact test for each seed."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A combination of the axes other than the seed; ``outcomes`` maps a seed to its run."""
-
-    axes: dict[str, Any]
-    outcomes: dict[int, Outcome]
-
-    def values(self, name: str) -> np.ndarray:
-        """A measured value of each run, float ``[num_seeds]``."""
-        return np.array([getattr(outcome, name) for outcome in self.outcomes.values()], float)
-
-    @property
-    def label(self) -> str:
-        return " ".join(f"{name}={show_value(value)}" for name, value in self.axes.items())
-
-
-def summarized(study: Study) -> list[Row]:
-    """The rows of the summary, in the order of the axes."""
-    rows: dict[str, Row] = {}
-    for outcome in study.outcomes:
-        axes = {name: value for name, value in outcome.axes.items() if name != SEED}
-        row = rows.setdefault(repr(axes), Row(axes, {}))
-        row.outcomes[outcome.axes.get(SEED, 0)] = outcome
-    return list(rows.values())
-
-
-def paired_t_test(
-    first: Sequence[float] | np.ndarray, second: Sequence[float] | np.ndarray
-) -> float | None:
-    """Two-sided p-value of Student's paired t test.
-
-    The Wilcoxon signed-rank test would need six seeds to reach 0.05 at all: with n pairs, its
-    smallest two-sided p-value is 2^(1 - n).
-
-    Args:
-        first: one value per seed.
-        second: the same for the other row.
-
-    Returns:
-        1 if all values are equal; ``None`` for fewer than two seeds, and if all differences are
-        equal but not zero, as their variance is then unknown.
-    """
-    difference = np.subtract(first, second)
-    if not difference.any() and len(difference) > 1:
-        return 1.0
-    if len(difference) < 2 or np.ptp(difference) < 1e-12:
-        return None
-    return float(stats.ttest_rel(first, second).pvalue)
-
-
-def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """P-values adjusted for the number of tests by Holm's step-down method (jstor 4615733).
-
-    ``None`` stays ``None``, and does not count as a test.
-    """
-    known = sorted((p, place) for place, p in enumerate(p_values) if p is not None)
-    adjusted: list[float | None] = [None] * len(p_values)
-    highest = 0.0
-    for rank, (p, place) in enumerate(known):
-        highest = max(highest, min(1.0, (len(known) - rank) * p))
-        adjusted[place] = highest
-    return adjusted
-
-
-def pairs(study: Study) -> list[dict[str, Any]]:
-    """Tests of all pairs of rows, over the seeds that both have.
-
-    Returns:
-        For each pair ``first`` and ``second``, ``n`` (seeds), ``difference`` (mean accuracy of the
-        first minus that of the second), ``p`` of the paired t test, ``p_holm``, adjusted for the
-        number of pairs, and ``mcnemar``: maps each seed to the p-value of
-        ``transfer.evaluation.metrics.compare`` on the held-out images.
-    """
-    results: list[dict[str, Any]] = []
-    for first, second in itertools.combinations(summarized(study), 2):
-        seeds = [seed for seed in first.outcomes if seed in second.outcomes]
-        both = [(first.outcomes[seed], second.outcomes[seed]) for seed in seeds]
-        if not seeds:
-            continue
-        ours, theirs = (
-            np.array([run.accuracy for run in runs]) for runs in zip(*both, strict=True)
-        )
-        results.append(
-            {
-                "first": first.label,
-                "second": second.label,
-                "n": len(seeds),
-                "difference": float(np.mean(ours - theirs)),
-                "p": paired_t_test(ours, theirs),
-                "mcnemar": {
-                    seed: compare(a.predictions, b.predictions, study.labels, study.groups)[
-                        "p_value"
-                    ]
-                    for seed, (a, b) in zip(seeds, both, strict=True)
-                },
-            }
-        )
-    for result, p in zip(results, holm([result["p"] for result in results]), strict=True):
-        result["p_holm"] = p
-    return results
+calibration error, 15 bins; with calibrate, both are cross-fitted: each image with the temperature
+of other images. seconds: the whole run, with its set-up, its evaluation and the activations that
+were not in the cache yet, so that the first run that needs them takes longer; train s: training
+alone. p: paired t test over the seeds against the row with the highest mean accuracy among those
+with the same shots_per_class, not adjusted. tests.csv has all pairs with the same shots_per_class:
+p_holm is adjusted for their number, the p-values of McNemar's exact test for each seed are not."""
 
 
 def write(out: Path, study: Study) -> str:
-    """Write all files to the folder of a study; returns the table to print.
+    """Write all files to the folder of a study; returns the table to print, with notes.
 
-    ``runs.csv`` has a row per run, ``summary.md`` and ``summary.tex`` the printed table,
-    ``tests.csv`` the tests of all pairs of its rows, and ``learning_curve.png`` and ``.pdf`` the
-    accuracy by ``shots_per_class``, if that has several values.
+    ``runs.csv`` has a row per run, ``summary.csv`` a row per combination of the other axes than the
+    seed, ``summary.md`` and ``summary.tex`` the printed table, ``tests.csv`` the tests of all pairs
+    of its rows, and ``learning_curve.png`` and ``.pdf`` the accuracy by ``shots_per_class``, if
+    that has several values; otherwise those of an earlier call are deleted.
     """
     rows, tests = summarized(study), pairs(study)
-    _write_runs(out / TABLE, study)
-    _write_tests(out / TESTS, tests)
-    printed = ""
-    if rows:
-        header, cells = _summary(study, rows, tests)
-        printed = tabulate(cells, header, "github", disable_numparse=True)
-        run_folder.write_text(out / f"{SUMMARY}.md", f"{printed}\n\n{_EXPLAINED}\n")
-        latex = tabulate(cells, header, "latex_booktabs", disable_numparse=True)
-        run_folder.write_text(out / f"{SUMMARY}.tex", f"{latex}\n")
+    write_runs(out, study)
+    _write_summary(out / f"{SUMMARY}.csv", study, rows)
+    _write_tests(out / TESTS, study, tests)
+    header, cells = _summary(study, rows, tests)
+    notes = [_EXPLAINED]
+    if leaves_out_mcnemar(study):
+        notes.append(f"McNemar's tests are left out: more than {MAX_GROUP_TESTS:,} of groups.")
+    problems = _problems(study)
+    printed = "\n".join(
+        [tabulate(cells, header, "github", disable_numparse=True), "", *notes, *problems]
+    )
+    # Each problem is a paragraph of its own in Markdown.
+    run_folder.write_text(
+        out / f"{SUMMARY}.md",
+        "\n\n".join([tabulate(cells, header, "github", disable_numparse=True), *notes, *problems])
+        + "\n",
+    )
+    latex = tabulate(cells, header, "latex_booktabs", disable_numparse=True)
+    comments = "".join(f"% {line}\n" for line in problems)
+    run_folder.write_text(out / f"{SUMMARY}.tex", f"{latex}\n{comments}")
     figure = learning_curve(rows)
-    if figure is not None:
-        for kind in ("png", "pdf"):
+    for kind in ("png", "pdf"):
+        if figure is None:  # that of an earlier grid would be taken for one of this
+            (out / f"{CURVE}.{kind}").unlink(missing_ok=True)
+        else:
             with replacing(out / f"{CURVE}.{kind}") as path:
                 figure.savefig(path, format=kind, dpi=150)
-    lines = [printed, "", _EXPLAINED]
+    return printed
+
+
+def write_runs(out: Path, study: Study) -> None:
+    """Write ``runs.csv`` to the folder of a study: a row per run, finished ones first."""
+    text = io.StringIO()
+    used = [f"used_{name}" for name in USED]
+    write_row(text, [*study.axes, *_MEASURED, *used, "run", "error"])
+    for outcome in study.outcomes:
+        measured = [getattr(outcome, name) for name in _MEASURED]
+        resolved = [outcome.used.get(name) for name in USED]
+        write_row(text, [*_cells(outcome.axes), *measured, *resolved, outcome.run, ""])
     for axes, message in study.failures:
-        shown = ", ".join(f"{name} {show_value(value)}" for name, value in axes.items())
-        lines.append(f"failed: {shown}: {message}")
-    return "\n".join(lines)
+        write_row(text, [*_cells(axes), *[""] * len(_MEASURED + USED), "", message])
+    for axes, reason in study.skipped:
+        error = f"not applicable: {reason}"
+        write_row(text, [*_cells(axes), *[""] * len(_MEASURED + USED), "", error])
+    run_folder.write_text(out / TABLE, text.getvalue())
 
 
-def learning_curve(rows: Sequence[Row]) -> Figure | None:
-    """Accuracy by training images per class, with standard deviations over the seeds, one line per
-    combination of the other axes. ``None`` with fewer than two numbers of images."""
-    known = [row for row in rows if row.axes.get(SHOTS) is not None]
-    if len({row.axes[SHOTS] for row in known}) < 2:
-        return None
-    shown = _varying([{**row.axes, SHOTS: None} for row in known])
-    lines: dict[str, list[Row]] = {}
-    for row in known:
-        label = ", ".join(f"{name} {show_value(row.axes[name])}" for name in shown)
-        lines.setdefault(label, []).append(row)
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for label, points in lines.items():
-        points.sort(key=lambda row: row.axes[SHOTS])
-        means = [row.values("accuracy").mean() for row in points]
-        deviations = [_deviation(row.values("accuracy")) or 0.0 for row in points]
-        axes.errorbar(
-            [row.axes[SHOTS] for row in points],
-            means,
-            deviations,
-            marker="o",
-            capsize=3,
-            label=label,
-        )
-    axes.set_xscale("log")
-    ticks = sorted({row.axes[SHOTS] for row in known})
-    axes.set_xticks(ticks, [str(shots) for shots in ticks])
-    axes.minorticks_off()
-    axes.set_xlabel("training images per class")
-    axes.set_ylabel("accuracy on held-out images")
-    axes.grid(alpha=0.3)
-    if any(lines):
-        axes.legend()
-    return figure
+def _problems(study: Study) -> list[str]:
+    """A line per failed run, and per combination that is not applicable, whatever the seed."""
+    failed = [f"failed: {show_point(axes)}: {message}" for axes, message in study.failures]
+    skipped = []
+    for axes, reason in study.skipped:
+        shown = show_point({name: value for name, value in axes.items() if name != SEED})
+        skipped.append(f"not applicable: {shown}: {reason}")
+    return [*failed, *dict.fromkeys(skipped)]
 
 
 def _summary(
     study: Study, rows: Sequence[Row], tests: Sequence[Mapping[str, Any]]
 ) -> tuple[list[str], list[list[str]]]:
     """Header and cells of the summary."""
-    shown = _varying([row.axes for row in rows])
-    best = max(rows, key=lambda row: row.values("accuracy").mean()).label
-    against = {
-        test["second"] if test["first"] == best else test["first"]: test["p"]
-        for test in tests
-        if best in (test["first"], test["second"])
-    }
-    header = [*shown, "n", "accuracy", "sd", "loss", "sd", "ECE", "sd", "seconds", "p"]
+    p_values = _against_best(rows, tests)
+    measured = ["accuracy", "sd", "loss", "sd", "ECE", "sd", "seconds", "train s", "p"]
     cells = []
     for row in rows:
-        line = [show_value(row.axes[name]) for name in shown] + [str(len(row.outcomes))]
+        line = [show_value(row.axes[name]) for name in study.varied] + [str(len(row.outcomes))]
         for name in ("accuracy", "log_loss", "calibration_error"):
-            values = row.values(name)
-            deviation = _deviation(values)
-            line += [f"{values.mean():.4f}", "" if deviation is None else f"{deviation:.4f}"]
-        p = against.get(row.label)
-        line += [f"{row.values('seconds').mean():.1f}"]
-        is_best = row.label == best and len(rows) > 1
-        line += ["best" if is_best else "" if p is None else f"{p:.3g}"]
-        cells.append(line)
-    return header, cells
+            line += [_number(row.mean(name)), _number(row.deviation(name))]
+        line += [_number(row.mean(name), 1) for name in ("seconds", "train_s")]
+        problem = row.problems[0].partition(":")[0] if row.problems else ""
+        cells.append([*line, p_values.get(row.label, "") if row.outcomes else problem])
+    return [*study.varied, "n", *measured], cells
 
 
-def _varying(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The axes with several values."""
-    return [name for name in points[0] if len({point[name] for point in points}) > 1]
+def _against_best(rows: Sequence[Row], tests: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Maps the label of each row to its p-value against the best row with the same
+    ``shots_per_class``, which is itself ``best``, unless it is the only one."""
+    known = {(test["first"], test["second"]): test["p"] for test in tests}
+    shown = {}
+    for same in by_shots([*rows]):
+        best = best_of(same).label
+        for row in same:
+            p = known.get((row.label, best), known.get((best, row.label)))
+            shown[row.label] = "" if p is None else f"{p:.3g}"
+        shown[best] = "best" if len(same) > 1 else ""
+    return shown
 
 
-def _deviation(values: np.ndarray) -> float | None:
-    """Standard deviation, with n - 1; ``None`` for a single value."""
-    return float(values.std(ddof=1)) if len(values) > 1 else None
+def _number(value: float | None, digits: int = 4) -> str:
+    """A number for the table; empty if it is unknown. Losses of runs that diverged are huge."""
+    if value is None:
+        return ""
+    return f"{value:.{digits}f}" if abs(value) < 1e4 else f"{value:.4g}"
 
 
-def _write_runs(path: Path, study: Study) -> None:
+def _write_summary(path: Path, study: Study, rows: Sequence[Row]) -> None:
+    names = [name for name in study.axes if name != SEED]
+    seeds = sorted({seed for row in rows for seed in row.outcomes})
     text = io.StringIO()
-    write_row(text, [*study.axes, *_MEASURED, "run", "error"])
-    for outcome in study.outcomes:
-        measured = [getattr(outcome, name) for name in _MEASURED]
-        write_row(text, [*_cells(outcome.axes), *measured, outcome.run, ""])
-    for axes, message in study.failures:
-        write_row(text, [*_cells(axes), *[""] * len(_MEASURED), "", message])
+    measured = [f"{name}_{kind}" for name in _SUMMARIZED for kind in ("mean", "sd")]
+    of_seeds = [f"accuracy_seed_{seed}" for seed in seeds]
+    write_row(text, [*names, "n", *measured, *of_seeds, "error"])
+    for row in rows:
+        values = [kind(name) for name in _SUMMARIZED for kind in (row.mean, row.deviation)]
+        accuracies = [
+            row.outcomes[seed].accuracy if seed in row.outcomes else None for seed in seeds
+        ]
+        cells = _cells({name: row.axes[name] for name in names})
+        error = "; ".join(dict.fromkeys(row.problems))
+        write_row(text, [*cells, len(row.outcomes), *values, *accuracies, error])
     run_folder.write_text(path, text.getvalue())
 
 
-def _write_tests(path: Path, tests: Sequence[Mapping[str, Any]]) -> None:
+def _write_tests(path: Path, study: Study, tests: Sequence[Mapping[str, Any]]) -> None:
     seeds = sorted({seed for test in tests for seed in test["mcnemar"]})
     text = io.StringIO()
-    columns = ("first", "second", "n", "difference", "p", "p_holm")
-    write_row(text, [*columns, *(f"mcnemar_p_seed_{seed}" for seed in seeds)])
+    axes = [(side, name) for side in ("a", "b") for name in study.varied]
+    columns = ("n", "difference", "p", "p_holm")
+    of_axes = [f"{side}_{name}" for side, name in axes]
+    of_seeds = [f"mcnemar_p_seed_{seed}" for seed in seeds]
+    write_row(text, ["first", "second", *of_axes, *columns, *of_seeds])
     for test in tests:
-        write_row(text, [*(test[c] for c in columns), *(test["mcnemar"].get(s) for s in seeds)])
+        points = [_cell(test[side][name]) for side, name in axes]
+        values = [test[name] for name in columns]
+        p_values = [test["mcnemar"].get(seed) for seed in seeds]
+        write_row(text, [test["first"], test["second"], *points, *values, *p_values])
     run_folder.write_text(path, text.getvalue())
 
 
 def _cells(axes: Mapping[str, Any]) -> list[Any]:
+    return [_cell(value) for value in axes.values()]
+
+
+def _cell(value: Any) -> Any:
     """Numbers stay numbers: the CSV writer would quote a negative one as text."""
-    return [v if isinstance(v, int | float) else show_value(v) for v in axes.values()]
+    return value if isinstance(value, int | float) else show_value(value)

@@ -255,7 +255,12 @@ def sum_over_replicas(values: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     """Within ``Replicas.run``: each value, summed over all replicas."""
     context = tf.distribute.get_replica_context()
     # Captured tensors have no device, which tf.distribute requires.
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, [tf.identity(v) for v in values])
+    values = [tf.identity(value) for value in values]
+    if context.num_replicas_in_sync == 1:
+        # TensorFlow registers the gradient of each reduction in a graph and never removes it, so
+        # the graph, and with it 45 MB per run, would stay in memory until the process ends.
+        return values
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
 
 
 def seed_of_replica(seed: tf.Tensor) -> tf.Tensor:
