@@ -110,7 +110,10 @@ def run_made_up(monkeypatch):
 @pytest.mark.parametrize(
     "error, message",
     [
-        (tf.errors.ResourceExhaustedError(None, None, "OOM\nhint"), "ResourceExhaustedError: OOM"),
+        (
+            tf.errors.ResourceExhaustedError(None, None, "{{node a}} OOM\nhint"),
+            "ResourceExhaustedError: OOM",
+        ),
         (MemoryError(), "MemoryError"),
         (ValueError("diverged"), "diverged"),
     ],

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -149,7 +150,8 @@ def _time_left(seconds: Sequence[float], num_open: int) -> str:
 
 def _message(error: Exception) -> str:
     """The first line of an error, with its kind unless that is usual."""
-    line = (str(error).splitlines() or [""])[0][:_MAX_MESSAGE]
+    line = (str(error).splitlines() or [""])[0]
+    line = re.sub(r"^\{\{.*?\}\} ", "", line)[:_MAX_MESSAGE]  # TensorFlow's name of the operation
     if line and isinstance(error, ValueError | ArithmeticError | OSError):
         return line
     return f"{type(error).__name__}: {line}".removesuffix(": ")
