@@ -15,7 +15,8 @@ from transfer.core.npy_files import check_path
 from transfer.data.dataset import Source, Split
 from transfer.data.fingerprints import ids_digest
 from transfer.evaluation import abstention, metrics
-from transfer.evaluation.prediction import predict_logits, summarize
+from transfer.evaluation.image_scores import score_images
+from transfer.evaluation.prediction import predict_logits, summarize_labels
 from transfer.evaluation.tables import write_probabilities
 from transfer.layers.classifier import Classifier
 
@@ -132,12 +133,17 @@ def measure(
         "splits": [name for name, _ in split.parts],
         "image_ids_sha256": ids_digest(replace(split).ids),
     }
-    return (
-        heading
-        | metrics.measure(logits, labels, classifier.labels, groups=split.groups)
-        | summarize(logits, labels, split.groups)
-        | sets
+    scores = score_images(logits, labels)
+    summary = summarize_labels(
+        scores.predictions == labels,
+        scores.label_log_likelihoods,
+        scores.label_ranks,
+        split.groups,
     )
+    measured = metrics.measure(
+        logits, labels, classifier.labels, groups=split.groups, scores=scores
+    )
+    return heading | measured | summary | sets
 
 
 def _class_order(source: Source, labels: list[str]) -> np.ndarray:
