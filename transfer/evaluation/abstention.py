@@ -156,13 +156,16 @@ def _upper_bounds(num_wrong: np.ndarray, totals: np.ndarray) -> np.ndarray:
 
 
 def _between(ordered: np.ndarray, number: int) -> float:
-    """A threshold that the first ``number`` of descending confidences reach, and no other: halfway,
-    so that it does not depend on the last bits of probabilities. 0 if all reach it."""
+    """A threshold that the first ``number`` of descending confidences reach, and no other. 0 if all
+    reach it, otherwise one of few digits about halfway, so that it does not depend on the last bits
+    of probabilities."""
     if number == len(ordered):
         return 0.0
     lowest, next_one = float(ordered[number - 1]), float(ordered[number])
-    middle = (lowest + next_one) / 2
-    return middle if middle > next_one else lowest
+    middle, quarter = (lowest + next_one) / 2, (lowest - next_one) / 4
+    rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 18))
+    short = next((value for value in rounded if abs(value - middle) <= quarter), middle)
+    return short if short > next_one else lowest
 
 
 def _one_of_each(groups: np.ndarray, seed: int) -> np.ndarray:

@@ -6,7 +6,7 @@ it is shown with what was measured on some unknown images.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -23,7 +23,6 @@ in closed form, whose logits have a constant sum and are extrapolated linearly.
 ``max_probability``: 1 minus the highest probability (arXiv 1610.02136)."""
 SCORES: tuple[Score, ...] = get_args(Score)
 _KEPT = 0.95
-_NOT_TOLD = "other unknown images may be told apart better or worse"
 
 
 def features_and_logits(
@@ -159,33 +158,6 @@ def separation(
         "threshold": threshold,
         "fpr95": float(np.mean(unknown <= threshold)),
     }
-
-
-def describe(measured: Mapping[str, Any]) -> list[str]:
-    """The entry ``unknown`` of an evaluation, in lines."""
-    lines = [f"{measured['num_images']} unknown images in {measured['folder']}:"]
-    for name, row in measured["scores"].items():
-        between = ""
-        if row["auroc_ci95"] is not None:
-            between = " (95 % interval {:.4f} to {:.4f})".format(*row["auroc_ci95"])
-        lines.append(
-            f"  {name:<16} AUROC {row['auroc']:.4f}{between}; where 95 % of the images of the "
-            f"classes are kept, {row['fpr95']:.1%} of the unknown ones are"
-        )
-    return [*lines, f"  measured on these images: {_NOT_TOLD}"]
-
-
-def describe_score(score: str, measured: Mapping[str, Any] | None) -> str:
-    """What a score is worth, in a line, from the entry ``unknown`` of an evaluation, if any."""
-    if measured is None:
-        return (
-            f"unknown score {score}: no AUROC was measured for this run; evaluate RUN --unknown "
-            "FOLDER measures it on images of none of the classes"
-        )
-    return (
-        f"unknown score {score}: AUROC {measured['scores'][score]['auroc']:.4f} on "
-        f"{measured['num_images']} images in {measured['folder']}; {_NOT_TOLD}"
-    )
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
