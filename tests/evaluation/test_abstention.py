@@ -110,7 +110,7 @@ def test_images_of_equal_confidence_are_kept_or_left_together():
     confidence = np.repeat([0.9, 0.6], [100, 100])
     right = np.arange(200) < 150
     found = risk_threshold(confidence, right, 0.05)
-    assert (found["threshold"], found["coverage"]) == (pytest.approx(0.75), 0.5)
+    assert (found["threshold"], found["coverage"]) == (0.8, 0.5)  # of few digits, between both
     everything = risk_threshold(np.ones(100), np.ones(100, bool), 0.05)
     assert (everything["threshold"], everything["coverage"]) == (0.0, 1.0)
 
