@@ -27,8 +27,8 @@ _FLAGS = {option.name: option.name for option in fields(FinetuneConfig)} | {
         name: name
         for name in (
             *("add", "num_images", "num_examples", "spatial_order", "pooling", "leave_out", "arch"),
-            *("small_epochs", "small_size", "abstain_below", "coverage", "top_k", "labels"),
-            *("max_mb", "max_megapixels", "max_queue", "max_rate", "kernels"),
+            *("small_epochs", "small_size", "abstain_below", "coverage", "risk", "unknown"),
+            *("top_k", "labels", "max_mb", "max_megapixels", "max_queue", "max_rate", "kernels"),
             "trial_minutes",
         )
     },

@@ -5,6 +5,7 @@
 
     vgg-transfer evaluate RUN --against OTHER_RUN
     vgg-transfer evaluate models/mine --image-folder photos/
+    vgg-transfer evaluate RUN --coverage 0.9 --risk 0.05 --unknown other-photos/
 
 Without flags it reproduces exactly the accuracy that training reported. Writes report.html, plots/,
 evaluation.json, predictions.csv and confusion.csv to the run's folder; of a model without a run, it
@@ -47,7 +48,14 @@ class EvaluateConfig(ImageFlags):
     coverage: float | None = None
     """Also measure prediction sets, which contain the label of this share of images, such as 0.9:
     conformal prediction, calibrated on one half of the images and measured on the other, both
-    ways."""
+    ways. predict --sets then adds the sets of new images."""
+    risk: float | None = None
+    """Also find the threshold for predict --abstain-below that keeps the error rate among the
+    remaining images at this value at most, such as 0.05, with 95 % confidence."""
+    unknown: Path | None = None
+    """Folder of images that are of none of the classes, at any depth: also measure how well
+    out-of-distribution scores tell them from the images of the classes. predict --unknown-score
+    then shows a score for new images."""
     skip_unreadable: int = 0
     """Skip and list up to this many images that cannot be decoded. By default, one such image
     stops the evaluation."""

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import CycloptsError, Parameter
 
@@ -38,7 +38,16 @@ class PredictConfig:
     """Images per step."""
     abstain_below: float | None = None
     """Mark predictions whose probability is below this value, 0 to 1, as not sure; csv and jsonl
-    have a column sure. The report of evaluate shows what a value gains."""
+    have a column sure. The report of evaluate shows what a value gains, and evaluate --risk chooses
+    one."""
+    sets: bool = False
+    """Add the set of classes of each image that contains its label with the probability of the last
+    evaluate RUN --coverage; csv then has a row for each class of the set, and a column in_set."""
+    unknown_score: Literal["feature_distance", "energy", "max_probability"] | None = None
+    """Add an out-of-distribution score, higher for images that are less like the classes.
+    feature_distance: cosine distance to the nearest class mean of the features, needs evaluate RUN
+    --unknown; energy and max_probability depend on the logits only. No promise: the AUROC is shown
+    that evaluate RUN --unknown measured."""
     probabilities: Path | None = None
     """File for the probabilities of all classes: a NumPy array (.npy, float32) with a row per image
     of the results and a column per line of labels.txt."""
@@ -87,9 +96,15 @@ def predict(run: Path, /, *images: Images, config: PredictConfig = PredictConfig
 
         if not images:
             raise ValueError("no images are named; give files, folders, patterns, or - for a list")
-        options = {name: value for name, value in vars(config).items() if name != "format"}
+        options = {k: v for k, v in vars(config).items() if k not in ("format", "sets")}
+        options |= _recorded(run, config)
         predictions = file_predictions.predict(run, _paths(images), on_unreadable=report, **options)
-        write = WRITERS[config.format](results, may_abstain=config.abstain_below is not None)
+        write = WRITERS[config.format](
+            results,
+            may_abstain=config.abstain_below is not None,
+            has_sets=config.sets,
+            has_scores=config.unknown_score is not None,
+        )
         start = time.perf_counter()
         if console.verbosity() == 2:  # a line now and then, in place of the bar
             predictions = iter(measurement.progress(predictions, "predictions", "image"))
@@ -110,6 +125,24 @@ def predict(run: Path, /, *images: Images, config: PredictConfig = PredictConfig
     failed = f", {num_failed} could not be read" if num_failed else ""
     console.say_unless_quiet(f"{num_done} images, {rate:.1f} images/s{failed}")
     return 1 if num_failed else 0
+
+
+def _recorded(run: Path, config: PredictConfig) -> dict[str, Any]:
+    """The options of the library that the last evaluation of the run determines."""
+    from transfer.evaluation.metrics_text import describe_score, describe_sets
+    from transfer.runs import uncertainty
+
+    options: dict[str, Any] = {}
+    if config.sets:
+        sets = uncertainty.recorded_sets(run)
+        options["set_threshold"] = sets["threshold"]
+        console.say_unless_quiet(describe_sets(sets))
+    if config.unknown_score is not None:
+        if config.unknown_score == "feature_distance":
+            options["class_means"] = uncertainty.recorded_class_means(run)
+        measured = uncertainty.recorded_unknown(run)
+        console.say_unless_quiet(describe_score(config.unknown_score, measured))
+    return options
 
 
 def _paths(words: Iterable[str]) -> Iterator[str | Path]:

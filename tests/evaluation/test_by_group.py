@@ -103,6 +103,24 @@ def test_groups_widen_all_intervals() -> None:
 def test_single_group_has_no_bootstrap_intervals() -> None:
     logits, labels = np.eye(2, dtype=np.float32)[[0, 1, 1, 0]], np.array([0, 1, 0, 1])
     measured = metrics.measure(logits, labels, ["a", "b"], groups=np.zeros(4, int))
-    assert all(interval is None for interval in measured["ci95"].values())
     low, high = prediction.summarize(logits, labels, np.zeros(4, int))["accuracy_ci95"]
     assert low < 0.1 and high > 0.9
+    shares = {"accuracy": [low, high], "weighted_recall": [low, high], "top5": [1.0, 1.0]}
+    for name, interval in measured["ci95"].items():
+        assert interval == shares.get(name), name
+    for row in measured["classes"]:
+        assert row["ci95"]["recall"] == pytest.approx(by_group.wilson_interval(row["recall"], 1))
+
+
+@pytest.mark.parametrize(("right", "total"), [(0, 7), (7, 7), (3, 4), (950, 1000)])
+def test_interval_of_a_share_is_that_of_scipy(right: int, total: int) -> None:
+    is_so = np.arange(total) < right
+    expected = binomtest(right, total).proportion_ci(method="wilson")
+    assert by_group.proportion_interval(is_so) == pytest.approx([expected.low, expected.high])
+    if right == total:
+        assert by_group.proportion_interval(is_so)[1] == 1.0
+
+
+def test_interval_of_a_share_counts_groups() -> None:
+    right, groups = np.ones(20, bool), np.repeat(np.arange(4), 5)
+    assert by_group.proportion_interval(right, groups) == list(by_group.wilson_interval(1.0, 4))

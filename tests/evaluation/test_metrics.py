@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from transfer.evaluation import metrics, prediction
+from transfer.evaluation import by_group, metrics, prediction
 from transfer.evaluation.prediction import probabilities
 
 LOGITS = np.log([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.2, 0.5, 0.3], [0.25, 0.5, 0.25]])
@@ -15,6 +15,11 @@ def sample(num_examples=300, num_classes=6, seed=0):
     logits = generator.normal(size=(num_examples, num_classes)).astype(np.float32)
     logits[np.arange(num_examples), labels] += 1
     return logits, labels, [f"class {number}" for number in range(num_classes)]
+
+
+def wilson(right, total):
+    """The 95 % Wilson score interval, as a list."""
+    return list(by_group.wilson_interval(right / total, total))
 
 
 def test_metrics_by_hand():
@@ -156,6 +161,64 @@ def test_each_class_has_intervals():
         assert row["ci95"].keys() == {"precision", "recall", "f1", "roc_auc", "average_precision"}
         for name, (low, high) in row["ci95"].items():
             assert 0 <= low <= row[name] <= high <= 1
+
+
+def test_accuracy_recall_and_precision_have_wilson_intervals():
+    """Also where all images are right, so that no bootstrap resample has an error."""
+    labels = np.repeat(np.arange(3), [20, 4, 1])
+    logits = 3 * np.eye(3)[labels]
+    found = metrics.measure(logits, labels, list("abc"), resamples=50)
+    summary = prediction.summarize(logits, labels)
+    assert found["ci95"]["accuracy"] == summary["accuracy_ci95"] == wilson(25, 25)
+    assert found["ci95"]["weighted_recall"] == summary["accuracy_ci95"]
+    for row, size in zip(found["classes"], (20, 4, 1), strict=True):
+        assert row["ci95"]["recall"] == row["ci95"]["precision"] == wilson(size, size)
+        # The bootstrap tells nothing here, and an interval from 1 to 1 would be wrong.
+        assert row["ci95"]["f1"] is row["ci95"]["roc_auc"] is None
+    assert found["ci95"]["macro_f1"] is found["ci95"]["balanced_accuracy"] is None
+    assert wilson(20, 20)[0] == pytest.approx(0.8389, abs=1e-4)
+
+
+def test_interval_of_a_class_needs_five_images_or_groups():
+    logits, labels, names = sample(300, 3)
+    few = np.flatnonzero(labels == 0)[4:]
+    logits, labels = np.delete(logits, few, 0), np.delete(labels, few)
+    found = metrics.measure(logits, labels, names, resamples=100)["classes"]
+    for name in ("f1", "roc_auc", "average_precision"):
+        assert [row["ci95"][name] is None for row in found] == [True, False, False]
+    groups = np.where(labels == 1, np.arange(len(labels)) % 4, 10 + np.arange(len(labels)))
+    found = metrics.measure(logits, labels, names, groups=groups, resamples=100)["classes"]
+    assert [row["ci95"]["f1"] is None for row in found] == [True, True, False]
+
+
+def test_class_that_is_never_predicted_has_no_interval_of_its_precision():
+    labels = np.array([0] * 6 + [1] * 6)
+    found = metrics.measure(np.tile([1.0, 0.0], (12, 1)), labels, ["a", "b"], resamples=20)
+    assert found["classes"][1]["ci95"]["precision"] is None
+    assert found["classes"][1]["ci95"]["recall"] == wilson(0, 6)
+
+
+def test_equal_numbers_have_equal_intervals():
+    logits, labels, names = sample(60)
+    found = metrics.measure(logits, labels, names, resamples=100)
+    assert found["weighted"]["recall"] == pytest.approx(found["accuracy"])
+    assert found["ci95"]["weighted_recall"] == found["ci95"]["accuracy"]
+    assert found["macro"]["recall"] == found["balanced_accuracy"]
+    assert found["ci95"]["macro_recall"] == found["ci95"]["balanced_accuracy"]
+
+
+def test_metrics_of_very_different_logits_equal_the_summary():
+    """With margins above 745, probabilities of labels are 0, and their logarithms were cut off."""
+    labels = np.repeat(np.arange(6), 5)
+    logits = 2000.0 * np.eye(6)[np.where(np.arange(30) % 2, labels, 5 - labels)]
+    logits -= 10.0 * np.arange(6)
+    found = metrics.measure(logits, labels, list("abcdef"), resamples=100)
+    summary = prediction.summarize(logits, labels)
+    for name in ("accuracy", "top5", "loss"):
+        assert found[name] == summary[name]
+        low, high = found["ci95"][name]
+        assert low < found[name] < high
+    assert found["loss"] == pytest.approx(1000, rel=0.1)
 
 
 def test_class_without_images_has_no_rank_metrics():

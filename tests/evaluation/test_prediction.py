@@ -34,6 +34,15 @@ def test_diverged_network_has_no_accuracy_and_no_finite_loss():
     assert figures["accuracy"] == figures["top5"] == 0 and np.isnan(figures["loss"])
 
 
+def test_loss_and_rank_are_those_of_logits_whose_probabilities_vanish():
+    """Below 1e-308, probabilities are 0, their logarithms and their order are lost."""
+    logits = np.array([[2000.0, 0, -10, -20, -30, -40, -50], [0, 0, 0, 0, 0, 0, 1.0]])
+    log_likelihoods, ranks = prediction.label_scores(logits, np.array([6, 6]))
+    assert log_likelihoods == pytest.approx([-2050, -np.log(1 + 6 / np.e)])
+    assert ranks.tolist() == [7, 1]
+    assert prediction.label_scores(logits[:1], np.array([4]))[1].tolist() == [5]
+
+
 def test_results_in_blocks_equal_those_at_once(monkeypatch):
     generator = np.random.default_rng(0)
     logits = (5 * generator.normal(size=(101, 12))).astype(np.float32)

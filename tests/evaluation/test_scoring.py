@@ -1,11 +1,14 @@
 """``evaluate`` from Python equals ``fine_tune`` and ``vgg-transfer evaluate``."""
 
+import csv
+import io
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from recipes.cli import main
 from transfer import Classifier, Head, evaluate, fine_tune, open_source
@@ -152,3 +155,87 @@ def test_empty_split_and_empty_batch_are_refused(run):
         evaluate(classifier, held_out, batch_size=0)
     with pytest.raises(ValueError, match="no images"):
         evaluate(classifier, held_out.where(np.zeros(len(held_out), bool)))
+
+
+def test_coverage_and_risk_are_checked_before_any_image_is_computed(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("transfer.evaluation.scoring.compute", None)
+    with pytest.raises(ValueError, match="coverage must be more than 0 and less than 1, got 1.5"):
+        evaluate_run(run, coverage=1.5)
+    with pytest.raises(ValueError, match="risk must be more than 0 and less than 1, got 0"):
+        evaluate_run(run, risk=0.0)
+    with pytest.raises(FileNotFoundError, match="is not a folder of images"):
+        evaluate_run(run, unknown=tmp_path / "none")
+    with pytest.raises(ValueError, match="there are no images in the folder"):
+        evaluate_run(run, unknown=tmp_path)
+
+
+def test_too_few_images_for_coverage_and_risk_are_said(run, capsys):
+    capsys.readouterr()
+    assert main(["evaluate", str(run), "--coverage", "0.9", "--risk", "0.05"]) == 0
+    shown = capsys.readouterr().out
+    assert "a coverage of 0.9 cannot be promised with 4 images, it needs 9: the sets" in shown
+    assert "at most 0.05 cannot be promised with 4 images: it needs 59 without an error" in shown
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", ["fc7", "pool1", "none"])
+def test_unknown_images_change_no_other_metric(run, cut, image_folder):
+    held_out = run_data.held_out(run, run_data.open_data(run))
+    classifier = Classifier.load(run)
+    found = evaluate(classifier, held_out, cut=cut, unknown=image_folder)
+    unknown = found.pop("unknown")
+    assert found == evaluate(classifier, held_out, cut=cut)
+    assert (unknown["folder"], unknown["num_images"]) == (str(image_folder), 24)
+    assert list(unknown["scores"]) == ["feature_distance", "energy", "max_probability"]
+
+
+def test_unknown_images_are_scored_and_predict_shows_what_was_measured(run, tmp_path, capsys):
+    folder = tmp_path / "unknown" / "deep"
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(6):
+        pixels = generator.integers(0, 256, (20, 20, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    (folder / "damaged.png").write_bytes(b"no image")
+    words = ["--unknown-score", "feature_distance", "--format", "jsonl"]
+    assert main(["evaluate", str(run)]) == 0
+    assert main(["predict", str(run), str(folder / "0.png"), *words]) == 1
+    assert "--unknown FOLDER first" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--unknown", str(tmp_path / "unknown")]) == 0
+    out, err = capsys.readouterr()
+    assert "6 unknown images in" in out and "other unknown images may be told apart" in out
+    assert "1 images in" in err and "damaged.png" in err
+    measured = json.loads((run / "metrics.json").read_text())["evaluation"]["unknown"]["scores"]
+    assert main(["predict", str(run), str(folder / "0.png"), *words]) == 0
+    out, err = capsys.readouterr()
+    assert f"AUROC {measured['feature_distance']['auroc']:.4f} on 6 images" in err
+    assert 0 <= json.loads(out)["unknown_score"] <= 2
+    assert main(["evaluate", str(run)]) == 0
+    assert not (run / "class_means.npy").exists()
+    assert main(["predict", str(run), str(folder / "0.png"), "--unknown-score", "energy"]) == 0
+    out, err = capsys.readouterr()
+    assert "no AUROC was measured for this run" in err and "  unknown: " in out
+
+
+def test_predict_adds_the_sets_of_the_recorded_threshold(run, image_folder, capsys):
+    assert main(["evaluate", str(run)]) == 0
+    assert main(["predict", str(run), str(image_folder), "--sets"]) == 1
+    assert f"evaluate {run} --coverage 0.9 first" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--coverage", "0.5"]) == 0
+    capsys.readouterr()
+    threshold = json.loads((run / "metrics.json").read_text())["evaluation"]["conformal"][
+        "threshold"
+    ]
+    words = ["predict", str(run), str(image_folder), "--sets", "--format"]
+    assert main([*words, "jsonl"]) == 0
+    sets = []
+    for line in map(json.loads, capsys.readouterr().out.splitlines()):
+        sets.append(line["set"])
+        probable = [p["label"] for p in line["predictions"] if p["probability"] >= threshold]
+        assert line["set"] == probable
+    assert main([*words, "csv", "--top-k", "1"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert sum(row["in_set"] == "yes" for row in rows) == sum(map(len, sets))
+    assert main([*words, "table"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  set: ")[1] for line in lines] == [", ".join(s) or "empty" for s in sets]

@@ -1,4 +1,5 @@
-"""What a classifier gains if it may abstain: the risk-coverage curve, and conformal sets."""
+"""What a classifier gains if it may abstain: the risk-coverage curve, and the confidence from which
+on a chosen risk is kept."""
 
 from __future__ import annotations
 
@@ -7,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from transfer.evaluation.prediction import probabilities, row_blocks
-
 MAX_POINTS = 100
 """Maximum number of points of a risk-coverage curve in ``evaluation.json``."""
+CONFIDENCE = 0.95
+"""Confidence with which ``risk_threshold`` bounds the risk."""
 
 
 def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
@@ -48,82 +49,127 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
     }
 
 
-def prediction_sets(
-    logits: np.ndarray,
-    labels: np.ndarray,
-    coverage: float,
+def check_risk(risk: float | None) -> None:
+    """Validate ``risk`` of ``risk_threshold``; ``None`` is accepted.
+
+    Raises:
+        ValueError: if it is not between 0 and 1.
+    """
+    if risk is not None and not 0 < risk < 1:
+        raise ValueError(f"risk must be more than 0 and less than 1, got {risk}")
+
+
+def min_without_error(risk: float) -> int:
+    """Number of images without an error that bound the risk with ``CONFIDENCE``.
+
+    Example:
+        >>> from transfer.evaluation.abstention import min_without_error
+        >>> min_without_error(0.05), min_without_error(0.01)
+        (59, 299)
+    """
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-risk) - 1e-9)
+
+
+def risk_threshold(
+    confidence: np.ndarray,
+    right: np.ndarray,
+    risk: float,
     groups: np.ndarray | None = None,
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Sets of classes that contain the label of a share ``coverage`` of new images, measured.
+    """The lowest confidence at which the error rate among the images that are kept is at most
+    ``risk``, with ``CONFIDENCE`` over the draw of these images.
 
-    Split-conformal prediction (arXiv 2107.07511, section 1) with the score 1 - p(label), both ways
-    on random halves of the images: the sets of each half have the threshold of the other one, so no
-    image is in both the calibration and the measurement. That images are exchangeable is all that
-    is assumed.
+    Selective classification with guaranteed risk (arXiv 1705.08500) by fixed-sequence testing
+    (arXiv 2110.01052): from the most confident images on, one image after the other is added as
+    long as the Clopper-Pearson bound of the error rate is at most the risk. The first number of
+    images is the one that would suffice without an error, or a tenth of all, which tolerates an
+    error among many images. It is fixed before any label is seen, so that no correction for
+    several tests is needed. Assumes that images are independent, and that the error rate among the
+    images above a threshold does not rise with the threshold.
 
     Args:
-        logits: float ``[num_examples, num_classes]``.
-        labels: int ``[num_examples]``.
-        coverage: wanted coverage, more than 0 and less than 1.
-        groups: group number of each image, int ``[num_examples]``: halves consist of whole groups.
-        seed: seed of the halves.
+        confidence: probability of the predicted class of each image, float ``[num_examples]``.
+        right: whether it is the label, bool ``[num_examples]``.
+        risk: error rate among the images that are kept, more than 0 and less than 1.
+        groups: group number of each image, int ``[num_examples]``. Images of a group are not
+            independent, so that one of each is drawn for the tests. The risk is that of an image
+            of a new group, where each group counts alike.
+        seed: seed of this draw.
 
     Returns:
-        ``coverage`` as wanted; ``measured_coverage``, the share of images whose label is in their
-        set; ``mean_size`` of the sets, and the shares of images with one class (``single``) and
-        with none (``empty``); ``thresholds``: for each half of images, the probability from which
-        on a class is in their sets; ``calibrated_on``: the number of images that gave it. With too
-        few images to calibrate the threshold is 0, and sets contain all classes.
+        ``risk``; ``threshold``, the confidence from which on images are kept, ``None`` if there is
+        none that keeps the risk; ``bound``, the upper bound of the error rate there; ``coverage``,
+        the share of images that are kept, and their ``accuracy``; ``calibrated_on``, the number of
+        images in the tests; ``needed``, the number that suffices without an error. Without a
+        threshold, ``coverage`` is 0, ``accuracy`` ``None``, and ``bound`` that of the most
+        confident images, from which the tests would go on.
 
     Raises:
-        ValueError: if the coverage is not between 0 and 1, or there are fewer than two images, or
-            groups.
+        ValueError: if the risk is not between 0 and 1.
+
+    Example:
+        >>> import numpy as np
+        >>> from transfer.evaluation.abstention import risk_threshold
+        >>> confidence = np.linspace(0.99, 0.5, 200)
+        >>> found = risk_threshold(confidence, confidence > 0.7, risk=0.05)
+        >>> print(f"{found['threshold']:.3f} {found['coverage']:.3f} {found['bound']:.3f}")
+        0.698 0.595 0.039
     """
-    if not 0 < coverage < 1:
-        raise ValueError(f"coverage must be more than 0 and less than 1, got {coverage}")
-    in_first = _half(len(labels), groups, seed)
-    if in_first.all() or not in_first.any():
-        raise ValueError(
-            "coverage=P calibrates on one half of the images and measures on the other, for which "
-            f"it needs at least two images, or groups; got {len(labels)} images"
-        )
-    own = np.empty(len(labels))
-    for rows in row_blocks(logits):
-        p = probabilities(logits[rows])
-        own[rows] = p[np.arange(len(p)), labels[rows]]
-    thresholds = np.array(
-        [_threshold(own[~in_first], coverage), _threshold(own[in_first], coverage)]
-    )
-    of_image = np.where(in_first, thresholds[0], thresholds[1])
-    sizes = np.empty(len(labels), int)
-    for rows in row_blocks(logits):
-        sizes[rows] = (probabilities(logits[rows]) >= of_image[rows, None]).sum(-1)
+    check_risk(risk)
+    drawn = np.arange(len(right)) if groups is None else _one_of_each(groups, seed)
+    order = drawn[np.argsort(-confidence[drawn], kind="stable")]
+    ordered, num_wrong = confidence[order], np.cumsum(~right[order])
+    needed = min_without_error(risk)
+    first = max(needed, math.ceil(len(order) / 10))
+    # Images of equal confidence are kept together.
+    kept = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True)) + 1
+    bounds = _upper_bounds(num_wrong[kept - 1], kept)
+    kept, bounds = kept[kept >= first], bounds[kept >= first]
+    threshold, accuracy, is_kept = None, None, np.zeros(len(right), bool)
+    bound = float(bounds[0]) if len(bounds) else 1.0
+    num_passed = len(bounds) if (bounds <= risk).all() else int(np.argmax(bounds > risk))
+    if num_passed:
+        bound, number = float(bounds[num_passed - 1]), int(kept[num_passed - 1])
+        threshold = _between(ordered, number)
+        is_kept = confidence >= threshold
+        accuracy = float(right[is_kept].mean())
     return {
-        "coverage": coverage,
-        "measured_coverage": float(np.mean(own >= of_image)),
-        "mean_size": float(sizes.mean()),
-        "single": float(np.mean(sizes == 1)),
-        "empty": float(np.mean(sizes == 0)),
-        "thresholds": thresholds.tolist(),
-        "calibrated_on": [int((~in_first).sum()), int(in_first.sum())],
+        "risk": risk,
+        "threshold": threshold,
+        "bound": bound,
+        "coverage": float(is_kept.mean()),
+        "accuracy": accuracy,
+        "calibrated_on": len(order),
+        "needed": needed,
     }
 
 
-def _threshold(own: np.ndarray, coverage: float) -> float:
-    """The probability that a share ``coverage`` of new labels reaches, from the probabilities of
-    the labels of calibration images."""
-    # With a tolerance, so that 0.9 of 9 + 1 is 9 and not 10.
-    needed = math.ceil((len(own) + 1) * coverage - 1e-9)
-    return 0.0 if needed > len(own) else float(np.sort(own)[::-1][needed - 1])
+def _upper_bounds(num_wrong: np.ndarray, totals: np.ndarray) -> np.ndarray:
+    """One-sided Clopper-Pearson bounds of error rates (doi 10.1093/biomet/26.4.404)."""
+    from scipy.special import betaincinv
+
+    num_right = totals - num_wrong
+    bounds = betaincinv(num_wrong + 1, np.maximum(num_right, 1), CONFIDENCE)
+    return np.where(num_right > 0, bounds, 1.0)
 
 
-def _half(num_examples: int, groups: np.ndarray | None, seed: int) -> np.ndarray:
-    """A random half of the images, or of their groups, bool ``[num_examples]``."""
-    units = np.arange(num_examples)
-    if groups is not None:
-        _, units = np.unique(groups, return_inverse=True)
-    num_units = int(units.max()) + 1
-    drawn = np.random.default_rng(seed).permutation(num_units) < num_units // 2
-    return np.asarray(drawn[units])
+def _between(ordered: np.ndarray, number: int) -> float:
+    """A threshold that the first ``number`` of descending confidences reach, and no other. 0 if all
+    reach it, otherwise one of few digits about halfway, so that it does not depend on the last bits
+    of probabilities."""
+    if number == len(ordered):
+        return 0.0
+    lowest, next_one = float(ordered[number - 1]), float(ordered[number])
+    middle, quarter = (lowest + next_one) / 2, (lowest - next_one) / 4
+    rounded = (float(f"{middle:.{digits}g}") for digits in range(1, 18))
+    short = next((value for value in rounded if abs(value - middle) <= quarter), middle)
+    return short if short > next_one else lowest
+
+
+def _one_of_each(groups: np.ndarray, seed: int) -> np.ndarray:
+    """Positions of one random image of each group."""
+    order = np.random.default_rng(seed).permutation(len(groups))
+    _, first = np.unique(groups[order], return_index=True)
+    return np.asarray(order[first])

@@ -48,7 +48,29 @@ def wilson_interval(accuracy: float, size: float) -> tuple[float, float]:
     z2 = float(ndtri(0.975)) ** 2 / size
     middle, scale = accuracy + z2 / 2, 1 + z2
     half = (z2 * (accuracy * (1 - accuracy) + z2 / 4)) ** 0.5
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    # With every image right, the upper end is 1 but for rounding.
+    low = 0.0 if accuracy == 0 else max(0.0, (middle - half) / scale)
+    high = 1.0 if accuracy == 1 else min(1.0, (middle + half) / scale)
+    return low, high
+
+
+def proportion_interval(is_so: np.ndarray, groups: np.ndarray | None = None) -> list[float]:
+    """95 % Wilson score interval of the share of images that have a property.
+
+    Args:
+        is_so: whether each image has it, bool ``[num_examples]``, at least one.
+        groups: group number of each image, int ``[num_examples]``: the interval is then that of
+            the ``effective_size``.
+
+    Example:
+        >>> import numpy as np
+        >>> from transfer.evaluation.by_group import proportion_interval
+        >>> low, high = proportion_interval(np.ones(20, bool))
+        >>> print(f"{low:.3f} {high:.3f}")
+        0.839 1.000
+    """
+    size = len(is_so) if groups is None else effective_size(is_so, groups)
+    return list(wilson_interval(float(is_so.mean()), size))
 
 
 def resampler(

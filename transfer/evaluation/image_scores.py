@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from transfer.evaluation.prediction import probabilities, row_blocks
-
-TOP_K = 5
+from transfer.evaluation.prediction import TOP_K, label_scores, probabilities, row_blocks
 
 
 @dataclass(frozen=True)
@@ -17,13 +15,13 @@ class ImageScores:
 
     ``top`` are the most probable classes of each image in descending order, int64
     ``[num_examples, k]``, ties in the order of the classes; ``top_probabilities`` are their
-    probabilities, float64. ``label_probabilities`` are those of the labels, float64
-    ``[num_examples]``; ``label_ranks``, int64, is 1 plus the number of more probable classes.
+    probabilities, float64. ``label_log_likelihoods`` and ``label_ranks`` are those of
+    ``prediction.label_scores``.
     """
 
     top: np.ndarray
     top_probabilities: np.ndarray
-    label_probabilities: np.ndarray
+    label_log_likelihoods: np.ndarray
     label_ranks: np.ndarray
 
     @property
@@ -35,6 +33,11 @@ class ImageScores:
     def confidences(self) -> np.ndarray:
         """Its probability, float64 ``[num_examples]``."""
         return self.top_probabilities[:, 0]
+
+    @property
+    def label_probabilities(self) -> np.ndarray:
+        """Probability of the label of each image, float64 ``[num_examples]``."""
+        return np.exp(self.label_log_likelihoods)
 
 
 def score_images(logits: np.ndarray, labels: np.ndarray) -> ImageScores:
@@ -49,11 +52,12 @@ def score_images(logits: np.ndarray, labels: np.ndarray) -> ImageScores:
     """
     num_examples, num_classes = logits.shape
     k = min(TOP_K, num_classes)
+    log_likelihoods, ranks = label_scores(logits, labels)
     scores = ImageScores(
         top=np.empty((num_examples, k), np.int64),
         top_probabilities=np.empty((num_examples, k)),
-        label_probabilities=np.empty(num_examples),
-        label_ranks=np.empty(num_examples, np.int64),
+        label_log_likelihoods=log_likelihoods,
+        label_ranks=ranks,
     )
     for rows in row_blocks(logits):
         p, rest = probabilities(logits[rows]), logits[rows].copy()
@@ -64,7 +68,4 @@ def score_images(logits: np.ndarray, labels: np.ndarray) -> ImageScores:
             scores.top[rows, place] = best
             rest[number, best] = -np.inf
         scores.top_probabilities[rows] = np.take_along_axis(p, scores.top[rows], axis=-1)
-        own = p[number, labels[rows]]
-        scores.label_probabilities[rows] = own
-        scores.label_ranks[rows] = 1 + (p > own[:, None]).sum(-1)
     return scores

@@ -1,6 +1,8 @@
 """Metrics of a classifier: per class, calibration, ROC AUC and average precision, with intervals.
 
-Equal to scikit-learn's metrics of the same names. Confidence intervals are percentiles of a
+Equal to scikit-learn's metrics of the same names. Confidence intervals of shares of images
+(accuracy, top-5 accuracy, recall and precision of a class) are Wilson score intervals, which do not
+collapse to a point where all images are right. Those of the other metrics are percentiles of a
 bootstrap over the images (doi 10.1007/978-1-4899-4541-9, chapter 13), or over their groups, shifted
 by the difference between the metric and the median of its resamples: a resample has fewer distinct
 images, which makes average precision larger and F1 smaller, so that plain percentiles may not
@@ -18,7 +20,7 @@ import numpy as np
 from transfer.evaluation import by_group
 from transfer.evaluation.abstention import risk_coverage
 from transfer.evaluation.image_scores import ImageScores, score_images
-from transfer.evaluation.prediction import by_class, probabilities
+from transfer.evaluation.prediction import TOP_K, by_class, probabilities
 
 MAX_CONFUSED = 20
 """Number of pairs of classes in ``most_confused``."""
@@ -28,6 +30,8 @@ _OF_CLASSES = ("precision", "recall", "f1")
 # For metrics based on ranks: maximum number of probabilities in all resamples together, and minimum
 # number of resamples.
 _RANK_WORK, _MIN_RANKED = 10**8, 50
+_MIN_UNITS = 5
+"""Minimum number of images, or groups, of a class for bootstrap intervals of its metrics."""
 
 
 def measure(
@@ -38,6 +42,7 @@ def measure(
     groups: np.ndarray | None = None,
     resamples: int = 1000,
     seed: int = 0,
+    scores: ImageScores | None = None,
 ) -> dict[str, Any]:
     """Compute metrics per class and over all classes.
 
@@ -50,6 +55,7 @@ def measure(
         resamples: number of bootstrap resamples. Metrics that need sorting use fewer if it would
             take too long, and none (no interval) for more than two million probabilities.
         seed: seed of the bootstrap.
+        scores: those of ``score_images(logits, labels)``, if they are already known.
 
     Returns:
         ``accuracy``, ``top5``, ``loss`` (mean cross-entropy, nats), ``balanced_accuracy``;
@@ -61,7 +67,9 @@ def measure(
         the accuracy if images of low confidence are not predicted (``abstention.risk_coverage``);
         ``classes``: for each its ``label``, ``precision``, ``recall``, ``f1``, ``support``,
         ``roc_auc`` and ``average_precision`` (``None`` where undefined) and ``ci95`` of these; and
-        ``ci95``, which maps the names of the metrics over all classes to their intervals.
+        ``ci95``, which maps the names of the metrics over all classes to their intervals. An
+        interval is ``None`` where its metric is undefined, or where the bootstrap does not tell it:
+        all resamples are equal, or a class has fewer than ``_MIN_UNITS`` images, or groups.
 
     Raises:
         ValueError: if logits are not finite.
@@ -71,7 +79,7 @@ def measure(
             f"the logits of {not_finite} of {len(logits)} images are infinite or not a number: the "
             "training diverged, or the model's weights are damaged; a lower learning rate may help"
         )
-    num_examples, scores = len(logits), score_images(logits, labels)
+    num_examples, scores = len(logits), scores or score_images(logits, labels)
     cheap = _cheap(scores, labels, len(class_names))
     overall_metrics, of_class = cheap(np.arange(num_examples)), _ranks(by_class(logits), labels)
     if groups is not None and len(np.unique(groups)) == 1:
@@ -101,14 +109,17 @@ def measure(
     overall = {name: _mean(values) for name, values in of_class.items()}
     of_class |= {name: np.array(overall_metrics["classes"][name]) for name in _OF_CLASSES}
     samples_by_class = {name: np.stack(values) for name, values in drawn_by_class.items()}
+    shares = _intervals_of_shares(scores.predictions, labels, len(class_names), groups)
+    few = _few_units(labels, len(class_names), groups)
     classes = [
         {"label": name, "support": int(overall_metrics["classes"]["support"][number])}
         | {part: _none_if_nan(values[number]) for part, values in of_class.items()}
         | {
             "ci95": {
-                part: _interval(values[:, number], of_class[part][number])
+                part: None if few[number] else _interval(values[:, number], of_class[part][number])
                 for part, values in samples_by_class.items()
             }
+            | shares[number]
         }
         for number, name in enumerate(class_names)
     ]
@@ -117,7 +128,10 @@ def measure(
     intervals = {
         name: _interval(np.array(drawn.get(name, [])), value, math.inf if name == "loss" else 1.0)
         for name, value in single.items()
-    }
+    } | _intervals_over_all(scores, labels, len(class_names), groups)
+    intervals["weighted_recall"] = intervals["accuracy"]  # the same number
+    if single["macro_recall"] == single["balanced_accuracy"]:
+        intervals["macro_recall"] = intervals["balanced_accuracy"]
     return (
         overall_metrics
         | {name: _none_if_nan(value) for name, value in overall.items()}
@@ -235,8 +249,7 @@ def _cheap(
 ) -> Callable[[np.ndarray], dict[str, Any]]:
     """A function that computes the metrics that need no sorting, for chosen positions."""
     predictions, confidences = scores.predictions, scores.confidences
-    losses = -np.log(np.maximum(scores.label_probabilities, np.finfo(float).tiny))
-    in_top5 = scores.label_ranks <= 5
+    losses, in_top5 = -scores.label_log_likelihoods, scores.label_ranks <= TOP_K
     bins = np.minimum((confidences * BINS).astype(int), BINS - 1)
 
     def compute(chosen: np.ndarray) -> dict[str, Any]:
@@ -345,10 +358,49 @@ def _flat(metrics: dict[str, Any]) -> dict[str, float]:
     return flat
 
 
+def _intervals_over_all(
+    scores: ImageScores, labels: np.ndarray, num_classes: int, groups: np.ndarray | None
+) -> dict[str, list[float]]:
+    """Intervals of the shares of images over all classes."""
+    in_top5 = scores.label_ranks <= TOP_K
+    # By definition, and not as a result.
+    certain = [1.0, 1.0] if num_classes <= TOP_K else None
+    return {
+        "accuracy": by_group.proportion_interval(scores.predictions == labels, groups),
+        "top5": certain or by_group.proportion_interval(in_top5, groups),
+    }
+
+
+def _intervals_of_shares(
+    predictions: np.ndarray, labels: np.ndarray, num_classes: int, groups: np.ndarray | None
+) -> list[dict[str, list[float] | None]]:
+    """Intervals of the ``precision`` and ``recall`` of each class: shares of the images that are
+    predicted as the class, and of the images of the class."""
+    right = predictions == labels
+    intervals: list[dict[str, list[float] | None]] = [{} for _ in range(num_classes)]
+    for part, classes in (("precision", predictions), ("recall", labels)):
+        order = np.argsort(classes, kind="stable")
+        ends = np.cumsum(np.bincount(classes, minlength=num_classes))
+        for number, chosen in enumerate(np.split(order, ends[:-1])):
+            of_chosen = None if groups is None else groups[chosen]
+            intervals[number][part] = (
+                by_group.proportion_interval(right[chosen], of_chosen) if len(chosen) else None
+            )
+    return intervals
+
+
+def _few_units(labels: np.ndarray, num_classes: int, groups: np.ndarray | None) -> np.ndarray:
+    """Whether a class has fewer than ``_MIN_UNITS`` images, or groups, bool ``[num_classes]``."""
+    units = np.arange(len(labels)) if groups is None else groups
+    pairs = np.unique(np.stack([labels, units]), axis=1)
+    return np.bincount(pairs[0], minlength=num_classes) < _MIN_UNITS
+
+
 def _interval(values: np.ndarray, metric: float, highest: float = 1.0) -> list[float] | None:
-    """95 % interval of a metric in 0 to ``highest``, from its values in the resamples."""
+    """95 % interval of a metric in 0 to ``highest``, from its values in the resamples; ``None`` if
+    there are none, or all are equal: that all images drawn are right does not make it certain."""
     known = values[~np.isnan(values)]
-    if not len(known) or math.isnan(metric):
+    if not len(known) or math.isnan(metric) or known.min() == known.max():
         return None
     low, middle, high = np.quantile(known, [0.025, 0.5, 0.975])
     shift = metric - middle

@@ -14,6 +14,7 @@ import numpy as np
 from transfer.activations.extraction import stream
 from transfer.evaluation import by_group
 
+TOP_K = 5
 _BLOCK = 2**21  # probabilities in memory at a time: 16 MB
 
 
@@ -35,9 +36,40 @@ def predict_logits(
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax over the last axis, in float64."""
-    from scipy.special import softmax
+    exponentials = np.exp(_below_highest(logits))
+    return exponentials / exponentials.sum(-1, keepdims=True)
 
-    return softmax(logits.astype(np.float64), axis=-1)
+
+def label_scores(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log-likelihoods and ranks of the labels, both from the logits.
+
+    A probability below 1e-308 is 0 in float64, so that with logits further apart than 708 its
+    logarithm is lost, and classes seem equally probable whose logits differ.
+
+    Args:
+        logits: float ``[num_examples, num_classes]``.
+        labels: int ``[num_examples]``.
+
+    Returns:
+        The logarithms of the probabilities of the labels, float64 ``[num_examples]``, and int64
+        ``[num_examples]``: 1 plus the number of classes with a higher logit. A label with the logit
+        NaN has the last rank.
+    """
+    log_likelihoods, ranks = np.empty(len(labels)), np.empty(len(labels), np.int64)
+    for rows in row_blocks(logits):
+        with np.errstate(invalid="ignore"):  # with non-finite logits, the loss shows it
+            below = _below_highest(logits[rows])
+            of_labels = np.take_along_axis(below, labels[rows, None], axis=-1)
+            # Not `>`, which is false for NaN.
+            ranks[rows] = 1 + np.count_nonzero(~(below <= of_labels), axis=-1)
+            log_likelihoods[rows] = of_labels[:, 0] - np.log(np.exp(below).sum(-1))
+    return log_likelihoods, np.minimum(ranks, logits.shape[1])
+
+
+def _below_highest(logits: np.ndarray) -> np.ndarray:
+    """The logits minus the highest of each row, float64."""
+    wide = logits.astype(np.float64)
+    return wide - wide.max(-1, keepdims=True)
 
 
 def row_blocks(logits: np.ndarray) -> Iterator[slice]:
@@ -79,41 +111,34 @@ def summarize(
         groups it is that of ``effective_examples``, the number of independent images that determine
         the accuracy as precisely (``by_group.effective_size``), and ``num_groups`` is their number.
     """
-    from scipy.special import log_softmax
-    from scipy.stats import binomtest
-    from sklearn.metrics import accuracy_score
+    return summarize_labels(logits.argmax(-1) == labels, *label_scores(logits, labels), groups)
 
-    num_examples = len(logits)
-    correct = int(accuracy_score(labels, logits.argmax(-1), normalize=False))
-    log_likelihoods, in_top5 = np.empty(num_examples), 0
-    for rows in row_blocks(logits):
-        with np.errstate(invalid="ignore"):  # with non-finite logits, the loss shows it
-            log_probabilities = log_softmax(logits[rows].astype(np.float64), axis=-1)
-        of_labels = np.take_along_axis(log_probabilities, labels[rows, None], axis=-1)
-        log_likelihoods[rows] = of_labels[:, 0]
-        in_top5 += _num_in_top5(logits[rows], labels[rows])
+
+def summarize_labels(
+    right: np.ndarray,
+    log_likelihoods: np.ndarray,
+    ranks: np.ndarray,
+    groups: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """``summarize``, from what is known of the label of each image.
+
+    Args:
+        right: whether it is predicted, bool ``[num_examples]``.
+        log_likelihoods: of ``label_scores``.
+        ranks: of ``label_scores``.
+        groups: group number of each image, int ``[num_examples]``.
+    """
     of_groups: dict[str, Any] = {}
-    if groups is None:
-        low, high = binomtest(correct, num_examples).proportion_ci(0.95, method="wilson")
-    else:
-        size = by_group.effective_size(logits.argmax(-1) == labels, groups)
-        low, high = by_group.wilson_interval(correct / num_examples, size)
-        num_groups, effective = len(np.unique(groups)), max(1, round(size))
-        of_groups = {"num_groups": num_groups, "effective_examples": effective}
+    if groups is not None:
+        effective = max(1, round(by_group.effective_size(right, groups)))
+        of_groups = {"num_groups": len(np.unique(groups)), "effective_examples": effective}
     return {
-        "accuracy": correct / num_examples,
-        "top5": in_top5 / num_examples,
-        "loss": float(-np.mean(log_likelihoods)),
-        "num_examples": num_examples,
-        "accuracy_ci95": [float(low), float(high)],
+        "accuracy": float(right.mean()),
+        "top5": float((ranks <= TOP_K).mean()),
+        "loss": float(-log_likelihoods.mean()),
+        "num_examples": len(right),
+        "accuracy_ci95": by_group.proportion_interval(right, groups),
     } | of_groups
-
-
-def _num_in_top5(logits: np.ndarray, labels: np.ndarray) -> int:
-    """How many labels have fewer than five logits above their own, as in ``metrics.label_ranks``.
-    Unlike scikit-learn's function it takes NaN, of which no label is among the first."""
-    own = np.take_along_axis(logits, labels[:, None], axis=-1)
-    return int(np.count_nonzero((~(logits <= own)).sum(-1) < 5))
 
 
 def confusion_matrix(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

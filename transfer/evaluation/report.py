@@ -22,6 +22,7 @@ from transfer.core.files import make_folder, write_bytes, write_text
 from transfer.data.dataset import Split
 from transfer.evaluation import metrics, plots
 from transfer.evaluation.image_scores import ImageScores, score_images
+from transfer.evaluation.metrics_text import describe_uncertainty
 from transfer.evaluation.pictures import Picture, read_pictures
 from transfer.evaluation.prediction import confusion_matrix
 from transfer.layers.classifier import Classifier
@@ -50,7 +51,8 @@ class Evaluated:
     """A classifier, the images it was evaluated on, and the results.
 
     ``logits`` are float ``[num_examples, num_classes]``, ``labels`` int ``[num_examples]``, indices
-    of logits. ``metrics`` is the content of ``evaluation.json``.
+    of logits. ``metrics`` is the content of ``evaluation.json``. ``class_means`` are those of
+    ``out_of_distribution.class_means``, if unknown images were evaluated.
     """
 
     classifier: Classifier
@@ -58,6 +60,7 @@ class Evaluated:
     logits: np.ndarray
     labels: np.ndarray
     metrics: dict[str, Any]
+    class_means: np.ndarray | None = None
 
     @functools.cached_property
     def scores(self) -> ImageScores:
@@ -146,6 +149,8 @@ def write(folder: Path, evaluated: Evaluated, run: RunSummary) -> Path:
         class_names=class_names,
         num_groups=evaluated.metrics.get("num_groups"),
         headlines=_headlines(evaluated.metrics),
+        uncertainty=list(describe_uncertainty(evaluated.metrics)),
+        unknown=evaluated.metrics.get("unknown"),
         plots=shown,
         pairs=[
             (row, [described(index) for index in images.tolist()])

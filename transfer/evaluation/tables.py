@@ -80,6 +80,17 @@ def remove_changes(path: Path) -> None:
         path.unlink()
 
 
+def write_class_means(path: Path, means: np.ndarray | None) -> None:
+    """Write the means of ``out_of_distribution.class_means``, float32 ``[num_classes,
+    num_features]``; ``None`` removes those of an earlier evaluation."""
+    if means is None:
+        if is_regular(path):
+            path.unlink()
+        return
+    with row_writer(path, means.shape[1]) as append:
+        append(means)
+
+
 def write_confusion(path: Path, class_names: Sequence[str], counts: np.ndarray) -> None:
     """Write a confusion matrix, int ``[num_classes, num_classes]``: rows are labels, columns
     predictions."""

@@ -18,6 +18,7 @@ from transfer.data.dataset import MAX_COMPARED, Source, Split, whole_eval_split
 from transfer.data.groups import describe_shared
 from transfer.data.sources import manifest_location, open_source
 from transfer.evaluation import metrics, report, scoring, tables
+from transfer.evaluation.out_of_distribution import class_means
 from transfer.evaluation.report import Evaluated, RunSummary
 from transfer.layers.classifier import Classifier
 from transfer.models.card import read_card
@@ -52,6 +53,8 @@ def evaluate_run(
     batch_size: int = EXTRACTION_BATCH,
     against: Path | None = None,
     coverage: float | None = None,
+    risk: float | None = None,
+    unknown: Path | None = None,
     skip_unreadable: int = 0,
     probabilities: Path | None = None,
     command: Sequence[str] = (),
@@ -61,7 +64,8 @@ def evaluate_run(
 
     Writes ``evaluation.json``, ``predictions.csv``, ``confusion.csv``, ``report.html`` with
     ``plots/``, and the metrics into ``metrics.json``, without those per class if there are more
-    than ``MAX_CLASSES_IN_METRICS``; with ``against`` also ``changes.csv``.
+    than ``MAX_CLASSES_IN_METRICS``; with ``against`` also ``changes.csv``, and with ``unknown``
+    ``class_means.npy``, for ``predict``.
 
     Args:
         folder: folder of a finished run.
@@ -75,6 +79,8 @@ def evaluate_run(
         batch_size: images per step; see ``evaluate``.
         against: folder of another run with the same classes to compare with on the same images.
         coverage: also measure prediction sets with this coverage; see ``evaluate``.
+        risk: also find the confidence that keeps this error rate; see ``evaluate``.
+        unknown: folder of images of none of the classes; see ``evaluate``.
         skip_unreadable: leave out up to this number of images that cannot be decoded.
         probabilities: write the probabilities of all classes to this file, ``.npy``, float32
             ``[num_examples, num_classes]``, with a row per row of ``predictions.csv`` and a column
@@ -91,8 +97,9 @@ def evaluate_run(
         BlockingIOError: if the run goes on in another process.
         FileNotFoundError: if the folder holds no finished run.
         ValueError: if no images are named and those of the run came from a Python program, the
-            classes of the images differ from the run's, some cannot be decoded, ``coverage`` does
-            not fit them, or ``probabilities`` does not end in ``.npy``.
+            classes of the images differ from the run's, some cannot be decoded, ``coverage`` or
+            ``risk`` is not between 0 and 1, ``coverage`` does not fit the images, or
+            ``probabilities`` does not end in ``.npy``.
 
     Example:
         >>> from transfer import fine_tune, load_meta_graph, open_source
@@ -106,6 +113,7 @@ def evaluate_run(
     """
     if probabilities is not None:
         check_path(probabilities, "probabilities")
+    wanted = scoring.Uncertainty(coverage, risk, None if unknown is None else str(unknown))
     settings = run_folder.read_config(folder)
     with locked_folder(folder):  # refused here, and not after the slow part, in `write`
         classifier = _load(folder, settings)
@@ -131,13 +139,17 @@ def evaluate_run(
     split = _split(folder, settings, source, origin, eval_split, progress)
     if skip_unreadable:
         split = split.readable(skip_unreadable, lambda it: progress(it, "check", "image"))
-    logits, labels = scoring.compute_logits(
-        classifier,
-        split,
-        batch_size=batch_size,
-        progress=lambda batches: progress(batches, "evaluation", "batch"),
+    in_batches: dict[str, Any] = {
+        "batch_size": batch_size,
+        "progress": lambda batches: progress(batches, "evaluation", "batch"),
+    }
+    outputs, labels = scoring.compute(
+        classifier, split, with_features=unknown is not None, **in_batches
     )
-    results = scoring.measure(classifier, split, logits, labels, coverage)
+    logits, means = outputs.logits, None
+    results = scoring.measure(classifier, split, outputs, labels, wanted, **in_batches)
+    if outputs.features is not None:
+        means = class_means(outputs.features, labels, len(classifier.labels))
     if skip_unreadable:
         heading = {name: results[name] for name in ("dataset", "splits")}
         results = heading | {"unreadable": run_data.unreadable(split)} | results
@@ -154,7 +166,7 @@ def evaluate_run(
         tables.remove_changes(folder / CHANGES)  # left by an earlier evaluation
     if probabilities is not None:
         tables.write_probabilities(probabilities, logits)
-    write(folder, Evaluated(classifier, split, logits, labels, results), command)
+    write(folder, Evaluated(classifier, split, logits, labels, results, means), command)
     return results
 
 
@@ -169,6 +181,8 @@ def evaluate_model(
     eval_split: str = "auto",
     batch_size: int = EXTRACTION_BATCH,
     coverage: float | None = None,
+    risk: float | None = None,
+    unknown: Path | None = None,
     skip_unreadable: int = 0,
     probabilities: Path | None = None,
     progress: Progress = silent,
@@ -187,6 +201,8 @@ def evaluate_model(
             training images.
         batch_size: images per step; see ``evaluate``.
         coverage: also measure prediction sets with this coverage; see ``evaluate``.
+        risk: also find the confidence that keeps this error rate; see ``evaluate``.
+        unknown: folder of images of none of the classes; see ``evaluate``.
         skip_unreadable: leave out up to this number of images that cannot be decoded.
         probabilities: file for the probabilities of all classes; see ``evaluate_run``.
         progress: wraps iterables, for progress bars.
@@ -202,6 +218,7 @@ def evaluate_model(
             f"{str(model)!r} is a model without a run, so there are no held-out images; give the "
             "images with image_folder=DIR, csv=FILE or dataset=NAME"
         )
+    scoring.Uncertainty(coverage, risk, None if unknown is None else str(unknown))  # checked first
     classifier = Classifier.load(model)
     source = open_source(
         dataset or "",
@@ -219,6 +236,8 @@ def evaluate_model(
         split,
         batch_size=batch_size,
         coverage=coverage,
+        risk=risk,
+        unknown=unknown,
         probabilities=probabilities,
         progress=lambda batches: progress(batches, "evaluation", "batch"),
     )
@@ -245,6 +264,7 @@ def write(folder: Path, evaluated: Evaluated, command: Sequence[str] = ()) -> No
             evaluated.labels,
             evaluated.scores,
         )
+        tables.write_class_means(folder / run_folder.CLASS_MEANS, evaluated.class_means)
         tables.write_confusion(folder / run_folder.CONFUSION, class_names, evaluated.confusion)
         report.write(folder, evaluated, _summary(folder, command))
 

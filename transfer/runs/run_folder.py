@@ -30,6 +30,7 @@ CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
 PREDICTIONS = "predictions.csv"
 CONFUSION = "confusion.csv"
+CLASS_MEANS = "class_means.npy"
 CHANGES_RESULT = ("epochs", "fc_epochs", "calibrate")
 """Options that may differ in a resumed run although its result depends on them."""
 _MAY_DIFFER = (
@@ -144,7 +145,9 @@ def remove(run: Path, *, only_working: bool = False) -> None:
 
 def files_of(run: Path) -> list[Path]:
     """The files of a run and of its evaluation, without checkpoints, events and other people's."""
-    names = re.compile(rf"{_RUN_FILES}|{EVALUATION}|{PREDICTIONS}|{CONFUSION}|report\.html")
+    names = re.compile(
+        rf"{_RUN_FILES}|{EVALUATION}|{PREDICTIONS}|{CONFUSION}|{CLASS_MEANS}|report\.html"
+    )
     return [
         path
         for path in sorted(run.iterdir())
