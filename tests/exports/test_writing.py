@@ -60,7 +60,7 @@ def test_keras_file_outputs_logits(classifier, tmp_path):
     assert metrics["exports"]["keras"]["max_difference"] < 1e-5
     assert json.loads((tmp_path / "export.json").read_text()) == metrics
     text = (tmp_path / "keras" / "README.md").read_text()
-    assert "keras.models.load_model" in text and "on synthetic images:" in text
+    assert "keras.models.load_model" in text and "of synthetic images:" in text
     assert "np.repeat" not in text
 
 
@@ -110,7 +110,7 @@ def test_int8_needs_images(classifier, tmp_path, image_folder):
     )
     assert metrics["num_images"] == len(held_out)
     assert [*metrics["exports"]] == ["tflite float32", "tflite float16", "tflite int8"]
-    assert "on labelled images:" in (tmp_path / "out" / "tflite" / "README.md").read_text()
+    assert "of labelled images:" in (tmp_path / "out" / "tflite" / "README.md").read_text()
 
 
 def test_format_that_fails_later_keeps_the_earlier_files(classifier, tmp_path, monkeypatch):

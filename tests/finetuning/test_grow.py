@@ -312,7 +312,7 @@ def test_one_image_is_added(place, tmp_path, capsys, name):
     flags = ["finetune", "--add", place / "run", "--image-folder", tmp_path / "one"]
     assert main([*map(str, flags), "--cache", "off", "--out", str(tmp_path / "run")]) == 0
     captured = capsys.readouterr()
-    assert f"the 1 new images of '{name}' are all trained on" in captured.err
+    assert f"1 new images of '{name}' are trained on, and none is held out" in captured.err
     assert "added 1 images to 20 training images" in captured.out
 
 

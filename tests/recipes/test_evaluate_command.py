@@ -77,6 +77,24 @@ def test_evaluate_uses_recorded_held_out_images(tmp_path, model, own_image_folde
 
 
 @pytest.mark.slow
+def test_evaluate_finds_held_out_images_in_a_moved_folder(
+    tmp_path, model, own_image_folder, capsys
+):
+    out = tmp_path / "run"
+    assert finetune(out, model, own_image_folder) == 0
+    moved = own_image_folder.rename(tmp_path / "moved")
+    assert main(["evaluate", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert "does not exist; move them back, or put a link to their new place there" in error
+    assert "or say where they are now: --image-folder DIR or --csv FILE" in error
+    assert main(["evaluate", str(out), "--image-folder", str(moved)]) == 0
+    assert "on 4 images" in capsys.readouterr().out  # not on the training images
+    shutil.copy(moved / "red" / "00.jpg", moved / "red" / "02.jpg")  # other images now
+    assert main(["evaluate", str(out), "--image-folder", str(moved)]) == 0
+    assert "on 24 images" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_evaluate_in_a_new_process(tmp_path, run_of):
     out = shutil.copytree(run_of("--freeze-until", "pool1"), tmp_path / "run")
     command = [sys.executable, "-m", "recipes", "evaluate", str(out)]

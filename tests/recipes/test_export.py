@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import ExifTags, Image
 from recipes.cli import main
 from transfer import Card, Classifier, load_meta_graph, save_meta_graph
 from transfer.exports import onnx, tflite
+from transfer.exports.writing import export_run
 from transfer.images.decoding import decode
 
 KINDS = ["meta_graph", "saved_model", "tflite float32", "tflite float16", "tflite int8", "onnx"]
@@ -43,13 +45,24 @@ def photo(run, tmp_path):
     return on_its_side(run, tmp_path / "photo.jpg")
 
 
+def probabilities(run, path):
+    pixels = decode(tf.constant(path.read_bytes()))[None]
+    return Classifier.load(run / "model").probabilities(pixels)[0].numpy()
+
+
+def with_16_bits(path):
+    """A gray PNG."""
+    pixels = np.random.default_rng(0).integers(0, 2**15, (20, 31)).astype(np.uint16)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
 def on_its_side(run, path):
     tags = Image.Exif()
     tags[ExifTags.Base.Orientation] = 6
     with Image.open(run.parent / "photos" / "red" / "04.jpg") as image:
         image.save(path, exif=tags, quality=95)
-    pixels = decode(tf.constant(path.read_bytes()))[None]
-    return path, Classifier.load(run / "model").probabilities(pixels)[0].numpy()
+    return path, probabilities(run, path)
 
 
 def figures(run):
@@ -85,8 +98,10 @@ for folder, code in json.loads(sys.argv[1]):
 )
 def test_readme_code_predicts_as_model(run, tmp_path, names):
     """Runs its Python code in the folder of the export, without this project, on a JPEG and a PNG
-    with an EXIF rotation."""
+    with an EXIF rotation, and on a PNG with 16 bits."""
     photos = [on_its_side(run, tmp_path / f"photo.{kind}") for kind in ("jpg", "png")]
+    path = with_16_bits(tmp_path / "16.png")
+    photos.append((path, probabilities(run, path)))
     programs = []
     for name in names:
         text = (run / "export" / name / "README.md").read_text()
@@ -100,11 +115,12 @@ def test_readme_code_predicts_as_model(run, tmp_path, names):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     labels = (run / "labels.txt").read_text().splitlines()
-    for line, (_, expected) in zip(result.stdout.splitlines(), photos * len(names), strict=True):
+    for line, (path, expected) in zip(result.stdout.splitlines(), photos * len(names), strict=True):
         label, probability = line.split()
         assert label == labels[expected.argmax()]
-        # Pillow decodes and resizes a little differently.
-        assert float(probability) == pytest.approx(expected.max(), abs=0.01)
+        # Pillow decodes JPEGs a little differently.
+        tolerance = 0.01 if path.suffix == ".jpg" else 1e-4
+        assert float(probability) == pytest.approx(expected.max(), abs=tolerance)
 
 
 @pytest.mark.slow
@@ -127,6 +143,55 @@ def test_exports_agree_with_predict(run, photo, capsys):
     assert main(["predict", str(run), str(path), "--format", "jsonl", "--top-k", "1"]) == 0
     (best,) = json.loads(capsys.readouterr().out)["predictions"]
     assert best["probability"] == pytest.approx(expected.max(), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_readme_says_what_its_decoding_changes(run):
+    difference = figures(run)["max_difference_of_files"]
+    assert 0 < difference < 0.05  # half of the photos are JPEGs
+    for name in ("keras", "meta_graph", "tflite", "onnx"):
+        text = (run / "export" / name / "README.md").read_text()
+        assert f"differ by up to {difference:.1g} from its own" in text
+    assert "differ by up to" not in (run / "export" / "saved_model" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_run_whose_images_were_moved_is_exported(run, tmp_path, capsys):
+    """On synthetic images, but without an int8 model."""
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(run.parent / "photos"), str(tmp_path / "no")))
+    flags = ["--format", "keras,tflite"]
+    assert main(["export", str(tmp_path / "run"), *flags]) == 0
+    err = capsys.readouterr().err
+    assert f"image folder {str(tmp_path / 'no')!r} does not exist; move them back, or put a" in err
+    assert "compared with the model on synthetic images instead. There is no int8 TFLite" in err
+    assert [*figures(tmp_path / "run")["exports"]] == ["keras", "tflite float32", "tflite float16"]
+    text = (tmp_path / "run" / "export" / "keras" / "README.md").read_text()
+    assert "of synthetic images:" in text
+
+
+@pytest.mark.slow
+def test_run_with_some_images_gone_is_exported_with_the_others(run, tmp_path, caplog):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    shutil.copytree(run.parent / "photos", tmp_path / "photos")
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(run.parent), str(tmp_path)))
+    first, *others = (tmp_path / "run" / "held_out.txt").read_text().splitlines()
+    (tmp_path / "photos" / first).unlink()
+    metrics, _ = export_run(tmp_path / "run", formats=["keras"])
+    assert metrics["num_images"] == len(others)
+    assert f"1 of the images that the run held out are gone, such as {first!r}" in caplog.text
+
+
+@pytest.mark.slow
+def test_model_in_run_folder_is_answered_with_the_folder(run, tmp_path, capsys):
+    assert main(["export", str(run / "model")]) == 1
+    assert f"is the model in the run folder {str(run)!r}; name that folder" in (
+        capsys.readouterr().err
+    )
+    assert main(["export", str(tmp_path)]) == 1
+    assert "is not a run folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

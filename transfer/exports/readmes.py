@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
+from transfer.exports import preparing
 from transfer.layers.classifier import Classifier
 
 _META_GRAPH = """\
@@ -18,9 +20,11 @@ import numpy as np
 import tensorflow.compat.v1 as tf
 from PIL import Image, ImageOps
 
+{read}
+
 with tf.Graph().as_default(), tf.Session() as session:
     tf.train.import_meta_graph("model.meta").restore(session, "model")
-    image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{mode}")
+    image = read("photo.jpg"){converted}
     pixels = np.array(image, np.float32).reshape(1, image.height, image.width, {channels})
     pixels = np.repeat(pixels, {repeats}, axis=0)
     probabilities = session.run("probabilities:0", {{"pixels:0": pixels}})[0]
@@ -61,22 +65,6 @@ curl http://localhost:8501/v1/models/it:predict \\
 ```
 """
 
-_PREPARE = """\
-import numpy as np
-from PIL import Image, ImageOps
-
-HEIGHT, WIDTH = {height}, {width}
-
-
-def prepare(path):
-    image = ImageOps.exif_transpose(Image.open(path)).convert("{mode}")
-    scale = max(HEIGHT / image.height, WIDTH / image.width)
-    image = image.resize([round(side * scale) for side in image.size], Image.Resampling.BILINEAR)
-    left, top = (image.width - WIDTH) // 2, (image.height - HEIGHT) // 2
-    image = image.crop((left, top, left + WIDTH, top + HEIGHT))
-    return np.array(image, np.float32).reshape(1, HEIGHT, WIDTH, {channels})
-"""
-
 _TFLITE = """\
 # {name}: TFLite
 
@@ -92,7 +80,7 @@ from ai_edge_litert.interpreter import Interpreter
 
 interpreter = Interpreter("model_float32.tflite")
 interpreter.allocate_tensors()
-interpreter.set_tensor(interpreter.get_input_details()[0]["index"], prepare("photo.jpg"))
+interpreter.set_tensor(interpreter.get_input_details()[0]["index"], prepare("photo.jpg", {size}))
 interpreter.invoke()
 probabilities = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])[0]
 labels = open("labels.txt", encoding="utf-8").read().splitlines()
@@ -112,7 +100,7 @@ import onnxruntime
 {prepare}
 
 session = onnxruntime.InferenceSession("model.onnx")
-probabilities = session.run(["probabilities"], {{"pixels": prepare("photo.jpg")}})[0][0]
+probabilities = session.run(["probabilities"], {{"pixels": prepare("photo.jpg", {size})}})[0][0]
 labels = open("labels.txt", encoding="utf-8").read().splitlines()
 print(labels[probabilities.argmax()], probabilities.max())
 ```
@@ -135,7 +123,7 @@ import keras
 {prepare}
 
 model = keras.models.load_model("model.keras")
-logits = model.predict(prepare("photo.jpg"), verbose=0)
+logits = model.predict(prepare("photo.jpg", {size}), verbose=0)
 probabilities = keras.ops.convert_to_numpy(keras.ops.softmax(logits))[0]
 labels = open("labels.txt", encoding="utf-8").read().splitlines()
 print(labels[probabilities.argmax()], probabilities.max())
@@ -157,6 +145,7 @@ def text(
     classifier: Classifier,
     metrics: dict[str, dict[str, float]],
     images: str,
+    prepared_difference: float | None = None,
 ) -> str:
     """The README of an export.
 
@@ -166,6 +155,8 @@ def text(
         classifier: the exported classifier.
         metrics: maps each file kind to the result of its comparison with the classifier.
         images: description of the images of the comparison.
+        prepared_difference: maximum absolute difference of a probability where the code of the
+            README decodes and resizes the images; ``None`` if it is not known.
     """
     preprocess = classifier.preprocess
     words: dict[str, Any] = {
@@ -173,12 +164,18 @@ def text(
         "batch": classifier.backbone.network.batch_size or "batch",
         "repeats": classifier.backbone.network.batch_size or 1,
         "channels": preprocess.channels,
-        "mode": "RGB" if preprocess.channels == 3 else "L",
+        "converted": "" if preprocess.channels == 3 else '.convert("L")',
         "num_classes": len(classifier.labels),
         "height": preprocess.height,
         "width": preprocess.width,
     }
-    words["prepare"] = _PREPARE.format(**words).strip()
+    words["size"] = f"{preprocess.height}, {preprocess.width}"
+    words["size"] += "" if preprocess.channels == 3 else ", gray=True"
+    words["read"] = inspect.getsource(preparing.read).strip()
+    words["prepare"] = (
+        f"import numpy as np\nfrom PIL import Image, ImageOps\n\n\n{words['read']}\n\n\n"
+        f"{inspect.getsource(preparing.prepare).strip()}"
+    )
     rows = "".join(
         f"| {kind} | {row['megabytes']:.1f} | {row['max_difference']:.1g} "
         f"| {row['same_label']:.1%} |\n"
@@ -189,7 +186,29 @@ def text(
         template = re.sub(r" *pixels = np\.repeat\(pixels, {repeats}, axis=0\)\n", "", template)
     return (
         template.format(**words)
-        + f"\nCompared with the model it was made from, on {images}:\n\n"
+        + f"\nCompared with the model it was made from, on the same pixels of {images}:\n\n"
         + "| | MB | largest difference of a probability | equal labels |\n|---|---|---|---|\n"
         + rows
+        + _of_files(name, prepared_difference)
+    )
+
+
+def _of_files(name: str, difference: float | None) -> str:
+    """What to expect where the code of a README decodes and resizes the images."""
+    if name == "saved_model":
+        return (
+            "\n`serving_default` decodes and resizes files as the model's own program does. The "
+            "signature `pixels` resizes only.\n"
+        )
+    measured = ""
+    if difference is not None:
+        measured = (
+            " From the files of these images, decoded and resized by the code above, the "
+            f"probabilities of the model differ by up to {difference:.1g} from its own."
+        )
+    return (
+        "\nThe export contains the normalization of pixels, not the decoding of files"
+        f"{'' if name == 'meta_graph' else ' and not the resizing'}. The code above decodes with "
+        "Pillow, whose pixels of a JPEG differ by a few gray levels from those of TensorFlow, with "
+        f"which the model was trained; those of a PNG are the same.{measured}\n"
     )

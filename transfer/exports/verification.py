@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from transfer.data.dataset import Split
+from transfer.exports import preparing
 from transfer.images.decoding import is_for_tensorflow, read_image
 from transfer.images.preprocess import to_channels
 from transfer.layers.classifier import Classifier
@@ -65,6 +68,29 @@ def resized(classifier: Classifier, file: bytes) -> np.ndarray:
     width, channels]`` in 0..255."""
     preprocess = classifier.preprocess
     return preprocess.resize(to_channels(read_image(file), preprocess.channels)).numpy()
+
+
+def prepared_difference(
+    classifier: Classifier, samples: Samples, expected: np.ndarray
+) -> float | None:
+    """Maximum absolute difference of a probability where the code in the READMEs decodes and
+    resizes the samples, ``None`` if Pillow cannot decode one of them.
+
+    Args:
+        classifier: the exported classifier.
+        samples: the images.
+        expected: its probabilities for them, ``[num_images, num_classes]``.
+    """
+    preprocess = classifier.preprocess
+    size, pixels = (preprocess.height, preprocess.width), []
+    for data in samples.files:
+        file: Any = io.BytesIO(data)
+        try:
+            pixels.append(preparing.prepare(file, *size, gray=preprocess.channels == 1))
+        except Exception:  # Pillow raises arbitrary exceptions
+            return None
+    found = classifier.probabilities_of_resized(tf.constant(np.concatenate(pixels)))
+    return float(np.max(np.abs(np.asarray(found) - expected)))
 
 
 def compare(actual: np.ndarray, expected: np.ndarray) -> dict[str, float]:

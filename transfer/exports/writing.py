@@ -91,7 +91,8 @@ def export(
         The content of ``export.json`` in ``out``: ``exports`` has ``max_difference`` (maximum
         absolute difference of a probability), ``same_label`` (fraction of images, 0..1),
         ``images_per_s`` and ``megabytes`` per format; the outer ``images_per_s`` is that of the
-        classifier.
+        classifier. ``max_difference_of_files`` is the maximum absolute difference of a probability
+        where the code in the READMEs decodes and resizes the images, with Pillow.
 
     Raises:
         BlockingIOError: if another process exports to ``out``.
@@ -130,7 +131,8 @@ def export_run(
     num_examples: int = 100,
 ) -> tuple[dict[str, Any], Path]:
     """Export the model of a run, with held-out images for the comparison and training images for
-    the int8 calibration.
+    the int8 calibration. If they cannot be opened, e.g. because they were moved, the exports are
+    compared on synthetic images, there is no int8 model, and a warning says so.
 
     Args:
         run: a run folder.
@@ -151,14 +153,59 @@ def export_run(
     if out is None:
         refuse_link(run / EXPORTS)
     folder = Path(out or run / EXPORTS).resolve()
+    _check_is_run(run)
     classifier = Classifier.load(run / run_folder.MODEL)
-    source = run_data.open_data(run)
-    held_out = run_data.held_out(run, source)
-    examples = _examples(classifier, run_data.trained_on(run, source), num_examples)
-    files = verification.files_of(held_out, num_images)
-    samples = verification.samples_of(classifier, files, "images that were not trained on")
+    images = _images_of(run, names)
+    if images is None:
+        samples, examples = verification.synthetic(classifier), None
+    else:
+        train, held_out = images
+        files = verification.files_of(held_out, num_images)
+        samples = verification.samples_of(classifier, files, "images that were not trained on")
+        examples = _examples(classifier, train, num_examples)
     context = _ExportContext(classifier, samples, examples)
     return _export_all(context, names, folder, run.resolve().name), folder
+
+
+def _check_is_run(run: Path) -> None:
+    """Refuse a path that is not a run folder.
+
+    Raises:
+        FileNotFoundError: if it is none; names the run folder for the prefix of its model.
+    """
+    if run.name == run_folder.MODEL and (run.parent / run_folder.CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{str(run)!r} is the model in the run folder {str(run.parent)!r}; name that folder"
+        )
+    run_folder.read_config(run)
+
+
+def _images_of(run: Path, formats: Sequence[str]) -> tuple[Split, Split] | None:
+    """Training and held-out images of a run, ``None`` if they cannot be opened."""
+    gone: list[str] = []
+    try:
+        source = run_data.open_data(run)
+        held_out = run_data.held_out(run, source, gone)
+        train = run_data.trained_on(run, source, [])
+        if not (len(train) and len(held_out)):
+            raise ValueError(f"the images of the run in {str(run)!r} are gone")
+    except (OSError, ValueError) as error:
+        no_int8 = (
+            " There is no int8 TFLite model: it is calibrated with the training images."
+            if "tflite" in formats
+            else ""
+        )
+        logger.warning(
+            f"{error}. The exports are compared with the model on synthetic images instead."
+            f"{no_int8}"
+        )
+        return None
+    if gone:
+        logger.warning(
+            f"{len(gone)} of the images that the run held out are gone, such as {gone[0]!r}; the "
+            "exports are compared with the model on others of them"
+        )
+    return train, held_out
 
 
 @dataclass(frozen=True)
@@ -208,6 +255,9 @@ def _export_all(context: _ExportContext, names: list[str], out: Path, title: str
     with locked_folder(out):
         expected, rate = verification.timed(predict, context.samples.pixels)
         metrics = _earlier(out) | {"num_images": len(context.samples.files), "images_per_s": rate}
+        metrics["max_difference_of_files"] = verification.prepared_difference(
+            context.classifier, context.samples, expected
+        )
         metrics |= {"versions": measurement.versions()}
         for name in names:
             _check_ours(out / name, metrics)
@@ -287,7 +337,14 @@ def _export(
             exported[kind] = compared | {"images_per_s": rate, "megabytes": _megabytes(path)}
         if not exported:
             return failures  # the files of an earlier export stay
-        text = readmes.text(name, title, context.classifier, exported, context.samples.source)
+        text = readmes.text(
+            name,
+            title,
+            context.classifier,
+            exported,
+            context.samples.source,
+            metrics["max_difference_of_files"],
+        )
         run_folder.write_text(draft / "README.md", text)
         kept = {k: v for k, v in metrics["exports"].items() if k.split()[0] != name}
         metrics["exports"] = kept | exported

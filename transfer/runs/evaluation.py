@@ -135,7 +135,11 @@ def evaluate_run(
         source = run_data.open_data(folder)
     else:
         run_data.check_origin(folder, origin)
-        source = run_data.open_place(origin, min_classes=1)
+        if dataset or data_dir or image_folder or csv:
+            source = run_data.open_place(origin, min_classes=1)
+        else:
+            hint = ", or say where they are now: image_folder=DIR or csv=FILE"
+            source = run_data.open_own(folder, origin, min_classes=1, hint=hint)
     split = _split(folder, settings, source, origin, eval_split, progress)
     if skip_unreadable:
         split = split.readable(skip_unreadable, lambda it: progress(it, "check", "image"))

@@ -228,9 +228,9 @@ def _log_not_held_out(train: Split, held_out: Split) -> None:
     if len(labels):
         names = [train.source.class_names[label] for label in labels[:5]]
         logger.info(
-            f"the {np.isin(train.labels, labels).sum()} new images of "
-            f"{', '.join(map(repr, names))}{', ...' if len(labels) > 5 else ''} are all trained "
-            "on: none of them is held out"
+            f"{np.isin(train.labels, labels).sum()} new images of "
+            f"{', '.join(map(repr, names))}{', ...' if len(labels) > 5 else ''} are trained on, "
+            "and none is held out"
         )
 
 

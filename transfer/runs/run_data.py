@@ -42,7 +42,7 @@ def open_data(folder: Path) -> Source:
         return joined_splits(folder)[0].source
     settings = run_folder.read_config(folder)
     check_origin(folder, settings)
-    return _open_own(folder, settings)
+    return open_own(folder, settings)
 
 
 def is_grown(folder: Path) -> bool:
@@ -62,18 +62,20 @@ def open_place(origin: Mapping[str, Any], min_classes: int = 2) -> Source:
     )
 
 
-def _open_own(folder: Path, origin: Mapping[str, Any], min_classes: int = 2) -> Source:
+def open_own(
+    folder: Path, origin: Mapping[str, Any], min_classes: int = 2, hint: str = ""
+) -> Source:
     """``open_place`` for images of a run.
 
     Raises:
-        FileNotFoundError: if they are no longer there; says what to do.
+        FileNotFoundError: if they are no longer there; says what to do, and ``hint``.
     """
     try:
         return open_place(origin, min_classes)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"the images of the run in {str(folder)!r} are no longer where they were: {error}; "
-            "move them back, or put a link to their new place there (ln -s NEW OLD)"
+            f"move them back, or put a link to their new place there (ln -s NEW OLD){hint}"
         ) from error
 
 
@@ -124,7 +126,7 @@ def members(folder: Path, gone: list[str] | None = None) -> list[Member]:
     for origin in origins:
         check_origin(folder, origin)
         prefix = origin["prefix"]
-        source = _open_own(folder, origin, min_classes=1)
+        source = open_own(folder, origin, min_classes=1)
         if trained is None:
             train = _drawn(folder, source)
         else:
@@ -249,14 +251,15 @@ def _named(
     return split
 
 
-def trained_on(folder: Path, source: Source) -> Split:
-    """The images that a run took its training images from, without unreadable ones."""
+def trained_on(folder: Path, source: Source, gone: list[str] | None = None) -> Split:
+    """The images that a run took its training images from, without unreadable ones; for ``gone``,
+    see ``held_out``."""
     settings = run_folder.read_config(folder)
     # A run of ``fine_tune`` in Python has splits that it was given, not expressions; those of a run
     # that images were added to are of these images.
     expression = None if is_grown(folder) else settings.get("train_split")
     train = training_split(source, expression or "auto")
-    rest = train.without(held_out(folder, source))
+    rest = train.without(held_out(folder, source, gone))
     path = folder / run_folder.METRICS
     metrics = run_folder.read_json(path) if path.is_file() else {}
     left_out = set(metrics.get("unreadable", {}).get("names", ()))
@@ -317,11 +320,34 @@ def is_of_run(folder: Path, source: Source) -> bool:
         return True
     try:
         own = open_data(folder)
+    except FileNotFoundError:
+        return _were_moved_to(folder, source)
     except (OSError, ValueError):
         return False
     return own.sizes == source.sizes and all(
         np.array_equal(own.ids(part), source.ids(part)) for part in source.split_names
     )
+
+
+def _were_moved_to(folder: Path, source: Source) -> bool:
+    """Whether a source has the images of a run, by the names and hashes that the run recorded."""
+    names = [folder / name for name in (run_folder.TRAINING, run_folder.HELD_OUT)]
+    provenance = folder / run_folder.PROVENANCE
+    is_recorded = all(path.is_file() for path in (*names, provenance))
+    if is_grown(folder) or not is_recorded:
+        return False
+    if source.class_names != read_names(folder / run_folder.LABELS):
+        return False
+    recorded = run_folder.read_json(provenance).get("dataset", {})
+    try:
+        train, held = (_named(source, read_names(path), "had") for path in names)
+        of_files = recorded["sha256_of"] == "files and labels"
+        return all(
+            digest(split, of_files=of_files) == recorded[role]
+            for role, split in (("training", train), ("held_out", held))
+        )
+    except (KeyError, ValueError):  # other names, or a run of an earlier version
+        return False
 
 
 def num_not_held_out(folder: Path, split: Split) -> int:
