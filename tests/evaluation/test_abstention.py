@@ -6,7 +6,6 @@ from scipy.stats import binomtest
 
 from transfer.evaluation.abstention import (
     MAX_POINTS,
-    min_without_error,
     risk_coverage,
     risk_threshold,
 )
@@ -69,7 +68,7 @@ def test_risk_is_exceeded_in_at_most_one_of_twenty_draws(risk, num_examples, ste
             chosen += 1
             exceeded += true_risk(found["threshold"], steepness) > risk
     assert binomtest(exceeded, draws, 0.05, alternative="greater").pvalue > 0.001
-    assert chosen > draws / 4  # the guarantee is not an empty one
+    assert chosen > draws / 10  # the guarantee is not an empty one
 
 
 def test_risk_of_groups_is_exceeded_in_at_most_one_of_twenty_draws():
@@ -92,11 +91,12 @@ def test_threshold_is_the_last_whose_bound_keeps_the_risk():
     confidence = np.linspace(1, 0.01, 400)
     wrong = np.isin(np.arange(400), [150, 152, 154, 156, 158, 160, 162, 164])
     found = risk_threshold(confidence, ~wrong, 0.05)
-    # By scipy: the bound of k errors among n is above 0.05 for the first time at this n.
+    # By scipy: the bound of k errors among n is above 0.05 for the first time at this n, from the
+    # second of two starts on, which share the probability of an error.
     num_wrong = np.cumsum(wrong)
-    numbers = range(min_without_error(0.05), 401)
+    numbers = range(100, 401)
     bounds = [
-        binomtest(int(num_wrong[n - 1]), n, alternative="less").proportion_ci(0.95).high
+        binomtest(int(num_wrong[n - 1]), n, alternative="less").proportion_ci(0.975).high
         for n in numbers
     ]
     first = next(n for n, bound in zip(numbers, bounds, strict=True) if bound > 0.05)
@@ -104,6 +104,13 @@ def test_threshold_is_the_last_whose_bound_keeps_the_risk():
     assert found["bound"] == pytest.approx(bounds[first - 1 - numbers[0]])
     assert confidence[first - 1] < found["threshold"] < confidence[first - 2]
     assert found["accuracy"] == pytest.approx(1 - num_wrong[first - 2] / (first - 1))
+
+
+def test_early_error_does_not_end_the_tests():
+    """One start with few images would keep 80 of these 400, with one error among them."""
+    wrong = np.isin(np.arange(400), [80, 300, 399])
+    found = risk_threshold(np.linspace(1, 0.01, 400), ~wrong, 0.05)
+    assert (found["coverage"], found["threshold"]) == (1.0, 0.0)
 
 
 def test_images_of_equal_confidence_are_kept_or_left_together():
@@ -121,7 +128,7 @@ def test_risk_that_cannot_be_kept_has_no_threshold():
     assert risk_threshold(np.linspace(1, 0, 59), np.ones(59, bool), 0.05)["threshold"] == 0.0
     found = risk_threshold(np.linspace(1, 0, 300), np.arange(300) % 5 != 0, 0.05)
     assert (found["threshold"], found["accuracy"], found["coverage"]) == (None, None, 0.0)
-    expected = binomtest(12, 59, alternative="less").proportion_ci(0.95).high
+    expected = binomtest(30, 150, alternative="less").proportion_ci(0.975).high
     assert found["bound"] == pytest.approx(expected)
     nothing_right = risk_threshold(np.linspace(1, 0, 80), np.zeros(80, bool), 0.05)
     assert nothing_right["bound"] == 1.0

@@ -59,15 +59,15 @@ def check_risk(risk: float | None) -> None:
         raise ValueError(f"risk must be more than 0 and less than 1, got {risk}")
 
 
-def min_without_error(risk: float) -> int:
-    """Number of images without an error that bound the risk with ``CONFIDENCE``.
+def min_without_error(risk: float, confidence: float = CONFIDENCE) -> int:
+    """Number of images without an error that bound the risk with a confidence.
 
     Example:
         >>> from transfer.evaluation.abstention import min_without_error
         >>> min_without_error(0.05), min_without_error(0.01)
         (59, 299)
     """
-    return math.ceil(math.log(1 - CONFIDENCE) / math.log1p(-risk) - 1e-9)
+    return math.ceil(math.log(1 - confidence) / math.log1p(-risk) - 1e-9)
 
 
 def risk_threshold(
@@ -81,13 +81,13 @@ def risk_threshold(
     """The lowest confidence at which the error rate among the images that are kept is at most
     ``risk``, with ``CONFIDENCE`` over the draw of these images.
 
-    Selective classification with guaranteed risk (arXiv 1705.08500) by fixed-sequence testing
-    (arXiv 2110.01052): from the most confident images on, one image after the other is added as
-    long as the Clopper-Pearson bound of the error rate is at most the risk. The first number of
-    images is the one that would suffice without an error, or a tenth of all, which tolerates an
-    error among many images. It is fixed before any label is seen, so that no correction for
-    several tests is needed. Assumes that images are independent, and that the error rate among the
-    images above a threshold does not rise with the threshold.
+    Selective classification with guaranteed risk (arXiv 1705.08500) by fixed-sequence testing with
+    several starts (arXiv 2110.01052): from the most confident half of the images on, and from the
+    most confident quarter, eighth and so on, one image after the other is added as long as the
+    Clopper-Pearson bound of the error rate is at most the risk. The starts share the probability of
+    an error equally; there are as many as could pass without a wrong image. They are fixed before
+    any label is seen. Assumes that images are independent, and that the error rate among the images
+    above a threshold does not rise with the threshold.
 
     Args:
         confidence: probability of the predicted class of each image, float ``[num_examples]``.
@@ -103,8 +103,7 @@ def risk_threshold(
         none that keeps the risk; ``bound``, the upper bound of the error rate there; ``coverage``,
         the share of images that are kept, and their ``accuracy``; ``calibrated_on``, the number of
         images in the tests; ``needed``, the number that suffices without an error. Without a
-        threshold, ``coverage`` is 0, ``accuracy`` ``None``, and ``bound`` that of the most
-        confident images, from which the tests would go on.
+        threshold, ``coverage`` is 0, ``accuracy`` ``None``, and ``bound`` the lowest at a start.
 
     Raises:
         ValueError: if the risk is not between 0 and 1.
@@ -121,17 +120,20 @@ def risk_threshold(
     drawn = np.arange(len(right)) if groups is None else _one_of_each(groups, seed)
     order = drawn[np.argsort(-confidence[drawn], kind="stable")]
     ordered, num_wrong = confidence[order], np.cumsum(~right[order])
-    needed = min_without_error(risk)
-    first = max(needed, math.ceil(len(order) / 10))
     # Images of equal confidence are kept together.
     kept = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], True)) + 1
-    bounds = _upper_bounds(num_wrong[kept - 1], kept)
-    kept, bounds = kept[kept >= first], bounds[kept >= first]
+    starts = _starts(len(order), risk)
+    bounds = _upper_bounds(num_wrong[kept - 1], kept, 1 - (1 - CONFIDENCE) / len(starts))
+    bound, number = 1.0, 0
+    for start in starts:
+        tested = np.flatnonzero(kept >= start)
+        passed = tested[np.cumsum(bounds[tested] > risk) == 0]
+        if len(passed):  # from a later start, the tests would end at the same image, or before
+            bound, number = float(bounds[passed[-1]]), int(kept[passed[-1]])
+            break
+        bound = min([bound, *bounds[tested[:1]].tolist()])
     threshold, accuracy, is_kept = None, None, np.zeros(len(right), bool)
-    bound = float(bounds[0]) if len(bounds) else 1.0
-    num_passed = len(bounds) if (bounds <= risk).all() else int(np.argmax(bounds > risk))
-    if num_passed:
-        bound, number = float(bounds[num_passed - 1]), int(kept[num_passed - 1])
+    if number:
         threshold = _between(ordered, number)
         is_kept = confidence >= threshold
         accuracy = float(right[is_kept].mean())
@@ -142,16 +144,27 @@ def risk_threshold(
         "coverage": float(is_kept.mean()),
         "accuracy": accuracy,
         "calibrated_on": len(order),
-        "needed": needed,
+        "needed": min_without_error(risk),
     }
 
 
-def _upper_bounds(num_wrong: np.ndarray, totals: np.ndarray) -> np.ndarray:
+def _starts(num_images: int, risk: float) -> list[int]:
+    """The numbers of most confident images from which tests begin, from the largest on."""
+    starts: list[int] = []
+    while True:
+        share = 2 ** -(len(starts) + 1)
+        error = (1 - CONFIDENCE) / (len(starts) + 1)
+        if num_images * share < min_without_error(risk, 1 - error):
+            return starts or [min_without_error(risk)]
+        starts.append(math.ceil(num_images * share))
+
+
+def _upper_bounds(num_wrong: np.ndarray, totals: np.ndarray, confidence: float) -> np.ndarray:
     """One-sided Clopper-Pearson bounds of error rates (doi 10.1093/biomet/26.4.404)."""
     from scipy.special import betaincinv
 
     num_right = totals - num_wrong
-    bounds = betaincinv(num_wrong + 1, np.maximum(num_right, 1), CONFIDENCE)
+    bounds = betaincinv(num_wrong + 1, np.maximum(num_right, 1), confidence)
     return np.where(num_right > 0, bounds, 1.0)
 
 
