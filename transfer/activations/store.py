@@ -206,13 +206,7 @@ class ActivationStore:
         self.num_found = 0
         self.num_extracted = num_images
         return [
-            extract(
-                self._compiled,
-                self._images(item, item.needed),
-                len(item.needed),
-                self._dtype(item),
-                fill=item.role == TRAINING,
-            )
+            self._extracted(item, self._images(item, item.needed), len(item.needed))
             if len(item.needed)
             else np.zeros((0, *self._row_shape), self._dtype(item))
             for item in requests
@@ -309,13 +303,7 @@ class ActivationStore:
         split = request.needed.where(computed)
         batches = split.batches(self._preprocess, EXTRACTION_BATCH, view_seed=request.view_seed)
         try:
-            rows = extract(
-                self._compiled,
-                batches,
-                len(split),
-                self._dtype(request),
-                fill=request.role == TRAINING,
-            )
+            rows = self._extracted(request, batches, len(split))
         except (OSError, ValueError) as error:
             raise OSError(
                 f"{damage}, and cannot be computed again: {error}; then continue with resume=True, "
@@ -327,6 +315,12 @@ class ActivationStore:
         except OSError as error:
             logger.warning(f"{error}")
         return rows
+
+    def _extracted(
+        self, request: ExtractionRequest, batches: Iterable[Any], num_images: int
+    ) -> np.ndarray:
+        fill, dtype = request.role == TRAINING, self._dtype(request)
+        return extract(self._compiled, batches, num_images, dtype, fill=fill)
 
     def _images(self, request: ExtractionRequest, split: Split) -> Iterable[Any]:
         batches: Batches = split.batches(

@@ -15,11 +15,12 @@ from transfer.benchmarking.limits import LIMITS
 from transfer.core import measurement
 from transfer.finetuning.options import OFF, FineTuneOptions, parse_tap
 from transfer.finetuning.tap_choice import AUTO
-from transfer.graph import canonical, concatenated, cut, operation_of
+from transfer.graph import canonical, concatenated, cut
 from transfer.graph.cuts import Cut, default_cuts, list_cuts
 from transfer.images.preprocess import parse_size
 from transfer.models import retention
 from transfer.models.meta_graph import MetaGraph
+from transfer.models.plan import cut_tensor
 from transfer.runs import run_folder
 
 SCRATCH = "scratch"
@@ -150,11 +151,10 @@ def labels_of(
     size = parse_size(options.image_size) if options.image_size else graph.card.image_size
     labels = cuts.split(",") if cuts else [*default_cuts(network, size), "none", SCRATCH]
     labels = [label.strip().removesuffix(":0") for label in labels]
-    own = {node.name for node in network.graph_def.node}  # also that of concatenated taps
     tensors = {"none": "none", SCRATCH: SCRATCH, "tap": canonical(network.output)}
     for label in labels:
         if label not in tensors:
-            tensors[label] = canonical(label if operation_of(label) in own else graph.tensor(label))
+            tensors[label] = cut_tensor(graph, network, label)
             cut(network, tensors[label])
     return {label: tensors[label] for label in labels}, list_cuts(network, size)
 

@@ -16,7 +16,7 @@ from transfer.finetuning.request import RunRequest
 from transfer.finetuning.tap_choice import AUTO
 from transfer.graph import canonical, cut
 from transfer.images.preprocess import parse_size
-from transfer.models.plan import ModelPlan
+from transfer.models.plan import ModelPlan, cut_tensor
 
 _MAX_SEED = 2**32 - 1  # of NumPy
 _OF_MODEL = ("tap", "input", "keep_dropout", "use_ema", "preprocess", "image_size")
@@ -127,8 +127,7 @@ class _Cells:
         if name in ("tap", "none"):
             return name == "tap"
         network = planned.network
-        own = {node.name for node in network.graph_def.node}  # also that of concatenated taps
-        tensor = canonical(name) if name in own else self._request.graph.tensor(name)
+        tensor = cut_tensor(self._request.graph, network, name)
         if (key, tensor) not in self._cuts:
             self._cuts[key, tensor] = None
             try:

@@ -65,15 +65,9 @@ def write(out: Path, study: Study) -> str:
     if leaves_out_mcnemar(study):
         notes.append(f"McNemar's tests are left out: more than {MAX_GROUP_TESTS:,} of groups.")
     problems = _problems(study)
-    printed = "\n".join(
-        [tabulate(cells, header, "github", disable_numparse=True), "", *notes, *problems]
-    )
-    # Each problem is a paragraph of its own in Markdown.
-    run_folder.write_text(
-        out / f"{SUMMARY}.md",
-        "\n\n".join([tabulate(cells, header, "github", disable_numparse=True), *notes, *problems])
-        + "\n",
-    )
+    table = tabulate(cells, header, "github", disable_numparse=True)
+    # In Markdown, each problem is a paragraph of its own.
+    run_folder.write_text(out / f"{SUMMARY}.md", "\n\n".join([table, *notes, *problems]) + "\n")
     latex = tabulate(cells, header, "latex_booktabs", disable_numparse=True)
     comments = "".join(f"% {line}\n" for line in problems)
     run_folder.write_text(out / f"{SUMMARY}.tex", f"{latex}\n{comments}")
@@ -84,7 +78,7 @@ def write(out: Path, study: Study) -> str:
         else:
             with replacing(out / f"{CURVE}.{kind}") as path:
                 figure.savefig(path, format=kind, dpi=150)
-    return printed
+    return "\n".join([table, "", *notes, *problems])
 
 
 def write_runs(out: Path, study: Study) -> None:

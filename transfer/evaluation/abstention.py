@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from transfer.evaluation.prediction import check_share
+
 MAX_POINTS = 100
 """Maximum number of points of a risk-coverage curve in ``evaluation.json``."""
 CONFIDENCE = 0.95
@@ -47,16 +49,6 @@ def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
             for at in chosen.tolist()
         ],
     }
-
-
-def check_risk(risk: float | None) -> None:
-    """Validate ``risk`` of ``risk_threshold``; ``None`` is accepted.
-
-    Raises:
-        ValueError: if it is not between 0 and 1.
-    """
-    if risk is not None and not 0 < risk < 1:
-        raise ValueError(f"risk must be more than 0 and less than 1, got {risk}")
 
 
 def min_without_error(risk: float, confidence: float = CONFIDENCE) -> int:
@@ -116,7 +108,7 @@ def risk_threshold(
         >>> print(f"{found['threshold']:.3f} {found['coverage']:.3f} {found['bound']:.3f}")
         0.698 0.595 0.039
     """
-    check_risk(risk)
+    check_share("risk", risk)
     drawn = np.arange(len(right)) if groups is None else _one_of_each(groups, seed)
     order = drawn[np.argsort(-confidence[drawn], kind="stable")]
     ordered, num_wrong = confidence[order], np.cumsum(~right[order])

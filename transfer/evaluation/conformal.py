@@ -7,17 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from transfer.evaluation.prediction import probabilities, row_blocks
-
-
-def check_coverage(coverage: float | None) -> None:
-    """Validate ``coverage`` of ``prediction_sets``; ``None`` is accepted.
-
-    Raises:
-        ValueError: if it is not between 0 and 1.
-    """
-    if coverage is not None and not 0 < coverage < 1:
-        raise ValueError(f"coverage must be more than 0 and less than 1, got {coverage}")
+from transfer.evaluation.prediction import check_share, probabilities, row_blocks
 
 
 def min_units(coverage: float) -> int:
@@ -69,7 +59,7 @@ def prediction_sets(
         ValueError: if the coverage is not between 0 and 1, or there are fewer than two images, or
             groups.
     """
-    check_coverage(coverage)
+    check_share("coverage", coverage)
     in_first = _half(len(labels), groups, seed)
     if in_first.all() or not in_first.any():
         raise ValueError(

@@ -15,6 +15,7 @@ import tensorflow as tf
 from transfer.core.tensors import Tensor
 from transfer.evaluation.prediction import row_blocks
 from transfer.layers.classifier import Classifier
+from transfer.layers.head import average_over_space
 
 Score = Literal["feature_distance", "energy", "max_probability"]
 """``feature_distance``: cosine distance of the features to the nearest class mean, 0 to 2.
@@ -39,9 +40,7 @@ def features_and_logits(
     def compute(inputs: Any) -> Tensor:
         features = extractor(inputs)
         logits = head(features, training=False)
-        if features.shape.rank == 4:
-            features = tf.reduce_mean(features, [1, 2])
-        return tf.concat([tf.cast(features, tf.float32), logits], -1)
+        return tf.concat([tf.cast(average_over_space(features), tf.float32), logits], -1)
 
     return compute
 

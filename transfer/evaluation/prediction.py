@@ -40,6 +40,16 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
+def check_share(name: str, value: float | None) -> None:
+    """Validate a share of images that is neither none nor all of them; ``None`` is accepted.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    if value is not None and not 0 < value < 1:
+        raise ValueError(f"{name} must be more than 0 and less than 1, got {value}")
+
+
 def label_scores(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Log-likelihoods and ranks of the labels, both from the logits.
 

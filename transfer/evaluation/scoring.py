@@ -24,9 +24,10 @@ from transfer.evaluation import (
     out_of_distribution,
 )
 from transfer.evaluation.image_scores import score_images
-from transfer.evaluation.prediction import predict_logits, summarize_labels
+from transfer.evaluation.prediction import check_share, predict_logits, summarize_labels
 from transfer.evaluation.tables import write_probabilities
 from transfer.layers.classifier import Classifier
+from transfer.layers.head import before_head
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,8 @@ class Uncertainty:
     unknown_folder: str | None = None
 
     def __post_init__(self) -> None:
-        conformal.check_coverage(self.coverage)
-        abstention.check_risk(self.risk)
+        check_share("coverage", self.coverage)
+        check_share("risk", self.risk)
         if self.unknown_folder is not None:
             next(file_predictions.files_in(self.unknown_folder))
 
@@ -191,13 +192,7 @@ def compute(
     if not with_features:
         logits, labels = predict_logits(Compiled(trained), batches)
         return Outputs(logits), to_logit[labels]
-    *layers, head = trained.layers
-
-    def extractor(inputs: Any) -> Any:
-        for layer in layers:
-            inputs = layer(inputs)
-        return inputs
-
+    extractor, head = before_head(trained), trained.layers[-1]
     both = Compiled(out_of_distribution.features_and_logits(extractor, head))
     values, labels = predict_logits(both, batches)
     return Outputs.split(values, len(classifier.labels)), to_logit[labels]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from transfer.evaluation.metrics import calibration_error
 from transfer.evaluation.prediction import summarize
 from transfer.finetuning.context import RunContext
 from transfer.finetuning.inputs import Inputs
+from transfer.layers.head import before_head
 from transfer.training.linear_head import Solution
 from transfer.training.logistic_regression import fit_logistic_regression
 from transfer.training.ridge import fit_ridge
@@ -32,9 +32,7 @@ def training_features(inputs: Inputs, model: keras.Model) -> tuple[np.ndarray, n
     Returns:
         float32 ``[num_examples, width]`` and labels int64 ``[num_examples]``.
     """
-    *layers, _ = model.layers  # the last but one averages over space if the tap has 4 axes
-    to_features = Compiled(lambda values: functools.reduce(lambda x, f: f(x), layers, values))
-    return inputs.train_in_order(to_features)
+    return inputs.train_in_order(Compiled(before_head(model)))
 
 
 def solve(

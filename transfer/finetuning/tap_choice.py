@@ -20,11 +20,10 @@ from transfer.finetuning.model_plan import plan_model
 from transfer.finetuning.options import FineTuneOptions, parse_tap
 from transfer.graph import cut, infer
 from transfer.graph.cuts import list_cuts
-from transfer.graph.graph_def import operation_of
 from transfer.graph.policy import ForbiddenOpError
 from transfer.layers.backbone import Backbone
 from transfer.models.meta_graph import MetaGraph
-from transfer.models.plan import ModelPlan
+from transfer.models.plan import ModelPlan, cut_tensor
 from transfer.training.folds import stratified_folds
 from transfer.training.linear_head import Solution
 from transfer.training.ridge import GRID, fit_ridge
@@ -178,12 +177,10 @@ def candidate_taps(
 
 def _check_cuts(graph: MetaGraph, planned: ModelPlan, options: FineTuneOptions) -> None:
     """Refuse a tap up to which the network cannot be cut where the options ask for it."""
-    network = planned.network
-    own = {node.name for node in network.graph_def.node}
     for stage in requested_stages(options):
         for at in (stage.cut, stage.freeze_from):
             if at not in (None, "tap", "none"):
-                cut(network, at if operation_of(at) in own else graph.tensor(at))
+                cut(planned.network, cut_tensor(graph, planned.network, at))
 
 
 def _multiply_adds(planned: ModelPlan) -> int:

@@ -12,10 +12,11 @@ features, those of several taps, which are then concatenated. Logits are float32
 
 from __future__ import annotations
 
+import functools
 import itertools
 import numbers
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, overload
 
 import keras
@@ -293,6 +294,12 @@ def build_head(
         return (logits, probabilities) if return_probabilities else logits
     logits = Head(num_classes, name=name, **options)(features)
     return (logits, keras.ops.softmax(logits)) if return_probabilities else logits
+
+
+def before_head(model: keras.Sequential) -> Callable[[Any], Any]:
+    """A model without its last layer, the head: maps inputs to the features that the head takes."""
+    *layers, _ = model.layers
+    return lambda inputs: functools.reduce(lambda values, layer: layer(values), layers, inputs)
 
 
 def average_over_space(features: Any) -> Any:

@@ -91,6 +91,17 @@ def plan(
     return ModelPlan(tensors, network, prepared, list(separate.taps.values()))
 
 
+def cut_tensor(graph: MetaGraph, network: Network, name: str) -> str:
+    """The full name of a tensor to cut a network at: one of its own, such as that of concatenated
+    taps, else one of the graph, whose name may be short.
+
+    Raises:
+        ValueError: if there is no such tensor, or there are several.
+    """
+    own = {node.name for node in network.graph_def.node}
+    return canonical(name if operation_of(name) in own else graph.tensor(name))
+
+
 def _check_dtypes(network: Network) -> None:
     """Refuse taps that are not floating-point numbers, such as the mask of a dropout."""
     by_name = {node.name: node for node in network.graph_def.node}
